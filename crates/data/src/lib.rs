@@ -1,0 +1,11 @@
+//! Host tensors: a data type, a concrete shape, and bytes in row-major order.
+//!
+//! [`Tensor`] is what files hold, what constants are, and what goes in and out of a run. Bytes are
+//! shared (an owned vector or a part of a memory-mapped file), so cloning is cheap and weights are
+//! never doubled. This crate does no arithmetic on tensors and knows no devices.
+
+mod convert;
+mod tensor;
+
+pub use convert::{Number, from_f64, from_i64, read_f64, read_i64};
+pub use tensor::{Bytes, Tensor, element_count};

@@ -1,0 +1,244 @@
+//! [`Tensor`] and the [`Bytes`] beneath it.
+
+use crate::convert::{Number, from_f64, read_f64, read_i64};
+use memmap2::Mmap;
+use std::fmt;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+use tilewright_base::{DType, Error, Result};
+
+/// Immutable shared bytes: an owned buffer or a part of a memory-mapped file.
+#[derive(Clone)]
+pub enum Bytes {
+    /// Owned, aligned to 8 bytes. The length in bytes may be less than the words hold.
+    Owned(Arc<Vec<u64>>, usize),
+    /// A part of a mapped file.
+    Mapped(Arc<Mmap>, Range<usize>),
+}
+
+impl Bytes {
+    /// Copies `bytes` into an aligned owned buffer.
+    pub fn copy_from(bytes: &[u8]) -> Bytes {
+        let mut words = vec![0u64; bytes.len().div_ceil(8)];
+        bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes.len()].copy_from_slice(bytes);
+        Bytes::Owned(Arc::new(words), bytes.len())
+    }
+
+    /// Zeros.
+    pub fn zeroed(len: usize) -> Bytes {
+        Bytes::Owned(Arc::new(vec![0u64; len.div_ceil(8)]), len)
+    }
+
+    /// The bytes, for writing; copies first when they are shared or mapped.
+    pub fn make_mut(&mut self) -> &mut [u8] {
+        if let Bytes::Mapped(map, range) = self {
+            *self = Bytes::copy_from(&map[range.clone()]);
+        }
+        match self {
+            Bytes::Owned(words, len) => {
+                let words = Arc::make_mut(words);
+                &mut bytemuck::cast_slice_mut(words.as_mut_slice())[..*len]
+            }
+            Bytes::Mapped(..) => unreachable!("replaced by an owned copy above"),
+        }
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Owned(words, len) => &bytemuck::cast_slice(words.as_slice())[..*len],
+            Bytes::Mapped(map, range) => &map[range.clone()],
+        }
+    }
+}
+
+/// A data type, a concrete shape, and bytes in row-major order (4-bit types packed two per byte).
+///
+/// Invariant, kept by every constructor: `bytes.len() == dtype.bytes_for(product of shape)`.
+#[derive(Clone)]
+pub struct Tensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    bytes: Bytes,
+}
+
+/// Product of a shape; an error when it does not fit `usize`.
+pub fn element_count(shape: &[usize]) -> Result<usize> {
+    // A zero extent makes the tensor empty even if the other extents overflow together.
+    if shape.contains(&0) {
+        return Ok(0);
+    }
+    shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).ok_or_else(|| {
+        Error::user(format!("shape {shape:?} has more elements than can be counted"))
+    })
+}
+
+fn byte_count(dtype: DType, shape: &[usize]) -> Result<usize> {
+    let n = element_count(shape)?;
+    dtype.bytes_for(n).filter(|&b| isize::try_from(b).is_ok()).ok_or_else(|| {
+        Error::user(format!("a {dtype} tensor of shape {shape:?} is too large for this machine"))
+    })
+}
+
+impl Tensor {
+    /// A tensor over existing bytes. Errors when the byte count does not fit the shape.
+    pub fn new(dtype: DType, shape: impl Into<Vec<usize>>, bytes: Bytes) -> Result<Tensor> {
+        let shape = shape.into();
+        let expected = byte_count(dtype, &shape)?;
+        if bytes.len() != expected {
+            return Err(Error::user(format!(
+                "a {dtype} tensor of shape {shape:?} needs {expected} bytes, {} are given",
+                bytes.len()
+            )));
+        }
+        Ok(Tensor { dtype, shape, bytes })
+    }
+
+    /// Zeros. Errors when it cannot be allocated.
+    pub fn zeros(dtype: DType, shape: impl Into<Vec<usize>>) -> Result<Tensor> {
+        let shape = shape.into();
+        let len = byte_count(dtype, &shape)?;
+        let mut words: Vec<u64> = Vec::new();
+        words.try_reserve_exact(len.div_ceil(8)).map_err(|_| {
+            Error::user(format!(
+                "out of memory: a {dtype} tensor of shape {shape:?} takes {len} bytes"
+            ))
+        })?;
+        words.resize(len.div_ceil(8), 0);
+        Ok(Tensor { dtype, shape, bytes: Bytes::Owned(Arc::new(words), len) })
+    }
+
+    /// A tensor of a Rust number type: `Tensor::from_slice(&[2, 2], &[1f32, 2., 3., 4.])`.
+    /// Errors when the counts differ.
+    pub fn from_slice<T: Number>(shape: &[usize], values: &[T]) -> Result<Tensor> {
+        Tensor::new(T::DTYPE, shape, Bytes::copy_from(bytemuck::cast_slice(values)))
+    }
+
+    /// A scalar tensor (shape `[]`) of `dtype` nearest to `value`.
+    pub fn scalar(dtype: DType, value: f64) -> Tensor {
+        Tensor::from_f64s(dtype, &[], &[value]).expect("one element of shape []")
+    }
+
+    /// Rounds each value to `dtype`. Errors when the counts differ.
+    pub fn from_f64s(dtype: DType, shape: &[usize], values: &[f64]) -> Result<Tensor> {
+        if element_count(shape)? != values.len() {
+            return Err(Error::user(format!("{} values for shape {shape:?}", values.len())));
+        }
+        let mut tensor = Tensor::zeros(dtype, shape)?;
+        let bytes = tensor.bytes.make_mut();
+        for (i, &v) in values.iter().enumerate() {
+            from_f64(dtype, bytes, i, v);
+        }
+        Ok(tensor)
+    }
+
+    /// Integers, wrapped to `dtype`. Errors when the counts differ.
+    pub fn from_i64s(dtype: DType, shape: &[usize], values: &[i64]) -> Result<Tensor> {
+        if element_count(shape)? != values.len() {
+            return Err(Error::user(format!("{} values for shape {shape:?}", values.len())));
+        }
+        let mut tensor = Tensor::zeros(dtype, shape)?;
+        let bytes = tensor.bytes.make_mut();
+        for (i, &v) in values.iter().enumerate() {
+            crate::convert::from_i64(dtype, bytes, i, v);
+        }
+        Ok(tensor)
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Extents, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// True when some extent is zero.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes, row-major.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The shared bytes themselves.
+    pub fn shared_bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// The bytes, for writing; copies first when they are shared or mapped.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.bytes.make_mut()
+    }
+
+    /// The elements as a Rust type. Errors on another data type or (for mapped files) when the
+    /// bytes are not aligned.
+    pub fn as_slice<T: Number>(&self) -> Result<&[T]> {
+        if T::DTYPE != self.dtype {
+            return Err(Error::user(format!("the tensor is {}, not {}", self.dtype, T::DTYPE)));
+        }
+        bytemuck::try_cast_slice(&self.bytes).map_err(|_| {
+            Error::user(format!("the {} tensor is not aligned in its file", self.dtype))
+        })
+    }
+
+    /// Element `i` in row-major order as `f64` (64-bit integers round).
+    pub fn get_f64(&self, i: usize) -> f64 {
+        read_f64(self.dtype, &self.bytes, i)
+    }
+
+    /// Element `i` in row-major order as `i64`: floats truncate, `u64` wraps.
+    pub fn get_i64(&self, i: usize) -> i64 {
+        read_i64(self.dtype, &self.bytes, i)
+    }
+
+    /// All elements as `f64`.
+    pub fn to_f64s(&self) -> Vec<f64> {
+        (0..self.len()).map(|i| self.get_f64(i)).collect()
+    }
+
+    /// All elements as `i64`.
+    pub fn to_i64s(&self) -> Vec<i64> {
+        (0..self.len()).map(|i| self.get_i64(i)).collect()
+    }
+
+    /// The same bytes under another shape. Errors when the element counts differ.
+    pub fn reshaped(&self, shape: impl Into<Vec<usize>>) -> Result<Tensor> {
+        let shape = shape.into();
+        if element_count(&shape)? != self.len() {
+            return Err(Error::user(format!("cannot reshape {:?} to {shape:?}", self.shape)));
+        }
+        Ok(Tensor { dtype: self.dtype, shape, bytes: self.bytes.clone() })
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{:?}", self.dtype, self.shape)?;
+        if self.len() <= 16 {
+            match self.dtype.is_float() {
+                true => write!(f, " {:?}", self.to_f64s())?,
+                false => write!(f, " {:?}", self.to_i64s())?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bitwise: same type, shape and bytes.
+impl PartialEq for Tensor {
+    fn eq(&self, other: &Tensor) -> bool {
+        self.dtype == other.dtype && self.shape == other.shape && self.bytes() == other.bytes()
+    }
+}

@@ -1,0 +1,10 @@
+//! Symbolic sizes ([`Dim`]) and layouts ([`Layout`]): shapes, strides, blocking, and their algebra.
+//!
+//! This crate knows nothing of the arithmetic of data types, of tensors or of programs.
+
+mod dim;
+mod dim_text;
+mod strided;
+
+pub use dim::{Atom, Dim, Env, Range, Symbol, Symbols};
+pub use strided::{Axis, Block, Layout, broadcast_shapes, numel};
