@@ -1,1 +1,1 @@
-//! x
+//! Plans: ordered kernels over one arena with symbolic sizes.

@@ -1,1 +1,1 @@
-//! x
+//! Tile IR: the program of one block of a grid.

@@ -1,0 +1,1 @@
+//! Models in files to graph IR: ONNX and Hugging Face directories.

@@ -1,0 +1,1 @@
+//! Comparison with tolerances, random programs and a minimiser, for tests.
