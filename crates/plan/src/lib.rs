@@ -1,1 +1,139 @@
-//! Plans: ordered kernels over one arena with symbolic sizes.
+//! A [`Plan`]: kernels in order over buffers, with symbolic sizes.
+//!
+//! This is what lowering produces and what the runtime runs. It holds tile programs with their
+//! schedules, not machine code; the crate `jit` turns each distinct kernel into code once.
+//! It knows no frontends and no devices.
+
+use std::sync::Arc;
+use tilewright_base::{DType, IdVec, typed_id};
+use tilewright_data::Tensor;
+use tilewright_layout::{Dim, Layout, Symbols};
+use tilewright_tile::{Kernel, Schedule};
+
+typed_id!(
+    /// A buffer of a plan.
+    BufferId,
+    "b"
+);
+typed_id!(
+    /// A distinct kernel of a plan.
+    KernelId,
+    "k"
+);
+
+/// Where a buffer's memory comes from.
+#[derive(Clone, Debug)]
+pub enum Storage {
+    /// Input number `i` of the model, row-major, given by the caller.
+    Input(usize),
+    /// Output number `i` of the model, row-major, given by the caller.
+    Output(usize),
+    /// Known data in row-major order. With a layout other than row-major the runtime packs it once,
+    /// when the plan is loaded.
+    Const(Tensor),
+    /// Part of the arena; lives from its first writer to its last reader.
+    Arena,
+}
+
+/// A tensor in memory.
+#[derive(Clone, Debug)]
+pub struct Buffer {
+    /// Where it comes from, for people: value name of the graph.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Shape and placement of elements. Memory is `layout.alloc_elements()` elements; elements of
+    /// whole blocks beyond the shape hold zero in constants and anything elsewhere.
+    pub layout: Layout,
+    /// Where the memory is.
+    pub storage: Storage,
+}
+
+/// A kernel with how to run it. Two steps that do the same thing share one.
+#[derive(Clone, Debug)]
+pub struct PlanKernel {
+    /// What a block computes.
+    pub kernel: Arc<Kernel>,
+    /// How.
+    pub schedule: Schedule,
+}
+
+/// One step of a plan.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// Runs a kernel over its grid.
+    Launch {
+        /// Which.
+        kernel: KernelId,
+        /// A buffer for each parameter of the kernel.
+        args: Vec<BufferId>,
+        /// A value for each of the kernel's symbols, over the plan's symbols.
+        sizes: Vec<Dim>,
+        /// What it stands for.
+        note: Note,
+    },
+    /// Runs an operator of the interpreter on the host: correct, slow. Buffers are row-major.
+    Host {
+        /// The operator.
+        op: HostCall,
+        /// Operands.
+        inputs: Vec<BufferId>,
+        /// Results.
+        outputs: Vec<BufferId>,
+        /// What it stands for.
+        note: Note,
+    },
+}
+
+/// What a host step calls: an opaque graph operator, run by whoever made the plan.
+#[derive(Clone)]
+pub struct HostCall {
+    /// Name for people.
+    pub name: String,
+    /// The operator: concrete operands to concrete results.
+    pub run: Arc<dyn Fn(&[Tensor]) -> tilewright_base::Result<Vec<Tensor>> + Send + Sync>,
+}
+
+impl std::fmt::Debug for HostCall {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostCall({})", self.name)
+    }
+}
+
+/// What a step does, for `explain`: costs are expressions over the plan's symbols.
+#[derive(Clone, Debug, Default)]
+pub struct Note {
+    /// Short label: `contract+bias+gelu`.
+    pub label: String,
+    /// Kind of the anchor: `contract`, `conv`, `attention`, `rows`, `map`, `host`.
+    pub anchor: String,
+    /// Graph nodes fused here, by their origin names.
+    pub nodes: Vec<String>,
+    /// Floating-point operations.
+    pub flops: Dim,
+    /// Bytes that must be read and written at least once.
+    pub bytes: Dim,
+    /// Bytes of intermediates that fusion keeps out of memory (written and read once each).
+    pub bytes_saved: Dim,
+    /// Time that the fusion planner estimated, in nanoseconds at the smallest sizes of the ranges.
+    pub estimate_ns: f64,
+}
+
+/// Ordered kernels over buffers.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// Name of the model.
+    pub name: String,
+    /// Symbols of the model's sizes.
+    pub symbols: Symbols,
+    /// All buffers.
+    pub buffers: IdVec<BufferId, Buffer>,
+    /// Distinct kernels.
+    pub kernels: IdVec<KernelId, PlanKernel>,
+    /// What to do, in order.
+    pub steps: Vec<Step>,
+    /// Names of the inputs, in order, with element type and shape.
+    pub inputs: Vec<(String, DType, Vec<Dim>)>,
+    /// Names of the outputs, in order, with element type and shape.
+    pub outputs: Vec<(String, DType, Vec<Dim>)>,
+}
