@@ -1,0 +1,39 @@
+# The project's commands. Each installs what it needs (scripts/setup.sh) and works from a fresh clone.
+.DEFAULT_GOAL := help
+.PHONY: help demo test build lint fuzz bench setup docs clean
+
+SECONDS_PER_TARGET ?= 60
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Run a real sentence encoder: compile, verify, embed, search, compare with ONNX Runtime
+	@./demo/demo.sh
+
+test: ## Format, lints, structure checks, Rust and Python tests, bounded fuzzing
+	@./scripts/test.sh
+
+build: ## Build the command: target/release/tw
+	@./scripts/setup.sh system
+	cargo build --release --locked --package tilewright-cli
+
+lint: ## Format check, clippy and `cargo xtask tidy` only
+	@./scripts/setup.sh system
+	@./scripts/test.sh --only lint
+
+fuzz: ## Fuzz the parsers and random graphs for SECONDS_PER_TARGET each (default 60)
+	@./scripts/setup.sh system
+	TILEWRIGHT_FUZZ_SECONDS=$(SECONDS_PER_TARGET) ./scripts/test.sh --only fuzz
+
+bench: ## Compare with ONNX Runtime on exported models; writes a record under records/
+	@./scripts/bench.sh
+
+setup: ## Install everything the other commands need, and nothing else
+	@./scripts/setup.sh system test
+
+docs: ## Build the book (needs mdbook) and the API documentation
+	mdbook build docs
+	cargo doc --no-deps --workspace
+
+clean: ## Remove build output and the virtual environment
+	rm -rf target .venv bench/models docs/book

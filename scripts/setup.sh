@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Installs what the commands need. Nothing happens when everything is there already.
+#
+#   scripts/setup.sh [system] [test] [demo] [bench]     default: system
+#
+# system: LLVM 22 with its static libraries, a C compiler for linking, Python's venv module.
+#         Through apt-get where its sources offer llvm-22-dev (Debian 12 and later); elsewhere this
+#         says what to install. LLVM in another place: set LLVM_SYS_221_PREFIX to its prefix.
+# test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+llvm_major=22
+system_packages=(
+  "llvm-$llvm_major-dev"       # headers, static libraries, llvm-config-22
+  "libpolly-$llvm_major-dev"   # llvm-config lists Polly among the libraries to link
+  zlib1g-dev libzstd-dev       # LLVM's own dependencies
+  gcc libc6-dev libstdc++-12-dev
+  python3-venv
+)
+
+fail() {
+  printf '\nsetup: %s\n' "$1" >&2
+  exit 1
+}
+
+have_llvm() {
+  local config
+  for config in "${LLVM_SYS_221_PREFIX:+$LLVM_SYS_221_PREFIX/bin/llvm-config}" \
+    "llvm-config-$llvm_major" llvm-config; do
+    [ -n "$config" ] || continue
+    case "$("$config" --version 2>/dev/null)" in
+      "$llvm_major".*) [ -f "$("$config" --includedir)/llvm-c/Core.h" ] && return 0 ;;
+    esac
+  done
+  return 1
+}
+
+missing_packages() {
+  local package
+  for package in "${system_packages[@]}"; do
+    # Debian 13 and Ubuntu name their libstdc++ by another number; any g++ library will do.
+    case "$package" in
+      libstdc++-*) compgen -G '/usr/lib/gcc/*/*/libstdc++.so' >/dev/null && continue ;;
+    esac
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)" = installed ] || printf '%s\n' "$package"
+  done
+}
+
+explain_llvm() {
+  fail "LLVM $llvm_major with development files was not found, and it cannot be installed from here${1:+ ($1)}.
+Install it and run the command again:
+  Debian 12 or later:  apt-get install ${system_packages[*]}
+  Ubuntu 24.04:        add the LLVM project's package archive for your release (its script: \`llvm.sh $llvm_major\`),
+                       then the same packages as above
+  Fedora:              dnf install llvm-devel llvm-static polly-devel zlib-devel libzstd-devel (release with LLVM $llvm_major)
+  anywhere:            any LLVM $llvm_major install; set LLVM_SYS_221_PREFIX to its prefix"
+}
+
+setup_system() {
+  command -v cargo >/dev/null || fail "cargo was not found: install Rust (1.88 or later) with rustup or your distribution"
+  command -v python3 >/dev/null || fail "python3 was not found: install Python 3.10 or later"
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or later is needed; this is $(python3 --version)"
+  if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
+    have_llvm || explain_llvm "no apt-get"
+    return
+  fi
+  local missing
+  mapfile -t missing < <(missing_packages)
+  [ "${#missing[@]}" -gt 0 ] || return 0
+  # An LLVM from elsewhere, a compiler and venv: nothing to install.
+  if have_llvm && command -v cc >/dev/null && python3 -c 'import ensurepip' 2>/dev/null; then
+    return 0
+  fi
+  local as_root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null || explain_llvm "not root, and no sudo"
+    as_root=(sudo)
+  fi
+  printf 'setup: installing %s\n' "${missing[*]}"
+  "${as_root[@]}" apt-get update -qq || fail "apt-get update failed"
+  apt-cache show "llvm-$llvm_major-dev" >/dev/null 2>&1 || have_llvm || explain_llvm "apt's sources do not offer llvm-$llvm_major-dev"
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null \
+    || fail "apt-get install failed; the packages are: ${missing[*]}"
+  have_llvm || explain_llvm "apt-get installed its packages, but llvm-config-$llvm_major does not answer"
+}
+
+setup_python() {
+  local requirements="python/requirements-$1.txt" stamp
+  [ -f "$requirements" ] || fail "there is no $requirements"
+  if ! [ -x .venv/bin/python ]; then
+    python3 -m venv .venv || fail "python3 -m venv failed (Debian and Ubuntu: install python3-venv)"
+  fi
+  # The stamp holds everything that decides what is installed: the files' text and the interpreter.
+  stamp=".venv/.installed-$1-$( (cat python/requirements-*.txt; .venv/bin/python --version) | sha256sum | cut -c1-16)"
+  [ -f "$stamp" ] && return 0
+  printf 'setup: installing the Python packages of %s\n' "$requirements"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" \
+    || fail "pip could not install $requirements"
+  touch "$stamp"
+}
+
+[ $# -gt 0 ] || set -- system
+for part in "$@"; do
+  case "$part" in
+    system) setup_system ;;
+    test | demo | bench) setup_python "$part" ;;
+    *) fail "unknown part '$part' (system, test, demo, bench)" ;;
+  esac
+done

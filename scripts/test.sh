@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# `make test`. Runs every check in order and stops at the first that fails; prints how long each took.
+#
+#   scripts/test.sh [--only lint|rust|python|fuzz]
+#
+# To add a Rust test: `cargo test` finds it. To add a Python-driven test: tests/python/README.md.
+# To add a fuzz target: a test named fuzz_* in crates/testkit/tests/ that runs for
+# TILEWRIGHT_FUZZ_SECONDS (see `fuzz` below).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+only=all
+if [ "${1:-}" = --only ]; then only="${2:?--only needs a name}"; fi
+case "$only" in all | lint | rust | python | fuzz) ;; *) echo "unknown part '$only'" >&2; exit 2 ;; esac
+
+# Everything uses the release profile: what is tested is what runs, and nothing is compiled twice.
+export CARGO_TERM_PROGRESS_WHEN=never
+export RUST_BACKTRACE="${RUST_BACKTRACE:-1}"
+
+step() { # name, command...
+  local name="$1" start=$SECONDS
+  shift
+  printf '\n== %s\n' "$name"
+  if ! "$@"; then
+    printf '\n== %s: FAILED after %d s\n' "$name" $((SECONDS - start)) >&2
+    exit 1
+  fi
+  printf '== %s: ok, %d s\n' "$name" $((SECONDS - start))
+}
+
+lint() {
+  step "format" cargo fmt --all --check
+  step "clippy" cargo clippy --release --locked --workspace --all-targets --quiet -- -D warnings
+  step "structure" cargo xtask tidy
+}
+
+rust() {
+  step "Rust tests" cargo test --release --locked --workspace --quiet
+}
+
+python() {
+  step "command" cargo build --release --locked --quiet --package tilewright-cli
+  local test
+  for test in tests/python/test_*.py; do
+    [ -e "$test" ] || continue
+    step "$test" .venv/bin/python "$test"
+  done
+}
+
+fuzz() {
+  if ! [ -d crates/testkit/tests ]; then return 0; fi
+  TILEWRIGHT_FUZZ_SECONDS="${TILEWRIGHT_FUZZ_SECONDS:-2}" step "fuzzing" \
+    cargo test --release --locked --quiet --package tilewright-testkit --test 'fuzz*'
+}
+
+start_of_all=$SECONDS
+if [ "$only" = all ]; then
+  step "setup" ./scripts/setup.sh system test
+  lint
+  rust
+  python
+  fuzz
+else
+  "$only"
+fi
+printf '\nAll checks passed in %d s.\n' $((SECONDS - start_of_all))

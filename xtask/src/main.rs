@@ -1,0 +1,51 @@
+//! The repository's own commands, run as `cargo xtask <command>`.
+//!
+//! `tidy` reads every committed text file and reports what breaks the project's rules about its own
+//! shape. To add a command: one arm in [`main`] and one line in [`USAGE`].
+
+mod tidy;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask <command>
+
+  tidy    check crate arrows, file heads, docs lists, links and words
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["tidy"] => run_tidy(),
+        ["help" | "--help" | "-h"] => {
+            print!("{USAGE}");
+            ExitCode::SUCCESS
+        }
+        _ => {
+            eprint!("{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run_tidy() -> ExitCode {
+    let repo = match tidy::Repo::from_git() {
+        Ok(repo) => repo,
+        Err(message) => {
+            eprintln!("tidy: {message}");
+            return ExitCode::from(2);
+        }
+    };
+    let problems = tidy::check(&repo);
+    for problem in &problems {
+        eprintln!("{problem}");
+    }
+    if problems.is_empty() {
+        println!("tidy: {} files, nothing to report", repo.files.len());
+        ExitCode::SUCCESS
+    } else {
+        eprintln!("tidy: {} problem(s)", problems.len());
+        ExitCode::FAILURE
+    }
+}
