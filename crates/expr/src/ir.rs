@@ -213,9 +213,15 @@ impl FuncBuilder {
         id
     }
 
-    /// Adds a parameter. A name already taken gets a number appended.
+    /// Adds a parameter. The name becomes one that the text form can hold: other characters than
+    /// letters, digits and `_` are replaced, and a name already taken gets a number appended.
     pub fn param(&mut self, name: &str, dtype: DType) -> ExprId {
-        let mut unique: Arc<str> = name.into();
+        let mut name: String =
+            name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        if !crate::lex::is_name(&name) || crate::parse::KEYWORDS.contains(&&*name) {
+            name.insert(0, '_');
+        }
+        let mut unique: Arc<str> = name.as_str().into();
         let mut n = 1;
         while self.params.iter().any(|p| p.name == unique) {
             unique = format!("{name}{n}").into();
@@ -227,6 +233,8 @@ impl FuncBuilder {
 
     /// A constant of any type, from a float: rounded, or truncated for integers.
     pub fn constant(&mut self, value: f64, dtype: DType) -> ExprId {
+        // One NaN, so that equal functions are equal and print alike.
+        let value = if value.is_nan() { f64::NAN } else { value };
         let mut bytes = [0u8; 8];
         let value = if dtype.is_float() {
             tilewright_data::from_f64(dtype, &mut bytes, 0, value);
@@ -306,21 +314,24 @@ impl FuncBuilder {
     }
 
     /// The function that returns `result`. Nodes that it does not need are dropped; parameters
-    /// stay, used or not.
+    /// stay, used or not. The nodes are put in the order of a walk from the result (operands from
+    /// left to right, each before its user), so that functions that compute the same graph are
+    /// equal however they were built.
     pub fn finish(self, result: ExprId) -> Func {
-        let mut needed = vec![false; self.nodes.len()];
-        needed[result.index()] = true;
-        for (id, (node, _)) in self.nodes.iter().rev() {
-            if let (true, Node::Op(_, args)) = (needed[id.index()], node) {
-                for a in args {
-                    needed[a.index()] = true;
-                }
-            }
-        }
-        let mut map = vec![ExprId(0); self.nodes.len()];
+        const NEW: u32 = u32::MAX;
+        let mut map = vec![ExprId(NEW); self.nodes.len()];
         let mut nodes = Vec::new();
-        for (id, (node, dtype)) in self.nodes.iter() {
-            if !needed[id.index()] {
+        // A node and how many of its operands have been visited.
+        let mut walk = vec![(result, 0usize)];
+        while let Some((id, visited)) = walk.pop() {
+            if map[id.index()].0 != NEW {
+                continue;
+            }
+            let (node, dtype) = &self.nodes[id];
+            let args: &[ExprId] = if let Node::Op(_, args) = node { args } else { &[] };
+            if let Some(arg) = args.get(visited) {
+                walk.push((id, visited + 1));
+                walk.push((*arg, 0));
                 continue;
             }
             map[id.index()] = ExprId(nodes.len() as u32);

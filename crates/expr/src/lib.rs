@@ -3,8 +3,21 @@
 //! One definition serves elementwise operators, GEMM epilogues, attention score rules, quantisation
 //! formulas and optimiser steps. This crate knows no tensors and no devices.
 
+mod ast;
+mod check;
 mod ir;
+mod lex;
 mod op;
+mod op_table;
+mod parse;
+mod prelude;
+#[cfg(test)]
+mod testgen;
+mod text;
 
+pub use ast::{AstId, AstKind, AstNode, Binder, Block, Function, Number, Program};
+pub use check::{CompileOptions, Compiled, compile, parse_program};
 pub use ir::{ExprId, Func, FuncBuilder, Node, Param, Value};
+pub use lex::{Source, Span, Token, TokenKind, tokens};
 pub use op::Op;
+pub use op_table::{OPS, OpRow};
