@@ -382,10 +382,3 @@ impl Op {
         }
     }
 }
-
-impl Func {
-    /// Parses the text form; see the crate's head. (Replaced when the parser lands.)
-    pub fn parse(_text: &str, _dtypes: &[DType]) -> tilewright_base::Result<Func> {
-        Err(tilewright_base::Error::bug("the expression parser is not linked"))
-    }
-}
