@@ -1,0 +1,601 @@
+//! Runs a tile program on the CPU, element by element: the oracle of every tile target.
+//!
+//! [`run`] executes all blocks of the grid, in order. Values are whole tiles; a float tile is a
+//! vector of `f64`, an integer or `bool` tile a vector of `i64`. [`Mode::Exact`] rounds each float
+//! result to its tile's type, [`Mode::F64`] keeps it and rounds only when storing.
+//!
+//! Buffers are bytes in the layout of their parameter, exactly what compiled kernels get.
+//!
+//! To add an operation: an arm in `Machine::eval`, written so that it can be compared with the
+//! sentence that documents the operation in `tilewright_tile`.
+
+use crate::Mode;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tilewright_base::{DType, Error, Result};
+use tilewright_data::{from_f64, from_i64, read_f64, read_i64};
+use tilewright_expr::{Func, Value};
+use tilewright_layout::{Dim, Env};
+use tilewright_tile::{
+    Block, Compare, Kernel, Operand, ParamId, ReduceKind, Schedule, Stmt, TileId, TileOp,
+};
+
+/// The elements of a tile in row-major order.
+#[derive(Clone, Debug)]
+enum Data {
+    Float(Vec<f64>),
+    Int(Vec<i64>),
+}
+
+impl Data {
+    fn get(&self, i: usize) -> Value {
+        match self {
+            Data::Float(v) => Value::Float(v[i]),
+            Data::Int(v) => Value::Int(v[i]),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Tile {
+    dtype: DType,
+    shape: Vec<usize>,
+    data: Data,
+}
+
+impl Tile {
+    fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// Runs `kernel` over its whole grid.
+///
+/// `sizes` gives each size symbol of the kernel; `buffers` has the bytes of each parameter in
+/// order. Errors when a size is missing, a buffer is too small for its layout, or an access leaves
+/// its buffer (a bug of whoever made the kernel).
+pub fn run(
+    kernel: &Kernel,
+    schedule: &Schedule,
+    sizes: &Env,
+    buffers: &mut [Vec<u8>],
+    mode: Mode,
+) -> Result<()> {
+    let mut env = sizes.clone();
+    for name in &kernel.tiles {
+        let Some(&size) = schedule.tiles.get(name) else {
+            return Err(Error::bug(format!("tile size {name} of {} has no value", kernel.name)));
+        };
+        env.insert(name.clone(), size);
+    }
+    if buffers.len() != kernel.params.len() {
+        return Err(Error::bug(format!("{} buffers for {}", buffers.len(), kernel.name)));
+    }
+    let mut machine = Machine {
+        kernel,
+        env,
+        tiles: BTreeMap::new(),
+        buffers: RefCell::new(buffers),
+        mode,
+        params: Vec::new(),
+    };
+    for (_, param) in kernel.params.iter() {
+        let eval = |d: &Dim| machine.dim(d);
+        let axes = param
+            .layout
+            .axes
+            .iter()
+            .map(|a| {
+                let block = match &a.block {
+                    None => None,
+                    Some(b) => Some((b.size, eval(&b.stride)?)),
+                };
+                Ok(PlacedAxis { extent: eval(&a.extent)?, stride: eval(&a.stride)?, block })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let offset = eval(&param.layout.offset)?;
+        machine.params.push(Placed { dtype: param.dtype, axes, offset });
+    }
+    let extents = kernel.grid.iter().map(|g| machine.dim(&g.extent)).collect::<Result<Vec<_>>>()?;
+    let blocks: i64 = extents.iter().map(|&e| e.max(0)).product();
+    for block in 0..blocks {
+        let mut rest = block;
+        for (axis, extent) in kernel.grid.iter().zip(&extents).rev() {
+            machine.env.insert(axis.name.clone(), rest % extent);
+            rest /= extent;
+        }
+        machine.tiles.clear();
+        machine.block(&kernel.body)?;
+    }
+    Ok(())
+}
+
+/// A parameter's layout in numbers.
+struct Placed {
+    dtype: DType,
+    axes: Vec<PlacedAxis>,
+    offset: i64,
+}
+
+struct PlacedAxis {
+    extent: i64,
+    stride: i64,
+    block: Option<(i64, i64)>,
+}
+
+impl Placed {
+    /// Element offset of a coordinate, or `None` outside the shape.
+    fn offset_of(&self, at: &[i64]) -> Option<i64> {
+        let mut offset = self.offset;
+        for (axis, &x) in self.axes.iter().zip(at) {
+            if x < 0 || x >= axis.extent {
+                return None;
+            }
+            offset += match axis.block {
+                None => x * axis.stride,
+                Some((size, inner)) => (x / size) * axis.stride + (x % size) * inner,
+            };
+        }
+        Some(offset)
+    }
+}
+
+struct Machine<'a, 'b> {
+    kernel: &'a Kernel,
+    env: Env,
+    tiles: BTreeMap<TileId, Arc<Tile>>,
+    buffers: RefCell<&'b mut [Vec<u8>]>,
+    mode: Mode,
+    params: Vec<Placed>,
+}
+
+/// Calls `f` with every coordinate below `shape`, row-major.
+fn for_each(shape: &[usize], mut f: impl FnMut(&[usize]) -> Result<()>) -> Result<()> {
+    if shape.contains(&0) {
+        return Ok(());
+    }
+    let mut at = vec![0usize; shape.len()];
+    loop {
+        f(&at)?;
+        let mut axis = shape.len();
+        loop {
+            if axis == 0 {
+                return Ok(());
+            }
+            axis -= 1;
+            at[axis] += 1;
+            if at[axis] < shape[axis] {
+                break;
+            }
+            at[axis] = 0;
+        }
+    }
+}
+
+fn flat(at: &[usize], shape: &[usize]) -> usize {
+    at.iter().zip(shape).fold(0, |acc, (&x, &d)| acc * d + x)
+}
+
+impl Machine<'_, '_> {
+    fn dim(&self, dim: &Dim) -> Result<i64> {
+        dim.eval(&self.env).ok_or_else(|| {
+            Error::bug(format!("`{dim}` in kernel {} cannot be evaluated", self.kernel.name))
+        })
+    }
+
+    fn dims(&self, dims: &[Dim]) -> Result<Vec<i64>> {
+        dims.iter().map(|d| self.dim(d)).collect()
+    }
+
+    fn shape_of(&self, tile: TileId) -> Result<(DType, Vec<usize>)> {
+        let ty = self.kernel.ty(tile);
+        let shape = self.dims(&ty.shape)?.into_iter().map(|d| d.max(0) as usize).collect();
+        Ok((ty.dtype, shape))
+    }
+
+    fn tile(&self, id: TileId) -> Result<Arc<Tile>> {
+        self.tiles.get(&id).cloned().ok_or_else(|| Error::bug(format!("tile {id} is read before it is made")))
+    }
+
+    /// Makes a tile by asking for each element; floats are rounded in exact mode.
+    fn make(
+        &self,
+        dtype: DType,
+        shape: Vec<usize>,
+        mut element: impl FnMut(&[usize]) -> Result<Value>,
+    ) -> Result<Tile> {
+        let mut floats = Vec::new();
+        let mut ints = Vec::new();
+        for_each(&shape, |at| {
+            match element(at)? {
+                Value::Float(v) if dtype.is_float() => floats.push(self.round(dtype, v)),
+                Value::Int(v) if !dtype.is_float() => ints.push(wrap(dtype, v)),
+                other => return Err(Error::bug(format!("{other:?} in a {dtype} tile"))),
+            }
+            Ok(())
+        })?;
+        let data = if dtype.is_float() { Data::Float(floats) } else { Data::Int(ints) };
+        Ok(Tile { dtype, shape, data })
+    }
+
+    fn round(&self, dtype: DType, value: f64) -> f64 {
+        match (self.mode, dtype) {
+            (Mode::F64, _) | (_, DType::F64) => value,
+            (Mode::Exact, DType::F32) => f64::from(value as f32),
+            (Mode::Exact, _) => {
+                let mut bytes = [0u8; 8];
+                from_f64(dtype, &mut bytes, 0, value);
+                read_f64(dtype, &bytes, 0)
+            }
+        }
+    }
+
+    fn read(&self, param: ParamId, at: &[i64], fill: Value) -> Result<Value> {
+        let placed = &self.params[param.index()];
+        let Some(offset) = placed.offset_of(at) else { return Ok(fill) };
+        let buffers = self.buffers.borrow();
+        let bytes = &buffers[param.index()];
+        self.check(param, offset, bytes.len())?;
+        Ok(if placed.dtype.is_float() {
+            Value::Float(read_f64(placed.dtype, bytes, offset as usize))
+        } else {
+            Value::Int(read_i64(placed.dtype, bytes, offset as usize))
+        })
+    }
+
+    fn check(&self, param: ParamId, offset: i64, len: usize) -> Result<()> {
+        let dtype = self.params[param.index()].dtype;
+        let needed = usize::try_from(offset).ok().and_then(|o| dtype.bytes_for(o + 1));
+        if needed.is_some_and(|n| n <= len) {
+            return Ok(());
+        }
+        Err(Error::bug(format!(
+            "kernel {}: element offset {offset} of {} is outside its {len} bytes",
+            self.kernel.name,
+            self.kernel.params[param].name
+        )))
+    }
+
+    fn write(&self, param: ParamId, at: &[i64], value: Value, add: bool) -> Result<()> {
+        let placed = &self.params[param.index()];
+        let Some(offset) = placed.offset_of(at) else { return Ok(()) };
+        let mut buffers = self.buffers.borrow_mut();
+        let bytes = &mut buffers[param.index()];
+        self.check(param, offset, bytes.len())?;
+        let i = offset as usize;
+        match value {
+            Value::Float(v) => {
+                let old = if add { read_f64(placed.dtype, bytes, i) } else { 0.0 };
+                from_f64(placed.dtype, bytes, i, if add { old + v } else { v });
+            }
+            Value::Int(v) => {
+                let old = if add { read_i64(placed.dtype, bytes, i) } else { 0 };
+                from_i64(placed.dtype, bytes, i, old.wrapping_add(v));
+            }
+        }
+        Ok(())
+    }
+
+    fn block(&mut self, block: &Block) -> Result<()> {
+        for stmt in &block.stmts {
+            match stmt {
+                Stmt::Let(id, op) => {
+                    let tile = self.eval(*id, op)?;
+                    self.tiles.insert(*id, Arc::new(tile));
+                }
+                Stmt::Store { param, index, value } => self.store(*param, index, *value, false)?,
+                Stmt::AtomicAdd { param, index, value } => self.store(*param, index, *value, true)?,
+                Stmt::For(f) => {
+                    let (lo, hi) = (self.dim(&f.lo)?, self.dim(&f.hi)?);
+                    let mut carried =
+                        f.carry.iter().map(|(_, init)| self.tile(*init)).collect::<Result<Vec<_>>>()?;
+                    for i in lo..hi {
+                        self.env.insert(f.var.clone(), i);
+                        for ((inner, _), tile) in f.carry.iter().zip(&carried) {
+                            self.tiles.insert(*inner, tile.clone());
+                        }
+                        self.block(&f.body)?;
+                        carried = f.yields.iter().map(|y| self.tile(*y)).collect::<Result<Vec<_>>>()?;
+                    }
+                    self.env.remove(&f.var);
+                    for (result, tile) in f.results.iter().zip(carried) {
+                        self.tiles.insert(*result, tile);
+                    }
+                }
+                Stmt::If(branch) => {
+                    let (a, b) = (self.dim(&branch.lhs)?, self.dim(&branch.rhs)?);
+                    let holds = match branch.compare {
+                        Compare::Lt => a < b,
+                        Compare::Le => a <= b,
+                        Compare::Eq => a == b,
+                        Compare::Ne => a != b,
+                    };
+                    let (body, yields) = if holds {
+                        (&branch.then, &branch.then_yields)
+                    } else {
+                        (&branch.otherwise, &branch.otherwise_yields)
+                    };
+                    self.block(body)?;
+                    for (result, y) in branch.results.iter().zip(yields) {
+                        let tile = self.tile(*y)?;
+                        self.tiles.insert(*result, tile);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn store(&self, param: ParamId, index: &[Dim], value: TileId, add: bool) -> Result<()> {
+        let tile = self.tile(value)?;
+        let base = self.dims(index)?;
+        for_each(&tile.shape, |at| {
+            let coord: Vec<i64> = base.iter().zip(at).map(|(b, &x)| b + x as i64).collect();
+            self.write(param, &coord, tile.data.get(flat(at, &tile.shape)), add)
+        })
+    }
+
+    fn operand(&self, operand: &Operand) -> Result<(Arc<Tile>, Vec<usize>)> {
+        Ok((self.tile(operand.tile)?, operand.along.clone()))
+    }
+
+    fn limit(&self, limit: &Option<Dim>, extent: usize) -> Result<usize> {
+        match limit {
+            None => Ok(extent),
+            Some(limit) => Ok(self.dim(limit)?.clamp(0, extent as i64) as usize),
+        }
+    }
+
+    fn eval(&self, id: TileId, op: &TileOp) -> Result<Tile> {
+        let (dtype, shape) = self.shape_of(id)?;
+        match op {
+            TileOp::Full(value) => self.make(dtype, shape, |_| Ok(*value)),
+            TileOp::Load { param, index, steps, fill } => {
+                let base = self.dims(index)?;
+                self.make(dtype, shape, |at| {
+                    let coord: Vec<i64> = base
+                        .iter()
+                        .zip(steps)
+                        .zip(at)
+                        .map(|((b, step), &x)| b + step * x as i64)
+                        .collect();
+                    self.read(*param, &coord, *fill)
+                })
+            }
+            TileOp::Gather { param, axis, rows, index, fill } => {
+                let base = self.dims(index)?;
+                let rows = self.tile(*rows)?;
+                self.make(dtype, shape, |at| {
+                    let mut coord: Vec<i64> =
+                        base.iter().zip(at).map(|(b, &x)| b + x as i64).collect();
+                    let Value::Int(row) = rows.data.get(at[*axis]) else {
+                        return Err(Error::bug("gather rows are not integers"));
+                    };
+                    coord[*axis] = base[*axis].wrapping_add(row);
+                    self.read(*param, &coord, *fill)
+                })
+            }
+            TileOp::Map { func, args } => {
+                let args = args.iter().map(|a| self.operand(a)).collect::<Result<Vec<_>>>()?;
+                self.make(dtype, shape, |at| {
+                    let values: Vec<Value> = args
+                        .iter()
+                        .map(|(tile, along)| {
+                            let i = along.iter().zip(&tile.shape).fold(0, |acc, (&axis, &d)| {
+                                acc * d + if d == 1 { 0 } else { at[axis] }
+                            });
+                            tile.data.get(i)
+                        })
+                        .collect();
+                    Ok(self.call(func, &values))
+                })
+            }
+            TileOp::Reduce { kind, x, axis, limit } => {
+                let x = self.tile(*x)?;
+                let count = self.limit(limit, x.shape[*axis])?;
+                self.make(dtype, shape, |at| {
+                    let mut total = identity(*kind, dtype);
+                    for i in 0..count {
+                        let value = x.data.get(flat(&with(at, *axis, i), &x.shape));
+                        total = self.combine(*kind, dtype, total, value);
+                    }
+                    Ok(total)
+                })
+            }
+            TileOp::ArgReduce { kind, x, axis, limit, last } => {
+                let x = self.tile(*x)?;
+                let count = self.limit(limit, x.shape[*axis])?;
+                self.make(dtype, shape, |at| {
+                    let value = |i: usize| x.data.get(flat(&with(at, *axis, i), &x.shape));
+                    let mut best = 0;
+                    for i in 1..count {
+                        let (new, old) = (value(i), value(best));
+                        if beats(*kind, new, old) || (*last && !beats(*kind, old, new)) {
+                            best = i;
+                        }
+                    }
+                    Ok(Value::Int(best as i64))
+                })
+            }
+            TileOp::Scan { kind, x, axis, exclusive, reverse } => {
+                let x = self.tile(*x)?;
+                let extent = x.shape[*axis];
+                self.make(dtype, shape, |at| {
+                    let mut total = identity(*kind, dtype);
+                    let here = at[*axis];
+                    let range: Vec<usize> = match (reverse, exclusive) {
+                        (false, false) => (0..here + 1).collect(),
+                        (false, true) => (0..here).collect(),
+                        (true, false) => (here..extent).rev().collect(),
+                        (true, true) => (here + 1..extent).rev().collect(),
+                    };
+                    for i in range {
+                        let mut other = at.to_vec();
+                        other[*axis] = i;
+                        total = self.combine(*kind, dtype, total, x.data.get(flat(&other, &x.shape)));
+                    }
+                    Ok(total)
+                })
+            }
+            TileOp::Mma { acc, a, b, limit } => {
+                let (acc, a, b) = (self.tile(*acc)?, self.tile(*a)?, self.tile(*b)?);
+                let count = self.limit(limit, a.shape[1])?;
+                self.make(dtype, shape, |at| {
+                    let mut total = acc.data.get(flat(at, &acc.shape));
+                    for k in 0..count {
+                        let x = a.data.get(at[0] * a.shape[1] + k);
+                        let y = b.data.get(k * b.shape[1] + at[1]);
+                        total = match (total, x, y) {
+                            (Value::Float(t), Value::Float(x), Value::Float(y)) => {
+                                Value::Float(self.round(dtype, t + x * y))
+                            }
+                            (Value::Int(t), Value::Int(x), Value::Int(y)) => {
+                                Value::Int(wrap(dtype, t.wrapping_add(x.wrapping_mul(y))))
+                            }
+                            _ => return Err(Error::bug("mma mixes integers and floats")),
+                        };
+                    }
+                    Ok(total)
+                })
+            }
+            TileOp::Permute { x, perm } => {
+                let x = self.tile(*x)?;
+                self.make(dtype, shape, |at| {
+                    let mut from = vec![0; at.len()];
+                    for (i, &p) in perm.iter().enumerate() {
+                        from[p] = at[i];
+                    }
+                    Ok(x.data.get(flat(&from, &x.shape)))
+                })
+            }
+            TileOp::Reshape(x) => {
+                let x = self.tile(*x)?;
+                if x.len() != shape.iter().product::<usize>() {
+                    return Err(Error::bug(format!("reshape of {:?} to {shape:?}", x.shape)));
+                }
+                let target = shape.clone();
+                self.make(dtype, shape, |at| Ok(x.data.get(flat(at, &target))))
+            }
+            TileOp::Broadcast(operand) => {
+                let (x, along) = self.operand(operand)?;
+                self.make(dtype, shape, |at| {
+                    let i = along
+                        .iter()
+                        .zip(&x.shape)
+                        .fold(0, |acc, (&axis, &d)| acc * d + if d == 1 { 0 } else { at[axis] });
+                    Ok(x.data.get(i))
+                })
+            }
+            TileOp::Iota { axis, start } => {
+                let start = self.dim(start)?;
+                self.make(dtype, shape, |at| {
+                    let value = start + at[*axis] as i64;
+                    Ok(if dtype.is_float() { Value::Float(value as f64) } else { Value::Int(value) })
+                })
+            }
+            TileOp::Random { seed, start } => {
+                let start = self.dim(start)?;
+                let target = shape.clone();
+                self.make(dtype, shape, |at| {
+                    let counter = (start as u64).wrapping_add(flat(at, &target) as u64);
+                    Ok(Value::Float(crate::philox::uniform(*seed, counter)))
+                })
+            }
+        }
+    }
+
+    fn call(&self, func: &Func, args: &[Value]) -> Value {
+        match self.mode {
+            Mode::Exact => func.eval(args),
+            Mode::F64 if func.dtype().is_float() || args.iter().any(|a| matches!(a, Value::Float(_))) => {
+                let args: Vec<f64> = args
+                    .iter()
+                    .map(|a| match a {
+                        Value::Float(v) => *v,
+                        Value::Int(v) => *v as f64,
+                    })
+                    .collect();
+                let result = func.eval_f64(&args);
+                if func.dtype().is_float() { Value::Float(result) } else { Value::Int(result as i64) }
+            }
+            // Integers through and through: exact in 64 bits.
+            Mode::F64 => func.eval(args),
+        }
+    }
+
+    fn combine(&self, kind: ReduceKind, dtype: DType, a: Value, b: Value) -> Value {
+        match (a, b) {
+            (Value::Float(x), Value::Float(y)) => Value::Float(self.round(
+                dtype,
+                match kind {
+                    ReduceKind::Sum => x + y,
+                    ReduceKind::Prod => x * y,
+                    ReduceKind::Max if x.is_nan() || y.is_nan() => f64::NAN,
+                    ReduceKind::Min if x.is_nan() || y.is_nan() => f64::NAN,
+                    ReduceKind::Max => x.max(y),
+                    ReduceKind::Min => x.min(y),
+                },
+            )),
+            (Value::Int(x), Value::Int(y)) => Value::Int(wrap(
+                dtype,
+                match kind {
+                    ReduceKind::Sum => x.wrapping_add(y),
+                    ReduceKind::Prod => x.wrapping_mul(y),
+                    ReduceKind::Max if dtype == DType::U64 => (x as u64).max(y as u64) as i64,
+                    ReduceKind::Min if dtype == DType::U64 => (x as u64).min(y as u64) as i64,
+                    ReduceKind::Max => x.max(y),
+                    ReduceKind::Min => x.min(y),
+                },
+            )),
+            _ => unreachable!("tiles hold one kind of value"),
+        }
+    }
+}
+
+/// Inserts `i` at `axis`.
+fn with(at: &[usize], axis: usize, i: usize) -> Vec<usize> {
+    let mut full = at.to_vec();
+    full.insert(axis, i);
+    full
+}
+
+fn beats(kind: ReduceKind, new: Value, old: Value) -> bool {
+    match (new, old) {
+        (Value::Float(n), Value::Float(o)) => match (n.is_nan(), o.is_nan()) {
+            (true, false) => true,
+            (_, true) => false,
+            _ if kind == ReduceKind::Max => n > o,
+            _ => n < o,
+        },
+        (Value::Int(n), Value::Int(o)) => if kind == ReduceKind::Max { n > o } else { n < o },
+        _ => false,
+    }
+}
+
+/// What a reduction of nothing gives.
+fn identity(kind: ReduceKind, dtype: DType) -> Value {
+    let bits = dtype.bits();
+    let (low, high) = match (dtype.is_signed_int(), dtype) {
+        (true, _) => (i64::MIN >> (64 - bits), i64::MAX >> (64 - bits)),
+        (false, DType::Bool) => (0, 1),
+        (false, DType::U64) => (0, -1),
+        (false, _) => (0, ((1u64 << (bits % 64)) - 1) as i64),
+    };
+    match (kind, dtype.is_float()) {
+        (ReduceKind::Sum, true) => Value::Float(0.0),
+        (ReduceKind::Prod, true) => Value::Float(1.0),
+        (ReduceKind::Max, true) => Value::Float(f64::NEG_INFINITY),
+        (ReduceKind::Min, true) => Value::Float(f64::INFINITY),
+        (ReduceKind::Sum, false) => Value::Int(0),
+        (ReduceKind::Prod, false) => Value::Int(1),
+        (ReduceKind::Max, false) => Value::Int(low),
+        (ReduceKind::Min, false) => Value::Int(high),
+    }
+}
+
+fn wrap(dtype: DType, value: i64) -> i64 {
+    let mut bytes = [0u8; 8];
+    from_i64(dtype, &mut bytes, 0, value);
+    read_i64(dtype, &bytes, 0)
+}

@@ -1,0 +1,18 @@
+//! Runs plans on the CPU: aligned memory, the arena planner, the thread pool, sessions.
+//!
+//! An [`Executable`] is a plan with machine code for its kernels and its constants in place; it is
+//! shared. A [`Session`] holds what one caller at a time needs to run it: the arena and the
+//! argument tables for the sizes last used. Running with sizes seen before allocates nothing (host
+//! steps excepted). This crate knows nothing of compilation: it is handed function pointers.
+
+mod arena;
+mod memory;
+mod pack;
+mod pool;
+mod session;
+
+pub use arena::{ArenaPlan, Live, plan_arena};
+pub use memory::AlignedBuffer;
+pub use pack::pack;
+pub use pool::Pool;
+pub use session::{Code, Executable, KernelFn, MemoryReport, Session, StepTime};

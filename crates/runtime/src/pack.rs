@@ -1,0 +1,166 @@
+//! Packing: copies a row-major tensor into another layout, once, when a plan is loaded.
+
+use crate::memory::AlignedBuffer;
+use tilewright_base::{DType, Error, Result};
+use tilewright_data::Tensor;
+use tilewright_layout::{Env, Layout};
+
+/// One loop of the copy: how many steps, and how far each moves in source and destination.
+#[derive(Clone, Copy)]
+struct Loop {
+    count: usize,
+    src: usize,
+    dst: usize,
+}
+
+/// The tensor's elements placed as `layout` says. Elements of whole blocks beyond the shape are
+/// zero. Errors on a symbolic or negative layout, on packed 4-bit types, and when out of memory.
+pub fn pack(tensor: &Tensor, layout: &Layout) -> Result<AlignedBuffer> {
+    let none = Env::new();
+    let eval = |d: &tilewright_layout::Dim| {
+        d.eval(&none)
+            .and_then(|v| usize::try_from(v).ok())
+            .ok_or_else(|| Error::bug(format!("constant with layout {layout}")))
+    };
+    if matches!(tensor.dtype(), DType::I4 | DType::U4) {
+        return Err(Error::unsupported(format!("packing a {} constant", tensor.dtype())));
+    }
+    let size = tensor.dtype().size();
+    let bytes = eval(&layout.alloc_elements())?
+        .checked_mul(size)
+        .ok_or_else(|| Error::bug(format!("constant with layout {layout} is too large")))?;
+    let mut out = AlignedBuffer::new(bytes, "a packed constant")?;
+    let shape = tensor.shape();
+    if shape.len() != layout.rank() {
+        return Err(Error::bug(format!("a constant of shape {shape:?} with layout {layout}")));
+    }
+    if tensor.is_empty() {
+        return Ok(out);
+    }
+    // Row-major source strides; a blocked axis gives two loops and perhaps a shorter last block.
+    let mut loops: Vec<Loop> = Vec::new();
+    let mut tails: Vec<Vec<Loop>> = vec![Vec::new()];
+    let mut starts: Vec<(usize, usize)> = vec![(0, eval(&layout.offset)?)];
+    let mut src_stride = 1;
+    for (axis, &extent) in layout.axes.iter().zip(shape).rev() {
+        let stride = eval(&axis.stride)?;
+        let pieces: Vec<((usize, usize), Vec<Loop>)> = match &axis.block {
+            None => vec![((0, 0), vec![Loop { count: extent, src: src_stride, dst: stride }])],
+            Some(block) => {
+                let (width, inner) = (block.size as usize, eval(&block.stride)?);
+                let (whole, rest) = (extent / width, extent % width);
+                let mut pieces = Vec::new();
+                if whole > 0 {
+                    let outer = Loop { count: whole, src: src_stride * width, dst: stride };
+                    let within = Loop { count: width, src: src_stride, dst: inner };
+                    pieces.push(((0, 0), vec![outer, within]));
+                }
+                if rest > 0 {
+                    let at = (whole * width * src_stride, whole * stride);
+                    pieces.push((at, vec![Loop { count: rest, src: src_stride, dst: inner }]));
+                }
+                pieces
+            }
+        };
+        let mut new_tails = Vec::new();
+        let mut new_starts = Vec::new();
+        for (tail, start) in tails.iter().zip(&starts) {
+            for (at, piece) in &pieces {
+                new_tails.push(tail.iter().chain(piece).copied().collect());
+                new_starts.push((start.0 + at.0, start.1 + at.1));
+            }
+        }
+        (tails, starts) = (new_tails, new_starts);
+        src_stride *= extent;
+    }
+    for (nest, (src, dst)) in tails.into_iter().zip(starts) {
+        loops.clear();
+        loops.extend(nest);
+        loops.retain(|l| l.count != 1);
+        // Widest destination steps outermost: the inner loop then writes consecutive elements.
+        loops.sort_by_key(|l| std::cmp::Reverse(l.dst));
+        let (source, target) = (tensor.bytes(), out.bytes_mut());
+        match size {
+            1 => copy::<1>(source, target, src, dst, &loops),
+            2 => copy::<2>(source, target, src, dst, &loops),
+            4 => copy::<4>(source, target, src, dst, &loops),
+            _ => copy::<8>(source, target, src, dst, &loops),
+        }
+    }
+    Ok(out)
+}
+
+fn copy<const N: usize>(source: &[u8], target: &mut [u8], src: usize, dst: usize, loops: &[Loop]) {
+    match loops {
+        [] => target[dst * N..dst * N + N].copy_from_slice(&source[src * N..src * N + N]),
+        [only] if only.src == 1 && only.dst == 1 => {
+            let len = only.count * N;
+            target[dst * N..dst * N + len].copy_from_slice(&source[src * N..src * N + len]);
+        }
+        [only] => {
+            for i in 0..only.count {
+                let (s, d) = ((src + i * only.src) * N, (dst + i * only.dst) * N);
+                target[d..d + N].copy_from_slice(&source[s..s + N]);
+            }
+        }
+        // A transposition: go through the source in lines of 16 so that both sides stay in cache.
+        [outer, inner] if inner.src > 1 && outer.count > 16 => {
+            for line in (0..outer.count).step_by(16) {
+                let lines = (outer.count - line).min(16);
+                for j in 0..inner.count {
+                    for i in line..line + lines {
+                        let s = (src + i * outer.src + j * inner.src) * N;
+                        let d = (dst + i * outer.dst + j * inner.dst) * N;
+                        target[d..d + N].copy_from_slice(&source[s..s + N]);
+                    }
+                }
+            }
+        }
+        [outer, rest @ ..] => {
+            for i in 0..outer.count {
+                copy::<N>(source, target, src + i * outer.src, dst + i * outer.dst, rest);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tilewright_layout::Dim;
+
+    /// Post-condition: element `x` of the tensor lies at `layout.offset_of(x)`.
+    #[test]
+    fn every_element_lies_where_the_layout_says() {
+        let shape = [5usize, 7, 3];
+        let dims: Vec<Dim> = shape.iter().map(|&d| Dim::from(d)).collect();
+        let n: usize = shape.iter().product();
+        let values: Vec<i32> = (1..=n as i32).collect();
+        let tensor = Tensor::from_slice(&shape, &values).unwrap();
+        let transposed = Layout::row_major(&[dims[2].clone(), dims[0].clone(), dims[1].clone()])
+            .permute(&[1, 2, 0]);
+        for layout in [
+            Layout::row_major(&dims),
+            transposed,
+            Layout::blocked(&dims, 1, 4),
+            Layout::panels(&dims, 0, 2),
+            Layout::panels(&dims, 2, 16),
+        ] {
+            let out = pack(&tensor, &layout).unwrap();
+            let mut sum = 0i64;
+            for (i, v) in values.iter().enumerate() {
+                let at = [i / 21, i / 3 % 7, i % 3].map(Dim::from);
+                let offset = layout.offset_of(&at).as_const().unwrap() as usize;
+                let got = i32::from_le_bytes(out.bytes()[offset * 4..][..4].try_into().unwrap());
+                assert_eq!(got, *v, "{layout} at {at:?}");
+                sum += i64::from(got);
+            }
+            let all: i64 = out
+                .bytes()
+                .chunks(4)
+                .map(|c| i64::from(i32::from_le_bytes(c.try_into().unwrap())))
+                .sum();
+            assert_eq!(sum, all, "{layout}: the rest is zero");
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! [`Pool`]: a fixed set of threads that share the blocks of one kernel at a time.
+//!
+//! The caller is worker 0 and takes part. Work is a range of block numbers, handed out in chunks
+//! from one counter, so threads that are late or slow take less. Which thread runs a block never
+//! changes what the block computes. Workers spin for a moment after a kernel (the next one usually
+//! follows within microseconds), then sleep.
+
+use std::cell::UnsafeCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long an idle worker spins before it sleeps.
+const SPIN: Duration = Duration::from_micros(200);
+
+/// Runs blocks `first..last` as worker number `.2`.
+type Task<'a> = &'a (dyn Fn(i64, i64, usize) + Sync + 'a);
+
+struct Shared {
+    /// Number of the current job; workers wait for it to change.
+    epoch: AtomicU64,
+    /// The current job. Written by the caller before `epoch` is raised, while no worker reads it.
+    job: UnsafeCell<Option<Task<'static>>>,
+    next: AtomicI64,
+    total: AtomicI64,
+    chunk: AtomicI64,
+    /// Workers that have not finished the current job.
+    busy: AtomicUsize,
+    stop: AtomicBool,
+    /// Set when a task panicked on a worker.
+    poisoned: AtomicBool,
+    sleepers: Mutex<()>,
+    wake: Condvar,
+}
+
+// SAFETY: `job` is the only field without its own synchronisation. The caller writes it only while
+// `busy` is zero (no worker is inside a job) and publishes it with a release store of `epoch`;
+// workers read it only after an acquire load of that epoch.
+unsafe impl Sync for Shared {}
+
+/// A fixed set of threads; see the module's head.
+pub struct Pool {
+    shared: Arc<Shared>,
+    handles: Vec<JoinHandle<()>>,
+    /// One job at a time: sessions that run concurrently take turns, kernel by kernel.
+    turn: Mutex<()>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pool({} threads)", self.threads())
+    }
+}
+
+impl Pool {
+    /// A pool of `threads` workers, the caller included (at least 1). Threads that cannot be
+    /// started are done without.
+    pub fn new(threads: usize) -> Pool {
+        let shared = Arc::new(Shared {
+            epoch: AtomicU64::new(0),
+            job: UnsafeCell::new(None),
+            next: AtomicI64::new(0),
+            total: AtomicI64::new(0),
+            chunk: AtomicI64::new(1),
+            busy: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            poisoned: AtomicBool::new(false),
+            sleepers: Mutex::new(()),
+            wake: Condvar::new(),
+        });
+        let mut handles = Vec::new();
+        for worker in 1..threads.max(1) {
+            let shared = shared.clone();
+            let thread = std::thread::Builder::new().name(format!("tilewright-{worker}"));
+            match thread.spawn(move || work(&shared, worker)) {
+                Ok(handle) => handles.push(handle),
+                Err(_) => break,
+            }
+        }
+        Pool { shared, handles, turn: Mutex::new(()) }
+    }
+
+    /// Number of workers, the caller included.
+    pub fn threads(&self) -> usize {
+        self.handles.len() + 1
+    }
+
+    /// Calls `task(first, last, worker)` on disjoint ranges that cover `0..blocks`, and returns
+    /// when all are done. `worker` is below [`Pool::threads`], and each worker runs one range at a
+    /// time.
+    ///
+    /// # Panics
+    /// When the task panicked on some thread.
+    pub fn run(&self, blocks: i64, task: &(dyn Fn(i64, i64, usize) + Sync)) {
+        let workers = self.handles.len();
+        if blocks <= 0 {
+            return;
+        }
+        if workers == 0 || blocks == 1 {
+            return task(0, blocks, 0);
+        }
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        // Enough chunks that the last ones even out, few enough that the counter stays cold.
+        let chunk = (blocks / (8 * (workers as i64 + 1))).max(1);
+        // SAFETY: the lifetime is only erased while this function runs: it returns after `busy`
+        // has fallen to zero, when no worker will call the task any more, and then clears it.
+        let erased = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
+        // SAFETY: `busy` is zero (the last job ended before its `run` returned, and `turn` keeps
+        // other callers out), so no worker reads `job` now.
+        unsafe { *shared.job.get() = Some(erased) };
+        shared.poisoned.store(false, Ordering::Relaxed);
+        shared.next.store(0, Ordering::Relaxed);
+        shared.total.store(blocks, Ordering::Relaxed);
+        shared.chunk.store(chunk, Ordering::Relaxed);
+        shared.busy.store(workers, Ordering::Relaxed);
+        shared.epoch.fetch_add(1, Ordering::Release);
+        {
+            // Taking the lock orders this wake-up after a worker's last look at the epoch.
+            let _guard = shared.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+            shared.wake.notify_all();
+        }
+        let wait = WaitForWorkers(shared);
+        drain(shared, task, 0);
+        drop(wait);
+        assert!(!shared.poisoned.load(Ordering::Relaxed), "a task panicked on a worker");
+    }
+}
+
+/// Waits on drop, so that a panic of the caller's share still waits for the others.
+struct WaitForWorkers<'a>(&'a Shared);
+
+impl Drop for WaitForWorkers<'_> {
+    fn drop(&mut self) {
+        let mut spins = 0u32;
+        while self.0.busy.load(Ordering::Acquire) != 0 {
+            spins += 1;
+            if spins < 20_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.epoch.fetch_add(1, Ordering::Release);
+        {
+            let _guard = self.shared.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+            self.shared.wake.notify_all();
+        }
+        for handle in self.handles.drain(..) {
+            // A worker that panicked has already been reported by `run`.
+            let _ = handle.join();
+        }
+    }
+}
+
+fn drain(shared: &Shared, task: Task<'_>, worker: usize) {
+    let total = shared.total.load(Ordering::Relaxed);
+    let chunk = shared.chunk.load(Ordering::Relaxed);
+    loop {
+        let first = shared.next.fetch_add(chunk, Ordering::Relaxed);
+        if first >= total {
+            return;
+        }
+        task(first, (first + chunk).min(total), worker);
+    }
+}
+
+fn work(shared: &Shared, worker: usize) {
+    let mut seen = 0;
+    loop {
+        seen = wait_for_job(shared, seen);
+        if shared.stop.load(Ordering::Relaxed) {
+            return;
+        }
+        // SAFETY: the acquire load of the new epoch happened after the caller wrote `job`, and the
+        // caller does not write again before this worker has lowered `busy`.
+        let task = unsafe { *shared.job.get() };
+        if let Some(task) = task {
+            let run = std::panic::AssertUnwindSafe(|| drain(shared, task, worker));
+            if std::panic::catch_unwind(run).is_err() {
+                shared.poisoned.store(true, Ordering::Relaxed);
+            }
+        }
+        shared.busy.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Waits until the epoch differs from `seen`, and returns it.
+fn wait_for_job(shared: &Shared, seen: u64) -> u64 {
+    let start = Instant::now();
+    loop {
+        for _ in 0..200 {
+            let epoch = shared.epoch.load(Ordering::Acquire);
+            if epoch != seen {
+                return epoch;
+            }
+            std::hint::spin_loop();
+        }
+        if start.elapsed() > SPIN {
+            break;
+        }
+    }
+    let mut guard = shared.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let epoch = shared.epoch.load(Ordering::Acquire);
+        if epoch != seen {
+            return epoch;
+        }
+        guard = shared.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_block_runs_once() {
+        let pool = Pool::new(4);
+        for blocks in [0, 1, 2, 3, 7, 64, 1000] {
+            let counts: Vec<AtomicUsize> = (0..blocks).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(blocks, &|first, last, worker| {
+                assert!(worker < 4);
+                for i in first..last {
+                    counts[i as usize].fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn many_small_jobs_and_sleep_between() {
+        let pool = Pool::new(2);
+        let sum = AtomicI64::new(0);
+        for round in 0..2000 {
+            if round % 500 == 0 {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            pool.run(3, &|first, last, _| {
+                sum.fetch_add(last - first, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(sum.load(Ordering::Relaxed), 6000);
+    }
+
+    #[test]
+    fn a_panic_on_a_worker_reaches_the_caller_and_the_pool_lives() {
+        let pool = Pool::new(2);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            pool.run(100, &|first, _, _| assert!(first < 50, "boom"));
+        }));
+        assert!(result.is_err());
+        pool.run(100, &|_, _, _| {});
+    }
+}

@@ -1,0 +1,731 @@
+//! [`Executable`] and [`Session`]: a compiled plan, and one caller's means to run it.
+
+use crate::arena::{ArenaPlan, Live, plan_arena};
+use crate::memory::AlignedBuffer;
+use crate::pack::pack;
+use crate::pool::Pool;
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tilewright_base::{DType, Error, Result, ResultExt};
+use tilewright_data::{Bytes, Tensor};
+use tilewright_layout::{Dim, Env};
+use tilewright_plan::{Buffer, BufferId, HostCall, KernelId, Plan, Step, Storage};
+
+/// A compiled kernel: `(buffers, sizes, first block, one past the last block, scratch)`.
+///
+/// It runs blocks `first..last` of the linearised grid, the last grid axis fastest. `buffers` has
+/// one base address per parameter, `sizes` one value per symbol of the kernel, `scratch` is
+/// private to the thread and aligned to 64 bytes.
+pub type KernelFn = unsafe extern "C" fn(*const *mut u8, *const i64, i64, i64, *mut u8);
+
+/// Machine code of one kernel.
+#[derive(Clone)]
+pub struct Code {
+    entry: KernelFn,
+    scratch_bytes: usize,
+    /// Keeps the code mapped.
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl Code {
+    /// Machine code that `owner` keeps mapped.
+    ///
+    /// # Safety
+    /// `entry` must be the code of the plan's kernel with this number, following [`KernelFn`], stay
+    /// valid while `owner` lives, touch nothing but its buffers (inside each parameter's layout)
+    /// and `scratch_bytes` of scratch, and be callable from several threads on disjoint blocks.
+    pub unsafe fn new(
+        entry: KernelFn,
+        scratch_bytes: usize,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Code {
+        Code { entry, scratch_bytes, _owner: owner }
+    }
+}
+
+/// Constant data in the layout its buffer wants.
+enum Constant {
+    /// As in the file.
+    Shared(Bytes),
+    Packed(AlignedBuffer),
+}
+
+/// A plan with code for its kernels and its constants in place.
+pub struct Executable {
+    plan: Plan,
+    code: Vec<Code>,
+    constants: Vec<Option<Constant>>,
+    pool: Arc<Pool>,
+}
+
+impl Executable {
+    /// Packs the constants. `code` has an entry per kernel of the plan, in order.
+    pub fn new(plan: Plan, code: Vec<Code>, pool: Arc<Pool>) -> Result<Executable> {
+        if code.len() != plan.kernels.len() {
+            return Err(Error::bug(format!(
+                "{} codes for {} kernels",
+                code.len(),
+                plan.kernels.len()
+            )));
+        }
+        let ids: Vec<BufferId> = plan.buffers.ids().collect();
+        let slots: Vec<std::sync::Mutex<Option<Result<Constant>>>> =
+            ids.iter().map(|_| std::sync::Mutex::new(None)).collect();
+        pool.run(ids.len() as i64, &|first, last, _| {
+            for i in first..last {
+                let i = i as usize;
+                let constant = constant(&plan.buffers[ids[i]]);
+                *slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+                    constant.transpose();
+            }
+        });
+        let constants = slots
+            .into_iter()
+            .map(|s| s.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).transpose())
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Executable { plan, code, constants, pool })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The threads it runs on.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+}
+
+fn constant(buffer: &Buffer) -> Result<Option<Constant>> {
+    let Storage::Const(tensor) = &buffer.storage else { return Ok(None) };
+    if buffer.layout.is_row_major() {
+        return Ok(Some(Constant::Shared(tensor.shared_bytes().clone())));
+    }
+    let packed = pack(tensor, &buffer.layout).context(|| format!("packing `{}`", buffer.name))?;
+    Ok(Some(Constant::Packed(packed)))
+}
+
+/// Where an argument lies.
+#[derive(Clone, Copy, Debug)]
+enum Slot {
+    Input(usize),
+    Output(usize),
+    Arena(usize),
+    Fixed(usize),
+}
+
+enum BoundStep {
+    Launch { kernel: KernelId, args: Vec<BufferId>, sizes: Vec<i64>, blocks: i64 },
+    Host { step: usize },
+}
+
+/// A plan with all sizes known.
+struct Bound {
+    key: Vec<i64>,
+    slots: Vec<Slot>,
+    /// Concrete shape and bytes of each buffer.
+    shapes: Vec<Vec<usize>>,
+    arena: ArenaPlan,
+    steps: Vec<BoundStep>,
+    output_shapes: Vec<Vec<usize>>,
+}
+
+/// Time that one step took.
+#[derive(Clone, Copy, Debug)]
+pub struct StepTime {
+    /// Number of the step in the plan.
+    pub step: usize,
+    /// Wall time.
+    pub time: Duration,
+}
+
+/// Memory of a bound plan.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MemoryReport {
+    /// Size of the arena.
+    pub arena_bytes: usize,
+    /// What one allocation per intermediate would take.
+    pub naive_bytes: usize,
+    /// Constants used in place, as they lie in the file.
+    pub shared_constant_bytes: usize,
+    /// Constants copied into another layout.
+    pub packed_constant_bytes: usize,
+    /// Scratch of all threads together.
+    pub scratch_bytes: usize,
+}
+
+/// One caller's means to run an [`Executable`]: arena, scratch, argument tables.
+pub struct Session {
+    exe: Arc<Executable>,
+    arena: AlignedBuffer,
+    scratch: Vec<AlignedBuffer>,
+    /// Most recently used last; few, because callers use few sizes.
+    bound: Vec<Bound>,
+    pointers: Vec<*mut u8>,
+}
+
+// SAFETY: the pointers in `pointers` are scratch space, rewritten before each use.
+unsafe impl Send for Session {}
+
+/// How many sizes a session remembers.
+const MAX_BOUND: usize = 16;
+
+impl Session {
+    /// A session on `exe`, with scratch for each thread.
+    pub fn new(exe: Arc<Executable>) -> Result<Session> {
+        let scratch_bytes = exe.code.iter().map(|c| c.scratch_bytes).max().unwrap_or(0);
+        let scratch = (0..exe.pool.threads())
+            .map(|_| AlignedBuffer::new(scratch_bytes, "scratch memory"))
+            .collect::<Result<Vec<_>>>()?;
+        let arena = AlignedBuffer::new(0, "the arena")?;
+        Ok(Session { exe, arena, scratch, bound: Vec::new(), pointers: Vec::new() })
+    }
+
+    /// The executable.
+    pub fn executable(&self) -> &Arc<Executable> {
+        &self.exe
+    }
+
+    /// Runs with these inputs, in the plan's order, and returns the outputs.
+    pub fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        self.run_with(inputs, None)
+    }
+
+    /// As [`Session::run`], and adds the time of each step.
+    pub fn run_timed(
+        &mut self,
+        inputs: &[Tensor],
+        times: &mut Vec<StepTime>,
+    ) -> Result<Vec<Tensor>> {
+        self.run_with(inputs, Some(times))
+    }
+
+    fn run_with(
+        &mut self,
+        inputs: &[Tensor],
+        times: Option<&mut Vec<StepTime>>,
+    ) -> Result<Vec<Tensor>> {
+        let env = bind_symbols(&self.exe.plan, inputs)?;
+        if has_unbacked(&self.exe.plan, &env) {
+            return self.run_dynamic(inputs, env, times);
+        }
+        let at = self.bind(&env)?;
+        let mut outputs = Vec::with_capacity(self.exe.plan.outputs.len());
+        for ((_, dtype, _), shape) in
+            self.exe.plan.outputs.iter().zip(&self.bound[at].output_shapes)
+        {
+            outputs.push(Tensor::zeros(*dtype, shape.clone())?);
+        }
+        self.execute(at, inputs, &mut outputs, times)?;
+        Ok(outputs)
+    }
+
+    /// Runs into tensors that exist already, allocating nothing for sizes seen before. Errors when
+    /// an output has another type or shape than the run gives.
+    pub fn run_into(&mut self, inputs: &[Tensor], outputs: &mut [Tensor]) -> Result<()> {
+        let env = bind_symbols(&self.exe.plan, inputs)?;
+        if has_unbacked(&self.exe.plan, &env) {
+            let results = self.run_dynamic(inputs, env, None)?;
+            if results.len() != outputs.len() {
+                return Err(Error::user(format!(
+                    "{} outputs are given, the model has {}",
+                    outputs.len(),
+                    results.len()
+                )));
+            }
+            outputs.clone_from_slice(&results);
+            return Ok(());
+        }
+        let at = self.bind(&env)?;
+        let expected = &self.bound[at].output_shapes;
+        let fits = outputs.len() == expected.len()
+            && outputs.iter().zip(expected).zip(&self.exe.plan.outputs).all(
+                |((t, shape), (_, dtype, _))| t.shape() == shape.as_slice() && t.dtype() == *dtype,
+            );
+        if !fits {
+            return Err(Error::user(
+                "the given outputs do not have the types and shapes of the results",
+            ));
+        }
+        self.execute(at, inputs, outputs, None)
+    }
+
+    /// Memory that running with these inputs takes.
+    pub fn memory(&mut self, inputs: &[Tensor]) -> Result<MemoryReport> {
+        let env = bind_symbols(&self.exe.plan, inputs)?;
+        let mut report = MemoryReport {
+            scratch_bytes: self.scratch.iter().map(AlignedBuffer::len).sum(),
+            ..MemoryReport::default()
+        };
+        for constant in self.exe.constants.iter().flatten() {
+            match constant {
+                Constant::Shared(bytes) => report.shared_constant_bytes += bytes.len(),
+                Constant::Packed(buffer) => report.packed_constant_bytes += buffer.len(),
+            }
+        }
+        if !has_unbacked(&self.exe.plan, &env) {
+            let at = self.bind(&env)?;
+            report.arena_bytes = self.bound[at].arena.bytes;
+            report.naive_bytes = self.bound[at].arena.naive_bytes;
+        }
+        Ok(report)
+    }
+
+    /// Finds or makes the binding for these sizes; returns its position in `self.bound`.
+    fn bind(&mut self, env: &Env) -> Result<usize> {
+        let matches = |b: &Bound| {
+            b.key.len() == self.exe.plan.symbols.len()
+                && self
+                    .exe
+                    .plan
+                    .symbols
+                    .iter()
+                    .zip(&b.key)
+                    .all(|(s, v)| env.get(&s.name) == Some(v))
+        };
+        if let Some(at) = self.bound.iter().position(matches) {
+            return Ok(at);
+        }
+        let bound = bind_plan(&self.exe, env)?;
+        if bound.arena.bytes > self.arena.len() {
+            self.arena =
+                AlignedBuffer::new(bound.arena.bytes, "the arena of intermediate results")?;
+        }
+        if self.bound.len() == MAX_BOUND {
+            self.bound.remove(0);
+        }
+        let most_args = bound.steps.iter().map(|s| match s {
+            BoundStep::Launch { args, .. } => args.len(),
+            BoundStep::Host { .. } => 0,
+        });
+        let most_args = most_args.max().unwrap_or(0);
+        self.pointers.reserve(most_args.saturating_sub(self.pointers.len()));
+        self.bound.push(bound);
+        Ok(self.bound.len() - 1)
+    }
+
+    fn execute(
+        &mut self,
+        at: usize,
+        inputs: &[Tensor],
+        outputs: &mut [Tensor],
+        mut times: Option<&mut Vec<StepTime>>,
+    ) -> Result<()> {
+        let Session { exe, arena, scratch, bound, pointers } = self;
+        let bound = &bound[at];
+        for (number, step) in bound.steps.iter().enumerate() {
+            let start = times.is_some().then(Instant::now);
+            match step {
+                BoundStep::Launch { kernel, args, sizes, blocks } => {
+                    pointers.clear();
+                    for arg in args {
+                        pointers.push(match bound.slots[arg.index()] {
+                            Slot::Input(i) => inputs[i].bytes().as_ptr().cast_mut(),
+                            Slot::Output(i) => outputs[i].bytes_mut().as_mut_ptr(),
+                            // SAFETY: the arena plan keeps each offset plus size inside the arena.
+                            Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
+                            Slot::Fixed(address) => address as *mut u8,
+                        });
+                    }
+                    launch(&exe.code[kernel.index()], pointers, sizes, *blocks, scratch, &exe.pool);
+                }
+                BoundStep::Host { step } => {
+                    host_step(exe, bound, *step, inputs, outputs, arena)?;
+                }
+            }
+            if let (Some(times), Some(start)) = (times.as_deref_mut(), start) {
+                times.push(StepTime { step: number, time: start.elapsed() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a plan in which some sizes are only found on the way: one allocation per buffer.
+    fn run_dynamic(
+        &mut self,
+        inputs: &[Tensor],
+        mut env: Env,
+        mut times: Option<&mut Vec<StepTime>>,
+    ) -> Result<Vec<Tensor>> {
+        let exe = self.exe.clone();
+        let plan = &exe.plan;
+        let mut tensors: Vec<Option<Tensor>> = plan.buffers.ids().map(|_| None).collect();
+        for (id, buffer) in plan.buffers.iter() {
+            tensors[id.index()] = match &buffer.storage {
+                Storage::Input(i) => Some(inputs[*i].clone()),
+                Storage::Const(t) if buffer.layout.is_row_major() => Some(t.clone()),
+                _ => None,
+            };
+        }
+        for (number, step) in plan.steps.iter().enumerate() {
+            let start = times.is_some().then(Instant::now);
+            match step {
+                Step::Host { op, inputs, outputs, .. } => {
+                    let operands = inputs
+                        .iter()
+                        .map(|b| {
+                            let missing = || Error::bug(format!("host operand {b} has no value"));
+                            tensors[b.index()].clone().ok_or_else(missing)
+                        })
+                        .collect::<Result<Vec<_>>>()?;
+                    let results = call_host(op, &operands, outputs.len())?;
+                    for (b, tensor) in outputs.iter().zip(results) {
+                        bind_shape(&mut env, &plan.buffers[*b].layout.shape(), tensor.shape())?;
+                        tensors[b.index()] = Some(tensor);
+                    }
+                }
+                Step::Launch { kernel, args, sizes, .. } => {
+                    let values = eval_all(sizes, &env)?;
+                    let blocks = grid_blocks(plan, *kernel, &values)?;
+                    for arg in args {
+                        if tensors[arg.index()].is_none()
+                            && !matches!(exe.constants[arg.index()], Some(Constant::Packed(_)))
+                        {
+                            tensors[arg.index()] = Some(allocate(&plan.buffers[*arg], &env)?);
+                        }
+                    }
+                    let mut pointers: Vec<*mut u8> = Vec::with_capacity(args.len());
+                    let read_only: Vec<bool> = plan.kernels[*kernel]
+                        .kernel
+                        .params
+                        .iter()
+                        .map(|(_, p)| p.access == tilewright_tile::Access::In)
+                        .collect();
+                    for (arg, read_only) in args.iter().zip(read_only) {
+                        pointers.push(
+                            match (&exe.constants[arg.index()], &mut tensors[arg.index()]) {
+                                (Some(Constant::Packed(buffer)), _) => buffer.as_ptr(),
+                                (_, Some(tensor)) if read_only => {
+                                    tensor.bytes().as_ptr().cast_mut()
+                                }
+                                (_, Some(tensor)) => tensor.bytes_mut().as_mut_ptr(),
+                                _ => {
+                                    return Err(Error::bug(format!("argument {arg} has no memory")));
+                                }
+                            },
+                        );
+                    }
+                    launch(
+                        &exe.code[kernel.index()],
+                        &pointers,
+                        &values,
+                        blocks,
+                        &self.scratch,
+                        &exe.pool,
+                    );
+                }
+            }
+            if let (Some(times), Some(start)) = (times.as_deref_mut(), start) {
+                times.push(StepTime { step: number, time: start.elapsed() });
+            }
+        }
+        let mut outputs: Vec<Option<Tensor>> = plan.outputs.iter().map(|_| None).collect();
+        for (id, buffer) in plan.buffers.iter() {
+            if let Storage::Output(i) = buffer.storage {
+                let shape = concrete(&buffer.layout.shape(), &env)?;
+                let flat = tensors[id.index()].take();
+                let flat = flat.map_or_else(|| allocate(buffer, &env), Ok)?;
+                outputs[i] = Some(flat.reshaped(shape)?);
+            }
+        }
+        outputs
+            .into_iter()
+            .map(|t| t.ok_or_else(|| Error::bug("an output has no buffer")))
+            .collect()
+    }
+}
+
+fn launch(
+    code: &Code,
+    pointers: &[*mut u8],
+    sizes: &[i64],
+    blocks: i64,
+    scratch: &[AlignedBuffer],
+    pool: &Pool,
+) {
+    /// Raw addresses that worker threads may use.
+    struct Addresses(*const *mut u8);
+    // SAFETY: the table outlives the parallel region, and blocks touch disjoint outputs.
+    unsafe impl Sync for Addresses {}
+    let addresses = Addresses(pointers.as_ptr());
+    let addresses = &addresses;
+    pool.run(blocks, &|first, last, worker| {
+        // SAFETY: `Code::new` promises that the entry follows `KernelFn` and stays inside its
+        // buffers and scratch; every pointer refers to a buffer of at least its layout's size
+        // (checked for inputs and outputs by `bind_symbols` and `run_into`, by construction for
+        // the arena and constants); each worker has scratch of its own.
+        unsafe {
+            (code.entry)(addresses.0, sizes.as_ptr(), first, last, scratch[worker].as_ptr());
+        }
+    });
+}
+
+fn call_host(op: &HostCall, operands: &[Tensor], expected: usize) -> Result<Vec<Tensor>> {
+    let results = (op.run)(operands).context(|| format!("host operator `{}`", op.name))?;
+    if results.len() != expected {
+        return Err(Error::bug(format!(
+            "host operator {} gave {} results",
+            op.name,
+            results.len()
+        )));
+    }
+    Ok(results)
+}
+
+fn host_step(
+    exe: &Executable,
+    bound: &Bound,
+    step: usize,
+    inputs: &[Tensor],
+    outputs: &mut [Tensor],
+    arena: &mut AlignedBuffer,
+) -> Result<()> {
+    let Step::Host { op, inputs: from, outputs: to, .. } = &exe.plan.steps[step] else {
+        return Err(Error::bug("a host step that is none"));
+    };
+    let mut operands = Vec::with_capacity(from.len());
+    for b in from {
+        let dtype = exe.plan.buffers[*b].dtype;
+        let shape = bound.shapes[b.index()].clone();
+        let bytes = byte_len(dtype, &shape)?;
+        operands.push(match (bound.slots[b.index()], &exe.plan.buffers[*b].storage) {
+            (Slot::Input(i), _) => inputs[i].clone(),
+            (Slot::Output(i), _) => outputs[i].clone(),
+            (Slot::Arena(offset), _) => {
+                Tensor::new(dtype, shape, Bytes::copy_from(&arena.bytes()[offset..offset + bytes]))?
+            }
+            (Slot::Fixed(_), Storage::Const(tensor)) => tensor.clone(),
+            (Slot::Fixed(_), _) => return Err(Error::bug("fixed memory that is no constant")),
+        });
+    }
+    let results = call_host(op, &operands, to.len())?;
+    for (b, result) in to.iter().zip(results) {
+        let buffer = &exe.plan.buffers[*b];
+        if result.shape() != bound.shapes[b.index()] || result.dtype() != buffer.dtype {
+            return Err(Error::bug(format!(
+                "host operator {} gave {}{:?} where {}{:?} was planned",
+                op.name,
+                result.dtype(),
+                result.shape(),
+                buffer.dtype,
+                bound.shapes[b.index()]
+            )));
+        }
+        match bound.slots[b.index()] {
+            Slot::Output(i) => outputs[i] = result,
+            Slot::Arena(offset) => {
+                arena.bytes_mut()[offset..offset + result.bytes().len()]
+                    .copy_from_slice(result.bytes());
+            }
+            _ => return Err(Error::bug("a host operator writes an input or constant")),
+        }
+    }
+    Ok(())
+}
+
+fn byte_len(dtype: DType, shape: &[usize]) -> Result<usize> {
+    dtype
+        .bytes_for(tilewright_data::element_count(shape)?)
+        .ok_or_else(|| Error::user(format!("a {dtype} tensor of shape {shape:?} is too large")))
+}
+
+fn eval_all(dims: &[Dim], env: &Env) -> Result<Vec<i64>> {
+    dims.iter()
+        .map(|d| {
+            d.eval(env).ok_or_else(|| Error::user(format!("size `{d}` is not known or too large")))
+        })
+        .collect()
+}
+
+fn concrete(dims: &[Dim], env: &Env) -> Result<Vec<usize>> {
+    dims.iter()
+        .map(|d| {
+            d.eval(env)
+                .and_then(|v| usize::try_from(v).ok())
+                .ok_or_else(|| Error::user(format!("size `{d}` is negative, unknown or too large")))
+        })
+        .collect()
+}
+
+fn allocate(buffer: &Buffer, env: &Env) -> Result<Tensor> {
+    // Blocked layouts need more than the shape says: allocate flat.
+    let elements = concrete(&[buffer.layout.alloc_elements()], env)?;
+    let shape = concrete(&buffer.layout.shape(), env)?;
+    if buffer.layout.is_row_major() || shape.contains(&0) {
+        return Tensor::zeros(buffer.dtype, shape);
+    }
+    Tensor::zeros(buffer.dtype, elements)
+}
+
+fn grid_blocks(plan: &Plan, kernel: KernelId, sizes: &[i64]) -> Result<i64> {
+    let planned = &plan.kernels[kernel];
+    let lookup = |name: &str| {
+        let symbol = planned.kernel.symbols.iter().position(|s| &*s.name == name);
+        symbol.map(|i| sizes[i]).or_else(|| planned.schedule.tiles.get(name).copied())
+    };
+    planned.kernel.grid.iter().try_fold(1i64, |blocks, axis| {
+        let extent = axis.extent.eval_with(&lookup).map(|e| e.max(0));
+        extent
+            .and_then(|e| blocks.checked_mul(e))
+            .ok_or_else(|| Error::user(format!("the grid of {} is too large", planned.kernel.name)))
+    })
+}
+
+fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
+    let plan = &exe.plan;
+    let mut shapes = Vec::with_capacity(plan.buffers.len());
+    let mut lives: Vec<Live> = Vec::new();
+    let mut live_of: Vec<Option<usize>> = vec![None; plan.buffers.len()];
+    for (id, buffer) in plan.buffers.iter() {
+        let shape = concrete(&buffer.layout.shape(), env)?;
+        if matches!(buffer.storage, Storage::Arena) {
+            let elements = match shape.contains(&0) {
+                true => 0,
+                false => concrete(&[buffer.layout.alloc_elements()], env)?[0],
+            };
+            let bytes = buffer.dtype.bytes_for(elements).filter(|&b| b < isize::MAX as usize / 2);
+            let bytes = bytes.ok_or_else(|| {
+                Error::user(format!(
+                    "intermediate `{}` of shape {shape:?} is too large",
+                    buffer.name
+                ))
+            })?;
+            live_of[id.index()] = Some(lives.len());
+            lives.push(Live { bytes, first: usize::MAX, last: 0 });
+        }
+        shapes.push(shape);
+    }
+    let mut steps = Vec::with_capacity(plan.steps.len());
+    for (number, step) in plan.steps.iter().enumerate() {
+        let mut touch = |b: &BufferId| {
+            if let Some(live) = live_of[b.index()] {
+                lives[live].first = lives[live].first.min(number);
+                lives[live].last = lives[live].last.max(number);
+            }
+        };
+        match step {
+            Step::Launch { kernel, args, sizes, .. } => {
+                args.iter().for_each(&mut touch);
+                let sizes = eval_all(sizes, env)?;
+                let blocks = grid_blocks(plan, *kernel, &sizes)?;
+                steps.push(BoundStep::Launch {
+                    kernel: *kernel,
+                    args: args.clone(),
+                    sizes,
+                    blocks,
+                });
+            }
+            Step::Host { inputs, outputs, .. } => {
+                inputs.iter().chain(outputs).for_each(&mut touch);
+                steps.push(BoundStep::Host { step: number });
+            }
+        }
+    }
+    for live in &mut lives {
+        live.first = live.first.min(live.last);
+    }
+    let arena = plan_arena(&lives);
+    let mut output_shapes = vec![Vec::new(); plan.outputs.len()];
+    let mut slots = Vec::with_capacity(plan.buffers.len());
+    for (id, buffer) in plan.buffers.iter() {
+        slots.push(match &buffer.storage {
+            Storage::Input(i) => Slot::Input(*i),
+            Storage::Output(i) => {
+                output_shapes[*i] = shapes[id.index()].clone();
+                Slot::Output(*i)
+            }
+            Storage::Const(_) => Slot::Fixed(match &exe.constants[id.index()] {
+                Some(Constant::Shared(bytes)) => bytes.as_ptr() as usize,
+                Some(Constant::Packed(buffer)) => buffer.as_ptr() as usize,
+                None => return Err(Error::bug(format!("constant {} has no data", buffer.name))),
+            }),
+            Storage::Arena => Slot::Arena(live_of[id.index()].map_or(0, |l| arena.offsets[l])),
+        });
+    }
+    let key = plan.symbols.iter().map(|s| env.get(&s.name).copied().unwrap_or(0)).collect();
+    Ok(Bound { key, slots, shapes, arena, steps, output_shapes })
+}
+
+/// Finds the symbols' values from the inputs' shapes, and checks every input.
+fn bind_symbols(plan: &Plan, inputs: &[Tensor]) -> Result<Env> {
+    if inputs.len() != plan.inputs.len() {
+        let names: Vec<&str> = plan.inputs.iter().map(|(n, ..)| n.as_str()).collect();
+        return Err(Error::user(format!(
+            "{} inputs are given, the model takes {}",
+            inputs.len(),
+            names.len()
+        ))
+        .with_hint(format!("its inputs are: {}", names.join(", "))));
+    }
+    let mut env = Env::new();
+    let text = |dims: &[Dim]| {
+        let dims: Vec<String> = dims.iter().map(Dim::to_string).collect();
+        format!("[{}]", dims.join(","))
+    };
+    for ((name, dtype, shape), tensor) in plan.inputs.iter().zip(inputs) {
+        if tensor.dtype() != *dtype {
+            return Err(Error::user(format!(
+                "input `{name}` is {}, the model takes {dtype}",
+                tensor.dtype()
+            )));
+        }
+        if tensor.shape().len() != shape.len() {
+            return Err(Error::user(format!(
+                "input `{name}` has shape {:?}, the model takes {}",
+                tensor.shape(),
+                text(shape)
+            )));
+        }
+        for (dim, &extent) in shape.iter().zip(tensor.shape()) {
+            if let Some(symbol) = dim.as_symbol()
+                && !env.contains_key(symbol)
+            {
+                env.insert(symbol.clone(), extent as i64);
+            }
+        }
+    }
+    for symbol in &plan.symbols {
+        if let Some(&value) = env.get(&symbol.name)
+            && (value < symbol.range.min || value > symbol.range.max)
+        {
+            return Err(Error::user(format!(
+                "size {} = {value} is outside the model's range {}..={}",
+                symbol.name, symbol.range.min, symbol.range.max
+            )));
+        }
+    }
+    for ((name, _, shape), tensor) in plan.inputs.iter().zip(inputs) {
+        for (dim, &extent) in shape.iter().zip(tensor.shape()) {
+            if dim.eval(&env) != Some(extent as i64) {
+                return Err(Error::user(format!(
+                    "input `{name}` has shape {:?}, the model takes {}",
+                    tensor.shape(),
+                    text(shape)
+                ))
+                .with_hint(format!("`{dim}` is {:?} here", dim.eval(&env))));
+            }
+        }
+    }
+    Ok(env)
+}
+
+fn has_unbacked(plan: &Plan, env: &Env) -> bool {
+    plan.symbols.iter().any(|s| !env.contains_key(&s.name))
+}
+
+/// Binds symbols that a host operator's result shape reveals.
+fn bind_shape(env: &mut Env, dims: &[Dim], shape: &[usize]) -> Result<()> {
+    for (dim, &extent) in dims.iter().zip(shape) {
+        if let Some(symbol) = dim.as_symbol() {
+            env.entry(symbol.clone()).or_insert(extent as i64);
+        }
+        if dim.eval(env) != Some(extent as i64) {
+            return Err(Error::bug(format!(
+                "a host result has extent {extent} where `{dim}` was planned"
+            )));
+        }
+    }
+    Ok(())
+}
