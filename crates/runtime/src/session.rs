@@ -402,7 +402,9 @@ impl Session {
                                 }
                                 (_, Some(tensor)) => tensor.bytes_mut().as_mut_ptr(),
                                 _ => {
-                                    return Err(Error::bug(format!("argument {arg} has no memory")));
+                                    return Err(Error::bug(format!(
+                                        "argument {arg} has no memory"
+                                    )));
                                 }
                             },
                         );
