@@ -85,13 +85,16 @@ pub enum Step {
     },
 }
 
+/// A function from concrete operands to concrete results.
+pub type HostFn = dyn Fn(&[Tensor]) -> tilewright_base::Result<Vec<Tensor>> + Send + Sync;
+
 /// What a host step calls: an opaque graph operator, run by whoever made the plan.
 #[derive(Clone)]
 pub struct HostCall {
     /// Name for people.
     pub name: String,
     /// The operator: concrete operands to concrete results.
-    pub run: Arc<dyn Fn(&[Tensor]) -> tilewright_base::Result<Vec<Tensor>> + Send + Sync>,
+    pub run: Arc<HostFn>,
 }
 
 impl std::fmt::Debug for HostCall {

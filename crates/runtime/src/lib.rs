@@ -6,12 +6,14 @@
 //! steps excepted). This crate knows nothing of compilation: it is handed function pointers.
 
 mod arena;
+mod machine;
 mod memory;
 mod pack;
 mod pool;
 mod session;
 
 pub use arena::{ArenaPlan, Live, plan_arena};
+pub use machine::measure;
 pub use memory::AlignedBuffer;
 pub use pack::pack;
 pub use pool::Pool;

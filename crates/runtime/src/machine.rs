@@ -1,0 +1,157 @@
+//! Measures the ceilings of this machine: what `tw machine` runs once.
+//!
+//! Each figure is the best of several short runs: a ceiling is what the machine can do, and every
+//! disturbance only lowers what is seen.
+
+use crate::memory::AlignedBuffer;
+use crate::pool::Pool;
+use std::hint::black_box;
+use std::time::Instant;
+use tilewright_base::Result;
+use tilewright_target::{Ceilings, Cpu};
+
+/// Bytes of the arrays in the memory tests, as a multiple of the last-level cache.
+const BEYOND_CACHE: usize = 4;
+
+/// Measures `cpu`'s ceilings with `pool`; takes about two seconds. Errors when memory is short.
+pub fn measure(cpu: &Cpu, pool: &Pool) -> Result<Ceilings> {
+    let one = Pool::new(1);
+    let f32_1 = best(5, || fma_rate(cpu, &one));
+    let f32_all = best(5, || fma_rate(cpu, pool));
+    let bytes = (cpu.l3_bytes * BEYOND_CACHE).clamp(64 << 20, 512 << 20);
+    let mut from = AlignedBuffer::new(bytes, "the memory test")?;
+    let mut to = AlignedBuffer::new(bytes, "the memory test")?;
+    // Touch every page, so that no run pays for mapping it.
+    from.bytes_mut().fill(1);
+    to.bytes_mut().fill(2);
+    let read = best(4, || read_rate(&from, bytes, 1, pool));
+    let copy = best(4, || copy_rate(&from, &mut to, pool));
+    let cached = cpu.l2_bytes / 2;
+    let l2 = best(4, || read_rate(&from, cached, 64, &one));
+    Ok(Ceilings {
+        measured: true,
+        f32_flops_per_s_1_thread: f32_1,
+        f32_flops_per_s: f32_all,
+        memory_read_bytes_per_s: read,
+        memory_copy_bytes_per_s: copy,
+        l2_read_bytes_per_s: l2,
+        launch_s: launch_seconds(pool),
+    })
+}
+
+fn best(rounds: usize, mut run: impl FnMut() -> f64) -> f64 {
+    (0..rounds).map(|_| run()).fold(0.0, f64::max)
+}
+
+fn fma_rate(cpu: &Cpu, pool: &Pool) -> f64 {
+    const ITERATIONS: u64 = 2_000_000;
+    let start = Instant::now();
+    pool.run(pool.threads() as i64 * 8, &|first, last, _| {
+        for _ in first..last {
+            black_box(fma_chains(cpu, ITERATIONS / 8));
+        }
+    });
+    let lanes = cpu.f32_lanes() as f64;
+    let work = ITERATIONS as f64 * CHAINS as f64 * lanes * 2.0 * pool.threads() as f64;
+    work / start.elapsed().as_secs_f64()
+}
+
+/// Independent multiply-adds in flight: more than latency times ports (4 x 2).
+const CHAINS: usize = 12;
+
+#[cfg(target_arch = "x86_64")]
+fn fma_chains(cpu: &Cpu, iterations: u64) -> f32 {
+    if cpu.vector_bits == 512 && std::arch::is_x86_feature_detected!("avx512f") {
+        // SAFETY: the feature that the function needs was just found present.
+        unsafe { fma_chains_avx512(iterations) }
+    } else if std::arch::is_x86_feature_detected!("fma") {
+        // SAFETY: as above; FMA implies AVX.
+        unsafe { fma_chains_avx2(iterations) }
+    } else {
+        0.0
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn fma_chains(_cpu: &Cpu, _iterations: u64) -> f32 {
+    0.0
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn fma_chains_avx512(iterations: u64) -> f32 {
+    use std::arch::x86_64::*;
+    let (scale, step) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(0.001)));
+    let mut acc = [_mm512_set1_ps(1.0); CHAINS];
+    for _ in 0..iterations {
+        for a in &mut acc {
+            *a = _mm512_fmadd_ps(*a, scale, step);
+        }
+    }
+    acc.iter().map(|a| _mm512_reduce_add_ps(*a)).sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx,fma")]
+fn fma_chains_avx2(iterations: u64) -> f32 {
+    use std::arch::x86_64::*;
+    let (scale, step) = (_mm256_set1_ps(black_box(0.999)), _mm256_set1_ps(black_box(0.001)));
+    let mut acc = [_mm256_set1_ps(1.0); CHAINS];
+    for _ in 0..iterations {
+        for a in &mut acc {
+            *a = _mm256_fmadd_ps(*a, scale, step);
+        }
+    }
+    acc.iter().map(|a| _mm256_cvtss_f32(*a)).sum()
+}
+
+/// Sums `repeats` times over the first `bytes` of an array; bytes per second.
+fn read_rate(array: &AlignedBuffer, bytes: usize, repeats: usize, pool: &Pool) -> f64 {
+    const BLOCK: usize = 64 << 10;
+    let start = Instant::now();
+    for _ in 0..repeats {
+        pool.run(bytes.div_ceil(BLOCK) as i64, &|first, last, _| {
+            let range = first as usize * BLOCK..(last as usize * BLOCK).min(bytes);
+            let mut sums = [0u64; 32];
+            for chunk in array.bytes()[range].chunks_exact(256) {
+                for (sum, word) in sums.iter_mut().zip(chunk.chunks_exact(8)) {
+                    *sum ^= u64::from_le_bytes([
+                        word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7],
+                    ]);
+                }
+            }
+            black_box(sums);
+        });
+    }
+    (bytes * repeats) as f64 / start.elapsed().as_secs_f64()
+}
+
+fn copy_rate(from: &AlignedBuffer, to: &mut AlignedBuffer, pool: &Pool) -> f64 {
+    struct Target(*mut u8);
+    // SAFETY: blocks write disjoint ranges of the target, which outlives the parallel region.
+    unsafe impl Sync for Target {}
+    const BLOCK: usize = 256 << 10;
+    let bytes = from.len().min(to.len());
+    let target = Target(to.as_ptr());
+    let target = &target;
+    let start = Instant::now();
+    pool.run((bytes / BLOCK) as i64, &|first, last, _| {
+        let (at, len) = (first as usize * BLOCK, (last - first) as usize * BLOCK);
+        // SAFETY: both ranges lie inside their buffers (`last * BLOCK <= bytes`), and no other
+        // block touches this part of the target.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(at), target.0.add(at), len) };
+    });
+    2.0 * (bytes / BLOCK * BLOCK) as f64 / start.elapsed().as_secs_f64()
+}
+
+fn launch_seconds(pool: &Pool) -> f64 {
+    let mut best = f64::INFINITY;
+    for _ in 0..200 {
+        let start = Instant::now();
+        pool.run(pool.threads() as i64, &|first, _, _| {
+            black_box(first);
+        });
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
+}
