@@ -85,6 +85,7 @@ pub fn parse_program(text: &str, options: &CompileOptions) -> Result<Program> {
 /// use tilewright_expr::{CompileOptions, compile};
 /// let c = compile("half(x) = x / 2; half(a) + b * half(a)", &CompileOptions::default()).unwrap();
 /// assert_eq!(c.func.to_string(), "{ a, b -> let t0 = a / 2.0; t0 + b * t0 }");
+/// assert_eq!(c.func.eval_f64(&[4.0, 3.0]), 8.0);
 /// ```
 pub fn compile(text: &str, options: &CompileOptions) -> Result<Compiled> {
     let program = parse_program(text, options)?;

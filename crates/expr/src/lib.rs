@@ -5,6 +5,7 @@
 
 mod ast;
 mod check;
+mod eval;
 mod ir;
 mod lex;
 mod op;
@@ -20,4 +21,4 @@ pub use check::{CompileOptions, Compiled, compile, parse_program};
 pub use ir::{ExprId, Func, FuncBuilder, Node, Param, Value};
 pub use lex::{Source, Span, Token, TokenKind, tokens};
 pub use op::Op;
-pub use op_table::{OPS, OpRow};
+pub use op_table::{FloatEval, Int, IntEval, Llvm, OPS, OpRow};
