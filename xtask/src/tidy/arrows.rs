@@ -38,6 +38,11 @@ const CRATES: &[Row] = &[
 const HERE: &str = "xtask/src/tidy/arrows.rs";
 const PREFIX: &str = "tilewright-";
 
+/// Whether a crate has a row.
+pub(super) fn is_listed(name: &str) -> bool {
+    CRATES.iter().any(|row| row.name == name)
+}
+
 /// The table itself only names crates of earlier rows.
 pub(super) fn table_points_down(_repo: &Repo) -> Vec<Problem> {
     upward_rows(CRATES)
