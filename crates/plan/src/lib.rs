@@ -40,6 +40,9 @@ pub enum Storage {
 pub struct Buffer {
     /// Where it comes from, for people: value name of the graph.
     pub name: String,
+    /// Number of the graph value that it holds, so that its contents can be checked against the
+    /// oracle; `None` for what no graph value corresponds to.
+    pub value: Option<u32>,
     /// Element type.
     pub dtype: DType,
     /// Shape and placement of elements. Memory is `layout.alloc_elements()` elements; elements of

@@ -3,7 +3,8 @@
 use crate::memory::AlignedBuffer;
 use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
-use tilewright_layout::{Env, Layout};
+use tilewright_layout::{Dim, Env, Layout};
+use tilewright_plan::Buffer;
 
 /// One loop of the copy: how many steps, and how far each moves in source and destination.
 #[derive(Clone, Copy)]
@@ -124,10 +125,45 @@ fn copy<const N: usize>(source: &[u8], target: &mut [u8], src: usize, dst: usize
     }
 }
 
+/// The elements of a buffer in row-major order: the inverse of [`pack`], for looking at
+/// intermediate results.
+pub(crate) fn unpack(bytes: &[u8], buffer: &Buffer, shape: &[usize], env: &Env) -> Result<Tensor> {
+    let size = buffer.dtype.size();
+    let mut tensor = Tensor::zeros(buffer.dtype, shape)?;
+    let count = tensor.len();
+    let eval = |d: &Dim| d.eval(env).ok_or_else(|| Error::bug(format!("size `{d}` is not known")));
+    let mut axes = Vec::with_capacity(shape.len());
+    for a in &buffer.layout.axes {
+        let block = match &a.block {
+            None => (1, eval(&a.stride)?),
+            Some(b) => (b.size, eval(&b.stride)?),
+        };
+        axes.push((eval(&a.stride)?, block));
+    }
+    let base = eval(&buffer.layout.offset)?;
+    let out = tensor.bytes_mut();
+    let mut at = vec![0i64; shape.len()];
+    for i in 0..count {
+        let mut rest = i;
+        for (x, &d) in at.iter_mut().zip(shape).rev() {
+            *x = (rest % d) as i64;
+            rest /= d;
+        }
+        let offset = at.iter().zip(&axes).fold(base, |acc, (&x, &(stride, (block, inner)))| {
+            acc + x / block * stride + x % block * inner
+        });
+        let from =
+            usize::try_from(offset).ok().map(|o| o * size).filter(|o| o + size <= bytes.len());
+        let from =
+            from.ok_or_else(|| Error::bug(format!("`{}` leaves its memory", buffer.name)))?;
+        out[i * size..(i + 1) * size].copy_from_slice(&bytes[from..from + size]);
+    }
+    Ok(tensor)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tilewright_layout::Dim;
 
     /// Post-condition: element `x` of the tensor lies at `layout.offset_of(x)`.
     #[test]

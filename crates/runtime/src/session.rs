@@ -2,7 +2,7 @@
 
 use crate::arena::{ArenaPlan, Live, plan_arena};
 use crate::memory::AlignedBuffer;
-use crate::pack::pack;
+use crate::pack::{pack, unpack};
 use crate::pool::Pool;
 use std::any::Any;
 use std::sync::Arc;
@@ -218,8 +218,59 @@ impl Session {
         {
             outputs.push(Tensor::zeros(*dtype, shape.clone())?);
         }
-        self.execute(at, inputs, &mut outputs, times)?;
+        self.execute(at, inputs, &mut outputs, times, None)?;
         Ok(outputs)
+    }
+
+    /// As [`Session::run`], and shows each buffer's contents (row-major) after the step that wrote
+    /// it: for checking a plan kernel by kernel. Slow. Errors on plans with sizes that are only
+    /// found while running.
+    pub fn run_observed(
+        &mut self,
+        inputs: &[Tensor],
+        observe: &mut dyn FnMut(usize, BufferId, Tensor),
+    ) -> Result<Vec<Tensor>> {
+        let env = bind_symbols(&self.exe.plan, inputs)?;
+        if has_unbacked(&self.exe.plan, &env) {
+            return Err(Error::unsupported("observing a model whose sizes depend on its data"));
+        }
+        let at = self.bind(&env)?;
+        let mut outputs = Vec::new();
+        for ((_, dtype, _), shape) in
+            self.exe.plan.outputs.iter().zip(&self.bound[at].output_shapes)
+        {
+            outputs.push(Tensor::zeros(*dtype, shape.clone())?);
+        }
+        let mut failed = None;
+        let exe = self.exe.clone();
+        let mut after =
+            |number: usize, bound: &Bound, arena: &AlignedBuffer, outputs: &[Tensor]| {
+                let written: Vec<BufferId> = match &exe.plan.steps[number] {
+                    Step::Host { outputs, .. } => outputs.clone(),
+                    Step::Launch { kernel, args, .. } => {
+                        let params = &exe.plan.kernels[*kernel].kernel.params;
+                        let writes =
+                            params.iter().map(|(_, p)| p.access != tilewright_tile::Access::In);
+                        args.iter().zip(writes).filter(|(_, w)| *w).map(|(b, _)| *b).collect()
+                    }
+                };
+                for b in written {
+                    let bytes = match bound.slots[b.index()] {
+                        Slot::Arena(offset) => &arena.bytes()[offset..],
+                        Slot::Output(i) => outputs[i].bytes(),
+                        Slot::Input(_) | Slot::Fixed(_) => continue,
+                    };
+                    match unpack(bytes, &exe.plan.buffers[b], &bound.shapes[b.index()], &env) {
+                        Ok(tensor) => observe(number, b, tensor),
+                        Err(e) => failed = Some(e),
+                    }
+                }
+            };
+        self.execute(at, inputs, &mut outputs, None, Some(&mut after))?;
+        match failed {
+            Some(e) => Err(e),
+            None => Ok(outputs),
+        }
     }
 
     /// Runs into tensors that exist already, allocating nothing for sizes seen before. Errors when
@@ -249,7 +300,7 @@ impl Session {
                 "the given outputs do not have the types and shapes of the results",
             ));
         }
-        self.execute(at, inputs, outputs, None)
+        self.execute(at, inputs, outputs, None, None)
     }
 
     /// Memory that running with these inputs takes.
@@ -312,6 +363,7 @@ impl Session {
         inputs: &[Tensor],
         outputs: &mut [Tensor],
         mut times: Option<&mut Vec<StepTime>>,
+        mut after: Option<AfterStep<'_>>,
     ) -> Result<()> {
         let Session { exe, arena, scratch, bound, pointers } = self;
         let bound = &bound[at];
@@ -337,6 +389,9 @@ impl Session {
             }
             if let (Some(times), Some(start)) = (times.as_deref_mut(), start) {
                 times.push(StepTime { step: number, time: start.elapsed() });
+            }
+            if let Some(after) = &mut after {
+                after(number, bound, arena, outputs);
             }
         }
         Ok(())
@@ -438,6 +493,9 @@ impl Session {
             .collect()
     }
 }
+
+/// Called after each step with what it may have written.
+type AfterStep<'a> = &'a mut dyn FnMut(usize, &Bound, &AlignedBuffer, &[Tensor]);
 
 fn launch(
     code: &Code,
