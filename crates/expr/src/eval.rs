@@ -73,10 +73,23 @@ impl Func {
     /// # Panics
     /// When the number of arguments, a length, or the kind of a value is wrong.
     pub fn eval_many(&self, args: &[&[Value]], out: &mut [Value]) {
+        self.run_values(Mode::Exact, args, out);
+    }
+
+    /// As [`Func::eval_many`] with floats as in [`Func::eval_f64`], and 64-bit integers exact.
+    ///
+    /// # Panics
+    /// As [`Func::eval_many`].
+    pub fn eval_oracle_many(&self, args: &[&[Value]], out: &mut [Value]) {
+        self.run_values(Mode::Oracle, args, out);
+    }
+
+    fn run_values(&self, mode: Mode, args: &[&[Value]], out: &mut [Value]) {
         self.check_lengths(args.iter().map(|a| a.len()), out.len());
         let load = |p: usize, i: usize, dtype: DType, lane: &mut Lane| match lane {
             Lane::Float(lane) => fill(lane, args[p], i, |v| match v {
-                Value::Float(v) => round(dtype, v),
+                Value::Float(v) if mode == Mode::Exact => round(dtype, v),
+                Value::Float(v) => v,
                 Value::Int(v) => panic!("parameter {p} is {dtype}, its argument the integer {v}"),
             }),
             Lane::Int(lane) => fill(lane, args[p], i, |v| match v {
@@ -84,7 +97,7 @@ impl Func {
                 Value::Float(v) => panic!("parameter {p} is {dtype}, its argument the float {v}"),
             }),
         };
-        self.run(Mode::Exact, out.len(), load, |i, lane| match lane {
+        self.run(mode, out.len(), load, |i, lane| match lane {
             Lane::Float(lane) => {
                 for (o, v) in out[i..].iter_mut().zip(lane) {
                     *o = Value::Float(if v.is_nan() { f64::NAN } else { *v });

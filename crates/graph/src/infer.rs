@@ -6,6 +6,7 @@
 use crate::ir::TensorType;
 use crate::op::{ConvAttrs, Op, ReduceKind, WindowAttrs};
 use tilewright_base::{DType, Error, Result};
+use tilewright_expr::{Func, Node};
 use tilewright_layout::{Dim, broadcast_shapes, numel};
 
 fn list(shape: &[Dim]) -> String {
@@ -51,6 +52,7 @@ pub fn infer(op: &Op, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
                     func.params().len()
                 )));
             }
+            operations_exist(func)?;
             let mut shape: Vec<Dim> = Vec::new();
             for (ty, param) in inputs.iter().zip(func.params()) {
                 if ty.dtype != param.dtype {
@@ -113,7 +115,8 @@ pub fn infer(op: &Op, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
                 let extent = &inputs[0].shape[axis];
                 let numbers = (starts[axis].as_const(), lens[axis].as_const(), extent.as_const());
                 if let (Some(start), Some(len), Some(extent)) = numbers {
-                    let last = start.saturating_add(steps[axis].saturating_mul(len - 1));
+                    let last =
+                        start.saturating_add(steps[axis].saturating_mul(len.saturating_sub(1)));
                     let inside = |i: i64| (0..extent).contains(&i);
                     if steps[axis] == 0 || len < 0 || (len > 0 && !(inside(start) && inside(last)))
                     {
@@ -267,6 +270,19 @@ pub fn infer(op: &Op, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         }
         Op::Host(host) => Ok(host.types.clone()),
     }
+}
+
+/// Each operation of a function must exist on its operands' types (no square root of an integer).
+fn operations_exist(func: &Func) -> Result<()> {
+    for (_, node, _) in func.nodes() {
+        if let Node::Op(op, args) = node
+            && let Some(operand) = args.last().map(|a| func.dtype_of(*a))
+            && !op.accepts(operand.class())
+        {
+            return Err(Error::user(format!("{op:?} does not exist for {operand}")));
+        }
+    }
+    Ok(())
 }
 
 fn operand_count(op: &Op) -> (usize, usize) {
@@ -425,7 +441,7 @@ fn conv(attrs: &ConvAttrs, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
     }
     let mut shape = vec![x.shape[0].clone(), w.shape[0].clone()];
     for i in 0..spatial {
-        let pads = attrs.pads_lo[i] + attrs.pads_hi[i];
+        let pads = attrs.pads_lo[i].saturating_add(attrs.pads_hi[i]);
         shape.push(windowed(
             &x.shape[i + 2],
             &w.shape[i + 2],
@@ -452,7 +468,7 @@ fn window(attrs: &WindowAttrs, inputs: &[TensorType]) -> Result<Vec<TensorType>>
     )?;
     let mut shape = x.shape[..2].to_vec();
     for i in 0..attrs.kernel.len() {
-        let pads = attrs.pads_lo[i] + attrs.pads_hi[i];
+        let pads = attrs.pads_lo[i].saturating_add(attrs.pads_hi[i]);
         let kernel = Dim::new(attrs.kernel[i]);
         shape.push(windowed(&x.shape[i + 2], &kernel, attrs.strides[i], pads, attrs.dilations[i])?);
     }
@@ -483,6 +499,10 @@ fn attention(attrs: &crate::op::AttentionAttrs, inputs: &[TensorType]) -> Result
         vec![q.shape[0].clone(), q.shape[1].clone(), q.shape[2].clone(), k.shape[2].clone()];
     if attrs.score.params().len() != inputs.len() - 2 {
         return Err(Error::user("the score function takes the score and each extra operand"));
+    }
+    operations_exist(&attrs.score)?;
+    if !attrs.score.params()[0].dtype.is_float() || !attrs.score.dtype().is_float() {
+        return Err(Error::user("the score function maps a float to a float"));
     }
     for (extra, param) in inputs[3..].iter().zip(&attrs.score.params()[1..]) {
         if extra.dtype != param.dtype

@@ -312,3 +312,40 @@ pub enum Op {
     /// An operator of the interpreter's registry.
     Host(HostOp),
 }
+
+impl Op {
+    /// The operator's name, as in the text form: `contract`, `layer_norm`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Map(_) => "map",
+            Op::Reshape(_) => "reshape",
+            Op::Permute(_) => "permute",
+            Op::Expand(_) => "expand",
+            Op::Slice { .. } => "slice",
+            Op::Pad { .. } => "pad",
+            Op::Concat(_) => "concat",
+            Op::Iota { .. } => "iota",
+            Op::Dims(_) => "dims",
+            Op::Reduce { .. } => "reduce",
+            Op::ArgReduce { .. } => "arg_reduce",
+            Op::Scan { .. } => "scan",
+            Op::Contract { .. } => "contract",
+            Op::Conv(_) => "conv",
+            Op::Window(_) => "window",
+            Op::Attention(_) => "attention",
+            Op::Gather(_) => "gather",
+            Op::GatherElements(_) => "gather_elements",
+            Op::GatherNd { .. } => "gather_nd",
+            Op::ScatterElements { .. } => "scatter_elements",
+            Op::ScatterNd { .. } => "scatter_nd",
+            Op::TopK { .. } => "top_k",
+            Op::Random { .. } => "random",
+            Op::Softmax { .. } => "softmax",
+            Op::LayerNorm { .. } => "layer_norm",
+            Op::RmsNorm { .. } => "rms_norm",
+            Op::BatchNorm { .. } => "batch_norm",
+            Op::GroupNorm { .. } => "group_norm",
+            Op::Host(_) => "host",
+        }
+    }
+}

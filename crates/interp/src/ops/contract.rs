@@ -1,0 +1,109 @@
+//! `Contract`: einsum of two operands, brought to `[batch, m, k] x [batch, k, n]`.
+
+use super::numeric::{Acc, gemm_rows, with_acc};
+use super::views::{row_major, strided};
+use crate::graph::Mode;
+use crate::value::{Buf, Val, checked_len};
+use rayon::prelude::*;
+use tilewright_base::{DType, Error, Result};
+
+/// One letter: its extent, and its stride in each operand (0 where absent or stretched).
+struct Axis {
+    letter: char,
+    extent: usize,
+    strides: [isize; 2],
+    present: [bool; 2],
+}
+
+/// `spec` holds the letters of the two operands and of the result.
+pub(super) fn contract(
+    lhs: &Val,
+    rhs: &Val,
+    spec: [&String; 3],
+    acc: DType,
+    dtype: DType,
+    mode: Mode,
+) -> Result<Buf> {
+    let mut axes: Vec<Axis> = Vec::new();
+    for (side, (letters, val)) in [(spec[0], lhs), (spec[1], rhs)].into_iter().enumerate() {
+        let strides = row_major(&val.shape);
+        for (i, letter) in letters.chars().enumerate() {
+            let at = axes.iter().position(|a| a.letter == letter).unwrap_or_else(|| {
+                axes.push(Axis { letter, extent: 1, strides: [0; 2], present: [false; 2] });
+                axes.len() - 1
+            });
+            let axis = &mut axes[at];
+            axis.present[side] = true;
+            // An extent of 1 stretches: it keeps stride 0, and does not override the other side.
+            if val.shape[i] != 1 {
+                axis.extent = val.shape[i];
+                axis.strides[side] = strides[i];
+            }
+        }
+    }
+    // Result axes: those of both operands first (batch), then of the first, then of the second.
+    let result = spec[2];
+    let class = |axis: &Axis| match (result.contains(axis.letter), axis.present) {
+        (false, _) => 3,
+        (true, [true, true]) => 0,
+        (true, [true, false]) => 1,
+        _ => 2,
+    };
+    let of = |wanted: usize| -> Vec<&Axis> { axes.iter().filter(|a| class(a) == wanted).collect() };
+    let (batch, m, n, k) = (of(0), of(1), of(2), of(3));
+    let size = |axes: &[&Axis]| axes.iter().map(|a| a.extent).product::<usize>();
+    let sizes = [size(&batch), size(&m), size(&n), size(&k)];
+    checked_len(&[sizes[0], sizes[1], sizes[3]])?;
+    checked_len(&[sizes[0], sizes[3], sizes[2]])?;
+    checked_len(&[sizes[0], sizes[1], sizes[2]])?;
+    let pack = |side: usize, val: &Val, groups: [&[&Axis]; 3]| -> Val {
+        let all: Vec<&&Axis> = groups.into_iter().flatten().collect();
+        let shape: Vec<usize> = all.iter().map(|a| a.extent).collect();
+        let strides: Vec<isize> = all.iter().map(|a| a.strides[side]).collect();
+        strided(val, &shape, &strides, 0)
+    };
+    let a = pack(0, lhs, [&batch, &m, &k]);
+    let b = pack(1, rhs, [&batch, &k, &n]);
+    let buf = with_acc!(acc, mode, multiply(&a, &b, sizes, acc, dtype, mode));
+    // From [batch, m, n] to the order of the result's letters.
+    let made: Vec<&&Axis> = batch.iter().chain(&m).chain(&n).collect();
+    let made_shape: Vec<usize> = made.iter().map(|a| a.extent).collect();
+    let made_strides = row_major(&made_shape);
+    let mut shape = Vec::new();
+    let mut strides = Vec::new();
+    for letter in result.chars() {
+        let at = made
+            .iter()
+            .position(|a| a.letter == letter)
+            .ok_or_else(|| Error::bug(format!("letter `{letter}` of the result is nowhere")))?;
+        shape.push(made_shape[at]);
+        strides.push(made_strides[at]);
+    }
+    if strides == row_major(&shape) {
+        return Ok(buf);
+    }
+    let made = Val::new(dtype, made_shape, buf);
+    Ok(strided(&made, &shape, &strides, 0).take_buf())
+}
+
+fn multiply<T: Acc>(
+    a: &Val,
+    b: &Val,
+    [batch, m, n, k]: [usize; 4],
+    acc: DType,
+    dtype: DType,
+    mode: Mode,
+) -> Buf {
+    let (a, b) = (T::load(a), T::load(b));
+    let mut sums = vec![T::ZERO; batch * m * n];
+    if !sums.is_empty() && k > 0 {
+        // Eight rows per task: what one pass of the kernel takes.
+        sums.par_chunks_mut(m * n).enumerate().for_each(|(plane, sums)| {
+            let (a, b) = (&a[plane * m * k..][..m * k], &b[plane * k * n..][..k * n]);
+            sums.par_chunks_mut(8 * n)
+                .zip(a.par_chunks(8 * k))
+                .for_each(|(sums, a)| gemm_rows(sums, a, b, n, k));
+        });
+    }
+    T::result(&sums, acc, dtype, mode)
+}
