@@ -1,6 +1,9 @@
 //! Every operator on a case small enough to compute by hand.
 
-#![allow(clippy::cloned_ref_to_slice_refs, reason = "operand lists read alike whatever their length")]
+#![allow(
+    clippy::cloned_ref_to_slice_refs,
+    reason = "operand lists read alike whatever their length"
+)]
 use tilewright_base::DType;
 use tilewright_data::Tensor;
 use tilewright_expr::{Func, FuncBuilder, Op as ExprOp, Value};
