@@ -15,7 +15,7 @@ system_packages=(
   "llvm-$llvm_major-dev"       # headers, static libraries, llvm-config-22
   "libpolly-$llvm_major-dev"   # llvm-config lists Polly among the libraries to link
   zlib1g-dev libzstd-dev       # LLVM's own dependencies
-  gcc libc6-dev libstdc++-12-dev
+  g++                          # cc for linking, and libstdc++, which LLVM is written against
   python3-venv
 )
 
@@ -39,10 +39,6 @@ have_llvm() {
 missing_packages() {
   local package
   for package in "${system_packages[@]}"; do
-    # Debian 13 and Ubuntu name their libstdc++ by another number; any g++ library will do.
-    case "$package" in
-      libstdc++-*) compgen -G '/usr/lib/gcc/*/*/libstdc++.so' >/dev/null && continue ;;
-    esac
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)" = installed ] || printf '%s\n' "$package"
   done
 }
