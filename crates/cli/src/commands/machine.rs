@@ -1,0 +1,39 @@
+//! `tw machine`: this machine as data, its ceilings measured once and cached.
+
+use crate::args::MachineArgs;
+use crate::output::Output;
+use std::fmt::Write as _;
+use tilewright_base::{Error, Result};
+use tilewright_runtime::{Pool, measure};
+use tilewright_target::Cpu;
+
+pub(crate) fn run(args: &MachineArgs, output: &Output) -> Result<()> {
+    let mut cpu = Cpu::detect(args.threads)?;
+    cpu.ceilings = measure(&cpu, &Pool::new(cpu.threads))?;
+    let mut text = String::new();
+    let c = &cpu.ceilings;
+    let giga = 1e-9;
+    // Writing to a string cannot fail.
+    let _ = write!(
+        text,
+        "{}\n  threads          {}\n  vector           {} bits\n  caches           L1 {} KiB, L2 {} KiB, L3 {} KiB\n  features         {}\n\
+         measured ceilings\n  f32 multiply-add {:.0} GFLOP/s on 1 thread, {:.0} on {}\n  memory           {:.1} GB/s read, {:.1} GB/s copy\n  L2               {:.0} GB/s on 1 thread\n  kernel launch    {:.2} us",
+        cpu.name,
+        cpu.threads,
+        cpu.vector_bits,
+        cpu.l1_bytes >> 10,
+        cpu.l2_bytes >> 10,
+        cpu.l3_bytes >> 10,
+        cpu.features.join(" "),
+        c.f32_flops_per_s_1_thread * giga,
+        c.f32_flops_per_s * giga,
+        cpu.threads,
+        c.memory_read_bytes_per_s * giga,
+        c.memory_copy_bytes_per_s * giga,
+        c.l2_read_bytes_per_s * giga,
+        c.launch_s * 1e6,
+    );
+    let value = serde_json::to_value(&cpu).map_err(|e| Error::bug(e.to_string()))?;
+    output.result(&text, &value);
+    Ok(())
+}
