@@ -11,6 +11,7 @@ mod func;
 pub mod graph;
 pub mod host;
 mod ops;
+pub mod tile;
 mod value;
 
 pub use graph::{Mode, Options, Outcome, run, run_with};

@@ -39,7 +39,6 @@ impl Data {
 
 #[derive(Clone, Debug)]
 struct Tile {
-    dtype: DType,
     shape: Vec<usize>,
     data: Data,
 }
@@ -195,7 +194,10 @@ impl Machine<'_, '_> {
     }
 
     fn tile(&self, id: TileId) -> Result<Arc<Tile>> {
-        self.tiles.get(&id).cloned().ok_or_else(|| Error::bug(format!("tile {id} is read before it is made")))
+        self.tiles
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| Error::bug(format!("tile {id} is read before it is made")))
     }
 
     /// Makes a tile by asking for each element; floats are rounded in exact mode.
@@ -216,7 +218,7 @@ impl Machine<'_, '_> {
             Ok(())
         })?;
         let data = if dtype.is_float() { Data::Float(floats) } else { Data::Int(ints) };
-        Ok(Tile { dtype, shape, data })
+        Ok(Tile { shape, data })
     }
 
     fn round(&self, dtype: DType, value: f64) -> f64 {
@@ -252,8 +254,7 @@ impl Machine<'_, '_> {
         }
         Err(Error::bug(format!(
             "kernel {}: element offset {offset} of {} is outside its {len} bytes",
-            self.kernel.name,
-            self.kernel.params[param].name
+            self.kernel.name, self.kernel.params[param].name
         )))
     }
 
@@ -285,18 +286,24 @@ impl Machine<'_, '_> {
                     self.tiles.insert(*id, Arc::new(tile));
                 }
                 Stmt::Store { param, index, value } => self.store(*param, index, *value, false)?,
-                Stmt::AtomicAdd { param, index, value } => self.store(*param, index, *value, true)?,
+                Stmt::AtomicAdd { param, index, value } => {
+                    self.store(*param, index, *value, true)?
+                }
                 Stmt::For(f) => {
                     let (lo, hi) = (self.dim(&f.lo)?, self.dim(&f.hi)?);
-                    let mut carried =
-                        f.carry.iter().map(|(_, init)| self.tile(*init)).collect::<Result<Vec<_>>>()?;
+                    let mut carried = f
+                        .carry
+                        .iter()
+                        .map(|(_, init)| self.tile(*init))
+                        .collect::<Result<Vec<_>>>()?;
                     for i in lo..hi {
                         self.env.insert(f.var.clone(), i);
                         for ((inner, _), tile) in f.carry.iter().zip(&carried) {
                             self.tiles.insert(*inner, tile.clone());
                         }
                         self.block(&f.body)?;
-                        carried = f.yields.iter().map(|y| self.tile(*y)).collect::<Result<Vec<_>>>()?;
+                        carried =
+                            f.yields.iter().map(|y| self.tile(*y)).collect::<Result<Vec<_>>>()?;
                     }
                     self.env.remove(&f.var);
                     for (result, tile) in f.results.iter().zip(carried) {
@@ -433,7 +440,8 @@ impl Machine<'_, '_> {
                     for i in range {
                         let mut other = at.to_vec();
                         other[*axis] = i;
-                        total = self.combine(*kind, dtype, total, x.data.get(flat(&other, &x.shape)));
+                        total =
+                            self.combine(*kind, dtype, total, x.data.get(flat(&other, &x.shape)));
                     }
                     Ok(total)
                 })
@@ -491,7 +499,11 @@ impl Machine<'_, '_> {
                 let start = self.dim(start)?;
                 self.make(dtype, shape, |at| {
                     let value = start + at[*axis] as i64;
-                    Ok(if dtype.is_float() { Value::Float(value as f64) } else { Value::Int(value) })
+                    Ok(if dtype.is_float() {
+                        Value::Float(value as f64)
+                    } else {
+                        Value::Int(value)
+                    })
                 })
             }
             TileOp::Random { seed, start } => {
@@ -499,7 +511,7 @@ impl Machine<'_, '_> {
                 let target = shape.clone();
                 self.make(dtype, shape, |at| {
                     let counter = (start as u64).wrapping_add(flat(at, &target) as u64);
-                    Ok(Value::Float(crate::philox::uniform(*seed, counter)))
+                    Ok(Value::Float(crate::ops::random::element(dtype, *seed, counter)?))
                 })
             }
         }
@@ -508,7 +520,9 @@ impl Machine<'_, '_> {
     fn call(&self, func: &Func, args: &[Value]) -> Value {
         match self.mode {
             Mode::Exact => func.eval(args),
-            Mode::F64 if func.dtype().is_float() || args.iter().any(|a| matches!(a, Value::Float(_))) => {
+            Mode::F64
+                if func.dtype().is_float() || args.iter().any(|a| matches!(a, Value::Float(_))) =>
+            {
                 let args: Vec<f64> = args
                     .iter()
                     .map(|a| match a {
@@ -517,7 +531,11 @@ impl Machine<'_, '_> {
                     })
                     .collect();
                 let result = func.eval_f64(&args);
-                if func.dtype().is_float() { Value::Float(result) } else { Value::Int(result as i64) }
+                if func.dtype().is_float() {
+                    Value::Float(result)
+                } else {
+                    Value::Int(result as i64)
+                }
             }
             // Integers through and through: exact in 64 bits.
             Mode::F64 => func.eval(args),
@@ -568,7 +586,13 @@ fn beats(kind: ReduceKind, new: Value, old: Value) -> bool {
             _ if kind == ReduceKind::Max => n > o,
             _ => n < o,
         },
-        (Value::Int(n), Value::Int(o)) => if kind == ReduceKind::Max { n > o } else { n < o },
+        (Value::Int(n), Value::Int(o)) => {
+            if kind == ReduceKind::Max {
+                n > o
+            } else {
+                n < o
+            }
+        }
         _ => false,
     }
 }
@@ -598,4 +622,74 @@ fn wrap(dtype: DType, value: i64) -> i64 {
     let mut bytes = [0u8; 8];
     from_i64(dtype, &mut bytes, 0, value);
     read_i64(dtype, &bytes, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tilewright_layout::{Layout, Range, Symbol};
+    use tilewright_tile::{Access, KernelBuilder, TileType};
+
+    fn bytes(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    fn floats(bytes: &[u8]) -> Vec<f32> {
+        bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()
+    }
+
+    /// relu(A B + bias) with partial tiles on every side, against three plain loops.
+    #[test]
+    fn a_matrix_product_with_partial_tiles() {
+        let (m, n, k) = (5usize, 7usize, 6usize);
+        let mut b = KernelBuilder::new("linear_relu");
+        for name in ["M", "N", "K"] {
+            b.symbol(Symbol { name: name.into(), range: Range { min: 0, max: 100 } });
+        }
+        let [sm, sn, sk] = ["M", "N", "K"].map(Dim::sym);
+        let [bm, bn, bk] = ["BM", "BN", "BK"].map(|t| b.tile(t));
+        let pm = b.grid("pm", sm.ceil_div(&bm));
+        let pn = b.grid("pn", sn.ceil_div(&bn));
+        let row = |x: &Dim, y: &Dim| Layout::row_major(&[x.clone(), y.clone()]);
+        let pa = b.param("A", DType::F32, row(&sm, &sk), Access::In);
+        let pb = b.param("B", DType::F32, row(&sk, &sn), Access::In);
+        let pv = b.param("bias", DType::F32, Layout::row_major(&[sn.clone()]), Access::In);
+        let pc = b.param("C", DType::F32, row(&sm, &sn), Access::Out);
+        let zero = b.full(Value::Float(0.0), TileType::new(DType::F32, [bm.clone(), bn.clone()]));
+        let (i, carried) = b.begin_for("i", Dim::new(0), sk.ceil_div(&bk), &[zero]);
+        let ta = b.load(pa, vec![&pm * &bm, &i * &bk], vec![bm.clone(), bk.clone()]);
+        let tb = b.load(pb, vec![&i * &bk, &pn * &bn], vec![bk.clone(), bn.clone()]);
+        let d = b.mma(carried[0], ta, tb, Some(&sk - &i * &bk));
+        let acc = b.end_for(&[d])[0];
+        let v = b.load(pv, vec![&pn * &bn], vec![bn.clone()]);
+        let func = Func::parse("{ x, b -> max(x + b, 0) }", &[DType::F32, DType::F32]).unwrap();
+        let args = vec![b.plain(acc), Operand { tile: v, along: vec![1] }];
+        let r = b.map(func, args, vec![bm.clone(), bn.clone()]);
+        b.store(pc, vec![&pm * &bm, &pn * &bn], r);
+        let kernel = b.finish();
+
+        let values =
+            |n: usize, f: f32| (0..n).map(|i| ((i as f32) * f).sin()).collect::<Vec<f32>>();
+        let (a, w, bias) = (values(m * k, 1.1), values(k * n, 0.7), values(n, 0.3));
+        let mut schedule = Schedule::default();
+        for (name, size) in [("BM", 2), ("BN", 4), ("BK", 4)] {
+            schedule.tiles.insert(name.into(), size);
+        }
+        let sizes: Env =
+            [("M", m), ("N", n), ("K", k)].map(|(s, v)| (Arc::from(s), v as i64)).into();
+        let mut buffers = vec![bytes(&a), bytes(&w), bytes(&bias), vec![0u8; m * n * 4]];
+        run(&kernel, &schedule, &sizes, &mut buffers, Mode::F64).unwrap();
+        let got = floats(&buffers[3]);
+        for i in 0..m {
+            for j in 0..n {
+                let sum: f64 =
+                    (0..k).map(|x| f64::from(a[i * k + x]) * f64::from(w[x * n + j])).sum();
+                let want = (sum + f64::from(bias[j])).max(0.0) as f32;
+                assert_eq!(got[i * n + j], want, "at {i},{j}");
+            }
+        }
+        // A buffer that is too small is an error, not a panic.
+        buffers[0].truncate(8);
+        assert!(run(&kernel, &schedule, &sizes, &mut buffers, Mode::F64).is_err());
+    }
 }

@@ -26,7 +26,14 @@ pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 
 /// `n` uniform numbers of type `dtype`.
 pub(super) fn uniform(dtype: DType, n: usize, seed: u64) -> Result<Buf> {
-    let bits = match dtype {
+    random_bits(dtype)?;
+    let element = |i| element(dtype, seed, i);
+    Ok(Buf::F((0..n as u64).into_par_iter().map(element).collect::<Result<_>>()?))
+}
+
+/// Significant bits of a number below 1.
+fn random_bits(dtype: DType) -> Result<i32> {
+    Ok(match dtype {
         DType::F64 => 53,
         DType::F32 => 24,
         DType::F16 => 11,
@@ -36,20 +43,22 @@ pub(super) fn uniform(dtype: DType, n: usize, seed: u64) -> Result<Buf> {
         other => {
             return Err(Error::user(format!("random numbers in [0, 1) of type {other}")));
         }
-    };
+    })
+}
+
+/// Element `i` of the sequence of this seed and type.
+pub(crate) fn element(dtype: DType, seed: u64, i: u64) -> Result<f64> {
+    let bits = random_bits(dtype)?;
     let key = [seed as u32, (seed >> 32) as u32];
     let words = |block: u64| philox4x32_10([block as u32, (block >> 32) as u32, 0, 0], key);
-    let element = |i: u64| -> f64 {
-        if dtype == DType::F64 {
-            let w = words(i / 2);
-            let at = 2 * (i % 2) as usize;
-            let wide = u64::from(w[at]) << 32 | u64::from(w[at + 1]);
-            return (wide >> 11) as f64 * 0.5f64.powi(53);
-        }
-        let word = words(i / 4)[(i % 4) as usize];
-        f64::from(word >> (32 - bits)) * 0.5f64.powi(bits)
-    };
-    Ok(Buf::F((0..n as u64).into_par_iter().map(element).collect()))
+    if dtype == DType::F64 {
+        let w = words(i / 2);
+        let at = 2 * (i % 2) as usize;
+        let wide = u64::from(w[at]) << 32 | u64::from(w[at + 1]);
+        return Ok((wide >> 11) as f64 * 0.5f64.powi(53));
+    }
+    let word = words(i / 4)[(i % 4) as usize];
+    Ok(f64::from(word >> (32 - bits)) * 0.5f64.powi(bits))
 }
 
 #[cfg(test)]
