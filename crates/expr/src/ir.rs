@@ -289,6 +289,13 @@ impl FuncBuilder {
         self.intern(Node::Op(op, args.to_vec()), dtype)
     }
 
+    /// Whether this operation on these operands exists already.
+    pub(crate) fn has_op(&self, op: Op, args: &[ExprId]) -> bool {
+        let Some(first) = args.first() else { return false };
+        let dtype = if op.is_predicate() { DType::Bool } else { self.dtype_of(*first) };
+        self.seen.contains_key(&(Node::Op(op, args.to_vec()), dtype))
+    }
+
     /// Conversion; nothing when the type is already right.
     pub fn cast(&mut self, x: ExprId, to: DType) -> ExprId {
         if self.dtype_of(x) == to { x } else { self.intern(Node::Op(Op::Cast, vec![x]), to) }

@@ -12,6 +12,8 @@ mod op;
 mod op_table;
 mod parse;
 mod prelude;
+mod rules;
+mod simplify;
 #[cfg(test)]
 mod testgen;
 mod text;
