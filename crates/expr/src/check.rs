@@ -625,6 +625,15 @@ impl<'a> Checker<'a> {
             return None;
         }
         let operands = if op == Op::Select { &types[1..] } else { &types[..] };
+        if let (true, Some(i)) = (logical, types.iter().position(|t| *t != DType::Bool)) {
+            let message = format!(
+                "`{}` joins conditions, this is {}",
+                if op == Op::And { "&&" } else { "||" },
+                types[i]
+            );
+            self.error(frame, arg_span(i), message, "not a condition", "compare it: `x != 0`");
+            return None;
+        }
         if let Some(i) = operands.iter().position(|t| *t != operands[0]) {
             let (a, b) = (operands[0], operands[i]);
             let spelling = op.symbol().unwrap_or(op.name());
@@ -635,15 +644,10 @@ impl<'a> Checker<'a> {
             return None;
         }
         let dtype = operands[0];
-        if (logical && dtype != DType::Bool) || !op.accepts(dtype.class()) {
-            let spelling = match (logical, op) {
-                (true, Op::And) => "&&",
-                (true, _) => "||",
-                _ => op.symbol().unwrap_or(op.name()),
-            };
+        if !op.accepts(dtype.class()) {
+            let spelling = op.symbol().unwrap_or(op.name());
             let message = format!("`{spelling}` does not work on {dtype}");
             let hint = match op {
-                _ if logical => "compare the operands: `x != 0`".to_string(),
                 Op::Xor if dtype.is_float() => "for a power, write `a ** b`".to_string(),
                 _ if dtype == DType::Bool => "convert first: `f32(...)`".to_string(),
                 _ if dtype.is_float() => "convert first: `i32(...)`".to_string(),
@@ -835,20 +839,24 @@ fn did_you_mean<'b>(name: &str, known: impl Iterator<Item = &'b str>) -> Option<
         .map(|(_, k)| format!("did you mean `{k}`?"))
 }
 
-/// Levenshtein distance, at most about 40 bytes each.
+/// Edits (replace, insert, drop, exchange neighbours) from one name to the other.
 fn edit_distance(a: &str, b: &str) -> usize {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
     if a.len() > 40 || b.len() > 40 {
         return usize::MAX;
     }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let replace = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replace.min(diagonal + 1).min(row[j] + 1);
+    let mut d = vec![vec![0usize; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            d[i][j] = if i == 0 || j == 0 {
+                i + j
+            } else {
+                let replace = d[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+                let best = replace.min(d[i - 1][j] + 1).min(d[i][j - 1] + 1);
+                let exchanged = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
+                if exchanged { best.min(d[i - 2][j - 2] + 1) } else { best }
+            };
         }
     }
-    row[b.len()]
+    d[a.len()][b.len()]
 }

@@ -5,8 +5,11 @@
 
 mod ast;
 mod check;
+mod derivative;
 mod eval;
 mod ir;
+#[cfg(test)]
+mod lang_tests;
 mod lex;
 mod op;
 mod op_table;

@@ -14,12 +14,13 @@
 //! | `c ? a : b` | conditional | right |
 //! | `\|\|` `or` | logical or | left |
 //! | `&&` `and` | logical and | left |
+//! | `not` | logical not, of a whole comparison | prefix |
 //! | `<` `<=` `>` `>=` `==` `!=` | comparison | none: `a < b < c` is an error |
 //! | `\|`, then `^`, then `&` | bitwise or, exclusive or, and | left |
 //! | `<<` `>>` | shifts | left |
 //! | `+` `-` | | left |
 //! | `*` `/` `%` | | left |
-//! | `-` `!` `not` `~` | unary | |
+//! | `-` `!` `~` | unary | |
 //! | `**` | power | right; binds stronger than a sign on its left |
 //!
 //! A `-` directly before a number belongs to the number unless `**` follows; `-(1)` is an
@@ -393,7 +394,14 @@ impl Parser<'_> {
     /// Operators of `lowest` level and stronger.
     fn binary(&mut self, lowest: u8) -> Parsed<AstId> {
         let first = self.next_id();
-        let mut left = self.unary()?;
+        let mut left = if lowest <= level::COMPARE && self.at_word("not") {
+            let span = self.advance().span;
+            let operand = self.nested(|p| p.binary(level::COMPARE))?;
+            let span = span.to(self.span_of(operand));
+            self.push(AstKind::Unary(Op::Not, operand), span, first)
+        } else {
+            self.unary()?
+        };
         let mut compared = false;
         while let Some((op, level, logical)) = self.infix() {
             if level < lowest {
@@ -423,7 +431,6 @@ impl Parser<'_> {
         let op = match token.kind {
             TokenKind::Minus => Op::Neg,
             TokenKind::Bang | TokenKind::Tilde => Op::Not,
-            TokenKind::Ident if self.at_word("not") => Op::Not,
             _ => return self.power(),
         };
         self.advance();
@@ -484,7 +491,7 @@ impl Parser<'_> {
                         let message = "`let` cannot stand inside an expression";
                         return self.fail(token.span, message, "statements come first");
                     }
-                    "and" | "or" => return self.unexpected("an operand"),
+                    "and" | "or" | "not" => return self.unexpected("an operand"),
                     _ => AstKind::Name(name.clone()),
                 };
                 self.advance();
