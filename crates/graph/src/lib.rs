@@ -10,6 +10,8 @@ mod builder;
 mod infer;
 mod ir;
 mod op;
+pub mod text;
+mod verify;
 
 pub use builder::GraphBuilder;
 pub use infer::infer;
@@ -18,3 +20,5 @@ pub use op::{
     AttentionAttrs, ConvAttrs, HostAttr, HostOp, Op, PadMode, ReduceKind, ScatterKind, WindowAttrs,
     WindowKind,
 };
+pub use text::Constants;
+pub use verify::verify;
