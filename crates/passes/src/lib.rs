@@ -1,1 +1,34 @@
 //! Graph rewrites, one file each, and the pass manager that verifies and times them.
+//!
+//! [`PIPELINE`] is the whole story: stages in order, each with the reason why it stands there.
+//! [`run`] carries it out. A pass is a function from a graph to the same computation written
+//! better; it names its side conditions in its file's head, with the program before and after.
+//! Passes know no machine: the few numbers that depend on one come in [`PassContext`].
+//!
+//! To add a pass: a file here with `pub fn run(&mut Graph, &PassContext) -> Result<bool>` (true
+//! when something changed) and an entry in [`PIPELINE`].
+
+mod cancel_views;
+mod cse;
+mod dead_code;
+mod decompose;
+mod edit;
+mod fold_constants;
+mod histogram;
+mod infer_shapes;
+mod layout;
+mod manager;
+mod pack_weights;
+mod recognise;
+mod simplify;
+mod simplify_map;
+mod verify;
+mod view;
+
+pub use decompose::decompose_all;
+pub use histogram::{Histogram, op_name};
+pub use layout::{Layouts, choose_layouts};
+pub use manager::{
+    Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,
+};
+pub use verify::verify;
