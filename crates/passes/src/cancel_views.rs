@@ -36,7 +36,7 @@ use tilewright_graph::{Graph, NodeId, Op, ValueId};
 use tilewright_layout::Dim;
 
 /// See the module's head.
-pub fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
+pub(crate) fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
     rewrite(graph, &mut rule)
 }
 
@@ -93,7 +93,11 @@ fn one_element(shape: &[Dim]) -> bool {
     shape.iter().all(|d| d.is(1))
 }
 
-fn map_of_permutes(ed: &mut Editor<'_>, func: &Func, inputs: &[ValueId]) -> Result<Option<ValueId>> {
+fn map_of_permutes(
+    ed: &mut Editor<'_>,
+    func: &Func,
+    inputs: &[ValueId],
+) -> Result<Option<ValueId>> {
     let mut perm: Option<Vec<usize>> = None;
     for &v in inputs {
         if let Some((p, _)) = as_permute(ed, v) {
@@ -128,7 +132,7 @@ fn map_of_permutes(ed: &mut Editor<'_>, func: &Func, inputs: &[ValueId]) -> Resu
             shape.extend_from_slice(ed.graph.shape(v));
             let full = ed.reshape(v, &shape)?;
             // Drop the leading ones again: `[D,1,1]` stays, `[1,1,D]` reads better as `[D]`.
-            let moved = ed.permute(full, &back)?;
+            let moved = ed.permuted_constant(full, &back)?;
             let shape = ed.graph.shape(moved).to_vec();
             let lead = shape.iter().take_while(|d| d.is(1)).count();
             ed.reshape(moved, &shape[lead..])?
@@ -143,7 +147,11 @@ fn common_suffix(a: &[Dim], b: &[Dim]) -> usize {
     a.iter().rev().zip(b.iter().rev()).take_while(|(x, y)| x == y).count()
 }
 
-fn map_of_reshapes(ed: &mut Editor<'_>, func: &Func, inputs: &[ValueId]) -> Result<Option<ValueId>> {
+fn map_of_reshapes(
+    ed: &mut Editor<'_>,
+    func: &Func,
+    inputs: &[ValueId],
+) -> Result<Option<ValueId>> {
     let Some((first, source)) = inputs.iter().find_map(|&v| as_reshape(ed, v).map(|s| (v, s)))
     else {
         return Ok(None);
@@ -197,7 +205,9 @@ fn contract(ed: &mut Editor<'_>, op: &Op, inputs: &[ValueId]) -> Result<Option<V
             letters[side] = reorder(&letters[side], &inverse(&perm));
             operands[side] = source;
             changed = true;
-        } else if let Some(source) = unexpanded(ed, v, &letters[side], operands[1 - side], &letters[1 - side]) {
+        } else if let Some(source) =
+            unexpanded(ed, v, &letters[side], operands[1 - side], &letters[1 - side])
+        {
             operands[side] = source;
             changed = true;
         }
@@ -213,14 +223,14 @@ fn contract(ed: &mut Editor<'_>, op: &Op, inputs: &[ValueId]) -> Result<Option<V
         return Ok(Some(ed.op(make(&letters, out.clone()), &operands)?));
     }
     for side in 0..2 {
-        if let Some(split) = split_letters(ed, operands[side], &letters[side], &letters[1 - side], out) {
+        if let Some(split) =
+            split_letters(ed, operands[side], &letters[side], &letters[1 - side], out)
+        {
             let mut letters = letters.clone();
             letters[side] = split.letters;
             operands[side] = split.source;
-            let shape: Vec<Dim> = out
-                .chars()
-                .map(|l| letter_extent(ed, l, lhs, inputs[0], rhs, inputs[1]))
-                .collect();
+            let shape: Vec<Dim> =
+                out.chars().map(|l| letter_extent(ed, l, lhs, inputs[0], rhs, inputs[1])).collect();
             let inner = ed.op(make(&letters, split.out), &operands)?;
             return Ok(Some(ed.reshape(inner, &shape)?));
         }
@@ -233,7 +243,13 @@ fn letter_extent(ed: &Editor<'_>, l: char, lhs: &str, a: ValueId, rhs: &str, b: 
         letters.chars().position(|x| x == l).map(|i| ed.graph.shape(v)[i].clone())
     };
     match (of(lhs, a), of(rhs, b)) {
-        (Some(x), Some(y)) => if x.is(1) { y } else { x },
+        (Some(x), Some(y)) => {
+            if x.is(1) {
+                y
+            } else {
+                x
+            }
+        }
         (Some(x), None) | (None, Some(x)) => x,
         (None, None) => Dim::new(1),
     }
@@ -287,8 +303,9 @@ fn split_letters(
 ) -> Option<Split> {
     let source = as_reshape(ed, v)?;
     let groups = joined_axes(ed.graph.shape(source), ed.graph.shape(v))?;
-    let mut fresh =
-        ('a'..='z').chain('A'..='Z').filter(|c| ![letters, other, out].iter().any(|s| s.contains(*c)));
+    let mut fresh = ('a'..='z')
+        .chain('A'..='Z')
+        .filter(|c| ![letters, other, out].iter().any(|s| s.contains(*c)));
     let (mut new_letters, mut new_out) = (String::new(), out.to_string());
     for (letter, count) in letters.chars().zip(groups) {
         if count == 1 {
@@ -378,12 +395,9 @@ fn along_axes_of_permute(
             }
             Op::ArgReduce { kind: *kind, axis: perm[*axis], keep: *keep, last: *last }
         }
-        Op::Scan { kind, axis, exclusive, reverse } => Op::Scan {
-            kind: *kind,
-            axis: perm[*axis],
-            exclusive: *exclusive,
-            reverse: *reverse,
-        },
+        Op::Scan { kind, axis, exclusive, reverse } => {
+            Op::Scan { kind: *kind, axis: perm[*axis], exclusive: *exclusive, reverse: *reverse }
+        }
         Op::Softmax { axis, log } => Op::Softmax { axis: perm[*axis], log: *log },
         Op::LayerNorm { axis, .. } | Op::RmsNorm { axis, .. } => {
             let fixed = (*axis..perm.len()).all(|i| perm[i] == i);

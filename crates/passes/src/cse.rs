@@ -20,7 +20,7 @@ use tilewright_graph::{Def, Graph, NodeId, Op, ValueId};
 const SMALL_BYTES: usize = 4096;
 
 /// See the module's head.
-pub fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
+pub(crate) fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
     let mut changed = merge_constants(graph);
     // By operands: the nodes seen. Looked up, never iterated.
     let mut seen: HashMap<Vec<ValueId>, Vec<NodeId>> = HashMap::new();
@@ -49,7 +49,11 @@ fn key(tensor: &Tensor) -> (usize, Vec<usize>, Vec<u8>) {
         id.extend_from_slice(&bytes.len().to_le_bytes());
         id
     };
-    (tensor.dtype() as usize * 2 + usize::from(bytes.len() <= SMALL_BYTES), tensor.shape().to_vec(), content)
+    (
+        tensor.dtype() as usize * 2 + usize::from(bytes.len() <= SMALL_BYTES),
+        tensor.shape().to_vec(),
+        content,
+    )
 }
 
 fn merge_constants(graph: &mut Graph) -> bool {

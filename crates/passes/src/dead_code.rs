@@ -15,7 +15,7 @@ use tilewright_data::Tensor;
 use tilewright_graph::{Def, Graph};
 
 /// See the module's head.
-pub fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
+pub(crate) fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
     let before = graph.order.len();
     graph.remove_dead();
     let mut read = vec![false; graph.values.len()];

@@ -86,18 +86,34 @@ impl Editor<'_> {
         id
     }
 
-    /// Reshaped, unless it has the shape already.
+    /// Reshaped, unless it has the shape already. A constant stays a constant.
     pub(crate) fn reshape(&mut self, x: ValueId, shape: &[Dim]) -> Result<ValueId> {
         if self.graph.shape(x) == shape {
-            Ok(x)
-        } else {
-            self.op(Op::Reshape(shape.to_vec()), &[x])
+            return Ok(x);
         }
+        if let Some(tensor) = self.graph.as_const(x)
+            && let Some(sizes) = TensorType::new(tensor.dtype(), shape).const_shape()
+        {
+            let reshaped = tensor.reshaped(sizes)?;
+            return Ok(self.constant(reshaped));
+        }
+        self.op(Op::Reshape(shape.to_vec()), &[x])
     }
 
     /// Permuted, unless by the identity.
     pub(crate) fn permute(&mut self, x: ValueId, perm: &[usize]) -> Result<ValueId> {
         if is_identity(perm) { Ok(x) } else { self.op(Op::Permute(perm.to_vec()), &[x]) }
+    }
+
+    /// A constant with its axes reordered.
+    pub(crate) fn permuted_constant(&mut self, x: ValueId, perm: &[usize]) -> Result<ValueId> {
+        match self.graph.as_const(x) {
+            Some(tensor) if !is_identity(perm) => {
+                let moved = crate::fold_constants::permute(tensor, perm)?;
+                Ok(self.constant(moved))
+            }
+            _ => self.permute(x, perm),
+        }
     }
 
     /// Broadcast, unless it has the shape already.

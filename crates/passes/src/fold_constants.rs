@@ -19,7 +19,7 @@ use tilewright_data::{Bytes, Tensor, element_count};
 use tilewright_graph::{Graph, NodeId, Op};
 
 /// See the module's head.
-pub fn run(graph: &mut Graph, ctx: &PassContext) -> Result<bool> {
+pub(crate) fn run(graph: &mut Graph, ctx: &PassContext) -> Result<bool> {
     rewrite(graph, &mut |ed, id| {
         if !worth_folding(ed, id, ctx) {
             return Ok(None);
@@ -78,10 +78,8 @@ fn worth_folding(ed: &Editor<'_>, id: NodeId, ctx: &PassContext) -> bool {
 fn fast(op: &Op, tensors: &[Tensor]) -> Result<Option<Tensor>> {
     match (op, tensors) {
         (Op::Reshape(shape), [x]) => {
-            let shape: Option<Vec<usize>> = shape
-                .iter()
-                .map(|d| d.as_const().and_then(|v| usize::try_from(v).ok()))
-                .collect();
+            let shape: Option<Vec<usize>> =
+                shape.iter().map(|d| d.as_const().and_then(|v| usize::try_from(v).ok())).collect();
             shape.map(|s| x.reshaped(s)).transpose()
         }
         (Op::Permute(perm), [x]) => permute(x, perm).map(Some),

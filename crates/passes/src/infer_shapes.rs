@@ -23,7 +23,7 @@ use tilewright_graph::{Graph, Node, Op, TensorType};
 use tilewright_layout::Dim;
 
 /// See the module's head.
-pub fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
+pub(crate) fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
     let mut changed = retype_all(graph)?;
     let equal = equalities(graph);
     if !equal.is_empty() {
@@ -58,9 +58,8 @@ fn unify(graph: &Graph, equal: &mut Equal, a: &Dim, b: &Dim) {
     if a == b {
         return;
     }
-    let place = |d: &Dim| {
-        d.as_symbol().and_then(|s| graph.symbols.iter().position(|k| k.name == *s))
-    };
+    let place =
+        |d: &Dim| d.as_symbol().and_then(|s| graph.symbols.iter().position(|k| k.name == *s));
     let (pa, pb) = (place(&a), place(&b));
     match (pa, pb) {
         (Some(pa), Some(pb)) => {

@@ -28,12 +28,7 @@ pub struct PassContext {
 
 impl Default for PassContext {
     fn default() -> Self {
-        PassContext {
-            vector_lanes: 8,
-            panel_width: 16,
-            fold_limit_bytes: 1 << 20,
-            max_rounds: 24,
-        }
+        PassContext { vector_lanes: 8, panel_width: 16, fold_limit_bytes: 1 << 20, max_rounds: 24 }
     }
 }
 
@@ -241,12 +236,7 @@ pub fn run_observed(
     Ok(report)
 }
 
-fn step(
-    graph: &mut Graph,
-    ctx: &PassContext,
-    pass: &Pass,
-    stage: &mut StageTime,
-) -> Result<bool> {
+fn step(graph: &mut Graph, ctx: &PassContext, pass: &Pass, stage: &mut StageTime) -> Result<bool> {
     let start = Instant::now();
     let outcome = (pass.run)(graph, ctx);
     stage.time += start.elapsed();

@@ -42,7 +42,7 @@ use tilewright_graph::{Graph, NodeId, Op, PadMode, ReduceKind, ValueId, WindowKi
 use tilewright_layout::Dim;
 
 /// See the module's head.
-pub fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
+pub(crate) fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
     rewrite(graph, &mut rule)
 }
 
@@ -109,9 +109,7 @@ fn permute(ed: &mut Editor<'_>, perm: &[usize], x: ValueId) -> Result<Option<Val
     }
     match ed.node_of(x).cloned() {
         Some(node) => match &node.op {
-            Op::Permute(first) => {
-                Ok(Some(ed.permute(node.inputs[0], &permuted(first, perm))?))
-            }
+            Op::Permute(first) => Ok(Some(ed.permute(node.inputs[0], &permuted(first, perm))?)),
             _ => Ok(None),
         },
         None => Ok(None),
@@ -145,9 +143,8 @@ fn slice(
     let Some(node) = ed.node_of(x).cloned() else { return Ok(None) };
     match &node.op {
         Op::Slice { starts: first, steps: first_steps, .. } => {
-            let starts = (0..starts.len())
-                .map(|i| &first[i] + &starts[i] * first_steps[i])
-                .collect();
+            let starts =
+                (0..starts.len()).map(|i| &first[i] + &starts[i] * first_steps[i]).collect();
             let steps = steps.iter().zip(first_steps).map(|(a, b)| a.saturating_mul(*b)).collect();
             let op = Op::Slice { starts, lens: lens.to_vec(), steps };
             Ok(Some(ed.op(op, &node.inputs)?))

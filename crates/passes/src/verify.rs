@@ -17,16 +17,17 @@ pub fn verify(graph: &Graph) -> Result<()> {
             }
         }
         let types: Vec<TensorType> = node.inputs.iter().map(|&v| graph.ty(v).clone()).collect();
-        let expected = infer(&node.op, &types)
-            .map_err(|e| Error::bug(e.to_string()).with_note(at()))?;
+        let expected =
+            infer(&node.op, &types).map_err(|e| Error::bug(e.to_string()).with_note(at()))?;
         if expected.len() != node.outputs.len() {
             return Err(Error::bug("wrong number of results").with_note(at()));
         }
         for (i, (&v, ty)) in node.outputs.iter().zip(&expected).enumerate() {
             if graph.ty(v) != ty {
                 let found = graph.ty(v);
-                return Err(Error::bug(format!("{v} is {found}, its node makes {ty}"))
-                    .with_note(at()));
+                return Err(
+                    Error::bug(format!("{v} is {found}, its node makes {ty}")).with_note(at())
+                );
             }
             if !matches!(graph.values[v].def, Def::Node(n, k) if n == id && k == i) {
                 return Err(Error::bug(format!("{v} does not point back")).with_note(at()));

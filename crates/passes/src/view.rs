@@ -60,7 +60,9 @@ impl View<'_> {
         let Term::Inner(id, expr) = self.resolve(term) else { return None };
         let Op::Map(func) = &self.0.nodes[id].op else { return None };
         match func.node(expr) {
-            ExprNode::Op(op, args) => Some((*op, args.iter().map(|&a| Term::Inner(id, a)).collect())),
+            ExprNode::Op(op, args) => {
+                Some((*op, args.iter().map(|&a| Term::Inner(id, a)).collect()))
+            }
             _ => None,
         }
     }
@@ -147,7 +149,9 @@ impl View<'_> {
         loop {
             let node = &self.0.nodes[self.0.producer(v)?];
             match &node.op {
-                Op::Reduce { kind, axes, .. } => return Some((node.inputs[0], *kind, axes.clone())),
+                Op::Reduce { kind, axes, .. } => {
+                    return Some((node.inputs[0], *kind, axes.clone()));
+                }
                 Op::Reshape(shape) if same_but_units(shape, self.0.shape(node.inputs[0])) => {
                     v = node.inputs[0];
                 }
