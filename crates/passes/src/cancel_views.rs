@@ -18,7 +18,7 @@
 //! | `contract (permute a), b` | `contract a, b` | letters reordered |
 //! | `permute (contract a, b)` | `contract a, b` | letters reordered; read only here |
 //! | `contract (expand a), b` | `contract a, b` | stretched axes are letters whose extent `b` has |
-//! | `contract (reshape a), b` | `reshape (contract a, b)` | the reshape joins axes of `a` that `b` does not have |
+//! | `contract (reshape a), b` | `reshape (contract a, b)` | the reshape joins axes that `b` does not have, or joins alike |
 //! | `reduce`, `softmax`, `scan`, `arg` of `permute` | `permute` of it | axes renamed |
 //! | `layer_norm (permute p a)` | `permute p (..)` | p keeps the normalised axes in place |
 //! | `softmax`, `layer_norm` of `reshape` | `reshape` of it | the reshape keeps the axes from the first touched one on |
@@ -222,16 +222,11 @@ fn contract(ed: &mut Editor<'_>, op: &Op, inputs: &[ValueId]) -> Result<Option<V
     if changed {
         return Ok(Some(ed.op(make(&letters, out.clone()), &operands)?));
     }
-    for side in 0..2 {
-        if let Some(split) =
-            split_letters(ed, operands[side], &letters[side], &letters[1 - side], out)
-        {
-            let mut letters = letters.clone();
-            letters[side] = split.letters;
-            operands[side] = split.source;
+    for which in [[true, true], [true, false], [false, true]] {
+        if let Some(split) = split_letters(ed, &operands, &letters, out, which) {
             let shape: Vec<Dim> =
                 out.chars().map(|l| letter_extent(ed, l, lhs, inputs[0], rhs, inputs[1])).collect();
-            let inner = ed.op(make(&letters, split.out), &operands)?;
+            let inner = ed.op(make(&split.letters, split.out), &split.sources)?;
             return Ok(Some(ed.reshape(inner, &shape)?));
         }
     }
@@ -285,42 +280,73 @@ fn unexpanded(
         .then_some(source)
 }
 
+/// A contraction over axes as they were before a reshape joined them.
 struct Split {
-    source: ValueId,
-    letters: String,
+    sources: [ValueId; 2],
+    letters: [String; 2],
     out: String,
 }
 
-/// For an operand that is a reshape joining neighbouring axes: the contraction over the axes as
-/// they were. Only axes that the other operand does not have are taken apart, and all joined axes
-/// must be such.
+/// For operands (those that `which` says) that are reshapes joining neighbouring axes: the
+/// contraction over the axes as they were. A joined axis that both operands have must be joined
+/// from the same extents in both.
 fn split_letters(
     ed: &Editor<'_>,
-    v: ValueId,
-    letters: &str,
-    other: &str,
+    operands: &[ValueId; 2],
+    letters: &[String; 2],
     out: &str,
+    which: [bool; 2],
 ) -> Option<Split> {
-    let source = as_reshape(ed, v)?;
-    let groups = joined_axes(ed.graph.shape(source), ed.graph.shape(v))?;
+    let mut sources = *operands;
+    // Per side and letter: the extents that it is made of.
+    let mut made_of: [Vec<(char, Vec<Dim>)>; 2] = [Vec::new(), Vec::new()];
+    for side in 0..2 {
+        let shape = ed.graph.shape(operands[side]);
+        if which[side] {
+            sources[side] = as_reshape(ed, operands[side])?;
+            let from = ed.graph.shape(sources[side]);
+            let mut at = 0;
+            for (letter, count) in letters[side].chars().zip(joined_axes(from, shape)?) {
+                made_of[side].push((letter, from[at..at + count].to_vec()));
+                at += count;
+            }
+        } else {
+            made_of[side].extend(
+                letters[side]
+                    .chars()
+                    .zip(shape.iter().map(std::slice::from_ref).map(<[Dim]>::to_vec)),
+            );
+        }
+    }
     let mut fresh = ('a'..='z')
         .chain('A'..='Z')
-        .filter(|c| ![letters, other, out].iter().any(|s| s.contains(*c)));
-    let (mut new_letters, mut new_out) = (String::new(), out.to_string());
-    for (letter, count) in letters.chars().zip(groups) {
-        if count == 1 {
-            new_letters.push(letter);
+        .filter(|c| ![&*letters[0], &*letters[1], out].iter().any(|s| s.contains(*c)));
+    let mut names: Vec<(char, String)> = Vec::new();
+    for (letter, extents) in made_of.iter().flatten() {
+        if names.iter().any(|(l, _)| l == letter) {
             continue;
         }
-        if other.contains(letter) || !out.contains(letter) {
+        let mut both = made_of.iter().filter_map(|m| m.iter().find(|(l, _)| l == letter));
+        let single = extents.len() == 1 && both.clone().all(|(_, e)| e.len() == 1);
+        if !single && both.any(|(_, e)| e != extents) {
             return None;
         }
-        let group: Option<String> = (0..count).map(|_| fresh.next()).collect();
-        let group = group?;
-        new_letters.push_str(&group);
-        new_out = new_out.replace(letter, &group);
+        let name = match single {
+            true => letter.to_string(),
+            false => {
+                let name: Option<String> = extents.iter().map(|_| fresh.next()).collect();
+                name?
+            }
+        };
+        names.push((*letter, name));
     }
-    Some(Split { source, letters: new_letters, out: new_out })
+    let spell = |letters: &str| -> String {
+        letters
+            .chars()
+            .filter_map(|l| names.iter().find(|(n, _)| *n == l).map(|(_, name)| name.as_str()))
+            .collect()
+    };
+    Some(Split { sources, letters: [spell(&letters[0]), spell(&letters[1])], out: spell(out) })
 }
 
 /// For a reshape that only joins neighbouring axes: how many axes each result axis is made of.

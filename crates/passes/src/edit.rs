@@ -97,12 +97,23 @@ impl Editor<'_> {
             let reshaped = tensor.reshaped(sizes)?;
             return Ok(self.constant(reshaped));
         }
-        self.op(Op::Reshape(shape.to_vec()), &[x])
+        let source = match self.node_of(x) {
+            Some(node) if matches!(node.op, Op::Reshape(_)) => node.inputs[0],
+            _ => x,
+        };
+        if self.graph.shape(source) == shape {
+            return Ok(source);
+        }
+        self.op(Op::Reshape(shape.to_vec()), &[source])
     }
 
     /// Permuted, unless by the identity.
     pub(crate) fn permute(&mut self, x: ValueId, perm: &[usize]) -> Result<ValueId> {
-        if is_identity(perm) { Ok(x) } else { self.op(Op::Permute(perm.to_vec()), &[x]) }
+        let (source, perm) = match self.node_of(x) {
+            Some(Node { op: Op::Permute(first), inputs, .. }) => (inputs[0], permuted(first, perm)),
+            _ => (x, perm.to_vec()),
+        };
+        if is_identity(&perm) { Ok(source) } else { self.op(Op::Permute(perm), &[source]) }
     }
 
     /// A constant with its axes reordered.

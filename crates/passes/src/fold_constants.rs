@@ -16,7 +16,8 @@ use crate::edit::{Editor, rewrite};
 use crate::manager::PassContext;
 use tilewright_base::{DType, Result};
 use tilewright_data::{Bytes, Tensor, element_count};
-use tilewright_graph::{Graph, NodeId, Op};
+use tilewright_graph::{Graph, GraphBuilder, NodeId, Op, ValueId};
+use tilewright_interp::Mode;
 
 /// See the module's head.
 pub(crate) fn run(graph: &mut Graph, ctx: &PassContext) -> Result<bool> {
@@ -30,7 +31,7 @@ pub(crate) fn run(graph: &mut Graph, ctx: &PassContext) -> Result<bool> {
         let Some(tensors) = tensors else { return Ok(None) };
         let results = match fast(&node.op, &tensors)? {
             Some(result) => Some(vec![result]),
-            None => evaluate(ed.graph, id, &tensors)?,
+            None => evaluate(ed.graph, id, &tensors),
         };
         let Some(results) = results else { return Ok(None) };
         // Only results of the promised types replace the node's.
@@ -127,7 +128,16 @@ pub(crate) fn permute(x: &Tensor, perm: &[usize]) -> Result<Tensor> {
     Tensor::new(x.dtype(), shape, Bytes::copy_from(&out))
 }
 
-/// Runs the node alone in the interpreter. `None` when it cannot.
-fn evaluate(_graph: &Graph, _id: NodeId, _tensors: &[Tensor]) -> Result<Option<Vec<Tensor>>> {
-    Ok(None)
+/// Runs the node alone in the interpreter. `None` when it cannot: what is wrong with it is told
+/// when the program runs, and only if it is reached then.
+fn evaluate(graph: &Graph, id: NodeId, tensors: &[Tensor]) -> Option<Vec<Tensor>> {
+    let node = &graph.nodes[id];
+    let mut alone = GraphBuilder::new("constant");
+    let inputs: Vec<ValueId> =
+        node.inputs.iter().map(|&v| alone.input(v.to_string(), graph.ty(v).clone())).collect();
+    let outputs = alone.node(node.op.clone(), &inputs).ok()?;
+    for v in outputs {
+        alone.output(v.to_string(), v);
+    }
+    tilewright_interp::run(&alone.finish(), tensors, Mode::Exact).ok()
 }

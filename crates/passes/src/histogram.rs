@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use tilewright_graph::{Graph, Op};
 
-/// How often each operator occurs; prints as `Contract 96, Map 120`.
+/// How often each operator occurs; prints as `contract 96, map 120`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Histogram(pub BTreeMap<String, usize>);
 
@@ -31,12 +31,10 @@ impl fmt::Display for Histogram {
     }
 }
 
-/// The name of an operator without its attributes: `Contract`; host operators as `Host:name`.
+/// The name of an operator; host operators as `host nonzero`.
 pub fn op_name(op: &Op) -> String {
-    if let Op::Host(host) = op {
-        return format!("Host:{}", host.name);
+    match op {
+        Op::Host(host) => format!("host {}", host.name),
+        _ => op.name().to_string(),
     }
-    let text = format!("{op:?}");
-    let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
-    text[..end].to_string()
 }
