@@ -148,6 +148,7 @@ pub(crate) fn rewrite(
         uses[v.index()] += 1;
     }
     let old_order = std::mem::take(&mut graph.order);
+    let old_nodes = graph.nodes.len();
     let replaced = vec![None; graph.values.len()];
     let mut ed = Editor {
         order: Vec::with_capacity(old_order.len()),
@@ -212,7 +213,8 @@ pub(crate) fn rewrite(
             *v = new;
         }
     }
-    if changed {
+    // A rule that gave up half-way may have left nodes behind, too.
+    if changed || graph.nodes.len() > old_nodes {
         graph.remove_dead();
     }
     Ok(changed)

@@ -61,15 +61,11 @@ pub(crate) fn rule(
     if let Some(done) = expand_after(ed, func, inputs, &shape)? {
         return Ok(Some(done));
     }
-    let better = simplified(func);
+    let better = func.simplify();
     if better != *func {
         return Ok(Some(ed.map(better, inputs)?));
     }
     Ok(None)
-}
-
-fn simplified(func: &Func) -> Func {
-    func.clone()
 }
 
 /// A tensor of shape `[]`.

@@ -11,10 +11,6 @@ use tilewright_graph::{
 use tilewright_layout::{Dim, Env, Range};
 use tilewright_passes::{PassContext, decompose_all};
 
-fn dims(d: &[i64]) -> Vec<Dim> {
-    d.iter().map(|&d| Dim::new(d)).collect()
-}
-
 fn mean(b: &mut GraphBuilder, x: ValueId, n: f64, divide: bool) -> ValueId {
     let last = b.shape(x).len() - 1;
     let s = b.reduce(ReduceKind::Sum, x, &[last], true).unwrap();
@@ -148,7 +144,8 @@ struct Spelling {
 }
 
 const HEADS: i64 = 4;
-const DIM: i64 = 8;
+/// A power of 16, so that its roots are numbers of every float type.
+const DIM: i64 = 16;
 
 /// One BERT layer's attention as exporters write it, on `x: f32[B,S,32]`.
 fn bert_attention(how: Spelling) -> Graph {

@@ -205,8 +205,8 @@ fn leads_to_contract(ed: &Editor<'_>, v: ValueId) -> bool {
 
 fn build(ed: &mut Editor<'_>, m: &Match) -> Result<Option<ValueId>> {
     // Factors on q and k.
-    let (q, q_factors) = unscaled(ed, m.q.value);
-    let (k, k_factors) = unscaled(ed, m.k.value);
+    let (q, q_factor) = unscaled(ed, m.q.value)?;
+    let (k, k_factor) = unscaled(ed, m.k.value)?;
     let dtype = ed.graph.dtype(m.v.value);
     if ed.graph.dtype(q) != dtype || ed.graph.dtype(k) != dtype {
         return Ok(None);
@@ -215,7 +215,7 @@ fn build(ed: &mut Editor<'_>, m: &Match) -> Result<Option<ValueId>> {
     let mut f = FuncBuilder::new();
     let score_type = ed.graph.dtype(m.scores);
     let dot = f.param("s", score_type);
-    let factor: f64 = q_factors.iter().chain(&k_factors).product();
+    let factor = q_factor * k_factor;
     let scaled = if factor == 1.0 {
         dot
     } else {
@@ -286,31 +286,39 @@ fn build(ed: &mut Editor<'_>, m: &Match) -> Result<Option<ValueId>> {
     Ok(Some(ed.permute(flat, &perm)?))
 }
 
-/// Strips multiplications and divisions by numbers.
-fn unscaled(ed: &Editor<'_>, mut v: ValueId) -> (ValueId, Vec<f64>) {
+/// The value without multiplications and divisions by numbers (also below views), and the factor.
+fn unscaled(ed: &mut Editor<'_>, v: ValueId) -> Result<(ValueId, f64)> {
     let view = View(ed.graph);
-    let mut factors = Vec::new();
-    loop {
-        let term = Term::Value(v);
-        let found = if let Some((a, b)) = view.pair(term, ExprOp::Mul) {
-            match (view.number(a), view.number(b)) {
-                (None, Some(c)) => Some((a, c)),
-                (Some(c), None) => Some((b, c)),
-                _ => None,
-            }
-        } else if let Some((a, b)) = view.pair(term, ExprOp::Div) {
-            view.number(b).filter(|c| *c != 0.0).map(|c| (a, 1.0 / c))
-        } else {
-            None
-        };
-        match found.and_then(|(x, c)| view.value(x).map(|x| (x, c))) {
-            Some((x, c)) if ed.graph.shape(x) == ed.graph.shape(v) && c.is_finite() && c != 0.0 => {
-                factors.push(c);
-                v = x;
-            }
-            _ => return (v, factors),
+    let term = Term::Value(v);
+    let found = if let Some((a, b)) = view.pair(term, ExprOp::Mul) {
+        match (view.number(a), view.number(b)) {
+            (None, Some(c)) => Some((a, c)),
+            (Some(c), None) => Some((b, c)),
+            _ => None,
         }
+    } else if let Some((a, b)) = view.pair(term, ExprOp::Div) {
+        view.number(b).map(|c| (a, 1.0 / c))
+    } else {
+        None
+    };
+    if let Some((x, c)) = found
+        && let Some(x) = view.value(x)
+        && ed.graph.ty(x) == ed.graph.ty(v)
+        && c.is_finite()
+        && c != 0.0
+    {
+        let (x, more) = unscaled(ed, x)?;
+        return Ok((x, c * more));
     }
+    let Some(node) = ed.node_of(v).cloned() else { return Ok((v, 1.0)) };
+    if !matches!(node.op, Op::Reshape(_) | Op::Permute(_)) {
+        return Ok((v, 1.0));
+    }
+    let (x, c) = unscaled(ed, node.inputs[0])?;
+    if x == node.inputs[0] {
+        return Ok((v, 1.0));
+    }
+    Ok((ed.op(node.op, &[x])?, c))
 }
 
 /// The score function's node for `v`, a value between the scores and the softmax.

@@ -106,7 +106,7 @@ pub fn same_within(before: &Graph, after: &Graph, env: &Env, tolerance: f64) {
         let b = run(after, &given, Mode::F64).unwrap();
         let d = difference(&a, &b);
         assert!(
-            d < 1e-12,
+            d <= tolerance,
             "differ by {d}: before {}, after {}",
             Histogram::of(before),
             Histogram::of(after)
