@@ -22,7 +22,6 @@ mod pack_weights;
 mod recognise;
 mod simplify;
 mod simplify_map;
-mod verify;
 mod view;
 
 pub use decompose::decompose_all;
@@ -31,4 +30,3 @@ pub use layout::{Layouts, choose_layouts};
 pub use manager::{
     Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,
 };
-pub use verify::verify;

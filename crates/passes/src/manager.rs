@@ -6,11 +6,10 @@
 
 use crate::{
     cancel_views, cse, dead_code, decompose, fold_constants, infer_shapes, recognise, simplify,
-    verify,
 };
 use std::time::{Duration, Instant};
 use tilewright_base::{Error, Kind, Result};
-use tilewright_graph::Graph;
+use tilewright_graph::{Graph, verify};
 
 /// What passes may know about the target, as plain numbers, and their limits.
 #[derive(Clone, Debug, PartialEq, Eq)]

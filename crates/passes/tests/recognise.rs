@@ -362,7 +362,7 @@ fn composites_equal_their_decomposition() {
         let before = b.finish();
         let mut after = before.clone();
         assert!(decompose_all(&mut after).unwrap());
-        tilewright_passes::verify(&after).unwrap();
+        tilewright_graph::verify(&after).unwrap();
         same_on(&before, &after, env);
         let counts = histogram(&after);
         for name in ["softmax", "norm", "attention"] {

@@ -3,10 +3,10 @@
 
 use tilewright_base::DType;
 use tilewright_data::Tensor;
-use tilewright_graph::{Graph, GraphBuilder, TensorType, ValueId};
+use tilewright_graph::{Graph, GraphBuilder, TensorType, ValueId, verify};
 use tilewright_interp::{Mode, run};
 use tilewright_layout::{Dim, Env};
-use tilewright_passes::{Histogram, PassContext, find_pass, verify};
+use tilewright_passes::{Histogram, PassContext, find_pass};
 
 /// A small deterministic generator (SplitMix64).
 pub struct Rng(pub u64);
