@@ -15,6 +15,7 @@ mod op;
 mod op_table;
 mod parse;
 mod prelude;
+mod print;
 mod rules;
 mod simplify;
 #[cfg(test)]
@@ -27,3 +28,4 @@ pub use ir::{ExprId, Func, FuncBuilder, Node, Param, Value};
 pub use lex::{Source, Span, Token, TokenKind, tokens};
 pub use op::Op;
 pub use op_table::{FloatEval, Int, IntEval, Llvm, OPS, OpRow};
+pub use print::CUDA_HELPERS;

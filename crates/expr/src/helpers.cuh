@@ -1,0 +1,147 @@
+// Helpers of printed scalar functions. NVRTC and nvcc accept them; no header is needed.
+
+// Rounds f64 to f32 so that a second rounding to fewer digits is as if it were the only one.
+__device__ __forceinline__ float tw_round_to_odd(double x) {
+  const float r = __double2float_rz(x);
+  const bool exact = (double)r == x || x != x;
+  return exact ? r : __uint_as_float(__float_as_uint(r) | 1u);
+}
+
+// Nearest f16, ties to even.
+__device__ __forceinline__ float tw_round_f16(float x) {
+  float r;
+  asm("{ .reg .f16 h; cvt.rn.f16.f32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// Nearest bf16, ties to even: the upper half of the bits, after adding half of what falls away.
+__device__ __forceinline__ float tw_round_bf16(float x) {
+  const unsigned int u = __float_as_uint(x);
+  const unsigned int r = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
+  return x != x ? x : __uint_as_float(r);
+}
+
+// Nearest number with `digits` significant bits, no exponent below 2^low; saturates at `largest`.
+__device__ __forceinline__ float tw_round_f8(float x, int digits, int low, float largest) {
+  const float magnitude = fabsf(x);
+  int exponent = (int)(__float_as_uint(magnitude) >> 23) - 127;
+  exponent = exponent < low ? low : exponent;
+  // One unit in the last place, and rounding to its multiples.
+  const float unit = __uint_as_float((unsigned int)(exponent - (digits - 1) + 127) << 23);
+  const float r = rintf(magnitude / unit) * unit;
+  return copysignf(r > largest ? largest : r, x);
+}
+
+__device__ __forceinline__ float tw_round_f8e4m3(float x) {
+  return x != x ? x : tw_round_f8(x, 4, -6, 448.0f);
+}
+
+__device__ __forceinline__ float tw_round_f8e5m2(float x) {
+  return x != x || isinf(x) ? x : tw_round_f8(x, 3, -14, 57344.0f);
+}
+
+__device__ __forceinline__ signed char tw_wrap_i4(int x) {
+  return (signed char)((int)((unsigned int)x << 28) >> 28);
+}
+
+__device__ __forceinline__ unsigned char tw_wrap_u4(int x) {
+  return (unsigned char)(x & 15);
+}
+
+// Truncates towards zero; outside (-bound, bound) the nearest end, for NaN zero.
+template <typename T, typename F>
+__device__ __forceinline__ T tw_saturate(F x, double bound, T low, T high) {
+  const double v = (double)x;
+  if (v != v) return (T)0;
+  if (v >= bound) return high;
+  if (v <= (low == (T)0 ? 0.0 : -bound)) return low;
+  return (T)x;
+}
+
+template <typename T>
+__device__ __forceinline__ T tw_div(T a, T b) {
+  if (b == (T)0) return (T)0;
+  if ((T)-1 < (T)0 && b == (T)-1) return (T)(0ull - (unsigned long long)a);
+  return (T)(a / b);
+}
+
+template <typename T>
+__device__ __forceinline__ T tw_rem(T a, T b) {
+  if (b == (T)0 || ((T)-1 < (T)0 && b == (T)-1)) return (T)0;
+  return (T)(a % b);
+}
+
+// Remainder with the sign of the divisor.
+template <typename T>
+__device__ __forceinline__ T tw_mod(T a, T b) {
+  const T r = tw_rem(a, b);
+  return r != (T)0 && (r < (T)0) != (b < (T)0) ? (T)(r + b) : r;
+}
+
+__device__ __forceinline__ float tw_mod(float a, float b) {
+  const float r = fmodf(a, b);
+  if (r == 0.0f) return copysignf(0.0f, b);
+  return (r < 0.0f) != (b < 0.0f) ? r + b : r;
+}
+
+__device__ __forceinline__ double tw_mod(double a, double b) {
+  const double r = fmod(a, b);
+  if (r == 0.0) return copysign(0.0, b);
+  return (r < 0.0) != (b < 0.0) ? r + b : r;
+}
+
+// Integer power, wrapping; negative exponents give the truncated result.
+template <typename T>
+__device__ __forceinline__ T tw_pow(T a, T b) {
+  if (b < (T)0) {
+    if (a == (T)1) return (T)1;
+    if (a == (T)-1) return (b & (T)1) ? (T)-1 : (T)1;
+    return (T)0;
+  }
+  unsigned long long base = (unsigned long long)a, exponent = (unsigned long long)b, result = 1;
+  for (; exponent != 0; exponent >>= 1, base *= base) {
+    if (exponent & 1) result *= base;
+  }
+  return (T)result;
+}
+
+template <typename T>
+__device__ __forceinline__ T tw_min(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <typename T>
+__device__ __forceinline__ T tw_max(T a, T b) {
+  return a > b ? a : b;
+}
+
+// NaN when either is; -0 is below +0.
+__device__ __forceinline__ float tw_min(float a, float b) {
+  return a != a || b != b ? a + b : fminf(a, b);
+}
+
+__device__ __forceinline__ float tw_max(float a, float b) {
+  return a != a || b != b ? a + b : fmaxf(a, b);
+}
+
+__device__ __forceinline__ double tw_min(double a, double b) {
+  return a != a || b != b ? a + b : fmin(a, b);
+}
+
+__device__ __forceinline__ double tw_max(double a, double b) {
+  return a != a || b != b ? a + b : fmax(a, b);
+}
+
+// A shift by the width or more gives 0; a negative amount is a huge one.
+template <typename T>
+__device__ __forceinline__ T tw_shl(T a, T b, int bits) {
+  return (unsigned long long)b < (unsigned long long)bits ? (T)((unsigned long long)a << b) : (T)0;
+}
+
+// Arithmetic for signed types: a large amount leaves only the sign.
+template <typename T>
+__device__ __forceinline__ T tw_shr(T a, T b, int bits) {
+  const bool inside = (unsigned long long)b < (unsigned long long)bits;
+  if ((T)-1 < (T)0) return (T)(a >> (inside ? b : (T)(bits - 1)));
+  return inside ? (T)(a >> b) : (T)0;
+}
