@@ -10,8 +10,8 @@
 //! and cannot call themselves. A node that is *bad* had an error already and causes no second one.
 
 use crate::ast::{AstId, AstKind, Block, Number, Program};
-use crate::ir::{ExprId, Func, FuncBuilder, Value};
-use crate::lex::{Source, Span};
+use crate::ir::{ExprId, Func, FuncBuilder, Node, Value};
+use crate::lex::{Source, Span, TokenKind};
 use crate::op::Op;
 use crate::parse::{self, Form};
 use crate::prelude::prelude;
@@ -72,6 +72,22 @@ impl Compiled {
     pub fn tree(&self) -> String {
         self.program.tree_with(&|id| self.type_of(id))
     }
+}
+
+/// The tokens of a text, one per line: place, kind, spelling.
+pub fn list_tokens(text: &str, options: &CompileOptions) -> Result<String> {
+    let (tokens, errors) = crate::lex::tokens(&Source::new(&options.name, text));
+    if !errors.is_empty() {
+        return Err(merge(errors));
+    }
+    let mut out = String::new();
+    for token in tokens.iter().filter(|t| t.kind != TokenKind::End) {
+        let Span { start, end } = token.span;
+        let place = format!("{start}..{end}");
+        let kind = token.kind.to_string();
+        out += &format!("{place:<7} {kind:<10} {}\n", &text[start..end]);
+    }
+    Ok(out)
 }
 
 /// Parses a text without looking at names and types; for showing the tree.
@@ -716,10 +732,20 @@ impl<'a> Checker<'a> {
                 written.parse::<f32>().ok().map(f64::from)
             };
             let id = self.builder.constant(value.unwrap_or(f64::NAN), dtype);
-            let finite = !matches!(self.builder.node(id), crate::ir::Node::Const(Value::Float(v)) if v.is_infinite());
-            if value.is_none() || (!finite && &*n.text != "inf") {
+            let got = match self.builder.node(id) {
+                Node::Const(Value::Float(v)) => *v,
+                _ => f64::NAN,
+            };
+            // The 8-bit floats saturate where the others overflow.
+            let largest = match dtype {
+                DType::F8E4M3 => 448.0,
+                DType::F8E5M2 => 57344.0,
+                _ => f64::INFINITY,
+            };
+            let lost = value.is_some_and(|v| v.is_finite() && v.abs() > largest * 1.0625);
+            if value.is_none() || lost || (got.is_infinite() && &*n.text != "inf") {
                 let message = format!("the number `{written}` is too large for {dtype}");
-                self.error(frame, span, message, "rounds to infinity", "write `inf` if meant");
+                self.error(frame, span, message, "out of range", "write `inf` if meant");
                 return None;
             }
             return Some(id);

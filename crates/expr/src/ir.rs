@@ -238,7 +238,8 @@ impl FuncBuilder {
         let mut bytes = [0u8; 8];
         let value = if dtype.is_float() {
             tilewright_data::from_f64(dtype, &mut bytes, 0, value);
-            Value::Float(tilewright_data::read_f64(dtype, &bytes, 0))
+            let rounded = tilewright_data::read_f64(dtype, &bytes, 0);
+            Value::Float(if rounded.is_nan() { f64::NAN } else { rounded })
         } else if dtype == DType::Bool {
             Value::Int((value != 0.0).into())
         } else {

@@ -76,6 +76,14 @@ fn numbers_take_the_type_beside_them_even_through_let() {
 }
 
 #[test]
+fn tokens_are_listed_with_their_places() {
+    let list = crate::list_tokens("x * 2.5", &CompileOptions::default()).unwrap();
+    assert_eq!(list, "0..1    a name     x\n2..3    `*`        *\n4..7    a number   2.5\n");
+    let error = crate::list_tokens("x $ @", &CompileOptions::default()).unwrap_err();
+    assert_eq!(error.notes().len(), 1);
+}
+
+#[test]
 fn the_typed_tree_shows_types_and_places() {
     let c = compile("x * 2 < y", &CompileOptions::default()).unwrap();
     assert_eq!(
@@ -138,6 +146,7 @@ fn messages_say_what_where_and_what_to_do() {
         ("n * 1.5", "`1.5` is not an integer, and i32 is needed here"),
         ("n + 3000000000", "the number `3000000000` does not fit in i32"),
         ("x * 1e39", "the number `1e39` is too large for f32"),
+        ("f8e4m3(x) * 1e4", "the number `1e4` is too large for f8e4m3"),
         ("b == 1", "`1` stands where a bool is needed"),
         ("gelu(n)", "`gelu` does not work on (i32)"),
         ("f(x) = f(x - 1); f(y)", "`f` is defined through itself"),

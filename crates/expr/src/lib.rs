@@ -23,7 +23,7 @@ mod testgen;
 mod text;
 
 pub use ast::{AstId, AstKind, AstNode, Binder, Block, Function, Number, Program};
-pub use check::{CompileOptions, Compiled, compile, parse_program};
+pub use check::{CompileOptions, Compiled, compile, list_tokens, parse_program};
 pub use ir::{ExprId, Func, FuncBuilder, Node, Param, Value};
 pub use lex::{Source, Span, Token, TokenKind, tokens};
 pub use op::Op;

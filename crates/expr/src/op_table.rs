@@ -219,7 +219,7 @@ const NO: Llvm = Llvm::None;
 
 /// Every operation.
 #[rustfmt::skip]
-pub const OPS: [OpRow; 56] = [
+pub static OPS: [OpRow; 56] = [
     row(Op::Neg, "neg", "-", "fsu").f1(|a| -a).i1(|_, a| a.wrapping_neg()).d(&["-1"])
         .cuda("-$0", "({T})-({U})$0", "({T})-$0").triton("-$0", "-$0", "-$0")
         .llvm(Inst("fneg"), Special, Special).mlir("arith.negf", "", ""),
@@ -293,13 +293,13 @@ pub const OPS: [OpRow; 56] = [
     row(Op::Cast, "cast", "", "fsub")
         .cuda("({T})$0", "({T})$0", "({T})$0").triton("$0.to({T})", "$0.to({T})", "$0.to({T})").llvm(Special, Special, Special),
     row(Op::Add, "add", "+", "fsu").f2(|a, b| a + b).i2(|_, a, b| a.wrapping_add(b)).d(&["1", "1"])
-        .cuda("$0 + $1", "({T})(({U})$0 + ({U})$1)", "({T})($0 + $1)").triton("$0 + $1", "$0 + $1", "$0 + $1")
+        .cuda("$0 + $1", "({T})(({U})$0 + ({U})$1)", "({T})(({U})$0 + ({U})$1)").triton("$0 + $1", "$0 + $1", "$0 + $1")
         .llvm(Inst("fadd"), Inst("add"), Inst("add")).mlir("arith.addf", "arith.addi", "arith.addi"),
     row(Op::Sub, "sub", "-", "fsu").f2(|a, b| a - b).i2(|_, a, b| a.wrapping_sub(b)).d(&["1", "-1"])
-        .cuda("$0 - $1", "({T})(({U})$0 - ({U})$1)", "({T})($0 - $1)").triton("$0 - $1", "$0 - $1", "$0 - $1")
+        .cuda("$0 - $1", "({T})(({U})$0 - ({U})$1)", "({T})(({U})$0 - ({U})$1)").triton("$0 - $1", "$0 - $1", "$0 - $1")
         .llvm(Inst("fsub"), Inst("sub"), Inst("sub")).mlir("arith.subf", "arith.subi", "arith.subi"),
     row(Op::Mul, "mul", "*", "fsu").f2(|a, b| a * b).i2(|_, a, b| a.wrapping_mul(b)).d(&["b", "a"])
-        .cuda("$0 * $1", "({T})(({U})$0 * ({U})$1)", "({T})($0 * $1)").triton("$0 * $1", "$0 * $1", "$0 * $1")
+        .cuda("$0 * $1", "({T})(({U})$0 * ({U})$1)", "({T})(({U})$0 * ({U})$1)").triton("$0 * $1", "$0 * $1", "$0 * $1")
         .llvm(Inst("fmul"), Inst("mul"), Inst("mul")).mlir("arith.mulf", "arith.muli", "arith.muli"),
     row(Op::Div, "div", "/", "fsu").f2(|a, b| a / b).i2(int_div).d(&["1 / b", "-y / b"])
         .cuda("$0 / $1", "tw_div($0, $1)", "tw_div($0, $1)")
@@ -369,7 +369,7 @@ pub const OPS: [OpRow; 56] = [
         .llvm(Special, Special, Special).mlir("arith.select", "arith.select", "arith.select"),
     row(Op::Fma, "fma", "", "fsu").f3(f64::mul_add).i3(|_, a, b, c| a.wrapping_mul(b).wrapping_add(c)).d(&["b", "a", "1"])
         .expansion("a * b + c")
-        .cuda("fma{f}($0, $1, $2)", "({T})(({U})$0 * ({U})$1 + ({U})$2)", "({T})($0 * $1 + $2)")
+        .cuda("fma{f}($0, $1, $2)", "({T})(({U})$0 * ({U})$1 + ({U})$2)", "({T})(({U})$0 * ({U})$1 + ({U})$2)")
         .triton("tl.fma($0, $1, $2)", "$0 * $1 + $2", "$0 * $1 + $2")
         .llvm(Intrinsic("fma"), Expand, Expand).mlir("math.fma", "", ""),
 ];

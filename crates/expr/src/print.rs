@@ -272,9 +272,8 @@ fn fill(template: &str, dtype: DType, args: &[&str]) -> String {
         text = text.replace(&format!("${i}"), arg);
     }
     let unsigned = match cuda_type(dtype) {
-        "signed char" => "unsigned char",
-        "short" => "unsigned short",
-        "int" => "unsigned int",
+        // Small types compute in int, where a product could overflow.
+        "signed char" | "short" | "int" | "unsigned char" | "unsigned short" => "unsigned int",
         "long long" => "unsigned long long",
         other => other,
     };
