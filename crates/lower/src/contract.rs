@@ -1,0 +1,373 @@
+//! Contractions: einsums of two operands as blocked matrix products.
+//!
+//! Letters fall into four classes: *batch* (in both operands and the result), *M* (left and result),
+//! *N* (right and result), *K* (summed). All tensors are seen over one space whose axes are the
+//! letters, a missing letter being a stride of 0; so transposed weights, heads inside rows and
+//! stretched batches are layouts, not cases. Letters of one class that walk memory with one stride
+//! in every tensor merge; the last run of M, N and K is blocked by `BM`, `BN`, `BK`, the others
+//! (and the batch) are grid axes, for K loops.
+//!
+//! ```text
+//! acc[BM,BN] = 0
+//! for k: acc = mma(acc, A[m.., k..], B[k.., n..])
+//! y = epilogue(acc, bias, residual, ...)
+//! ```
+
+use crate::block::{Dag, Emit, KernelParts, Pos};
+use crate::fuse::Group;
+use crate::lowering::Lowering;
+use crate::map::{block_of, extent};
+use crate::place::Place;
+use crate::rows::func;
+use crate::schedule::{gemm_tiles, panel};
+use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
+use tilewright_base::{DType, Error, Result};
+use tilewright_expr::Value;
+use tilewright_graph::{Op, ValueId};
+use tilewright_layout::{Axis, Dim, Layout};
+use tilewright_plan::{BufferId, Note};
+use tilewright_tile::{ParamId, TileId, TileType};
+
+/// One operand over the space of letters.
+#[derive(Clone)]
+pub(crate) struct Side {
+    pub(crate) buffer: BufferId,
+    pub(crate) dtype: DType,
+    pub(crate) layout: Layout,
+}
+
+/// A contraction over a space whose first axes are the result's and whose last axes are summed.
+pub(crate) struct Product {
+    /// Extents of all axes.
+    pub(crate) space: Vec<Dim>,
+    /// How many of them are the result's.
+    pub(crate) result_axes: usize,
+    pub(crate) lhs: Side,
+    pub(crate) rhs: Side,
+    pub(crate) acc: DType,
+    pub(crate) dtype: DType,
+}
+
+/// Size of every letter: the first extent that is not 1.
+fn letter_size(letter: char, operands: &[(&str, &[Dim])]) -> Dim {
+    let mut size = Dim::new(1);
+    for (letters, shape) in operands {
+        for (l, d) in letters.chars().zip(*shape) {
+            if l == letter && size.is(1) {
+                size = d.clone();
+            }
+        }
+    }
+    size
+}
+
+/// A layout over the letters of `space`; a letter that the operand lacks, or stretches, repeats.
+fn over_letters(layout: &Layout, letters: &str, space: &[char], sizes: &[Dim]) -> Layout {
+    let axes = space
+        .iter()
+        .zip(sizes)
+        .map(|(letter, size)| match letters.chars().position(|l| l == *letter) {
+            Some(i) if !layout.axes[i].extent.is(1) => {
+                Axis { extent: size.clone(), ..layout.axes[i].clone() }
+            }
+            _ => broadcast_axis(size.clone()),
+        })
+        .collect();
+    Layout { axes, offset: layout.offset.clone() }
+}
+
+impl Lowering<'_> {
+    pub(crate) fn contract_group(&mut self, group: &Group) -> Result<()> {
+        let anchor = group.nodes.iter().map(|&n| &self.graph.nodes[n]);
+        let node = anchor.clone().find(|n| matches!(n.op, Op::Contract { .. }));
+        let Some((node, Op::Contract { lhs, rhs, out, acc, dtype })) = node.map(|n| (n, &n.op))
+        else {
+            return Err(Error::bug("a contraction group without a contraction"));
+        };
+        let graph = self.graph;
+        let shapes = [
+            (lhs.as_str(), graph.shape(node.inputs[0])),
+            (rhs.as_str(), graph.shape(node.inputs[1])),
+        ];
+        let mut space: Vec<char> = out.chars().collect();
+        for l in lhs.chars().chain(rhs.chars()) {
+            if !space.contains(&l) {
+                space.push(l);
+            }
+        }
+        let sizes: Vec<Dim> = space.iter().map(|&l| letter_size(l, &shapes)).collect();
+        let dag = self.dag(group)?;
+        let in_rhs_only = |l: char| {
+            let here = |side: usize| {
+                shapes[side].0.chars().zip(shapes[side].1).any(|(c, d)| c == l && !d.is(1))
+            };
+            here(1) && !here(0)
+        };
+        // A weight that becomes the right operand lies in panels along its last N letter.
+        let near = self.near_result_axis(&dag, &sizes[..out.chars().count()]);
+        let swapped = near.is_some_and(|a| !in_rhs_only(space[a]))
+            && near.is_some_and(|a| lhs.contains(space[a]));
+        let (right, right_letters) = if swapped { (0, lhs) } else { (1, rhs) };
+        let n_letter = near.map(|a| space[a]);
+        let mut sides = Vec::new();
+        for (i, letters) in [(0, lhs), (1, rhs)] {
+            let v = node.inputs[i];
+            let mut place = self.place(v)?;
+            if i == right
+                && let Some(axis) = n_letter.and_then(|n| right_letters.chars().position(|l| l == n))
+                && let Some(packed) = self.packed_weight(v, axis)
+            {
+                place = packed;
+            }
+            let layout = over_letters(&place.layout, letters, &space, &sizes);
+            sides.push(Side { buffer: place.buffer, dtype: graph.dtype(v), layout });
+        }
+        let rhs_side = sides.pop().ok_or_else(|| Error::bug("an operand"))?;
+        let lhs_side = sides.pop().ok_or_else(|| Error::bug("an operand"))?;
+        let (lhs_side, rhs_side) =
+            if swapped { (rhs_side, lhs_side) } else { (lhs_side, rhs_side) };
+        let product = Product {
+            space: sizes,
+            result_axes: out.chars().count(),
+            lhs: lhs_side,
+            rhs: rhs_side,
+            acc: *acc,
+            dtype: *dtype,
+        };
+        let (name, note) = (self.kernel_name(group), self.note(group));
+        self.product_kernel(name, &product, &dag, note)
+    }
+
+    /// The result axis whose elements lie closest together in the first stored result.
+    pub(crate) fn near_result_axis(&self, dag: &Dag, shape: &[Dim]) -> Option<usize> {
+        let layout = &dag.stores[0].layout;
+        let axes: Vec<usize> = (0..shape.len()).collect();
+        by_distance(&axes, layout, &self.graph.symbols)
+            .into_iter()
+            .rfind(|&a| !is_broadcast(&layout.axes[a]))
+    }
+
+    /// A constant weight in panels along `axis`, unless the layouts already say how it lies.
+    fn packed_weight(&mut self, v: ValueId, axis: usize) -> Option<Place> {
+        let shape = self.graph.shape(v).to_vec();
+        let narrow = shape[axis].as_const().is_none_or(|n| n < self.target.lanes);
+        let matrix = shape.iter().filter(|d| !d.is(1)).count() == 2;
+        if self.graph.as_const(v).is_none() || self.layouts.contains_key(&v) || narrow || !matrix {
+            return None;
+        }
+        Some(self.const_place(v, Layout::panels(&shape, axis, panel(self.target))))
+    }
+
+    /// Writes the kernel of a product with its epilogue.
+    pub(crate) fn product_kernel(
+        &mut self,
+        name: String,
+        product: &Product,
+        dag: &Dag,
+        note: Note,
+    ) -> Result<()> {
+        let symbols = &self.graph.symbols;
+        let rank = product.space.len();
+        let result: Vec<usize> = (0..product.result_axes).collect();
+        // Everything over the whole space: results and epilogue operands repeat along sums.
+        let mut dag = dag.clone();
+        extend_dag(&mut dag, &product.space);
+        let dag = &dag;
+        let (lhs, rhs) = (&product.lhs.layout, &product.rhs.layout);
+        let layouts: Vec<&Layout> = dag.layouts().into_iter().chain([lhs, rhs]).collect();
+        let has = |l: &Layout, a: usize| !is_broadcast(&l.axes[a]);
+        let of = |in_l: bool, in_r: bool| -> Vec<usize> {
+            let wanted = |&&a: &&usize| {
+                // A letter of extent 1 everywhere is an M letter.
+                let (l, r) = (has(lhs, a), has(rhs, a));
+                let (l, r) = if !l && !r { (true, false) } else { (l, r) };
+                (l, r) == (in_l, in_r)
+            };
+            result.iter().filter(wanted).copied().collect()
+        };
+        let solo = |_: usize| false;
+        let store = &dag.stores[0].layout;
+        let batch = partition(&by_distance(&of(true, true), store, symbols), &layouts, &solo);
+        let mut m = partition(&by_distance(&of(true, false), store, symbols), &layouts, &solo);
+        let mut n = partition(&by_distance(&of(false, true), store, symbols), &layouts, &solo);
+        let k_axes: Vec<usize> = (product.result_axes..rank).collect();
+        let mut ks = partition(&by_distance(&k_axes, lhs, symbols), &layouts, &solo);
+        let m_tile = m.pop().unwrap_or_default();
+        let n_tile = n.pop().unwrap_or_default();
+        let k_tile = ks.pop().unwrap_or_default();
+        // Canonical axes: grid axes, the tile, the sums.
+        let mut canon: Vec<Vec<usize>> = batch;
+        canon.extend(m);
+        canon.extend(n);
+        let units = canon.len();
+        let first_k = units + 2;
+        canon.push(m_tile);
+        canon.push(n_tile);
+        canon.extend(ks);
+        canon.push(k_tile);
+        let last = canon.len() - 1;
+
+        let space = &product.space;
+        let size = |c: usize| nominal(&extent(space, &canon[c]), symbols);
+        let batch_size = (0..units).map(size).product();
+        let mut t = gemm_tiles(self.target, batch_size, size(units), size(units + 1), size(last));
+        // A tile of a blocked axis is one block, so that it stays affine; packed panels are made
+        // for the micro-kernel and may be several side by side.
+        let operand_block = |c: usize, l: &Layout| block_of(&[l], &canon[c]);
+        if let Some(b) = operand_block(units, lhs) {
+            t.bm = b;
+        }
+        if let Some(b) = operand_block(last, lhs).or(operand_block(last, rhs)) {
+            t.bk = b;
+        }
+        let outs: Vec<&Layout> = dag.layouts();
+        if let Some(b) = block_of(&outs, &canon[units]) {
+            t.bm = b;
+        }
+        if let Some(b) = block_of(&outs, &canon[units + 1]) {
+            t.bn = crate::schedule::round_up(t.bn.min(4 * b), b);
+        }
+
+        let mut k = KernelParts::new(name, symbols);
+        let (bm, bm_name) = k.tile("BM");
+        let (bn, bn_name) = k.tile("BN");
+        let (bk, bk_name) = k.tile("BK");
+        let tiles = vec![(bm_name, t.bm), (bn_name, t.bn), (bk_name, t.bk)];
+        let mut pos: Vec<Pos> = Vec::new();
+        for c in 0..units {
+            pos.push(Pos::unit(k.grid(&format!("g{c}"), extent(space, &canon[c]))));
+        }
+        // The operand that is read again and again should be the smaller one: when the left one is,
+        // its blocks run fastest while the right block stays in cache.
+        let rows_fastest = size(units) <= size(units + 1);
+        let (m_blocks, n_blocks) = (
+            extent(space, &canon[units]).ceil_div(&bm),
+            extent(space, &canon[units + 1]).ceil_div(&bn),
+        );
+        let (pm, pn) = if rows_fastest {
+            let pn = k.grid("pn", n_blocks);
+            (k.grid("pm", m_blocks), pn)
+        } else {
+            let pm = k.grid("pm", m_blocks);
+            (pm, k.grid("pn", n_blocks))
+        };
+        pos.push(Pos::tile(pm * &bm, bm.clone()));
+        pos.push(Pos::tile(pn * &bn, bn.clone()));
+
+        let a_param = side_param(&mut k, &product.lhs, &canon, &[units, last]);
+        let b_param = side_param(&mut k, &product.rhs, &canon, &[units + 1, last]);
+        let acc_ty = TileType::new(product.acc, vec![bm.clone(), bn.clone()]);
+        let zero = crate::block::zero(product.acc);
+        let mut acc = vec![k.b.full(zero, acc_ty)];
+        // Loops over the sums.
+        for c in first_k..=last {
+            let extent = extent(space, &canon[c]);
+            let var = k.fresh("k");
+            let hi = if c == last { extent.ceil_div(&bk) } else { extent };
+            let (var, inner) = k.b.begin_for(&var, Dim::new(0), hi, &acc);
+            pos.push(match c == last {
+                true => Pos::tile(var * &bk, bk.clone()),
+                false => Pos::unit(var),
+            });
+            acc = inner;
+        }
+        let a = side_tile(&mut k, &a_param, &pos, [units, last]);
+        let b = side_tile(&mut k, &b_param, &pos, [last, units + 1]);
+        let k_extent = extent(space, &canon[last]);
+        let divides = k_extent.as_const().is_some_and(|e| e % t.bk == 0);
+        let limit = (!divides).then(|| k_extent - &pos[last].start);
+        let mut sum = vec![k.b.mma(acc[0], a, b, limit)];
+        for _ in first_k..=last {
+            sum = k.b.end_for(&sum);
+        }
+        let result = finish_acc(&mut k, sum[0], product.acc, product.dtype);
+        // The epilogue stands at the tile; sums are over.
+        for p in &mut pos[first_k..] {
+            *p = Pos::unit(Dim::new(0));
+        }
+        let mut emit = Emit::new(dag, &canon, pos, space);
+        give_anchor(&mut emit, result);
+        emit.store_all(&mut k);
+        let knobs = self.knobs();
+        self.launch(k, tiles, knobs, note)
+    }
+}
+
+/// Makes a [`Dag`] over the result's axes one over the whole space.
+fn extend_dag(dag: &mut Dag, space: &[Dim]) {
+    use crate::block::DagOp;
+    let widen = |layout: &mut Layout| {
+        for d in &space[layout.axes.len()..] {
+            layout.axes.push(broadcast_axis(d.clone()));
+        }
+    };
+    for node in &mut dag.nodes {
+        node.axes.resize(space.len(), false);
+        if let DagOp::Ext(ext) = &mut node.op {
+            widen(&mut ext.layout);
+        }
+    }
+    dag.stores.iter_mut().for_each(|s| widen(&mut s.layout));
+}
+
+/// Rounds the accumulator to the result's type.
+pub(crate) fn finish_acc(k: &mut KernelParts, acc: TileId, from: DType, to: DType) -> TileId {
+    if from == to {
+        return acc;
+    }
+    let shape = k.b.ty(acc).shape.clone();
+    let cast = func(&[from], |f, a| f.cast(a[0], to));
+    let arg = k.b.plain(acc);
+    k.b.map(cast, vec![arg], shape)
+}
+
+/// Gives the anchor's tile to the node that stands for it.
+pub(crate) fn give_anchor(emit: &mut Emit<'_>, tile: TileId) {
+    let dag = emit.dag;
+    for (i, node) in dag.nodes.iter().enumerate() {
+        if matches!(node.op, crate::block::DagOp::Anchor) {
+            emit.memo.insert(i, tile);
+        }
+    }
+}
+
+/// A parameter for an operand, and which canonical axes it has. The tile's axes are always there.
+fn side_param(
+    k: &mut KernelParts,
+    side: &Side,
+    canon: &[Vec<usize>],
+    tile: &[usize],
+) -> (ParamId, Vec<usize>) {
+    let layout = merge(&side.layout, canon).expect("canonical axes serve every layout");
+    let kept: Vec<usize> = (0..canon.len())
+        .filter(|c| tile.contains(c) || !is_broadcast(&layout.axes[*c]))
+        .collect();
+    let axes = kept.iter().map(|&c| layout.axes[c].clone()).collect();
+    let layout = Layout { axes, offset: layout.offset };
+    (k.input(side.buffer, side.dtype, layout), kept)
+}
+
+/// Loads an operand's tile as a matrix whose axes are the canonical axes `want`.
+fn side_tile(
+    k: &mut KernelParts,
+    (param, kept): &(ParamId, Vec<usize>),
+    pos: &[Pos],
+    want: [usize; 2],
+) -> TileId {
+    let index: Vec<Dim> = kept.iter().map(|&c| pos[c].start.clone()).collect();
+    let shape: Vec<Dim> =
+        kept.iter().map(|&c| pos[c].tile.clone().unwrap_or(Dim::new(1))).collect();
+    let fill = crate::block::zero(k.b.param_info(*param).dtype);
+    let steps = vec![1; index.len()];
+    let tile = k.b.load_with(*param, index, steps, fill, shape);
+    let have: Vec<usize> = kept.iter().copied().filter(|&c| pos[c].tile.is_some()).collect();
+    let flat: Vec<Dim> = have.iter().filter_map(|&c| pos[c].tile.clone()).collect();
+    let tile = k.b.reshape(tile, flat);
+    if have == want { tile } else { k.b.permute(tile, &[1, 0]) }
+}
+
+/// The value zero, for fills.
+#[allow(dead_code, reason = "shared by anchors that pad")]
+pub(crate) fn float_zero() -> Value {
+    Value::Float(0.0)
+}

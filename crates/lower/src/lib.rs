@@ -1,0 +1,52 @@
+//! Lowering: from a graph to a plan of tile programs with schedules.
+//!
+//! ```text
+//! graph --fuse--> groups --place--> buffers and layouts --per anchor--> kernel + schedule --> plan
+//! ```
+//!
+//! [`fuse`] decides which nodes become one kernel, the module `place` where each value lies (views
+//! are layouts, not kernels), one module per anchor writes the tile program, `schedule` picks tile
+//! sizes from the target's numbers, and `cost` estimates. What has no kernel becomes a host step.
+//!
+//! Adding an operator: say in `fuse.rs` what kind of group it starts; if it is a reduction, expand
+//! it in `rows.rs`; if it needs a program of its own, a module here with a `*_group` method and an
+//! arm in [`lower`]'s match.
+//!
+//! This crate knows no text of any target.
+
+mod attention;
+mod block;
+mod contract;
+mod conv;
+mod cost;
+mod fuse;
+mod gather;
+mod lowering;
+mod map;
+mod place;
+mod rows;
+mod schedule;
+mod target;
+mod views;
+mod window;
+
+pub use fuse::{Anchor, FusionPlan, Group, fuse};
+pub use lowering::{lower, lower_with};
+pub use target::CpuTarget;
+
+/// Layouts that differ from row-major, by value: packed constants, blocked activations.
+pub type Layouts =
+    std::collections::BTreeMap<tilewright_graph::ValueId, tilewright_layout::Layout>;
+
+/// Switches of lowering.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Fuse; otherwise every node is a kernel of its own (to find what a fusion breaks).
+    pub fusion: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { fusion: true }
+    }
+}

@@ -1,0 +1,467 @@
+//! [`lower`]: the way from a graph to a plan, one group after another.
+
+use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
+use crate::fuse::{Anchor, AxisMap, FusionPlan, Group, fuse, label, root, see_through};
+use crate::place::Place;
+use crate::target::CpuTarget;
+use crate::views::broadcast_axis;
+use crate::{Layouts, Options, cost};
+use std::collections::{BTreeMap, BTreeSet};
+use tilewright_base::{DType, Error, IdVec, Result};
+use tilewright_graph::{Graph, NodeId, Op, PadMode, ValueId};
+use tilewright_layout::{Axis, Dim, Layout};
+use tilewright_plan::{BufferId, HostCall, KernelId, Note, Plan, PlanKernel, Step, Storage};
+use tilewright_tile::{CpuKnobs, ReduceKind, Schedule};
+
+/// State of one lowering.
+pub(crate) struct Lowering<'a> {
+    pub(crate) graph: &'a Graph,
+    pub(crate) target: &'a CpuTarget,
+    pub(crate) layouts: &'a Layouts,
+    pub(crate) host: &'a dyn Fn(&Graph, NodeId) -> HostCall,
+    pub(crate) users: IdVec<ValueId, Vec<NodeId>>,
+    pub(crate) plan: Plan,
+    pub(crate) places: BTreeMap<ValueId, Place>,
+    pub(crate) copies: BTreeMap<ValueId, Place>,
+    pub(crate) consts: BTreeMap<(ValueId, Layout), BufferId>,
+    /// Model outputs that some step writes.
+    pub(crate) written: BTreeSet<usize>,
+}
+
+/// Lowers a graph with default options; see [`lower_with`].
+pub fn lower(
+    graph: &Graph,
+    target: &CpuTarget,
+    layouts: &Layouts,
+    host: &dyn Fn(&Graph, NodeId) -> HostCall,
+) -> Result<Plan> {
+    Ok(lower_with(graph, target, layouts, host, &Options::default())?.0)
+}
+
+/// Lowers a graph: groups its nodes, gives every value a place, and writes a kernel per group.
+/// `layouts` says where constants and results shall not be row-major; `host` makes the call for a
+/// node without a kernel. Also gives the groups, for people.
+pub fn lower_with(
+    graph: &Graph,
+    target: &CpuTarget,
+    layouts: &Layouts,
+    host: &dyn Fn(&Graph, NodeId) -> HostCall,
+    options: &Options,
+) -> Result<(Plan, FusionPlan)> {
+    let mut fusion = fuse(graph, target, options.fusion);
+    let mut low = Lowering {
+        graph,
+        target,
+        layouts,
+        host,
+        users: graph.users(),
+        plan: Plan {
+            name: graph.name.clone(),
+            symbols: graph.symbols.clone(),
+            inputs: signature(graph, graph.inputs.iter().map(|&v| (name_of(graph, v), v))),
+            outputs: signature(graph, graph.outputs.iter().cloned()),
+            ..Plan::default()
+        },
+        places: BTreeMap::new(),
+        copies: BTreeMap::new(),
+        consts: BTreeMap::new(),
+        written: BTreeSet::new(),
+    };
+    // Inputs have their buffers whether anybody reads them or not.
+    for &v in &graph.inputs {
+        low.place(v)?;
+    }
+    for group in &mut fusion.groups {
+        if group.outputs.is_empty() {
+            continue;
+        }
+        let origin = group.nodes.first().map(|&n| graph.nodes[n].origin.clone());
+        low.group(group).map_err(|e| {
+            e.with_context(format!("lowering node `{}`", origin.unwrap_or_default()))
+        })?;
+    }
+    low.outputs()?;
+    Ok((low.plan, fusion))
+}
+
+fn name_of(graph: &Graph, v: ValueId) -> String {
+    let name = &graph.values[v].name;
+    if name.is_empty() { v.to_string() } else { name.clone() }
+}
+
+fn signature(
+    graph: &Graph,
+    values: impl Iterator<Item = (String, ValueId)>,
+) -> Vec<(String, DType, Vec<Dim>)> {
+    values.map(|(name, v)| (name, graph.dtype(v), graph.shape(v).to_vec())).collect()
+}
+
+/// The tile program's form of a reduction kind.
+pub(crate) fn reduce_kind(kind: tilewright_graph::ReduceKind) -> ReduceKind {
+    match kind {
+        tilewright_graph::ReduceKind::Sum => ReduceKind::Sum,
+        tilewright_graph::ReduceKind::Prod => ReduceKind::Prod,
+        tilewright_graph::ReduceKind::Max => ReduceKind::Max,
+        tilewright_graph::ReduceKind::Min => ReduceKind::Min,
+    }
+}
+
+impl Lowering<'_> {
+    /// Vector knobs of the target.
+    pub(crate) fn knobs(&self) -> CpuKnobs {
+        crate::schedule::knobs(self.target)
+    }
+
+    /// One group to steps.
+    fn group(&mut self, group: &mut Group) -> Result<()> {
+        group.estimate_ns = cost::estimate_ns(self.graph, self.target, group);
+        match group.anchor {
+            Anchor::Map => self.map_group(group),
+            Anchor::Rows => self.rows_group(group),
+            Anchor::Contract => self.contract_group(group),
+            Anchor::Conv => self.conv_group(group),
+            Anchor::Window => self.window_group(group),
+            Anchor::Attention => self.attention_group(group),
+            Anchor::Gather => self.gather_group(group),
+            Anchor::Concat => self.concat_group(group),
+            Anchor::Dims => self.dims_group(group),
+            Anchor::Host => self.host_group(group),
+        }
+    }
+
+    /// What a group's kernel is called: its operators in order, without what only moves data.
+    pub(crate) fn kernel_name(&self, group: &Group) -> String {
+        let mut parts: Vec<String> =
+            group.nodes.iter().map(|&n| label(&self.graph.nodes[n])).collect();
+        parts.dedup();
+        parts.truncate(6);
+        let name: String = parts
+            .join("_")
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '_' })
+            .collect();
+        if name.starts_with(|c: char| c.is_ascii_alphabetic()) { name } else { format!("k_{name}") }
+    }
+
+    /// Adds a launch; equal kernels with equal schedules are one.
+    pub(crate) fn launch(
+        &mut self,
+        parts: KernelParts,
+        tiles: Vec<(String, i64)>,
+        knobs: CpuKnobs,
+        note: Note,
+    ) -> Result<()> {
+        let (kernel, args) = parts.finish(&self.graph.symbols);
+        let tiles = tiles.into_iter().map(|(name, v)| (name.as_str().into(), v)).collect();
+        let schedule = Schedule { tiles, cpu: knobs };
+        let known = self
+            .plan
+            .kernels
+            .iter()
+            .find(|(_, k)| k.schedule == schedule && *k.kernel == kernel)
+            .map(|(id, _)| id);
+        let sizes = kernel.symbols.iter().map(|s| Dim::sym(s.name.clone())).collect();
+        let kernel: KernelId = known.unwrap_or_else(|| {
+            self.plan.kernels.push(PlanKernel { kernel: kernel.into(), schedule })
+        });
+        self.plan.steps.push(Step::Launch { kernel, args, sizes, note });
+        Ok(())
+    }
+
+    /// The note of a group's step.
+    pub(crate) fn note(&self, group: &Group) -> Note {
+        cost::note(self.graph, group)
+    }
+
+    /// A layout of the value's own shape, seen over the reference axes.
+    pub(crate) fn over_reference(
+        &self,
+        layout: &Layout,
+        axes: &AxisMap,
+        shape: &[Dim],
+    ) -> Layout {
+        let mut out = Layout {
+            axes: shape.iter().map(|d| broadcast_axis(d.clone())).collect(),
+            offset: layout.offset.clone(),
+        };
+        for (axis, reference) in layout.axes.iter().zip(axes) {
+            if let Some(r) = reference
+                && !axis.extent.is(1)
+            {
+                out.axes[*r] = Axis { extent: shape[*r].clone(), ..axis.clone() };
+            }
+        }
+        out
+    }
+
+    /// Loads an outside value that runs along these reference axes.
+    pub(crate) fn outside(
+        &mut self,
+        dag: &mut Dag,
+        v: ValueId,
+        axes: &AxisMap,
+        shape: &[Dim],
+    ) -> Result<usize> {
+        let place = self.place(v)?;
+        let layout = self.over_reference(&place.layout, axes, shape);
+        let dtype = self.graph.dtype(v);
+        let same = |e: &Ext| e.buffer == place.buffer && e.layout == layout && e.shift.is_none();
+        let known = dag
+            .nodes
+            .iter()
+            .position(|n| matches!(&n.op, DagOp::Ext(e) if same(e) && n.dtype == dtype));
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let varies = layout.axes.iter().map(|a| !crate::views::is_broadcast(a)).collect();
+        let ext =
+            Ext { buffer: place.buffer, dtype, layout, shift: None, fill: zero(dtype) };
+        Ok(dag.push(DagOp::Ext(ext), vec![], varies, dtype))
+    }
+
+    /// The elementwise and reducing part of a group. The anchor's result (for anchors that are not
+    /// rows) is node 0.
+    pub(crate) fn dag(&mut self, group: &Group) -> Result<Dag> {
+        let graph = self.graph;
+        let mut dag = Dag::default();
+        let mut made: BTreeMap<ValueId, usize> = BTreeMap::new();
+        let rank = group.shape.len();
+        for &id in &group.nodes {
+            let node = &graph.nodes[id];
+            let out = node.outputs[0];
+            let result = match &node.op {
+                Op::Map(func) => {
+                    let axes = group.vals[&out].clone();
+                    let mut args = Vec::new();
+                    for &v in &node.inputs {
+                        args.push(self.operand(&mut dag, group, &made, v, &axes)?);
+                    }
+                    dag.map(func.clone(), args, rank)
+                }
+                Op::Iota { ty, axis } => {
+                    let mut varies = vec![false; rank];
+                    varies[*axis] = !group.shape[*axis].is(1);
+                    dag.push(DagOp::Iota(*axis), vec![], varies, ty.dtype)
+                }
+                Op::Random { ty, seed } => {
+                    dag.push(DagOp::Random(*seed), vec![], vec![true; rank], ty.dtype)
+                }
+                Op::Pad { lo, mode: PadMode::Constant(fill), .. } => {
+                    let x = node.inputs[0];
+                    let place = self.place(x)?;
+                    let dtype = graph.dtype(x);
+                    let shift = lo.iter().map(|d| Dim::new(0) - d).collect();
+                    let ext = Ext {
+                        buffer: place.buffer,
+                        dtype,
+                        layout: place.layout,
+                        shift: Some(shift),
+                        fill: *fill,
+                    };
+                    dag.push(DagOp::Ext(ext), vec![], vec![true; rank], dtype)
+                }
+                op if group.anchor == Anchor::Rows => {
+                    let identity: AxisMap = (0..rank).map(Some).collect();
+                    let mut args = Vec::new();
+                    for (i, &v) in node.inputs.iter().enumerate() {
+                        // Scale and bias align right.
+                        let r = graph.shape(v).len();
+                        let axes: AxisMap = identity[rank - r..].to_vec();
+                        args.push(if i == 0 {
+                            self.operand(&mut dag, group, &made, v, &identity)?
+                        } else {
+                            self.operand(&mut dag, group, &made, v, &axes)?
+                        });
+                    }
+                    crate::rows::expand(&mut dag, op, &args, &group.reduced, &group.shape)
+                }
+                _ => dag.push(DagOp::Anchor, vec![], vec![true; rank], graph.dtype(out)),
+            };
+            made.insert(out, result);
+        }
+        for &v in &group.outputs {
+            let place = self.destination(v)?;
+            let layout = self.over_reference(&place.layout, &group.vals[&v], &group.shape);
+            dag.stores.push(DagStore { node: made[&v], buffer: place.buffer, layout });
+        }
+        Ok(dag)
+    }
+
+    /// An operand of a node inside a group, whose result runs along `axes`: a node made before, or
+    /// a load.
+    fn operand(
+        &mut self,
+        dag: &mut Dag,
+        group: &Group,
+        made: &BTreeMap<ValueId, usize>,
+        v: ValueId,
+        axes: &AxisMap,
+    ) -> Result<usize> {
+        let (base, _) = see_through(self.graph, v);
+        if let Some(&node) = made.get(&base) {
+            return Ok(node);
+        }
+        let rank = self.graph.shape(v).len();
+        let shift = axes.len() - rank;
+        let aligned: AxisMap = axes[shift..].to_vec();
+        self.outside(dag, v, &aligned, &group.shape)
+    }
+
+    /// Copies a tensor from one place to another.
+    pub(crate) fn copy_step(
+        &mut self,
+        dtype: DType,
+        from: &Place,
+        to: &Place,
+        name: &str,
+    ) -> Result<()> {
+        let shape = to.layout.shape();
+        let mut dag = Dag::default();
+        let layout = Layout {
+            axes: from
+                .layout
+                .axes
+                .iter()
+                .zip(&shape)
+                .map(|(a, d)| match crate::views::is_broadcast(a) {
+                    true => broadcast_axis(d.clone()),
+                    false => Axis { extent: d.clone(), ..a.clone() },
+                })
+                .collect(),
+            offset: from.layout.offset.clone(),
+        };
+        let varies = layout.axes.iter().map(|a| !crate::views::is_broadcast(a)).collect();
+        let ext = Ext { buffer: from.buffer, dtype, layout, shift: None, fill: zero(dtype) };
+        let x = dag.push(DagOp::Ext(ext), vec![], varies, dtype);
+        dag.stores.push(DagStore { node: x, buffer: to.buffer, layout: to.layout.clone() });
+        let bytes = tilewright_layout::numel(&shape) * (2 * dtype.size() as i64);
+        let note = Note {
+            label: "copy".to_string(),
+            anchor: "map".to_string(),
+            nodes: vec![name.to_string()],
+            bytes,
+            ..Note::default()
+        };
+        self.map_kernel("copy".to_string(), &dag, &shape, note)
+    }
+
+    /// Operands are written into slices of one buffer; what already lies there needs nothing.
+    fn concat_group(&mut self, group: &Group) -> Result<()> {
+        let id = group.nodes[0];
+        let node = &self.graph.nodes[id];
+        let Op::Concat(axis) = node.op else {
+            return Err(Error::bug("a concatenation group without one"));
+        };
+        let out = node.outputs[0];
+        let mut whole = self.destination(out)?;
+        let fits = |low: &Self, whole: &Place| {
+            node.inputs.iter().all(|&v| low.concat_slice(id, axis, v, whole).is_some())
+        };
+        if !fits(self, &whole) {
+            // Blocks would be cut: nobody wrote a slice yet, so row-major is as good.
+            whole = self.in_arena(out, Layout::row_major(self.graph.shape(out)));
+            self.places.insert(out, whole.clone());
+        }
+        let mut start = Dim::new(0);
+        for &v in &node.inputs {
+            let len = self.graph.shape(v)[axis].clone();
+            let layout = whole.layout.slice(axis, &start, &len, 1);
+            let layout = layout.ok_or_else(|| Error::bug("a slice of a concatenation"))?;
+            let to = Place { buffer: whole.buffer, layout };
+            let from = self.place(v)?;
+            if from != to {
+                let name = self.value_name(v);
+                self.copy_step(self.graph.dtype(v), &from, &to, &name)?;
+            }
+            start = start + len;
+        }
+        Ok(())
+    }
+
+    /// Sizes stored as data.
+    fn dims_group(&mut self, group: &Group) -> Result<()> {
+        let node = &self.graph.nodes[group.nodes[0]];
+        let Op::Dims(dims) = &node.op else { return Err(Error::bug("a size group without one")) };
+        let place = self.destination(node.outputs[0])?;
+        let mut k = KernelParts::new("dims", &self.graph.symbols);
+        let param = k.output(place.buffer, DType::I64, place.layout);
+        k.grid("g", Dim::new(1));
+        for (i, d) in dims.iter().enumerate() {
+            let tile = k.b.iota(DType::I64, 0, d.clone(), vec![Dim::new(1)]);
+            k.b.store(param, vec![Dim::from(i)], tile);
+        }
+        let (knobs, note) = (self.knobs(), self.note(group));
+        self.launch(k, vec![], knobs, note)
+    }
+
+    /// A node that the interpreter runs: operands and results are row-major buffers.
+    pub(crate) fn host_group(&mut self, group: &Group) -> Result<()> {
+        let id = group.nodes[0];
+        let node = &self.graph.nodes[id];
+        let mut inputs = Vec::new();
+        for &v in &node.inputs {
+            inputs.push(self.plain_buffer(v)?);
+        }
+        let mut outputs = Vec::new();
+        for &v in &node.outputs {
+            let wished = self.destination(v)?;
+            let plain = Layout::row_major(self.graph.shape(v));
+            let whole = self.plan.buffers[wished.buffer].layout == plain;
+            if wished.layout == plain && whole {
+                outputs.push(wished.buffer);
+                continue;
+            }
+            // Written apart, and copied to where it is wanted afterwards.
+            let apart = self.in_arena(v, plain);
+            outputs.push(apart.buffer);
+        }
+        let op = (self.host)(self.graph, id);
+        let note = self.note(group);
+        self.plan.steps.push(Step::Host { op, inputs, outputs: outputs.clone(), note });
+        for (&v, buffer) in node.outputs.iter().zip(outputs) {
+            let wished = self.destination(v)?;
+            if wished.buffer != buffer {
+                let from = Place { buffer, layout: Layout::row_major(self.graph.shape(v)) };
+                let name = self.value_name(v);
+                self.copy_step(self.graph.dtype(v), &from, &wished, &name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A buffer that holds exactly this value, row-major.
+    fn plain_buffer(&mut self, v: ValueId) -> Result<BufferId> {
+        let plain = Layout::row_major(self.graph.shape(v));
+        if self.graph.as_const(v).is_some() {
+            return Ok(self.const_place(v, plain).buffer);
+        }
+        let place = self.place(v)?;
+        if place.layout == plain && self.plan.buffers[place.buffer].layout == plain {
+            return Ok(place.buffer);
+        }
+        Ok(self.row_major_copy(v, &place)?.buffer)
+    }
+
+    /// Model outputs that no step has written yet: inputs, constants, views, and repeats.
+    fn outputs(&mut self) -> Result<()> {
+        for (i, (name, v)) in self.graph.outputs.iter().enumerate() {
+            if self.written.contains(&i) {
+                continue;
+            }
+            let layout = Layout::row_major(self.graph.shape(*v));
+            let dtype = self.graph.dtype(*v);
+            let buffer =
+                self.new_buffer(name.clone(), dtype, layout.clone(), Storage::Output(i));
+            let from = self.place(*v)?;
+            self.copy_step(dtype, &from, &Place { buffer, layout }, name)?;
+            self.written.insert(i);
+        }
+        Ok(())
+    }
+
+    /// The root of a value's memory.
+    #[allow(dead_code, reason = "used by anchors that look at constants behind views")]
+    pub(crate) fn root(&self, v: ValueId) -> ValueId {
+        root(self.graph, v)
+    }
+}

@@ -1,0 +1,276 @@
+//! Places: in which buffer, under which layout, each value lies.
+//!
+//! A view (reshape, permute, slice, expand) is its operand's place under another layout whenever
+//! that layout exists; otherwise the operand is copied once into row-major order. Values that are
+//! computed choose their place by who reads them: a model output is written where the caller wants
+//! it, an operand of a concatenation straight into its slice, and a value that is only read through
+//! permutations is stored in the order in which it is read.
+
+use crate::fuse::is_view;
+use crate::lowering::Lowering;
+use tilewright_base::{DType, Error, Result};
+use tilewright_graph::{Def, Op, ValueId};
+use tilewright_layout::{Dim, Layout};
+use tilewright_plan::{Buffer, BufferId, Storage};
+
+/// A buffer, and where in it the elements of a value are.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Place {
+    pub(crate) buffer: BufferId,
+    pub(crate) layout: Layout,
+}
+
+/// Why a view of a layout cannot be had: it must be copied.
+pub(crate) fn view(op: &Op, from: &Layout) -> Option<Layout> {
+    match op {
+        Op::Reshape(shape) => from.reshape(shape).or_else(|| {
+            // Row-major stays row-major, also when the symbols do not show the equal products.
+            from.is_row_major().then(|| Layout::row_major(shape))
+        }),
+        Op::Permute(perm) => Some(from.permute(perm)),
+        Op::Expand(shape) => from.expand(shape),
+        Op::Slice { starts, lens, steps } => {
+            let mut layout = from.clone();
+            for axis in 0..starts.len() {
+                let whole = starts[axis].is(0)
+                    && steps[axis] == 1
+                    && lens[axis] == layout.axes[axis].extent;
+                if !whole {
+                    layout = layout.slice(axis, &starts[axis], &lens[axis], steps[axis])?;
+                }
+            }
+            Some(layout)
+        }
+        _ => None,
+    }
+}
+
+/// The layout of a view's operand under which the view has the layout `to`.
+fn unview(op: &Op, to: &Layout, from_shape: &[Dim]) -> Option<Layout> {
+    match op {
+        Op::Reshape(_) => view(&Op::Reshape(from_shape.to_vec()), to),
+        Op::Permute(perm) => {
+            let mut inverse = vec![0; perm.len()];
+            perm.iter().enumerate().for_each(|(i, &p)| inverse[p] = i);
+            Some(to.permute(&inverse))
+        }
+        _ => None,
+    }
+}
+
+impl Lowering<'_> {
+    pub(crate) fn new_buffer(
+        &mut self,
+        name: String,
+        dtype: DType,
+        layout: Layout,
+        storage: Storage,
+    ) -> BufferId {
+        self.plan.buffers.push(Buffer { name, dtype, layout, storage })
+    }
+
+    /// A name for people: the value's, or that of the node that makes it.
+    pub(crate) fn value_name(&self, v: ValueId) -> String {
+        let value = &self.graph.values[v];
+        if !value.name.is_empty() {
+            return value.name.clone();
+        }
+        match value.def {
+            Def::Node(n, _) if !self.graph.nodes[n].origin.is_empty() => {
+                self.graph.nodes[n].origin.clone()
+            }
+            _ => v.to_string(),
+        }
+    }
+
+    /// Where a value can be read. Makes a copy step when a view needs one.
+    pub(crate) fn place(&mut self, v: ValueId) -> Result<Place> {
+        if let Some(place) = self.places.get(&v) {
+            return Ok(place.clone());
+        }
+        let graph = self.graph;
+        let place = match &graph.values[v].def {
+            Def::Input(i) => {
+                let layout = Layout::row_major(graph.shape(v));
+                let name = self.value_name(v);
+                let buffer =
+                    self.new_buffer(name, graph.dtype(v), layout.clone(), Storage::Input(*i));
+                Place { buffer, layout }
+            }
+            Def::Const(_) => {
+                let layout = match self.layouts.get(&v) {
+                    Some(layout) => layout.clone(),
+                    None => Layout::row_major(graph.shape(v)),
+                };
+                self.const_place(v, layout)
+            }
+            Def::Node(n, _) if is_view(&graph.nodes[*n].op) => {
+                let node = &graph.nodes[*n];
+                let from = self.place(node.inputs[0])?;
+                match view(&node.op, &from.layout) {
+                    Some(layout) => Place { buffer: from.buffer, layout },
+                    None => {
+                        let copy = self.row_major_copy(node.inputs[0], &from)?;
+                        let layout = view(&node.op, &copy.layout).ok_or_else(|| {
+                            Error::bug(format!("no view of a row-major tensor: {:?}", node.op))
+                        })?;
+                        Place { buffer: copy.buffer, layout }
+                    }
+                }
+            }
+            Def::Node(n, _) => {
+                return Err(Error::bug(format!(
+                    "value {v} of node {n} is read before it is made"
+                )));
+            }
+        };
+        self.places.insert(v, place.clone());
+        Ok(place)
+    }
+
+    /// A constant under a layout of its own; the same constant under the same layout is one buffer.
+    pub(crate) fn const_place(&mut self, v: ValueId, layout: Layout) -> Place {
+        let known = self.consts.get(&(v, layout.clone())).copied();
+        let buffer = known.unwrap_or_else(|| {
+            let Def::Const(tensor) = &self.graph.values[v].def else {
+                unreachable!("asked for constants only")
+            };
+            let name = self.value_name(v);
+            let storage = Storage::Const(tensor.clone());
+            let buffer = self.new_buffer(name, self.graph.dtype(v), layout.clone(), storage);
+            self.consts.insert((v, layout.clone()), buffer);
+            buffer
+        });
+        Place { buffer, layout }
+    }
+
+    /// A row-major copy of a value in the arena, made once.
+    pub(crate) fn row_major_copy(&mut self, v: ValueId, from: &Place) -> Result<Place> {
+        if let Some(copy) = self.copies.get(&v) {
+            return Ok(copy.clone());
+        }
+        let layout = Layout::row_major(self.graph.shape(v));
+        let name = self.value_name(v);
+        let buffer =
+            self.new_buffer(name.clone(), self.graph.dtype(v), layout.clone(), Storage::Arena);
+        let to = Place { buffer, layout };
+        self.copy_step(self.graph.dtype(v), from, &to, &name)?;
+        self.copies.insert(v, to.clone());
+        Ok(to)
+    }
+
+    /// Where a computed value is to be written.
+    pub(crate) fn destination(&mut self, v: ValueId) -> Result<Place> {
+        if let Some(place) = self.places.get(&v) {
+            return Ok(place.clone());
+        }
+        let place = self.wish(v)?;
+        self.places.insert(v, place.clone());
+        Ok(place)
+    }
+
+    /// The users of a value when it has exactly one, and is no output.
+    fn only_user(&self, v: ValueId) -> Option<tilewright_graph::NodeId> {
+        match self.users[v].as_slice() {
+            [one] if !self.graph.is_output(v) => Some(*one),
+            _ => None,
+        }
+    }
+
+    fn wish(&mut self, v: ValueId) -> Result<Place> {
+        let graph = self.graph;
+        if let Some(layout) = self.layouts.get(&v)
+            && !graph.is_output(v)
+        {
+            let layout = layout.clone();
+            return Ok(self.in_arena(v, layout));
+        }
+        // Views that only this value feeds, as far as they go.
+        let mut chain = Vec::new();
+        let mut end = v;
+        while let Some(user) = self.only_user(end) {
+            let node = &graph.nodes[user];
+            if !matches!(node.op, Op::Reshape(_) | Op::Permute(_)) {
+                break;
+            }
+            chain.push(user);
+            end = node.outputs[0];
+        }
+        for len in (0..=chain.len()).rev() {
+            let last = if len == 0 { v } else { graph.nodes[chain[len - 1]].outputs[0] };
+            let target = match self.target_of(last)? {
+                Some(place) => place,
+                None => Place {
+                    buffer: BufferId(u32::MAX),
+                    layout: Layout::row_major(graph.shape(last)),
+                },
+            };
+            let mut layout = Some(target.layout.clone());
+            for &n in chain[..len].iter().rev() {
+                let node = &graph.nodes[n];
+                layout = layout.and_then(|l| unview(&node.op, &l, graph.shape(node.inputs[0])));
+            }
+            let Some(layout) = layout else { continue };
+            if target.buffer != BufferId(u32::MAX) {
+                // The views at the end then lie there too.
+                self.places.insert(last, target.clone());
+                return Ok(Place { buffer: target.buffer, layout });
+            }
+            return Ok(self.in_arena(v, layout));
+        }
+        let layout = Layout::row_major(graph.shape(v));
+        Ok(self.in_arena(v, layout))
+    }
+
+    pub(crate) fn in_arena(&mut self, v: ValueId, layout: Layout) -> Place {
+        let name = self.value_name(v);
+        let buffer =
+            self.new_buffer(name, self.graph.dtype(v), layout.clone(), Storage::Arena);
+        Place { buffer, layout }
+    }
+
+    /// Where somebody else wants the value: the caller, or a concatenation.
+    fn target_of(&mut self, v: ValueId) -> Result<Option<Place>> {
+        let graph = self.graph;
+        if let Some(i) = graph.outputs.iter().position(|(_, o)| *o == v)
+            && !self.written.contains(&i)
+        {
+            self.written.insert(i);
+            let layout = Layout::row_major(graph.shape(v));
+            let name = graph.outputs[i].0.clone();
+            let buffer = self.new_buffer(name, graph.dtype(v), layout.clone(), Storage::Output(i));
+            return Ok(Some(Place { buffer, layout }));
+        }
+        let Some(user) = self.only_user(v) else { return Ok(None) };
+        let node = &graph.nodes[user];
+        let Op::Concat(axis) = node.op else { return Ok(None) };
+        if node.inputs.iter().filter(|&&i| i == v).count() != 1 {
+            return Ok(None);
+        }
+        let whole = self.destination(node.outputs[0])?;
+        Ok(self.concat_slice(user, axis, v, &whole))
+    }
+
+    /// The part of a concatenation's place that holds its first operand equal to `v`.
+    pub(crate) fn concat_slice(
+        &self,
+        node: tilewright_graph::NodeId,
+        axis: usize,
+        v: ValueId,
+        whole: &Place,
+    ) -> Option<Place> {
+        let mut start = Dim::new(0);
+        for &operand in &self.graph.nodes[node].inputs {
+            let len = &self.graph.shape(operand)[axis];
+            if operand == v {
+                // A blocked axis must not be cut inside a block: neighbours would share it.
+                let block = whole.layout.axes[axis].block.as_ref().map(|b| Dim::new(b.size));
+                let cuts = block.is_some_and(|b| len.exact_div(&b).is_none());
+                let layout = whole.layout.slice(axis, &start, len, 1).filter(|_| !cuts)?;
+                return Some(Place { buffer: whole.buffer, layout });
+            }
+            start = start + len;
+        }
+        None
+    }
+}

@@ -1,0 +1,43 @@
+//! [`CpuTarget`]: the numbers of a machine that fusion and schedules read.
+
+/// A CPU as data. The rates are measured once per machine by whoever calls lowering.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CpuTarget {
+    /// `f32` elements in one vector register: 8 (AVX2) or 16 (AVX-512).
+    pub lanes: i64,
+    /// Bytes of the first-level data cache of one core.
+    pub l1_bytes: i64,
+    /// Bytes of the second-level cache of one core.
+    pub l2_bytes: i64,
+    /// Bytes of the last-level cache.
+    pub l3_bytes: i64,
+    /// Threads that run blocks.
+    pub threads: i64,
+    /// Measured fused multiply-add peak of all threads, in flops per second.
+    pub flops_per_second: f64,
+    /// Measured memory bandwidth of all threads, in bytes per second.
+    pub bytes_per_second: f64,
+    /// Time to start one kernel on all threads, in nanoseconds.
+    pub launch_ns: f64,
+}
+
+impl CpuTarget {
+    /// A plain AVX2 machine with two threads, for tests and where nothing was measured.
+    pub fn avx2() -> CpuTarget {
+        CpuTarget {
+            lanes: 8,
+            l1_bytes: 32 << 10,
+            l2_bytes: 1 << 20,
+            l3_bytes: 16 << 20,
+            threads: 2,
+            flops_per_second: 1.0e11,
+            bytes_per_second: 2.0e10,
+            launch_ns: 2000.0,
+        }
+    }
+
+    /// A plain AVX-512 machine with two threads.
+    pub fn avx512() -> CpuTarget {
+        CpuTarget { lanes: 16, l2_bytes: 2 << 20, flops_per_second: 2.0e11, ..CpuTarget::avx2() }
+    }
+}
