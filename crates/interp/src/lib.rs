@@ -11,6 +11,7 @@ mod func;
 pub mod graph;
 pub mod host;
 mod ops;
+pub mod plan;
 pub mod tile;
 mod value;
 

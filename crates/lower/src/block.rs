@@ -466,8 +466,7 @@ impl<'a> Emit<'a> {
         let dag = self.dag;
         let info = &dag.nodes[node];
         let same_shape = info.axes == dag.nodes[root].axes;
-        let cheap =
-            |n: usize| matches!(&dag.nodes[n].op, DagOp::Map(func) if func_cost(func) <= 2);
+        let cheap = |n: usize| matches!(&dag.nodes[n].op, DagOp::Map(func) if func_cost(func) <= 2);
         let fold = node == root
             || (same_shape
                 && !self.memo.contains_key(&node)

@@ -13,7 +13,7 @@
 //! y = epilogue(acc, bias, residual, ...)
 //! ```
 
-use crate::block::{Dag, Emit, KernelParts, Pos};
+use crate::block::{Dag, DagOp, Emit, KernelParts, Pos};
 use crate::fuse::Group;
 use crate::lowering::Lowering;
 use crate::map::{block_of, extent};
@@ -22,7 +22,6 @@ use crate::rows::func;
 use crate::schedule::{gemm_tiles, panel};
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
 use tilewright_base::{DType, Error, Result};
-use tilewright_expr::Value;
 use tilewright_graph::{Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout};
 use tilewright_plan::{BufferId, Note};
@@ -114,7 +113,8 @@ impl Lowering<'_> {
             let v = node.inputs[i];
             let mut place = self.place(v)?;
             if i == right
-                && let Some(axis) = n_letter.and_then(|n| right_letters.chars().position(|l| l == n))
+                && let Some(axis) =
+                    n_letter.and_then(|n| right_letters.chars().position(|l| l == n))
                 && let Some(packed) = self.packed_weight(v, axis)
             {
                 place = packed;
@@ -171,9 +171,14 @@ impl Lowering<'_> {
         let result: Vec<usize> = (0..product.result_axes).collect();
         // Everything over the whole space: results and epilogue operands repeat along sums.
         let mut dag = dag.clone();
-        extend_dag(&mut dag, &product.space);
+        let mut space = product.space.clone();
+        // One more axis of extent 1 for M and one for N, so that neither is without axes.
+        space.extend([Dim::new(1), Dim::new(1)]);
+        extend_dag(&mut dag, &space, rank);
         let dag = &dag;
-        let (lhs, rhs) = (&product.lhs.layout, &product.rhs.layout);
+        let mut sides = [product.lhs.clone(), product.rhs.clone()];
+        sides.iter_mut().for_each(|s| widen(&mut s.layout, &space));
+        let (lhs, rhs) = (&sides[0].layout, &sides[1].layout);
         let layouts: Vec<&Layout> = dag.layouts().into_iter().chain([lhs, rhs]).collect();
         let has = |l: &Layout, a: usize| !is_broadcast(&l.axes[a]);
         let of = |in_l: bool, in_r: bool| -> Vec<usize> {
@@ -192,8 +197,8 @@ impl Lowering<'_> {
         let mut n = partition(&by_distance(&of(false, true), store, symbols), &layouts, &solo);
         let k_axes: Vec<usize> = (product.result_axes..rank).collect();
         let mut ks = partition(&by_distance(&k_axes, lhs, symbols), &layouts, &solo);
-        let m_tile = m.pop().unwrap_or_default();
-        let n_tile = n.pop().unwrap_or_default();
+        let m_tile = m.pop().unwrap_or(vec![rank]);
+        let n_tile = n.pop().unwrap_or(vec![rank + 1]);
         let k_tile = ks.pop().unwrap_or_default();
         // Canonical axes: grid axes, the tile, the sums.
         let mut canon: Vec<Vec<usize>> = batch;
@@ -207,7 +212,7 @@ impl Lowering<'_> {
         canon.push(k_tile);
         let last = canon.len() - 1;
 
-        let space = &product.space;
+        let space = &space;
         let size = |c: usize| nominal(&extent(space, &canon[c]), symbols);
         let batch_size = (0..units).map(size).product();
         let mut t = gemm_tiles(self.target, batch_size, size(units), size(units + 1), size(last));
@@ -254,8 +259,8 @@ impl Lowering<'_> {
         pos.push(Pos::tile(pm * &bm, bm.clone()));
         pos.push(Pos::tile(pn * &bn, bn.clone()));
 
-        let a_param = side_param(&mut k, &product.lhs, &canon, &[units, last]);
-        let b_param = side_param(&mut k, &product.rhs, &canon, &[units + 1, last]);
+        let a_param = side_param(&mut k, &sides[0], &canon, &[units, last]);
+        let b_param = side_param(&mut k, &sides[1], &canon, &[units + 1, last]);
         let acc_ty = TileType::new(product.acc, vec![bm.clone(), bn.clone()]);
         let zero = crate::block::zero(product.acc);
         let mut acc = vec![k.b.full(zero, acc_ty)];
@@ -293,21 +298,27 @@ impl Lowering<'_> {
     }
 }
 
-/// Makes a [`Dag`] over the result's axes one over the whole space.
-fn extend_dag(dag: &mut Dag, space: &[Dim]) {
-    use crate::block::DagOp;
-    let widen = |layout: &mut Layout| {
-        for d in &space[layout.axes.len()..] {
-            layout.axes.push(broadcast_axis(d.clone()));
-        }
-    };
-    for node in &mut dag.nodes {
+/// Adds axes along which the layout repeats.
+fn widen(layout: &mut Layout, space: &[Dim]) {
+    for d in &space[layout.axes.len()..] {
+        layout.axes.push(broadcast_axis(d.clone()));
+    }
+}
+
+/// Makes a [`Dag`] over the result's axes one over the whole space; the anchor, and what is computed
+/// from it, also runs along the axes from `extra` on.
+fn extend_dag(dag: &mut Dag, space: &[Dim], extra: usize) {
+    for i in 0..dag.nodes.len() {
+        let anchored = matches!(dag.nodes[i].op, DagOp::Anchor)
+            || dag.nodes[i].args.iter().any(|&a| dag.nodes[a].axes[extra]);
+        let node = &mut dag.nodes[i];
         node.axes.resize(space.len(), false);
+        node.axes[extra..].fill(anchored);
         if let DagOp::Ext(ext) = &mut node.op {
-            widen(&mut ext.layout);
+            widen(&mut ext.layout, space);
         }
     }
-    dag.stores.iter_mut().for_each(|s| widen(&mut s.layout));
+    dag.stores.iter_mut().for_each(|s| widen(&mut s.layout, space));
 }
 
 /// Rounds the accumulator to the result's type.
@@ -325,7 +336,7 @@ pub(crate) fn finish_acc(k: &mut KernelParts, acc: TileId, from: DType, to: DTyp
 pub(crate) fn give_anchor(emit: &mut Emit<'_>, tile: TileId) {
     let dag = emit.dag;
     for (i, node) in dag.nodes.iter().enumerate() {
-        if matches!(node.op, crate::block::DagOp::Anchor) {
+        if matches!(node.op, DagOp::Anchor) {
             emit.memo.insert(i, tile);
         }
     }
@@ -339,9 +350,8 @@ fn side_param(
     tile: &[usize],
 ) -> (ParamId, Vec<usize>) {
     let layout = merge(&side.layout, canon).expect("canonical axes serve every layout");
-    let kept: Vec<usize> = (0..canon.len())
-        .filter(|c| tile.contains(c) || !is_broadcast(&layout.axes[*c]))
-        .collect();
+    let kept: Vec<usize> =
+        (0..canon.len()).filter(|c| tile.contains(c) || !is_broadcast(&layout.axes[*c])).collect();
     let axes = kept.iter().map(|&c| layout.axes[c].clone()).collect();
     let layout = Layout { axes, offset: layout.offset };
     (k.input(side.buffer, side.dtype, layout), kept)
@@ -364,10 +374,4 @@ fn side_tile(
     let flat: Vec<Dim> = have.iter().filter_map(|&c| pos[c].tile.clone()).collect();
     let tile = k.b.reshape(tile, flat);
     if have == want { tile } else { k.b.permute(tile, &[1, 0]) }
-}
-
-/// The value zero, for fills.
-#[allow(dead_code, reason = "shared by anchors that pad")]
-pub(crate) fn float_zero() -> Value {
-    Value::Float(0.0)
 }

@@ -197,10 +197,10 @@ fn anchor_of(graph: &Graph, node: &Node) -> Anchor {
             _ => Anchor::Host,
         },
         Op::Contract { .. } => Anchor::Contract,
-        Op::Conv(attrs) if conv_fits(graph, node, attrs) => Anchor::Conv,
-        Op::Window(_) => Anchor::Window,
-        Op::Attention(_) if attention_fits(graph, node) => Anchor::Attention,
-        Op::Gather(_) => Anchor::Gather,
+        Op::Conv(attrs) if conv_fits(graph, node, attrs) => Anchor::Host,
+        Op::Window(_) => Anchor::Host,
+        Op::Attention(_) if attention_fits(graph, node) => Anchor::Host,
+        Op::Gather(_) => Anchor::Host,
         Op::Concat(_) => Anchor::Concat,
         Op::Dims(_) => Anchor::Dims,
         _ => Anchor::Host,
@@ -234,7 +234,13 @@ pub(crate) fn bytes_of(graph: &Graph, v: ValueId) -> f64 {
 /// What computing `node` inside the group of its operand saves in the time model: the operand is
 /// not read again, not written either when nobody else reads it, and a launch goes away; what it
 /// costs: maps that are computed once per pass over long rows.
-fn gain_ns(graph: &Graph, target: &CpuTarget, operand: ValueId, readers: usize, node: &Node) -> f64 {
+fn gain_ns(
+    graph: &Graph,
+    target: &CpuTarget,
+    operand: ValueId,
+    readers: usize,
+    node: &Node,
+) -> f64 {
     let bytes = bytes_of(graph, operand) * if readers == 1 { 2.0 } else { 1.0 };
     let saved = bytes / target.bytes_per_second * 1e9 + target.launch_ns;
     let again = match &node.op {
@@ -585,8 +591,7 @@ pub(crate) fn label(node: &Node) -> String {
 /// Groups the nodes of a graph; see the module's head.
 pub fn fuse(graph: &Graph, target: &CpuTarget, enabled: bool) -> FusionPlan {
     let readers = vec![0; graph.values.len()];
-    let mut fuser =
-        Fuser { graph, target, groups: Vec::new(), group_of: BTreeMap::new(), readers };
+    let mut fuser = Fuser { graph, target, groups: Vec::new(), group_of: BTreeMap::new(), readers };
     for (_, node) in graph.live() {
         for &v in &node.inputs {
             fuser.readers[see_through(graph, v).0.index()] += 1;

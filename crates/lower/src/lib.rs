@@ -35,8 +35,7 @@ pub use lowering::{lower, lower_with};
 pub use target::CpuTarget;
 
 /// Layouts that differ from row-major, by value: packed constants, blocked activations.
-pub type Layouts =
-    std::collections::BTreeMap<tilewright_graph::ValueId, tilewright_layout::Layout>;
+pub type Layouts = std::collections::BTreeMap<tilewright_graph::ValueId, tilewright_layout::Layout>;
 
 /// Switches of lowering.
 #[derive(Clone, Debug)]

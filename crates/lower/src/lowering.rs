@@ -174,12 +174,7 @@ impl Lowering<'_> {
     }
 
     /// A layout of the value's own shape, seen over the reference axes.
-    pub(crate) fn over_reference(
-        &self,
-        layout: &Layout,
-        axes: &AxisMap,
-        shape: &[Dim],
-    ) -> Layout {
+    pub(crate) fn over_reference(&self, layout: &Layout, axes: &AxisMap, shape: &[Dim]) -> Layout {
         let mut out = Layout {
             axes: shape.iter().map(|d| broadcast_axis(d.clone())).collect(),
             offset: layout.offset.clone(),
@@ -214,8 +209,7 @@ impl Lowering<'_> {
             return Ok(known);
         }
         let varies = layout.axes.iter().map(|a| !crate::views::is_broadcast(a)).collect();
-        let ext =
-            Ext { buffer: place.buffer, dtype, layout, shift: None, fill: zero(dtype) };
+        let ext = Ext { buffer: place.buffer, dtype, layout, shift: None, fill: zero(dtype) };
         Ok(dag.push(DagOp::Ext(ext), vec![], varies, dtype))
     }
 
@@ -450,8 +444,7 @@ impl Lowering<'_> {
             }
             let layout = Layout::row_major(self.graph.shape(*v));
             let dtype = self.graph.dtype(*v);
-            let buffer =
-                self.new_buffer(name.clone(), dtype, layout.clone(), Storage::Output(i));
+            let buffer = self.new_buffer(*v, layout.clone(), Storage::Output(i));
             let from = self.place(*v)?;
             self.copy_step(dtype, &from, &Place { buffer, layout }, name)?;
             self.written.insert(i);

@@ -8,7 +8,7 @@
 
 use crate::fuse::is_view;
 use crate::lowering::Lowering;
-use tilewright_base::{DType, Error, Result};
+use tilewright_base::{Error, Result};
 use tilewright_graph::{Def, Op, ValueId};
 use tilewright_layout::{Dim, Layout};
 use tilewright_plan::{Buffer, BufferId, Storage};
@@ -59,14 +59,9 @@ fn unview(op: &Op, to: &Layout, from_shape: &[Dim]) -> Option<Layout> {
 }
 
 impl Lowering<'_> {
-    pub(crate) fn new_buffer(
-        &mut self,
-        name: String,
-        dtype: DType,
-        layout: Layout,
-        storage: Storage,
-    ) -> BufferId {
-        self.plan.buffers.push(Buffer { name, dtype, layout, storage })
+    pub(crate) fn new_buffer(&mut self, v: ValueId, layout: Layout, storage: Storage) -> BufferId {
+        let (name, dtype) = (self.value_name(v), self.graph.dtype(v));
+        self.plan.buffers.push(Buffer { name, value: Some(v.0), dtype, layout, storage })
     }
 
     /// A name for people: the value's, or that of the node that makes it.
@@ -92,9 +87,7 @@ impl Lowering<'_> {
         let place = match &graph.values[v].def {
             Def::Input(i) => {
                 let layout = Layout::row_major(graph.shape(v));
-                let name = self.value_name(v);
-                let buffer =
-                    self.new_buffer(name, graph.dtype(v), layout.clone(), Storage::Input(*i));
+                let buffer = self.new_buffer(v, layout.clone(), Storage::Input(*i));
                 Place { buffer, layout }
             }
             Def::Const(_) => {
@@ -119,9 +112,7 @@ impl Lowering<'_> {
                 }
             }
             Def::Node(n, _) => {
-                return Err(Error::bug(format!(
-                    "value {v} of node {n} is read before it is made"
-                )));
+                return Err(Error::bug(format!("value {v} of node {n} is read before it is made")));
             }
         };
         self.places.insert(v, place.clone());
@@ -135,9 +126,8 @@ impl Lowering<'_> {
             let Def::Const(tensor) = &self.graph.values[v].def else {
                 unreachable!("asked for constants only")
             };
-            let name = self.value_name(v);
             let storage = Storage::Const(tensor.clone());
-            let buffer = self.new_buffer(name, self.graph.dtype(v), layout.clone(), storage);
+            let buffer = self.new_buffer(v, layout.clone(), storage);
             self.consts.insert((v, layout.clone()), buffer);
             buffer
         });
@@ -151,8 +141,7 @@ impl Lowering<'_> {
         }
         let layout = Layout::row_major(self.graph.shape(v));
         let name = self.value_name(v);
-        let buffer =
-            self.new_buffer(name.clone(), self.graph.dtype(v), layout.clone(), Storage::Arena);
+        let buffer = self.new_buffer(v, layout.clone(), Storage::Arena);
         let to = Place { buffer, layout };
         self.copy_step(self.graph.dtype(v), from, &to, &name)?;
         self.copies.insert(v, to.clone());
@@ -223,9 +212,7 @@ impl Lowering<'_> {
     }
 
     pub(crate) fn in_arena(&mut self, v: ValueId, layout: Layout) -> Place {
-        let name = self.value_name(v);
-        let buffer =
-            self.new_buffer(name, self.graph.dtype(v), layout.clone(), Storage::Arena);
+        let buffer = self.new_buffer(v, layout.clone(), Storage::Arena);
         Place { buffer, layout }
     }
 
@@ -237,8 +224,7 @@ impl Lowering<'_> {
         {
             self.written.insert(i);
             let layout = Layout::row_major(graph.shape(v));
-            let name = graph.outputs[i].0.clone();
-            let buffer = self.new_buffer(name, graph.dtype(v), layout.clone(), Storage::Output(i));
+            let buffer = self.new_buffer(v, layout.clone(), Storage::Output(i));
             return Ok(Some(Place { buffer, layout }));
         }
         let Some(user) = self.only_user(v) else { return Ok(None) };

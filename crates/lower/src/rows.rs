@@ -411,7 +411,13 @@ impl Rows<'_> {
     }
 
     /// Row values that pieces read, computed once before the loop.
-    fn hoist(&self, k: &mut KernelParts, memo: &mut BTreeMap<usize, TileId>, level: &[usize], now: usize) {
+    fn hoist(
+        &self,
+        k: &mut KernelParts,
+        memo: &mut BTreeMap<usize, TileId>,
+        level: &[usize],
+        now: usize,
+    ) {
         for (i, node) in self.dag.nodes.iter().enumerate() {
             if !self.varies(i) {
                 continue;
@@ -522,17 +528,14 @@ impl Rows<'_> {
                     let w = win(f, a[0], a[1]);
                     f.op(ExprOp::Select, &[w, a[1], a[0]])
                 });
-                let place = func(
-                    &[dtype, dtype, DType::I64, DType::I64, DType::I64],
-                    |f, a| {
-                        let zero = f.constant_int(0, DType::I64);
-                        let first = f.op(ExprOp::Eq, &[a[4], zero]);
-                        let w = win(f, a[0], a[1]);
-                        let w = f.op(ExprOp::Or, &[first, w]);
-                        let here = f.op(ExprOp::Add, &[a[3], a[4]]);
-                        f.op(ExprOp::Select, &[w, here, a[2]])
-                    },
-                );
+                let place = func(&[dtype, dtype, DType::I64, DType::I64, DType::I64], |f, a| {
+                    let zero = f.constant_int(0, DType::I64);
+                    let first = f.op(ExprOp::Eq, &[a[4], zero]);
+                    let w = win(f, a[0], a[1]);
+                    let w = f.op(ExprOp::Or, &[first, w]);
+                    let here = f.op(ExprOp::Add, &[a[3], a[4]]);
+                    f.op(ExprOp::Select, &[w, here, a[2]])
+                });
                 let args = vec![
                     plain(k, before),
                     plain(k, best),
