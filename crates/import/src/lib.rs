@@ -1,1 +1,3 @@
 //! Models in files to graph IR: ONNX and Hugging Face directories.
+
+pub mod onnx;

@@ -23,7 +23,7 @@ const CRATES: &[Row] = &[
     Row { name: "tile",       may_know: &["base", "layout", "data", "expr"] },
     Row { name: "plan",       may_know: &["base", "layout", "data", "expr", "tile"] },
     Row { name: "interp",     may_know: &["base", "layout", "data", "expr", "graph", "tile", "plan"] },
-    Row { name: "import",     may_know: &["base", "layout", "data", "expr", "graph"] },
+    Row { name: "import",     may_know: &["base", "layout", "data", "expr", "graph", "interp"] },
     Row { name: "passes",     may_know: &["base", "layout", "data", "expr", "graph", "interp"] },
     Row { name: "lower",      may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan"] },
     Row { name: "emit-llvm",  may_know: &["base", "layout", "data", "expr", "target", "tile", "plan"] },
@@ -32,6 +32,7 @@ const CRATES: &[Row] = &[
     Row { name: "tilewright", may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "passes", "lower", "emit-llvm", "jit", "runtime"] },
     Row { name: "cli",        may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "passes", "lower", "emit-llvm", "jit", "runtime", "tilewright"] },
     Row { name: "python",     may_know: &["base", "layout", "data", "tilewright"] },
+    Row { name: "conformance", may_know: &["base", "data", "graph", "interp", "import", "tilewright"] },
     Row { name: "testkit",    may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "passes", "lower", "emit-llvm", "jit", "runtime", "tilewright"] },
 ];
 
