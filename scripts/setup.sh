@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Installs what the commands need. Nothing happens when everything is there already.
 #
-#   scripts/setup.sh [system] [test] [demo] [bench]     default: system
+#   scripts/setup.sh [system] [test] [demo] [bench] [browser]     default: system
 #
 # system: LLVM 22 with its static libraries, a C compiler for linking, Python's venv module.
 #         Through apt-get where its sources offer llvm-22-dev (Debian 12 and later); elsewhere this
 #         says what to install. LLVM in another place: set LLVM_SYS_221_PREFIX to its prefix.
 # test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv.
+# browser: Chromium, for the test that looks at HTML reports.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -53,6 +54,18 @@ Install it and run the command again:
   anywhere:            any LLVM $llvm_major install; set LLVM_SYS_221_PREFIX to its prefix"
 }
 
+# Sets `as_root` to what runs a command as root: nothing, or sudo.
+as_root=()
+find_root() {
+  [ "$(id -u)" -eq 0 ] && return 0
+  command -v sudo >/dev/null || return 1
+  as_root=(sudo)
+}
+
+apt_install() {
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
 setup_system() {
   command -v cargo >/dev/null || fail "cargo was not found: install Rust (1.88 or later) with rustup or your distribution"
   command -v python3 >/dev/null || fail "python3 was not found: install Python 3.10 or later"
@@ -68,16 +81,11 @@ setup_system() {
   if have_llvm && command -v cc >/dev/null && python3 -c 'import ensurepip' 2>/dev/null; then
     return 0
   fi
-  local as_root=()
-  if [ "$(id -u)" -ne 0 ]; then
-    command -v sudo >/dev/null || explain_llvm "not root, and no sudo"
-    as_root=(sudo)
-  fi
+  find_root || explain_llvm "not root, and no sudo"
   printf 'setup: installing %s\n' "${missing[*]}"
   "${as_root[@]}" apt-get update -qq || fail "apt-get update failed"
   apt-cache show "llvm-$llvm_major-dev" >/dev/null 2>&1 || have_llvm || explain_llvm "apt's sources do not offer llvm-$llvm_major-dev"
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null \
-    || fail "apt-get install failed; the packages are: ${missing[*]}"
+  apt_install "${missing[@]}" || fail "apt-get install failed; the packages are: ${missing[*]}"
   have_llvm || explain_llvm "apt-get installed its packages, but llvm-config-$llvm_major does not answer"
 }
 
@@ -96,11 +104,22 @@ setup_python() {
   touch "$stamp"
 }
 
+setup_browser() {
+  local name
+  for name in chromium chromium-browser google-chrome; do
+    command -v "$name" >/dev/null && return 0
+  done
+  command -v apt-get >/dev/null && find_root || fail "no Chromium was found: install it (package chromium)"
+  printf 'setup: installing chromium\n'
+  "${as_root[@]}" apt-get update -qq && apt_install chromium || fail "apt-get could not install chromium"
+}
+
 [ $# -gt 0 ] || set -- system
 for part in "$@"; do
   case "$part" in
     system) setup_system ;;
     test | demo | bench) setup_python "$part" ;;
-    *) fail "unknown part '$part' (system, test, demo, bench)" ;;
+    browser) setup_browser ;;
+    *) fail "unknown part '$part' (system, test, demo, bench, browser)" ;;
   esac
 done

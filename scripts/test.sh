@@ -55,7 +55,9 @@ fuzz() {
 
 start_of_all=$SECONDS
 if [ "$only" = all ]; then
-  step "setup" ./scripts/setup.sh system test
+  parts=(system test)
+  if compgen -G 'tests/python/test_*html*.py' >/dev/null; then parts+=(browser); fi
+  step "setup" ./scripts/setup.sh "${parts[@]}"
   lint
   rust
   python
