@@ -170,7 +170,8 @@ impl Dim {
         {
             return Dim::new(floor_div(a.saturating_add(b - 1), b));
         }
-        (self + divisor - 1).floor_div(divisor)
+        // `floor((self + divisor - 1) / divisor)`, written so that a large divisor does not saturate.
+        (self - 1).floor_div(divisor) + 1
     }
 
     /// `self - divisor * floor(self / divisor)`.

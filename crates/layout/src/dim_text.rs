@@ -18,6 +18,8 @@ impl fmt::Display for Dim {
             && let rest = self - 1
             && let [(mono, 1)] = rest.terms()
             && let [Atom::FloorDiv(a, b)] = mono.as_slice()
+            // Not where a constant at the end of `i64` saturates.
+            && (&**a + 1).ceil_div(b) == *self
         {
             return write!(f, "ceil({}/{})", tight(&(&**a + 1)), tight(b));
         }
@@ -85,6 +87,9 @@ impl FromStr for Dim {
     }
 }
 
+/// Magnitude of `i64::MIN`, which only its sign makes a number that fits.
+const SMALLEST: &str = "9223372036854775808";
+
 struct Parser<'a> {
     text: &'a str,
     at: usize,
@@ -117,13 +122,27 @@ impl Parser<'_> {
         &rest[..len]
     }
 
+    /// Whether the magnitude of `i64::MIN` follows.
+    fn at_smallest(&mut self) -> bool {
+        self.skip_space();
+        let rest = self.text[self.at..].strip_prefix(SMALLEST);
+        rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_digit()))
+    }
+
     fn sum(&mut self) -> Result<Dim, String> {
         let mut sum = self.product()?;
         loop {
+            let before = self.at;
             if self.eat('+') {
                 sum = sum + self.product()?;
             } else if self.eat('-') {
-                sum = sum - self.product()?;
+                if self.at_smallest() {
+                    // The sign belongs to the number here: its magnitude alone has no value.
+                    self.at = before;
+                    sum = sum + self.product()?;
+                } else {
+                    sum = sum - self.product()?;
+                }
             } else {
                 return Ok(sum);
             }
@@ -136,13 +155,22 @@ impl Parser<'_> {
             if self.eat('*') {
                 product = product * self.factor()?;
             } else if self.eat('/') {
-                product = product.floor_div(&self.factor()?);
+                product = product.floor_div(&self.divisor()?);
             } else if self.eat('%') {
-                product = product.modulo(&self.factor()?);
+                product = product.modulo(&self.divisor()?);
             } else {
                 return Ok(product);
             }
         }
+    }
+
+    /// A factor that is not zero in normal form.
+    fn divisor(&mut self) -> Result<Dim, String> {
+        let divisor = self.factor()?;
+        if divisor.is(0) {
+            return Err(format!("division by zero in size `{}`", self.text));
+        }
+        Ok(divisor)
     }
 
     fn factor(&mut self) -> Result<Dim, String> {
@@ -162,6 +190,10 @@ impl Parser<'_> {
             return Ok(inner);
         }
         if self.eat('-') {
+            if self.at_smallest() {
+                self.at += SMALLEST.len();
+                return Ok(Dim::new(i64::MIN));
+            }
             return Ok(-&self.factor()?);
         }
         let Some(first) = self.text[self.at..].chars().next() else {
@@ -189,7 +221,7 @@ impl Parser<'_> {
                     a = a * self.factor()?;
                 }
                 self.expect('/')?;
-                let b = self.factor()?;
+                let b = self.divisor()?;
                 if name == "floor" { a.floor_div(&b) } else { a.ceil_div(&b) }
             }
             "min" | "max" => {
@@ -223,6 +255,8 @@ mod tests {
             "floor((N + 1)/(2*K))",
             "max(0, N - 3)",
             "-N + 3*(M % 8)",
+            "-9223372036854775808",
+            "N - 9223372036854775808",
         ] {
             let dim: Dim = text.parse().unwrap();
             assert_eq!(dim.to_string().parse::<Dim>().unwrap(), dim, "{text} -> {dim}");
@@ -232,8 +266,18 @@ mod tests {
 
     #[test]
     fn bad_text_is_an_error() {
-        for text in ["", "N +", "floor(3)", "1 2", "min(1)", "99999999999999999999", "foo(1)", "("]
-        {
+        for text in [
+            "",
+            "N +",
+            "floor(3)",
+            "1 2",
+            "min(1)",
+            "99999999999999999999",
+            "foo(1)",
+            "(",
+            "N/0",
+            "N % (M - M)",
+        ] {
             assert!(text.parse::<Dim>().is_err(), "{text}");
         }
         assert!("(".repeat(10_000).parse::<Dim>().is_err());

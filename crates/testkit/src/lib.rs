@@ -1,1 +1,3 @@
 //! Comparison with tolerances, random programs and a minimiser, for tests.
+
+pub mod fuzz;
