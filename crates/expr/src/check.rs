@@ -185,8 +185,8 @@ struct Frame<'a> {
     top: bool,
     base: usize,
     vals: Vec<Val>,
-    /// Name, first node that sees it, meaning.
-    scope: Vec<(Arc<str>, AstId, Local)>,
+    /// By name, in order: the first node that sees a meaning, and the meaning.
+    scope: BTreeMap<Arc<str>, Vec<(AstId, Local)>>,
     settled_lets: HashMap<(AstId, DType), Option<ExprId>>,
 }
 
@@ -194,7 +194,7 @@ impl<'a> Frame<'a> {
     fn new(program: &'a Program, block: &Block, top: bool) -> Frame<'a> {
         let base = block.first.index();
         let vals = vec![Val::Bad; block.result.index() + 1 - base];
-        Frame { program, top, base, vals, scope: Vec::new(), settled_lets: HashMap::new() }
+        Frame { program, top, base, vals, scope: BTreeMap::new(), settled_lets: HashMap::new() }
     }
 
     fn val(&self, id: AstId) -> Val {
@@ -205,8 +205,13 @@ impl<'a> Frame<'a> {
         self.vals[id.index() - self.base] = val;
     }
 
+    fn bind(&mut self, name: &Arc<str>, from: AstId, meaning: Local) {
+        self.scope.entry(name.clone()).or_default().push((from, meaning));
+    }
+
     fn local(&self, name: &str, user: AstId) -> Option<Local> {
-        self.scope.iter().rev().find(|(n, from, _)| **n == *name && *from <= user).map(|l| l.2)
+        let meanings = self.scope.get(name)?;
+        meanings.iter().rev().find(|(from, _)| *from <= user).map(|m| m.1)
     }
 }
 
@@ -254,7 +259,7 @@ impl<'a> Checker<'a> {
         self.check_definitions();
         let mut frame = Frame::new(self.program, body, true);
         for (name, id) in &self.closed {
-            frame.scope.push((name.clone(), AstId(0), Local::Value(*id)));
+            frame.bind(name, AstId(0), Local::Value(*id));
         }
         let result = self.block(&mut frame, body, None);
         types.resize(frame.base, None);
@@ -300,16 +305,16 @@ impl<'a> Checker<'a> {
             seen.push(name);
             let mut frame = Frame::new(program, &function.body, false);
             for p in &function.params {
-                frame.scope.push((p.name.clone(), AstId(0), Local::Let(AstId(0))));
+                frame.bind(&p.name, AstId(0), Local::Let(AstId(0)));
             }
             for (binder, root) in &function.body.lets {
-                frame.scope.push((binder.name.clone(), AstId(root.0 + 1), Local::Let(*root)));
+                frame.bind(&binder.name, AstId(root.0 + 1), Local::Let(*root));
             }
             for id in (function.body.first.0..=function.body.result.0).map(AstId) {
                 let node = program.node(id);
                 match &node.kind {
                     AstKind::Name(n) if frame.local(n, id).is_none() && constant(n).is_none() => {
-                        let known = frame.scope.iter().map(|s| &*s.0);
+                        let known = frame.scope.keys().map(|name| &**name);
                         let hint = did_you_mean(n, known.chain(CONSTANTS.iter().map(|c| c.0)));
                         let message = format!("`{n}` is not known in `{name}`");
                         let hint = hint.unwrap_or_else(|| {
@@ -364,7 +369,7 @@ impl<'a> Checker<'a> {
     ) -> Option<ExprId> {
         for (binder, root) in &block.lets {
             self.tree(frame, *root);
-            frame.scope.push((binder.name.clone(), AstId(root.0 + 1), Local::Let(*root)));
+            frame.bind(&binder.name, AstId(root.0 + 1), Local::Let(*root));
         }
         self.tree(frame, block.result);
         self.settle(frame, block.result, want.or(self.default))
@@ -577,7 +582,7 @@ impl<'a> Checker<'a> {
             }
             _ => {
                 if frame.top {
-                    let hint = did_you_mean(name, frame.scope.iter().map(|s| &*s.0));
+                    let hint = did_you_mean(name, frame.scope.keys().map(|name| &**name));
                     let message = format!("`{name}` is not known");
                     self.error(frame, span, message, "unknown name", &hint.unwrap_or_default());
                 }
@@ -690,11 +695,14 @@ impl<'a> Checker<'a> {
         if frame.val(arg) == Val::Pending {
             let node = frame.program.node(arg);
             if let AstKind::Number(n) = &node.kind {
-                if to.is_float() || (to.is_int() && is_integer_text(&n.text)) {
-                    return self.literal(frame, node.span, n, to);
-                }
-                let value = f64_value(n).unwrap_or(f64::NAN);
-                return Some(self.builder.constant(value, to));
+                let converted = if to.is_float() || (to.is_int() && is_integer_text(&n.text)) {
+                    self.literal(frame, node.span, n, to)
+                } else {
+                    Some(self.builder.constant(f64_value(n).unwrap_or(f64::NAN), to))
+                };
+                // Settled: a type from further out must not reach in.
+                frame.set(arg, converted.into());
+                return converted;
             }
             // `i32(7 / 2)` divides integers, `i32(7 / 2.0)` converts the result.
             let integers = subtree(frame.program, arg).all(|j| match &frame.program.node(j).kind {
@@ -807,7 +815,7 @@ impl<'a> Checker<'a> {
         let program = if key.0 { prelude() } else { self.program };
         let mut inner = Frame::new(program, &function.body, false);
         for (param, arg) in function.params.iter().zip(&memo_key.1) {
-            inner.scope.push((param.name.clone(), AstId(0), Local::Value(*arg)));
+            inner.bind(&param.name, AstId(0), Local::Value(*arg));
         }
         self.calls.push(key);
         self.depth += 1;

@@ -3,7 +3,7 @@
 //! **Values.** f64 is `double` and f32 `float`; the narrower floats are held in `float` (Triton:
 //! `tl.float32`), each operation rounding its result to the type. Integers are held in their C
 //! type, 4-bit ones in 8 bits. Whoever loads and stores converts. Compiled without contraction and
-//! without fast math (`-fmad=false`), `+ - * /`, `sqrt`, `fma` and all integer operations give the
+//! without fast math (`-fmad=false`, Triton's `enable_fp_fusion=False`), `+ - * /`, `sqrt`, `fma` and all integer operations give the
 //! bits of [`Func::eval`]; the other functions stay within the bounds of the target's library.
 //!
 //! The text of an operation is its template in `op_table.rs`; what templates call is in

@@ -593,7 +593,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #![proptest_config(testgen::config(4000))]
         #[test]
         fn simplified_functions_compute_the_same_bits(
             func in testgen::func(25),

@@ -133,6 +133,13 @@ pub(crate) fn build(types: &[DType], steps: &[Step]) -> Func {
     b.finish(result)
 }
 
+/// `cases` cases; `TW_FUZZ_SCALE=50` makes them fifty times as many.
+pub(crate) fn config(cases: u32) -> ProptestConfig {
+    let scale = std::env::var("TW_FUZZ_SCALE").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let failure_persistence = None;
+    ProptestConfig { cases: cases * scale, failure_persistence, ..ProptestConfig::default() }
+}
+
 /// Every data type.
 pub(crate) fn dtype() -> impl Strategy<Value = DType> {
     (0..DType::TABLE.len()).prop_map(|i| DType::TABLE[i].0)

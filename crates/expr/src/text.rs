@@ -223,6 +223,7 @@ mod tests {
         same("{ x -> x + -9223372036854775808 }", &[I64]);
         same("{ x -> (x < 1.0) == (x > 0.0) }", &[F32]);
         same("{ x, t0 -> let t1 = x * t0; t1 / t1 }", &[F32, F32]);
+        same("{ x -> x + where(i64(4611686018427387904) < 0, 0, 0 + 0) }", &[I32]);
         same("{ x -> fma(x, 0.1, max(1e-30, x)) }", &[F32]);
     }
 
@@ -266,7 +267,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(1500))]
+        #![proptest_config(testgen::config(1500))]
         #[test]
         fn every_function_comes_back_from_its_text(func in testgen::func(40)) {
             let text = func.to_string();
