@@ -13,6 +13,7 @@
 //! | `reshape x` | `x` | same shape |
 //! | `reshape (reshape x)` | `reshape x` | |
 //! | `reshape (reduce x)` | `reduce x` with or without kept axes | only axes of extent 1 differ |
+//! | `reshape (map (reduce x))` | `map (reduce x)` | only axes of extent 1 differ |
 //! | `reshape (permute x)` | `reshape x` | the permute moves only axes of extent 1 |
 //! | `permute (permute x)` | `permute x` | |
 //! | `permute x` | `x` | identity |
@@ -27,7 +28,7 @@
 //! | `concat (concat ..)` | `concat ..` | same axis, the inner one is read only here |
 //! | `reduce x` | `reshape x` | over axes of extent 1, or none |
 //! | `window x` | `reduce x` | the window is the whole plane, no padding |
-//! | `gather x, i` | `slice x` | one index, known |
+//! | `gather x, i` | `slice x` | known indices that count up by one |
 //!
 //! Every rule is exact: results keep their bits. (A window of means divides by the count as a
 //! reduction followed by a division does.)
@@ -36,7 +37,7 @@ use crate::edit::{Editor, Rewritten, is_identity, permuted, rewrite};
 use crate::manager::PassContext;
 use crate::simplify_map;
 use crate::view::same_but_units;
-use tilewright_base::{DType, Result};
+use tilewright_base::Result;
 use tilewright_expr::{FuncBuilder, Op as ExprOp, Value};
 use tilewright_graph::{Graph, NodeId, Op, PadMode, ReduceKind, ValueId, WindowKind};
 use tilewright_layout::Dim;
@@ -98,6 +99,29 @@ fn reshape(ed: &mut Editor<'_>, shape: &[Dim], x: ValueId) -> Result<Option<Valu
                 return Ok(Some(ed.reshape(node.inputs[0], shape)?));
             }
             Ok(None)
+        }
+        // Axes of extent 1 go or come before the map, when the reduction below can see to it.
+        Op::Map(func) if ed.only_here(x) && same_but_units(shape, ed.graph.shape(x)) => {
+            let mut operands = node.inputs.clone();
+            let reduced = |ed: &Editor<'_>, v| matches!(ed.op_of(v), Some(Op::Reduce { .. }));
+            if !operands.iter().any(|&v| reduced(ed, v)) {
+                return Ok(None);
+            }
+            for v in &mut operands {
+                if !reduced(ed, *v) && ed.graph.shape(*v).iter().all(|d| d.is(1)) {
+                    *v = ed.reshape(*v, &[])?;
+                    continue;
+                }
+                if !reduced(ed, *v) || !ed.only_here(*v) || ed.graph.shape(*v) != ed.graph.shape(x)
+                {
+                    return Ok(None);
+                }
+                let source = *v;
+                let Some(seen) = reshape(ed, shape, source)? else { return Ok(None) };
+                *v = seen;
+            }
+            let inner = ed.map(func.clone(), &operands)?;
+            Ok((ed.graph.shape(inner) == shape).then_some(inner))
         }
         _ => Ok(None),
     }
@@ -267,31 +291,44 @@ fn conv(ed: &mut Editor<'_>, op: &Op, inputs: &[ValueId]) -> Result<Option<Value
     Ok(Some(ed.op(Op::Conv(attrs), &[pad.inputs[0], inputs[1]])?))
 }
 
-/// One known index is a slice.
+/// Known indices that count up by one are a slice.
 fn gather(ed: &mut Editor<'_>, axis: usize, inputs: &[ValueId]) -> Result<Option<ValueId>> {
     let (x, indices) = (inputs[0], inputs[1]);
-    let index = match ed.graph.as_const(indices) {
-        Some(t) if t.len() == 1 && t.dtype() != DType::Bool => t.get_i64(0),
-        _ => return Ok(None),
-    };
     let mut lens = ed.graph.shape(x).to_vec();
     let extent = lens[axis].clone();
-    // Outside the tensor: the interpreter and the kernels report it, with the node's name.
-    if extent.as_const().is_none_or(|n| index < -n || index >= n) && index < 0 {
+    let Some(known) = ed.graph.as_const(indices).filter(|t| !t.is_empty()) else {
+        return Ok(None);
+    };
+    let (first, n) = (known.get_i64(0), known.len() as i64);
+    // Indices outside the tensor stay: the interpreter and the kernels report them.
+    let inside = match extent.as_const() {
+        Some(extent) => first >= -extent && first.checked_add(n).is_some_and(|end| end <= extent),
+        None => first == 0 && n == 1,
+    };
+    // A run from a negative index must not pass through -1 to 0.
+    let run = (0..known.len()).all(|i| known.get_i64(i) == first.saturating_add(i as i64))
+        && (first >= 0 || first + n <= 0);
+    if !inside || !run {
         return Ok(None);
     }
-    if extent.as_const().is_some_and(|n| index >= n) {
+    // With symbolic extents even index 0 may be outside: of nothing.
+    if extent.as_const().is_none() && !at_least_one(ed.graph, &extent) {
         return Ok(None);
     }
-    let start = if index < 0 { &extent + index } else { Dim::new(index) };
+    let start = if first < 0 { &extent + first } else { Dim::new(first) };
     let mut starts = vec![Dim::new(0); lens.len()];
     let steps = vec![1; lens.len()];
-    (starts[axis], lens[axis]) = (start, Dim::new(1));
-    let index_shape = ed.graph.shape(indices).to_vec();
+    (starts[axis], lens[axis]) = (start, Dim::new(n));
     let mut shape = lens[..axis].to_vec();
-    shape.extend(index_shape);
+    shape.extend_from_slice(ed.graph.shape(indices));
     shape.extend_from_slice(&lens[axis + 1..]);
-    let cut = ed.op(Op::Slice { starts, lens, steps }, &[x])?;
-    debug_assert!(same_but_units(ed.graph.shape(cut), &shape));
+    let cut =
+        if lens == ed.graph.shape(x) { x } else { ed.op(Op::Slice { starts, lens, steps }, &[x])? };
     Ok(Some(ed.reshape(cut, &shape)?))
+}
+
+/// True when a size is at least 1 for all values of the symbols.
+fn at_least_one(graph: &Graph, d: &Dim) -> bool {
+    let range = |name: &str| graph.symbols.iter().find(|s| &*s.name == name).map(|s| s.range);
+    d.bounds(&range).min >= 1
 }
