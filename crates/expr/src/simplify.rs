@@ -493,6 +493,9 @@ mod tests {
             1e-38,
             2f64.powi(-126),
             2f64.powi(127),
+            2f64.powi(-149),
+            5e-324,
+            -9.3e18,
             f64::INFINITY,
             f64::NAN,
         ];
