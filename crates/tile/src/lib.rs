@@ -23,6 +23,7 @@
 
 mod builder;
 mod ir;
+mod print;
 mod schedule;
 
 pub use builder::KernelBuilder;
