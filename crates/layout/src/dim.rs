@@ -141,6 +141,15 @@ impl Dim {
         Some((Dim::from_map(quotient), Dim::from_map(rest)))
     }
 
+    /// For a positive constant divisor: `self` as `quotient * divisor + rest` where the constant
+    /// term of `rest` lies in `0..divisor`. `None` when it does already.
+    fn split_constant(&self, divisor: &Dim) -> Option<(i64, Dim)> {
+        let d = divisor.as_const().filter(|&d| d > 0)?;
+        let (_, constant) = self.terms.first().filter(|(mono, _)| mono.is_empty())?;
+        let quotient = floor_div(*constant, d);
+        (quotient != 0).then(|| (quotient, self - quotient * d))
+    }
+
     /// `floor(self / divisor)`. Dividing by zero stays symbolic and fails on evaluation.
     pub fn floor_div(&self, divisor: &Dim) -> Dim {
         if divisor.is(1) || self.is(0) {
@@ -154,7 +163,11 @@ impl Dim {
         if self == divisor {
             return Dim::new(1);
         }
-        // floor((q*d + r) / d) = q + floor(r/d) for every integer q.
+        // floor((q*d + r) / d) = q + floor(r/d) for every integer q; so the constant term, too,
+        // can be brought into 0..d.
+        if let Some((quotient, rest)) = self.split_constant(divisor) {
+            return rest.floor_div(divisor) + quotient;
+        }
         if let Some((quotient, rest)) = self.split_by(divisor)
             && !quotient.is(0)
         {
@@ -183,6 +196,9 @@ impl Dim {
             && b != 0
         {
             return Dim::new(a - b.wrapping_mul(floor_div(a, b)));
+        }
+        if let Some((_, rest)) = self.split_constant(divisor) {
+            return rest.modulo(divisor);
         }
         match self.split_by(divisor) {
             Some((_, rest)) if rest.is(0) => Dim::new(0),

@@ -56,7 +56,17 @@ impl fmt::Display for Atom {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Atom::Sym(name) => f.write_str(name),
-            Atom::FloorDiv(a, b) => write!(f, "floor({}/{})", tight(a), tight(b)),
+            Atom::FloorDiv(a, b) => {
+                // ceil(x/4) is floor((x + 3)/4) in normal form.
+                if let (Some(d), Some((mono, c))) = (b.as_const(), a.terms().first())
+                    && d > 1
+                    && mono.is_empty()
+                    && *c == d - 1
+                {
+                    return write!(f, "ceil({}/{d})", tight(&(&**a - *c)));
+                }
+                write!(f, "floor({}/{})", tight(a), tight(b))
+            }
             Atom::Mod(a, b) => write!(f, "({} % {})", tight(a), tight(b)),
             Atom::Min(a, b) => write!(f, "min({a}, {b})"),
             Atom::Max(a, b) => write!(f, "max({a}, {b})"),
@@ -257,6 +267,11 @@ mod tests {
             "-N + 3*(M % 8)",
             "-9223372036854775808",
             "N - 9223372036854775808",
+            "floor((N - 1)/2) + 1",
+            "2*ceil((N - 7)/4) - floor((N + 9)/4)",
+            "ceil(N/M) - floor((N - 3)/M)",
+            "((N - 9) % 4)",
+            "ceil((floor(N/2))/2)",
         ] {
             let dim: Dim = text.parse().unwrap();
             assert_eq!(dim.to_string().parse::<Dim>().unwrap(), dim, "{text} -> {dim}");
@@ -288,6 +303,9 @@ mod tests {
         let (n, m) = (Dim::sym("N"), Dim::sym("M"));
         assert_eq!((&n * 4 + 3).floor_div(&Dim::new(4)), n);
         assert_eq!((&n * 4 + 5).modulo(&Dim::new(4)), Dim::new(1));
+        assert_eq!((&n - 1).floor_div(&Dim::new(2)) + 1, n.ceil_div(&Dim::new(2)));
+        assert_eq!((&n - 1).floor_div(&Dim::new(2)).to_string(), "ceil(N/2) - 1");
+        assert_eq!((&n + 9).modulo(&Dim::new(4)), (&n - 3).modulo(&Dim::new(4)));
         assert_eq!((&n * &m).exact_div(&m), Some(n.clone()));
         assert_eq!((&n + 1).exact_div(&m), None);
         assert_eq!((&n - &n).as_const(), Some(0));

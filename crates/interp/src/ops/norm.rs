@@ -107,7 +107,7 @@ pub(super) fn batch_norm(inputs: &[Val], eps: u64, mode: Mode) -> Buf {
 pub(super) fn group_norm(inputs: &[Val], groups: i64, eps: u64, mode: Mode) -> Result<Buf> {
     let x = &inputs[0];
     let channels = x.shape[1];
-    let groups = usize::try_from(groups).ok().filter(|&g| g > 0 && channels % g == 0);
+    let groups = usize::try_from(groups).ok().filter(|&g| g > 0 && channels.is_multiple_of(g));
     let Some(groups) = groups else {
         return Err(Error::user(format!("{channels} channels do not fall into equal groups")));
     };
