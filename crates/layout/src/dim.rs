@@ -147,7 +147,7 @@ impl Dim {
         let d = divisor.as_const().filter(|&d| d > 0)?;
         let (_, constant) = self.terms.first().filter(|(mono, _)| mono.is_empty())?;
         let quotient = floor_div(*constant, d);
-        (quotient != 0).then(|| (quotient, self - quotient * d))
+        quotient.checked_mul(d).filter(|&whole| whole != 0).map(|whole| (quotient, self - whole))
     }
 
     /// `floor(self / divisor)`. Dividing by zero stays symbolic and fails on evaluation.
@@ -195,7 +195,7 @@ impl Dim {
         if let (Some(a), Some(b)) = (self.as_const(), divisor.as_const())
             && b != 0
         {
-            return Dim::new(a - b.wrapping_mul(floor_div(a, b)));
+            return Dim::new(a.wrapping_sub(b.wrapping_mul(floor_div(a, b))));
         }
         if let Some((_, rest)) = self.split_constant(divisor) {
             return rest.modulo(divisor);
@@ -275,7 +275,11 @@ impl Dim {
                     }
                     Atom::Mod(a, b) => {
                         let (a, b) = (a.eval_with(lookup)?, b.eval_with(lookup)?);
-                        if b == 0 { return None } else { a - b * floor_div(a, b) }
+                        if b == 0 {
+                            return None;
+                        } else {
+                            a.wrapping_sub(b.wrapping_mul(floor_div(a, b)))
+                        }
                     }
                     Atom::Min(a, b) => a.eval_with(lookup)?.min(b.eval_with(lookup)?),
                     Atom::Max(a, b) => a.eval_with(lookup)?.max(b.eval_with(lookup)?),
