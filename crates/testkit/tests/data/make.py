@@ -58,5 +58,5 @@ save(
     ],
     [("x", F, [1, 1, 4, 4])],
     [("y", F, [1, 2])],
-    [("w", np.ones((2, 1, 2, 2), np.float32)), ("g", np.ones((2, 4), np.float32))],
+    [("w", np.ones((2, 1, 2, 2), np.float32)), ("g", np.ones((2, 6), np.float32))],
 )
