@@ -67,7 +67,7 @@ fn random_graph(seed: u64) -> Graph {
     for _ in 0..4 + rng.next() % 14 {
         // Recent values more often: chains.
         let recent = pool[pool.len().saturating_sub(3)..].to_vec();
-        let x = if rng.next() % 4 == 0 { pick(&mut rng, &pool) } else { pick(&mut rng, &recent) };
+        let x = if rng.one_in(4) { pick(&mut rng, &pool) } else { pick(&mut rng, &recent) };
         let shape = b.shape(x);
         let rank = shape.len();
         let made = match rng.next() % 14 {
@@ -95,7 +95,7 @@ fn random_graph(seed: u64) -> Graph {
                     .iter()
                     .map(|d| if d.is(1) { pick(&mut rng, &sizes) } else { d.clone() })
                     .collect();
-                if rng.next() % 2 == 0 && rank < 4 {
+                if rng.one_in(2) && rank < 4 {
                     to.insert(0, Dim::new(2));
                 }
                 b.expand(x, &to)
@@ -103,15 +103,15 @@ fn random_graph(seed: u64) -> Graph {
             10 if rank > 0 => {
                 let axis = rng.next() as usize % rank;
                 let kind = pick(&mut rng, &[ReduceKind::Sum, ReduceKind::Max]);
-                b.reduce(kind, x, &[axis], rng.next() % 2 == 0)
+                b.reduce(kind, x, &[axis], rng.one_in(2))
             }
             11 if rank > 0 => {
                 let axis = rng.next() as usize % rank;
-                b.op(Op::Softmax { axis, log: rng.next() % 4 == 0 }, &[x])
+                b.op(Op::Softmax { axis, log: rng.one_in(4) }, &[x])
             }
             12 if rank > 0 => {
                 let axis = rng.next() as usize % rank;
-                if rng.next() % 2 == 0 {
+                if rng.one_in(2) {
                     b.op(Op::Concat(axis), &[x, x])
                 } else {
                     let zeros = vec![Dim::new(0); rank];
@@ -131,7 +131,7 @@ fn random_graph(seed: u64) -> Graph {
                 for (j, d) in other.iter().enumerate() {
                     let shared = (0..rank).find(|&i| shape[i] == *d && !rhs.contains(letters[i]));
                     match shared {
-                        Some(i) if rng.next() % 3 != 0 => rhs.push(letters[i]),
+                        Some(i) if !rng.one_in(3) => rhs.push(letters[i]),
                         _ => rhs.push(['w', 'x', 'y', 'z', 'v', 'u', 't', 's'][j % 8]),
                     }
                 }
@@ -139,7 +139,7 @@ fn random_graph(seed: u64) -> Graph {
                     lhs.chars().chain(rhs.chars().filter(|c| !lhs.contains(*c))).collect();
                 let mut out = String::new();
                 for i in random_perm(&mut rng, all.len()) {
-                    if rng.next() % 3 != 0 && out.len() < 4 {
+                    if !rng.one_in(3) && out.len() < 4 {
                         out.push(all[i]);
                     }
                 }

@@ -274,8 +274,10 @@ fn shared_probabilities_stay() {
 /// Letters in unusual orders, shared keys, no batch.
 #[test]
 fn attention_letters() {
+    /// Shapes of q, k, v; the contraction to scores; the softmax axis; the second contraction.
+    type Case = (&'static [i64], &'static [i64], &'static [i64], &'static str, usize, &'static str);
     #[rustfmt::skip]
-    let cases: [(&[i64], &[i64], &[i64], &str, usize, &str); 6] = [
+    let cases: [Case; 6] = [
         (&[5, 4], &[7, 4], &[7, 6], "qd,kd->qk", 1, "qk,ke->qe"),
         (&[5, 4], &[7, 4], &[7, 6], "qd,kd->kq", 0, "kq,ke->eq"),
         (&[2, 5, 4], &[2, 7, 4], &[2, 7, 6], "bqd,bkd->bqk", 2, "bqk,bke->bqe"),
