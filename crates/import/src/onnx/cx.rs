@@ -433,8 +433,6 @@ impl Cx {
             return Err(Error::user(format!("operand of type {dtype} where it is not defined")));
         }
         let small_float = dtype.is_float() && dtype.compute() != dtype;
-        let body = |p: &[Scalar<'_>]| p.len();
-        let _ = body;
         let (compute, out) = match small_float {
             true if op.is_predicate() => (Some(dtype.compute()), None),
             true => (Some(dtype.compute()), Some(dtype)),

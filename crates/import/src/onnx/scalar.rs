@@ -116,9 +116,9 @@ impl<'a> Scalar<'a> {
     }
 
     unary! {
-        abs = Abs, sign = Sign, floor = Floor, ceil = Ceil, round = Round, trunc = Trunc, sqrt = Sqrt, exp = Exp, expm1 = Expm1,
-        log = Log, log1p = Log1p, sin = Sin, cos = Cos, tanh = Tanh, erf = Erf, sigmoid = Sigmoid,
-        is_nan = IsNan, is_inf = IsInf, not = Not,
+        abs = Abs, floor = Floor, round = Round, trunc = Trunc, sqrt = Sqrt, exp = Exp, expm1 = Expm1,
+        log = Log, log1p = Log1p, cos = Cos, tanh = Tanh, erf = Erf, sigmoid = Sigmoid,
+        is_nan = IsNan, is_inf = IsInf,
     }
     binary! {
         min = Min, max = Max, pow = Pow, modulo = Mod, and = And, or = Or,

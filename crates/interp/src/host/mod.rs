@@ -11,7 +11,9 @@
 //! * Operands arrive in the data types that the graph declares, in both modes of the interpreter
 //!   (in `f64` mode they are rounded first: these operators mostly move or count elements).
 
+mod non_max_suppression;
 mod nonzero;
+mod unique;
 
 use tilewright_base::{Error, Result};
 use tilewright_data::Tensor;
@@ -32,7 +34,11 @@ pub struct HostFn {
 }
 
 /// Every host operator, sorted by name.
-pub const TABLE: &[HostFn] = &[HostFn { name: "nonzero", run: nonzero::nonzero }];
+pub const TABLE: &[HostFn] = &[
+    HostFn { name: "non_max_suppression", run: non_max_suppression::non_max_suppression },
+    HostFn { name: "nonzero", run: nonzero::nonzero },
+    HostFn { name: "unique", run: unique::unique },
+];
 
 /// The operator of this name.
 pub fn lookup(name: &str) -> Option<&'static HostFn> {

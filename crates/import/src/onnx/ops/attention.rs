@@ -33,7 +33,7 @@ fn packed(cx: &mut Cx, v: ValueId) -> Result<ValueId> {
 }
 
 /// Each key/value head repeated for the query heads that share it.
-fn repeat_heads(cx: &mut Cx, v: ValueId, times: i64) -> Result<ValueId> {
+pub(super) fn repeat_heads(cx: &mut Cx, v: ValueId, times: i64) -> Result<ValueId> {
     if times == 1 {
         return Ok(v);
     }

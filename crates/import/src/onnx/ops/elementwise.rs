@@ -163,7 +163,15 @@ fn convert(cx: &mut Cx, n: &N<'_>, x: ValueId, to: DType) -> Result<Vec<Val>> {
             p[0].abs().gt(limit).select(over, p[0])
         })?);
     }
-    one(cx.cast(x, to)?)
+    one(match to {
+        // Saturation takes infinity to the largest value, too.
+        DType::F8E5M2 if from.is_float() && saturate => {
+            cx.map_as(&[x], from.compute(), to, |p| p[0].clamp(-57344.0, 57344.0))?
+        }
+        // Only the low bits of an integer that does not fit remain.
+        DType::I4 | DType::U4 if from.is_float() => cx.map_as(&[x], DType::I32, to, |p| p[0])?,
+        _ => cx.cast(x, to)?,
+    })
 }
 
 pub(crate) fn cast(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {

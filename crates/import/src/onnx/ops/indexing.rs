@@ -3,7 +3,7 @@
 use super::super::cx::Cx;
 use super::super::node::{N, Val, axis, one};
 use tilewright_base::{DType, Error, Result};
-use tilewright_graph::{HostAttr, Op, ScatterKind, TensorType, ValueId};
+use tilewright_graph::{HostAttr, Op, PadMode, ScatterKind, TensorType, ValueId};
 use tilewright_layout::{Dim, numel};
 
 /// Indices as `i64`, negative ones counted from the end of an axis of this size.
@@ -109,18 +109,27 @@ pub(crate) fn max_unpool(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
         let size = (&dims[i + 2] - 1) * strides[i] + kernel[i] - pads[i] - pads[i + spatial];
         pooled.push(size);
     }
-    let out = match n.opt(2)? {
-        Some(v) => cx.ints(v, "output_shape")?,
-        None => pooled.clone(),
-    };
     let dtype = cx.dtype(x);
     let count = numel(&dims);
-    let zeros = cx.full(dtype, 0.0, &[numel(&out)])?;
+    let zeros = cx.full(dtype, 0.0, &[numel(&pooled)])?;
     let (flat, index) =
         (cx.reshape(x, std::slice::from_ref(&count))?, cx.reshape(index, &[count])?);
     let v =
         cx.op(Op::ScatterElements { axis: 0, kind: ScatterKind::Set }, &[zeros, index, flat])?;
-    one(cx.reshape(v, &out)?)
+    let v = cx.reshape(v, &pooled)?;
+    let Some(out) = n.opt(2)? else { return one(v) };
+    // A larger output has zeros behind.
+    let out = cx.ints(out, "output_shape")?;
+    if out.len() != pooled.len() {
+        return Err(Error::user(format!("an output shape of {} axes", out.len())));
+    }
+    let hi: Vec<Dim> = out.iter().zip(&pooled).map(|(o, p)| o - p).collect();
+    let zero = match dtype.is_float() {
+        true => tilewright_expr::Value::Float(0.0),
+        false => tilewright_expr::Value::Int(0),
+    };
+    let lo = vec![Dim::new(0); hi.len()];
+    one(cx.op(Op::Pad { lo, hi, mode: PadMode::Constant(zero) }, &[v])?)
 }
 
 pub(crate) fn unique(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {

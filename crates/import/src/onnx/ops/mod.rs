@@ -7,20 +7,27 @@
 
 mod activation;
 mod attention;
+mod control;
 mod conv;
+mod domains;
 mod elementwise;
+mod image;
 mod indexing;
 mod loss;
 mod matmul;
 mod norm;
 mod quant;
+mod random;
 mod reduce;
+mod rnn;
+mod sequence;
 mod shape;
+mod signal;
 
 use super::cx::Cx;
 use super::model::{Opsets, Scopes, Walk};
 use super::node::{N, Val};
-use Converter::Plain;
+use Converter::{Plain, Walk as InWalk};
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 use tilewright_base::Result;
@@ -215,6 +222,53 @@ const TABLE: &[(&str, &str, Converter)] = &[
     ("", "Attention", Plain(attention::attention)),
     ("", "RotaryEmbedding", Plain(attention::rotary)),
     ("", "LinearAttention", Plain(attention::linear_attention)),
+    ("ai.onnx.preview", "FlexAttention", InWalk(control::flex_attention)),
+    // Recurrent layers.
+    ("", "RNN", Plain(|cx, n| rnn::recurrent(cx, n, rnn::Cell::Rnn))),
+    ("", "GRU", Plain(|cx, n| rnn::recurrent(cx, n, rnn::Cell::Gru))),
+    ("", "LSTM", Plain(|cx, n| rnn::recurrent(cx, n, rnn::Cell::Lstm))),
+    // Images.
+    ("", "Resize", Plain(image::resize)),
+    ("", "Upsample", Plain(image::resize)),
+    ("", "GridSample", Plain(image::grid_sample)),
+    ("", "AffineGrid", Plain(image::affine_grid)),
+    ("", "RoiAlign", Plain(image::roi_align)),
+    // Signals.
+    ("", "DFT", Plain(signal::dft)),
+    ("", "STFT", Plain(signal::stft)),
+    ("", "HannWindow", Plain(|cx, n| signal::window(cx, n, signal::hann))),
+    ("", "HammingWindow", Plain(|cx, n| signal::window(cx, n, signal::hamming))),
+    ("", "BlackmanWindow", Plain(|cx, n| signal::window(cx, n, signal::blackman))),
+    ("", "MelWeightMatrix", Plain(signal::mel_weights)),
+    // Random numbers.
+    ("", "RandomUniform", Plain(|cx, n| random::random_uniform(cx, n, false))),
+    ("", "RandomUniformLike", Plain(|cx, n| random::random_uniform(cx, n, true))),
+    ("", "RandomNormal", Plain(|cx, n| random::random_normal(cx, n, false))),
+    ("", "RandomNormalLike", Plain(|cx, n| random::random_normal(cx, n, true))),
+    ("", "Bernoulli", Plain(random::bernoulli)),
+    // Subgraphs.
+    ("", "If", InWalk(control::if_)),
+    ("", "Loop", InWalk(control::loop_)),
+    ("", "Scan", InWalk(control::scan)),
+    ("", "SequenceMap", InWalk(control::sequence_map)),
+    // Sequences and optionals.
+    ("", "SequenceConstruct", Plain(sequence::construct)),
+    ("", "SequenceEmpty", Plain(sequence::empty)),
+    ("", "SequenceAt", Plain(sequence::at)),
+    ("", "SequenceErase", Plain(sequence::erase)),
+    ("", "SequenceInsert", Plain(sequence::insert)),
+    ("", "SequenceLength", Plain(sequence::length)),
+    ("", "ConcatFromSequence", Plain(sequence::concat)),
+    ("", "SplitToSequence", Plain(sequence::split)),
+    ("", "Optional", Plain(sequence::optional)),
+    ("", "OptionalHasElement", Plain(sequence::has_element)),
+    ("", "OptionalGetElement", Plain(sequence::get_element)),
+    // Other domains.
+    ("ai.onnx.ml", "ArrayFeatureExtractor", Plain(domains::array_feature_extractor)),
+    ("ai.onnx.ml", "Binarizer", Plain(domains::binarizer)),
+    ("ai.onnx.preview.training", "Adagrad", Plain(domains::adagrad)),
+    ("ai.onnx.preview.training", "Adam", Plain(domains::adam)),
+    ("ai.onnx.preview.training", "Momentum", Plain(domains::momentum)),
     // Losses.
     ("", "NegativeLogLikelihoodLoss", Plain(loss::nll_loss)),
     ("", "SoftmaxCrossEntropyLoss", Plain(loss::softmax_cross_entropy)),
