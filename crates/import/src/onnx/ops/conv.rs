@@ -21,7 +21,7 @@ pub(crate) struct Geometry {
 const LIMIT: i64 = 1 << 31;
 
 /// Attributes of a window over data with these spatial extents.
-pub(crate) fn geometry(cx: &Cx, n: &N<'_>, extents: &[Dim], kernel: Vec<i64>) -> Result<Geometry> {
+pub(crate) fn geometry(n: &N<'_>, extents: &[Dim], kernel: Vec<i64>) -> Result<Geometry> {
     let rank = extents.len();
     let list = |name: &str, default: i64, len: usize| -> Result<Vec<i64>> {
         let list = n.ints(name)?.unwrap_or_else(|| vec![default; len]);
@@ -95,7 +95,6 @@ pub(crate) fn geometry(cx: &Cx, n: &N<'_>, extents: &[Dim], kernel: Vec<i64>) ->
             };
         }
     }
-    let _ = cx;
     Ok(Geometry { kernel, strides, dilations, lo, hi, ceil })
 }
 
@@ -125,7 +124,7 @@ pub(crate) fn convolve(cx: &mut Cx, n: &N<'_>, x: ValueId, w: ValueId) -> Result
     {
         return Err(Error::user(format!("kernel_shape {declared:?} for weights {}", cx.ty(w))));
     }
-    let g = geometry(cx, n, &dims[2..], kernel)?;
+    let g = geometry(n, &dims[2..], kernel)?;
     let groups = n.int("group", 1)?;
     cx.same_dtype(&[x, w])?;
     let (mut x, mut lo, mut hi) = (x, g.lo, g.hi);
@@ -255,8 +254,8 @@ pub(crate) fn conv_transpose(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     }
     // Weights [C, M/g, k...] -> [M, C/g, k...], flipped.
     let mut f = w;
-    for i in 0..rank {
-        if kernel[i] > 1 {
+    for (i, &taps) in kernel.iter().enumerate() {
+        if taps > 1 {
             f = cx.reverse(f, i + 2)?;
         }
     }
@@ -310,7 +309,7 @@ fn pool_geometry(cx: &Cx, n: &N<'_>, x: ValueId) -> Result<Geometry> {
     if dims.len() < 3 || kernel.is_empty() {
         return Err(Error::user(format!("pooling with kernel {kernel:?} over {}", cx.ty(x))));
     }
-    geometry(cx, n, &dims[2..], kernel)
+    geometry(n, &dims[2..], kernel)
 }
 
 pub(crate) fn max_pool(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
@@ -451,7 +450,7 @@ pub(crate) fn col2im(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     let block = cx.const_ints(n.x(2)?, "block_shape")?;
     let rank = image.len();
     let extents: Vec<Dim> = image.iter().map(|&d| Dim::new(d)).collect();
-    let g = geometry(cx, n, &extents, block.clone())?;
+    let g = geometry(n, &extents, block.clone())?;
     let dims = cx.shape(x);
     let [batch, columns, places] = dims.as_slice() else {
         return Err(Error::user("Col2Im takes a tensor of three axes"));

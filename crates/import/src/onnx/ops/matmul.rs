@@ -227,7 +227,7 @@ pub(crate) fn det(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     }
     let dims = cx.shape(x);
     let size = cx.static_dim(&dims[rank - 1], "Det")?;
-    if size < 1 || size > 4 || dims[rank - 2] != dims[rank - 1] {
+    if !(1..=4).contains(&size) || dims[rank - 2] != dims[rank - 1] {
         return Err(Error::unsupported(format!("Det of {}", cx.ty(x))));
     }
     one(minor(cx, x, rank, size)?)
