@@ -496,3 +496,19 @@ fn sizes_found_while_running_bind_symbols() {
     let error = run(&g, &[f32s(&[4], &[1.; 4])], Mode::Exact).unwrap_err();
     assert!(error.to_string().contains("found"), "{error}");
 }
+
+/// Sizes around the kernel's blocks, against the definition.
+#[test]
+fn contractions_of_odd_sizes() {
+    for (m, n, k) in [(1, 1, 1), (17, 129, 5), (16, 128, 4), (33, 3, 7), (2, 257, 66), (5, 0, 3)] {
+        let number = |i: usize| ((i * 37 + 11) % 101) as f32 - 50.0;
+        let a: Vec<f32> = (0..m * k).map(number).collect();
+        let b: Vec<f32> = (0..k * n).map(|i| number(i + 7)).collect();
+        // Small whole numbers: every sum is exact.
+        let expected: Vec<f64> = (0..m * n)
+            .map(|i| (0..k).map(|s| f64::from(a[i / n * k + s] * b[s * n + i % n])).sum())
+            .collect();
+        let op = contraction(["mk", "kn", "mn"], DType::F32, DType::F32);
+        check(op, &[f32s(&[m, k], &a), f32s(&[k, n], &b)], &[m, n], &expected);
+    }
+}

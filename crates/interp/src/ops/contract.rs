@@ -1,6 +1,6 @@
 //! `Contract`: einsum of two operands, brought to `[batch, m, k] x [batch, k, n]`.
 
-use super::numeric::{Acc, gemm_rows, with_acc};
+use super::numeric::{Acc, GEMM_ROWS, gemm_rows, with_acc};
 use super::views::{row_major, strided};
 use crate::graph::Mode;
 use crate::value::{Buf, Val, checked_len};
@@ -97,11 +97,11 @@ fn multiply<T: Acc>(
     let (a, b) = (T::load(a), T::load(b));
     let mut sums = vec![T::ZERO; batch * m * n];
     if !sums.is_empty() && k > 0 {
-        // Eight rows per task: what one pass of the kernel takes.
+        // One pass of the kernel per task.
         sums.par_chunks_mut(m * n).enumerate().for_each(|(plane, sums)| {
             let (a, b) = (&a[plane * m * k..][..m * k], &b[plane * k * n..][..k * n]);
-            sums.par_chunks_mut(8 * n)
-                .zip(a.par_chunks(8 * k))
+            sums.par_chunks_mut(GEMM_ROWS * n)
+                .zip(a.par_chunks(GEMM_ROWS * k))
                 .for_each(|(sums, a)| gemm_rows(sums, a, b, n, k));
         });
     }

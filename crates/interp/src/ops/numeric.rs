@@ -116,23 +116,37 @@ macro_rules! with_acc {
 }
 pub(crate) use with_acc;
 
+/// Rows of the result that share one pass over the second operand, and so one task's rows.
+pub(crate) const GEMM_ROWS: usize = 16;
+
 /// `out[m,n] += a[m,k] * b[k,n]` for the rows of `out`, which start as [`Acc::ZERO`]; each sum runs
-/// over `k` in ascending order. Blocked so that a piece of `b` is used for eight rows at a time.
+/// over `k` in ascending order. Blocked so that a piece of `b` serves [`GEMM_ROWS`] rows, and four
+/// products are added to a sum each time it is loaded.
 pub(crate) fn gemm_rows<T: Acc>(out: &mut [T], a: &[T], b: &[T], n: usize, k: usize) {
-    const ROWS: usize = 8;
-    const COLUMNS: usize = 256;
+    const COLUMNS: usize = 128;
     if n == 0 || k == 0 {
         return;
     }
-    for (out, a) in out.chunks_mut(ROWS * n).zip(a.chunks(ROWS * k)) {
+    for (out, a) in out.chunks_mut(GEMM_ROWS * n).zip(a.chunks(GEMM_ROWS * k)) {
         for start in (0..n).step_by(COLUMNS) {
             let end = (start + COLUMNS).min(n);
-            for step in 0..k {
-                let b = &b[step * n + start..step * n + end];
+            let row_of_b = |step: usize| &b[step * n + start..step * n + end];
+            let mut step = 0;
+            while step + 4 <= k {
+                let [b0, b1, b2, b3] = [0, 1, 2, 3].map(|i| row_of_b(step + i));
                 for (row, a) in out.chunks_mut(n).zip(a.chunks(k)) {
-                    let factor = a[step];
-                    for (sum, &x) in row[start..end].iter_mut().zip(b) {
-                        *sum = sum.fma(factor, x);
+                    let (a, sums) = (&a[step..step + 4], &mut row[start..end]);
+                    let columns = sums.iter_mut().zip(b0).zip(b1).zip(b2).zip(b3);
+                    for ((((sum, &x0), &x1), &x2), &x3) in columns {
+                        *sum = sum.fma(a[0], x0).fma(a[1], x1).fma(a[2], x2).fma(a[3], x3);
+                    }
+                }
+                step += 4;
+            }
+            for step in step..k {
+                for (row, a) in out.chunks_mut(n).zip(a.chunks(k)) {
+                    for (sum, &x) in row[start..end].iter_mut().zip(row_of_b(step)) {
+                        *sum = sum.fma(a[step], x);
                     }
                 }
             }
