@@ -25,6 +25,11 @@ impl GraphBuilder {
         GraphBuilder { graph: Graph::new(name), origin: String::new() }
     }
 
+    /// Continues a graph: new nodes stand behind those it has.
+    pub fn from_graph(graph: Graph) -> GraphBuilder {
+        GraphBuilder { graph, origin: String::new() }
+    }
+
     /// The graph built so far.
     pub fn graph(&self) -> &Graph {
         &self.graph

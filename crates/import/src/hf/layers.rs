@@ -1,0 +1,331 @@
+//! [`Net`]: the layers that all families are made of, on top of the graph builder.
+//!
+//! Weights are asked for by name and shape. A missing or ill-shaped one is noted and replaced by a
+//! stand-in without data, so that one run finds everything that is missing; [`Net::check`] then
+//! turns the notes into one error.
+//!
+//! Activations are `[B, S, width]` in the compute type. Weights stay in the type of their file and
+//! are cast in the graph.
+
+use super::weights::Weights;
+use std::collections::BTreeMap;
+use tilewright_base::{DType, Error, Result};
+use tilewright_data::Tensor;
+use tilewright_graph::{AttentionAttrs, GraphBuilder, Op, ReduceKind, TensorType, ValueId};
+use tilewright_layout::{Dim, Range};
+
+/// After this many problems the rest is not looked at.
+const MOST_PROBLEMS: usize = 100;
+
+/// A model under construction.
+pub(crate) struct Net {
+    pub(crate) b: GraphBuilder,
+    /// In which type activations are held.
+    pub(crate) compute: DType,
+    pub(crate) weights: Weights,
+    /// Batch size.
+    pub(crate) batch: Dim,
+    /// Sequence length, when the model has one.
+    pub(crate) seq: Dim,
+    most_tokens: i64,
+    loaded: BTreeMap<String, ValueId>,
+    cast: BTreeMap<String, ValueId>,
+    problems: Vec<String>,
+    unsupported: Vec<String>,
+}
+
+/// How attention looks at its operands.
+pub(crate) struct Heads {
+    /// Query heads.
+    pub(crate) q: i64,
+    /// Width of a head.
+    pub(crate) width: i64,
+    /// Factor on the dot products.
+    pub(crate) scale: f64,
+    /// Later positions are hidden.
+    pub(crate) causal: bool,
+}
+
+impl Net {
+    /// An empty model; `B` is in `1..=most_batch`.
+    pub(crate) fn new(name: &str, weights: Weights, compute: DType, most_batch: i64) -> Net {
+        let mut b = GraphBuilder::new(name);
+        let batch = b.symbol("B", Range { min: 1, max: most_batch });
+        Net {
+            b,
+            compute,
+            weights,
+            batch,
+            seq: Dim::new(1),
+            most_tokens: 1,
+            loaded: BTreeMap::new(),
+            cast: BTreeMap::new(),
+            problems: Vec::new(),
+            unsupported: Vec::new(),
+        }
+    }
+
+    /// An error with everything noted so far, if anything was.
+    pub(crate) fn check(&self) -> Result<()> {
+        let count = self.problems.len() + self.unsupported.len();
+        if count == 0 {
+            return Ok(());
+        }
+        let notes = self.problems.iter().chain(&self.unsupported).cloned();
+        let error = match self.problems.is_empty() {
+            true => Error::unsupported("weights are stored in types that are not supported"),
+            false => Error::user("the weights do not fit config.json"),
+        };
+        let error = notes.fold(error, Error::with_note);
+        Err(if count < MOST_PROBLEMS { error } else { error.with_note("...") })
+    }
+
+    fn problem(&mut self, what: String) -> Result<()> {
+        self.problems.push(what);
+        if self.problems.len() < MOST_PROBLEMS { Ok(()) } else { self.check() }
+    }
+
+    /// Where a stand-in has the right shape and no data.
+    fn stand_in(&mut self, name: &str, shape: &[i64]) -> ValueId {
+        let dims: Vec<Dim> = shape.iter().map(|&d| Dim::new(d)).collect();
+        self.b.input(name, TensorType::new(self.compute, dims))
+    }
+
+    /// A weight as it is stored: a floating-point tensor of this shape.
+    pub(crate) fn stored(&mut self, name: &str, shape: &[i64]) -> Result<ValueId> {
+        if let Some(&value) = self.loaded.get(name) {
+            return Ok(value);
+        }
+        let tensor = self.weights.get(name).cloned();
+        let fits = |t: &Tensor| {
+            t.shape().len() == shape.len()
+                && t.shape().iter().zip(shape).all(|(&a, &b)| usize::try_from(b) == Ok(a))
+        };
+        let value = match tensor {
+            Some(t) if fits(&t) && t.dtype().is_float() => self.b.constant(name, t),
+            Some(t) => {
+                let (is, shape_is) = (t.dtype(), t.shape().to_vec());
+                self.problem(match is.is_float() {
+                    true => format!("tensor `{name}` has shape {shape_is:?}, not {shape:?}"),
+                    false => format!("tensor `{name}` is {is}, not of a floating-point type"),
+                })?;
+                self.stand_in(name, shape)
+            }
+            None => {
+                if let Some(dtype) = self.weights.foreign(name) {
+                    self.unsupported.push(format!("tensor `{name}` is stored as {dtype}"));
+                } else {
+                    self.problem(format!("tensor `{name}` of shape {shape:?} is missing"))?;
+                }
+                self.stand_in(name, shape)
+            }
+        };
+        self.loaded.insert(name.to_string(), value);
+        Ok(value)
+    }
+
+    /// A weight in the compute type.
+    pub(crate) fn weight(&mut self, name: &str, shape: &[i64]) -> Result<ValueId> {
+        if let Some(&value) = self.cast.get(name) {
+            return Ok(value);
+        }
+        let stored = self.stored(name, shape)?;
+        self.b.set_origin(name);
+        let value = self.b.cast(stored, self.compute)?;
+        self.cast.insert(name.to_string(), value);
+        Ok(value)
+    }
+
+    /// `x W^T + b` over the last axis, with `W [to, from]` as PyTorch's `Linear` stores it.
+    pub(crate) fn linear(
+        &mut self,
+        x: ValueId,
+        name: &str,
+        from: i64,
+        to: i64,
+        bias: bool,
+    ) -> Result<ValueId> {
+        let weight = self.weight(&format!("{name}.weight"), &[to, from])?;
+        let bias = self.optional_bias(name, to, bias)?;
+        self.project(x, weight, "oi", bias, name)
+    }
+
+    /// `x W + b` over the last axis, with `W [from, to]` as GPT-2's `Conv1D` stores it.
+    pub(crate) fn conv1d(&mut self, x: ValueId, name: &str, from: i64, to: i64) -> Result<ValueId> {
+        let weight = self.weight(&format!("{name}.weight"), &[from, to])?;
+        let bias = self.optional_bias(name, to, true)?;
+        self.project(x, weight, "io", bias, name)
+    }
+
+    fn optional_bias(&mut self, name: &str, to: i64, bias: bool) -> Result<Option<ValueId>> {
+        bias.then(|| self.weight(&format!("{name}.bias"), &[to])).transpose()
+    }
+
+    /// A contraction over the last axis of `x` (letters `oi` or `io` for the weight), plus a bias.
+    pub(crate) fn project(
+        &mut self,
+        x: ValueId,
+        weight: ValueId,
+        letters: &str,
+        bias: Option<ValueId>,
+        origin: &str,
+    ) -> Result<ValueId> {
+        self.b.set_origin(origin);
+        let outer = if self.b.shape(x).len() == 2 { "b" } else { "bs" };
+        let y = self.b.contract(&format!("{outer}i,{letters}->{outer}o"), x, weight)?;
+        match bias {
+            Some(bias) => self.b.map_text("{ x, b -> x + b }", &[y, bias]),
+            None => Ok(y),
+        }
+    }
+
+    /// Normalisation of the last axis. Early checkpoints call scale and shift `gamma` and `beta`.
+    pub(crate) fn layer_norm(
+        &mut self,
+        x: ValueId,
+        name: &str,
+        width: i64,
+        eps: f64,
+    ) -> Result<ValueId> {
+        let early = self.weights.has(&format!("{name}.gamma"));
+        let (scale, shift) = if early { ("gamma", "beta") } else { ("weight", "bias") };
+        let scale = self.weight(&format!("{name}.{scale}"), &[width])?;
+        let shift = self.weight(&format!("{name}.{shift}"), &[width])?;
+        self.b.set_origin(name);
+        let axis = self.b.shape(x).len() - 1;
+        self.b.op(Op::LayerNorm { axis, eps: eps.to_bits() }, &[x, scale, shift])
+    }
+
+    /// Root-mean-square normalisation of the last axis.
+    pub(crate) fn rms_norm(
+        &mut self,
+        x: ValueId,
+        name: &str,
+        width: i64,
+        eps: f64,
+    ) -> Result<ValueId> {
+        let scale = self.weight(&format!("{name}.weight"), &[width])?;
+        self.b.set_origin(name);
+        let axis = self.b.shape(x).len() - 1;
+        self.b.op(Op::RmsNorm { axis, eps: eps.to_bits() }, &[x, scale])
+    }
+
+    /// Rows of a table, in the compute type. The rows are cast, not the table.
+    pub(crate) fn embedding(
+        &mut self,
+        ids: ValueId,
+        name: &str,
+        rows: i64,
+        width: i64,
+    ) -> Result<ValueId> {
+        let table = self.stored(name, &[rows, width])?;
+        self.b.set_origin(name);
+        let picked = self.b.op(Op::Gather(0), &[table, ids])?;
+        self.b.cast(picked, self.compute)
+    }
+
+    /// The first `S` rows of a table of positions, `[S, width]`.
+    pub(crate) fn positions(&mut self, name: &str, rows: i64, width: i64) -> Result<ValueId> {
+        let table = self.stored(name, &[rows, width])?;
+        self.b.set_origin(name);
+        let picked = self.b.slice_axis(table, 0, Dim::new(0), self.seq.clone())?;
+        self.b.cast(picked, self.compute)
+    }
+
+    /// Declares `S` in `1..=most`.
+    pub(crate) fn declare_tokens(&mut self, most: i64) {
+        self.most_tokens = most;
+        self.seq = self.b.symbol("S", Range { min: 1, max: most });
+    }
+
+    /// The largest `S`.
+    pub(crate) fn most_tokens(&self) -> i64 {
+        self.most_tokens
+    }
+
+    /// An input `i64[B,S]`.
+    pub(crate) fn token_input(&mut self, name: &str) -> ValueId {
+        let shape = [self.batch.clone(), self.seq.clone()];
+        self.b.input(name, TensorType::new(DType::I64, shape))
+    }
+
+    /// The type in which attention scores are taken.
+    fn score_type(&self) -> DType {
+        self.compute.compute()
+    }
+
+    /// What is added to the scores for a mask `i64[B,S]`: `[B,1,1,S]`, 0 where it is set.
+    ///
+    /// Elsewhere the lowest finite number, not minus infinity: a row of padding alone then attends
+    /// evenly, as in transformers, instead of giving NaN.
+    pub(crate) fn additive_mask(&mut self, mask: ValueId) -> Result<ValueId> {
+        self.b.set_origin("attention_mask");
+        let one = Dim::new(1);
+        let shape = [self.batch.clone(), one.clone(), one, self.seq.clone()];
+        let mask = self.b.reshape(mask, &shape)?;
+        let ty = self.score_type();
+        let text = format!("{{ m -> where(m != 0, {ty}(0), -{ty}({:?})) }}", f32::MAX);
+        self.b.map_text(&text, &[mask])
+    }
+
+    /// `[B,S,n*d]` as `[B,n,S,d]`.
+    pub(crate) fn split_heads(&mut self, x: ValueId, n: i64, d: i64) -> Result<ValueId> {
+        let outer = self.b.shape(x);
+        let shape = [outer[0].clone(), outer[1].clone(), Dim::new(n), Dim::new(d)];
+        let x = self.b.reshape(x, &shape)?;
+        self.b.permute(x, &[0, 2, 1, 3])
+    }
+
+    /// Attention over `q [B,H,S,D]`, `k` and `v [B,G,S,D]`, back in `[B,S,H*D]`.
+    pub(crate) fn attend(
+        &mut self,
+        [q, k, v]: [ValueId; 3],
+        heads: &Heads,
+        mask: Option<ValueId>,
+        origin: &str,
+    ) -> Result<ValueId> {
+        self.b.set_origin(origin);
+        let ty = self.score_type();
+        let scale = heads.scale;
+        let (text, types) = match mask {
+            Some(_) => (format!("{{ s, m -> s * {ty}({scale:?}) + m }}"), vec![ty, ty]),
+            None => (format!("{{ s -> s * {ty}({scale:?}) }}"), vec![ty]),
+        };
+        let score = tilewright_expr::Func::parse(&text, &types)?;
+        let mut operands = vec![q, k, v];
+        operands.extend(mask);
+        let attrs = AttentionAttrs { score, causal: heads.causal };
+        let y = self.b.op(Op::Attention(attrs), &operands)?;
+        let y = self.b.permute(y, &[0, 2, 1, 3])?;
+        let shape = self.b.shape(y);
+        let merged = [shape[0].clone(), shape[1].clone(), Dim::new(heads.q * heads.width)];
+        self.b.reshape(y, &merged)
+    }
+
+    /// Elementwise function of one operand, as text.
+    pub(crate) fn activate(&mut self, text: &str, x: ValueId) -> Result<ValueId> {
+        self.b.map_text(text, &[x])
+    }
+
+    /// Sum of two values.
+    pub(crate) fn add(&mut self, x: ValueId, y: ValueId) -> Result<ValueId> {
+        self.b.map_text("{ x, y -> x + y }", &[x, y])
+    }
+
+    /// The first position, `[B,width]`.
+    pub(crate) fn first_token(&mut self, x: ValueId) -> Result<ValueId> {
+        first_token(&mut self.b, x)
+    }
+}
+
+/// Position 0 of `[B,S,width]`, as `[B,width]`.
+pub(crate) fn first_token(b: &mut GraphBuilder, x: ValueId) -> Result<ValueId> {
+    let shape = b.shape(x);
+    let first = b.slice_axis(x, 1, Dim::new(0), Dim::new(1))?;
+    b.reshape(first, &[shape[0].clone(), shape[2].clone()])
+}
+
+/// Sum over an axis of a value.
+pub(crate) fn sum(b: &mut GraphBuilder, x: ValueId, axis: usize, keep: bool) -> Result<ValueId> {
+    b.reduce(ReduceKind::Sum, x, &[axis], keep)
+}

@@ -1,0 +1,212 @@
+//! Llama and its kin: RMS norms, rotary positions, grouped key/value heads, gated feed-forward.
+//!
+//! Mistral, Qwen2 and Qwen3 differ in where biases stand, in norms on each head, and in sliding
+//! windows; [`Variant`] says how.
+
+use super::config::Config;
+use super::layers::{Heads, Net};
+use super::rotary::{Rotary, rotate};
+use super::{LoadOptions, Summary, Task};
+use tilewright_base::Result;
+
+/// What the relatives differ in.
+struct Variant {
+    /// Biases on q, k and v; on the attention's output.
+    qkv_bias: bool,
+    output_bias: bool,
+    /// Biases of the feed-forward part.
+    mlp_bias: bool,
+    /// RMS norm over each head of q and k.
+    head_norms: bool,
+    /// Positions that a position sees, itself included.
+    window: Option<i64>,
+    /// Transformers' default when the configuration is silent.
+    default_eps: f64,
+}
+
+pub(super) fn build_llama(
+    config: &mut Config,
+    net: &mut Net,
+    task: Task,
+    options: &LoadOptions,
+) -> Result<Summary> {
+    let bias = config.flag("attention_bias", false);
+    let mlp_bias = config.flag("mlp_bias", false);
+    let variant = Variant {
+        qkv_bias: bias,
+        output_bias: bias,
+        mlp_bias,
+        head_norms: false,
+        window: None,
+        default_eps: 1e-6,
+    };
+    build(config, net, task, options, &variant)
+}
+
+pub(super) fn build_mistral(
+    config: &mut Config,
+    net: &mut Net,
+    task: Task,
+    options: &LoadOptions,
+) -> Result<Summary> {
+    // Absent means the default of the first Mistral; null means none.
+    let absent = config.is_absent("sliding_window").then_some(4096);
+    let window = config.optional_size("sliding_window").or(absent);
+    let variant = Variant {
+        qkv_bias: false,
+        output_bias: false,
+        mlp_bias: false,
+        head_norms: false,
+        window,
+        default_eps: 1e-6,
+    };
+    build(config, net, task, options, &variant)
+}
+
+pub(super) fn build_qwen2(
+    config: &mut Config,
+    net: &mut Net,
+    task: Task,
+    options: &LoadOptions,
+) -> Result<Summary> {
+    let variant = Variant {
+        qkv_bias: true,
+        output_bias: false,
+        mlp_bias: false,
+        head_norms: false,
+        window: qwen_window(config),
+        default_eps: 1e-6,
+    };
+    build(config, net, task, options, &variant)
+}
+
+pub(super) fn build_qwen3(
+    config: &mut Config,
+    net: &mut Net,
+    task: Task,
+    options: &LoadOptions,
+) -> Result<Summary> {
+    let bias = config.flag("attention_bias", false);
+    let variant = Variant {
+        qkv_bias: bias,
+        output_bias: bias,
+        mlp_bias: false,
+        head_norms: true,
+        window: qwen_window(config),
+        default_eps: 1e-6,
+    };
+    build(config, net, task, options, &variant)
+}
+
+/// Qwen switches its window on by a flag, and for some layers only.
+fn qwen_window(config: &mut Config) -> Option<i64> {
+    if !config.flag("use_sliding_window", false) {
+        return None;
+    }
+    let window = config.optional_size("sliding_window").unwrap_or(4096);
+    if let Some(types) = config.get("layer_types").and_then(|t| t.as_array()) {
+        return types.iter().any(|t| t == "sliding_attention").then_some(window);
+    }
+    let first = config.get("max_window_layers").and_then(|v| v.as_i64()).unwrap_or(28);
+    let layers = config.layers("num_hidden_layers");
+    (layers > first).then_some(window)
+}
+
+fn build(
+    config: &mut Config,
+    net: &mut Net,
+    task: Task,
+    options: &LoadOptions,
+    variant: &Variant,
+) -> Result<Summary> {
+    let hidden = config.size("hidden_size");
+    let layers = config.layers("num_hidden_layers");
+    let heads = config.size("num_attention_heads");
+    let kv_heads = config.optional_size("num_key_value_heads").unwrap_or(heads);
+    let inner = config.size("intermediate_size");
+    let vocabulary = config.size("vocab_size");
+    let positions = config.length("max_position_embeddings");
+    let eps = config.eps("rms_norm_eps", variant.default_eps);
+    let act = config.activation("hidden_act", "silu");
+    let tied = config.flag("tie_word_embeddings", false);
+    let width = match config.optional_size("head_dim") {
+        Some(width) => width,
+        None => config.head_width(hidden, heads),
+    };
+    if heads % kv_heads != 0 {
+        config.problem(format!("{heads} heads cannot share {kv_heads} key/value heads evenly"));
+    }
+    let rotary = Rotary::read(config, width);
+    let most_tokens = positions.min(options.max_tokens);
+    if let Some(window) = variant.window
+        && window < most_tokens
+    {
+        config.unsupported(format!(
+            "a sliding window of {window} positions (with at most {window} tokens it makes no \
+             difference: limit the length to that)"
+        ));
+    }
+    config.check()?;
+
+    let prefix = if net.weights.has_prefix("model.") { "model." } else { "" };
+    net.declare_tokens(most_tokens);
+    let ids = net.token_input("input_ids");
+    let mask = net.token_input("attention_mask");
+    let mask = net.additive_mask(mask)?;
+
+    let table = format!("{prefix}embed_tokens.weight");
+    let mut x = net.embedding(ids, &table, vocabulary, hidden)?;
+    // The first layer's queries show that the head width is real before tables take memory for it.
+    let probe = format!("{prefix}layers.0.self_attn.q_proj.weight");
+    net.stored(&probe, &[heads * width, hidden])?;
+    net.check()?;
+    let tables = rotary.tables(net)?;
+
+    let scale = 1.0 / (width as f64).sqrt();
+    let attention = Heads { q: heads, width, scale, causal: true };
+    for i in 0..layers {
+        let layer = format!("{prefix}layers.{i}");
+        let a = format!("{layer}.self_attn");
+        let y = net.rms_norm(x, &format!("{layer}.input_layernorm"), hidden, eps)?;
+        let mut qkv = [y; 3];
+        for (part, (name, n)) in
+            qkv.iter_mut().zip([("q", heads), ("k", kv_heads), ("v", kv_heads)])
+        {
+            let p =
+                net.linear(y, &format!("{a}.{name}_proj"), hidden, n * width, variant.qkv_bias)?;
+            let mut p = net.split_heads(p, n, width)?;
+            if name != "v" {
+                if variant.head_norms {
+                    p = net.rms_norm(p, &format!("{a}.{name}_norm"), width, eps)?;
+                }
+                net.b.set_origin(format!("{a}.{name}_rotary"));
+                p = rotate(net, p, tables)?;
+            }
+            *part = p;
+        }
+        let y = net.attend(qkv, &attention, Some(mask), &a)?;
+        let y =
+            net.linear(y, &format!("{a}.o_proj"), heads * width, hidden, variant.output_bias)?;
+        x = net.add(y, x)?;
+        let y = net.rms_norm(x, &format!("{layer}.post_attention_layernorm"), hidden, eps)?;
+        let m = format!("{layer}.mlp");
+        let gate = net.linear(y, &format!("{m}.gate_proj"), hidden, inner, variant.mlp_bias)?;
+        let up = net.linear(y, &format!("{m}.up_proj"), hidden, inner, variant.mlp_bias)?;
+        let gate = net.activate(act, gate)?;
+        let y = net.b.map_text("{ g, u -> g * u }", &[gate, up])?;
+        let y = net.linear(y, &format!("{m}.down_proj"), inner, hidden, variant.mlp_bias)?;
+        x = net.add(y, x)?;
+    }
+    let x = net.rms_norm(x, &format!("{prefix}norm"), hidden, eps)?;
+
+    if task == Task::CausalLanguage {
+        let own = "lm_head.weight".to_string();
+        let head = if tied && !net.weights.has(&own) { table } else { own };
+        let head = net.weight(&head, &[vocabulary, hidden])?;
+        let y = net.project(x, head, "oi", None, "lm_head")?;
+        net.b.output("logits", y);
+    } else {
+        net.b.output("last_hidden_state", x);
+    }
+    Ok(Summary { hidden, layers, heads, kv_heads, vocabulary, ..Summary::default() })
+}

@@ -1,0 +1,257 @@
+//! Hugging Face model directories (`config.json` and safetensors) to graphs.
+//!
+//! ```text
+//! config.json  --Config-->  family (one file each: bert, gpt2, llama, ...)  --Net-->  Graph
+//! *.safetensors --Weights--/        asks for weights by name and shape
+//! ```
+//!
+//! Inputs and outputs are named as in transformers: `input_ids`, `attention_mask` and
+//! `token_type_ids` are `i64[B,S]`, `pixel_values` is `f32[B,C,H,W]`; outputs are
+//! `last_hidden_state`, `pooler_output` or `logits`. Weights stay mapped in their files.
+//!
+//! Adding a family: a file with a `build` function, a row in [`FAMILIES`], a tiny model in
+//! `tests/hf/make_models.py`.
+
+mod bert;
+mod config;
+mod distilbert;
+mod gpt2;
+mod layers;
+mod llama;
+mod pooling;
+mod rotary;
+pub mod safetensors;
+mod vit;
+mod weights;
+
+pub use pooling::{Pooling, PoolingMode};
+
+use config::Config;
+use layers::Net;
+use std::path::Path;
+use tilewright_base::{DType, Error, Result, ResultExt};
+use tilewright_graph::Graph;
+use weights::Weights;
+
+/// How a directory is loaded.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// The type of activations. Weights stored otherwise are cast in the graph.
+    pub compute: DType,
+    /// The largest batch, the upper end of `B`.
+    pub max_batch: i64,
+    /// The longest sequence: `S` ends here or at what the model knows, whichever is less.
+    pub max_tokens: i64,
+}
+
+impl Default for LoadOptions {
+    fn default() -> LoadOptions {
+        LoadOptions { compute: DType::F32, max_batch: 1024, max_tokens: 32768 }
+    }
+}
+
+/// What a model computes after its body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Task {
+    /// Hidden states.
+    Hidden,
+    /// Logits over the vocabulary for each position, both sides seen.
+    MaskedLanguage,
+    /// Logits over the vocabulary for the next token.
+    CausalLanguage,
+    /// Logits over labels for a sequence.
+    SequenceLabels,
+    /// Logits over labels for each token.
+    TokenLabels,
+    /// Logits over labels for an image.
+    ImageLabels,
+}
+
+/// The numbers that describe a model, for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Width of the hidden states.
+    pub hidden: i64,
+    /// Layers.
+    pub layers: i64,
+    /// Query heads.
+    pub heads: i64,
+    /// Key and value heads.
+    pub kv_heads: i64,
+    /// Words, or 0 for a model of images.
+    pub vocabulary: i64,
+    /// Number of weights that the model reads.
+    pub parameters: u64,
+    /// Bytes that they take in their files.
+    pub weight_bytes: u64,
+}
+
+/// A loaded model.
+#[derive(Clone, Debug)]
+pub struct HfModel {
+    /// The tensor program.
+    pub graph: Graph,
+    /// `model_type` of the configuration: `bert`.
+    pub family: &'static str,
+    /// The class in transformers: `BertForMaskedLM`.
+    pub architecture: String,
+    /// What is computed.
+    pub task: Task,
+    /// Its size.
+    pub summary: Summary,
+    /// The most tokens of one sequence: what the model, a sentence encoder's configuration and
+    /// the options allow. 0 for a model of images.
+    pub max_tokens: i64,
+    /// Tensors in the files that the model does not read.
+    pub unused: Vec<String>,
+    pooling: Result<Option<Pooling>>,
+}
+
+impl HfModel {
+    /// How a sentence encoder makes one vector of its hidden states; `None` when the directory is
+    /// not that of a sentence encoder. An error when it is one of a kind that is not supported.
+    pub fn pooling(&self) -> Result<Option<Pooling>> {
+        self.pooling.clone()
+    }
+
+    /// The model as a sentence encoder: its only output is `sentence_embedding`, `[B,hidden]`.
+    pub fn sentence_encoder(&self) -> Result<Graph> {
+        let Some(pooling) = self.pooling()? else {
+            return Err(Error::user("the directory is not that of a sentence encoder")
+                .with_hint("one has modules.json and a pooling configuration"));
+        };
+        pooling.append(&self.graph)
+    }
+}
+
+/// A family of models: `model_type`, the classes it is known by, and who builds it.
+struct Family {
+    model_type: &'static str,
+    classes: &'static [(&'static str, Task)],
+    build: fn(&mut Config, &mut Net, Task, &LoadOptions) -> Result<Summary>,
+}
+
+/// Every family. The first class of each is what a configuration without `architectures` means.
+const FAMILIES: &[Family] = &[
+    Family {
+        model_type: "bert",
+        classes: &[
+            ("BertModel", Task::Hidden),
+            ("BertForMaskedLM", Task::MaskedLanguage),
+            ("BertForSequenceClassification", Task::SequenceLabels),
+            ("BertForTokenClassification", Task::TokenLabels),
+        ],
+        build: bert::build,
+    },
+    Family {
+        model_type: "distilbert",
+        classes: &[
+            ("DistilBertModel", Task::Hidden),
+            ("DistilBertForMaskedLM", Task::MaskedLanguage),
+            ("DistilBertForSequenceClassification", Task::SequenceLabels),
+            ("DistilBertForTokenClassification", Task::TokenLabels),
+        ],
+        build: distilbert::build,
+    },
+    Family {
+        model_type: "gpt2",
+        classes: &[("GPT2Model", Task::Hidden), ("GPT2LMHeadModel", Task::CausalLanguage)],
+        build: gpt2::build,
+    },
+    Family {
+        model_type: "llama",
+        classes: &[("LlamaModel", Task::Hidden), ("LlamaForCausalLM", Task::CausalLanguage)],
+        build: llama::build_llama,
+    },
+    Family {
+        model_type: "mistral",
+        classes: &[("MistralModel", Task::Hidden), ("MistralForCausalLM", Task::CausalLanguage)],
+        build: llama::build_mistral,
+    },
+    Family {
+        model_type: "qwen2",
+        classes: &[("Qwen2Model", Task::Hidden), ("Qwen2ForCausalLM", Task::CausalLanguage)],
+        build: llama::build_qwen2,
+    },
+    Family {
+        model_type: "qwen3",
+        classes: &[("Qwen3Model", Task::Hidden), ("Qwen3ForCausalLM", Task::CausalLanguage)],
+        build: llama::build_qwen3,
+    },
+    Family {
+        model_type: "vit",
+        classes: &[("ViTModel", Task::Hidden), ("ViTForImageClassification", Task::ImageLabels)],
+        build: vit::build,
+    },
+];
+
+/// Loads the graph of a model directory with default options.
+pub fn load(dir: &Path) -> Result<Graph> {
+    Ok(load_model(dir, &LoadOptions::default())?.graph)
+}
+
+/// Loads a model directory.
+pub fn load_model(dir: &Path, options: &LoadOptions) -> Result<HfModel> {
+    load_dir(dir, options).context(|| format!("loading the model in `{}`", dir.display()))
+}
+
+fn load_dir(dir: &Path, options: &LoadOptions) -> Result<HfModel> {
+    if !dir.is_dir() {
+        return Err(Error::user("it is not a directory")
+            .with_hint("a model directory holds config.json and model.safetensors"));
+    }
+    let limits_ok = options.compute.is_float() && options.max_batch >= 1 && options.max_tokens >= 1;
+    if !limits_ok {
+        return Err(Error::user(format!(
+            "cannot compute in {} with batches up to {} of up to {} tokens",
+            options.compute, options.max_batch, options.max_tokens
+        )));
+    }
+    let mut config = Config::open(dir)?;
+    let (family, architecture, task) = recognise(&config)?;
+    let weights = Weights::open(dir)?;
+    let mut net = Net::new(&architecture, weights, options.compute, options.max_batch);
+    let mut summary = (family.build)(&mut config, &mut net, task, options)?;
+    net.check()?;
+    let parameters = net.weights.used().map(|t| t.len() as u64).sum();
+    let weight_bytes = net.weights.used().map(|t| t.bytes().len() as u64).sum();
+    summary = Summary { parameters, weight_bytes, ..summary };
+    let own_tokens = if summary.vocabulary > 0 { net.most_tokens() } else { 0 };
+    let encoder_tokens = pooling::most_tokens(dir).unwrap_or(i64::MAX);
+    Ok(HfModel {
+        family: family.model_type,
+        architecture,
+        task,
+        summary,
+        max_tokens: own_tokens.min(encoder_tokens),
+        unused: net.weights.unused(),
+        pooling: pooling::detect(dir),
+        graph: net.b.finish(),
+    })
+}
+
+/// Finds the family by the class in `architectures`, or by `model_type`.
+fn recognise(config: &Config) -> Result<(&'static Family, String, Task)> {
+    let class = config.get("architectures").and_then(|a| a.get(0)).and_then(|a| a.as_str());
+    let model_type = config.text("model_type");
+    if let Some(class) = class {
+        for family in FAMILIES {
+            if let Some((_, task)) = family.classes.iter().find(|(name, _)| *name == class) {
+                return Ok((family, class.to_string(), *task));
+            }
+        }
+    } else if let Some(model_type) = model_type
+        && let Some(family) = FAMILIES.iter().find(|f| f.model_type == model_type)
+        && let Some((class, task)) = family.classes.first()
+    {
+        return Ok((family, (*class).to_string(), *task));
+    }
+    let known: Vec<&str> =
+        FAMILIES.iter().flat_map(|f| f.classes.iter().map(|(name, _)| *name)).collect();
+    let hint = format!("supported are {}", known.join(", "));
+    Err(match class.or(model_type) {
+        Some(name) => Error::unsupported(format!("the architecture `{name}` is not supported")),
+        None => Error::user("config.json has neither `architectures` nor `model_type`"),
+    }
+    .with_hint(hint))
+}

@@ -1,0 +1,119 @@
+//! [`Weights`]: the tensors of a model directory, from one file or from shards.
+
+use super::config::read_json;
+use super::safetensors::{self, Contents};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path};
+use tilewright_base::{Error, Result};
+use tilewright_data::Tensor;
+
+/// Named tensors, and which of them were asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Weights {
+    contents: Contents,
+    used: BTreeSet<String>,
+}
+
+impl Weights {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    pub(crate) fn open(dir: &Path) -> Result<Weights> {
+        let single = dir.join("model.safetensors");
+        if single.is_file() {
+            let contents = safetensors::read(&single)?;
+            return Ok(Weights { contents, ..Weights::default() });
+        }
+        let index = dir.join("model.safetensors.index.json");
+        if index.is_file() {
+            return Weights::open_shards(dir, &index);
+        }
+        let error = Error::user(format!("`{}` has no model.safetensors", dir.display()));
+        Err(match dir.join("pytorch_model.bin").is_file() {
+            true => error.with_hint(
+                "it has pytorch_model.bin: load it with transformers and save it again with \
+                 save_pretrained(..., safe_serialization=True)",
+            ),
+            false => error.with_hint("weights must be stored as safetensors"),
+        })
+    }
+
+    fn open_shards(dir: &Path, index: &Path) -> Result<Weights> {
+        let bad = |what: String| {
+            Err(Error::user(what).with_context(format!("reading `{}`", index.display())))
+        };
+        let json = read_json(index)?;
+        let Some(Value::Object(map)) = json.get("weight_map") else {
+            return bad("there is no `weight_map`".into());
+        };
+        let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (tensor, file) in map {
+            let Some(file) = file.as_str() else {
+                return bad(format!("the file of tensor `{tensor}` is not a text"));
+            };
+            // A file beside the index: nothing that leads out of the directory.
+            let mut parts = Path::new(file).components();
+            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+                return bad(format!("`{file}` is not the name of a file beside the index"));
+            }
+            shards.entry(file).or_default().push(tensor);
+        }
+        let mut all = Contents::default();
+        let mut missing = Vec::new();
+        for (file, tensors) in shards {
+            let mut shard = safetensors::read(&dir.join(file))?;
+            for tensor in tensors {
+                if let Some(data) = shard.tensors.remove(tensor) {
+                    all.tensors.insert(tensor.into(), data);
+                } else if let Some(dtype) = shard.foreign.remove(tensor) {
+                    all.foreign.insert(tensor.into(), dtype);
+                } else {
+                    missing.push(format!("tensor `{tensor}` is not in `{file}`"));
+                }
+            }
+        }
+        if missing.is_empty() {
+            return Ok(Weights { contents: all, ..Weights::default() });
+        }
+        let error = Error::user("the index lists tensors that the files lack")
+            .with_context(format!("reading `{}`", index.display()));
+        Err(missing.into_iter().take(100).fold(error, Error::with_note))
+    }
+
+    /// The tensor of this name.
+    pub(crate) fn get(&mut self, name: &str) -> Option<&Tensor> {
+        let tensor = self.contents.tensors.get(name)?;
+        if !self.used.contains(name) {
+            self.used.insert(name.to_string());
+        }
+        Some(tensor)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.contents.tensors.contains_key(name) || self.contents.foreign.contains_key(name)
+    }
+
+    /// Whether some tensor's name begins so.
+    pub(crate) fn has_prefix(&self, prefix: &str) -> bool {
+        let from = self.contents.tensors.range(prefix.to_string()..).next();
+        from.is_some_and(|(name, _)| name.starts_with(prefix))
+    }
+
+    /// The file's name of the element type when it is one that we do not have.
+    pub(crate) fn foreign(&self, name: &str) -> Option<&str> {
+        self.contents.foreign.get(name).map(String::as_str)
+    }
+
+    /// Tensors that were never asked for.
+    pub(crate) fn unused(&self) -> Vec<String> {
+        let names = self.contents.tensors.keys().chain(self.contents.foreign.keys());
+        let mut unused: Vec<String> = names.filter(|n| !self.used.contains(*n)).cloned().collect();
+        unused.sort_unstable();
+        unused
+    }
+
+    /// The tensors that were asked for.
+    pub(crate) fn used(&self) -> impl Iterator<Item = &Tensor> {
+        self.used.iter().filter_map(|name| self.contents.tensors.get(name))
+    }
+}
