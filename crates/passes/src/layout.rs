@@ -66,7 +66,7 @@ fn blocked_values(graph: &Graph, lanes: i64) -> BTreeSet<ValueId> {
     loop {
         let before = blocked.len();
         for (_, node) in graph.live() {
-            let out = node.outputs[0];
+            let Some(&out) = node.outputs.first() else { continue };
             if blocked.contains(&out) && !may_make(graph, node, &blocked, lanes) {
                 blocked.remove(&out);
             }

@@ -251,8 +251,7 @@ fn step(graph: &mut Graph, ctx: &PassContext, pass: &Pass, stage: &mut StageTime
     Ok(changed)
 }
 
-/// Whatever goes wrong inside a pass on a graph that was right before is our bug, except what says
-/// of itself that it is something else (out of memory, for one).
+/// The graph was right before the pass, so whatever goes wrong in it is our bug.
 fn blame(stage: &str, error: Error) -> Error {
     let error = match error.kind() {
         Kind::Bug => error,
