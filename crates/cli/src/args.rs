@@ -16,6 +16,18 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Run a model on given or random inputs
+    Run(RunArgs),
+    /// Compare a compiled model with the float64 oracle, per output and per kernel
+    Verify(VerifyArgs),
+    /// Time a model
+    Bench(BenchArgs),
+    /// Show what each kernel does, costs and reaches, and how memory is used
+    Explain(ExplainArgs),
+    /// Print a model at any stage of compilation
+    Inspect(InspectArgs),
+    /// Embed sentences with a sentence encoder, and search among them
+    Embed(EmbedArgs),
     /// Compile a formula: show each stage, evaluate it, measure it
     Expr(ExprArgs),
     /// Show this machine and measure its ceilings
@@ -81,4 +93,140 @@ pub(crate) struct CacheArgs {
     /// ~/.cache/tilewright)
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
+}
+
+/// A model and how to compile it.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// A .onnx file, a Hugging Face directory (config.json, safetensors), or a .tw graph text
+    pub(crate) model: PathBuf,
+    /// Threads to use; 0 for all
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Arithmetic of contractions and convolutions: f32 or bf16
+    #[arg(long, default_value = "f32")]
+    pub(crate) precision: String,
+    /// One kernel per operator, to find what a fusion breaks
+    #[arg(long)]
+    pub(crate) no_fusion: bool,
+    /// Compile everything anew
+    #[arg(long)]
+    pub(crate) no_cache: bool,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+}
+
+/// What goes into a model.
+#[derive(Debug, Args)]
+pub(crate) struct InputArgs {
+    /// Value of a free size of the model, e.g. --dim batch=8
+    #[arg(long = "dim", value_name = "NAME=N")]
+    pub(crate) dims: Vec<String>,
+    /// An input from a NumPy file, e.g. --input ids=ids.npy; inputs not given are random
+    #[arg(long = "input", value_name = "NAME=FILE.npy")]
+    pub(crate) inputs: Vec<String>,
+    /// Seed of the random inputs
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) inputs: InputArgs,
+    /// Write each output as NAME.npy into this folder
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) inputs: InputArgs,
+    /// Also list every kernel
+    #[arg(long)]
+    pub(crate) kernels: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) inputs: InputArgs,
+    /// Runs to time
+    #[arg(long, default_value_t = 100)]
+    pub(crate) runs: usize,
+    /// Runs before the clock starts
+    #[arg(long, default_value_t = 5)]
+    pub(crate) warmup: usize,
+    /// Stop after this many seconds
+    #[arg(long, default_value_t = 20.0)]
+    pub(crate) seconds: f64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) inputs: InputArgs,
+    /// Rows of the table, costliest first; 0 for all in order
+    #[arg(long, default_value_t = 20)]
+    pub(crate) top: usize,
+    /// Runs to time each kernel
+    #[arg(long, default_value_t = 20)]
+    pub(crate) runs: usize,
+    /// Also list the fusion groups and why each node joined
+    #[arg(long)]
+    pub(crate) groups: bool,
+    /// Write one self-contained page
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Stage to print: import, a pass name, fusion, tile, plan, llvm or asm (`--stages` lists them)
+    #[arg(long)]
+    pub(crate) stage: Option<String>,
+    /// List the stages and why each stands where it stands
+    #[arg(long)]
+    pub(crate) stages: bool,
+    /// Only kernels whose name contains this (stages tile, llvm and asm)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) kernel: Option<String>,
+    /// Print how long each stage took
+    #[arg(long)]
+    pub(crate) time: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EmbedArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Sentences, one per line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: PathBuf,
+    /// Print the sentences nearest to this one (may be repeated)
+    #[arg(long)]
+    pub(crate) query: Vec<String>,
+    /// Queries, one per line (text after a tab is ignored)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) query_file: Option<PathBuf>,
+    /// Neighbours to print for each query
+    #[arg(long, default_value_t = 3)]
+    pub(crate) top: usize,
+    /// Sentences per run
+    #[arg(long, default_value_t = 16)]
+    pub(crate) batch: usize,
+    /// Write the embeddings as a NumPy file
+    #[arg(long, value_name = "FILE.npy")]
+    pub(crate) output: Option<PathBuf>,
 }

@@ -7,6 +7,7 @@
 
 mod args;
 mod commands;
+mod npy;
 mod output;
 
 use args::{Cli, Command};
@@ -26,6 +27,12 @@ fn main() -> ExitCode {
         eprintln!("error: internal error{place}: {text}\n  reproduce: {}", output::command_line());
     }));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match &cli.command {
+        Command::Run(args) => commands::run::run(args, &output),
+        Command::Verify(args) => commands::verify::run(args, &output),
+        Command::Bench(args) => commands::bench::run(args, &output),
+        Command::Explain(args) => commands::explain::run(args, &output),
+        Command::Inspect(args) => commands::inspect::run(args, &output),
+        Command::Embed(args) => commands::embed::run(args, &output),
         Command::Expr(args) => commands::expr::run(args, &output),
         Command::Machine(args) => commands::machine::run(args, &output),
     }));

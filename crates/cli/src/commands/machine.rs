@@ -4,12 +4,10 @@ use crate::args::MachineArgs;
 use crate::output::Output;
 use std::fmt::Write as _;
 use tilewright_base::{Error, Result};
-use tilewright_runtime::{Pool, measure};
-use tilewright_target::Cpu;
 
 pub(crate) fn run(args: &MachineArgs, output: &Output) -> Result<()> {
-    let mut cpu = Cpu::detect(args.threads)?;
-    cpu.ceilings = measure(&cpu, &Pool::new(cpu.threads))?;
+    let cache = tilewright::cache_dir();
+    let cpu = tilewright::measured_cpu(args.threads, cache.as_deref(), args.measure)?;
     let mut text = String::new();
     let c = &cpu.ceilings;
     let giga = 1e-9;

@@ -1,4 +1,92 @@
 //! One file per command. Each has `run(args, output)`.
 
+pub(crate) mod bench;
+pub(crate) mod embed;
+pub(crate) mod explain;
 pub(crate) mod expr;
+pub(crate) mod inspect;
 pub(crate) mod machine;
+pub(crate) mod run;
+pub(crate) mod verify;
+
+use crate::args::{InputArgs, ModelArgs};
+use crate::npy;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use tilewright::{Compiled, Compiler, Model, Result, Tensor};
+use tilewright_base::Error;
+
+/// A compiler as the arguments say.
+fn compiler(args: &ModelArgs) -> Result<Compiler> {
+    let cache = if args.no_cache { None } else { cache_folder(args) };
+    let cpu = tilewright::host_cpu(args.threads, cache.as_deref())?;
+    let mut compiler = Compiler::for_cpu(cpu, cache);
+    compiler.fusion = !args.no_fusion;
+    compiler.precision = args.precision.parse().map_err(Error::user)?;
+    Ok(compiler)
+}
+
+/// The cache folder: the argument, or the usual one.
+fn cache_folder(args: &ModelArgs) -> Option<PathBuf> {
+    args.cache.cache.clone().or_else(tilewright::cache_dir)
+}
+
+/// Reads and compiles the model; cache trouble is said, not fatal.
+fn compile(args: &ModelArgs) -> Result<(Model, Compiled)> {
+    let compiler = compiler(args)?;
+    let model = Model::open(&args.model)?;
+    let compiled = compiler.compile(&model)?;
+    for warning in compiled.warnings() {
+        eprintln!("warning: {warning}");
+    }
+    Ok((model, compiled))
+}
+
+/// `NAME=VALUE` pairs.
+fn pairs<'a>(list: &'a [String], example: &str) -> Result<Vec<(&'a str, &'a str)>> {
+    list.iter()
+        .map(|pair| {
+            pair.split_once('=').ok_or_else(|| {
+                Error::user(format!("`{pair}` is not of the form NAME=VALUE"))
+                    .with_hint(format!("for example {example}"))
+            })
+        })
+        .collect()
+}
+
+/// Sizes that the user chose.
+fn dims(args: &InputArgs) -> Result<BTreeMap<String, i64>> {
+    let mut dims = BTreeMap::new();
+    for (name, value) in pairs(&args.dims, "--dim batch=8")? {
+        let number = value.parse().map_err(|_| Error::user(format!("`{value}` is not a whole number")))?;
+        dims.insert(name.to_string(), number);
+    }
+    Ok(dims)
+}
+
+/// Inputs from files, the others random. Sizes of given inputs determine those of the others.
+fn inputs(model: &Model, args: &InputArgs) -> Result<Vec<Tensor>> {
+    let graph = &model.graph;
+    let mut chosen = dims(args)?;
+    let mut given: BTreeMap<usize, Tensor> = BTreeMap::new();
+    for (name, file) in pairs(&args.inputs, "--input ids=ids.npy")? {
+        let at = graph.inputs.iter().position(|&v| graph.values[v].name == name);
+        let Some(at) = at else {
+            let names: Vec<&str> = graph.inputs.iter().map(|&v| &*graph.values[v].name).collect();
+            return Err(Error::user(format!("the model has no input `{name}`"))
+                .with_hint(format!("its inputs are: {}", names.join(", "))));
+        };
+        let tensor = npy::read(file.as_ref())?;
+        for (dim, &extent) in graph.shape(graph.inputs[at]).iter().zip(tensor.shape()) {
+            if let Some(symbol) = dim.as_symbol() {
+                chosen.entry(symbol.to_string()).or_insert(extent as i64);
+            }
+        }
+        given.insert(at, tensor);
+    }
+    let mut inputs = tilewright::inputs::random(graph, &chosen, args.seed)?;
+    for (at, tensor) in given {
+        inputs[at] = tensor;
+    }
+    Ok(inputs)
+}

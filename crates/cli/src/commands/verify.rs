@@ -1,0 +1,59 @@
+//! `tw verify`: a compiled model against the float64 oracle.
+
+use super::{compile, inputs};
+use crate::args::VerifyArgs;
+use crate::output::Output;
+use serde_json::{Value, json};
+use std::fmt::Write as _;
+use tilewright::verify::{Deviation, verify};
+use tilewright::Result;
+use tilewright_base::Error;
+
+pub(crate) fn run(args: &VerifyArgs, output: &Output) -> Result<()> {
+    let (model, compiled) = compile(&args.model)?;
+    let inputs = inputs(&model, &args.inputs)?;
+    let report = verify(&compiled, &model.graph, &inputs)?;
+    let mut text = String::new();
+    for d in &report.outputs {
+        line(&mut text, "output", d);
+    }
+    let worst = report.kernels.iter().max_by(|a, b| a.ratio.total_cmp(&b.ratio));
+    if args.kernels {
+        report.kernels.iter().for_each(|d| line(&mut text, "kernel", d));
+    } else if let Some(worst) = worst {
+        let inside = report.kernels.iter().filter(|d| d.ratio <= 1.0).count();
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{inside} of {} kernel results inside their budget; the worst:", report.kernels.len());
+        line(&mut text, "kernel", worst);
+    }
+    let list = |all: &[Deviation]| all.iter().map(value).collect::<Vec<_>>();
+    let json = json!({
+        "passed": report.passed(), "outputs": list(&report.outputs), "kernels": list(&report.kernels),
+    });
+    output.result(&text, &json);
+    if report.passed() {
+        return Ok(());
+    }
+    Err(Error::bug("the compiled model leaves the error budget")
+        .with_hint("`tw verify --kernels` lists every kernel; --no-fusion tells whether fusion is at fault"))
+}
+
+fn line(text: &mut String, what: &str, d: &Deviation) {
+    let verdict = if d.ratio <= 1.0 { "ok  " } else { "FAIL" };
+    let _ = write!(
+        text,
+        "{verdict} {what} {}: largest error {:.2e}, {:.2} of the budget, {} elements",
+        d.name, d.max_error, d.ratio, d.elements
+    );
+    if let Some((at, got, want)) = &d.first_bad {
+        let _ = write!(text, "; first outside at {at:?}: {got} instead of {want}");
+    }
+    text.push('\n');
+}
+
+fn value(d: &Deviation) -> Value {
+    json!({
+        "name": d.name, "max_error": d.max_error, "budget": d.budget, "elements": d.elements,
+        "ratio": if d.ratio.is_finite() { json!(d.ratio) } else { json!("infinite") },
+    })
+}

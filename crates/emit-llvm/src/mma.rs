@@ -1,0 +1,793 @@
+//! Matrix products: register-blocked micro-kernels and the loops around them.
+//!
+//! A product runs panel by panel of columns (as wide as the micro-kernel), and within a panel by
+//! groups of rows, so that a panel of `b` stays in the first-level cache. A micro-kernel holds its
+//! piece of the result in registers over the whole depth of the tile. Operands are read where they
+//! are when their addresses allow it (any row stride; any depth stride, also in blocks; columns
+//! contiguous), and copied into scratch memory first otherwise.
+//!
+//! Result pieces lie in scratch memory in panels; in the last iteration of the loops around, each
+//! piece goes through the epilogue and to its destination while it is still in the cache.
+
+use crate::dims::{linear_in, mentions};
+use crate::emitter::{Buf, Emitter, Epilogue, Loc, Place, uppers};
+use crate::ops::{Code, mem_elem, reg_elem, splat_lit, vector};
+use crate::stmts::ScratchType;
+use std::fmt::Write;
+use std::sync::Arc;
+use tilewright_base::{DType, Error, Result};
+use tilewright_expr::Value;
+use tilewright_layout::{Dim, Range};
+use tilewright_tile::{Stmt, TileId, TileOp};
+
+/// Shape of the micro-kernel for a product.
+#[derive(Clone, Copy, Debug)]
+struct Geometry {
+    lanes: u32,
+    /// Vectors per row.
+    vectors: u32,
+    /// Columns of a panel.
+    width: i64,
+    /// Most rows.
+    rows: i64,
+}
+
+/// A stride: known now, or an argument of the micro-kernel.
+#[derive(Clone, Debug)]
+enum Stride {
+    Known(i64),
+    Given(String),
+}
+
+/// How an operand's address moves with the depth index.
+#[derive(Clone, Debug)]
+struct DepthAccess {
+    /// Distance between neighbours (inside a block).
+    inner: Dim,
+    /// Distance between blocks.
+    outer: Dim,
+}
+
+/// How the micro-kernel multiplies. One variant per instruction family; chosen from the operand
+/// types (and later from the target's matrix instructions).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MicroKind {
+    /// Float fused multiply-add; narrow operands are widened when loaded.
+    Fma,
+    /// Integer multiply and add.
+    MulAdd,
+}
+
+/// Everything that one micro-kernel text depends on, but for its number of rows.
+#[derive(Clone, Debug)]
+struct Micro {
+    kind: MicroKind,
+    geometry: Geometry,
+    acc: DType,
+    a: DType,
+    b: DType,
+    /// Rows of `a`, depth of `a` and of `b`, then their blocks.
+    a_row: Stride,
+    a_depth: Stride,
+    b_depth: Stride,
+    a_block: Stride,
+    b_block: Stride,
+    /// Depth comes in blocks of this size.
+    block: Option<i64>,
+    unroll: u32,
+}
+
+impl<'a> Emitter<'a> {
+    fn geometry(&self, dtype: DType, cols: i64) -> Geometry {
+        let lanes = self.lanes_for(dtype);
+        let w = i64::from(lanes);
+        let wanted = self.knobs.mma_vectors.max(1);
+        let vectors = u32::try_from((cols + w - 1) / w).unwrap_or(1).clamp(1, wanted);
+        // The same number of accumulators in a narrower, taller shape.
+        let registers = if self.knobs.vector_bits >= 512 { 24 } else { 10 };
+        let rows = if vectors == wanted {
+            self.knobs.mma_rows.max(1)
+        } else {
+            (self.knobs.mma_rows * wanted / vectors).clamp(1, registers / vectors.max(1))
+        };
+        Geometry { lanes, vectors, width: w * i64::from(vectors), rows: i64::from(rows.max(1)) }
+    }
+
+    /// Memory for a product's result. When every piece is final at once and goes through an
+    /// epilogue, one piece is enough.
+    pub(crate) fn accumulator(&mut self, tile: TileId, one_piece: bool) -> Result<Buf> {
+        let shape = self.extents(tile)?;
+        let [rows, cols] = shape.as_slice() else {
+            return Err(Error::bug(format!("product {tile} is no matrix")));
+        };
+        let dtype = self.k.ty(tile).dtype.size_aligned();
+        let g = self.geometry(dtype, *cols);
+        if one_piece {
+            let mut buf = self.new_panels(dtype, g.rows, g.width, g.width);
+            buf.pad = -1;
+            return Ok(buf);
+        }
+        Ok(self.new_panels(dtype, *rows, *cols, g.width))
+    }
+
+    /// Splits an offset by the depth symbol. With `block` the depth is given as
+    /// `block * outer + inner`.
+    fn depth_access(
+        &self,
+        operand: TileId,
+        coords: &dyn Fn(Dim) -> Vec<Dim>,
+        depth: &str,
+        blocks: &[i64],
+    ) -> Option<(Place, DepthAccess, Dim, Option<i64>)> {
+        let place = self.view(operand, &coords(Dim::sym(depth)))?;
+        if let Some((inner, rest)) = linear_in(&place.offset, depth) {
+            let outer = Dim::new(0);
+            return Some((place, DepthAccess { inner, outer }, rest, None));
+        }
+        for &size in blocks {
+            let mut e = self.facts.clone();
+            let bound = self.facts.bounds(&Dim::sym(depth)).max;
+            e.declare("$kb", Range { min: 0, max: bound / size }, vec![]);
+            e.declare("$ki", Range { min: 0, max: size - 1 }, vec![]);
+            let split = Dim::sym("$kb") * size + Dim::sym("$ki");
+            // Guards were checked with the plain symbol; only the address is split.
+            let param: usize = place.base.strip_prefix("%p")?.parse().ok()?;
+            let _ = param;
+            let offset = e.simplify(&place.offset.substitute(&|s| (s == depth).then(|| split.clone())));
+            if let Some((outer, rest)) = linear_in(&offset, "$kb")
+                && let Some((inner, rest)) = linear_in(&rest, "$ki")
+                && !mentions(&outer, "$ki")
+            {
+                return Some((place, DepthAccess { inner, outer }, rest, Some(size)));
+            }
+        }
+        None
+    }
+
+    fn block_sizes(&self, operand: TileId) -> Vec<i64> {
+        let mut sizes = Vec::new();
+        let mut todo = vec![operand];
+        while let Some(t) = todo.pop() {
+            if let Some(op) = self.defs[t.index()] {
+                if let TileOp::Load { param, .. } = op {
+                    for axis in &self.k.params[*param].layout.axes {
+                        sizes.extend(axis.block.as_ref().map(|b| b.size));
+                    }
+                } else if todo.len() < 16 {
+                    todo.extend(crate::analyze::operands(op));
+                }
+            }
+        }
+        sizes.sort_unstable();
+        sizes.dedup();
+        sizes
+    }
+
+    /// Writes a product; see the module's head. `target` is the accumulator of the loop around.
+    pub(crate) fn mma(
+        &mut self,
+        tile: TileId,
+        op: &'a TileOp,
+        target: Option<&Loc>,
+        epilogue: Option<Epilogue>,
+    ) -> Result<()> {
+        let TileOp::Mma { acc, a, b, limit } = op else { return Err(Error::bug("not a product")) };
+        let shape = self.extents(tile)?;
+        let (rows_max, cols_max) = (shape[0], shape[1]);
+        let depth_max = self.extents(*a)?[1];
+        let dtype = self.k.ty(tile).dtype;
+        let g = self.geometry(dtype, cols_max);
+        let need = self.need_of(tile);
+        let (m, n) = (need[0].clone(), need[1].clone());
+        let depth = crate::analyze::limited(&Dim::new(depth_max), limit);
+        let depth = self.facts.simplify(&depth);
+        // Where the result lies and what it starts from.
+        let (buf, init, first, last, epilogue) = match target {
+            Some(Loc::Acc(t)) => {
+                (t.buf.clone(), t.init, t.first.clone(), t.last.clone(), t.epilogue.clone())
+            }
+            Some(Loc::Buffer(buf)) => (buf.clone(), *acc, "true".into(), "false".into(), None),
+            _ => {
+                let one = epilogue.is_some();
+                let buf = self.accumulator(tile, one)?;
+                (buf, *acc, "true".to_owned(), "true".to_owned(), epilogue)
+            }
+        };
+        let one_piece = buf.pad < 0;
+        let zero_init = matches!(
+            self.defs[init.index()],
+            Some(TileOp::Full(Value::Int(0)))
+        ) || matches!(self.defs[init.index()], Some(TileOp::Full(Value::Float(v))) if v.to_bits() == 0);
+        let zero_init = zero_init && matches!(self.loc[init.index()], Loc::Virtual);
+        let in_place =
+            matches!(&self.loc[init.index()], Loc::Buffer(b) if b.ptr == buf.ptr);
+
+        // Operands.
+        let k_sym = self.symbol();
+        self.facts.declare(&k_sym, Range { min: 0, max: depth_max - 1 }, uppers(&depth));
+        let i_sym = self.symbol();
+        self.facts.declare(&i_sym, Range { min: 0, max: rows_max - 1 }, uppers(&m));
+        let mut blocks = self.block_sizes(*a);
+        blocks.extend(self.block_sizes(*b));
+        let i_dim = Dim::sym(i_sym.clone());
+        let rows_of = |k: Dim| vec![i_dim.clone(), k];
+        let a_tile = *a;
+        let mut a_access = self.row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks);
+        if a_access.is_none() {
+            self.c.t.comment("left operand copied");
+            let kept = self.keep(a_tile)?;
+            self.loc[a_tile.index()] = Loc::Buffer(kept);
+            self.forget_values();
+            a_access = self.row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks);
+        }
+        let Some((a_place, a_depth, a_row, a_rest, a_block)) = a_access else {
+            return Err(Error::bug("a copied operand has no address"));
+        };
+        // Panels of b.
+        let width = g.width;
+        let panel = self.symbol();
+        let panels = self.facts.simplify(&n.ceil_div(&Dim::new(width)));
+        let panel_max = self.facts.bounds(&panels).max.saturating_sub(1).max(0);
+        self.facts.declare(&panel, Range { min: 0, max: panel_max }, uppers(&panels));
+        let col = self.symbol();
+        self.facts.declare(&col, Range { min: 0, max: width - 1 }, vec![]);
+        let n_sym = self.symbol();
+        let spot = Dim::sym(panel.clone()) * width + Dim::sym(col.clone());
+        self.facts.define(&n_sym, uppers(&n), spot);
+        let b_tile = *b;
+        let even = self.facts.simplify(&n.modulo(&Dim::new(width))).is(0);
+        let mut b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &blocks);
+        // A block of the depth must be one for both.
+        if let Some(access) = &b_access
+            && access.4 != a_block
+            && access.4.is_some()
+            && a_block.is_some()
+        {
+            b_access = None;
+        }
+        let mut tail = None;
+        if b_access.is_none() {
+            self.c.t.comment("right operand copied");
+            let kept = self.new_panels(
+                self.k.ty(b_tile).dtype.size_aligned(),
+                depth_max,
+                cols_max,
+                width,
+            );
+            let counts = [depth.clone(), n.clone()];
+            self.fill_buffer(&kept, b_tile, &counts)?;
+            self.loc[b_tile.index()] = Loc::Buffer(kept);
+            self.forget_values();
+            b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &blocks);
+        } else if !even && !self.may_over_read(b_tile, b_access.as_ref().map(|b| &b.0), width) {
+            // The last panel is copied, so that whole vectors can be read.
+            self.c.t.comment("last panel of the right operand copied");
+            let kept = self.new_panels(
+                self.k.ty(b_tile).dtype.size_aligned(),
+                depth_max,
+                width,
+                width,
+            );
+            let whole = self.facts.simplify(&n.floor_div(&Dim::new(width)));
+            let rest = self.facts.simplify(&n.modulo(&Dim::new(width)));
+            let mut shifted = kept.clone();
+            // The panel's own columns count from zero.
+            let stride = Dim::new(depth_max * width);
+            shifted.layout.offset = &whole * &stride * -1;
+            let base = [Dim::new(0), &whole * width];
+            self.fill_region(&shifted, b_tile, &base, &[depth.clone(), rest])?;
+            self.forget_values();
+            tail = Some((kept, whole));
+        }
+        let Some((b_place, b_depth, _, b_rest, b_block)) = b_access else {
+            return Err(Error::bug("a copied operand has no address"));
+        };
+        let block = a_block.or(b_block);
+        let unblocked = |access: &DepthAccess, own: Option<i64>| match (block, own) {
+            (Some(size), None) => &access.inner * size,
+            _ => access.outer.clone(),
+        };
+        let a_outer = unblocked(&a_depth, a_block);
+        let b_outer = unblocked(&b_depth, b_block);
+
+        // Strides that are not known are arguments.
+        let mut given: Vec<String> = Vec::new();
+        let mut names: Vec<String> = Vec::new();
+        let mut stride = |e: &mut Self, dim: &Dim, name: &str| match dim.as_const() {
+            Some(v) => Stride::Known(v),
+            None => {
+                given.push(e.dim(dim));
+                names.push(name.to_owned());
+                Stride::Given(format!("%{name}"))
+            }
+        };
+        let mut micro = Micro {
+            kind: if dtype.is_float() { MicroKind::Fma } else { MicroKind::MulAdd },
+            geometry: g,
+            acc: dtype,
+            a: a_place.dtype,
+            b: b_place.dtype,
+            a_row: stride(self, &a_row, "a_row"),
+            a_depth: stride(self, &a_depth.inner, "a_depth"),
+            b_depth: Stride::Known(0),
+            a_block: stride(self, &a_outer, "a_block"),
+            b_block: Stride::Known(0),
+            block,
+            unroll: self.knobs.unroll_k.max(1),
+        };
+        let depth_v = self.dim(&depth);
+        if tail.is_none() {
+            micro.b_depth = stride(self, &b_depth.inner, "b_depth");
+            micro.b_block = stride(self, &b_outer, "b_block");
+        } else {
+            micro.b_depth = Stride::Given("%b_depth".into());
+            micro.b_block = Stride::Given("%b_block".into());
+            let inner = self.dim(&b_depth.inner);
+            given.push(inner);
+            names.push("b_depth".into());
+            let outer = self.dim(&b_outer);
+            given.push(outer);
+            names.push("b_block".into());
+        }
+        let variants = self.row_variants(&m, g.rows);
+        let mut functions = Vec::new();
+        for &rows in &variants {
+            let name = format!("{}.mma{}.r{rows}", self.k.name, self.functions.len());
+            let (text, code) = micro_kernel(&micro, rows, &name, &names, self.knobs.vector_bits);
+            functions.push((rows, name));
+            self.functions.push(text);
+            self.c.helpers.extend(code.helpers);
+            self.c.t.declares.extend(code.t.declares);
+        }
+
+        // The loops.
+        let before = std::mem::replace(&mut self.loc[tile.index()], Loc::Virtual);
+        drop(before);
+        let panels_v = self.dim(&panels);
+        let m_v = self.dim(&m);
+        let whole_panel = panels.is(1);
+        let open = (!whole_panel).then(|| self.c.t.begin_loop("0", &panels_v, "1"));
+        let np = open.as_ref().map_or("0".to_owned(), |o| o.iv.clone());
+        self.bind(&panel, &np);
+        if whole_panel {
+            self.facts.declare(&panel, Range { min: 0, max: 0 }, vec![Dim::new(0)]);
+        }
+        self.push_scope();
+        let mut b_ptr = {
+            let at = self.settle(&b_rest);
+            let at = self.dim(&at);
+            let elem = mem_elem(b_place.dtype);
+            self.c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", b_place.base))
+        };
+        if let Some((kept, whole)) = &tail {
+            let whole = self.dim(whole);
+            let is_tail = self.c.t.ins(format_args!("icmp eq i64 {np}, {whole}"));
+            b_ptr =
+                self.c.t.ins(format_args!("select i1 {is_tail}, ptr {}, ptr {b_ptr}", kept.ptr));
+            let at = names.iter().position(|n| n == "b_depth").unwrap_or(0);
+            given[at] = self
+                .c
+                .t
+                .ins(format_args!("select i1 {is_tail}, i64 {width}, i64 {}", given[at]));
+            let at = names.iter().position(|n| n == "b_block").unwrap_or(0);
+            let size = width * block.unwrap_or(0);
+            given[at] =
+                self.c.t.ins(format_args!("select i1 {is_tail}, i64 {size}, i64 {}", given[at]));
+        }
+        let mut row_loop = self.c.t.begin_loop("0", &m_v, "1");
+        let i0 = self.symbol();
+        self.facts.declare(&i0, Range { min: 0, max: (rows_max - 1).max(0) }, uppers(&m));
+        self.bind(&i0, &row_loop.iv);
+        self.push_scope();
+        let count_v = self.row_count(&m, g.rows, &variants, &row_loop.iv.clone(), &m_v);
+        row_loop.set_step(&count_v);
+        let count = self.symbol();
+        let max = variants.iter().copied().max().unwrap_or(1);
+        let min = variants.iter().copied().min().unwrap_or(1);
+        let i0_dim = Dim::sym(i0.clone());
+        self.facts.declare(&count, Range { min, max }, vec![Dim::new(max), &m - &i0_dim]);
+        self.bind(&count, &count_v);
+        let count_dim = if variants.len() == 1 { Dim::new(max) } else { Dim::sym(count) };
+        // The piece's place in the result.
+        let mut piece = buf.clone();
+        if one_piece {
+            let panel_stride = g.rows * width;
+            piece.layout.offset = &i0_dim * width * -1 - Dim::sym(panel.clone()) * panel_stride;
+            piece.pad = width;
+        }
+        let np_dim = Dim::sym(panel.clone());
+        let corner = [i0_dim.clone(), &np_dim * width];
+        let cols = n.min_with(&(&corner[1] + width)) - &corner[1];
+        let cols = self.facts.simplify(&(&n - &corner[1]).min_with(&Dim::new(width)).min_with(&cols));
+        let region = [count_dim.clone(), cols];
+        let c_ptr = {
+            let place = self.buffer_place(&piece, &corner);
+            let at = self.dim(&place.offset);
+            let elem = mem_elem(piece.dtype);
+            self.c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", piece.ptr))
+        };
+        let zero = if zero_init {
+            first.clone()
+        } else {
+            if !in_place {
+                let guard = (first != "true").then(|| {
+                    let (yes, no) = (self.c.t.label(), self.c.t.label());
+                    self.c.t.br_if(&first, &yes, &no);
+                    self.c.t.place(&yes);
+                    no
+                });
+                self.push_scope();
+                self.fill_region(&piece, init, &corner, &region)?;
+                self.pop_scope();
+                if let Some(no) = guard {
+                    self.c.t.br(&no);
+                    self.c.t.place(&no);
+                }
+            }
+            "false".into()
+        };
+        let a_ptr = {
+            let offset = a_rest + a_row * &i0_dim;
+            let at = self.dim(&offset);
+            let elem = mem_elem(a_place.dtype);
+            self.c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", a_place.base))
+        };
+        let mut args = format!("ptr {a_ptr}, ptr {b_ptr}, ptr {c_ptr}, i64 {depth_v}, i1 {zero}");
+        for g in &given {
+            let _ = write!(args, ", i64 {g}");
+        }
+        if let [(_, name)] = functions.as_slice() {
+            self.c.t.stmt(format_args!("call void @{name}({args})"));
+        } else {
+            let end = self.c.t.label();
+            let labels: Vec<String> = functions.iter().map(|_| self.c.t.label()).collect();
+            let cases: Vec<String> = functions[1..]
+                .iter()
+                .zip(&labels[1..])
+                .map(|((rows, _), l)| format!("i64 {rows}, label %{l}"))
+                .collect();
+            self.c.t.stmt(format_args!(
+                "switch i64 {count_v}, label %{} [ {} ]",
+                labels[0],
+                cases.join(" ")
+            ));
+            for ((_, name), label) in functions.iter().zip(&labels) {
+                self.c.t.place(label);
+                self.c.t.stmt(format_args!("call void @{name}({args})"));
+                self.c.t.br(&end);
+            }
+            self.c.t.place(&end);
+        }
+        if let Some(epilogue) = &epilogue {
+            self.run_epilogue(epilogue, &piece, &corner, &region, &last)?;
+        }
+        self.pop_scope();
+        self.c.t.end_loop(row_loop);
+        self.pop_scope();
+        if let Some(open) = open {
+            self.c.t.end_loop(open);
+        }
+        self.loc[tile.index()] = match target {
+            Some(Loc::Acc(acc)) => Loc::Acc(acc.clone()),
+            _ => Loc::Buffer(buf),
+        };
+        Ok(())
+    }
+
+    /// Stores what is made of a finished piece.
+    fn run_epilogue(
+        &mut self,
+        epilogue: &Epilogue,
+        piece: &Buf,
+        corner: &[Dim],
+        region: &[Dim],
+        last: &str,
+    ) -> Result<()> {
+        self.forget_values();
+        let guard = (last != "true").then(|| {
+            let (yes, no) = (self.c.t.label(), self.c.t.label());
+            self.c.t.br_if(last, &yes, &no);
+            self.c.t.place(&yes);
+            no
+        });
+        self.push_scope();
+        let result = epilogue.result.index();
+        let before = std::mem::replace(&mut self.loc[result], Loc::Buffer(piece.clone()));
+        for (stmt, axes) in &epilogue.stores {
+            let Stmt::Store { param, index, value } = stmt else { continue };
+            self.forget_values();
+            let extents = &self.k.params[*param].layout.axes;
+            let shape = self.extents(*value)?;
+            let (mut base, mut counts) = (Vec::new(), Vec::new());
+            for (d, axis) in axes.iter().enumerate() {
+                let clip = Dim::new(shape[d]).min_with(&(&extents[d].extent - &index[d]));
+                let clip = self.facts.simplify(&clip);
+                match axis {
+                    Some(x) => {
+                        base.push(corner[*x].clone());
+                        let left = &clip - &corner[*x];
+                        counts.push(self.facts.simplify(&region[*x].min_with(&left)));
+                    }
+                    None => {
+                        base.push(Dim::new(0));
+                        counts.push(clip);
+                    }
+                }
+            }
+            self.store_tile(*param, index, *value, &base, &counts)?;
+        }
+        self.loc[result] = before;
+        self.pop_scope();
+        if let Some(no) = guard {
+            self.c.t.br(&no);
+            self.c.t.place(&no);
+        }
+        Ok(())
+    }
+
+    /// Numbers of rows for which a micro-kernel is written.
+    fn row_variants(&self, m: &Dim, rows: i64) -> Vec<i64> {
+        if let Some(m) = m.as_const() {
+            if m <= 0 {
+                return vec![1];
+            }
+            let groups = (m + rows - 1) / rows;
+            let (base, more) = (m / groups, m % groups);
+            return if more == 0 { vec![base] } else { vec![base + 1, base] };
+        }
+        let most = self.facts.bounds(m).max;
+        let mut all: Vec<i64> = Vec::new();
+        for r in [rows, 8, 4, 2, 1] {
+            if r <= rows && !all.contains(&r) && (r <= most || all.is_empty()) {
+                all.push(r.min(most.max(1)));
+            }
+        }
+        all.sort_unstable_by(|a, b| b.cmp(a));
+        all.dedup();
+        all
+    }
+
+    /// How many rows the group that starts at `i0` has.
+    fn row_count(&mut self, m: &Dim, rows: i64, variants: &[i64], i0: &str, m_v: &str) -> String {
+        if let [only] = variants {
+            return only.to_string();
+        }
+        if let Some(m) = m.as_const() {
+            let groups = (m + rows - 1) / rows;
+            let (base, more) = (m / groups, m % groups);
+            let tall = more * (base + 1);
+            let is_tall = self.c.t.ins(format_args!("icmp slt i64 {i0}, {tall}"));
+            return self
+                .c
+                .t
+                .ins(format_args!("select i1 {is_tall}, i64 {}, i64 {base}", base + 1));
+        }
+        let left = self.c.t.ins(format_args!("sub nsw i64 {m_v}, {i0}"));
+        let mut count = variants.last().copied().unwrap_or(1).to_string();
+        for r in variants.iter().rev().skip(1) {
+            let fits = self.c.t.ins(format_args!("icmp sge i64 {left}, {r}"));
+            count = self.c.t.ins(format_args!("select i1 {fits}, i64 {r}, i64 {count}"));
+        }
+        count
+    }
+
+    #[allow(clippy::type_complexity, reason = "the parts of one address")]
+    fn row_access(
+        &self,
+        tile: TileId,
+        coords: &dyn Fn(Dim) -> Vec<Dim>,
+        depth: &Arc<str>,
+        row: &Arc<str>,
+        blocks: &[i64],
+    ) -> Option<(Place, DepthAccess, Dim, Dim, Option<i64>)> {
+        let (place, access, rest, block) = self.depth_access(tile, coords, depth, blocks)?;
+        let (stride, rest) = linear_in(&rest, row)?;
+        let clean = [&access.inner, &access.outer, &stride];
+        if clean.iter().any(|d| mentions(d, row) || mentions(d, depth)) {
+            return None;
+        }
+        Some((place, access, stride, rest, block))
+    }
+
+    #[allow(clippy::type_complexity, reason = "the parts of one address")]
+    fn column_access(
+        &self,
+        tile: TileId,
+        column: &Arc<str>,
+        col: &Arc<str>,
+        depth: &Arc<str>,
+        blocks: &[i64],
+    ) -> Option<(Place, DepthAccess, Dim, Dim, Option<i64>)> {
+        let at = Dim::sym(column.clone());
+        let coords = |k: Dim| vec![k, at.clone()];
+        let (place, access, rest, block) = self.depth_access(tile, &coords, depth, blocks)?;
+        let (stride, rest) = linear_in(&rest, col)?;
+        if !stride.is(1) || [&access.inner, &access.outer].iter().any(|d| mentions(d, col)) {
+            return None;
+        }
+        Some((place, access, stride, rest, block))
+    }
+
+    /// Reading whole panels past the last column stays inside the operand's memory.
+    fn may_over_read(&self, _tile: TileId, place: Option<&Place>, width: i64) -> bool {
+        let Some(place) = place else { return false };
+        let Some(param) = place.base.strip_prefix("%p").and_then(|p| p.parse::<u32>().ok()) else {
+            // Scratch memory: only panels are wide enough.
+            return false;
+        };
+        let layout = &self.k.params[tilewright_tile::ParamId(param)].layout;
+        layout.axes.iter().any(|axis| {
+            axis.block.as_ref().is_some_and(|b| b.stride.is(1) && b.size % width == 0)
+        })
+    }
+}
+
+/// The text of one micro-kernel: `c[r][0..width] (+)= sum over k of a[r][k] * b[k][0..width]`.
+fn micro_kernel(micro: &Micro, rows: i64, name: &str, names: &[String], vector_bits: u32) -> (String, Code) {
+    let g = micro.geometry;
+    let mut c = Code { vector_bits, ..Code::default() };
+    c.t = crate::text::Text::new();
+    let acc_elem = reg_elem(micro.acc);
+    let c_elem = mem_elem(micro.acc);
+    let v = vector(acc_elem, g.lanes);
+    let cv = vector(c_elem, g.lanes);
+    let align = micro.acc.size();
+    let (rows_n, vecs) = (rows as usize, g.vectors as usize);
+    let mut accs = Vec::new();
+    for _ in 0..rows_n * vecs {
+        accs.push(c.t.alloca(&v));
+    }
+    let text = |s: &Stride| match s {
+        Stride::Known(v) => v.to_string(),
+        Stride::Given(n) => n.clone(),
+    };
+    // Rows of a from its first.
+    let mut row_offsets: Vec<String> = Vec::new();
+    for r in 0..rows {
+        row_offsets.push(match &micro.a_row {
+            Stride::Known(s) => (s * r).to_string(),
+            Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {s}, {r}")),
+        });
+    }
+    let c_at = |c: &mut Code, r: usize, j: usize| {
+        let at = r as i64 * g.width + j as i64 * i64::from(g.lanes);
+        c.t.ins(format_args!("getelementptr inbounds {c_elem}, ptr %c, i64 {at}"))
+    };
+    c.t.br_if("%zero", "fresh", "old");
+    c.t.place("fresh");
+    let nothing = splat_lit(
+        acc_elem,
+        if micro.acc.is_float() { "0x0000000000000000" } else { "0" },
+        g.lanes,
+    );
+    for a in &accs {
+        c.t.stmt(format_args!("store {v} {nothing}, ptr {a}"));
+    }
+    c.t.br("go");
+    c.t.place("old");
+    for r in 0..rows_n {
+        for j in 0..vecs {
+            let p = c_at(&mut c, r, j);
+            let x = c.t.ins(format_args!("load {cv}, ptr {p}, align {align}"));
+            let x = c.widen(micro.acc, g.lanes, &x);
+            c.t.stmt(format_args!("store {v} {x}, ptr {}", accs[r * vecs + j]));
+        }
+    }
+    c.t.br("go");
+    c.t.place("go");
+    let step = |c: &mut Code, k: &str, a: &str, b: &str, u: u32| {
+        // Addresses of depth k + u.
+        let at = |c: &mut Code, elem: &str, base: &str, stride: &Stride| {
+            let first = match stride {
+                Stride::Known(1) => k.to_owned(),
+                s => c.t.ins(format_args!("mul nsw i64 {k}, {}", text(s))),
+            };
+            let p =
+                c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {base}, i64 {first}"));
+            if u == 0 {
+                return p;
+            }
+            let more = match stride {
+                Stride::Known(s) => (s * i64::from(u)).to_string(),
+                Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {s}, {u}")),
+            };
+            c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {p}, i64 {more}"))
+        };
+        let (ae, be) = (mem_elem(micro.a), mem_elem(micro.b));
+        let pa = at(c, ae, a, &micro.a_depth);
+        let pb = at(c, be, b, &micro.b_depth);
+        let mut bs = Vec::new();
+        for j in 0..g.vectors {
+            let off = j * g.lanes;
+            let p = c.t.ins(format_args!("getelementptr inbounds {be}, ptr {pb}, i64 {off}"));
+            let bv = vector(be, g.lanes);
+            let x = c.t.ins(format_args!("load {bv}, ptr {p}, align {}", micro.b.size()));
+            let x = c.widen(micro.b, g.lanes, &x);
+            bs.push(c.cast(micro.b, widened(micro.acc), g.lanes, &x));
+        }
+        for r in 0..rows_n {
+            let p = c.t.ins(format_args!("getelementptr inbounds {ae}, ptr {pa}, i64 {}", row_offsets[r]));
+            let x = c.t.ins(format_args!("load {ae}, ptr {p}, align {}", micro.a.size()));
+            let x = c.widen(micro.a, 1, &x);
+            let x = c.cast(micro.a, widened(micro.acc), 1, &x);
+            let x = c.splat(acc_elem, &x, g.lanes);
+            for (j, bj) in bs.iter().enumerate() {
+                let slot = &accs[r * vecs + j];
+                let old = c.t.ins(format_args!("load {v}, ptr {slot}"));
+                let new = match micro.kind {
+                    MicroKind::Fma => c.call("fma", acc_elem, g.lanes, &[&x, bj, &old]),
+                    MicroKind::MulAdd => {
+                        let p = c.bin("mul", acc_elem, g.lanes, &x, bj);
+                        c.bin("add", acc_elem, g.lanes, &p, &old)
+                    }
+                };
+                c.t.stmt(format_args!("store {v} {new}, ptr {slot}"));
+            }
+        }
+    };
+    let run = |c: &mut Code, count: &str, a: &str, b: &str| {
+        let u = micro.unroll;
+        if u > 1 {
+            let whole = c.t.ins(format_args!("udiv i64 {count}, {u}"));
+            let whole = c.t.ins(format_args!("mul nsw i64 {whole}, {u}"));
+            let open = c.t.begin_loop("0", &whole, &u.to_string());
+            let k = open.iv.clone();
+            for i in 0..u {
+                step(c, &k, a, b, i);
+            }
+            c.t.end_loop(open);
+            let open = c.t.begin_loop(&whole, count, "1");
+            let k = open.iv.clone();
+            step(c, &k, a, b, 0);
+            c.t.end_loop(open);
+        } else {
+            let open = c.t.begin_loop("0", count, "1");
+            let k = open.iv.clone();
+            step(c, &k, a, b, 0);
+            c.t.end_loop(open);
+        }
+    };
+    match micro.block {
+        None => run(&mut c, "%depth", "%a", "%b"),
+        Some(size) => {
+            let open = c.t.begin_loop("0", "%depth", &size.to_string());
+            let k0 = open.iv.clone();
+            let left = c.t.ins(format_args!("sub nsw i64 %depth, {k0}"));
+            let size_text = size.to_string();
+            let count = c.call("smin", "i64", 1, &[&left, &size_text]);
+            let number = c.t.ins(format_args!("udiv i64 {k0}, {size}"));
+            let mut ptr = |elem: &str, base: &str, stride: &Stride| {
+                let off = c.t.ins(format_args!("mul nsw i64 {number}, {}", text(stride)));
+                c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {base}, i64 {off}"))
+            };
+            let a = ptr(mem_elem(micro.a), "%a", &micro.a_block);
+            let b = ptr(mem_elem(micro.b), "%b", &micro.b_block);
+            run(&mut c, &count, &a, &b);
+            c.t.end_loop(open);
+        }
+    }
+    for r in 0..rows_n {
+        for j in 0..vecs {
+            let p = c_at(&mut c, r, j);
+            let x = c.t.ins(format_args!("load {v}, ptr {}", accs[r * vecs + j]));
+            let x = c.round(micro.acc, g.lanes, &x);
+            let x = c.narrow(micro.acc, g.lanes, &x);
+            c.t.stmt(format_args!("store {cv} {x}, ptr {p}, align {align}"));
+        }
+    }
+    c.t.stmt("ret void");
+    let mut params = "ptr noalias %a, ptr noalias %b, ptr noalias %c, i64 %depth, i1 %zero".to_owned();
+    for n in names {
+        let _ = write!(params, ", i64 %{n}");
+    }
+    let mut out = format!("define internal void @{name}({params}) #1 {{\nstart:\n");
+    out.push_str(&c.t.allocas);
+    out.push_str(&c.t.body);
+    out.push_str("}\n");
+    (out, c)
+}
+
+/// The type whose register form accumulates.
+fn widened(acc: DType) -> DType {
+    acc.compute()
+}

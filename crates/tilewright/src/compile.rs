@@ -1,0 +1,267 @@
+//! [`Compiler`]: a graph becomes an executable plan.
+
+use crate::machine::{cache_dir, host_cpu};
+use crate::model::Model;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tilewright_base::{Result, ResultExt};
+use tilewright_data::Tensor;
+use tilewright_graph::{Graph, NodeId, Op, Value};
+use tilewright_interp::Mode;
+use tilewright_lower::{CpuTarget, FusionPlan};
+use tilewright_passes::PassContext;
+use tilewright_plan::{HostCall, Plan};
+use tilewright_runtime::{Code, Executable, KernelFn, Pool, Session};
+use tilewright_emit_llvm::emit_kernel;
+use tilewright_jit::{Jit, Source};
+use tilewright_target::{Cpu, Precision};
+
+/// How models are compiled.
+#[derive(Clone, Debug)]
+pub struct Compiler {
+    /// The machine to compile for: this one.
+    pub cpu: Cpu,
+    /// Arithmetic that is allowed for contractions of `f32` models.
+    pub precision: Precision,
+    /// Folder for compiled kernels; `None` compiles anew every time.
+    pub cache: Option<PathBuf>,
+    /// Fuse operators into groups; off for finding what a fusion breaks.
+    pub fusion: bool,
+    pool: Arc<Pool>,
+}
+
+/// What the graph looks like on its way, for `tw inspect`.
+#[derive(Debug)]
+pub enum Stage<'a> {
+    /// After a graph pass (or `import`, before the first).
+    Graph(&'a str, &'a Graph),
+    /// The fusion groups.
+    Fusion(&'a FusionPlan),
+    /// Tile programs and plan.
+    Plan(&'a Plan),
+    /// LLVM IR of one kernel: name and text.
+    Llvm(&'a str, &'a str),
+}
+
+/// How long a stage of compilation took.
+#[derive(Clone, Debug)]
+pub struct StageTime {
+    /// Pass or step.
+    pub name: String,
+    /// Wall time.
+    pub time: Duration,
+}
+
+/// A compiled model.
+pub struct Compiled {
+    graph: Graph,
+    fusion: FusionPlan,
+    exe: Arc<Executable>,
+    stages: Vec<StageTime>,
+    cpu: Cpu,
+    /// Kernels that came out of the cache, and kernels in all.
+    cache_hits: (usize, usize),
+    warnings: Vec<String>,
+}
+
+/// What code generation gives.
+struct Generated {
+    code: Vec<Code>,
+    cache_hits: (usize, usize),
+    warnings: Vec<String>,
+}
+
+impl Compiler {
+    /// For this machine, with all its threads, `f32`, and the usual cache folder.
+    pub fn new() -> Result<Compiler> {
+        let cache = cache_dir();
+        Ok(Compiler::for_cpu(host_cpu(0, cache.as_deref())?, cache))
+    }
+
+    /// For this machine as described by `cpu`, on `cpu.threads` threads.
+    pub fn for_cpu(cpu: Cpu, cache: Option<PathBuf>) -> Compiler {
+        let pool = Arc::new(Pool::new(cpu.threads));
+        Compiler { cpu, precision: Precision::F32, cache, fusion: true, pool }
+    }
+
+    /// Compiles a model.
+    pub fn compile(&self, model: &Model) -> Result<Compiled> {
+        self.compile_observed(model.graph.clone(), &mut |_| {})
+    }
+
+    /// Compiles a graph and shows every stage.
+    pub fn compile_observed(
+        &self,
+        mut graph: Graph,
+        observe: &mut dyn FnMut(Stage<'_>),
+    ) -> Result<Compiled> {
+        let mut stages = Vec::new();
+        let mut clock = Instant::now();
+        let mut lap = |stages: &mut Vec<StageTime>, name: &str| {
+            stages.push(StageTime { name: name.to_string(), time: clock.elapsed() });
+            clock = Instant::now();
+        };
+        observe(Stage::Graph("import", &graph));
+        tilewright_graph::verify(&graph)?;
+        lap(&mut stages, "verify-import");
+
+        let lanes = self.cpu.f32_lanes() as i64;
+        let context = PassContext { vector_lanes: lanes, panel_width: 2 * lanes, ..PassContext::default() };
+        let report = tilewright_passes::run_observed(
+            &mut graph,
+            &context,
+            tilewright_passes::PIPELINE,
+            &mut |name, graph| observe(Stage::Graph(name, graph)),
+        )?;
+        for stage in &report.stages {
+            stages.push(StageTime { name: stage.name.to_string(), time: stage.time + stage.verify_time });
+        }
+        lap(&mut stages, "passes (all)");
+
+        let layouts = tilewright_passes::choose_layouts(&graph, &context);
+        lap(&mut stages, "layout");
+        let options = tilewright_lower::Options { fusion: self.fusion, ..Default::default() };
+        let (plan, fusion) =
+            tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
+        observe(Stage::Fusion(&fusion));
+        observe(Stage::Plan(&plan));
+        lap(&mut stages, "lower");
+
+        let Generated { code, cache_hits, warnings } = self.generate(&plan, observe, &mut stages)?;
+        lap(&mut stages, "codegen (all)");
+        let exe = Arc::new(Executable::new(plan, code, self.pool.clone())?);
+        lap(&mut stages, "pack-weights");
+        Ok(Compiled { graph, fusion, exe, stages, cpu: self.cpu.clone(), cache_hits, warnings })
+    }
+
+    /// Machine code for each kernel of the plan, and how many came out of the cache.
+    fn generate(
+        &self,
+        plan: &Plan,
+        observe: &mut dyn FnMut(Stage<'_>),
+        stages: &mut Vec<StageTime>,
+    ) -> Result<Generated> {
+        let start = Instant::now();
+        let mut sources = Vec::with_capacity(plan.kernels.len());
+        let mut scratch = Vec::with_capacity(plan.kernels.len());
+        for (_, planned) in plan.kernels.iter() {
+            let emitted = emit_kernel(&planned.kernel, &planned.schedule)
+                .context(|| format!("generating code for kernel {}", planned.kernel.name))?;
+            observe(Stage::Llvm(&planned.kernel.name, &emitted.llvm_ir));
+            scratch.push(emitted.scratch_bytes);
+            sources.push(Source { symbol: emitted.name, text: emitted.llvm_ir });
+        }
+        stages.push(StageTime { name: "emit-llvm".into(), time: start.elapsed() });
+        let start = Instant::now();
+        let jit = Jit::new(tilewright_jit::Options {
+            cache: self.cache.clone(),
+            threads: self.pool.threads(),
+            ..Default::default()
+        })?;
+        let build = jit.build(&sources)?;
+        stages.push(StageTime { name: "llvm".into(), time: start.elapsed() });
+        let library = Arc::new(build.library);
+        let code = scratch
+            .iter()
+            .enumerate()
+            .map(|(i, &scratch_bytes)| {
+                // SAFETY: `address(i)` is the function that the emitter wrote for kernel `i`; the
+                // emitter's contract is `KernelFn` (its head says so) and it stays inside its
+                // parameters' layouts and `scratch_bytes`. The library outlives the code.
+                unsafe {
+                    let entry = std::mem::transmute::<*const (), KernelFn>(library.address(i));
+                    Code::new(entry, scratch_bytes, library.clone())
+                }
+            })
+            .collect();
+        let cache_hits = (build.cache_hits, sources.len());
+        Ok(Generated { code, cache_hits, warnings: build.warnings })
+    }
+
+    /// The numbers that lowering reads.
+    fn target(&self) -> CpuTarget {
+        CpuTarget {
+            lanes: self.cpu.f32_lanes() as i64,
+            l1_bytes: self.cpu.l1_bytes as i64,
+            l2_bytes: self.cpu.l2_bytes as i64,
+            l3_bytes: self.cpu.l3_bytes as i64,
+            threads: self.pool.threads() as i64,
+            flops_per_second: self.cpu.ceilings.f32_flops_per_s,
+            bytes_per_second: self.cpu.ceilings.memory_read_bytes_per_s,
+            launch_ns: self.cpu.ceilings.launch_s * 1e9,
+        }
+    }
+}
+
+/// A call of the interpreter for one node.
+fn host_call(graph: &Graph, node: NodeId) -> HostCall {
+    let mut alone = Graph::new(graph.name.clone());
+    let node = &graph.nodes[node];
+    alone.symbols = graph.symbols.clone();
+    let inputs: Vec<_> = node
+        .inputs
+        .iter()
+        .enumerate()
+        .map(|(i, &v)| {
+            let def = tilewright_graph::Def::Input(i);
+            let value = Value { name: format!("operand {i}"), ty: graph.ty(v).clone(), def };
+            alone.values.push(value)
+        })
+        .collect();
+    alone.inputs = inputs.clone();
+    let types = node.outputs.iter().map(|&v| graph.ty(v).clone()).collect();
+    let id = alone.add_node(node.op.clone(), inputs, types, node.origin.clone());
+    alone.order.push(id);
+    for (i, &v) in alone.nodes[id].outputs.clone().iter().enumerate() {
+        alone.outputs.push((format!("result {i}"), v));
+    }
+    let name = match &node.op {
+        Op::Host(host) => host.name.clone(),
+        _ => node.origin.clone(),
+    };
+    let run = move |operands: &[Tensor]| tilewright_interp::run(&alone, operands, Mode::Exact);
+    HostCall { name, run: Arc::new(run) }
+}
+
+impl Compiled {
+    /// The graph after the passes.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        self.exe.plan()
+    }
+
+    /// The fusion groups.
+    pub fn fusion(&self) -> &FusionPlan {
+        &self.fusion
+    }
+
+    /// The machine it is compiled for.
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// How long each stage of compilation took.
+    pub fn stages(&self) -> &[StageTime] {
+        &self.stages
+    }
+
+    /// Kernels that came out of the cache, and distinct kernels in all.
+    pub fn cache_hits(&self) -> (usize, usize) {
+        self.cache_hits
+    }
+
+    /// What went wrong beside the point: a cache that could not be written.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Means to run it. Several sessions may run at the same time.
+    pub fn session(&self) -> Result<Session> {
+        Session::new(self.exe.clone())
+    }
+}

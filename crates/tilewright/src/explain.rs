@@ -1,0 +1,291 @@
+//! What each kernel does, costs and reaches, and how memory is used.
+
+use crate::compile::Compiled;
+use serde::Serialize;
+use std::fmt::Write as _;
+use tilewright_base::Result;
+use tilewright_data::Tensor;
+use tilewright_graph::{Graph, ValueId};
+use tilewright_layout::{Dim, Env};
+use tilewright_plan::{Note, Step, Storage};
+
+/// Which ceiling of the machine limits a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Roof {
+    /// Multiply-adds per second.
+    Compute,
+    /// Memory bandwidth.
+    Memory,
+    /// Starting the kernel.
+    Launch,
+}
+
+impl Roof {
+    fn name(self) -> &'static str {
+        match self {
+            Roof::Compute => "compute",
+            Roof::Memory => "memory",
+            Roof::Launch => "launch",
+        }
+    }
+}
+
+/// One step of the plan.
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelReport {
+    /// Number of the step.
+    pub step: usize,
+    /// Short label, e.g. `contract+bias+gelu`.
+    pub label: String,
+    /// Name of its kernel (several steps may share one), or `host`.
+    pub kernel: String,
+    /// What the group is built around.
+    pub anchor: String,
+    /// Graph nodes fused here.
+    pub nodes: Vec<String>,
+    /// Buffers read, by name.
+    pub reads: Vec<String>,
+    /// Buffers written, by name.
+    pub writes: Vec<String>,
+    /// Floating-point operations.
+    pub flops: f64,
+    /// Bytes that must move at least.
+    pub bytes: f64,
+    /// Bytes that fusion keeps out of memory.
+    pub bytes_saved: f64,
+    /// Median time in seconds.
+    pub seconds: f64,
+    /// Part of the whole.
+    pub share: f64,
+    /// The ceiling that limits it.
+    pub roof: Roof,
+    /// Time that the ceiling allows, divided by the time taken. Memory ceilings count traffic to
+    /// main memory: data that stays in the caches can exceed 1.
+    pub fraction: f64,
+    /// What the fusion planner expected, in seconds.
+    pub estimate_seconds: f64,
+}
+
+/// Memory of the plan.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct MemoryReport {
+    /// The one block that holds all intermediates.
+    pub arena_bytes: usize,
+    /// What one allocation per intermediate would take.
+    pub naive_bytes: usize,
+    /// Weights used in place.
+    pub shared_constant_bytes: usize,
+    /// Weights copied into another layout.
+    pub packed_constant_bytes: usize,
+    /// Scratch of all threads.
+    pub scratch_bytes: usize,
+}
+
+/// Everything that `tw explain` shows.
+#[derive(Clone, Debug, Serialize)]
+pub struct Explanation {
+    /// Name of the model.
+    pub model: String,
+    /// The machine.
+    pub cpu: tilewright_target::Cpu,
+    /// Sizes that were chosen.
+    pub sizes: Vec<(String, i64)>,
+    /// The steps in order.
+    pub kernels: Vec<KernelReport>,
+    /// Sum of the steps' times, in seconds.
+    pub seconds: f64,
+    /// Operators of the graph as imported.
+    pub operators_before: usize,
+    /// Operators after the passes.
+    pub operators_after: usize,
+    /// Distinct kernels.
+    pub distinct_kernels: usize,
+    /// Memory.
+    pub memory: MemoryReport,
+    /// Compilation stages with seconds.
+    pub stages: Vec<(String, f64)>,
+}
+
+/// Times each kernel `runs` times on these inputs and compares it with the machine's ceilings.
+pub fn explain(compiled: &Compiled, original: &Graph, inputs: &[Tensor], runs: usize) -> Result<Explanation> {
+    let plan = compiled.plan();
+    let times = crate::bench::step_medians(compiled, inputs, runs)?;
+    let env = env_of(compiled.graph(), inputs);
+    let number = |d: &Dim| d.eval(&env).map_or(0.0, |v| v as f64);
+    let cpu = compiled.cpu();
+    let total: f64 = times.iter().map(|t| t.as_secs_f64()).sum();
+    let mut kernels = Vec::with_capacity(plan.steps.len());
+    for (i, step) in plan.steps.iter().enumerate() {
+        let buffer = |b: &tilewright_plan::BufferId| plan.buffers[*b].name.clone();
+        let (note, kernel, reads, writes): (&Note, String, Vec<String>, Vec<String>) = match step {
+            Step::Launch { kernel, args, note, .. } => {
+                let kernel = &plan.kernels[*kernel].kernel;
+                let is_in = |i: usize| kernel.params.as_slice()[i].access == tilewright_tile::Access::In;
+                let side = |wanted: bool| {
+                    args.iter().enumerate().filter(|(i, _)| is_in(*i) == wanted).map(|(_, b)| buffer(b)).collect()
+                };
+                (note, kernel.name.clone(), side(true), side(false))
+            }
+            Step::Host { inputs, outputs, note, .. } => (
+                note,
+                "host".to_string(),
+                inputs.iter().map(buffer).collect(),
+                outputs.iter().map(buffer).collect(),
+            ),
+        };
+        let (flops, bytes) = (number(&note.flops), number(&note.bytes));
+        let seconds = times[i].as_secs_f64();
+        let limits = [
+            (Roof::Compute, flops / cpu.ceilings.f32_flops_per_s),
+            (Roof::Memory, bytes / cpu.ceilings.memory_read_bytes_per_s),
+            (Roof::Launch, cpu.ceilings.launch_s),
+        ];
+        let (roof, least) =
+            limits.into_iter().fold((Roof::Launch, 0.0), |a, b| if b.1 > a.1 { b } else { a });
+        kernels.push(KernelReport {
+            step: i,
+            label: note.label.clone(),
+            kernel,
+            anchor: note.anchor.clone(),
+            nodes: note.nodes.clone(),
+            reads,
+            writes,
+            flops,
+            bytes,
+            bytes_saved: number(&note.bytes_saved),
+            seconds,
+            share: if total > 0.0 { seconds / total } else { 0.0 },
+            roof,
+            fraction: if seconds > 0.0 { least / seconds } else { 0.0 },
+            estimate_seconds: note.estimate_ns * 1e-9,
+        });
+    }
+    let memory = compiled.session()?.memory(inputs)?;
+    Ok(Explanation {
+        model: plan.name.clone(),
+        cpu: cpu.clone(),
+        sizes: env.iter().map(|(n, v)| (n.to_string(), *v)).collect(),
+        kernels,
+        seconds: total,
+        operators_before: original.order.len(),
+        operators_after: compiled.graph().order.len(),
+        distinct_kernels: plan.kernels.len(),
+        memory: MemoryReport {
+            arena_bytes: memory.arena_bytes,
+            naive_bytes: memory.naive_bytes,
+            shared_constant_bytes: memory.shared_constant_bytes,
+            packed_constant_bytes: memory.packed_constant_bytes,
+            scratch_bytes: memory.scratch_bytes,
+        },
+        stages: compiled.stages().iter().map(|s| (s.name.clone(), s.time.as_secs_f64())).collect(),
+    })
+}
+
+/// Symbols that the inputs' shapes determine.
+pub fn env_of(graph: &Graph, inputs: &[Tensor]) -> Env {
+    let mut env = Env::new();
+    for (&v, tensor) in graph.inputs.iter().zip(inputs) {
+        for (dim, &extent) in graph.shape(v).iter().zip(tensor.shape()) {
+            if let Some(symbol) = dim.as_symbol() {
+                env.entry(symbol.clone()).or_insert(extent as i64);
+            }
+        }
+    }
+    env
+}
+
+/// Human-readable bytes.
+pub fn bytes_text(bytes: f64) -> String {
+    match bytes {
+        b if b >= 1e9 => format!("{:.2} GB", b * 1e-9),
+        b if b >= 1e6 => format!("{:.1} MB", b * 1e-6),
+        b if b >= 1e3 => format!("{:.1} kB", b * 1e-3),
+        b => format!("{b:.0} B"),
+    }
+}
+
+/// Human-readable seconds.
+pub fn time_text(seconds: f64) -> String {
+    match seconds {
+        s if s >= 1.0 => format!("{s:.2} s"),
+        s if s >= 1e-3 => format!("{:.2} ms", s * 1e3),
+        s => format!("{:.1} us", s * 1e6),
+    }
+}
+
+impl Explanation {
+    /// The summary and a table of the `most` costliest kernels (all when 0).
+    pub fn text(&self, most: usize) -> String {
+        let mut out = String::new();
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            out,
+            "{}: {} operators -> {} after the passes -> {} kernels ({} distinct), {} in all",
+            self.model,
+            self.operators_before,
+            self.operators_after,
+            self.kernels.len(),
+            self.distinct_kernels,
+            time_text(self.seconds),
+        );
+        let saved: f64 = self.kernels.iter().map(|k| k.bytes_saved).sum();
+        let flops: f64 = self.kernels.iter().map(|k| k.flops).sum();
+        let _ = writeln!(
+            out,
+            "fusion keeps {} out of memory; {:.2} GFLOP at {:.1} GFLOP/s; the machine's ceilings{}: {:.0} GFLOP/s, {:.1} GB/s",
+            bytes_text(saved),
+            flops * 1e-9,
+            flops * 1e-9 / self.seconds.max(1e-12),
+            if self.cpu.ceilings.measured { "" } else { " (guessed; run `tw machine --measure`)" },
+            self.cpu.ceilings.f32_flops_per_s * 1e-9,
+            self.cpu.ceilings.memory_read_bytes_per_s * 1e-9,
+        );
+        let m = &self.memory;
+        let _ = writeln!(
+            out,
+            "memory: arena {} (one allocation per intermediate would take {}), weights {} in place and {} packed, scratch {}",
+            bytes_text(m.arena_bytes as f64),
+            bytes_text(m.naive_bytes as f64),
+            bytes_text(m.shared_constant_bytes as f64),
+            bytes_text(m.packed_constant_bytes as f64),
+            bytes_text(m.scratch_bytes as f64),
+        );
+        let _ = writeln!(
+            out,
+            "{:>5} {:<10} {:<44} {:>9} {:>9} {:>10} {:>6} {:>8} {:>5}",
+            "step", "anchor", "kernel", "MFLOP", "bytes", "time", "share", "roof", "of it"
+        );
+        let mut order: Vec<&KernelReport> = self.kernels.iter().collect();
+        if most > 0 && order.len() > most {
+            order.sort_by(|a, b| b.seconds.total_cmp(&a.seconds).then(a.step.cmp(&b.step)));
+            order.truncate(most);
+        }
+        for k in order {
+            let label: String = k.label.chars().take(44).collect();
+            let _ = writeln!(
+                out,
+                "{:>5} {:<10} {:<44} {:>9.2} {:>9} {:>10} {:>5.1}% {:>8} {:>4.0}%",
+                k.step,
+                k.anchor,
+                label,
+                k.flops * 1e-6,
+                bytes_text(k.bytes),
+                time_text(k.seconds),
+                k.share * 100.0,
+                k.roof.name(),
+                k.fraction * 100.0,
+            );
+        }
+        out
+    }
+}
+
+/// Which graph values each buffer of the plan holds, for drawing.
+pub fn buffer_values(compiled: &Compiled) -> Vec<Option<ValueId>> {
+    let buffers = &compiled.plan().buffers;
+    buffers
+        .iter()
+        .map(|(_, b)| b.value.filter(|_| !matches!(b.storage, Storage::Const(_))).map(ValueId))
+        .collect()
+}
