@@ -125,9 +125,11 @@ impl<'k> Needs<'k> {
     fn add(&mut self, tile: TileId, extents: &[Dim]) -> bool {
         let full = self.full(tile);
         let new: Vec<Dim> = match &self.need[tile.index()] {
-            None => {
-                extents.iter().zip(&full).map(|(e, f)| self.facts.simplify(&e.min_with(f))).collect()
-            }
+            None => extents
+                .iter()
+                .zip(&full)
+                .map(|(e, f)| self.facts.simplify(&e.min_with(f)))
+                .collect(),
             Some(old) => old
                 .iter()
                 .zip(extents)
@@ -234,15 +236,13 @@ impl<'k> Needs<'k> {
 
     fn without(&self, need: &[Dim], var: &str, tile: TileId) -> Vec<Dim> {
         let full = self.full(tile);
-        need.iter()
-            .zip(full)
-            .map(|(d, f)| if mentions(d, var) { f } else { d.clone() })
-            .collect()
+        need.iter().zip(full).map(|(d, f)| if mentions(d, var) { f } else { d.clone() }).collect()
     }
 
     fn op(&mut self, tile: TileId, op: &TileOp, need: &[Dim]) {
         match op {
-            TileOp::Full(_) | TileOp::Load { .. } | TileOp::Iota { .. } | TileOp::Random { .. } => {}
+            TileOp::Full(_) | TileOp::Load { .. } | TileOp::Iota { .. } | TileOp::Random { .. } => {
+            }
             TileOp::Gather { axis, rows, .. } => {
                 let _ = self.add(*rows, &need[*axis..=*axis]);
             }
@@ -327,9 +327,7 @@ pub(crate) fn defined_in(block: &Block, tile: TileId) -> bool {
                 || defined_in(&f.body, tile)
         }
         Stmt::If(i) => {
-            i.results.contains(&tile)
-                || defined_in(&i.then, tile)
-                || defined_in(&i.otherwise, tile)
+            i.results.contains(&tile) || defined_in(&i.then, tile) || defined_in(&i.otherwise, tile)
         }
     })
 }

@@ -155,7 +155,10 @@ impl<'a> Emitter<'a> {
             .iter()
             .map(|d| {
                 d.as_const().filter(|n| *n >= 0).ok_or_else(|| {
-                    Error::bug(format!("tile {tile} of kernel @{} has no static shape: {ty}", self.k.name))
+                    Error::bug(format!(
+                        "tile {tile} of kernel @{} has no static shape: {ty}",
+                        self.k.name
+                    ))
                 })
             })
             .collect()
@@ -315,7 +318,15 @@ impl<'a> Emitter<'a> {
 
     /// `<0, 1, 2, ...>`.
     pub(crate) fn lane_numbers(&self) -> String {
-        let list: Vec<String> = (0..self.lanes).map(|i| format!("i64 {i}")).collect();
+        Self::numbers(self.lanes)
+    }
+
+    /// `<0, 1, 2, ...>` of so many lanes.
+    pub(crate) fn numbers(lanes: u32) -> String {
+        if lanes == 1 {
+            return "0".into();
+        }
+        let list: Vec<String> = (0..lanes).map(|i| format!("i64 {i}")).collect();
         format!("<{}>", list.join(", "))
     }
 
@@ -444,7 +455,8 @@ impl<'a> Emitter<'a> {
         for (i, &extent) in shape.iter().enumerate().rev() {
             axes.push(Axis { extent: extent.into(), stride: stride.into(), block: None });
             let last = i + 1 == shape.len();
-            stride *= if last && extent > 1 { (extent + lanes - 1) / lanes * lanes } else { extent };
+            stride *=
+                if last && extent > 1 { (extent + lanes - 1) / lanes * lanes } else { extent };
         }
         axes.reverse();
         let ptr = self.scratch(stride.max(1) * dtype.size() as i64 + 64);
@@ -520,8 +532,11 @@ impl<'a> Emitter<'a> {
                     Some(l) => self.c.bin("and", "i1", n, &l, &inside),
                 });
             } else {
-                let (v, e) =
-                    if self.varies(x) { (self.dim_vector(x), self.dim(extent)) } else { (self.dim(x), self.dim(extent)) };
+                let (v, e) = if self.varies(x) {
+                    (self.dim_vector(x), self.dim(extent))
+                } else {
+                    (self.dim(x), self.dim(extent))
+                };
                 let inside = self.c.cmp("ult", "i64", 1, &v, &e);
                 scalar = Some(match scalar {
                     None => inside,
@@ -553,8 +568,11 @@ impl<'a> Emitter<'a> {
         if place.offset.is(0) {
             return base.clone();
         }
-        let offset =
-            if self.varies(&place.offset) { self.dim_vector(&place.offset) } else { self.dim(&place.offset) };
+        let offset = if self.varies(&place.offset) {
+            self.dim_vector(&place.offset)
+        } else {
+            self.dim(&place.offset)
+        };
         self.c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {base}, i64 {offset}"))
     }
 

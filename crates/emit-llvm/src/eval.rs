@@ -12,8 +12,9 @@ use tilewright_tile::{Operand, TileId, TileOp};
 impl Emitter<'_> {
     /// The definition of a tile that is computed on demand.
     fn definition(&self, tile: TileId) -> Result<&TileOp> {
-        self.defs[tile.index()]
-            .ok_or_else(|| Error::bug(format!("tile {tile} of kernel @{} has no value", self.k.name)))
+        self.defs[tile.index()].ok_or_else(|| {
+            Error::bug(format!("tile {tile} of kernel @{} has no value", self.k.name))
+        })
     }
 
     /// Coordinates of a map or broadcast operand for a coordinate of the result.
@@ -127,8 +128,7 @@ impl Emitter<'_> {
             }
             TileOp::Gather { param, axis, rows, index, fill } => {
                 let row = self.gather_row(rows, &coords[axis])?;
-                let mut global: Vec<Dim> =
-                    index.iter().zip(coords).map(|(i, c)| i + c).collect();
+                let mut global: Vec<Dim> = index.iter().zip(coords).map(|(i, c)| i + c).collect();
                 global[axis] = &index[axis] + row;
                 let place = self.param_place(param, &global);
                 self.load(&place, Some(fill))

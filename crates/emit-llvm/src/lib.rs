@@ -21,10 +21,12 @@
 //! | `mma.rs` | products: micro-kernels and the loops around them |
 //! | `reduce.rs` | reductions and scans |
 //! | `ops.rs`, `math.rs` | scalar operations on vectors, elementary functions |
+//! | `array.rs` | a scalar function over arrays |
 //! | `dims.rs` | what is known about integers |
 //! | `text.rs` | the text of a function |
 
 mod analyze;
+mod array;
 mod dims;
 mod emitter;
 mod eval;
@@ -35,6 +37,7 @@ mod reduce;
 mod stmts;
 mod text;
 
+pub use array::emit_func_array;
 use emitter::{Emitter, uppers};
 use std::fmt::Write;
 use tilewright_base::{Error, Result};

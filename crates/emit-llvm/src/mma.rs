@@ -133,7 +133,8 @@ impl<'a> Emitter<'a> {
             // Guards were checked with the plain symbol; only the address is split.
             let param: usize = place.base.strip_prefix("%p")?.parse().ok()?;
             let _ = param;
-            let offset = e.simplify(&place.offset.substitute(&|s| (s == depth).then(|| split.clone())));
+            let offset =
+                e.simplify(&place.offset.substitute(&|s| (s == depth).then(|| split.clone())));
             if let Some((outer, rest)) = linear_in(&offset, "$kb")
                 && let Some((inner, rest)) = linear_in(&rest, "$ki")
                 && !mentions(&outer, "$ki")
@@ -194,13 +195,10 @@ impl<'a> Emitter<'a> {
             }
         };
         let one_piece = buf.pad < 0;
-        let zero_init = matches!(
-            self.defs[init.index()],
-            Some(TileOp::Full(Value::Int(0)))
-        ) || matches!(self.defs[init.index()], Some(TileOp::Full(Value::Float(v))) if v.to_bits() == 0);
+        let zero_init = matches!(self.defs[init.index()], Some(TileOp::Full(Value::Int(0))))
+            || matches!(self.defs[init.index()], Some(TileOp::Full(Value::Float(v))) if v.to_bits() == 0);
         let zero_init = zero_init && matches!(self.loc[init.index()], Loc::Virtual);
-        let in_place =
-            matches!(&self.loc[init.index()], Loc::Buffer(b) if b.ptr == buf.ptr);
+        let in_place = matches!(&self.loc[init.index()], Loc::Buffer(b) if b.ptr == buf.ptr);
 
         // Operands.
         let k_sym = self.symbol();
@@ -248,12 +246,8 @@ impl<'a> Emitter<'a> {
         let mut tail = None;
         if b_access.is_none() {
             self.c.t.comment("right operand copied");
-            let kept = self.new_panels(
-                self.k.ty(b_tile).dtype.size_aligned(),
-                depth_max,
-                cols_max,
-                width,
-            );
+            let kept =
+                self.new_panels(self.k.ty(b_tile).dtype.size_aligned(), depth_max, cols_max, width);
             let counts = [depth.clone(), n.clone()];
             self.fill_buffer(&kept, b_tile, &counts)?;
             self.loc[b_tile.index()] = Loc::Buffer(kept);
@@ -262,12 +256,8 @@ impl<'a> Emitter<'a> {
         } else if !even && !self.may_over_read(b_tile, b_access.as_ref().map(|b| &b.0), width) {
             // The last panel is copied, so that whole vectors can be read.
             self.c.t.comment("last panel of the right operand copied");
-            let kept = self.new_panels(
-                self.k.ty(b_tile).dtype.size_aligned(),
-                depth_max,
-                width,
-                width,
-            );
+            let kept =
+                self.new_panels(self.k.ty(b_tile).dtype.size_aligned(), depth_max, width, width);
             let whole = self.facts.simplify(&n.floor_div(&Dim::new(width)));
             let rest = self.facts.simplify(&n.modulo(&Dim::new(width)));
             let mut shifted = kept.clone();
@@ -357,7 +347,9 @@ impl<'a> Emitter<'a> {
             let at = self.settle(&b_rest);
             let at = self.dim(&at);
             let elem = mem_elem(b_place.dtype);
-            self.c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", b_place.base))
+            self.c
+                .t
+                .ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", b_place.base))
         };
         if let Some((kept, whole)) = &tail {
             let whole = self.dim(whole);
@@ -365,10 +357,8 @@ impl<'a> Emitter<'a> {
             b_ptr =
                 self.c.t.ins(format_args!("select i1 {is_tail}, ptr {}, ptr {b_ptr}", kept.ptr));
             let at = names.iter().position(|n| n == "b_depth").unwrap_or(0);
-            given[at] = self
-                .c
-                .t
-                .ins(format_args!("select i1 {is_tail}, i64 {width}, i64 {}", given[at]));
+            given[at] =
+                self.c.t.ins(format_args!("select i1 {is_tail}, i64 {width}, i64 {}", given[at]));
             let at = names.iter().position(|n| n == "b_block").unwrap_or(0);
             let size = width * block.unwrap_or(0);
             given[at] =
@@ -398,7 +388,8 @@ impl<'a> Emitter<'a> {
         let np_dim = Dim::sym(panel.clone());
         let corner = [i0_dim.clone(), &np_dim * width];
         let cols = n.min_with(&(&corner[1] + width)) - &corner[1];
-        let cols = self.facts.simplify(&(&n - &corner[1]).min_with(&Dim::new(width)).min_with(&cols));
+        let cols =
+            self.facts.simplify(&(&n - &corner[1]).min_with(&Dim::new(width)).min_with(&cols));
         let region = [count_dim.clone(), cols];
         let c_ptr = {
             let place = self.buffer_place(&piece, &corner);
@@ -430,7 +421,9 @@ impl<'a> Emitter<'a> {
             let offset = a_rest + a_row * &i0_dim;
             let at = self.dim(&offset);
             let elem = mem_elem(a_place.dtype);
-            self.c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", a_place.base))
+            self.c
+                .t
+                .ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", a_place.base))
         };
         let mut args = format!("ptr {a_ptr}, ptr {b_ptr}, ptr {c_ptr}, i64 {depth_v}, i1 {zero}");
         for g in &given {
@@ -557,10 +550,7 @@ impl<'a> Emitter<'a> {
             let (base, more) = (m / groups, m % groups);
             let tall = more * (base + 1);
             let is_tall = self.c.t.ins(format_args!("icmp slt i64 {i0}, {tall}"));
-            return self
-                .c
-                .t
-                .ins(format_args!("select i1 {is_tall}, i64 {}, i64 {base}", base + 1));
+            return self.c.t.ins(format_args!("select i1 {is_tall}, i64 {}, i64 {base}", base + 1));
         }
         let left = self.c.t.ins(format_args!("sub nsw i64 {m_v}, {i0}"));
         let mut count = variants.last().copied().unwrap_or(1).to_string();
@@ -616,14 +606,21 @@ impl<'a> Emitter<'a> {
             return false;
         };
         let layout = &self.k.params[tilewright_tile::ParamId(param)].layout;
-        layout.axes.iter().any(|axis| {
-            axis.block.as_ref().is_some_and(|b| b.stride.is(1) && b.size % width == 0)
-        })
+        layout
+            .axes
+            .iter()
+            .any(|axis| axis.block.as_ref().is_some_and(|b| b.stride.is(1) && b.size % width == 0))
     }
 }
 
 /// The text of one micro-kernel: `c[r][0..width] (+)= sum over k of a[r][k] * b[k][0..width]`.
-fn micro_kernel(micro: &Micro, rows: i64, name: &str, names: &[String], vector_bits: u32) -> (String, Code) {
+fn micro_kernel(
+    micro: &Micro,
+    rows: i64,
+    name: &str,
+    names: &[String],
+    vector_bits: u32,
+) -> (String, Code) {
     let g = micro.geometry;
     let mut c = Code { vector_bits, ..Code::default() };
     c.t = crate::text::Text::new();
@@ -655,11 +652,8 @@ fn micro_kernel(micro: &Micro, rows: i64, name: &str, names: &[String], vector_b
     };
     c.t.br_if("%zero", "fresh", "old");
     c.t.place("fresh");
-    let nothing = splat_lit(
-        acc_elem,
-        if micro.acc.is_float() { "0x0000000000000000" } else { "0" },
-        g.lanes,
-    );
+    let nothing =
+        splat_lit(acc_elem, if micro.acc.is_float() { "0x0000000000000000" } else { "0" }, g.lanes);
     for a in &accs {
         c.t.stmt(format_args!("store {v} {nothing}, ptr {a}"));
     }
@@ -682,8 +676,7 @@ fn micro_kernel(micro: &Micro, rows: i64, name: &str, names: &[String], vector_b
                 Stride::Known(1) => k.to_owned(),
                 s => c.t.ins(format_args!("mul nsw i64 {k}, {}", text(s))),
             };
-            let p =
-                c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {base}, i64 {first}"));
+            let p = c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {base}, i64 {first}"));
             if u == 0 {
                 return p;
             }
@@ -706,7 +699,9 @@ fn micro_kernel(micro: &Micro, rows: i64, name: &str, names: &[String], vector_b
             bs.push(c.cast(micro.b, widened(micro.acc), g.lanes, &x));
         }
         for r in 0..rows_n {
-            let p = c.t.ins(format_args!("getelementptr inbounds {ae}, ptr {pa}, i64 {}", row_offsets[r]));
+            let p = c
+                .t
+                .ins(format_args!("getelementptr inbounds {ae}, ptr {pa}, i64 {}", row_offsets[r]));
             let x = c.t.ins(format_args!("load {ae}, ptr {p}, align {}", micro.a.size()));
             let x = c.widen(micro.a, 1, &x);
             let x = c.cast(micro.a, widened(micro.acc), 1, &x);
@@ -776,7 +771,8 @@ fn micro_kernel(micro: &Micro, rows: i64, name: &str, names: &[String], vector_b
         }
     }
     c.t.stmt("ret void");
-    let mut params = "ptr noalias %a, ptr noalias %b, ptr noalias %c, i64 %depth, i1 %zero".to_owned();
+    let mut params =
+        "ptr noalias %a, ptr noalias %b, ptr noalias %c, i64 %depth, i1 %zero".to_owned();
     for n in names {
         let _ = write!(params, ", i64 %{n}");
     }

@@ -149,7 +149,13 @@ impl Code {
             }
             DType::F8E4M3 | DType::F8E5M2 => {
                 let wide = self.conv("zext", "i8", "i32", lanes, x);
-                self.helper_call(&format!("decode_{}", dtype.name()), "float", lanes, "i32", &[&wide])
+                self.helper_call(
+                    &format!("decode_{}", dtype.name()),
+                    "float",
+                    lanes,
+                    "i32",
+                    &[&wide],
+                )
             }
             DType::Bool => {
                 let zero = splat_lit("i8", "0", lanes);
@@ -268,8 +274,7 @@ impl Code {
                     return self.conv("fptosi", fe, "i8", lanes, &v);
                 }
                 let (tv, fv) = (vector(te, lanes), vector(fe, lanes));
-                let full =
-                    format!("llvm.{name}.sat.{}.{}", suffix(te, lanes), suffix(fe, lanes));
+                let full = format!("llvm.{name}.sat.{}.{}", suffix(te, lanes), suffix(fe, lanes));
                 self.t.intrinsic(&tv, &full, &[(&fv, x)])
             }
             (false, true) => {
@@ -340,13 +345,16 @@ impl Code {
             }
             Op::Sign if float => {
                 let one = self.call("copysign", e, lanes, &[&lit(1), x[0]]);
-                let (zero, nan) =
-                    (self.cmp("ueq", e, lanes, x[0], &lit(0)), self.cmp("uno", e, lanes, x[0], x[0]));
+                let (zero, nan) = (
+                    self.cmp("ueq", e, lanes, x[0], &lit(0)),
+                    self.cmp("uno", e, lanes, x[0], x[0]),
+                );
                 let keep = self.bin("or", "i1", lanes, &zero, &nan);
                 self.select(e, lanes, &keep, x[0], &one)
             }
             Op::Sign => {
-                let positive = self.cmp(if unsigned { "ne" } else { "sgt" }, e, lanes, x[0], &lit(0));
+                let positive =
+                    self.cmp(if unsigned { "ne" } else { "sgt" }, e, lanes, x[0], &lit(0));
                 let up = self.select(e, lanes, &positive, &lit(1), &lit(0));
                 if unsigned {
                     up
@@ -385,15 +393,16 @@ impl Code {
             Op::Rem if float => self.math("fmod", d, lanes, x),
             Op::Mod if float => self.math("pymod", d, lanes, x),
             Op::Min | Op::Max if float => {
-                let name = if op == Op::Min { "minimum" } else { "maximum" };
-                // Built from instructions: NaN of either side, and -0 below +0 as it falls.
+                // Two instructions on x86: the second operand when either is NaN, then NaN of the
+                // first.
                 let cc = if op == Op::Min { "olt" } else { "ogt" };
-                let _ = name;
                 let first = self.cmp(cc, e, lanes, x[0], x[1]);
                 let best = self.select(e, lanes, &first, x[0], x[1]);
                 let nan = self.cmp("uno", e, lanes, x[0], x[0]);
                 self.select(e, lanes, &nan, x[0], &best)
             }
+            Op::Min if d == DType::Bool => self.bin("and", e, lanes, x[0], x[1]),
+            Op::Max if d == DType::Bool => self.bin("or", e, lanes, x[0], x[1]),
             Op::Min | Op::Max => {
                 let name = match (op == Op::Min, unsigned) {
                     (true, true) => "umin",

@@ -24,15 +24,11 @@ fn combine_op(kind: ReduceKind) -> Op {
 /// The result of combining nothing.
 pub(crate) fn identity(kind: ReduceKind, dtype: DType) -> Value {
     if dtype.is_float() {
-        let largest = match dtype {
-            DType::F8E4M3 => 448.0,
-            _ => f64::INFINITY,
-        };
         return Value::Float(match kind {
             ReduceKind::Sum => 0.0,
             ReduceKind::Prod => 1.0,
-            ReduceKind::Max => -largest,
-            ReduceKind::Min => largest,
+            ReduceKind::Max => f64::NEG_INFINITY,
+            ReduceKind::Min => f64::INFINITY,
         });
     }
     let bits = if dtype == DType::Bool { 1 } else { dtype.bits() };
@@ -213,7 +209,8 @@ impl<'a> Emitter<'a> {
         while parts.len() > 1 {
             let half = parts.len().div_ceil(2);
             for i in 0..parts.len() - half {
-                parts[i] = self.combine(kind, work, lanes, &parts[i].clone(), &parts[i + half].clone());
+                parts[i] =
+                    self.combine(kind, work, lanes, &parts[i].clone(), &parts[i + half].clone());
             }
             parts.truncate(half);
         }
@@ -264,9 +261,8 @@ impl<'a> Emitter<'a> {
         let mut counts = outer.clone();
         counts.insert(axis, Dim::new(1));
         let (lane_axis, lanes) = self.choose_axis(x, &counts, &|_, _| None)?;
-        let lane_axis = lane_axis
-            .filter(|a| *a != axis && lanes > 1)
-            .map(|a| if a > axis { a - 1 } else { a });
+        let lane_axis =
+            lane_axis.filter(|a| *a != axis && lanes > 1).map(|a| if a > axis { a - 1 } else { a });
         let lanes = if lane_axis.is_some() { lanes } else { 1 };
         let base = vec![Dim::new(0); outer.len()];
         let buf = buf.clone();
@@ -342,9 +338,8 @@ impl<'a> Emitter<'a> {
         let mut counts = need.clone();
         counts[axis] = Dim::new(1);
         let (lane_axis, lanes) = self.choose_axis(x, &counts, &|_, _| None)?;
-        let lane_axis = lane_axis
-            .filter(|a| *a != axis && lanes > 1)
-            .map(|a| if a > axis { a - 1 } else { a });
+        let lane_axis =
+            lane_axis.filter(|a| *a != axis && lanes > 1).map(|a| if a > axis { a - 1 } else { a });
         let lanes = if lane_axis.is_some() { lanes } else { 1 };
         let base = vec![Dim::new(0); outer.len()];
         let buf = buf.clone();

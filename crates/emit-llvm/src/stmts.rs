@@ -2,7 +2,6 @@
 
 use crate::analyze::{defined_in, operands};
 use crate::emitter::{Acc, Buf, Emitter, Epilogue, Loc, uppers};
-use crate::ops::splat_lit;
 use tilewright_base::{Error, Result};
 use tilewright_layout::{Dim, Range};
 use tilewright_tile::{Compare, For, If, Stmt, TileId, TileOp};
@@ -63,7 +62,9 @@ impl<'a> Emitter<'a> {
                     let base = vec![Dim::new(0); shape.len()];
                     self.store_tile(*param, index, *value, &base, &counts)?;
                 }
-                Stmt::AtomicAdd { param, index, value } => self.atomic_add(*param, index, *value)?,
+                Stmt::AtomicAdd { param, index, value } => {
+                    self.atomic_add(*param, index, *value)?
+                }
                 Stmt::For(f) => {
                     let rest = &stmts[n + 1..];
                     let used = self.for_loop(f, rest, n + 1, yields)?;
@@ -177,8 +178,11 @@ impl<'a> Emitter<'a> {
                 Stmt::If(i) => {
                     Self::reads(&i.then.stmts, tile)
                         + Self::reads(&i.otherwise.stmts, tile)
-                        + i.then_yields.iter().chain(&i.otherwise_yields).filter(|y| **y == tile).count()
-                            as u32
+                        + i.then_yields
+                            .iter()
+                            .chain(&i.otherwise_yields)
+                            .filter(|y| **y == tile)
+                            .count() as u32
                 }
             };
         }
@@ -234,9 +238,7 @@ impl<'a> Emitter<'a> {
             if runs && Self::accumulates(f, n) {
                 // Accumulator of products: written first by the first product.
                 let outer = match &self.loc[init.index()] {
-                    Loc::Acc(acc)
-                        if outer_yields.iter().any(|(t, _)| *t == result) =>
-                    {
+                    Loc::Acc(acc) if outer_yields.iter().any(|(t, _)| *t == result) => {
                         Some((**acc).clone())
                     }
                     _ => None,
@@ -308,7 +310,6 @@ impl<'a> Emitter<'a> {
                 None => {}
             }
         }
-        self.body_facts(f);
         // A product may write straight into the carried buffer when nobody reads the old value
         // after it.
         let direct: Vec<(TileId, Loc)> = yields
@@ -334,8 +335,6 @@ impl<'a> Emitter<'a> {
         self.forget_values();
         Ok(used)
     }
-
-    fn body_facts(&mut self, _f: &For) {}
 
     /// `a && b` on scalars.
     fn both(&mut self, a: &str, b: &str) -> String {
@@ -379,9 +378,9 @@ impl<'a> Emitter<'a> {
         if tainted.contains(a) || tainted.contains(b) || !self.elementwise(f, *acc, inner) {
             return false;
         }
-        tainted.iter().all(|t| {
-            Self::reads(&f.body.stmts[at + 1..], *t) == 0 && !f.yields.contains(t)
-        })
+        tainted
+            .iter()
+            .all(|t| Self::reads(&f.body.stmts[at + 1..], *t) == 0 && !f.yields.contains(t))
     }
 
     /// True when element (i, j) of `tile` depends on no other element of `inner` than (i, j).
@@ -399,7 +398,11 @@ impl<'a> Emitter<'a> {
             Some(TileOp::Map { args, .. }) => args.iter().all(|a| {
                 let plain = a.along.iter().copied().eq(0..self.k.ty(tile).shape.len())
                     && self.k.ty(a.tile).shape == self.k.ty(tile).shape;
-                if plain { self.elementwise(f, a.tile, inner) } else { !self.depends(f, a.tile, inner) }
+                if plain {
+                    self.elementwise(f, a.tile, inner)
+                } else {
+                    !self.depends(f, a.tile, inner)
+                }
             }),
             Some(op) => operands(op).iter().all(|t| !self.depends(f, *t, inner)),
         }
@@ -713,11 +716,6 @@ impl<'a> Emitter<'a> {
             let place = e.param_place(param, &global);
             e.atomic(&place, &v)
         })
-    }
-
-    /// A mask with all lanes.
-    pub(crate) fn all_lanes(&self) -> String {
-        splat_lit("i1", "true", self.lanes)
     }
 }
 
