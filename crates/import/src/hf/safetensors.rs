@@ -143,7 +143,7 @@ fn parse(file: Arc<Mmap>) -> Result<Contents> {
             continue;
         };
         let range = data_start + start..data_start + end;
-        let aligned = file[range.clone()].as_ptr() as usize % dtype.size() == 0;
+        let aligned = (file[range.clone()].as_ptr() as usize).is_multiple_of(dtype.size());
         let bytes = match aligned {
             true => Bytes::Mapped(file.clone(), range),
             false => Bytes::copy_from(&file[range]),
