@@ -61,6 +61,7 @@ pub fn run_case(folder: &Path, runner: &Runner) -> Verdict {
                 }
             }
         };
+        tilewright_graph::verify(&graph)?;
         let mut inputs = Vec::new();
         for &v in &graph.inputs {
             let name = &graph.values[v].name;

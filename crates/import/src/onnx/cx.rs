@@ -382,7 +382,7 @@ impl Cx {
             .filter(|(_, a)| matches!(a, Arg::Param(_)))
             .map(|(v, _)| *v)
             .collect();
-        let func = scalar::build(&args, compute, out, body);
+        let func = scalar::build(&args, compute, out, body)?;
         self.map_func(func, &kept)
     }
 

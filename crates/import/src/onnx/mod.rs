@@ -29,6 +29,8 @@ mod ops;
 mod proto;
 mod scalar;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 use prost::Message;
 use prost::bytes::Bytes;

@@ -1,12 +1,12 @@
-//! Scalar functions written as Rust closures: `func(&[F32], |p| p[0] * p[0].sigmoid())`.
+//! Scalar functions written as Rust closures: `build(&[Param(F32)], .., |p| p[0] * p[0].sigmoid())`.
 //!
-//! A thin, typed notation over [`FuncBuilder`]. A number stands for a constant of the other
-//! operand's type. Operands of different types panic in the builder, so converters check types
-//! first (`Cx::map` and `Cx::fmap` do).
+//! A thin notation over [`FuncBuilder`]. A number stands for a constant of the other operand's
+//! type. Types come from models, so a mixture of types, or an operation on a type that does not
+//! have it, is no panic: the first such mistake is kept and [`build`] returns it.
 
 use std::cell::RefCell;
 use std::ops::{Add, Div, Mul, Neg, Sub};
-use tilewright_base::DType;
+use tilewright_base::{DType, Error, Result};
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
 
 /// What a [`Scalar`] is made of.
@@ -17,10 +17,17 @@ pub(crate) enum Arg {
     Const(DType, Value),
 }
 
+/// The function so far, and the first mistake.
+#[derive(Default)]
+struct State {
+    builder: FuncBuilder,
+    mistake: Option<String>,
+}
+
 /// A node of the function being built.
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar<'a> {
-    builder: &'a RefCell<FuncBuilder>,
+    state: &'a RefCell<State>,
     id: ExprId,
 }
 
@@ -30,24 +37,28 @@ pub(crate) fn build(
     compute: Option<DType>,
     out: Option<DType>,
     body: impl for<'a> FnOnce(&[Scalar<'a>]) -> Scalar<'a>,
-) -> Func {
-    let builder = RefCell::new(FuncBuilder::new());
+) -> Result<Func> {
+    let state = RefCell::new(State::default());
     let result = {
         let params: Vec<Scalar<'_>> = args
             .iter()
             .map(|arg| {
                 let id = match arg {
-                    Arg::Param(dtype) => builder.borrow_mut().param("x", *dtype),
-                    Arg::Const(dtype, value) => builder.borrow_mut().value(*value, *dtype),
+                    Arg::Param(dtype) => state.borrow_mut().builder.param("x", *dtype),
+                    Arg::Const(dtype, value) => state.borrow_mut().builder.value(*value, *dtype),
                 };
-                let x = Scalar { builder: &builder, id };
+                let x = Scalar { state: &state, id };
                 compute.map_or(x, |dtype| x.cast(dtype))
             })
             .collect();
         let result = body(&params);
         out.map_or(result, |dtype| result.cast(dtype)).id
     };
-    builder.into_inner().finish(result)
+    let State { builder, mistake } = state.into_inner();
+    match mistake {
+        None => Ok(builder.finish(result)),
+        Some(mistake) => Err(Error::user(mistake)),
+    }
 }
 
 /// A second operand: another node, or a number of the first one's type.
@@ -80,39 +91,61 @@ macro_rules! binary {
 impl<'a> Scalar<'a> {
     /// The type of this node.
     pub(crate) fn dtype(self) -> DType {
-        self.builder.borrow().dtype_of(self.id)
+        self.state.borrow().builder.dtype_of(self.id)
     }
 
     /// A constant of this node's type.
     pub(crate) fn number(self, value: f64) -> Scalar<'a> {
         let dtype = self.dtype();
-        Scalar { id: self.builder.borrow_mut().constant(value, dtype), ..self }
+        Scalar { id: self.state.borrow_mut().builder.constant(value, dtype), ..self }
     }
 
     /// An integer constant of this node's type.
     pub(crate) fn integer(self, value: i64) -> Scalar<'a> {
         let dtype = self.dtype();
-        Scalar { id: self.builder.borrow_mut().constant_int(value, dtype), ..self }
+        Scalar { id: self.state.borrow_mut().builder.constant_int(value, dtype), ..self }
+    }
+
+    /// Adds an operation when the types allow it; otherwise notes the mistake.
+    fn emit(self, op: Op, args: &[Scalar<'a>]) -> Scalar<'a> {
+        let operands = if op == Op::Select { &args[1..] } else { args };
+        let dtype = operands[0].dtype();
+        let mistake = if op == Op::Select && args[0].dtype() != DType::Bool {
+            Some(format!("a condition of type {}", args[0].dtype()))
+        } else if let Some(other) = operands.iter().find(|a| a.dtype() != dtype) {
+            Some(format!("operands have different types {dtype} and {}", other.dtype()))
+        } else if !op.accepts(dtype.class()) {
+            Some(format!("an operand of type {dtype} where it is not defined"))
+        } else {
+            None
+        };
+        let mut state = self.state.borrow_mut();
+        if let Some(mistake) = mistake {
+            state.mistake.get_or_insert(mistake);
+            return self;
+        }
+        let ids: Vec<ExprId> = args.iter().map(|a| a.id).collect();
+        Scalar { id: state.builder.op(op, &ids), ..self }
     }
 
     pub(crate) fn un(self, op: Op) -> Scalar<'a> {
-        Scalar { id: self.builder.borrow_mut().op(op, &[self.id]), ..self }
+        self.emit(op, &[self])
     }
 
     pub(crate) fn bin(self, op: Op, other: impl Operand<'a>) -> Scalar<'a> {
         let other = other.node(self);
-        Scalar { id: self.builder.borrow_mut().op(op, &[self.id, other.id]), ..self }
+        self.emit(op, &[self, other])
     }
 
     /// Conversion; see [`Op::Cast`].
     pub(crate) fn cast(self, to: DType) -> Scalar<'a> {
-        Scalar { id: self.builder.borrow_mut().cast(self.id, to), ..self }
+        Scalar { id: self.state.borrow_mut().builder.cast(self.id, to), ..self }
     }
 
     /// `self ? yes : no`, for a `bool` node.
     pub(crate) fn select(self, yes: Scalar<'a>, no: impl Operand<'a>) -> Scalar<'a> {
         let no = no.node(yes);
-        Scalar { id: self.builder.borrow_mut().op(Op::Select, &[self.id, yes.id, no.id]), ..self }
+        self.emit(Op::Select, &[self, yes, no])
     }
 
     unary! {

@@ -179,6 +179,9 @@ fn bias(
     let (s, t) = (&qd[2], &kd[2]);
     let mut sum: Option<ValueId> = None;
     if let Some(mut m) = mask {
+        if !(1..=4).contains(&cx.rank(m)) {
+            return Err(Error::user(format!("an attention mask {}", cx.ty(m))));
+        }
         let short = cx.shape(m).last().cloned().unwrap_or_default();
         let wide = dtype.compute();
         m = if cx.dtype(m) == DType::Bool {

@@ -89,7 +89,7 @@ fn bools(cx: &Cx, values: &[ValueId]) -> Result<()> {
 
 /// A logical operation: on `bool` only.
 pub(crate) fn logical(cx: &mut Cx, n: &N<'_>, op: E) -> Result<Vec<Val>> {
-    let all = n.all()?;
+    let all = if op == E::Not { vec![n.x(0)?] } else { vec![n.x(0)?, n.x(1)?] };
     bools(cx, &all)?;
     one(cx.apply(op, &all)?)
 }

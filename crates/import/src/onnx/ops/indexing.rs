@@ -104,6 +104,9 @@ pub(crate) fn max_unpool(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
         return Err(Error::user("kernel, strides or pads do not fit the number of axes"));
     }
     // The indices count positions of the tensor that pooling read.
+    if dims.len() < 3 {
+        return Err(Error::user(format!("MaxUnpool of {}", cx.ty(x))));
+    }
     let mut pooled = dims[..2].to_vec();
     for i in 0..spatial {
         let size = (&dims[i + 2] - 1) * strides[i] + kernel[i] - pads[i] - pads[i + spatial];

@@ -167,6 +167,7 @@ pub(crate) fn einsum(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
             ellipsis.chars().chain(once).collect()
         }
     };
+    let (mut terms, out) = lettered(terms, out, &equation)?;
     for term in &mut terms {
         diagonal(cx, term)?;
     }
@@ -200,6 +201,28 @@ pub(crate) fn einsum(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
         Some(perm) if perm.len() == letters.len() => one(cx.permute(v, &perm)?),
         _ => Err(Error::user(format!("einsum `{equation}`: a result letter is in no operand"))),
     }
+}
+
+/// Renames axes so that those of an ellipsis have letters, too.
+fn lettered(terms: Vec<Term>, out: Vec<char>, equation: &str) -> Result<(Vec<Term>, Vec<char>)> {
+    let mut names: Vec<char> = Vec::new();
+    for &c in terms.iter().flat_map(|t| &t.1).chain(&out) {
+        if !c.is_ascii_alphanumeric() {
+            return Err(Error::user(format!("einsum `{equation}`")));
+        }
+        if !names.contains(&c) {
+            names.push(c);
+        }
+    }
+    let letters: Vec<char> = ('a'..='z').chain('A'..='Z').collect();
+    if names.len() > letters.len() {
+        return Err(Error::unsupported(format!("einsum of {} different axes", names.len())));
+    }
+    let rename = |list: &[char]| -> Vec<char> {
+        list.iter().filter_map(|c| names.iter().position(|n| n == c).map(|i| letters[i])).collect()
+    };
+    let out = rename(&out);
+    Ok((terms.into_iter().map(|(v, l)| (v, rename(&l))).collect(), out))
 }
 
 /// Repeated letters in one term take the diagonal.

@@ -6,6 +6,14 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Op, ReduceKind, ValueId, WindowAttrs, WindowKind};
 use tilewright_layout::{Dim, numel};
 
+fn epsilon(n: &N<'_>) -> Result<f64> {
+    let eps = n.float("epsilon", f64::from(1e-5f32))?;
+    if eps.is_finite() && eps >= 0.0 {
+        return Ok(eps);
+    }
+    Err(Error::user(format!("an epsilon of {eps}")))
+}
+
 pub(crate) fn softmax(cx: &mut Cx, n: &N<'_>, log: bool) -> Result<Vec<Val>> {
     let x = n.x(0)?;
     cx.float(x)?;
@@ -47,7 +55,7 @@ pub(crate) fn layer_norm(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     cx.float(x)?;
     let rank = cx.rank(x);
     let axis = n.axis("axis", -1, rank)?;
-    let eps = n.float("epsilon", f64::from(1e-5f32))?;
+    let eps = epsilon(n)?;
     let mut operands = vec![x, scale];
     operands.extend(bias);
     let y = cx.op(Op::LayerNorm { axis, eps: eps.to_bits() }, &operands)?;
@@ -70,13 +78,13 @@ pub(crate) fn rms_norm(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     let (x, scale) = (n.x(0)?, n.x(1)?);
     cx.float(x)?;
     let axis = n.axis("axis", -1, cx.rank(x))?;
-    let eps = n.float("epsilon", f64::from(1e-5f32))?;
+    let eps = epsilon(n)?;
     one(cx.op(Op::RmsNorm { axis, eps: eps.to_bits() }, &[x, scale])?)
 }
 
 pub(crate) fn batch_norm(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     let x = n.x(0)?;
-    let eps = n.float("epsilon", f64::from(1e-5f32))?;
+    let eps = epsilon(n)?;
     let dtype = cx.dtype(x);
     let mut params = Vec::new();
     for i in 1..5 {
@@ -95,7 +103,9 @@ pub(crate) fn batch_norm(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     let off = cx.sub(x, now_mean)?;
     let square = cx.mul(off, off)?;
     let now_var = cx.mean(square, &over, true)?;
-    let channels = cx.shape(x)[1].clone();
+    let Some(channels) = cx.shape(x).get(1).cloned() else {
+        return Err(Error::user(format!("batch normalisation of {}", cx.ty(x))));
+    };
     let now_mean = cx.reshape(now_mean, std::slice::from_ref(&channels))?;
     let now_var = cx.reshape(now_var, &[channels])?;
     let op = Op::BatchNorm { eps: eps.to_bits() };
@@ -112,7 +122,7 @@ pub(crate) fn batch_norm(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
 
 pub(crate) fn instance_norm(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     let (x, scale, bias) = (n.x(0)?, n.x(1)?, n.x(2)?);
-    let eps = n.float("epsilon", f64::from(1e-5f32))?;
+    let eps = epsilon(n)?;
     let channels = cx.shape(scale).first().cloned().unwrap_or_default();
     let groups = cx.static_dim(&channels, "InstanceNormalization")?;
     one(cx.op(Op::GroupNorm { groups, eps: eps.to_bits() }, &[x, scale, bias])?)
@@ -120,7 +130,7 @@ pub(crate) fn instance_norm(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
 
 pub(crate) fn group_norm(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     let (x, mut scale, mut bias) = (n.x(0)?, n.x(1)?, n.x(2)?);
-    let eps = n.float("epsilon", f64::from(1e-5f32))?;
+    let eps = epsilon(n)?;
     let groups = n.int("num_groups", 1)?;
     let channels = cx.shape(x).get(1).cloned().unwrap_or_default();
     // Up to opset 20 scale and bias are per group.

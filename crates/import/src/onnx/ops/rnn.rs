@@ -204,7 +204,10 @@ fn run(
         xs = cx.add(xs, b)?;
     }
     let gate = |cx: &mut Cx, v: ValueId, i: i64| -> Result<ValueId> {
-        let axis = cx.rank(v) - 1;
+        let axis = cx
+            .rank(v)
+            .checked_sub(1)
+            .ok_or_else(|| Error::user("a scalar where gates are needed"))?;
         cx.slice(v, axis, hidden * i, hidden.clone())
     };
     let (mut h, mut c) = (d.h, d.c);

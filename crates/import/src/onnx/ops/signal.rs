@@ -6,7 +6,7 @@ use std::f64::consts::PI;
 use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
 use tilewright_graph::{Op, PadMode, ValueId};
-use tilewright_layout::Dim;
+use tilewright_layout::{Dim, numel};
 
 /// Longer transforms are not done by matrix products.
 const LENGTH_LIMIT: i64 = 4096;
@@ -207,7 +207,7 @@ pub(crate) fn stft(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     let window = n.opt(2)?;
     let length = match (n.opt(3)?, window) {
         (Some(v), _) => cx.const_int(v, "frame_length")?,
-        (None, Some(w)) => cx.static_dim(&cx.shape(w)[0], "STFT")?,
+        (None, Some(w)) => cx.static_dim(&numel(&cx.shape(w)), "STFT")?,
         (None, None) => total,
     };
     if !(1..=LENGTH_LIMIT).contains(&length) || length > total {

@@ -1,0 +1,290 @@
+//! Tests of the walk, of tensor data and of errors, on models written by hand. Operators are tested
+//! by the official node tests (the crate `conformance`).
+
+use super::proto::*;
+use super::*;
+use prost::Message;
+use tilewright_base::{DType, Kind};
+use tilewright_interp::{Mode, run};
+
+fn attr_i(name: &str, i: i64) -> AttributeProto {
+    AttributeProto { name: name.into(), i, r#type: AttributeType::Int as i32, ..Default::default() }
+}
+
+fn node(op: &str, inputs: &[&str], outputs: &[&str], attribute: Vec<AttributeProto>) -> NodeProto {
+    NodeProto {
+        op_type: op.into(),
+        input: inputs.iter().map(|s| s.to_string()).collect(),
+        output: outputs.iter().map(|s| s.to_string()).collect(),
+        attribute,
+        ..Default::default()
+    }
+}
+
+/// An `f32` input; a dimension is a number or a name.
+fn input(name: &str, dims: &[&str]) -> ValueInfoProto {
+    let dim = dims.iter().map(|d| Dimension {
+        value: Some(match d.parse() {
+            Ok(v) => DimensionValue::Value(v),
+            Err(_) => DimensionValue::Param(d.to_string()),
+        }),
+    });
+    let shape = Some(TensorShapeProto { dim: dim.collect() });
+    let value = Some(TypeValue::Tensor(TensorTypeProto { elem_type: 1, shape }));
+    ValueInfoProto { name: name.into(), r#type: Some(TypeProto { value }) }
+}
+
+fn output(name: &str) -> ValueInfoProto {
+    ValueInfoProto { name: name.into(), r#type: None }
+}
+
+fn ints(name: &str, values: &[i64]) -> TensorProto {
+    TensorProto {
+        name: name.into(),
+        data_type: 7,
+        dims: vec![values.len() as i64],
+        int64_data: values.to_vec(),
+        ..Default::default()
+    }
+}
+
+fn graph(node: Vec<NodeProto>, input: Vec<ValueInfoProto>, outputs: &[&str]) -> GraphProto {
+    let output = outputs.iter().map(|o| output(o)).collect();
+    GraphProto { node, name: "test".into(), input, output, ..Default::default() }
+}
+
+fn model(graph: GraphProto) -> ModelProto {
+    let set = |domain: &str, version| OperatorSetIdProto { domain: domain.into(), version };
+    ModelProto {
+        ir_version: 9,
+        graph: Some(graph),
+        opset_import: vec![set("", 18), set("local", 1)],
+        ..Default::default()
+    }
+}
+
+fn load(model: &ModelProto) -> Result<Graph> {
+    load_bytes(&model.encode_to_vec(), None)
+}
+
+fn user_error(model: &ModelProto, part: &str) {
+    let e = load(model).expect_err("the model is wrong");
+    assert_eq!(e.kind(), Kind::User, "{e:?}");
+    assert!(e.to_string().contains(part), "{e} says nothing of `{part}`");
+}
+
+#[test]
+fn computed_shapes_become_sizes() {
+    // reshape(x, concat(shape(x)[0:2], [4, -1])) splits heads of a symbolic batch and length.
+    let mut g = graph(
+        vec![
+            node("Shape", &["x"], &["s"], vec![attr_i("end", 2)]),
+            node("Concat", &["s", "tail"], &["to"], vec![attr_i("axis", 0)]),
+            node("Reshape", &["x", "to"], &["y"], vec![]),
+        ],
+        vec![input("x", &["B", "S", "32"])],
+        &["y"],
+    );
+    g.initializer.push(ints("tail", &[4, -1]));
+    let got = load(&model(g)).unwrap();
+    assert_eq!(got.ty(got.outputs[0].1).to_string(), "f32[B,S,4,8]");
+    assert_eq!(got.order.len(), 1, "the shape arithmetic is gone");
+}
+
+#[test]
+fn inputs_that_decide_shapes_are_asked_for() {
+    let mut shape = input("to", &["2"]);
+    if let Some(TypeProto { value: Some(TypeValue::Tensor(t)) }) = &mut shape.r#type {
+        t.elem_type = 7;
+    }
+    let nodes = vec![node("Reshape", &["x", "to"], &["y"], vec![])];
+    let bytes = model(graph(nodes, vec![input("x", &["6"]), shape], &["y"])).encode_to_vec();
+    let mut options = ImportOptions::default();
+    match import_bytes(&bytes, None, &options).unwrap() {
+        Imported::Needs(names) => assert_eq!(names, ["to"]),
+        Imported::Graph(_) => panic!("the shape is not known"),
+    }
+    assert_eq!(load_bytes(&bytes, None).unwrap_err().kind(), Kind::Unsupported);
+    let to = Tensor::from_i64s(DType::I64, &[2], &[3, -1]).unwrap();
+    options.specialise.insert("to".into(), to);
+    let got = load_bytes_with(&bytes, None, &options).unwrap();
+    assert_eq!(got.ty(got.outputs[0].1).to_string(), "f32[3,2]");
+    assert_eq!(got.inputs.len(), 1);
+}
+
+#[test]
+fn everything_unsupported_is_listed_at_once() {
+    let mut other = node("Fancy", &["a"], &["c"], vec![]);
+    other.domain = "acme".into();
+    let nodes = vec![
+        node("Whirl", &["x"], &["a"], vec![]),
+        node("Whirl", &["x"], &["b"], vec![]),
+        other,
+        node("Add", &["a", "b"], &["y"], vec![]),
+    ];
+    let e = load(&model(graph(nodes, vec![input("x", &["2"])], &["y", "c"]))).unwrap_err();
+    assert_eq!(e.kind(), Kind::Unsupported);
+    assert_eq!(
+        e.notes(),
+        ["operator Whirl (2x: Whirl -> a, Whirl -> b)", "operator acme.Fancy (1x: Fancy -> c)"]
+    );
+}
+
+#[test]
+fn malformed_graphs_are_the_users_errors() {
+    let x = || vec![input("x", &["2"])];
+    let relu = |a: &str, b: &str| node("Relu", &[a], &[b], vec![]);
+    let cycle = vec![node("Add", &["x", "b"], &["a"], vec![]), relu("a", "b")];
+    user_error(&model(graph(cycle, x(), &["a"])), "cycle");
+    user_error(&model(graph(vec![relu("z", "y")], x(), &["y"])), "which nothing computes");
+    user_error(&model(graph(vec![relu("x", "y"), relu("x", "y")], x(), &["y"])), "two nodes");
+    user_error(&model(graph(vec![relu("x", "y")], x(), &["q"])), "nothing computes the output");
+    user_error(&model(graph(vec![relu("x", "y")], vec![output("x")], &["y"])), "has no type");
+    let twice = vec![input("x", &["2"]), input("x", &["2"])];
+    user_error(&model(graph(vec![relu("x", "y")], twice, &["y"])), "two inputs");
+    let clash = vec![input("x", &["2"]), input("w", &["3"])];
+    let add = vec![node("Add", &["x", "w"], &["y"], vec![])];
+    user_error(&model(graph(add, clash, &["y"])), "do not broadcast");
+    user_error(&ModelProto { ir_version: 9, ..Default::default() }, "no graph");
+    assert_eq!(load_bytes(b"", None).unwrap_err().kind(), Kind::User);
+    assert_eq!(load_bytes(b"MZ\x90\x00 not a model", None).unwrap_err().kind(), Kind::User);
+}
+
+#[test]
+fn nodes_out_of_order_are_sorted() {
+    let nodes = vec![node("Relu", &["a"], &["y"], vec![]), node("Neg", &["x"], &["a"], vec![])];
+    let got = load(&model(graph(nodes, vec![input("x", &["2"])], &["y"]))).unwrap();
+    let x = Tensor::from_slice(&[2], &[1f32, -3.]).unwrap();
+    assert_eq!(run(&got, &[x], Mode::Exact).unwrap()[0].to_f64s(), [0.0, 3.0]);
+}
+
+#[test]
+fn functions_are_inlined_with_their_attributes() {
+    let mut axis = attr_i("axis", 0);
+    axis.ref_attr_name = "along".into();
+    let function = |body: Vec<NodeProto>| FunctionProto {
+        name: "Twice".into(),
+        domain: "local".into(),
+        input: vec!["v".into()],
+        output: vec!["w".into()],
+        node: body,
+        opset_import: vec![
+            OperatorSetIdProto { domain: String::new(), version: 18 },
+            OperatorSetIdProto { domain: "local".into(), version: 1 },
+        ],
+        ..Default::default()
+    };
+    let mut call = node("Twice", &["x"], &["y"], vec![attr_i("along", 1)]);
+    call.domain = "local".into();
+    let mut m = model(graph(vec![call.clone()], vec![input("x", &["2", "3"])], &["y"]));
+    m.functions = vec![function(vec![node("Concat", &["v", "v"], &["w"], vec![axis])])];
+    let got = load(&m).unwrap();
+    assert_eq!(got.ty(got.outputs[0].1).to_string(), "f32[2,6]");
+
+    let mut inner = node("Twice", &["v"], &["w"], vec![]);
+    inner.domain = "local".into();
+    m.functions = vec![function(vec![inner])];
+    user_error(&m, "nested too deeply");
+}
+
+#[test]
+fn a_branch_with_a_constant_condition_is_inlined() {
+    let branch = |name: &str, op: &str| AttributeProto {
+        name: name.into(),
+        g: Some(graph(vec![node(op, &["x"], &["r"], vec![])], vec![], &["r"])),
+        r#type: AttributeType::Graph as i32,
+        ..Default::default()
+    };
+    let branches = vec![branch("then_branch", "Neg"), branch("else_branch", "NoSuchThing")];
+    let mut g = graph(vec![node("If", &["c"], &["y"], branches)], vec![input("x", &["2"])], &["y"]);
+    g.initializer.push(TensorProto {
+        name: "c".into(),
+        data_type: 9,
+        int32_data: vec![1],
+        ..Default::default()
+    });
+    let got = load(&model(g)).unwrap();
+    let x = Tensor::from_slice(&[2], &[1f32, -3.]).unwrap();
+    assert_eq!(run(&got, &[x], Mode::Exact).unwrap()[0].to_f64s(), [-1.0, 3.0]);
+}
+
+/// `y = x + w` where `w` lies in another file.
+fn external(location: &str, offset: &str, length: &str) -> ModelProto {
+    let entry =
+        |key: &str, value: &str| StringStringEntryProto { key: key.into(), value: value.into() };
+    let mut g =
+        graph(vec![node("Add", &["x", "w"], &["y"], vec![])], vec![input("x", &["3"])], &["y"]);
+    g.initializer.push(TensorProto {
+        name: "w".into(),
+        data_type: 1,
+        dims: vec![3],
+        data_location: 1,
+        external_data: vec![
+            entry("location", location),
+            entry("offset", offset),
+            entry("length", length),
+        ],
+        ..Default::default()
+    });
+    model(g)
+}
+
+#[test]
+fn external_data_is_found_beside_the_model_and_nowhere_else() {
+    let dir = std::env::temp_dir().join(format!("tilewright-onnx-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let data: Vec<u8> = [9f32, 1., 2., 3.].iter().flat_map(|v| v.to_le_bytes()).collect();
+    std::fs::write(dir.join("w.bin"), &data).unwrap();
+    let at = |location: &str, offset: &str, length: &str| {
+        let path = dir.join("m.onnx");
+        std::fs::write(&path, external(location, offset, length).encode_to_vec()).unwrap();
+        super::load(&path)
+    };
+    let got = at("w.bin", "4", "12").unwrap();
+    let x = Tensor::from_slice(&[3], &[1f32, 1., 1.]).unwrap();
+    assert_eq!(run(&got, &[x], Mode::Exact).unwrap()[0].to_f64s(), [2.0, 3.0, 4.0]);
+    for (location, offset, length, part) in [
+        ("missing.bin", "0", "12", "cannot be read"),
+        ("../w.bin", "0", "12", "leads out"),
+        ("/etc/passwd", "0", "12", "leads out"),
+        ("", "0", "12", "leads out"),
+        ("w.bin", "8", "12", "has 16 bytes"),
+        ("w.bin", "4", "8", "8 bytes where the shape needs 12"),
+        ("w.bin", "-4", "12", "not a size"),
+        ("w.bin", "18446744073709551615", "12", "has 16 bytes"),
+    ] {
+        let e = at(location, offset, length).expect_err(location);
+        assert_eq!(e.kind(), Kind::User, "{e:?}");
+        assert!(e.to_string().contains(part), "{e}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn initialisers_of_every_kind_of_storage() {
+    let proto = |data_type, dims: &[i64]| TensorProto {
+        data_type,
+        dims: dims.to_vec(),
+        ..Default::default()
+    };
+    let read = |p: &TensorProto| read_tensor(&p.encode_to_vec());
+    // f16 1.5 and -2 by bits; i4 -1 and 7 packed; raw bf16 1.
+    let half = TensorProto { int32_data: vec![0x3e00, 0xc000], ..proto(10, &[2]) };
+    assert_eq!(read(&half).unwrap().to_f64s(), [1.5, -2.0]);
+    let nibbles = TensorProto { int32_data: vec![0x7f], ..proto(22, &[2]) };
+    assert_eq!(read(&nibbles).unwrap().to_i64s(), [-1, 7]);
+    let raw = TensorProto { raw_data: Some(vec![0x80, 0x3f].into()), ..proto(16, &[]) };
+    assert_eq!(read(&raw).unwrap().to_f64s(), [1.0]);
+    let f8 = TensorProto { int32_data: vec![0x7e], ..proto(17, &[1]) };
+    assert_eq!(read(&f8).unwrap().to_f64s(), [448.0]);
+    let unsigned = TensorProto { uint64_data: vec![u64::MAX], ..proto(13, &[1]) };
+    assert_eq!(read(&unsigned).unwrap().to_i64s(), [-1]);
+    let few = TensorProto { float_data: vec![1.0], ..proto(1, &[2]) };
+    assert_eq!(read(&few).unwrap_err().kind(), Kind::User);
+    let huge = proto(1, &[i64::MAX, i64::MAX]);
+    assert_eq!(read(&huge).unwrap_err().kind(), Kind::User);
+    let negative = proto(1, &[-1]);
+    assert_eq!(read(&negative).unwrap_err().kind(), Kind::User);
+    let text = TensorProto { string_data: vec![vec![b'a'].into()], ..proto(8, &[1]) };
+    assert_eq!(read(&text).unwrap_err().kind(), Kind::Unsupported);
+}
