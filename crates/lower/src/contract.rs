@@ -19,7 +19,7 @@ use crate::lowering::Lowering;
 use crate::map::{block_of, extent};
 use crate::place::Place;
 use crate::rows::func;
-use crate::schedule::{gemm_tiles, panel};
+use crate::schedule::{even, gemm_tiles, panel_for, round_up};
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
 use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Op, ValueId};
@@ -155,7 +155,8 @@ impl Lowering<'_> {
         if self.graph.as_const(v).is_none() || self.layouts.contains_key(&v) || narrow || !matrix {
             return None;
         }
-        Some(self.const_place(v, Layout::panels(&shape, axis, panel(self.target))))
+        let width = panel_for(self.target, shape[axis].as_const().unwrap_or(1));
+        Some(self.const_place(v, Layout::panels(&shape, axis, width)))
     }
 
     /// Writes the kernel of a product with its epilogue.
@@ -223,14 +224,14 @@ impl Lowering<'_> {
             t.bm = b;
         }
         if let Some(b) = operand_block(last, lhs).or(operand_block(last, rhs)) {
-            t.bk = b;
+            t.bk = even(size(last), t.bk, b);
         }
         let outs: Vec<&Layout> = dag.layouts();
         if let Some(b) = block_of(&outs, &canon[units]) {
             t.bm = b;
         }
         if let Some(b) = block_of(&outs, &canon[units + 1]) {
-            t.bn = crate::schedule::round_up(t.bn.min(4 * b), b);
+            t.bn = round_up(t.bn, b);
         }
 
         let mut k = KernelParts::new(name, symbols);

@@ -1,10 +1,459 @@
-//! To come.
+//! Convolution. Four ways, by shape:
+//!
+//! * one tap without padding: a contraction over channels ([`Product`]), spatial axes merged;
+//! * depthwise: taps multiplied and added elementwise, channels as the vector axis;
+//! * few input channels: all taps of a tile are one long sum. The data is padded once, and read
+//!   through a view in which windows overlap (an axis for taps and one for outputs over the same
+//!   elements);
+//! * otherwise, per tap a matrix product of a strided load of the data with that tap's weights:
+//!
+//! ```text
+//! acc[BH*BW, BO] = 0
+//! for kh, kw, c: acc = mma(acc, X[n, c.., oh*s+kh.., ow*s+kw..] as [BH*BW, BC], W[o.., c.., kh, kw])
+//! ```
+//!
+//! Groups are a grid axis; tiles of channels then divide a group, so that none reaches into the
+//! next.
+
+use crate::block::{Dag, Emit, KernelParts, Pos};
+use crate::contract::{Product, Side, finish_acc, give_anchor};
 use crate::fuse::Group;
 use crate::lowering::Lowering;
-use tilewright_base::Result;
+use crate::map::block_of;
+use crate::place::Place;
+use crate::rows::func;
+use crate::schedule::{conv_tiles, panel_for};
+use crate::taps::{Geometry, Stand};
+use crate::views::{broadcast_axis, nominal};
+use crate::window::{canon, stand};
+use tilewright_base::{Error, Result};
+use tilewright_expr::{Op as ExprOp, Value};
+use tilewright_graph::{ConvAttrs, Node, Op, ValueId};
+use tilewright_layout::{Axis, Dim, Layout};
+use tilewright_plan::Note;
+use tilewright_tile::{Operand, TileType};
+
+/// Up to this many input channels all taps are one sum.
+const FEW_CHANNELS: i64 = 8;
 
 impl Lowering<'_> {
     pub(crate) fn conv_group(&mut self, group: &Group) -> Result<()> {
-        self.host_group(group)
+        let graph = self.graph;
+        let node = group.nodes.iter().map(|&n| &graph.nodes[n]).find_map(|n| match &n.op {
+            Op::Conv(attrs) => Some((n, attrs)),
+            _ => None,
+        });
+        let Some((node, attrs)) = node else {
+            return Err(Error::bug("no convolution in its group"));
+        };
+        let dag = self.dag(group)?;
+        let (name, note) = (self.kernel_name(group), self.note(group));
+        let sizes = |v: ValueId| -> Vec<i64> {
+            graph.shape(v).iter().map(|d| d.as_const().unwrap_or(0)).collect()
+        };
+        let w = sizes(node.inputs[1]);
+        let geometry = Geometry {
+            kernel: w[2..].to_vec(),
+            strides: attrs.strides.clone(),
+            pads: attrs.pads_lo.clone(),
+            dilations: attrs.dilations.clone(),
+        };
+        let unpadded = attrs.pads_lo.iter().chain(&attrs.pads_hi).all(|&p| p == 0);
+        if geometry.taps() == 1 && unpadded && attrs.groups == 1 {
+            return self.pointwise(name, node, &geometry, group, &dag, note);
+        }
+        if attrs.groups > 1 && w[1] == 1 && w[0] == attrs.groups {
+            return self.depthwise(name, node, &geometry, group, &dag, note);
+        }
+        let conv = Conv { node, attrs, geometry, w, shape: &group.shape };
+        self.by_taps(name, &conv, &dag, note)
+    }
+
+    /// The weights as a constant in panels of output channels, with the input channels next to
+    /// them and the taps outside; or as they are when they are not constant.
+    fn conv_weights(&mut self, v: ValueId, width: i64, taps_inside: bool) -> Result<Place> {
+        if self.graph.as_const(v).is_none() {
+            return self.place(v);
+        }
+        let shape = self.graph.shape(v).to_vec();
+        let layout = if taps_inside {
+            Layout::panels(&shape, 0, width)
+        } else {
+            // [O, taps..., C] in panels, seen as [O, C, taps...].
+            let rank = shape.len();
+            let order: Vec<usize> = [0].into_iter().chain(2..rank).chain([1]).collect();
+            let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+            let mut inverse = vec![0; rank];
+            order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
+            Layout::panels(&permuted, 0, width).permute(&inverse)
+        };
+        Ok(self.const_place(v, layout))
+    }
+
+    /// One tap: `X[n, c, s * i] * W[o, c]`.
+    fn pointwise(
+        &mut self,
+        name: String,
+        node: &Node,
+        geometry: &Geometry,
+        group: &Group,
+        dag: &Dag,
+        note: Note,
+    ) -> Result<()> {
+        let graph = self.graph;
+        let (x, w) = (self.place(node.inputs[0])?, node.inputs[1]);
+        let outputs = graph.shape(w)[0].as_const().unwrap_or(1);
+        let wp = self.conv_weights(w, panel_for(self.target, outputs), true)?;
+        let dtype = graph.dtype(w);
+        let channels = graph.shape(w)[1].clone();
+        // The space: the result's axes, then the input channels.
+        let mut space = group.shape.clone();
+        space.push(channels);
+        let axis = |a: &Axis, extent: &Dim, step: i64| match &a.block {
+            _ if a.extent.is(1) => broadcast_axis(extent.clone()),
+            None => Axis { extent: extent.clone(), stride: &a.stride * step, block: None },
+            Some(_) => Axis { extent: extent.clone(), ..a.clone() },
+        };
+        let mut lhs = vec![axis(&x.layout.axes[0], &space[0], 1), broadcast_axis(space[1].clone())];
+        for i in 0..geometry.rank() {
+            lhs.push(axis(&x.layout.axes[2 + i], &space[2 + i], geometry.strides[i]));
+        }
+        lhs.push(x.layout.axes[1].clone());
+        let mut rhs: Vec<Axis> = space.iter().map(|d| broadcast_axis(d.clone())).collect();
+        rhs[1] = wp.layout.axes[0].clone();
+        let last = rhs.len() - 1;
+        rhs[last] = wp.layout.axes[1].clone();
+        let side = |place: &Place, axes: Vec<Axis>| Side {
+            buffer: place.buffer,
+            dtype,
+            layout: Layout { axes, offset: place.layout.offset.clone() },
+        };
+        let product = Product {
+            result_axes: group.shape.len(),
+            lhs: side(&x, lhs),
+            rhs: side(&wp, rhs),
+            acc: dtype.compute(),
+            dtype,
+            space,
+        };
+        self.product_kernel(name, &product, dag, note)
+    }
+
+    /// One input channel per output channel.
+    fn depthwise(
+        &mut self,
+        name: String,
+        node: &Node,
+        geometry: &Geometry,
+        group: &Group,
+        dag: &Dag,
+        note: Note,
+    ) -> Result<()> {
+        let graph = self.graph;
+        let (x, w) = (self.place(node.inputs[0])?, node.inputs[1]);
+        let dtype = graph.dtype(w);
+        // Channels contiguous for every tap.
+        let w_shape = graph.shape(w).to_vec();
+        let wp = match graph.as_const(w) {
+            None => self.place(w)?,
+            Some(_) => {
+                let rank = w_shape.len();
+                let order: Vec<usize> = (1..rank).chain([0]).collect();
+                let permuted: Vec<Dim> = order.iter().map(|&a| w_shape[a].clone()).collect();
+                let inverse: Vec<usize> = [rank - 1].into_iter().chain(0..rank - 1).collect();
+                self.const_place(w, Layout::row_major(&permuted).permute(&inverse))
+            }
+        };
+        let shape = &group.shape;
+        let mut layouts = dag.layouts();
+        layouts.push(&x.layout);
+        let mut k = KernelParts::new(name, &graph.symbols);
+        let (stand, tiles) = stand(self, &mut k, shape, &layouts);
+        let xp = k.input(x.buffer, dtype, x.layout.clone());
+        let wparam = k.input(wp.buffer, dtype, wp.layout);
+        let acc = dtype.compute();
+        let tile_shape: Vec<Dim> = stand.pos.iter().filter_map(|p| p.tile.clone()).collect();
+        let zero = crate::block::zero(dtype);
+        let channel = stand.channel().clone();
+        let along: Vec<usize> = channel.tile.iter().map(|_| tile_shape.len() - 1).collect();
+        // The taps are written out as one expression over their loads: the sum stays in a register.
+        let mut args = Vec::new();
+        for tap in geometry.each_tap() {
+            let tap: Vec<Dim> = tap.iter().map(|&t| Dim::new(t)).collect();
+            let xt = stand.load(&mut k, xp, geometry, &tap, &channel, zero);
+            let mut index = vec![channel.start.clone(), Dim::new(0)];
+            index.extend(tap);
+            let mut load = vec![Dim::new(1); index.len()];
+            load[0] = Stand::len(&channel);
+            let wt = k.b.load(wparam, index, load);
+            let wt = k.b.reshape(wt, channel.tile.clone().into_iter().collect());
+            args.push(k.b.plain(xt));
+            args.push(Operand { tile: wt, along: along.clone() });
+        }
+        let sum = func(&vec![dtype; args.len()], |f, a| {
+            let mut total = f.value(Value::Float(0.0), acc);
+            for (i, pair) in a.chunks(2).enumerate() {
+                let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
+                total = match i {
+                    0 => f.op(ExprOp::Mul, &[x, w]),
+                    _ => f.op(ExprOp::Fma, &[x, w, total]),
+                };
+            }
+            f.cast(total, dtype)
+        });
+        let result = k.b.map(sum, args, tile_shape);
+        let canon = canon(shape.len());
+        let mut emit = Emit::new(&dag, &canon, stand.pos.clone(), shape);
+        give_anchor(&mut emit, result);
+        emit.store_all(&mut k);
+        let knobs = self.knobs();
+        self.launch(k, tiles, knobs, note)
+    }
+
+    /// The data with its zeros around it, row-major.
+    fn padded(&mut self, conv: &Conv<'_>) -> Result<Place> {
+        let x = conv.node.inputs[0];
+        let place = self.place(x)?;
+        let (lo, hi) = (&conv.attrs.pads_lo, &conv.attrs.pads_hi);
+        if lo.iter().chain(hi).all(|&p| p == 0)
+            && place.layout.axes.iter().all(|a| a.block.is_none())
+        {
+            return Ok(place);
+        }
+        let mut shape = self.graph.shape(x).to_vec();
+        let mut shift = vec![Dim::new(0); 2];
+        for i in 0..lo.len() {
+            shape[2 + i] = &shape[2 + i] + (lo[i] + hi[i]);
+            shift.push(Dim::new(-lo[i]));
+        }
+        let layout = Layout::row_major(&shape);
+        let dtype = self.graph.dtype(x);
+        let name = format!("{} padded", self.value_name(x));
+        let buffer = self.plan.buffers.push(tilewright_plan::Buffer {
+            name: name.clone(),
+            value: None,
+            dtype,
+            layout: layout.clone(),
+            storage: tilewright_plan::Storage::Arena,
+        });
+        let mut dag = Dag::default();
+        let ext = crate::block::Ext {
+            buffer: place.buffer,
+            dtype,
+            layout: place.layout,
+            shift: Some(shift),
+            fill: crate::block::zero(dtype),
+        };
+        let varies = vec![true; shape.len()];
+        let node = dag.push(crate::block::DagOp::Ext(ext), vec![], varies, dtype);
+        dag.stores.push(crate::block::DagStore { node, buffer, layout: layout.clone() });
+        let bytes = tilewright_layout::numel(&shape) * (2 * dtype.size() as i64);
+        let note = Note {
+            label: "pad".to_string(),
+            anchor: "map".to_string(),
+            nodes: vec![name],
+            bytes,
+            ..Note::default()
+        };
+        self.map_kernel("pad".to_string(), &dag, &shape, note)?;
+        Ok(Place { buffer, layout })
+    }
+
+    fn by_taps(&mut self, name: String, conv: &Conv<'_>, dag: &Dag, note: Note) -> Result<()> {
+        let graph = self.graph;
+        let symbols = &graph.symbols;
+        let (o, cg) = (conv.w[0], conv.w[1]);
+        let groups = conv.attrs.groups;
+        let og = o / groups;
+        let taps_inside = cg <= FEW_CHANNELS && conv.geometry.taps() > 1 && groups == 1;
+        let x = if taps_inside { self.padded(conv)? } else { self.place(conv.node.inputs[0])? };
+        let dtype = graph.dtype(conv.node.inputs[1]);
+        let acc_type = dtype.compute();
+        let w_place =
+            self.conv_weights(conv.node.inputs[1], panel_for(self.target, og), taps_inside)?;
+        let shape = conv.shape;
+        let rank = shape.len();
+        let size = |d: &Dim| nominal(d, symbols);
+        let x_block = block_of(&[&x.layout], &[1]);
+        let (oh, ow) = match rank {
+            3 => (1, size(&shape[2])),
+            _ => (size(&shape[rank - 2]), size(&shape[rank - 1])),
+        };
+        let others: i64 =
+            size(&shape[0]) * shape[2..rank - 1].iter().map(size).product::<i64>() / oh.max(1);
+        let depth_taps = if taps_inside { conv.geometry.taps() } else { 1 };
+        let t = conv_tiles(self.target, others.max(1) * groups, oh, ow, og, cg, depth_taps);
+        let out_block = block_of(&dag.layouts(), &[1]);
+        let divisor = |n: i64, most: i64| (1..=most.min(n)).rev().find(|d| n % d == 0).unwrap_or(1);
+        let mut bo = t.bo;
+        if let Some(b) = out_block {
+            bo = crate::schedule::round_up(bo, b);
+        }
+        let mut bc = t.bc;
+        if let Some(b) = x_block {
+            bc = if cg >= b { crate::schedule::even(cg, bc, b) } else { cg };
+        }
+        if groups > 1 {
+            (bo, bc) = (divisor(og, bo), divisor(cg, bc));
+            if let Some(b) = x_block
+                && bc % b != 0
+            {
+                bc = divisor(cg, bc.min(b));
+            }
+        }
+
+        let mut k = KernelParts::new(name, symbols);
+        let mut tiles = Vec::new();
+        let mut tile = |k: &mut KernelParts, name: &str, value: i64| {
+            let (dim, name) = k.tile(name);
+            tiles.push((name, value));
+            dim
+        };
+        let bo_dim = tile(&mut k, "BO", bo);
+        let bc_dim = tile(&mut k, "BC", bc);
+        let bw_dim = tile(&mut k, "BW", t.bw);
+        let bh_dim = (t.bh > 1).then(|| tile(&mut k, "BH", t.bh));
+        let n = k.grid("pn", shape[0].clone());
+        let g = if groups > 1 { k.grid("pg", Dim::new(groups)) } else { Dim::new(0) };
+        let po = k.grid("po", Dim::new(og).ceil_div(&bo_dim));
+        let mut pos = vec![Pos::unit(n)];
+        for (i, extent) in shape.iter().enumerate().skip(2) {
+            let size = if i + 1 == rank {
+                Some(bw_dim.clone())
+            } else if i + 2 == rank {
+                bh_dim.clone()
+            } else {
+                None
+            };
+            pos.push(match size {
+                Some(tile) => {
+                    let p = k.grid(&format!("p{i}"), extent.ceil_div(&tile));
+                    Pos::tile(p * &tile, tile)
+                }
+                None => Pos::unit(k.grid(&format!("p{i}"), extent.clone())),
+            });
+        }
+        let first_channel = &g * og + po * &bo_dim;
+        pos.push(Pos::tile(first_channel.clone(), bo_dim.clone()));
+        let stand = Stand { pos };
+        let rows = stand.pos[..rank - 1]
+            .iter()
+            .filter_map(|p| p.tile.clone())
+            .fold(Dim::new(1), |n, t| n * t);
+        let acc_ty = TileType::new(acc_type, vec![rows.clone(), bo_dim.clone()]);
+        let mut acc = vec![k.b.full(crate::block::zero(acc_type), acc_ty)];
+
+        let whole = taps_inside.then(|| conv.geometry.taps());
+        let x_layout = if taps_inside { conv.overlapping(&x.layout) } else { x.layout.clone() };
+        let xp = k.input(x.buffer, dtype, x_layout);
+        let wp = k.input(w_place.buffer, dtype, w_place.layout);
+        // Loops over taps, then over input channels.
+        let mut tap: Vec<Dim> = Vec::new();
+        let mut opened = 0;
+        for &extent in &conv.geometry.kernel {
+            if taps_inside || extent == 1 {
+                tap.push(Dim::new(0));
+                continue;
+            }
+            let name = k.fresh("t");
+            let (var, inner) = k.b.begin_for(&name, Dim::new(0), Dim::new(extent), &acc);
+            tap.push(var);
+            acc = inner;
+            opened += 1;
+        }
+        let name = k.fresh("c");
+        let (c, inner) = k.b.begin_for(&name, Dim::new(0), Dim::new(cg).ceil_div(&bc_dim), &acc);
+        acc = inner;
+        opened += 1;
+        let c0 = c * &bc_dim;
+        let depth = &bc_dim * whole.unwrap_or(1);
+        let xt = if taps_inside {
+            conv.load_windows(&mut k, &stand, xp, &c0, &bc_dim)
+        } else {
+            let channel = Pos::tile(&g * cg + &c0, bc_dim.clone());
+            let zero = crate::block::zero(dtype);
+            stand.load(&mut k, xp, &conv.geometry, &tap, &channel, zero)
+        };
+        let xt = k.b.reshape(xt, vec![rows, depth.clone()]);
+        let mut index = vec![first_channel, c0.clone()];
+        index.extend(tap);
+        let mut load = vec![bo_dim.clone(), bc_dim.clone()];
+        load.extend(conv.geometry.kernel.iter().map(|&e| Dim::new(whole.map_or(1, |_| e))));
+        let wt = k.b.load(wp, index, load);
+        let wt = k.b.reshape(wt, vec![bo_dim.clone(), depth]);
+        let wt = k.b.permute(wt, &[1, 0]);
+        let limit = (cg % bc != 0).then(|| (Dim::new(cg) - c0) * whole.unwrap_or(1));
+        let mut sum = vec![k.b.mma(acc[0], xt, wt, limit)];
+        for _ in 0..opened {
+            sum = k.b.end_for(&sum);
+        }
+        let result = finish_acc(&mut k, sum[0], acc_type, dtype);
+        let tile_shape: Vec<Dim> = stand.pos.iter().filter_map(|p| p.tile.clone()).collect();
+        let result = k.b.reshape(result, tile_shape);
+        let canon = canon(rank);
+        let mut emit = Emit::new(&dag, &canon, stand.pos.clone(), shape);
+        give_anchor(&mut emit, result);
+        emit.store_all(&mut k);
+        let knobs = self.knobs();
+        self.launch(k, tiles, knobs, note)
+    }
+}
+
+/// A convolution by taps.
+struct Conv<'a> {
+    node: &'a Node,
+    attrs: &'a ConvAttrs,
+    geometry: Geometry,
+    /// Extents of the weights.
+    w: Vec<i64>,
+    /// Shape of the result.
+    shape: &'a [Dim],
+}
+
+impl Conv<'_> {
+    /// `[N, C, taps..., outputs...]` over padded data: windows overlap in memory.
+    fn overlapping(&self, x: &Layout) -> Layout {
+        let mut axes = vec![x.axes[0].clone(), x.axes[1].clone()];
+        for i in 0..self.geometry.rank() {
+            let stride = &x.axes[2 + i].stride * self.geometry.dilations[i];
+            axes.push(Axis { extent: Dim::new(self.geometry.kernel[i]), stride, block: None });
+        }
+        for i in 0..self.geometry.rank() {
+            let stride = &x.axes[2 + i].stride * self.geometry.strides[i];
+            axes.push(Axis { extent: self.shape[2 + i].clone(), stride, block: None });
+        }
+        Layout { axes, offset: x.offset.clone() }
+    }
+
+    /// All windows of a block's outputs: `[spatial tile axes..., BC, taps...]`.
+    fn load_windows(
+        &self,
+        k: &mut KernelParts,
+        stand: &Stand,
+        x: tilewright_tile::ParamId,
+        c0: &Dim,
+        bc: &Dim,
+    ) -> tilewright_tile::TileId {
+        let spatial = self.geometry.rank();
+        let mut index = vec![stand.pos[0].start.clone(), c0.clone()];
+        let mut shape = vec![Dim::new(1), bc.clone()];
+        let mut flat = vec![bc.clone()];
+        for &extent in &self.geometry.kernel {
+            index.push(Dim::new(0));
+            shape.push(Dim::new(extent));
+            flat.push(Dim::new(extent));
+        }
+        let sums = flat.len();
+        for i in 0..spatial {
+            let pos = &stand.pos[1 + i];
+            index.push(pos.start.clone());
+            shape.push(Stand::len(pos));
+            flat.extend(pos.tile.clone());
+        }
+        let rank = flat.len();
+        let tile = k.b.load(x, index, shape);
+        let tile = k.b.reshape(tile, flat);
+        let perm: Vec<usize> = (sums..rank).chain(0..sums).collect();
+        k.b.permute(tile, &perm)
     }
 }

@@ -26,6 +26,7 @@ mod map;
 mod place;
 mod rows;
 mod schedule;
+mod taps;
 mod target;
 mod views;
 mod window;

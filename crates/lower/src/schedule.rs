@@ -71,6 +71,81 @@ pub(crate) fn panel(target: &CpuTarget) -> i64 {
     i64::from(knobs.mma_vectors) * target.lanes
 }
 
+/// As [`panel`], narrower when there are not that many columns.
+pub(crate) fn panel_for(target: &CpuTarget, columns: i64) -> i64 {
+    round_up(columns, target.lanes).min(panel(target))
+}
+
+/// Tile sizes of a convolution: outputs along the last two spatial axes, output channels, input
+/// channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ConvTiles {
+    pub(crate) bh: i64,
+    pub(crate) bw: i64,
+    pub(crate) bo: i64,
+    pub(crate) bc: i64,
+}
+
+/// Sizes for `oh x ow` outputs of `o` channels from `c` channels; `others` is the number of images,
+/// groups and outer planes, `taps` the taps that are summed together with the channels.
+///
+/// * The rows of the product are outputs: one row of the image when that fills the micro-kernel a
+///   few times, several rows for small images, so that the weights are not read again for each.
+/// * The weights of one step, `bc * taps * bo * 4`, take at most half of the second-level cache, a
+///   panel of them half of the first.
+/// * Enough blocks for the threads, as for contractions.
+pub(crate) fn conv_tiles(
+    target: &CpuTarget,
+    others: i64,
+    oh: i64,
+    ow: i64,
+    o: i64,
+    c: i64,
+    taps: i64,
+) -> ConvTiles {
+    let knobs = knobs(target);
+    let rows = i64::from(knobs.mma_rows);
+    let panel = panel_for(target, o);
+    let bc = even(c, (target.l1_bytes / 2 / 4 / panel / taps).max(16), 1);
+    let most = 4 * rows;
+    let bw = even(ow, most, 1);
+    let mut bh = if bw >= 2 * rows { 1 } else { even(oh, (most / bw).max(1), 1) };
+    let most_o = (target.l2_bytes / 2 / 4 / (bc * taps).max(1)).clamp(panel, 8 * panel);
+    let mut bo = even(o, most_o, panel);
+    let want = target.threads * 3;
+    let blocks = |bh: i64, bo: i64| {
+        others * ((oh + bh - 1) / bh) * ((ow + bw - 1) / bw) * ((o + bo - 1) / bo)
+    };
+    while blocks(bh, bo) < want {
+        if bo > panel {
+            bo = round_up(bo / 2, panel);
+        } else if bh > 1 {
+            bh = (bh + 1) / 2;
+        } else {
+            break;
+        }
+    }
+    ConvTiles { bh, bw, bo, bc }
+}
+
+/// Rows and keys per step of attention: a few micro-tiles of rows, and keys that are whole panels,
+/// so that a block of scores stays in the first-level cache. Fewer rows when there would be too few
+/// blocks for the threads.
+pub(crate) fn attention_tiles(
+    target: &CpuTarget,
+    batches: i64,
+    rows: i64,
+    keys: i64,
+) -> (i64, i64) {
+    let unit = i64::from(knobs(target).mma_rows);
+    let mut most = 4 * unit;
+    while most > unit && batches * ((rows + most - 1) / most) < target.threads * 3 {
+        most -= unit;
+    }
+    let bq = if rows <= 4 { rows.max(1) } else { even(rows, most, 1) };
+    (bq, even(keys, 4 * panel(target), panel(target)))
+}
+
 /// Sizes for `[m, k] x [k, n]`, repeated over `batch` blocks of the grid.
 ///
 /// * `bn` is whole panels. A panel of `bk` rows stays in half of the first-level cache while the

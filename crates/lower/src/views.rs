@@ -70,26 +70,6 @@ pub(crate) fn partition(
     groups
 }
 
-/// The same tensor with `axis` seen as two axes of extents `outer` and `inner`, whose product is
-/// the axis' extent. A blocked axis splits only at whole blocks.
-pub(crate) fn split_axis(layout: &Layout, axis: usize, outer: i64, inner: i64) -> Option<Layout> {
-    let a = &layout.axes[axis];
-    let (first, second) = match &a.block {
-        None => (
-            Axis { extent: Dim::new(outer), stride: &a.stride * inner, block: None },
-            Axis { extent: Dim::new(inner), stride: a.stride.clone(), block: None },
-        ),
-        Some(b) if inner % b.size == 0 => (
-            Axis { extent: Dim::new(outer), stride: &a.stride * (inner / b.size), block: None },
-            Axis { extent: Dim::new(inner), stride: a.stride.clone(), block: a.block.clone() },
-        ),
-        Some(_) => return None,
-    };
-    let mut out = layout.clone();
-    out.axes.splice(axis..=axis, [first, second]);
-    Some(out)
-}
-
 /// A likely value of a size: constants are themselves, symbols their range's value nearest 64.
 pub(crate) fn nominal(dim: &Dim, symbols: &Symbols) -> i64 {
     dim.eval_with(&|name| {
@@ -134,14 +114,5 @@ mod tests {
         let heads = row.permute(&[1, 0, 2]);
         assert_eq!(partition(&[0, 1, 2], &[&heads], &|_| false), [vec![0], vec![1], vec![2]]);
         assert_eq!(by_distance(&[0, 1, 2], &heads, &vec![]), [1, 0, 2]);
-    }
-
-    #[test]
-    fn channels_split_into_groups_at_whole_blocks() {
-        let x = Layout::blocked(&dims(&[1, 32, 5, 5]), 1, 8);
-        let split = split_axis(&x, 1, 2, 16).unwrap();
-        let at = |c: i64| x.offset_of(&dims(&[0, c, 2, 3]));
-        assert_eq!(split.offset_of(&dims(&[0, 1, 7, 2, 3])), at(23));
-        assert!(split_axis(&x, 1, 8, 4).is_none());
     }
 }
