@@ -425,8 +425,10 @@ impl<'a> Emit<'a> {
         let (mut axes, mut index, mut shape): (Vec<Axis>, Vec<Dim>, Vec<Dim>) = Default::default();
         let mut tile_shape = Vec::new();
         for (c, axis) in layout.axes.iter().enumerate() {
-            let shift = ext.shift.as_ref().map(|s| s[self.canon[c][0]].clone());
-            if is_broadcast(axis) && shift.as_ref().is_none_or(|s| s.is(0)) {
+            let first = self.canon[c].first();
+            let shift = ext.shift.as_ref().zip(first).map(|(s, &a)| s[a].clone());
+            // Padded data varies along every axis, also where it has a single element.
+            if is_broadcast(axis) && shift.is_none() {
                 continue;
             }
             axes.push(axis.clone());

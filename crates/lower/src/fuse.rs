@@ -485,13 +485,37 @@ impl Fuser<'_> {
             if !fits {
                 continue;
             }
-            let aligned = {
-                // The operand must run along the axes that the group computes it on.
-                let mut probe = into.clone();
-                probe.vals.extend(from.vals.clone());
-                self.axes_in(&probe, &self.graph.nodes[id])
-                    == into.vals.get(&self.graph.nodes[id].outputs[0]).cloned()
-            };
+            // Whoever reads these values in the group must read them where it stands: maps along
+            // the axes that they were placed on, row operators as the whole row; an anchor of
+            // another kind reads memory.
+            let mut probe = into.clone();
+            probe.vals.extend(from.vals.clone());
+            let aligned = into.nodes.iter().all(|&n| {
+                let node = &self.graph.nodes[n];
+                let hidden = node.inputs.iter().any(|&v| {
+                    self.maker(v) == Some(f)
+                        && !from.vals.contains_key(&see_through(self.graph, v).0)
+                });
+                if hidden {
+                    return false;
+                }
+                let mut reads = node
+                    .inputs
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, v)| from.vals.contains_key(&see_through(self.graph, **v).0));
+                match node.op {
+                    Op::Map(_) => {
+                        reads.next().is_none()
+                            || self.axes_in(&probe, node).as_ref()
+                                == into.vals.get(&node.outputs[0])
+                    }
+                    _ if into.anchor == Anchor::Rows => {
+                        reads.all(|(i, v)| i == 0 && from.vals.contains_key(v))
+                    }
+                    _ => reads.next().is_none(),
+                }
+            });
             let between = {
                 let mut others = self.feeders(g);
                 others.remove(&f);

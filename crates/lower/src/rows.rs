@@ -318,6 +318,8 @@ impl Lowering<'_> {
         let block = |c: usize| block_of(&layouts, &canon[c]);
         let unit = if row_inside { lanes } else { 1 };
         let bn = match (whole, block(row_axis)) {
+            // Nothing may lie behind the row: a scan from the end would start there.
+            (true, _) if scans => wide.max(1),
             (true, None) => round_up(wide, unit),
             // A whole row in one tile, also when its axis is blocked.
             (true, Some(b)) => round_up(wide, b),

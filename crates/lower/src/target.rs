@@ -41,3 +41,19 @@ impl CpuTarget {
         CpuTarget { lanes: 16, l2_bytes: 2 << 20, flops_per_second: 2.0e11, ..CpuTarget::avx2() }
     }
 }
+
+impl From<&tilewright_target::Cpu> for CpuTarget {
+    fn from(cpu: &tilewright_target::Cpu) -> CpuTarget {
+        let bytes = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        CpuTarget {
+            lanes: i64::from(cpu.vector_bits / 32),
+            l1_bytes: bytes(cpu.l1_bytes),
+            l2_bytes: bytes(cpu.l2_bytes),
+            l3_bytes: bytes(cpu.l3_bytes),
+            threads: bytes(cpu.threads),
+            flops_per_second: cpu.ceilings.f32_flops_per_s,
+            bytes_per_second: cpu.ceilings.memory_copy_bytes_per_s,
+            launch_ns: cpu.ceilings.launch_s * 1e9,
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! Random graphs: the lowered plan against the oracle, fused and not, with the layouts that the
+//! passes choose. A failure is shrunk before it is shown.
+
+mod support;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use support::host;
+use tilewright_base::DType;
+use tilewright_graph::Graph;
+use tilewright_interp::{Mode, Options as Run};
+use tilewright_lower::{CpuTarget, Layouts, Options, lower_with};
+use tilewright_passes::{PassContext, choose_layouts};
+use tilewright_testkit as kit;
+
+/// What is wrong with the plan of this graph, if anything.
+fn wrong(graph: &Graph, seed: u64, fusion: bool, blocked: bool) -> Option<String> {
+    let mut rng = kit::data::Rng::new(seed);
+    let env = kit::data::random_env(graph, &mut rng);
+    let inputs = kit::data::random_inputs(graph, &env, &mut rng);
+    let options = Run { env: env.clone(), ..Run::new(Mode::F64) };
+    // What the oracle itself refuses is no case.
+    let want = tilewright_interp::run_with(graph, &inputs, &options).ok()?.outputs;
+    let context = PassContext { vector_lanes: 4, panel_width: 8, ..PassContext::default() };
+    let layouts = if blocked { choose_layouts(graph, &context) } else { Layouts::new() };
+    let mut target = CpuTarget::avx2();
+    if seed % 2 == 1 {
+        // A small machine: every loop runs more than once.
+        (target.lanes, target.l1_bytes, target.l2_bytes) = (4, 256, 1024);
+    }
+    let got = catch_unwind(AssertUnwindSafe(|| {
+        let (plan, fused) = lower_with(graph, &target, &layouts, &host, &Options { fusion })
+            .map_err(|e| e.to_string())?;
+        tilewright_interp::plan::run(&plan, &inputs, &env, Mode::Exact)
+            .map_err(|e| format!("{e}\n{fused}"))
+    }));
+    let got = match got {
+        Ok(Ok(got)) => got,
+        Ok(Err(e)) => return Some(e),
+        Err(_) => return Some("panic".to_string()),
+    };
+    let budgets = kit::budget::of_outputs_at(graph, &env);
+    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        // A difference or an extreme may be much smaller than what it was made from; its error is
+        // not. The numbers here are of size 1.
+        let mut budget = budgets[i];
+        budget.absolute = budget.absolute.max(4.0 * budget.relative);
+        let comparison = kit::compare::compare(got, want, &budget);
+        if !comparison.passed() {
+            return Some(format!("output {i}: {comparison}"));
+        }
+    }
+    None
+}
+
+#[test]
+fn plans_of_random_graphs_match_the_oracle() {
+    let first: u64 = std::env::var("TW_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let count: u64 = std::env::var("TW_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(150);
+    for seed in first..first + count {
+        let dtype = if seed % 5 == 0 { DType::BF16 } else { DType::F32 };
+        let nodes = 4 + (seed % 20) as usize;
+        let options = kit::generate::Options { nodes, dtype, ..kit::generate::Options::default() };
+        let graph = kit::generate::graph(seed, &options);
+        for (fusion, blocked) in [(true, true), (false, false)] {
+            let Some(problem) = wrong(&graph, seed, fusion, blocked) else { continue };
+            let small = kit::shrink::shrink(&graph, |g| wrong(g, seed, fusion, blocked).is_some());
+            let now = wrong(&small, seed, fusion, blocked);
+            panic!("seed {seed}, fusion {fusion}: {problem}\nsmallest: {now:?}\n{small}");
+        }
+    }
+}
