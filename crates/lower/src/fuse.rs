@@ -470,6 +470,12 @@ impl Fuser<'_> {
         group.nodes.iter().any(|&n| matches!(self.graph.nodes[n].op, Op::Random { .. }))
     }
 
+    /// Padding and counters know single axes: they stay out of groups that merge axes at will.
+    fn has_places(&self, group: &Group) -> bool {
+        let mut ops = group.nodes.iter().map(|&n| &self.graph.nodes[n].op);
+        ops.any(|op| matches!(op, Op::Pad { .. } | Op::Iota { .. }))
+    }
+
     /// Merges groups of maps that only feed `g` into it, where `id` reads them.
     fn absorb_maps(&mut self, g: usize, id: NodeId) {
         let inputs = self.graph.nodes[id].inputs.clone();
@@ -480,6 +486,7 @@ impl Fuser<'_> {
                 && from.shape == into.shape
                 && !self.counts(from)
                 && !self.counts(into)
+                && (matches!(into.anchor, Anchor::Map | Anchor::Rows) || !self.has_places(from))
                 && from.vals.contains_key(&see_through(self.graph, v).0)
                 && from.vals.iter().all(|(v, m)| is_identity(m, self.graph.shape(*v)));
             if !fits {
@@ -510,7 +517,7 @@ impl Fuser<'_> {
                             || self.axes_in(&probe, node).as_ref()
                                 == into.vals.get(&node.outputs[0])
                     }
-                    _ if into.anchor == Anchor::Rows => {
+                    _ if into.anchor == Anchor::Rows && row_axes(&node.op, 0).is_some() => {
                         reads.all(|(i, v)| i == 0 && from.vals.contains_key(v))
                     }
                     _ => reads.next().is_none(),
