@@ -97,6 +97,21 @@ impl FromStr for Dim {
     }
 }
 
+/// Products of sums multiply out, so a short text can mean a huge polynomial; a product with more
+/// symbols than this is refused.
+const WEIGHT_MAX: usize = 20_000;
+
+/// How many terms and atoms a size holds, inside its atoms too.
+fn weight(dim: &Dim) -> usize {
+    let atom = |atom: &Atom| match atom {
+        Atom::Sym(_) => 1,
+        Atom::FloorDiv(a, b) | Atom::Mod(a, b) | Atom::Min(a, b) | Atom::Max(a, b) => {
+            1 + weight(a) + weight(b)
+        }
+    };
+    dim.terms().iter().map(|(mono, _)| 1 + mono.iter().map(atom).sum::<usize>()).sum()
+}
+
 /// Magnitude of `i64::MIN`, which only its sign makes a number that fits.
 const SMALLEST: &str = "9223372036854775808";
 
@@ -163,7 +178,8 @@ impl Parser<'_> {
         let mut product = self.factor()?;
         loop {
             if self.eat('*') {
-                product = product * self.factor()?;
+                let factor = self.factor()?;
+                product = self.times(&product, &factor)?;
             } else if self.eat('/') {
                 product = product.floor_div(&self.divisor()?);
             } else if self.eat('%') {
@@ -172,6 +188,16 @@ impl Parser<'_> {
                 return Ok(product);
             }
         }
+    }
+
+    /// A product, unless it is unreasonably large.
+    fn times(&self, a: &Dim, b: &Dim) -> Result<Dim, String> {
+        let (n_a, n_b) = (a.terms().len(), b.terms().len());
+        if n_b.saturating_mul(weight(a)).saturating_add(n_a.saturating_mul(weight(b))) > WEIGHT_MAX
+        {
+            return Err(format!("size `{}` multiplies out to too many terms", self.text));
+        }
+        Ok(a * b)
     }
 
     /// A factor that is not zero in normal form.
@@ -228,7 +254,8 @@ impl Parser<'_> {
                 // Inside floor(a/b) and ceil(a/b) the slash separates the two operands.
                 let mut a = self.factor()?;
                 while self.eat('*') {
-                    a = a * self.factor()?;
+                    let factor = self.factor()?;
+                    a = self.times(&a, &factor)?;
                 }
                 self.expect('/')?;
                 let b = self.divisor()?;
@@ -296,6 +323,10 @@ mod tests {
             assert!(text.parse::<Dim>().is_err(), "{text}");
         }
         assert!("(".repeat(10_000).parse::<Dim>().is_err());
+        // 2^40 terms if multiplied out.
+        let sums: Vec<String> = (0..40).map(|i| format!("(a{i} + b{i})")).collect();
+        assert!(sums.join("*").parse::<Dim>().is_err());
+        assert!(sums[..8].join("*").parse::<Dim>().is_ok());
     }
 
     #[test]

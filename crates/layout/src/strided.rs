@@ -25,6 +25,7 @@
 
 use crate::dim::Dim;
 use std::fmt;
+use std::str::FromStr;
 
 /// The inner run of a blocked axis.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -324,9 +325,149 @@ impl fmt::Display for Layout {
     }
 }
 
+/// Reads the notation. A blocked axis shows how many blocks it has, not where in the last block it
+/// ends, so its extent comes out as whole blocks: `(4,(3,2)):(2,(8,1))` has the shape `[4, 6]`.
+impl FromStr for Layout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Layout, String> {
+        let bad = || format!("`{text}` is not a layout like `(4,6):(6,1)`");
+        let close = |text: &str| closing(text).filter(|_| text.starts_with('('));
+        let extents = text.trim();
+        let end = close(extents).ok_or_else(bad)?;
+        let strides = extents[end + 1..].trim_start().strip_prefix(':').ok_or_else(bad)?;
+        let (extents, strides) = (&extents[..=end], strides.trim_start());
+        let end = close(strides).ok_or_else(bad)?;
+        let offset = strides[end + 1..].trim();
+        let offset = match (offset, offset.strip_prefix('+')) {
+            ("", _) => Dim::new(0),
+            (_, Some(offset)) => offset.parse()?,
+            (_, None) => return Err(bad()),
+        };
+        let (extents, strides) = (items(extents), items(&strides[..=end]));
+        if extents.len() != strides.len() {
+            return Err(format!("{} extents and {} strides", extents.len(), strides.len()));
+        }
+        let axes = extents.iter().zip(strides).map(|(extent, stride)| {
+            match (pair(extent), pair(stride)) {
+                (Some((blocks, size)), Some((stride, inner))) => {
+                    let size: Dim = size.parse()?;
+                    let whole = size.as_const().filter(|&s| s >= 1);
+                    let whole = whole.ok_or_else(|| format!("`{size}` is not a block size"))?;
+                    Ok(Axis {
+                        extent: blocks.parse::<Dim>()? * whole,
+                        stride: stride.parse()?,
+                        block: Some(Block { size: whole, stride: inner.parse()? }),
+                    })
+                }
+                (None, None) => {
+                    Ok(Axis { extent: extent.parse()?, stride: stride.parse()?, block: None })
+                }
+                _ => Err(format!("only one of `{extent}` and `{stride}` is blocked")),
+            }
+        });
+        Ok(Layout { axes: axes.collect::<Result<_, String>>()?, offset })
+    }
+}
+
+/// Where the parenthesis that the text opens with closes.
+fn closing(text: &str) -> Option<usize> {
+    let mut depth = 0usize;
+    text.char_indices().find_map(|(i, c)| {
+        depth += usize::from(c == '(');
+        depth = depth.saturating_sub(usize::from(c == ')'));
+        (c == ')' && depth == 0).then_some(i)
+    })
+}
+
+/// What stands between the commas of a parenthesised list.
+fn items(list: &str) -> Vec<&str> {
+    let inner = &list[1..list.len() - 1];
+    if inner.trim().is_empty() {
+        return Vec::new();
+    }
+    let (mut depth, mut start, mut out) = (0usize, 0, Vec::new());
+    for (i, c) in inner.char_indices() {
+        match c {
+            '(' => depth += 1,
+            ')' => depth = depth.saturating_sub(1),
+            ',' if depth == 0 => {
+                out.push(inner[start..i].trim());
+                start = i + 1;
+            }
+            _ => {}
+        }
+    }
+    out.push(inner[start..].trim());
+    out
+}
+
+/// The two parts of `(a,b)`; `(N % 4)` is a size.
+fn pair(item: &str) -> Option<(&str, &str)> {
+    let whole = item.starts_with('(') && closing(item) == Some(item.len() - 1);
+    match items(if whole { item } else { "()" }).as_slice() {
+        &[a, b] => Some((a, b)),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Post-condition of parsing: what prints is read back, blocked axes in whole blocks.
+    #[test]
+    fn layouts_are_read_back() {
+        let (n, k) = (Dim::sym("N"), Dim::sym("K"));
+        let shape = [n.clone(), &k * 3 + 1, Dim::new(48), n.modulo(&Dim::new(4))];
+        let mut shifted = Layout::row_major(&shape).permute(&[3, 1, 0, 2]);
+        shifted.offset = &n - 7;
+        let mut before = Layout::row_major(&shape[..1]);
+        before.offset = Dim::new(-3);
+        for layout in [
+            Layout::row_major(&[]),
+            Layout::row_major(&shape),
+            Layout::row_major(&shape).expand(&[&[k.clone()][..], &shape].concat()).unwrap(),
+            Layout::blocked(&shape, 2, 16),
+            Layout::panels(&[n.clone(), &k * 32], 1, 32),
+            Layout::panels(&[n.min_with(&k), &k * 32, n.clone()], 1, 32),
+            shifted,
+            before,
+        ] {
+            let text = layout.to_string();
+            assert_eq!(text.parse::<Layout>(), Ok(layout), "{text}");
+        }
+        // A last block that is not full keeps its place, but not its extent.
+        let ragged = Layout::panels(&[n.clone(), k.clone()], 1, 16);
+        let back: Layout = ragged.to_string().parse().unwrap();
+        assert_eq!(back.to_string(), ragged.to_string());
+        assert_eq!(back.axes[1].extent, k.ceil_div(&Dim::new(16)) * 16);
+    }
+
+    #[test]
+    fn text_that_is_no_layout_is_an_error() {
+        for text in [
+            "",
+            "(4)",
+            "(4):",
+            "(4):(1",
+            "4:1",
+            "(4,6):(6)",
+            "(4):(1)+",
+            "(4):(1)-3",
+            "(4):(1)+3)",
+            "((3,2)):(1)",
+            "(6):((1,2))",
+            "((3,0)):((1,2))",
+            "((3,N)):((1,2))",
+            "((3,2,1)):((1,2,3))",
+            "(4,):(6,1)",
+            "(€):(1)",
+            "))((:",
+        ] {
+            assert!(text.parse::<Layout>().is_err(), "{text}");
+        }
+    }
 
     fn dims(sizes: &[i64]) -> Vec<Dim> {
         sizes.iter().map(|&d| Dim::new(d)).collect()

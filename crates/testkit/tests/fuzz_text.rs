@@ -8,6 +8,7 @@ use tilewright_expr::{CompileOptions, compile};
 use tilewright_graph::{Constants, Graph, verify};
 use tilewright_layout::Dim;
 use tilewright_testkit::fuzz::fuzz_text;
+use tilewright_tile::Kernel;
 
 #[test]
 fn fuzz_expressions() {
@@ -136,6 +137,54 @@ fn fuzz_graphs() {
             let again = Graph::parse_with("printed", &printed, Constants::Table(&table));
             let again =
                 again.unwrap_or_else(|e| panic!("printed text is refused: {e:?}\n{printed}"));
+            assert_eq!(again.to_string(), printed);
+        }
+    });
+}
+
+#[test]
+fn fuzz_kernels() {
+    let corpus = [
+        include_str!("../../tile/tests/kernels/gemm.tile"),
+        include_str!("../../tile/tests/kernels/softmax.tile"),
+        include_str!("../../tile/tests/kernels/attention.tile"),
+        include_str!("../../tile/tests/kernels/conv.tile"),
+    ];
+    let words = [
+        "for i in 0..4 { ",
+        "if N < 3 {",
+        "} else {",
+        "}",
+        "yield ",
+        "%0",
+        "%x",
+        "reduce max ",
+        "arg min ",
+        "scan sum ",
+        "axis 0",
+        "axis 9",
+        " limit N",
+        " along (0,1)",
+        " step (1,-2)",
+        " fill nan",
+        "full 0 : ",
+        "f32[BM,BN]",
+        "i64[]",
+        "bool[-1]",
+        "9223372036854775808",
+        " at (N,(2,4)):(4,(N,1))+3",
+        "inout ",
+        "sizes(",
+        "#",
+        "µ",
+    ];
+    fuzz_text("kernels", &corpus, &words, |text| {
+        let Ok(kernel) = Kernel::parse("fuzz", text) else { return };
+        let printed = kernel.to_string();
+        // A kernel that is not well-formed prints too; only the others must be read back.
+        if tilewright_tile::verify(&kernel).is_ok() {
+            let again = Kernel::parse("printed", &printed)
+                .unwrap_or_else(|e| panic!("printed text is refused: {e:?}\n{printed}"));
             assert_eq!(again.to_string(), printed);
         }
     });

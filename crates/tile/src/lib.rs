@@ -22,9 +22,12 @@
 //! ```
 
 mod builder;
+mod cursor;
 mod ir;
+mod parse;
 mod print;
 mod schedule;
+mod verify;
 
 pub use builder::KernelBuilder;
 pub use ir::{
@@ -32,3 +35,4 @@ pub use ir::{
     TileId, TileInfo, TileOp, TileType,
 };
 pub use schedule::{CpuKnobs, Schedule};
+pub use verify::{verify, verify_schedule};

@@ -1,11 +1,18 @@
 //! Prints kernels in the text form that `parse.rs` reads; the crate's head shows an example.
 //!
-//! A tile prints as `%name`, or `%3` when it has no name. What a reader can infer is left out:
-//! steps of 1, a fill of zero, operands of a map that run along all axes in order.
+//! A tile prints as `%name`, or `%3` when it has no name: its place in the order in which the text
+//! defines tiles (the results of a loop before what it carries, that before its body), which is its
+//! id in a kernel that was read from text. What a reader can infer is left out: steps of 1, a fill
+//! of zero, operands of a map that run along all axes in order.
+//!
+//! Printing never fails, whatever is wrong with the kernel: the verifier's reports show kernels.
+//! A tile that nothing defines prints as `%?7`, a parameter that does not exist as `%?p7`.
 
 use crate::ir::*;
 use crate::schedule::Schedule;
+use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use tilewright_base::DType;
 use tilewright_expr::Value;
 use tilewright_layout::{Dim, Layout};
 
@@ -30,7 +37,10 @@ impl fmt::Display for Kernel {
             let symbols: Vec<String> = self
                 .symbols
                 .iter()
-                .map(|s| format!("{} in {}..={}", s.name, s.range.min, s.range.max))
+                .map(|s| match s.range.max {
+                    i64::MAX => format!("{} in {}..", s.name, s.range.min),
+                    max => format!("{} in {}..={max}", s.name, s.range.min),
+                })
                 .collect();
             write!(f, "\n    sizes({})", symbols.join(", "))?;
         }
@@ -38,7 +48,7 @@ impl fmt::Display for Kernel {
             self.grid.iter().map(|g| format!("{} in {}", g.name, g.extent)).collect();
         writeln!(f, "\n    tile({}) grid({}) {{", self.tiles.join(", "), grid.join(", "))?;
         let mut text = String::new();
-        Printer { kernel: self, out: &mut text }.block(&self.body, 1)?;
+        Printer { kernel: self, names: tile_names(self), out: &mut text }.block(&self.body, 1)?;
         write!(f, "{text}}}")
     }
 }
@@ -62,11 +72,48 @@ fn list(dims: &[Dim]) -> String {
     dims.join(",")
 }
 
-/// A constant; floats always show that they are floats.
-fn value_text(value: Value) -> String {
+/// A constant in a tile or parameter of this type; floats always show that they are floats.
+fn value_text(value: Value, dtype: DType) -> String {
     match value {
+        Value::Float(v) if v.is_nan() => "nan".to_string(),
         Value::Float(v) => format!("{v:?}"),
+        Value::Int(v) if dtype == DType::U64 => (v as u64).to_string(),
         Value::Int(v) => v.to_string(),
+    }
+}
+
+/// How every tile that is defined somewhere prints; see the module's head.
+pub(crate) fn tile_names(kernel: &Kernel) -> BTreeMap<TileId, String> {
+    let mut order = Vec::new();
+    defined(&kernel.body, &mut order);
+    let mut names = BTreeMap::new();
+    for (number, &id) in order.iter().enumerate() {
+        let name = match kernel.values.get(id) {
+            Some(info) if !info.name.is_empty() => format!("%{}", info.name),
+            _ => format!("%{number}"),
+        };
+        names.entry(id).or_insert(name);
+    }
+    names
+}
+
+/// The tiles that a block defines, in the order of the text.
+fn defined(block: &Block, out: &mut Vec<TileId>) {
+    for stmt in &block.stmts {
+        match stmt {
+            Stmt::Let(id, _) => out.push(*id),
+            Stmt::Store { .. } | Stmt::AtomicAdd { .. } => {}
+            Stmt::For(l) => {
+                out.extend(&l.results);
+                out.extend(l.carry.iter().map(|c| c.0));
+                defined(&l.body, out);
+            }
+            Stmt::If(b) => {
+                out.extend(&b.results);
+                defined(&b.then, out);
+                defined(&b.otherwise, out);
+            }
+        }
     }
 }
 
@@ -81,15 +128,13 @@ fn kind_text(kind: ReduceKind) -> &'static str {
 
 struct Printer<'a> {
     kernel: &'a Kernel,
+    names: BTreeMap<TileId, String>,
     out: &'a mut String,
 }
 
 impl Printer<'_> {
     fn name(&self, tile: TileId) -> String {
-        match &*self.kernel.values[tile].name {
-            "" => tile.to_string(),
-            name => format!("%{name}"),
-        }
+        self.names.get(&tile).cloned().unwrap_or_else(|| format!("%?{}", tile.0))
     }
 
     fn names(&self, tiles: &[TileId]) -> String {
@@ -98,7 +143,11 @@ impl Printer<'_> {
     }
 
     fn at(&self, param: ParamId, index: &[Dim]) -> String {
-        format!("%{}[{}]", self.kernel.params[param].name, list(index).replace(',', ", "))
+        let index: Vec<String> = index.iter().map(Dim::to_string).collect();
+        match self.kernel.params.get(param) {
+            Some(info) => format!("%{}[{}]", info.name, index.join(", ")),
+            None => format!("%?{param}[{}]", index.join(", ")),
+        }
     }
 
     fn operand(&self, operand: &Operand, rank: usize) -> String {
@@ -116,7 +165,11 @@ impl Printer<'_> {
             match stmt {
                 Stmt::Let(id, op) => {
                     let text = self.op(*id, op);
-                    writeln!(self.out, "{pad}{} = {text} : {}", self.name(*id), self.kernel.ty(*id))?;
+                    write!(self.out, "{pad}{} = {text}", self.name(*id))?;
+                    match self.kernel.values.get(*id) {
+                        Some(info) => writeln!(self.out, " : {}", info.ty)?,
+                        None => self.out.push('\n'),
+                    }
                 }
                 Stmt::Store { param, index, value } => {
                     let (to, value) = (self.at(*param, index), self.name(*value));
@@ -130,7 +183,9 @@ impl Printer<'_> {
                     let carry: Vec<String> = l
                         .carry
                         .iter()
-                        .map(|(inner, init)| format!("{} = {}", self.name(*inner), self.name(*init)))
+                        .map(|(inner, init)| {
+                            format!("{} = {}", self.name(*inner), self.name(*init))
+                        })
                         .collect();
                     let results = match l.results.is_empty() {
                         true => String::new(),
@@ -140,7 +195,11 @@ impl Printer<'_> {
                         true => String::new(),
                         false => format!(" carry({})", carry.join(", ")),
                     };
-                    writeln!(self.out, "{pad}{results}for {} in {} .. {}{carry} {{", l.var, l.lo, l.hi)?;
+                    writeln!(
+                        self.out,
+                        "{pad}{results}for {} in {} .. {}{carry} {{",
+                        l.var, l.lo, l.hi
+                    )?;
                     self.block(&l.body, depth + 1)?;
                     self.end(&l.yields, depth)?;
                     writeln!(self.out, "{pad}}}")?;
@@ -182,14 +241,20 @@ impl Printer<'_> {
             Some(limit) => format!(" limit {limit}"),
             None => String::new(),
         };
-        let fill = |fill: &Value| match fill {
+        let fill = |param: &ParamId, fill: &Value| match fill {
             Value::Float(v) if v.to_bits() == 0 => String::new(),
             Value::Int(0) => String::new(),
-            other => format!(" fill {}", value_text(*other)),
+            other => {
+                let dtype = self.kernel.params.get(*param).map_or(DType::F64, |p| p.dtype);
+                format!(" fill {}", value_text(*other, dtype))
+            }
         };
-        let rank = self.kernel.ty(id).shape.len();
+        let (dtype, rank) = match self.kernel.values.get(id) {
+            Some(info) => (info.ty.dtype, info.ty.shape.len()),
+            None => (DType::F64, 0),
+        };
         match op {
-            TileOp::Full(value) => format!("full {}", value_text(*value)),
+            TileOp::Full(value) => format!("full {}", value_text(*value, dtype)),
             TileOp::Load { param, index, steps, fill: outside } => {
                 let steps = match steps.iter().all(|&s| s == 1) {
                     true => String::new(),
@@ -198,11 +263,11 @@ impl Printer<'_> {
                         format!(" step ({})", steps.join(","))
                     }
                 };
-                format!("load {}{steps}{}", self.at(*param, index), fill(outside))
+                format!("load {}{steps}{}", self.at(*param, index), fill(param, outside))
             }
             TileOp::Gather { param, axis, rows, index, fill: outside } => {
                 let (from, rows) = (self.at(*param, index), self.name(*rows));
-                format!("gather {from} axis {axis} rows {rows}{}", fill(outside))
+                format!("gather {from} axis {axis} rows {rows}{}", fill(param, outside))
             }
             TileOp::Map { func, args } => {
                 let args: Vec<String> = args.iter().map(|a| self.operand(a, rank)).collect();
@@ -218,7 +283,11 @@ impl Printer<'_> {
             TileOp::Scan { kind, x, axis, exclusive, reverse } => {
                 let exclusive = if *exclusive { " exclusive" } else { "" };
                 let reverse = if *reverse { " reverse" } else { "" };
-                format!("scan {} {} axis {axis}{exclusive}{reverse}", kind_text(*kind), self.name(*x))
+                format!(
+                    "scan {} {} axis {axis}{exclusive}{reverse}",
+                    kind_text(*kind),
+                    self.name(*x)
+                )
             }
             TileOp::Mma { acc, a, b, limit: l } => {
                 format!("mma {}, {}, {}{}", self.name(*acc), self.name(*a), self.name(*b), limit(l))
