@@ -32,7 +32,7 @@ mod views;
 mod window;
 
 pub use fuse::{Anchor, FusionPlan, Group, fuse};
-pub use lowering::{lower, lower_with};
+pub use lowering::{lower, lower_with, verify_plan};
 pub use target::CpuTarget;
 
 /// Layouts that differ from row-major, by value: packed constants, blocked activations.

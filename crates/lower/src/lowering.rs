@@ -81,7 +81,21 @@ pub fn lower_with(
         })?;
     }
     low.outputs()?;
+    if cfg!(debug_assertions) {
+        verify_plan(&low.plan)?;
+    }
     Ok((low.plan, fusion))
+}
+
+/// Checks that every kernel keeps the promises of the tile IR and that its schedule is legal; the
+/// error shows the kernel. Lowering does this itself in debug builds.
+pub fn verify_plan(plan: &Plan) -> Result<()> {
+    for (_, PlanKernel { kernel, schedule }) in plan.kernels.iter() {
+        let checked = tilewright_tile::verify(kernel)
+            .and_then(|()| tilewright_tile::verify_schedule(kernel, schedule));
+        checked.map_err(|e| e.with_note(format!("{kernel}\n{schedule}")))?;
+    }
+    Ok(())
 }
 
 fn name_of(graph: &Graph, v: ValueId) -> String {

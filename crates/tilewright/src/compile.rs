@@ -127,6 +127,9 @@ impl Compiler {
         observe(Stage::Fusion(&fusion));
         observe(Stage::Plan(&plan));
         lap(&mut stages, "lower");
+        // After the stage was shown, so that what is wrong can be looked at.
+        tilewright_lower::verify_plan(&plan)?;
+        lap(&mut stages, "verify-tile");
 
         let Generated { code, cache_hits, warnings } = self.generate(&plan, observe, &mut stages)?;
         lap(&mut stages, "codegen (all)");
