@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use tilewright_base::{Error, Result, ResultExt};
 use tilewright_graph::{Constants, Graph};
-use tilewright_import::onnx;
+use tilewright_import::{hf, onnx};
 
 /// What kind of file a model came from.
 #[derive(Clone, Debug)]
@@ -11,7 +11,10 @@ pub enum Source {
     /// An ONNX file.
     Onnx,
     /// A Hugging Face directory: config.json and safetensors.
-    HuggingFace,
+    HuggingFace {
+        /// The class in transformers: `BertModel`.
+        architecture: String,
+    },
     /// Our graph text.
     Text,
 }
@@ -32,7 +35,8 @@ impl Model {
     pub fn open(path: &Path) -> Result<Model> {
         let name = path.display();
         let (source, graph) = if path.is_dir() {
-            return Err(Error::unsupported("Hugging Face directories"));
+            let model = hf::load_model(path, &hf::LoadOptions::default())?;
+            (Source::HuggingFace { architecture: model.architecture }, model.graph)
         } else if path.extension().is_some_and(|e| e == "tw") {
             let text = std::fs::read_to_string(path)
                 .map_err(|e| Error::user(format!("cannot read {name}: {e}")))?;
