@@ -10,9 +10,12 @@ pub(crate) fn read(path: &Path) -> Result<Tensor> {
     let name = path.display();
     let failed = |what: String| Error::user(format!("{name}: {what}"));
     let file = std::fs::File::open(path).map_err(|e| failed(format!("cannot be opened: {e}")))?;
-    let npy = npyz::NpyFile::new(BufReader::new(file)).map_err(|e| failed(format!("not a NumPy file: {e}")))?;
+    let npy = npyz::NpyFile::new(BufReader::new(file))
+        .map_err(|e| failed(format!("not a NumPy file: {e}")))?;
     if npy.order() != npyz::Order::C {
-        return Err(failed("is in Fortran order".into()).with_hint("save numpy.ascontiguousarray(x)"));
+        return Err(
+            failed("is in Fortran order".into()).with_hint("save numpy.ascontiguousarray(x)")
+        );
     }
     let shape: Vec<usize> = npy
         .shape()
@@ -24,7 +27,8 @@ pub(crate) fn read(path: &Path) -> Result<Tensor> {
     let kind = descr.trim_matches(|c| c == '\'' || c == '"').to_string();
     macro_rules! typed {
         ($t:ty) => {{
-            let values = npy.into_vec::<$t>().map_err(|e| failed(format!("cannot be read: {e}")))?;
+            let values =
+                npy.into_vec::<$t>().map_err(|e| failed(format!("cannot be read: {e}")))?;
             Tensor::from_slice(&shape, &values)
         }};
     }
@@ -40,7 +44,8 @@ pub(crate) fn read(path: &Path) -> Result<Tensor> {
         "<u2" => typed!(u16),
         "|u1" | "<u1" => typed!(u8),
         "|b1" => {
-            let values = npy.into_vec::<bool>().map_err(|e| failed(format!("cannot be read: {e}")))?;
+            let values =
+                npy.into_vec::<bool>().map_err(|e| failed(format!("cannot be read: {e}")))?;
             let values: Vec<i64> = values.into_iter().map(i64::from).collect();
             Tensor::from_i64s(DType::Bool, &shape, &values)
         }

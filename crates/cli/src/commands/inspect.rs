@@ -26,10 +26,12 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     }
     let wanted = args.stage.as_deref();
     let known = |name: &str| {
-        OTHERS.iter().any(|(n, _)| *n == name) || PIPELINE.iter().flat_map(|g| g.passes).any(|p| p.name == name)
+        OTHERS.iter().any(|(n, _)| *n == name)
+            || PIPELINE.iter().flat_map(|g| g.passes).any(|p| p.name == name)
     };
     if let Some(name) = wanted.filter(|n| !known(n)) {
-        return Err(Error::user(format!("there is no stage `{name}`")).with_hint("`tw inspect MODEL --stages` lists them"));
+        return Err(Error::user(format!("there is no stage `{name}`"))
+            .with_hint("`tw inspect MODEL --stages` lists them"));
     }
     let compiler = compiler(&args.model)?;
     let model = Model::open(&args.model.model)?;
@@ -44,7 +46,8 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
         Stage::Plan(plan) if wanted == Some("tile") => {
             for (id, planned) in plan.kernels.iter().filter(|(_, k)| chosen(&k.kernel.name)) {
                 // Writing to a string cannot fail.
-                let tiles: Vec<String> = planned.schedule.tiles.iter().map(|(n, v)| format!("{n}={v}")).collect();
+                let tiles: Vec<String> =
+                    planned.schedule.tiles.iter().map(|(n, v)| format!("{n}={v}")).collect();
                 let _ = writeln!(text, "# {id}: {}\n{}", tiles.join(" "), planned.kernel);
             }
         }

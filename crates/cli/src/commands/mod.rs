@@ -58,7 +58,8 @@ fn pairs<'a>(list: &'a [String], example: &str) -> Result<Vec<(&'a str, &'a str)
 fn dims(args: &InputArgs) -> Result<BTreeMap<String, i64>> {
     let mut dims = BTreeMap::new();
     for (name, value) in pairs(&args.dims, "--dim batch=8")? {
-        let number = value.parse().map_err(|_| Error::user(format!("`{value}` is not a whole number")))?;
+        let number =
+            value.parse().map_err(|_| Error::user(format!("`{value}` is not a whole number")))?;
         dims.insert(name.to_string(), number);
     }
     Ok(dims)

@@ -26,7 +26,9 @@ pub(crate) fn run(args: &RunArgs, output: &Output) -> Result<()> {
     for ((name, _), tensor) in model.graph.outputs.iter().zip(&results) {
         let numbers = tensor.to_f64s();
         let finite = numbers.iter().copied().filter(|v| v.is_finite());
-        let (low, high) = finite.clone().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+        let (low, high) = finite
+            .clone()
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
         let mean = finite.sum::<f64>() / numbers.len().max(1) as f64;
         let head: Vec<String> = numbers.iter().take(6).map(|v| format!("{v:.5}")).collect();
         // Writing to a string cannot fail.
@@ -43,15 +45,23 @@ pub(crate) fn run(args: &RunArgs, output: &Output) -> Result<()> {
             "min": low, "mean": mean, "max": high,
         }));
         if let Some(folder) = &args.output {
-            let file: String =
-                name.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
+            let file: String = name
+                .chars()
+                .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' })
+                .collect();
             npy::write(&folder.join(format!("{file}.npy")), tensor)?;
         }
     }
     let (hits, kernels) = compiled.cache_hits();
-    let _ = writeln!(text, "from file to first result in {first:.3} s ({hits} of {kernels} kernels from the cache)");
-    output.result(&text, &json!({
-        "outputs": values, "first_result_s": first, "kernels": kernels, "cache_hits": hits,
-    }));
+    let _ = writeln!(
+        text,
+        "from file to first result in {first:.3} s ({hits} of {kernels} kernels from the cache)"
+    );
+    output.result(
+        &text,
+        &json!({
+            "outputs": values, "first_result_s": first, "kernels": kernels, "cache_hits": hits,
+        }),
+    );
     Ok(())
 }

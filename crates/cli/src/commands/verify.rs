@@ -5,8 +5,8 @@ use crate::args::VerifyArgs;
 use crate::output::Output;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
-use tilewright::verify::{Deviation, verify};
 use tilewright::Result;
+use tilewright::verify::{Deviation, verify};
 use tilewright_base::Error;
 
 pub(crate) fn run(args: &VerifyArgs, output: &Output) -> Result<()> {
@@ -23,7 +23,11 @@ pub(crate) fn run(args: &VerifyArgs, output: &Output) -> Result<()> {
     } else if let Some(worst) = worst {
         let inside = report.kernels.iter().filter(|d| d.ratio <= 1.0).count();
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "{inside} of {} kernel results inside their budget; the worst:", report.kernels.len());
+        let _ = writeln!(
+            text,
+            "{inside} of {} kernel results inside their budget; the worst:",
+            report.kernels.len()
+        );
         line(&mut text, "kernel", worst);
     }
     let list = |all: &[Deviation]| all.iter().map(value).collect::<Vec<_>>();
@@ -34,8 +38,9 @@ pub(crate) fn run(args: &VerifyArgs, output: &Output) -> Result<()> {
     if report.passed() {
         return Ok(());
     }
-    Err(Error::bug("the compiled model leaves the error budget")
-        .with_hint("`tw verify --kernels` lists every kernel; --no-fusion tells whether fusion is at fault"))
+    Err(Error::bug("the compiled model leaves the error budget").with_hint(
+        "`tw verify --kernels` lists every kernel; --no-fusion tells whether fusion is at fault",
+    ))
 }
 
 fn line(text: &mut String, what: &str, d: &Deviation) {
