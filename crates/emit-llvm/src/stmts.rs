@@ -262,10 +262,14 @@ impl<'a> Emitter<'a> {
                 plans.push(Some(Loc::Acc(Box::new(acc))));
             } else {
                 let shape = self.extents(*inner)?;
-                let buf = match self.loc[init.index()].clone() {
-                    // A product's panels stay panels.
-                    Loc::Acc(_) => return Err(Error::bug("a loop reads an open accumulator")),
-                    _ => self.new_buffer(self.k.ty(*inner).dtype.size_aligned(), &shape),
+                if matches!(self.loc[init.index()], Loc::Acc(_)) {
+                    return Err(Error::bug("a loop reads an open accumulator"));
+                }
+                // A product that is written in place wants panels.
+                let buf = if self.may_write_in_place(f, f.yields[n]) {
+                    self.accumulator(*inner, false)?
+                } else {
+                    self.new_buffer(self.k.ty(*inner).dtype.size_aligned(), &shape)
                 };
                 let counts = self.need_of(*init);
                 self.fill_buffer(&buf, *init, &counts)?;
