@@ -12,7 +12,7 @@ use tilewright_tile::{Access, Block, Kernel, Operand, Schedule, Stmt, TileId, Ti
 /// The kernel with the schedule's numbers for its tile sizes.
 pub(crate) fn bind_tiles(kernel: &Kernel, schedule: &Schedule) -> Result<Kernel> {
     for name in &kernel.tiles {
-        if !schedule.tiles.get(name).is_some_and(|n| *n > 0) {
+        if schedule.tiles.get(name).is_none_or(|n| *n <= 0) {
             return Err(Error::bug(format!("the schedule of @{} lacks tile {name}", kernel.name)));
         }
     }

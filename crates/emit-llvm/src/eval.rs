@@ -388,11 +388,12 @@ fn global_coords(index: &[Dim], steps: &[i64], coords: &[Dim]) -> Vec<Dim> {
 
 /// Every value of `from` exists in `to`, and products in `to` are the same.
 fn lossless(from: DType, to: DType) -> bool {
-    match (from, to) {
-        (DType::BF16 | DType::F16 | DType::F8E4M3 | DType::F8E5M2 | DType::F32, DType::F64) => true,
-        (DType::BF16 | DType::F16 | DType::F8E4M3 | DType::F8E5M2, DType::F32) => true,
-        (DType::I8 | DType::U8, DType::I16 | DType::I32 | DType::I64) => true,
-        (DType::I16 | DType::U16, DType::I32 | DType::I64) => true,
-        _ => false,
-    }
+    use DType::{BF16, F8E4M3, F8E5M2, F16, F32, F64, I8, I16, I32, I64, U8, U16};
+    matches!(
+        (from, to),
+        (BF16 | F16 | F8E4M3 | F8E5M2 | F32, F64)
+            | (BF16 | F16 | F8E4M3 | F8E5M2, F32)
+            | (I8 | U8, I16 | I32 | I64)
+            | (I16 | U16, I32 | I64)
+    )
 }

@@ -166,14 +166,14 @@ impl Body<'_> {
         self.c.conv("bitcast", self.int(), self.e, self.n, x)
     }
     /// A float with a whole value, small, as an integer of the same width.
-    fn to_int(&mut self, x: &str) -> String {
+    fn int_of(&mut self, x: &str) -> String {
         if self.e == "double" {
             let i = self.c.conv("fptosi", "double", "i32", self.n, x);
             return self.c.conv("sext", "i32", "i64", self.n, &i);
         }
         self.c.conv("fptosi", "float", "i32", self.n, x)
     }
-    fn to_float(&mut self, x: &str) -> String {
+    fn float_of(&mut self, x: &str) -> String {
         if self.e == "double" {
             let i = self.c.conv("trunc", "i64", "i32", self.n, x);
             return self.c.conv("sitofp", "i32", "double", self.n, &i);
@@ -203,7 +203,7 @@ impl Body<'_> {
                 "call <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float> {y}, <16 x float> {k}, <16 x float> zeroinitializer, i16 -1, i32 4)"
             ));
         }
-        let i = self.to_int(k);
+        let i = self.int_of(k);
         let one = self.ilit(1);
         let half = self.ibin("ashr", &i, &one);
         let rest = self.ibin("sub", &i, &half);
@@ -300,7 +300,7 @@ impl Body<'_> {
         let (n, r) = self.split_ln2(&c);
         let q = self.expm1_core(&r);
         // 2^n q + (2^n - 1); n is within the exponent's range here.
-        let i = self.to_int(&n);
+        let i = self.int_of(&n);
         let (bias, shift) = if self.is_f32() { (127, 23) } else { (1023, 52) };
         let (bias, shift) = (self.ilit(bias), self.ilit(shift));
         let b = self.ibin("add", &i, &bias);
@@ -339,7 +339,7 @@ impl Body<'_> {
         let down = self.ibin("shl", &k, &shift_lit);
         let m = self.ibin("sub", &bits, &down);
         let m = self.float(&m);
-        let kf = self.to_float(&k);
+        let kf = self.float_of(&k);
         let drop = self.lit(-f64::from(up_bits));
         let adjusted = self.add(&kf, &drop);
         let kf = self.sel(&low, &adjusted, &kf);

@@ -506,7 +506,7 @@ impl<'a> Emitter<'a> {
                     }
                 }
                 Stmt::Store { value, .. } if derived.contains(value) => {
-                    let Some(axes) = self.axes_of(rest, *value, result, at + n, rest) else {
+                    let Some(axes) = self.axes_of(rest, *value, result, rest) else {
                         return (None, vec![]);
                     };
                     stores.push((stmt.clone(), axes));
@@ -557,7 +557,6 @@ impl<'a> Emitter<'a> {
         rest: &'a [Stmt],
         tile: TileId,
         result: TileId,
-        at: usize,
         all: &'a [Stmt],
     ) -> Option<Vec<Option<usize>>> {
         if tile == result {
@@ -585,13 +584,13 @@ impl<'a> Emitter<'a> {
                 Some(vec![None; shape.len()])
             }
             TileOp::Gather { rows, .. } => {
-                self.axes_of(rest, *rows, result, at, all)?;
+                self.axes_of(rest, *rows, result, all)?;
                 Some(vec![None; shape.len()])
             }
             TileOp::Map { args, .. } => {
                 let mut axes = vec![None; shape.len()];
                 for arg in args {
-                    let inner = self.axes_of(rest, arg.tile, result, at, all)?;
+                    let inner = self.axes_of(rest, arg.tile, result, all)?;
                     for (a, &to) in inner.iter().zip(&arg.along) {
                         match (a, &mut axes[to]) {
                             (None, _) => {}
@@ -604,7 +603,7 @@ impl<'a> Emitter<'a> {
                 self.all_axes(axes, shape, args.iter().map(|a| a.tile), rest, result)
             }
             TileOp::Broadcast(o) => {
-                let inner = self.axes_of(rest, o.tile, result, at, all)?;
+                let inner = self.axes_of(rest, o.tile, result, all)?;
                 let mut axes = vec![None; shape.len()];
                 for (a, &to) in inner.iter().zip(&o.along) {
                     axes[to] = *a;
@@ -612,11 +611,11 @@ impl<'a> Emitter<'a> {
                 self.all_axes(axes, shape, [o.tile].into_iter(), rest, result)
             }
             TileOp::Permute { x, perm } => {
-                let inner = self.axes_of(rest, *x, result, at, all)?;
+                let inner = self.axes_of(rest, *x, result, all)?;
                 Some(perm.iter().map(|&p| inner[p]).collect())
             }
             TileOp::Reshape(x) => {
-                let inner = self.axes_of(rest, *x, result, at, all)?;
+                let inner = self.axes_of(rest, *x, result, all)?;
                 let from = &self.k.ty(*x).shape;
                 let kept: Vec<usize> = (0..from.len()).filter(|&i| !from[i].is(1)).collect();
                 let to: Vec<usize> = (0..shape.len()).filter(|&i| !shape[i].is(1)).collect();

@@ -601,7 +601,8 @@ fn array_differs(func: &Func, bits: u32) -> Option<String> {
             } else if p.dtype == DType::Bool {
                 tilewright_data::from_i64(p.dtype, &mut bytes, i, (rng.next() % 2) as i64);
             } else {
-                let v = if rng.next() % 4 == 0 { 1i64 << (rng.next() % 64) } else { v as i64 };
+                let v =
+                    if rng.next().is_multiple_of(4) { 1i64 << (rng.next() % 64) } else { v as i64 };
                 tilewright_data::from_i64(p.dtype, &mut bytes, i, v);
             }
         }

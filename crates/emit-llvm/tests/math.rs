@@ -111,11 +111,8 @@ fn single_precision_stays_within_its_bounds() {
     let mut failures = Vec::new();
     for (op, reference, bound, _, limit, _) in table() {
         for bits in widths() {
-            let xs: Vec<f32> = xs
-                .iter()
-                .copied()
-                .filter(|x| !(f64::from(x.abs()) > limit) || x.is_nan())
-                .collect();
+            let xs: Vec<f32> =
+                xs.iter().copied().filter(|x| x.is_nan() || f64::from(x.abs()) <= limit).collect();
             let ys = run(&Func::unary(op, DType::F32), bits, [&xs]);
             let (mut worst, mut at) = (0f64, 0f32);
             for (x, y) in xs.iter().zip(&ys) {
@@ -145,7 +142,7 @@ fn double_precision_stays_within_its_bounds() {
     for (op, reference, _, bound, _, limit) in table() {
         for bits in widths() {
             let xs: Vec<f64> =
-                xs.iter().copied().filter(|x| !(x.abs() > limit) || x.is_nan()).collect();
+                xs.iter().copied().filter(|x| x.is_nan() || x.abs() <= limit).collect();
             let ys = run(&Func::unary(op, DType::F64), bits, [&xs]);
             let (mut worst, mut at) = (0f64, 0f64);
             for (x, y) in xs.iter().zip(&ys) {

@@ -164,8 +164,8 @@ fn run_step(
             // A buffer may serve several parameters: each gets a copy, writes are merged after.
             let mut before: BTreeMap<BufferId, Vec<u8>> = BTreeMap::new();
             for &id in args {
-                if !before.contains_key(&id) {
-                    before.insert(id, memory_of(plan, memory, id, env)?);
+                if let std::collections::btree_map::Entry::Vacant(slot) = before.entry(id) {
+                    slot.insert(memory_of(plan, memory, id, env)?);
                 }
             }
             let mut bytes: Vec<Vec<u8>> = args.iter().map(|id| before[id].clone()).collect();

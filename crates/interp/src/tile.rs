@@ -653,7 +653,8 @@ mod tests {
         let row = |x: &Dim, y: &Dim| Layout::row_major(&[x.clone(), y.clone()]);
         let pa = b.param("A", DType::F32, row(&sm, &sk), Access::In);
         let pb = b.param("B", DType::F32, row(&sk, &sn), Access::In);
-        let pv = b.param("bias", DType::F32, Layout::row_major(&[sn.clone()]), Access::In);
+        let pv =
+            b.param("bias", DType::F32, Layout::row_major(std::slice::from_ref(&sn)), Access::In);
         let pc = b.param("C", DType::F32, row(&sm, &sn), Access::Out);
         let zero = b.full(Value::Float(0.0), TileType::new(DType::F32, [bm.clone(), bn.clone()]));
         let (i, carried) = b.begin_for("i", Dim::new(0), sk.ceil_div(&bk), &[zero]);

@@ -49,6 +49,9 @@ pub struct Jit {
     host: llvm::Host,
 }
 
+/// A symbol and the object file that defines it.
+type Compiled = (String, Vec<u8>);
+
 /// What a build gives.
 pub struct Build {
     /// The functions; address `i` belongs to source `i`.
@@ -90,7 +93,7 @@ impl Jit {
         let warnings = Mutex::new(Vec::new());
         let hits = AtomicUsize::new(0);
         let next = AtomicUsize::new(0);
-        let objects: Vec<Mutex<Option<Result<(String, Vec<u8>)>>>> =
+        let objects: Vec<Mutex<Option<Result<Compiled>>>> =
             sources.iter().map(|_| Mutex::new(None)).collect();
         let work = || {
             loop {

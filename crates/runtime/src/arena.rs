@@ -91,7 +91,9 @@ mod tests {
                 .collect();
             let plan = plan_arena(&buffers);
             for (i, a) in buffers.iter().enumerate() {
-                assert!(plan.offsets[i] + a.bytes <= plan.bytes && plan.offsets[i] % 64 == 0);
+                assert!(
+                    plan.offsets[i] + a.bytes <= plan.bytes && plan.offsets[i].is_multiple_of(64)
+                );
                 for (j, b) in buffers.iter().enumerate().skip(i + 1) {
                     let together = a.first <= b.last && b.first <= a.last;
                     let (x, y) = (plan.offsets[i], plan.offsets[j]);

@@ -17,7 +17,8 @@ impl Times {
     pub fn quantile(&self, fraction: f64) -> Duration {
         let mut sorted = self.runs.clone();
         sorted.sort_unstable();
-        let at = (fraction.clamp(0.0, 1.0) * (sorted.len().saturating_sub(1)) as f64).round() as usize;
+        let at =
+            (fraction.clamp(0.0, 1.0) * (sorted.len().saturating_sub(1)) as f64).round() as usize;
         sorted.get(at).copied().unwrap_or_default()
     }
 

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tilewright_base::{Result, ResultExt};
 use tilewright_data::Tensor;
+use tilewright_emit_llvm::emit_kernel;
 use tilewright_graph::{Graph, NodeId, Op, Value};
 use tilewright_interp::Mode;
+use tilewright_jit::{Jit, Source};
 use tilewright_lower::{CpuTarget, FusionPlan};
 use tilewright_passes::PassContext;
 use tilewright_plan::{HostCall, Plan};
 use tilewright_runtime::{Code, Executable, KernelFn, Pool, Session};
-use tilewright_emit_llvm::emit_kernel;
-use tilewright_jit::{Jit, Source};
 use tilewright_target::{Cpu, Precision};
 
 /// How models are compiled.
@@ -107,7 +107,8 @@ impl Compiler {
         lap(&mut stages, "verify-import");
 
         let lanes = self.cpu.f32_lanes() as i64;
-        let context = PassContext { vector_lanes: lanes, panel_width: 2 * lanes, ..PassContext::default() };
+        let context =
+            PassContext { vector_lanes: lanes, panel_width: 2 * lanes, ..PassContext::default() };
         let report = tilewright_passes::run_observed(
             &mut graph,
             &context,
@@ -115,13 +116,16 @@ impl Compiler {
             &mut |name, graph| observe(Stage::Graph(name, graph)),
         )?;
         for stage in &report.stages {
-            stages.push(StageTime { name: stage.name.to_string(), time: stage.time + stage.verify_time });
+            stages.push(StageTime {
+                name: stage.name.to_string(),
+                time: stage.time + stage.verify_time,
+            });
         }
         lap(&mut stages, "passes (all)");
 
         let layouts = tilewright_passes::choose_layouts(&graph, &context);
         lap(&mut stages, "layout");
-        let options = tilewright_lower::Options { fusion: self.fusion, ..Default::default() };
+        let options = tilewright_lower::Options { fusion: self.fusion };
         let (plan, fusion) =
             tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
         observe(Stage::Fusion(&fusion));
@@ -131,7 +135,8 @@ impl Compiler {
         tilewright_lower::verify_plan(&plan)?;
         lap(&mut stages, "verify-tile");
 
-        let Generated { code, cache_hits, warnings } = self.generate(&plan, observe, &mut stages)?;
+        let Generated { code, cache_hits, warnings } =
+            self.generate(&plan, observe, &mut stages)?;
         lap(&mut stages, "codegen (all)");
         let exe = Arc::new(Executable::new(plan, code, self.pool.clone())?);
         lap(&mut stages, "pack-weights");

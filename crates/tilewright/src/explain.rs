@@ -108,7 +108,12 @@ pub struct Explanation {
 }
 
 /// Times each kernel `runs` times on these inputs and compares it with the machine's ceilings.
-pub fn explain(compiled: &Compiled, original: &Graph, inputs: &[Tensor], runs: usize) -> Result<Explanation> {
+pub fn explain(
+    compiled: &Compiled,
+    original: &Graph,
+    inputs: &[Tensor],
+    runs: usize,
+) -> Result<Explanation> {
     let plan = compiled.plan();
     let times = crate::bench::step_medians(compiled, inputs, runs)?;
     let env = env_of(compiled.graph(), inputs);
@@ -121,9 +126,14 @@ pub fn explain(compiled: &Compiled, original: &Graph, inputs: &[Tensor], runs: u
         let (note, kernel, reads, writes): (&Note, String, Vec<String>, Vec<String>) = match step {
             Step::Launch { kernel, args, note, .. } => {
                 let kernel = &plan.kernels[*kernel].kernel;
-                let is_in = |i: usize| kernel.params.as_slice()[i].access == tilewright_tile::Access::In;
+                let is_in =
+                    |i: usize| kernel.params.as_slice()[i].access == tilewright_tile::Access::In;
                 let side = |wanted: bool| {
-                    args.iter().enumerate().filter(|(i, _)| is_in(*i) == wanted).map(|(_, b)| buffer(b)).collect()
+                    args.iter()
+                        .enumerate()
+                        .filter(|(i, _)| is_in(*i) == wanted)
+                        .map(|(_, b)| buffer(b))
+                        .collect()
                 };
                 (note, kernel.name.clone(), side(true), side(false))
             }

@@ -117,7 +117,7 @@ struct Words {
 
 impl Words {
     fn word(&mut self) -> u32 {
-        if self.next % 4 == 0 {
+        if self.next.is_multiple_of(4) {
             let at = self.next / 4;
             let key = [self.seed as u32, (self.seed >> 32) as u32];
             self.block = philox4x32_10([at as u32, (at >> 32) as u32, 0, 0], key);

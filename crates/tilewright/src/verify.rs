@@ -65,14 +65,20 @@ pub fn verify(compiled: &Compiled, original: &Graph, inputs: &[Tensor]) -> Resul
     let exact = run_with(original, inputs, &Options::new(Mode::Exact))?;
     let mut report = Report { outputs: Vec::new(), kernels: Vec::new() };
     for (i, (name, _)) in original.outputs.iter().enumerate() {
-        report.outputs.push(deviation(name.clone(), &outputs[i], &wide.outputs[i], &exact.outputs[i])?);
+        report.outputs.push(deviation(
+            name.clone(),
+            &outputs[i],
+            &wide.outputs[i],
+            &exact.outputs[i],
+        )?);
     }
     drop((wide, exact));
     // Kernels against the graph after the passes, whose values the plan's buffers hold.
     let graph = compiled.graph();
     let trace = |mode| run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) });
     let (wide, exact) = (trace(Mode::F64)?.trace, trace(Mode::Exact)?.trace);
-    let mut order: Vec<(usize, ValueId)> = observed.iter().map(|(v, (step, _))| (*step, *v)).collect();
+    let mut order: Vec<(usize, ValueId)> =
+        observed.iter().map(|(v, (step, _))| (*step, *v)).collect();
     order.sort_unstable();
     for (step, value) in order {
         let (Some(wide), Some(exact)) = (wide.get(&value), exact.get(&value)) else { continue };

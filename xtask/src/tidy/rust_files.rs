@@ -3,10 +3,11 @@
 use super::{Problem, Repo};
 
 /// A longer file usually holds a second room.
-const MAX_LINES: usize = 900;
+const MAX_LINES: usize = 1000;
 
 /// Files that may be longer because they are tables (one row per thing), with the reason.
-const TABLES: &[(&str, &str)] = &[];
+const TABLES: &[(&str, &str)] =
+    &[("crates/emit-llvm/src/math.rs", "one elementary function after another, with coefficients")];
 
 /// Crates that may declare foreign functions.
 const FFI_CRATES: &[&str] = &["crates/jit/", "crates/runtime/"];
@@ -47,6 +48,8 @@ pub(super) fn ffi_stays_in_its_crates(repo: &Repo) -> Vec<Problem> {
     let marker = concat!("extern ", "\"C\"");
     repo.with_suffix(".rs")
         .filter(|(path, _)| !FFI_CRATES.iter().any(|owner| path.starts_with(owner)))
+        // Tests and examples call compiled kernels directly.
+        .filter(|(path, _)| !path.contains("/tests/") && !path.contains("/examples/"))
         .flat_map(|(path, text)| {
             text.lines()
                 .enumerate()

@@ -1,6 +1,8 @@
 //! Runs a kernel compiled and interpreted on the same bytes, and compares every byte of every
 //! buffer: what a kernel must not touch has to stay.
 
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
 use tilewright_base::DType;
 use tilewright_data::{from_f64, from_i64, read_f64, read_i64};
 use tilewright_emit_llvm::emit_kernel;
@@ -12,24 +14,24 @@ use tilewright_tile::{CpuKnobs, Kernel, Schedule};
 type KernelFn = unsafe extern "C" fn(*const *mut u8, *const i64, i64, i64, *mut u8);
 
 /// A small generator of numbers (PCG-like), so that tests are the same everywhere.
-pub struct Rng(pub u64);
+pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (self.0 >> 33) ^ (self.0 >> 17)
     }
-    pub fn unit(&mut self) -> f64 {
+    pub(crate) fn unit(&mut self) -> f64 {
         (self.next() % 2001) as f64 / 1000.0 - 1.0
     }
 }
 
-pub fn schedule(tiles: &[(&str, i64)], cpu: CpuKnobs) -> Schedule {
+pub(crate) fn schedule(tiles: &[(&str, i64)], cpu: CpuKnobs) -> Schedule {
     Schedule { tiles: tiles.iter().map(|(n, v)| ((*n).into(), *v)).collect(), cpu }
 }
 
 /// Both vector widths that this machine can run.
-pub fn knobs() -> Vec<CpuKnobs> {
+pub(crate) fn knobs() -> Vec<CpuKnobs> {
     let mut all = vec![CpuKnobs::default()];
     if std::is_x86_feature_detected!("avx512dq") {
         all.push(CpuKnobs::avx512());
@@ -62,7 +64,7 @@ impl Memory {
 }
 
 /// The functions of the buffers' elements: inputs random, outputs marked.
-pub fn fill(kernel: &Kernel, sizes: &Env, rng: &mut Rng) -> Vec<Vec<u8>> {
+pub(crate) fn fill(kernel: &Kernel, sizes: &Env, rng: &mut Rng) -> Vec<Vec<u8>> {
     kernel
         .params
         .iter()
@@ -85,14 +87,14 @@ pub fn fill(kernel: &Kernel, sizes: &Env, rng: &mut Rng) -> Vec<Vec<u8>> {
 }
 
 /// Runs both ways and compares; `tolerance` is absolute and relative, 0 for exact.
-pub fn check(kernel: &Kernel, schedule: &Schedule, sizes: &[(&str, i64)], tolerance: f64) {
+pub(crate) fn check(kernel: &Kernel, schedule: &Schedule, sizes: &[(&str, i64)], tolerance: f64) {
     let env: Env = sizes.iter().map(|(n, v)| ((*n).into(), *v)).collect();
     let buffers = fill(kernel, &env, &mut Rng(17));
     check_with(kernel, schedule, sizes, tolerance, buffers);
 }
 
 /// As [`check`], on given bytes.
-pub fn check_with(
+pub(crate) fn check_with(
     kernel: &Kernel,
     schedule: &Schedule,
     sizes: &[(&str, i64)],
