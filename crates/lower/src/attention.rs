@@ -117,7 +117,7 @@ impl Lowering<'_> {
             Pos::tile(q0.clone(), bq.clone()),
             Pos::tile(t0.clone(), bt.clone()),
         ];
-        let mut emit = Emit::new(&scores, &canon, pos, &score_shape);
+        let mut emit = Emit::new(&scores, &canon, pos);
         give_anchor(&mut emit, dots);
         let mut s = emit.tile(&mut k, last_score);
         if attrs.causal {
@@ -171,7 +171,7 @@ impl Lowering<'_> {
 
         let pos =
             vec![Pos::unit(b), Pos::unit(h), Pos::tile(q0, bq), Pos::tile(Dim::new(0), width)];
-        let mut emit = Emit::new(&dag, &canon, pos, &group.shape);
+        let mut emit = Emit::new(&dag, &canon, pos);
         give_anchor(&mut emit, out);
         emit.store_all(&mut k);
         let (knobs, note) = (self.knobs(), self.note(group));

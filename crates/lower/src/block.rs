@@ -304,21 +304,14 @@ pub(crate) struct Emit<'a> {
     pub(crate) pos: Vec<Pos>,
     /// Canonical axes over which reductions go, and the extent that counts.
     pub(crate) reduced: Option<(usize, Dim)>,
-    /// Reference shape.
-    pub(crate) shape: &'a [Dim],
     pub(crate) uses: Vec<usize>,
     /// Tiles made so far.
     pub(crate) memo: BTreeMap<usize, TileId>,
 }
 
 impl<'a> Emit<'a> {
-    pub(crate) fn new(
-        dag: &'a Dag,
-        canon: &'a [Vec<usize>],
-        pos: Vec<Pos>,
-        shape: &'a [Dim],
-    ) -> Emit<'a> {
-        Emit { dag, canon, pos, reduced: None, shape, uses: dag.uses(), memo: BTreeMap::new() }
+    pub(crate) fn new(dag: &'a Dag, canon: &'a [Vec<usize>], pos: Vec<Pos>) -> Emit<'a> {
+        Emit { dag, canon, pos, reduced: None, uses: dag.uses(), memo: BTreeMap::new() }
     }
 
     /// Canonical axes along which a node varies and that are tile axes here.
@@ -530,11 +523,5 @@ impl<'a> Emit<'a> {
         for store in &dag.stores {
             self.store(k, store);
         }
-    }
-
-    /// The reference shape.
-    #[allow(dead_code, reason = "kept for kernels that need extents")]
-    pub(crate) fn reference(&self) -> &[Dim] {
-        self.shape
     }
 }

@@ -240,8 +240,8 @@ impl Lowering<'_> {
         let (bk, bk_name) = k.tile("BK");
         let tiles = vec![(bm_name, t.bm), (bn_name, t.bn), (bk_name, t.bk)];
         let mut pos: Vec<Pos> = Vec::new();
-        for c in 0..units {
-            pos.push(Pos::unit(k.grid(&format!("g{c}"), extent(space, &canon[c]))));
+        for (c, axes) in canon[..units].iter().enumerate() {
+            pos.push(Pos::unit(k.grid(&format!("g{c}"), extent(space, axes))));
         }
         // The operand that is read again and again should be the smaller one: when the left one is,
         // its blocks run fastest while the right block stays in cache.
@@ -266,8 +266,8 @@ impl Lowering<'_> {
         let zero = crate::block::zero(product.acc);
         let mut acc = vec![k.b.full(zero, acc_ty)];
         // Loops over the sums.
-        for c in first_k..=last {
-            let extent = extent(space, &canon[c]);
+        for (c, axes) in canon.iter().enumerate().skip(first_k) {
+            let extent = extent(space, axes);
             let var = k.fresh("k");
             let hi = if c == last { extent.ceil_div(&bk) } else { extent };
             let (var, inner) = k.b.begin_for(&var, Dim::new(0), hi, &acc);
@@ -291,7 +291,7 @@ impl Lowering<'_> {
         for p in &mut pos[first_k..] {
             *p = Pos::unit(Dim::new(0));
         }
-        let mut emit = Emit::new(dag, &canon, pos, space);
+        let mut emit = Emit::new(dag, &canon, pos);
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
         let knobs = self.knobs();

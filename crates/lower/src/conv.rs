@@ -203,7 +203,7 @@ impl Lowering<'_> {
         });
         let result = k.b.map(sum, args, tile_shape);
         let canon = canon(shape.len());
-        let mut emit = Emit::new(dag, &canon, stand.pos.clone(), shape);
+        let mut emit = Emit::new(dag, &canon, stand.pos.clone());
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
         let knobs = self.knobs();
@@ -391,7 +391,7 @@ impl Lowering<'_> {
         let tile_shape: Vec<Dim> = stand.pos.iter().filter_map(|p| p.tile.clone()).collect();
         let result = k.b.reshape(result, tile_shape);
         let canon = canon(rank);
-        let mut emit = Emit::new(dag, &canon, stand.pos.clone(), shape);
+        let mut emit = Emit::new(dag, &canon, stand.pos.clone());
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
         let knobs = self.knobs();

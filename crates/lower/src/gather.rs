@@ -82,8 +82,8 @@ impl Lowering<'_> {
         let mut k = KernelParts::new(self.kernel_name(group), symbols);
         let mut tiles = Vec::new();
         let mut pos: Vec<Pos> = Vec::new();
-        for c in 0..n {
-            let extent = extent(shape, &canon[c]);
+        for (c, axes) in canon.iter().enumerate() {
+            let extent = extent(shape, axes);
             let tile = if c + 1 == n && c >= first_rest {
                 Some(("BB", bb))
             } else if c + 1 == first_rest && c >= first_pick {
@@ -137,7 +137,7 @@ impl Lowering<'_> {
         let tile = k.b.gather(param, first_pick, rows, index, load);
         let flat: Vec<Dim> = pos.iter().filter_map(|p| p.tile.clone()).collect();
         let tile = k.b.reshape(tile, flat);
-        let mut emit = Emit::new(&dag, &canon, pos, shape);
+        let mut emit = Emit::new(&dag, &canon, pos);
         give_anchor(&mut emit, tile);
         emit.store_all(&mut k);
         let (knobs, note) = (self.knobs(), self.note(group));

@@ -1,7 +1,7 @@
 //! [`lower`]: the way from a graph to a plan, one group after another.
 
 use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
-use crate::fuse::{Anchor, AxisMap, FusionPlan, Group, fuse, label, root, see_through};
+use crate::fuse::{Anchor, AxisMap, FusionPlan, Group, fuse, label, see_through};
 use crate::place::Place;
 use crate::target::CpuTarget;
 use crate::views::broadcast_axis;
@@ -464,11 +464,5 @@ impl Lowering<'_> {
             self.written.insert(i);
         }
         Ok(())
-    }
-
-    /// The root of a value's memory.
-    #[allow(dead_code, reason = "used by anchors that look at constants behind views")]
-    pub(crate) fn root(&self, v: ValueId) -> ValueId {
-        root(self.graph, v)
     }
 }

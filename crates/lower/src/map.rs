@@ -73,7 +73,7 @@ impl Lowering<'_> {
         if canon.is_empty() {
             k.grid("g0", Dim::new(1));
         }
-        let mut emit = Emit::new(dag, &canon, pos, shape);
+        let mut emit = Emit::new(dag, &canon, pos);
         emit.store_all(&mut k);
         let knobs = self.knobs();
         self.launch(k, tiles, knobs, note)

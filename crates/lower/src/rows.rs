@@ -367,7 +367,7 @@ impl Rows<'_> {
     }
 
     fn emit(&self, pos: Vec<Pos>, memo: BTreeMap<usize, TileId>) -> Emit<'_> {
-        let mut emit = Emit::new(self.dag, &self.canon, pos, self.shape);
+        let mut emit = Emit::new(self.dag, &self.canon, pos);
         emit.reduced = Some((self.row_axis(), self.width.clone()));
         emit.memo = memo;
         emit

@@ -88,7 +88,7 @@ impl Lowering<'_> {
         let param = k.input(x.buffer, dtype, x.layout.clone());
         let result = pool(&mut k, &stand, attrs, &spatial, param, dtype);
         let canon = canon(shape.len());
-        let mut emit = Emit::new(&dag, &canon, stand.pos.clone(), shape);
+        let mut emit = Emit::new(&dag, &canon, stand.pos.clone());
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
         let (knobs, note) = (self.knobs(), self.note(group));
@@ -192,11 +192,11 @@ fn inside(
 ) -> Vec<Operand> {
     let mut counts = Vec::new();
     let mut tile_axis = 0;
-    for i in 0..geometry.rank() {
+    for (i, extent) in spatial.iter().enumerate() {
         let pos = &stand.pos[1 + i];
         let shape: Vec<Dim> = vec![Stand::len(pos)];
         let at = k.b.iota(DType::I64, 0, pos.start.clone(), shape.clone());
-        let extent = k.b.iota(DType::I64, 0, spatial[i].clone(), vec![Dim::new(1)]);
+        let extent = k.b.iota(DType::I64, 0, extent.clone(), vec![Dim::new(1)]);
         let (taps, stride) = (geometry.kernel[i], geometry.strides[i]);
         let (pad, dilation) = (geometry.pads[i], geometry.dilations[i]);
         let count = func(&[DType::I64, DType::I64], |f, a| {
