@@ -59,7 +59,7 @@ pub(crate) enum ExprStage {
 pub(crate) struct ExprArgs {
     /// The formula, e.g. 'x * 2 + y / 3'; definitions may stand in front: 'f(x) = x*x; f(a) + 1'
     pub(crate) text: String,
-    /// Values of variables: x=4 y=9
+    /// Values of variables: x=4 y=9; x=1,2,3 is an array, x:i32=4 gives a variable another type
     #[arg(value_name = "NAME=VALUE")]
     pub(crate) values: Vec<String>,
     /// Print a stage instead of the value
@@ -74,6 +74,9 @@ pub(crate) struct ExprArgs {
     /// Measure over arrays of N elements, against one temporary array per operation
     #[arg(long, value_name = "N")]
     pub(crate) bench: Option<usize>,
+    /// Threads to use; 0 for all
+    #[arg(long, default_value_t = 0)]
+    pub(crate) threads: usize,
 }
 
 #[derive(Debug, Args)]

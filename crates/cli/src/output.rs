@@ -16,11 +16,6 @@ impl Output {
         Output { json }
     }
 
-    /// True when results are wanted as JSON.
-    pub(crate) fn is_json(self) -> bool {
-        self.json
-    }
-
     /// Prints a result: `text` for people, `value` for programs.
     pub(crate) fn result(self, text: &str, value: &Value) {
         // A closed pipe (`tw ... | head`) ends the output quietly.

@@ -6,6 +6,7 @@
 //! steps excepted). This crate knows nothing of compilation: it is handed function pointers.
 
 mod arena;
+mod array;
 mod machine;
 mod memory;
 mod pack;
@@ -13,6 +14,7 @@ mod pool;
 mod session;
 
 pub use arena::{ArenaPlan, Live, plan_arena};
+pub use array::{ArrayCode, ArrayFn};
 pub use machine::measure;
 pub use memory::AlignedBuffer;
 pub use pack::pack;

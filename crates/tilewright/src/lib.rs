@@ -13,11 +13,13 @@
 //!
 //! The way of the data, one module per step: [`Model`] (a file becomes a graph), [`Compiler`]
 //! (graph passes, fusion, tile programs, machine code), `Session` (runs it), [`verify`] (compares
-//! with the float64 oracle), [`explain`] (costs, roofline, memory), [`bench`] (times).
+//! with the float64 oracle), [`explain`] (costs, roofline, memory), [`bench`] (times). Formulas go
+//! their own short way: [`expr`].
 
 pub mod bench;
 mod compile;
 pub mod explain;
+pub mod expr;
 pub mod inputs;
 mod machine;
 mod model;
