@@ -12,33 +12,64 @@ mod output;
 
 use args::{Cli, Command};
 use clap::Parser;
+use output::Output;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use tilewright_base::{Error, Result};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let output = output::Output::new(cli.json);
-    // A panic is always our bug: say so in one line instead of a backtrace.
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
+    let output = Output::new(cli.json);
+    match guarded(|| run(&cli.command, &output)).and_then(|()| output.finish()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => output.error(&error),
+    }
+}
+
+fn run(command: &Command, output: &Output) -> Result<()> {
+    match command {
+        Command::Run(args) => commands::run::run(args, output),
+        Command::Verify(args) => commands::verify::run(args, output),
+        Command::Bench(args) => commands::bench::run(args, output),
+        Command::Explain(args) => commands::explain::run(args, output),
+        Command::Inspect(args) => commands::inspect::run(args, output),
+        Command::Embed(args) => commands::embed::run(args, output),
+        Command::Expr(args) => commands::expr::run(args, output),
+        Command::Machine(args) => commands::machine::run(args, output),
+    }
+}
+
+/// A panic is always our bug: it becomes an error like the others.
+fn guarded(f: impl FnOnce() -> Result<()>) -> Result<()> {
+    static MESSAGE: Mutex<Option<String>> = Mutex::new(None);
     std::panic::set_hook(Box::new(|info| {
         let place =
             info.location().map_or_else(String::new, |l| format!(" at {}:{}", l.file(), l.line()));
         let text = info.payload().downcast_ref::<&str>().map(|s| (*s).to_string());
-        let text =
-            text.or_else(|| info.payload().downcast_ref::<String>().cloned()).unwrap_or_default();
-        eprintln!("error: internal error{place}: {text}\n  reproduce: {}", output::command_line());
+        let text = text.or_else(|| info.payload().downcast_ref::<String>().cloned());
+        let text = format!("internal error{place}: {}", text.unwrap_or_default());
+        // The first panic is the cause; others follow from it.
+        MESSAGE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(text);
     }));
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match &cli.command {
-        Command::Run(args) => commands::run::run(args, &output),
-        Command::Verify(args) => commands::verify::run(args, &output),
-        Command::Bench(args) => commands::bench::run(args, &output),
-        Command::Explain(args) => commands::explain::run(args, &output),
-        Command::Inspect(args) => commands::inspect::run(args, &output),
-        Command::Embed(args) => commands::embed::run(args, &output),
-        Command::Expr(args) => commands::expr::run(args, &output),
-        Command::Machine(args) => commands::machine::run(args, &output),
-    }));
-    match result {
-        Ok(Ok(())) => ExitCode::SUCCESS,
-        Ok(Err(error)) => output.error(&error),
-        Err(_) => ExitCode::from(70),
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or_else(|_| {
+        let text = MESSAGE.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Err(Error::bug(text.unwrap_or_else(|| "internal error".to_string())))
+    })
+}
+
+/// Prints help, the version, or what is wrong with the arguments (exit code 2).
+fn usage(e: &clap::Error) -> ExitCode {
+    if e.use_stderr() && std::env::args_os().any(|a| a == "--json") {
+        let text = e.to_string();
+        let mut lines = text.lines();
+        let message = lines.next().unwrap_or_default().trim_start_matches("error: ");
+        let error = Error::user(message).with_hint(lines.collect::<Vec<_>>().join("\n").trim());
+        return Output::new(true).error(&error);
     }
+    // A closed pipe is no failure.
+    let _ = e.print();
+    ExitCode::from(if e.use_stderr() { 2 } else { 0 })
 }

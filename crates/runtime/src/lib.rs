@@ -16,7 +16,7 @@ mod session;
 pub use arena::{ArenaPlan, Live, plan_arena};
 pub use array::{ArrayCode, ArrayFn};
 pub use machine::measure;
-pub use memory::AlignedBuffer;
+pub use memory::{AlignedBuffer, check_memory};
 pub use pack::pack;
 pub use pool::Pool;
 pub use session::{Code, Executable, KernelFn, MemoryReport, Session, StepTime};

@@ -1,14 +1,14 @@
 //! [`Executable`] and [`Session`]: a compiled plan, and one caller's means to run it.
 
 use crate::arena::{ArenaPlan, Live, plan_arena};
-use crate::memory::AlignedBuffer;
+use crate::memory::{AlignedBuffer, check_memory};
 use crate::pack::{pack, unpack};
 use crate::pool::Pool;
 use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tilewright_base::{DType, Error, Result, ResultExt};
-use tilewright_data::{Bytes, Tensor};
+use tilewright_data::{Bytes, Tensor, element_count};
 use tilewright_layout::{Dim, Env};
 use tilewright_plan::{Buffer, BufferId, HostCall, KernelId, Plan, Step, Storage};
 
@@ -169,6 +169,13 @@ pub struct Session {
 // SAFETY: the pointers in `pointers` are scratch space, rewritten before each use.
 unsafe impl Send for Session {}
 
+/// A tensor for an output.
+fn output(dtype: DType, shape: &[usize]) -> Result<Tensor> {
+    let bytes = element_count(shape).ok().and_then(|n| dtype.bytes_for(n)).unwrap_or(usize::MAX);
+    check_memory(bytes, "an output")?;
+    Tensor::zeros(dtype, shape)
+}
+
 /// How many sizes a session remembers.
 const MAX_BOUND: usize = 16;
 
@@ -216,7 +223,7 @@ impl Session {
         for ((_, dtype, _), shape) in
             self.exe.plan.outputs.iter().zip(&self.bound[at].output_shapes)
         {
-            outputs.push(Tensor::zeros(*dtype, shape.clone())?);
+            outputs.push(output(*dtype, shape)?);
         }
         self.execute(at, inputs, &mut outputs, times, None)?;
         Ok(outputs)
@@ -239,7 +246,7 @@ impl Session {
         for ((_, dtype, _), shape) in
             self.exe.plan.outputs.iter().zip(&self.bound[at].output_shapes)
         {
-            outputs.push(Tensor::zeros(*dtype, shape.clone())?);
+            outputs.push(output(*dtype, shape)?);
         }
         let mut failed = None;
         let exe = self.exe.clone();

@@ -2,12 +2,14 @@
 
 use crate::compile::Compiled;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use tilewright_base::Result;
 use tilewright_data::Tensor;
 use tilewright_graph::{Graph, ValueId};
 use tilewright_layout::{Dim, Env};
-use tilewright_plan::{Note, Step, Storage};
+use tilewright_plan::{BufferId, Note, Step, Storage};
+use tilewright_tile::Access;
 
 /// Which ceiling of the machine limits a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -22,7 +24,7 @@ pub enum Roof {
 }
 
 impl Roof {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Roof::Compute => "compute",
             Roof::Memory => "memory",
@@ -48,6 +50,8 @@ pub struct KernelReport {
     pub reads: Vec<String>,
     /// Buffers written, by name.
     pub writes: Vec<String>,
+    /// Earlier steps whose results are read here.
+    pub after: Vec<usize>,
     /// Floating-point operations.
     pub flops: f64,
     /// Bytes that must move at least.
@@ -121,29 +125,34 @@ pub fn explain(
     let cpu = compiled.cpu();
     let total: f64 = times.iter().map(|t| t.as_secs_f64()).sum();
     let mut kernels = Vec::with_capacity(plan.steps.len());
+    // Steps that write a buffer, so far.
+    let mut writer: BTreeMap<BufferId, Vec<usize>> = BTreeMap::new();
     for (i, step) in plan.steps.iter().enumerate() {
-        let buffer = |b: &tilewright_plan::BufferId| plan.buffers[*b].name.clone();
-        let (note, kernel, reads, writes): (&Note, String, Vec<String>, Vec<String>) = match step {
-            Step::Launch { kernel, args, note, .. } => {
-                let kernel = &plan.kernels[*kernel].kernel;
-                let is_in =
-                    |i: usize| kernel.params.as_slice()[i].access == tilewright_tile::Access::In;
-                let side = |wanted: bool| {
-                    args.iter()
-                        .enumerate()
-                        .filter(|(i, _)| is_in(*i) == wanted)
-                        .map(|(_, b)| buffer(b))
-                        .collect()
-                };
-                (note, kernel.name.clone(), side(true), side(false))
-            }
-            Step::Host { inputs, outputs, note, .. } => (
-                note,
-                "host".to_string(),
-                inputs.iter().map(buffer).collect(),
-                outputs.iter().map(buffer).collect(),
-            ),
-        };
+        let (note, kernel, reads, writes): (&Note, String, Vec<BufferId>, Vec<BufferId>) =
+            match step {
+                Step::Launch { kernel, args, note, .. } => {
+                    let kernel = &plan.kernels[*kernel].kernel;
+                    let side = |wanted: bool| {
+                        let params = kernel.params.as_slice().iter().zip(args);
+                        let side = params.filter(|(p, _)| (p.access == Access::In) == wanted);
+                        side.map(|(_, b)| *b).collect()
+                    };
+                    (note, kernel.name.clone(), side(true), side(false))
+                }
+                Step::Host { inputs, outputs, note, .. } => {
+                    (note, "host".to_string(), inputs.clone(), outputs.clone())
+                }
+            };
+        let mut after: Vec<usize> =
+            reads.iter().filter_map(|b| writer.get(b)).flatten().copied().collect();
+        after.sort_unstable();
+        after.dedup();
+        for b in &writes {
+            writer.entry(*b).or_default().push(i);
+        }
+        let names =
+            |list: &[BufferId]| list.iter().map(|b| plan.buffers[*b].name.clone()).collect();
+        let (reads, writes) = (names(&reads), names(&writes));
         let (flops, bytes) = (number(&note.flops), number(&note.bytes));
         let seconds = times[i].as_secs_f64();
         let limits = [
@@ -161,6 +170,7 @@ pub fn explain(
             nodes: note.nodes.clone(),
             reads,
             writes,
+            after,
             flops,
             bytes,
             bytes_saved: number(&note.bytes_saved),

@@ -10,7 +10,7 @@ use tilewright_data::Tensor;
 use tilewright_emit_llvm::emit_func_array;
 use tilewright_expr::{ExprId, FloatEval, Func, Node, Op, Value};
 use tilewright_jit::{Jit, Options, Source};
-use tilewright_runtime::{ArrayCode, ArrayFn, Pool};
+use tilewright_runtime::{ArrayCode, ArrayFn, Pool, check_memory};
 use tilewright_target::Cpu;
 
 /// Name of the compiled function.
@@ -337,6 +337,9 @@ pub struct Measured {
 
 /// Times a function over arrays of `count` elements: floats lie between 0.25 and 4, integers between 0 and 99.
 pub fn measure(written: &Func, compiled: &Func, cpu: &Cpu, count: usize) -> Result<Measured> {
+    // The arguments, the result, and up to two temporaries at a time.
+    let arrays = written.params().len() + 3;
+    check_memory(count.saturating_mul(8 * arrays), "arrays of this many elements")?;
     let args = written
         .params()
         .iter()
@@ -421,6 +424,7 @@ fn error(func: &Func, args: &[Tensor], out: &Tensor) -> f64 {
 
 /// An array of made-up numbers.
 fn example(dtype: DType, count: usize, seed: u64) -> Result<Tensor> {
+    check_memory(dtype.bytes_for(count).unwrap_or(usize::MAX), "an array")?;
     let mut tensor = Tensor::zeros(dtype, vec![count])?;
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x2545_f491_4f6c_dd1d;
     let mut next = || {

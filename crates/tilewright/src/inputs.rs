@@ -6,6 +6,7 @@ use tilewright_data::{Tensor, element_count};
 use tilewright_graph::{Graph, Op, ValueId};
 use tilewright_interp::philox4x32_10;
 use tilewright_layout::{Dim, Env};
+use tilewright_runtime::check_memory;
 
 /// Sizes for symbols that the user did not choose: 8 for the first dimension of an input, else 32,
 /// moved into the symbol's range.
@@ -63,8 +64,9 @@ fn random_input(graph: &Graph, v: ValueId, env: &Env, seed: u64) -> Result<Tenso
         .collect::<Option<Vec<usize>>>()
         .ok_or_else(|| Error::user(format!("input `{name}`: a size is unknown or too large")))?;
     let count = element_count(&shape)?;
-    // Checks that it can be had before filling it.
-    Tensor::zeros(ty.dtype, shape.clone())?;
+    // The numbers are made as 64-bit ones first.
+    let bytes = ty.dtype.bytes_for(count).and_then(|b| b.checked_add(count.checked_mul(8)?));
+    check_memory(bytes.unwrap_or(usize::MAX), &format!("input `{name}` of shape {shape:?}"))?;
     let mut words = Words { seed, next: 0, block: [0; 4] };
     if ty.dtype.is_float() {
         let values: Vec<f64> = (0..count).map(|_| words.normal()).collect();

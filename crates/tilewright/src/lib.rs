@@ -20,6 +20,7 @@ pub mod bench;
 mod compile;
 pub mod explain;
 pub mod expr;
+pub mod html;
 pub mod inputs;
 mod machine;
 mod model;

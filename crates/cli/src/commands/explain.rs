@@ -2,8 +2,9 @@
 
 use super::{compile, inputs};
 use crate::args::ExplainArgs;
+use crate::npy;
 use crate::output::Output;
-use tilewright::{Result, explain};
+use tilewright::{Result, explain, html};
 use tilewright_base::Error;
 
 pub(crate) fn run(args: &ExplainArgs, output: &Output) -> Result<()> {
@@ -13,6 +14,10 @@ pub(crate) fn run(args: &ExplainArgs, output: &Output) -> Result<()> {
     let mut text = report.text(args.top);
     if args.groups {
         text += &format!("\n{}", compiled.fusion());
+    }
+    if let Some(file) = &args.html {
+        npy::write_whole(file, html::page(&report).as_bytes())?;
+        text += &format!("\nwrote {}", file.display());
     }
     let value = serde_json::to_value(&report).map_err(|e| Error::bug(e.to_string()))?;
     output.result(&text, &value);

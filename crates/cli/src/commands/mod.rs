@@ -11,6 +11,7 @@ pub(crate) mod verify;
 
 use crate::args::{InputArgs, ModelArgs};
 use crate::npy;
+use crate::output::{progress, say};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use tilewright::{Compiled, Compiler, Model, Result, Tensor};
@@ -35,9 +36,12 @@ fn cache_folder(args: &ModelArgs) -> Option<PathBuf> {
 fn compile(args: &ModelArgs) -> Result<(Model, Compiled)> {
     let compiler = compiler(args)?;
     let model = Model::open(&args.model)?;
-    let compiled = compiler.compile(&model)?;
+    let compiled = {
+        let _progress = progress(format!("compiling {}", model.graph.name));
+        compiler.compile(&model)?
+    };
     for warning in compiled.warnings() {
-        eprintln!("warning: {warning}");
+        say(&format!("warning: {warning}"));
     }
     Ok((model, compiled))
 }

@@ -2,7 +2,7 @@
 
 use super::{compile, inputs};
 use crate::args::VerifyArgs;
-use crate::output::Output;
+use crate::output::{Output, progress};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use tilewright::Result;
@@ -12,7 +12,10 @@ use tilewright_base::Error;
 pub(crate) fn run(args: &VerifyArgs, output: &Output) -> Result<()> {
     let (model, compiled) = compile(&args.model)?;
     let inputs = inputs(&model, &args.inputs)?;
-    let report = verify(&compiled, &model.graph, &inputs)?;
+    let report = {
+        let _progress = progress(format!("running {} in float64", model.graph.name));
+        verify(&compiled, &model.graph, &inputs)?
+    };
     let mut text = String::new();
     for d in &report.outputs {
         line(&mut text, "output", d);
