@@ -2,8 +2,8 @@
 
 use std::io::{BufReader, Write};
 use std::path::Path;
-use tilewright_base::{DType, Error, Result};
-use tilewright_data::Tensor;
+use tilewright_base::{DType, Error, Result, ResultExt};
+use tilewright_data::{Tensor, element_count};
 
 /// Reads a `.npy` file of numbers in C order.
 pub(crate) fn read(path: &Path) -> Result<Tensor> {
@@ -23,6 +23,7 @@ pub(crate) fn read(path: &Path) -> Result<Tensor> {
         .map(|&d| usize::try_from(d))
         .collect::<std::result::Result<_, _>>()
         .map_err(|_| failed("its shape is too large".into()))?;
+    element_count(&shape).context(|| format!("reading {name}"))?;
     let descr = npy.dtype().descr();
     let kind = descr.trim_matches(|c| c == '\'' || c == '"').to_string();
     macro_rules! typed {

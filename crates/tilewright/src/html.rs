@@ -111,7 +111,7 @@ fn kinds(e: &Explanation) -> Markup {
             }
             div.legend {
                 @for (kind, (count, share)) in &kinds {
-                    span { i.dot class=(class(kind)) {} (kind) " " (percent(*share)) ", " (count) @if *count == 1 { " kernel" } @else { " kernels" } }
+                    span { i.dot.(class(kind)) {} (kind) " " (percent(*share)) ", " (count) @if *count == 1 { " kernel" } @else { " kernels" } }
                 }
             }
         }
@@ -219,10 +219,10 @@ fn roofline(e: &Explanation) -> Markup {
                     (format!("{:.0} GFLOP/s, {:.1} GB/s", peak * 1e-9, bandwidth * 1e-9))
                 }
                 @if e.cpu.threads > 1 && x.at(one / bandwidth) < 900.0 {
-                    text x="984" y=(y.at(one * 1e-9) + 16.0) text-anchor="end" { (format!("1 thread: {:.0} GFLOP/s", one * 1e-9)) }
+                    text x="984" y=(y.at(one * 1e-9) - 5.0) text-anchor="end" { (format!("1 thread: {:.0} GFLOP/s", one * 1e-9)) }
                 }
                 @for k in &drawn {
-                    circle.point class=(class(&k.anchor)) data-k=(format!("k{}", k.step))
+                    circle.point.(class(&k.anchor)) data-k=(format!("k{}", k.step))
                         cx=(format!("{:.1}", x.at(intensity(k)))) cy=(format!("{:.1}", y.at(rate(k) * 1e-9)))
                         r=(format!("{:.1}", (3.5 + 46.0 * (k.share / std::f64::consts::PI).sqrt()).min(26.0))) {
                         title {
@@ -262,7 +262,21 @@ fn sections(kernels: &[KernelReport]) -> Vec<(Option<&str>, Range<usize>)> {
             _ => sections.push((scope, i..i + 1)),
         }
     }
-    sections
+    // A lone kernel between two parts of a layer (a mask, say) goes with them.
+    let mut merged: Vec<(Option<&str>, Range<usize>)> = Vec::new();
+    for (scope, range) in sections {
+        if let [.., (before, whole), (None, lone)] = &mut merged[..]
+            && scope.is_some()
+            && *before == scope
+            && lone.len() == 1
+        {
+            whole.end = range.end;
+            merged.pop();
+        } else {
+            merged.push((scope, range));
+        }
+    }
+    merged
 }
 
 fn flow(e: &Explanation) -> Markup {
@@ -312,7 +326,7 @@ fn kernel(k: &KernelReport, most: f64) -> Markup {
     let after: Vec<String> = k.after.iter().map(usize::to_string).collect();
     let names = |list: &[String]| html! { @for name in list { code { (name) } } };
     html! {
-        details.kernel class=(class(&k.anchor)) id=(format!("k{}", k.step)) data-after=(after.join(" ")) {
+        details.kernel.(class(&k.anchor)) id=(format!("k{}", k.step)) data-after=(after.join(" ")) {
             summary {
                 span.no { (k.step) }
                 span.label title=(k.nodes.join(", ")) { (k.label) }
@@ -359,7 +373,7 @@ fn table(e: &Explanation) -> Markup {
                         tr data-k=(format!("k{}", k.step)) {
                             td.r data-v=(k.step) { (k.step) }
                             td.wide { (k.label) }
-                            td { i.dot class=(class(&k.anchor)) {} (k.anchor) }
+                            td { i.dot.(class(&k.anchor)) {} (k.anchor) }
                             td.r data-v=(k.nodes.len()) { (k.nodes.len()) }
                             td.r data-v=(k.flops) { (format!("{:.2}", k.flops * 1e-6)) }
                             td.r data-v=(k.bytes) { (bytes_text(k.bytes)) }
@@ -483,6 +497,7 @@ mod tests {
             let tag = &rest[..end];
             rest = &rest[end + 1..];
             assert!(tag.matches('"').count() % 2 == 0 && !tag.contains('<'), "{tag}");
+            assert!(tag.matches(" class=").count() <= 1, "{tag}");
             match tag.strip_prefix('/') {
                 Some(name) => assert_eq!(open.pop(), Some(name)),
                 None => {
