@@ -39,7 +39,8 @@ impl ArrayFunc {
     /// Compiles the function for this machine; it will run on `cpu.threads` threads.
     pub fn new(func: &Func, cpu: &Cpu) -> Result<ArrayFunc> {
         let source = Source { symbol: NAME.into(), text: llvm_ir(func, cpu)? };
-        let library = Arc::new(Jit::new(Options::default())?.build(&[source.clone()])?.library);
+        let build = Jit::new(Options::default())?.build(std::slice::from_ref(&source))?;
+        let library = Arc::new(build.library);
         let params = func.params().iter().map(|p| p.dtype).collect();
         // SAFETY: the library's only function is what `emit_func_array` wrote for `func`; its
         // contract is `ArrayFn` on the types of the function's parameters and result.
