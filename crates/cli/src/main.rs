@@ -73,3 +73,20 @@ fn usage(e: &clap::Error) -> ExitCode {
     let _ = e.print();
     ExitCode::from(if e.use_stderr() { 2 } else { 0 })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_a_bug_with_its_place() {
+        #[expect(clippy::unnecessary_literal_unwrap, reason = "the panic is the point")]
+        let error = guarded(|| {
+            None::<()>.expect("what broke");
+            Ok(())
+        })
+        .unwrap_err();
+        assert_eq!(error.exit_code(), 70);
+        assert!(error.message().contains("what broke") && error.message().contains("main.rs"));
+    }
+}

@@ -496,7 +496,7 @@ mod tests {
             let end = rest.find('>').unwrap();
             let tag = &rest[..end];
             rest = &rest[end + 1..];
-            assert!(tag.matches('"').count() % 2 == 0 && !tag.contains('<'), "{tag}");
+            assert!(tag.matches('"').count().is_multiple_of(2) && !tag.contains('<'), "{tag}");
             assert!(tag.matches(" class=").count() <= 1, "{tag}");
             match tag.strip_prefix('/') {
                 Some(name) => assert_eq!(open.pop(), Some(name)),
