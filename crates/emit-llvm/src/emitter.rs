@@ -455,8 +455,15 @@ impl<'a> Emitter<'a> {
         for (i, &extent) in shape.iter().enumerate().rev() {
             axes.push(Axis { extent: extent.into(), stride: stride.into(), block: None });
             let last = i + 1 == shape.len();
-            stride *=
-                if last && extent > 1 { (extent + lanes - 1) / lanes * lanes } else { extent };
+            if !last || extent == 1 {
+                stride *= extent;
+                continue;
+            }
+            stride = (extent + lanes - 1) / lanes * lanes;
+            // Rows a multiple of 512 bytes apart would share few sets of the cache.
+            if shape.len() > 1 && stride * dtype.size() as i64 % 512 == 0 {
+                stride += 64 / dtype.size() as i64;
+            }
         }
         axes.reverse();
         let ptr = self.scratch(stride.max(1) * dtype.size() as i64 + 64);

@@ -211,7 +211,10 @@ impl<'a> Emitter<'a> {
         let rows_of = |k: Dim| vec![i_dim.clone(), k];
         let a_tile = *a;
         let mut a_access = self.row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks);
-        if a_access.is_none() {
+        let crowded = a_access.as_ref().is_some_and(|(place, _, row, ..)| {
+            rows_max >= 4 && cols_max > 2 * g.width && crowds(place, row)
+        });
+        if a_access.is_none() || crowded {
             self.c.t.comment("left operand copied");
             let kept = self.keep(a_tile)?;
             self.loc[a_tile.index()] = Loc::Buffer(kept);
@@ -243,8 +246,11 @@ impl<'a> Emitter<'a> {
         {
             b_access = None;
         }
+        let crowded = b_access.as_ref().is_some_and(|(place, depth_access, ..)| {
+            rows_max >= 3 * g.rows && crowds(place, &depth_access.inner)
+        });
         let mut tail = None;
-        if b_access.is_none() {
+        if b_access.is_none() || crowded {
             self.c.t.comment("right operand copied");
             let kept =
                 self.new_panels(self.k.ty(b_tile).dtype.size_aligned(), depth_max, cols_max, width);
@@ -781,6 +787,13 @@ fn micro_kernel(
     out.push_str(&c.t.body);
     out.push_str("}\n");
     (out, c)
+}
+
+/// True when neighbours at this distance fall into the same few sets of the first-level cache (64
+/// sets of 64 bytes), so that a handful of them evict each other. Copying then pays.
+fn crowds(place: &Place, stride: &Dim) -> bool {
+    let bytes = stride.as_const().map_or(0, |s| s.saturating_mul(place.dtype.size() as i64));
+    place.base.starts_with("%p") && bytes >= 1024 && bytes % 512 == 0
 }
 
 /// The type whose register form accumulates.
