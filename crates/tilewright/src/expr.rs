@@ -459,13 +459,14 @@ mod tests {
         compile(text, &options).unwrap().func
     }
 
-    /// Compiled code, temporaries and oracle agree, also on the last partial vector.
+    /// Compiled code, temporaries and oracle agree, also on the last partial vector. None of the
+    /// formulas cancels on the arguments, so that relative errors stay those of the functions.
     #[test]
     fn three_ways_agree() {
         let cpu = Cpu::detect(2).unwrap();
         for text in [
             "x * 2 + y / 3",
-            "gelu(x) - sigmoid(y)",
+            "gelu(x) * sigmoid(y)",
             "where(x > y, sqrt(x), -exp(y))",
             "min(x, y) + max(x, 1) * tanh(y) ** 2",
             "where(x > 1 && !(y < 2), log(x), fma(x, y, 1))",
