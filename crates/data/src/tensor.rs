@@ -7,13 +7,15 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 
-/// Immutable shared bytes: an owned buffer or a part of a memory-mapped file.
+/// Immutable shared bytes: an owned buffer, a part of a memory-mapped file, or borrowed memory.
 #[derive(Clone)]
 pub enum Bytes {
     /// Owned, aligned to 8 bytes. The length in bytes may be less than the words hold.
     Owned(Arc<Vec<u64>>, usize),
     /// A part of a mapped file.
     Mapped(Arc<Mmap>, Range<usize>),
+    /// Memory of somebody else, who promises that it does not change or move.
+    Foreign(Arc<dyn AsRef<[u8]> + Send + Sync>),
 }
 
 impl Bytes {
@@ -31,15 +33,15 @@ impl Bytes {
 
     /// The bytes, for writing; copies first when they are shared or mapped.
     pub fn make_mut(&mut self) -> &mut [u8] {
-        if let Bytes::Mapped(map, range) = self {
-            *self = Bytes::copy_from(&map[range.clone()]);
+        if !matches!(self, Bytes::Owned(..)) {
+            *self = Bytes::copy_from(self);
         }
         match self {
             Bytes::Owned(words, len) => {
                 let words = Arc::make_mut(words);
                 &mut bytemuck::cast_slice_mut(words.as_mut_slice())[..*len]
             }
-            Bytes::Mapped(..) => unreachable!("replaced by an owned copy above"),
+            _ => unreachable!("replaced by an owned copy above"),
         }
     }
 }
@@ -50,6 +52,7 @@ impl Deref for Bytes {
         match self {
             Bytes::Owned(words, len) => &bytemuck::cast_slice(words.as_slice())[..*len],
             Bytes::Mapped(map, range) => &map[range.clone()],
+            Bytes::Foreign(owner) => (**owner).as_ref(),
         }
     }
 }
