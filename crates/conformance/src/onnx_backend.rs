@@ -11,7 +11,7 @@ use tilewright_graph::Graph;
 use tilewright_import::onnx::{self, ImportOptions, Imported};
 
 /// What executes a graph on inputs in the graph's order.
-pub type Runner = dyn Fn(&Graph, &[Tensor]) -> Result<Vec<Tensor>> + Sync;
+pub type Runner<'a> = dyn Fn(&Graph, &[Tensor]) -> Result<Vec<Tensor>> + Sync + 'a;
 
 /// How a case ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub fn cases(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Runs one case.
-pub fn run_case(folder: &Path, runner: &Runner) -> Verdict {
+pub fn run_case(folder: &Path, runner: &Runner<'_>) -> Verdict {
     let attempt = || -> Result<()> {
         let data = folder.join("test_data_set_0");
         let (rtol, atol) = tolerance(folder);

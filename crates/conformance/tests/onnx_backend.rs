@@ -1,7 +1,12 @@
 //! Runs the ONNX backend node tests and holds them against `tests/onnx_backend/passing.txt`.
 //!
 //!     python tests/onnx_backend/dump.py target/onnx_backend
-//!     cargo test -p tilewright-conformance --test onnx_backend -- [--bless] [--verbose] [FILTER]
+//!     cargo test -p tilewright-conformance --test onnx_backend -- [--bless] [--verbose] [--oracle]
+//!         [FILTER]
+//!
+//! Each case is compiled to machine code and run, as `tw run` does; `--oracle` runs the graph
+//! interpreter instead, to tell a wrong import from a wrong kernel. Compiled kernels are kept in
+//! `target/onnx_backend_kernels`, so that a second run compiles nothing.
 //!
 //! A listed case that does not pass is a failure. A case that passes and is not listed is
 //! announced; `--bless` rewrites the list. With a filter only matching cases run, and the list is
@@ -13,7 +18,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use tilewright::{Compiler, Cpu, Tensor};
 use tilewright_conformance::onnx_backend::{Verdict, cases, run_case};
+use tilewright_graph::Graph;
 use tilewright_interp::{Mode, run};
 
 fn main() -> ExitCode {
@@ -55,6 +62,21 @@ fn main() -> ExitCode {
         .map(str::to_string)
         .collect();
 
+    let compiler = match Cpu::detect(1) {
+        Ok(cpu) => Compiler::for_cpu(cpu, Some(root.join("target/onnx_backend_kernels"))),
+        Err(e) => {
+            println!("SKIPPED: {e}");
+            return ExitCode::SUCCESS;
+        }
+    };
+    let oracle = args.iter().any(|a| a == "--oracle");
+    let runner = |graph: &Graph, inputs: &[Tensor]| {
+        if oracle {
+            return run(graph, inputs, Mode::Exact);
+        }
+        compiler.compile_observed(graph.clone(), &mut |_| {})?.session()?.run(inputs)
+    };
+
     std::panic::set_hook(Box::new(|_| {}));
     let next = AtomicUsize::new(0);
     let results: Mutex<BTreeMap<String, Verdict>> = Mutex::new(BTreeMap::new());
@@ -64,14 +86,12 @@ fn main() -> ExitCode {
             scope.spawn(|| {
                 while let Some(case) = list.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let name = case.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                    let verdict = catch_unwind(AssertUnwindSafe(|| {
-                        run_case(case, &|graph, inputs| run(graph, inputs, Mode::Exact))
-                    }))
-                    .unwrap_or_else(|panic| {
-                        let text = panic.downcast_ref::<String>().cloned();
-                        let text = text.or(panic.downcast_ref::<&str>().map(|s| s.to_string()));
-                        Verdict::Fail(format!("PANIC: {}", text.unwrap_or_default()))
-                    });
+                    let verdict = catch_unwind(AssertUnwindSafe(|| run_case(case, &runner)))
+                        .unwrap_or_else(|panic| {
+                            let text = panic.downcast_ref::<String>().cloned();
+                            let text = text.or(panic.downcast_ref::<&str>().map(|s| s.to_string()));
+                            Verdict::Fail(format!("PANIC: {}", text.unwrap_or_default()))
+                        });
                     results
                         .lock()
                         .expect("no thread panics while it holds the lock")

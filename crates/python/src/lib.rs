@@ -66,9 +66,10 @@ impl Output {
     #[getter(__array_interface__)]
     fn array_interface<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dtype = self.tensor.dtype();
-        let typestr = TYPES.iter().find(|(d, _)| *d == dtype).map(|(_, t)| *t).ok_or_else(|| {
-            PyNotImplementedError::new_err(format!("NumPy has no element type for {dtype}"))
-        })?;
+        let typestr =
+            TYPES.iter().find(|(d, _)| *d == dtype).map(|(_, t)| *t).ok_or_else(|| {
+                PyNotImplementedError::new_err(format!("NumPy has no element type for {dtype}"))
+            })?;
         let shape = pyo3::types::PyTuple::new(py, self.tensor.shape())?;
         let dict = PyDict::new(py);
         dict.set_item("version", 3)?;
@@ -165,7 +166,8 @@ fn load(py: Python<'_>, path: PathBuf, threads: usize, cache: bool) -> PyResult<
             .inputs
             .iter()
             .map(|&v| {
-                let typestr = TYPES.iter().find(|(d, _)| *d == graph.dtype(v)).map_or("", |(_, t)| *t);
+                let typestr =
+                    TYPES.iter().find(|(d, _)| *d == graph.dtype(v)).map_or("", |(_, t)| *t);
                 (graph.values[v].name.clone(), typestr)
             })
             .collect();

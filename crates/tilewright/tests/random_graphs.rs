@@ -1,0 +1,64 @@
+//! Random graphs, compiled to machine code and run, against the float64 oracle: with all passes and
+//! fusion, and with one kernel per operator. A failure is shrunk before it is shown.
+//!
+//! `TW_SEED` and `TW_CASES` choose the range.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use tilewright::{Compiler, Cpu};
+use tilewright_base::DType;
+use tilewright_graph::Graph;
+use tilewright_interp::{Mode, Options};
+use tilewright_testkit as kit;
+
+/// What is wrong with the compiled form of this graph, if anything.
+fn wrong(graph: &Graph, seed: u64, compiler: &Compiler) -> Option<String> {
+    let mut rng = kit::data::Rng::new(seed);
+    let env = kit::data::random_env(graph, &mut rng);
+    let inputs = kit::data::random_inputs(graph, &env, &mut rng);
+    let options = Options { env: env.clone(), ..Options::new(Mode::F64) };
+    // What the oracle itself refuses is no case.
+    let want = tilewright_interp::run_with(graph, &inputs, &options).ok()?.outputs;
+    let got = catch_unwind(AssertUnwindSafe(|| {
+        compiler.compile_observed(graph.clone(), &mut |_| {})?.session()?.run(&inputs)
+    }));
+    let got = match got {
+        Ok(Ok(got)) => got,
+        Ok(Err(e)) => return Some(format!("{e:?}")),
+        Err(_) => return Some("panic".to_string()),
+    };
+    let budgets = kit::budget::of_outputs_at(graph, &env);
+    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        // A difference or an extreme may be much smaller than what it was made from; its error is
+        // not. The numbers here are of size 1.
+        let mut budget = budgets[i];
+        budget.absolute = budget.absolute.max(4.0 * budget.relative);
+        let comparison = kit::compare::compare(got, want, &budget);
+        if !comparison.passed() {
+            return Some(format!("output {i}: {comparison}"));
+        }
+    }
+    None
+}
+
+#[test]
+fn compiled_random_graphs_match_the_oracle() {
+    let Ok(cpu) = Cpu::detect(2) else { return };
+    let mut narrow = cpu.clone();
+    narrow.vector_bits = 256;
+    let number =
+        |name: &str, usual| std::env::var(name).ok().and_then(|s| s.parse().ok()).unwrap_or(usual);
+    let first: u64 = number("TW_SEED", 1);
+    for seed in first..first + number("TW_CASES", 60) {
+        let dtype = if seed % 5 == 0 { DType::BF16 } else { DType::F32 };
+        let nodes = 4 + (seed % 16) as usize;
+        let options = kit::generate::Options { nodes, dtype, ..kit::generate::Options::default() };
+        let graph = kit::generate::graph(seed, &options);
+        let machine = if seed % 3 == 0 { &narrow } else { &cpu };
+        let mut compiler = Compiler::for_cpu(machine.clone(), None);
+        compiler.fusion = seed % 4 != 0;
+        let Some(problem) = wrong(&graph, seed, &compiler) else { continue };
+        let small = kit::shrink::shrink(&graph, |g| wrong(g, seed, &compiler).is_some());
+        let now = wrong(&small, seed, &compiler);
+        panic!("seed {seed}: {problem}\nsmallest: {now:?}\n{small}");
+    }
+}
