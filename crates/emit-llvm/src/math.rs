@@ -920,6 +920,8 @@ impl Body<'_> {
         // Whole exponents give negative bases a sign; other exponents give NaN.
         let floor = self.un("trunc", y);
         let whole = self.cmp("oeq", &floor, y);
+        // Small whole exponents multiply out: exact wherever the power is (3^6 is 729).
+        let e = self.small_power(&a, y, &whole, &e);
         let h = self.mul(y, &half);
         let hf = self.un("trunc", &h);
         let even = self.cmp("oeq", &hf, &h);
@@ -950,6 +952,32 @@ impl Body<'_> {
         let any = self.c.bin("or", "i1", lanes, &both, &is_one);
         let any = self.c.bin("or", "i1", lanes, &any, &y_zero);
         self.sel(&any, &one, &r)
+    }
+
+    /// `a^y` by repeated squaring where `y` is whole and at most 63 in magnitude, else `other`.
+    fn small_power(&mut self, a: &str, y: &str, whole: &str, other: &str) -> String {
+        const BITS: usize = 6;
+        let (one, zero) = (self.lit(1.0), self.lit(0.0));
+        let limit = self.lit(((1 << BITS) - 1) as f64);
+        let magnitude = self.un("fabs", y);
+        let small = self.cmp("ole", &magnitude, &limit);
+        let small = self.c.bin("and", "i1", self.n, &small, whole);
+        let exponent = self.sel(&small, &magnitude, &zero);
+        let exponent = self.int_of(&exponent);
+        let none = self.ilit(0);
+        let (mut result, mut square) = (one.clone(), a.to_string());
+        for bit in 0..BITS {
+            let mask = self.ilit(1 << bit);
+            let taken = self.ibin("and", &exponent, &mask);
+            let taken = self.c.cmp("ne", self.int(), self.n, &taken, &none);
+            let product = self.mul(&result, &square);
+            result = self.sel(&taken, &product, &result);
+            square = self.mul(&square, &square);
+        }
+        let inverse = self.div(&one, &result);
+        let down = self.cmp("olt", y, &zero);
+        let result = self.sel(&down, &inverse, &result);
+        self.sel(&small, &result, other)
     }
 
     /// Calls a scalar function for each lane.

@@ -131,7 +131,15 @@ pub fn bind_inputs(graph: &Graph, inputs: &[Tensor], known: &Env, mode: Mode) ->
         }
         bind_symbols(&ty.shape, tensor.shape(), &mut env).map_err(|e| e.with_context(named(v)))?;
     }
-    // A second round: composite sizes whose symbols a later input determined.
+    // Sizes such as `N + 3`, where no input has a plain `N`.
+    for (&v, tensor) in graph.inputs.iter().zip(inputs) {
+        for (dim, &size) in graph.ty(v).shape.iter().zip(tensor.shape()) {
+            if let Some((name, value)) = dim.solve(size as i64, &env) {
+                env.insert(name, value);
+            }
+        }
+    }
+    // A last round: composite sizes whose symbols a later input determined.
     for (&v, tensor) in graph.inputs.iter().zip(inputs) {
         for (dim, &size) in graph.ty(v).shape.iter().zip(tensor.shape()) {
             match dim.eval(&env) {

@@ -291,6 +291,18 @@ impl Dim {
         Some(sum)
     }
 
+    /// The one unknown symbol and its value when `self` equals `value` under `env`: for `k*S + c`
+    /// with `S` missing from `env`. `None` when nothing or more is unknown, or no whole number fits.
+    pub fn solve(&self, value: i64, env: &Env) -> Option<(Arc<str>, i64)> {
+        let known = self.substitute(&|name| env.get(name).map(|&v| Dim::new(v)));
+        let constant = known.terms.iter().find(|(m, _)| m.is_empty()).map_or(0, |(_, c)| *c);
+        let mut unknown = known.terms.iter().filter(|(m, _)| !m.is_empty());
+        let (Some((mono, factor)), None) = (unknown.next(), unknown.next()) else { return None };
+        let [Atom::Sym(name)] = mono.as_slice() else { return None };
+        let rest = value.checked_sub(constant)?;
+        (rest.checked_rem(*factor)? == 0).then(|| (name.clone(), rest / factor))
+    }
+
     /// Replaces symbols; those for which `lookup` answers `None` stay.
     pub fn substitute(&self, lookup: &dyn Fn(&str) -> Option<Dim>) -> Dim {
         let mut sum = Dim::new(0);

@@ -330,6 +330,18 @@ mod tests {
     }
 
     #[test]
+    fn one_unknown_is_solved() {
+        let env = [("M".into(), 2i64)].into();
+        let solve = |text: &str, v| text.parse::<Dim>().unwrap().solve(v, &env);
+        assert_eq!(solve("N + 3", 7), Some(("N".into(), 4)));
+        assert_eq!(solve("3*N*M + M", 14), Some(("N".into(), 2)));
+        assert_eq!(solve("2*N", 7), None);
+        assert_eq!(solve("N + K", 7), None);
+        assert_eq!(solve("M", 2), None);
+        assert_eq!(solve("floor(N/2)", 2), None);
+    }
+
+    #[test]
     fn normal_form() {
         let (n, m) = (Dim::sym("N"), Dim::sym("M"));
         assert_eq!((&n * 4 + 3).floor_div(&Dim::new(4)), n);

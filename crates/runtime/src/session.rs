@@ -753,6 +753,14 @@ fn bind_symbols(plan: &Plan, inputs: &[Tensor]) -> Result<Env> {
             }
         }
     }
+    // Sizes such as `N + 3`, where no input has a plain `N`.
+    for ((_, _, shape), tensor) in plan.inputs.iter().zip(inputs) {
+        for (dim, &extent) in shape.iter().zip(tensor.shape()) {
+            if let Some((name, value)) = dim.solve(extent as i64, &env) {
+                env.insert(name, value);
+            }
+        }
+    }
     for symbol in &plan.symbols {
         if let Some(&value) = env.get(&symbol.name)
             && (value < symbol.range.min || value > symbol.range.max)
