@@ -92,7 +92,7 @@ pub(crate) struct ConvTiles {
 /// * The rows of the product are outputs: one row of the image when that fills the micro-kernel a
 ///   few times, several rows for small images, so that the weights are not read again for each.
 /// * The weights of one step, `bc * taps * bo * 4`, take at most half of the second-level cache, a
-///   panel of them half of the first.
+///   panel of them an eighth; few steps, because each loads and stores all accumulators.
 /// * Enough blocks for the threads, as for contractions.
 pub(crate) fn conv_tiles(
     target: &CpuTarget,
@@ -106,7 +106,7 @@ pub(crate) fn conv_tiles(
     let knobs = knobs(target);
     let rows = i64::from(knobs.mma_rows);
     let panel = panel_for(target, o);
-    let bc = even(c, (target.l1_bytes / 2 / 4 / panel / taps).max(16), 1);
+    let bc = even(c, (target.l2_bytes / 8 / 4 / panel / taps).clamp(16, 1024), 1);
     let most = 4 * rows;
     let bw = even(ow, most, 1);
     let mut bh = if bw >= 2 * rows { 1 } else { even(oh, (most / bw).max(1), 1) };
@@ -148,23 +148,26 @@ pub(crate) fn attention_tiles(
 
 /// Sizes for `[m, k] x [k, n]`, repeated over `batch` blocks of the grid.
 ///
-/// * `bn` is whole panels. A panel of `bk` rows stays in half of the first-level cache while the
-///   rows of the left operand pass by: `bk * panel * 4 <= l1 / 2`.
-/// * `bm` is whole micro-tiles; the left operand's block `bm * bk * 4` takes at most a quarter of
-///   the second-level cache.
+/// * `bk` is the whole sum when a panel of it takes at most an eighth of the second-level cache: each
+///   further step over `k` loads and stores all accumulators again. (Measured on a Cascade Lake
+///   core with 1 MiB of L2, product of 1024: 69% of peak with steps of 256, 75% with 512, 77%
+///   whole. The panel streams from L2 at half of its bandwidth.)
+/// * `bm` is whole micro-tiles; the left operand's block `bm * bk * 4` takes at most half of the
+///   second-level cache.
+/// * `bn` is whole panels.
 /// * There are at least three blocks per thread where the problem has that much, so that the last
 ///   one to finish is not alone for long; blocks shrink along the longer side first.
 pub(crate) fn gemm_tiles(target: &CpuTarget, batch: i64, m: i64, n: i64, k: i64) -> GemmTiles {
     let knobs = knobs(target);
     let (rows, panel) = (i64::from(knobs.mma_rows), panel(target));
-    let bk = even(k, (target.l1_bytes / 2 / 4 / panel).max(64), 1);
+    let bk = even(k, (target.l2_bytes / 8 / 4 / panel).clamp(64, 1024), 1);
     if m <= 4 {
         // A matrix times few vectors reads the matrix once: wide blocks, no blocking of rows.
         let want = (target.threads * 4).max(1);
         let share = round_up((n.max(1) + want - 1) / want, panel);
         return GemmTiles { bm: m.max(1), bn: share.clamp(panel, 16 * panel), bk };
     }
-    let bm_most = (target.l2_bytes / 4 / 4 / bk / rows).max(1) * rows;
+    let bm_most = (target.l2_bytes / 2 / 4 / bk / rows).max(1) * rows;
     let mut bm = even(m, bm_most.min(16 * rows), rows);
     let mut bn = even(n, 12 * panel, panel);
     let want = target.threads * 3;
@@ -196,7 +199,7 @@ mod tests {
             assert_eq!((t.bm % 14, t.bn % 32), (0, 0), "{t:?}");
             let blocks = (m + t.bm - 1) / t.bm * ((n + t.bn - 1) / t.bn);
             assert!(blocks >= 6 || (t.bm == 14 && t.bn == 32), "{m} {n} {k}: {t:?}");
-            assert!(t.bk * 32 * 4 <= target.l1_bytes / 2 + 128);
+            assert!(t.bk * 32 * 4 <= target.l2_bytes / 8);
         }
         assert_eq!(even(100, 64, 1), 50);
         assert_eq!(even(0, 64, 8), 8);

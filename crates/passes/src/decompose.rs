@@ -67,7 +67,7 @@ fn map(
 
 fn normalisation(ed: &mut Editor<'_>, id: NodeId) -> Result<Option<ValueId>> {
     let node = ed.graph.nodes[id].clone();
-    let x = node.inputs[0];
+    let Some(&x) = node.inputs.first() else { return Ok(None) };
     let spatial = ed.graph.shape(x).len().saturating_sub(2);
     let dtype = ed.graph.dtype(x);
     // `[C]` next to data `[N,C,...]`.

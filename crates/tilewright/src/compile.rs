@@ -5,7 +5,7 @@ use crate::model::Model;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tilewright_base::{Result, ResultExt};
+use tilewright_base::{Error, Result, ResultExt};
 use tilewright_data::Tensor;
 use tilewright_emit_llvm::emit_kernel;
 use tilewright_graph::{Graph, NodeId, Op, Value};
@@ -96,6 +96,10 @@ impl Compiler {
         mut graph: Graph,
         observe: &mut dyn FnMut(Stage<'_>),
     ) -> Result<Compiled> {
+        if self.precision != Precision::F32 {
+            return Err(Error::unsupported(format!("precision {} on the CPU", self.precision))
+                .with_hint("leave out --precision: f32 models run in f32"));
+        }
         let mut stages = Vec::new();
         let mut clock = Instant::now();
         let mut lap = |stages: &mut Vec<StageTime>, name: &str| {
