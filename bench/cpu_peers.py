@@ -239,7 +239,10 @@ def main() -> int:
         "kind": "cpu-peers",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": commit(),
-        "command": "python bench/cpu_peers.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(
+            ["python bench/cpu_peers.py --threads", str(arguments.threads), "--seconds", f"{arguments.seconds:g}"]
+            + arguments.names
+        ),
         "machine": machine(),
         "threads": arguments.threads,
         "seed": SEED,
