@@ -1,0 +1,696 @@
+//! [`Program`] and its parts.
+//!
+//! Integers (coordinates, bounds, slots) are [`Dim`]s. Their symbols are, besides the sizes of
+//! `Program::symbols`, the names bound by `Let`, `For` and `Role::instance`, and these four, which
+//! every program may use:
+//!
+//! | symbol | value |
+//! |---|---|
+//! | [`CTA`] | index of this block in its cluster, `0..cluster` |
+//! | [`CLUSTER`] | index of this cluster in the grid |
+//! | [`CLUSTERS`] | number of clusters in the grid |
+//! | [`THREAD`] | thread within the block; only inside `setup` and `teardown` |
+
+use std::sync::Arc;
+use tilewright_base::{DType, IdVec, typed_id};
+use tilewright_expr::{Func, Value};
+use tilewright_layout::{Dim, Symbols};
+use tilewright_tile::{Compare, Param, ParamId, ReduceKind};
+
+/// Index of the block in its cluster.
+pub const CTA: &str = "cta";
+/// Index of the cluster in the grid.
+pub const CLUSTER: &str = "cluster";
+/// Number of clusters in the grid.
+pub const CLUSTERS: &str = "clusters";
+/// Thread within the block.
+pub const THREAD: &str = "thread";
+
+typed_id!(
+    /// A tensor map (TMA descriptor). Prints as `map0`, or by its name.
+    MapId,
+    "map"
+);
+typed_id!(
+    /// A shared-memory buffer.
+    SmemId,
+    "s"
+);
+typed_id!(
+    /// An array of mbarriers.
+    BarrierId,
+    "bar"
+);
+typed_id!(
+    /// A ring position: which slot, and which pass over the ring.
+    RingId,
+    "ring"
+);
+typed_id!(
+    /// A tile in registers.
+    FragId,
+    "f"
+);
+
+/// What a program is compiled for. Orders by age.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Arch {
+    /// Ampere: `cp.async`, `mma.sync`.
+    Sm80,
+    /// Ada: as Ampere, and FP8 `mma.sync`.
+    Sm89,
+    /// Hopper with the architecture-specific instructions: TMA, `wgmma`, clusters.
+    Sm90a,
+}
+
+impl Arch {
+    /// As compilers spell it: `sm_90a`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arch::Sm80 => "sm_80",
+            Arch::Sm89 => "sm_89",
+            Arch::Sm90a => "sm_90a",
+        }
+    }
+
+    /// Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, table of
+    /// technical specifications per compute capability).
+    pub fn smem_bytes(self) -> u32 {
+        match self {
+            Arch::Sm80 => 163 << 10,
+            Arch::Sm89 => 99 << 10,
+            Arch::Sm90a => 227 << 10,
+        }
+    }
+}
+
+/// How 16-byte units are permuted within shared memory so that neither the copy engine, the
+/// tensor cores nor vector accesses meet bank conflicts. The span is also the extent of the
+/// contiguous axis of one copy box, in bytes. (PTX ISA, "Tensor swizzling modes".)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Swizzle {
+    /// Row after row, as they come.
+    None,
+    /// Spans of 32 bytes.
+    B32,
+    /// Spans of 64 bytes.
+    B64,
+    /// Spans of 128 bytes.
+    B128,
+}
+
+impl Swizzle {
+    /// Bytes of a span; 16 for none.
+    pub fn span_bytes(self) -> u32 {
+        match self {
+            Swizzle::None => 16,
+            Swizzle::B32 => 32,
+            Swizzle::B64 => 64,
+            Swizzle::B128 => 128,
+        }
+    }
+}
+
+/// A tensor map: how the copy engine cuts boxes out of a global tensor. Coordinates of loads and
+/// stores are logical, one per axis of the parameter; what lies outside reads zero and is not
+/// written.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TensorMap {
+    /// For people.
+    pub name: String,
+    /// The tensor.
+    pub param: ParamId,
+    /// Extent of the box along each axis of the parameter. Along the contiguous axis it is at most
+    /// one swizzle span; larger tiles take several boxes.
+    pub box_shape: Vec<u32>,
+    /// The axis of the parameter whose neighbours are neighbours in memory.
+    pub contiguous: usize,
+    /// How boxes lie in shared memory.
+    pub swizzle: Swizzle,
+}
+
+/// A buffer of `slots` tiles `[rows, cols]` in shared memory. A tile is stored as panels: the
+/// contiguous axis is cut into spans of the swizzle, and each panel holds one span of every line
+/// of the other axis. Prints as `bf16[128,64] cols-contiguous x4 swizzle 128`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Smem {
+    /// For people.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Extent of axis 0.
+    pub rows: u32,
+    /// Extent of axis 1.
+    pub cols: u32,
+    /// The axis whose neighbours are neighbours in memory: 1 is row-major.
+    pub contiguous: usize,
+    /// How panels are permuted.
+    pub swizzle: Swizzle,
+    /// How many tiles.
+    pub slots: u32,
+}
+
+impl Smem {
+    /// Bytes of one slot.
+    pub fn slot_bytes(&self) -> u32 {
+        (u64::from(self.rows) * u64::from(self.cols) * self.dtype.bits() as u64 / 8) as u32
+    }
+}
+
+/// `slots` mbarriers. A phase completes when `arrivals` arrivals and all announced bytes came.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Barrier {
+    /// For people.
+    pub name: String,
+    /// How many.
+    pub slots: u32,
+    /// Arrivals per phase, from all blocks of the cluster.
+    pub arrivals: u32,
+}
+
+/// A position in a ring of stages: a slot `0..stages` and a phase bit that flips on each pass.
+/// Every instance of a role has its own, starting at slot 0, phase 0.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Ring {
+    /// For people.
+    pub name: String,
+    /// Slots.
+    pub stages: u32,
+}
+
+/// How a fragment is spread over the threads of a role's instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Spread {
+    /// Accumulators of `wgmma` over the 4 warps of a warpgroup; `rows` is a multiple of 64.
+    /// (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16".)
+    Wgmma,
+    /// Accumulators of `mma.sync.m16n8`, over `warps_m x warps_n` warps: each warp holds
+    /// `[rows / warps_m, cols / warps_n]`.
+    MmaSync {
+        /// Warps along rows.
+        warps_m: u32,
+        /// Warps along columns.
+        warps_n: u32,
+    },
+    /// Plain threads: `lanes` neighbouring threads share a row, each holding vectors of `vector`
+    /// elements that repeat every `lanes * vector` columns; rows go round the other threads.
+    Lines {
+        /// Threads along a row; a power of two.
+        lanes: u32,
+        /// Neighbouring elements per thread.
+        vector: u32,
+        /// Threads of the instance.
+        threads: u32,
+    },
+    /// Outer-product accumulators for plain multiply-adds: `[rows, cols]` over a grid of
+    /// `threads_m x threads_n` threads, each with blocks of 4 x 4.
+    Outer {
+        /// Threads along rows.
+        threads_m: u32,
+        /// Threads along columns.
+        threads_n: u32,
+    },
+}
+
+/// Which axes of the spread tile a fragment has. A vector is held by every thread that holds an
+/// element of its row or column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Extent {
+    /// The tile `[rows, cols]`.
+    Tile,
+    /// One value per row: `[rows]`.
+    PerRow,
+    /// One value per column: `[cols]`.
+    PerCol,
+}
+
+/// A tile in the registers of a role's instance.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Frag {
+    /// For people.
+    pub name: String,
+    /// Element type. Narrow floats are held in 32 bits unless they feed `wgmma`.
+    pub dtype: DType,
+    /// Rows of the spread tile.
+    pub rows: u32,
+    /// Columns of the spread tile.
+    pub cols: u32,
+    /// Over which threads.
+    pub spread: Spread,
+    /// Tile or vector.
+    pub extent: Extent,
+}
+
+/// Where an instance stands in a buffer or barrier array.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// The slot of a ring position.
+    Ring(RingId),
+    /// The slot before a ring position (the last one released late).
+    Before(RingId),
+    /// A computed slot.
+    At(Dim),
+}
+
+/// One mbarrier.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BarrierRef {
+    /// The array.
+    pub barrier: BarrierId,
+    /// Which of it.
+    pub slot: Slot,
+}
+
+/// Which phase a wait is for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// The phase bit of a ring position: waits for what fills the slot on this pass.
+    Of(RingId),
+    /// The opposite bit: waits for the pass before; returns at once on the first pass.
+    Before(RingId),
+    /// A computed parity (0 or 1).
+    Parity(Dim),
+}
+
+/// Part of a tile in shared memory: `[row, col] + [rows, cols]` of one slot.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SmemTile {
+    /// The buffer.
+    pub smem: SmemId,
+    /// Which slot.
+    pub slot: Slot,
+    /// First row.
+    pub row: Dim,
+    /// First column.
+    pub col: Dim,
+    /// Rows.
+    pub rows: u32,
+    /// Columns.
+    pub cols: u32,
+}
+
+/// A fragment, or a range of its columns. `col` must become a number when enclosing [`Stmt::Unroll`]
+/// variables are put in, since registers have no addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FragRef {
+    /// The fragment.
+    pub frag: FragId,
+    /// First column.
+    pub col: Dim,
+    /// Columns; all from `col` on when `None`.
+    pub cols: Option<u32>,
+}
+
+/// Left operand of `wgmma`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum WgmmaA {
+    /// From shared memory.
+    Smem(SmemTile),
+    /// From registers (a 16-bit fragment in the accumulators' spread).
+    Frag(FragRef),
+}
+
+/// A condition that is the same for all threads of an instance: `lhs compare rhs`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Cond {
+    /// Left side.
+    pub lhs: Dim,
+    /// The comparison.
+    pub compare: Compare,
+    /// Right side.
+    pub rhs: Dim,
+}
+
+/// Which blocks of the cluster something reaches.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Reach {
+    /// This block.
+    Own,
+    /// The block with this index in the cluster.
+    Cta(Dim),
+    /// Every block of the cluster (a multicast load: same offset in each one's shared memory, and
+    /// each one's barrier gets the bytes).
+    All,
+}
+
+/// One step. "Instance" is the group of threads that runs the role: every thread executes the step,
+/// unless [`Stmt::Once`] or a single-threaded role says otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Stmt {
+    /// Names an integer for the rest of the block.
+    Let {
+        /// The name.
+        name: Arc<str>,
+        /// Its value.
+        value: Dim,
+    },
+    /// A counted loop: `var` from `lo` while below `hi`.
+    For {
+        /// Loop variable.
+        var: Arc<str>,
+        /// First value.
+        lo: Dim,
+        /// One past the last value.
+        hi: Dim,
+        /// Distance between values; positive.
+        step: Dim,
+        /// The steps.
+        body: Vec<Stmt>,
+    },
+    /// As a loop over `0..count` that is always unrolled, so that its variable is a number.
+    Unroll {
+        /// Loop variable.
+        var: Arc<str>,
+        /// Repetitions.
+        count: u32,
+        /// The steps.
+        body: Vec<Stmt>,
+    },
+    /// A branch.
+    If {
+        /// When.
+        cond: Cond,
+        /// Runs when it holds.
+        then: Vec<Stmt>,
+        /// Runs otherwise.
+        otherwise: Vec<Stmt>,
+    },
+    /// One thread of the instance, always the same one, runs the body.
+    Once(Vec<Stmt>),
+
+    // Barriers.
+    /// Initialises every barrier of the block; by one thread.
+    BarrierInit,
+    /// Makes initialised barriers visible to the cluster and to the copy engine.
+    FenceBarrierInit,
+    /// All threads of the block meet.
+    SyncBlock,
+    /// All threads of the cluster meet.
+    SyncCluster,
+    /// `threads` threads meet at hardware barrier `id` (1..=15).
+    NamedSync {
+        /// Which one.
+        id: Dim,
+        /// How many threads take part, those that only arrive included.
+        threads: u32,
+    },
+    /// Arrives at a hardware barrier without waiting.
+    NamedArrive {
+        /// Which one.
+        id: Dim,
+        /// How many threads take part.
+        threads: u32,
+    },
+    /// Waits for a phase of an mbarrier to complete; what its arrivals had done is then visible.
+    Wait {
+        /// The barrier.
+        barrier: BarrierRef,
+        /// The phase.
+        phase: Phase,
+    },
+    /// Arrives once (one thread does it, after all threads of each warp came here; with warps not
+    /// ordered among each other: put a `NamedSync` before, or count one arrival per warp).
+    Arrive {
+        /// The barrier.
+        barrier: BarrierRef,
+        /// Whose.
+        reach: Reach,
+    },
+    /// Arrives once and announces bytes that the copy engine will deliver.
+    ExpectBytes {
+        /// The barrier.
+        barrier: BarrierRef,
+        /// How many, from all copies of this phase into this block.
+        bytes: u32,
+    },
+    /// Moves a ring position forward.
+    Advance {
+        /// Which.
+        ring: RingId,
+        /// By how many stages.
+        by: Dim,
+    },
+
+    // The copy engine.
+    /// Starts copying a box into shared memory; completion adds its bytes to the barrier.
+    TmaLoad {
+        /// The tensor.
+        map: MapId,
+        /// Coordinate of the box's first element, one per axis of the parameter.
+        at: Vec<Dim>,
+        /// Where to: exactly one box.
+        to: SmemTile,
+        /// Whose bytes.
+        barrier: BarrierRef,
+        /// `Own` or `All`.
+        reach: Reach,
+        /// The data are read once: leave the cache to others.
+        evict_first: bool,
+    },
+    /// Starts copying a box from shared memory.
+    TmaStore {
+        /// The tensor.
+        map: MapId,
+        /// Coordinate of the box's first element.
+        at: Vec<Dim>,
+        /// From where: exactly one box.
+        from: SmemTile,
+        /// Adds to what is there instead of replacing it.
+        add: bool,
+    },
+    /// Closes a group of stores of this thread.
+    TmaCommit,
+    /// Waits until at most `pending` of this thread's groups are open.
+    TmaWait {
+        /// How many may be open.
+        pending: u32,
+        /// Only that shared memory was read; the writes may still be under way.
+        reads_only: bool,
+    },
+    /// Orders this thread's earlier plain accesses to shared memory before later ones of the copy
+    /// engine and the tensor cores (`fence.proxy.async`).
+    FenceAsync,
+
+    // Plain copies into shared memory, for tensors that the copy engine cannot address.
+    /// Every thread copies its share of a box with ordinary or `cp.async` loads; `zero` outside the
+    /// tensor. Plain (generic proxy) writes: complete at `CopyWait` (or at once when not async).
+    CopyIn {
+        /// The tensor.
+        param: ParamId,
+        /// Coordinate of the first element.
+        at: Vec<Dim>,
+        /// Which two axes of the tensor are the tile's rows and columns.
+        axes: (usize, usize),
+        /// Where to.
+        to: SmemTile,
+        /// Elements per access that the tensor's alignment allows.
+        vector: u32,
+    },
+    /// Closes a group of this thread's asynchronous plain copies.
+    CopyCommit,
+    /// Waits until at most `pending` of this thread's copy groups are open.
+    CopyWait {
+        /// How many may be open.
+        pending: u32,
+    },
+
+    // Tensor cores.
+    /// Orders this instance's earlier register accesses before later `wgmma`.
+    WgmmaFence,
+    /// `acc += a * b` over the tile's whole depth, asynchronously. `a` is `[rows, k]`, `b` is
+    /// `[k, cols]` in logical terms: a `SmemTile` of B has `k` rows.
+    Wgmma {
+        /// Accumulators.
+        acc: FragRef,
+        /// Left operand.
+        a: WgmmaA,
+        /// Right operand.
+        b: SmemTile,
+        /// Starts from zero when this holds; `None` always adds.
+        zero_if: Option<Cond>,
+    },
+    /// Closes a group of `wgmma`.
+    WgmmaCommit,
+    /// Waits until at most `pending` groups are open.
+    WgmmaWait {
+        /// How many may be open.
+        pending: u32,
+    },
+    /// `acc += a * b` with `mma.sync` (operands through `ldmatrix`) or plain multiply-adds,
+    /// according to the accumulators' spread. Synchronous.
+    Mma {
+        /// Accumulators.
+        acc: FragRef,
+        /// Left operand, `[rows, k]`.
+        a: SmemTile,
+        /// Right operand, `[k, cols]`.
+        b: SmemTile,
+    },
+
+    // Registers.
+    /// Every element becomes `value`.
+    Fill {
+        /// What is written.
+        dst: FragRef,
+        /// The value.
+        value: Value,
+    },
+    /// `dst = func(args...)`, elementwise; vectors repeat along the axis that they lack.
+    Map {
+        /// What is written.
+        dst: FragRef,
+        /// Computed for each element.
+        func: Func,
+        /// Operands of the same spread.
+        args: Vec<FragRef>,
+    },
+    /// Element `(i, j)` becomes `start + i` or `start + j`.
+    Iota {
+        /// What is written.
+        dst: FragRef,
+        /// Along rows (0) or columns (1).
+        axis: usize,
+        /// The first value.
+        start: Dim,
+    },
+    /// Combines along columns into a per-row fragment, or along rows into a per-column one; across
+    /// all threads that share the row or column.
+    Reduce {
+        /// What is written.
+        dst: FragRef,
+        /// How.
+        kind: ReduceKind,
+        /// Operand.
+        src: FragRef,
+        /// Combine with what `dst` holds.
+        accumulate: bool,
+    },
+    /// Reads global memory, `fill` outside. The fragment's rows and columns run along `axes` of
+    /// the tensor.
+    Load {
+        /// What is written.
+        dst: FragRef,
+        /// The tensor.
+        param: ParamId,
+        /// Coordinate of the first element, one per axis of the tensor.
+        at: Vec<Dim>,
+        /// Axes of the tensor along which rows and columns run (`None`: the fragment has no such
+        /// axis, or it is not an axis of the tensor).
+        axes: (Option<usize>, Option<usize>),
+        /// What lies outside.
+        fill: Value,
+        /// Neighbouring columns that one access may take.
+        vector: u32,
+    },
+    /// Writes global memory; what lies outside is dropped.
+    Store {
+        /// The tensor.
+        param: ParamId,
+        /// Coordinate of the first element.
+        at: Vec<Dim>,
+        /// Axes of the tensor along which rows and columns run.
+        axes: (Option<usize>, Option<usize>),
+        /// What.
+        src: FragRef,
+        /// Neighbouring columns that one access may take.
+        vector: u32,
+    },
+    /// Writes registers to shared memory (`stmatrix` where it fits).
+    ToSmem {
+        /// Where to.
+        to: SmemTile,
+        /// What; converted to the buffer's type.
+        src: FragRef,
+    },
+    /// Reads shared memory into registers.
+    FromSmem {
+        /// What is written.
+        dst: FragRef,
+        /// From where.
+        from: SmemTile,
+    },
+
+    // Dependent launches.
+    /// Waits until the kernels before this one in the stream have finished writing
+    /// (`griddepcontrol.wait`).
+    GridWait,
+    /// Lets the next kernel in the stream start (`griddepcontrol.launch_dependents`).
+    GridRelease,
+}
+
+/// A group of warps that runs its own code.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Role {
+    /// For people: `producer`, `consumer`.
+    pub name: String,
+    /// First warp of the block.
+    pub first_warp: u32,
+    /// Warps of one instance: 4 is a warpgroup.
+    pub warps: u32,
+    /// How many instances, one after another.
+    pub instances: u32,
+    /// Symbol for the index of the instance.
+    pub instance: Arc<str>,
+    /// Only one thread of each instance runs the body.
+    pub single_thread: bool,
+    /// Registers per thread, set with `setmaxnreg` for the whole warpgroups of the role.
+    pub registers: Option<u32>,
+    /// What it does.
+    pub body: Vec<Stmt>,
+}
+
+/// A scheduled kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Program {
+    /// Name, an identifier.
+    pub name: String,
+    /// For what.
+    pub arch: Arch,
+    /// Global tensors, as the tile program's.
+    pub params: IdVec<ParamId, Param>,
+    /// Sizes: arguments of a launch, in this order.
+    pub symbols: Symbols,
+    /// Tensor maps, made by the host from the parameters' sizes.
+    pub maps: IdVec<MapId, TensorMap>,
+    /// Blocks per cluster.
+    pub cluster: u32,
+    /// Threads per block.
+    pub threads: u32,
+    /// Work items (tiles): the grid is `min(items, what fits)` clusters when `persistent`, else
+    /// one cluster per item.
+    pub items: Dim,
+    /// Whether clusters loop over items.
+    pub persistent: bool,
+    /// Blocks per multiprocessor that registers are limited for (`__launch_bounds__`).
+    pub blocks_per_sm: u32,
+    /// Shared memory.
+    pub smem: IdVec<SmemId, Smem>,
+    /// Barriers.
+    pub barriers: IdVec<BarrierId, Barrier>,
+    /// Ring positions; each instance that uses one has its own.
+    pub rings: IdVec<RingId, Ring>,
+    /// Register tiles; each instance that uses one has its own.
+    pub frags: IdVec<FragId, Frag>,
+    /// Runs first, by all threads.
+    pub setup: Vec<Stmt>,
+    /// Run side by side.
+    pub roles: Vec<Role>,
+    /// Runs last, by all threads.
+    pub teardown: Vec<Stmt>,
+}
+
+impl Program {
+    /// Bytes of shared memory for tiles, each slot aligned to 1024, and barriers.
+    pub fn smem_bytes(&self) -> u32 {
+        let tiles: u32 =
+            self.smem.iter().map(|(_, s)| s.slot_bytes().next_multiple_of(1024) * s.slots).sum();
+        let barriers: u32 = self.barriers.iter().map(|(_, b)| b.slots * 8).sum();
+        tiles + barriers.next_multiple_of(16)
+    }
+
+    /// Blocks of a launch: `items` as the sizes give it, `clusters_at_once` what the device holds.
+    pub fn grid_blocks(&self, items: u64, clusters_at_once: u64) -> u64 {
+        let clusters = if self.persistent { items.min(clusters_at_once.max(1)) } else { items };
+        clusters * u64::from(self.cluster)
+    }
+}
