@@ -1,0 +1,127 @@
+//! Prints device programs as CUDA C++ that calls the device library; decides nothing.
+//!
+//! ```text
+//! Program --> Source { text, entry, arguments }     + headers() --> NVRTC or nvcc
+//! ```
+//!
+//! The text names one kernel. Its arguments come in the order of [`Source::arguments`]: tensor maps
+//! by value, pointers, sizes as `int`. What a program may contain is checked by
+//! `tilewright_device::verify` before; what the printer cannot say is an error that names it.
+//!
+//! To add a step: its arm in `stmts.rs`, and what it calls in `device-lib/`.
+
+mod dims;
+mod funcs;
+mod stmts;
+mod tensor_cores;
+
+use std::fmt::Write;
+use tilewright_base::{DType, Result};
+use tilewright_device::{MapId, Program};
+use tilewright_tile::ParamId;
+
+/// One argument of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Argument {
+    /// A tensor map, 128 bytes, by value.
+    Map(MapId),
+    /// The address of a tensor's first element.
+    Pointer(ParamId),
+    /// A size symbol, as a 32-bit integer.
+    Size(String),
+}
+
+/// CUDA C++ of one kernel.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The text; it includes the files of [`headers`].
+    pub text: String,
+    /// Name of the kernel.
+    pub entry: String,
+    /// What a launch passes, in order.
+    pub arguments: Vec<Argument>,
+    /// Dynamic shared memory of a launch, in bytes.
+    pub smem_bytes: u32,
+    /// Threads per block.
+    pub threads: u32,
+    /// Blocks per cluster.
+    pub cluster: u32,
+}
+
+/// The device library: names as programs include them, and text.
+pub fn headers() -> &'static [(&'static str, &'static str)] {
+    &[
+        ("tw/base.cuh", include_str!("../../../device-lib/base.cuh")),
+        ("tw/sync.cuh", include_str!("../../../device-lib/sync.cuh")),
+        ("tw/tma.cuh", include_str!("../../../device-lib/tma.cuh")),
+        ("tw/wgmma.cuh", include_str!("../../../device-lib/wgmma.cuh")),
+        ("tw/frag.cuh", include_str!("../../../device-lib/frag.cuh")),
+        ("tw/copy.cuh", include_str!("../../../device-lib/copy.cuh")),
+        ("tw/mma.cuh", include_str!("../../../device-lib/mma.cuh")),
+    ]
+}
+
+/// An element type as it lies in memory, in C++.
+pub(crate) fn memory_type(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F64 => "double",
+        DType::F32 => "float",
+        DType::F16 => "tw::f16",
+        DType::BF16 => "tw::bf16",
+        DType::F8E4M3 => "tw::f8e4m3",
+        DType::F8E5M2 => "tw::f8e5m2",
+        DType::I64 => "long long",
+        DType::I32 => "int",
+        DType::I16 => "short",
+        DType::I8 | DType::I4 => "signed char",
+        DType::U64 => "unsigned long long",
+        DType::U32 => "unsigned int",
+        DType::U16 => "unsigned short",
+        DType::U8 | DType::U4 => "unsigned char",
+        DType::Bool => "bool",
+    }
+}
+
+/// Prints a verified program.
+///
+/// # Errors
+/// A step that has no CUDA form for the program's architecture.
+pub fn emit(program: &Program) -> Result<Source> {
+    let mut printer = stmts::Printer::new(program);
+    let body = printer.kernel_body()?;
+    let arguments = printer.arguments();
+    let mut text = String::new();
+    let _ = writeln!(text, "// {}: printed from a device program for {}.", program.name, program.arch.name());
+    for (name, _) in headers() {
+        let _ = writeln!(text, "#include \"{name}\"");
+    }
+    text.push_str(&printer.definitions());
+    let parameters: Vec<String> = arguments
+        .iter()
+        .map(|a| match a {
+            Argument::Map(m) => format!("const __grid_constant__ tw::TensorMap map_{}", program.maps[*m].name),
+            Argument::Pointer(p) => {
+                let param = &program.params[*p];
+                let constant = if param.access == tilewright_tile::Access::In { "const " } else { "" };
+                format!("{constant}{}* __restrict__ p_{}", memory_type(param.dtype), param.name)
+            }
+            Argument::Size(s) => format!("const int {s}"),
+        })
+        .collect();
+    let _ = write!(
+        text,
+        "\nextern \"C\" __global__ void __launch_bounds__({}, {})\n{}(\n    {}) {{\n{body}}}\n",
+        program.threads,
+        program.blocks_per_sm,
+        program.name,
+        parameters.join(",\n    ")
+    );
+    Ok(Source {
+        text,
+        entry: program.name.clone(),
+        arguments,
+        smem_bytes: program.smem_bytes(),
+        threads: program.threads,
+        cluster: program.cluster,
+    })
+}

@@ -1,0 +1,1027 @@
+//! Steps as C++ statements.
+//!
+//! Convention: a fragment `%acc` is the array `acc`, a buffer `%sA` the address `sA` of its first slot,
+//! a barrier array `%full` the address `full`, a ring `%r` the object `r`. Loops over registers use `i`,
+//! depth steps of the tensor cores `k`; names of the program never clash with these because the printer
+//! adds `_` to one-letter names.
+
+use crate::dims::Scope;
+use crate::funcs::Funcs;
+use crate::{Argument, memory_type};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::sync::Arc;
+use tilewright_base::{DType, Error, Result};
+use tilewright_device::{
+    BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase, Program,
+    Reach, Role, Slot, SmemTile, Spread, Stmt, THREAD,
+};
+use tilewright_expr::Value;
+use tilewright_layout::{Dim, Range};
+use tilewright_tile::{Compare, ParamId, ReduceKind};
+
+/// State of printing one program.
+pub(crate) struct Printer<'a> {
+    pub(crate) program: &'a Program,
+    pub(crate) scope: Scope,
+    funcs: Funcs,
+    defines: BTreeSet<String>,
+    pointers: BTreeSet<ParamId>,
+    /// Fragments whose last rounding is left to the store.
+    unrounded: BTreeSet<FragId>,
+    out: String,
+    indent: usize,
+    /// The role whose body is being printed.
+    role: Option<&'a Role>,
+    /// Inside [`Stmt::Once`]: one thread runs already.
+    once: bool,
+    smem_offsets: Vec<u32>,
+    barrier_offsets: Vec<u32>,
+}
+
+const ANY: Range = Range { min: 0, max: i32::MAX as i64 };
+
+/// A name of the program as a C++ identifier.
+fn identifier(name: &str) -> String {
+    let clean: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    if clean.len() == 1 { format!("{clean}_") } else { clean }
+}
+
+impl<'a> Printer<'a> {
+    pub(crate) fn new(program: &'a Program) -> Printer<'a> {
+        let mut at = 0;
+        let smem_offsets = program
+            .smem
+            .iter()
+            .map(|(_, s)| {
+                let start = at;
+                at += s.slot_bytes().next_multiple_of(1024) * s.slots;
+                start
+            })
+            .collect();
+        let barrier_offsets = program
+            .barriers
+            .iter()
+            .map(|(_, b)| {
+                let start = at;
+                at += b.slots * 8;
+                start
+            })
+            .collect();
+        let mut scope = Scope::default();
+        for symbol in &program.symbols {
+            let range = Range { min: symbol.range.min, max: symbol.range.max };
+            scope.bind(&symbol.name, symbol.name.to_string(), range);
+        }
+        let max = i64::from(program.cluster) - 1;
+        scope.bind(&CTA.into(), "cta".into(), Range { min: 0, max });
+        scope.bind(&CLUSTER.into(), "cluster".into(), ANY);
+        scope.bind(&CLUSTERS.into(), "clusters".into(), ANY);
+        scope.bind(&THREAD.into(), "(int)threadIdx.x".into(), ANY);
+        let mut printer = Printer {
+            program,
+            scope,
+            funcs: Funcs::default(),
+            defines: BTreeSet::new(),
+            pointers: BTreeSet::new(),
+            unrounded: BTreeSet::new(),
+            out: String::new(),
+            indent: 1,
+            role: None,
+            once: false,
+            smem_offsets,
+            barrier_offsets,
+        };
+        printer.unrounded = printer.find_unrounded();
+        printer
+    }
+
+    /// Fragments of a narrow float that are only stored as that type: storing rounds anyway.
+    fn find_unrounded(&self) -> BTreeSet<FragId> {
+        let mut stored: BTreeMap<FragId, bool> = BTreeMap::new();
+        let bodies = self.program.roles.iter().map(|r| &r.body);
+        for body in bodies.chain([&self.program.setup, &self.program.teardown]) {
+            visit(body, &mut |stmt| {
+                let mut note = |frag: FragId, only_stored: bool| {
+                    *stored.entry(frag).or_insert(true) &= only_stored;
+                };
+                match stmt {
+                    Stmt::Store { src, param, .. } => note(
+                        src.frag,
+                        self.program.params[*param].dtype == self.program.frags[src.frag].dtype,
+                    ),
+                    Stmt::ToSmem { src, to } => note(
+                        src.frag,
+                        self.program.smem[to.smem].dtype == self.program.frags[src.frag].dtype,
+                    ),
+                    Stmt::Map { args, .. } => args.iter().for_each(|a| note(a.frag, false)),
+                    Stmt::Reduce { src, .. } => note(src.frag, false),
+                    Stmt::Wgmma { acc, a, .. } => {
+                        note(acc.frag, false);
+                        if let tilewright_device::WgmmaA::Frag(a) = a {
+                            note(a.frag, true);
+                        }
+                    }
+                    Stmt::Mma { acc, .. } => note(acc.frag, false),
+                    _ => {}
+                }
+            });
+        }
+        stored
+            .into_iter()
+            .filter(|(frag, only)| {
+                let dtype = self.program.frags[*frag].dtype;
+                *only && dtype.is_float() && dtype.bits() < 32
+            })
+            .map(|(frag, _)| frag)
+            .collect()
+    }
+
+    pub(crate) fn line(&mut self, text: &str) {
+        if text.starts_with('#') {
+            self.out.push_str(text);
+        } else {
+            let _ = write!(self.out, "{}{text}", "  ".repeat(self.indent));
+        }
+        self.out.push('\n');
+    }
+
+    /// Adds a definition before the kernel, once.
+    pub(crate) fn define(&mut self, text: String) {
+        self.defines.insert(text);
+    }
+
+    pub(crate) fn arguments(&self) -> Vec<Argument> {
+        let maps = self.program.maps.iter().map(|(id, _)| Argument::Map(id));
+        let pointers = self.pointers.iter().map(|p| Argument::Pointer(*p));
+        let sizes = self.program.symbols.iter().map(|s| Argument::Size(s.name.to_string()));
+        maps.chain(pointers).chain(sizes).collect()
+    }
+
+    pub(crate) fn definitions(&self) -> String {
+        let mut out = String::new();
+        if !self.defines.is_empty() {
+            out.push_str("\nnamespace {\nusing namespace tw;\n");
+            for define in &self.defines {
+                let _ = writeln!(out, "{define}");
+            }
+            out.push_str("}  // namespace\n");
+        }
+        if !self.funcs.is_empty() {
+            let _ = write!(out, "\n{}\n{}", tilewright_expr::CUDA_HELPERS, self.funcs.text());
+        }
+        out
+    }
+
+    pub(crate) fn frag_name(&self, frag: FragId) -> String {
+        identifier(&self.program.frags[frag].name)
+    }
+
+    /// The spread of a fragment's columns `[0, cols)`, as a C++ type.
+    fn spread(frag: &Frag, cols: u32) -> String {
+        match frag.spread {
+            Spread::Wgmma => format!("tw::WgmmaSpread<{}, {cols}>", frag.rows),
+            Spread::MmaSync { warps_m, warps_n } => {
+                format!("tw::MmaSpread<{}, {cols}, {warps_m}, {warps_n}>", frag.rows)
+            }
+            Spread::Lines { lanes, vector, threads } => {
+                format!("tw::LineSpread<{}, {cols}, {lanes}, {vector}, {threads}>", frag.rows)
+            }
+            Spread::Outer { threads_m, threads_n } => {
+                format!("tw::OuterSpread<{}, {cols}, {threads_m}, {threads_n}>", frag.rows)
+            }
+        }
+    }
+
+    fn count(frag: &Frag, cols: u32) -> String {
+        let spread = Self::spread(frag, cols);
+        match frag.extent {
+            Extent::Tile => format!("{spread}::TILE"),
+            Extent::PerRow => format!("{spread}::PER_ROW"),
+            Extent::PerCol => format!("{spread}::PER_COL"),
+        }
+    }
+
+    fn cols(&self, r: &FragRef) -> u32 {
+        r.cols.unwrap_or(self.program.frags[r.frag].cols)
+    }
+
+    /// Register `i` of the columns that `r` names, where `i` counts the registers of those columns.
+    fn register(&self, r: &FragRef, i: &str) -> Result<String> {
+        let frag = &self.program.frags[r.frag];
+        let name = self.frag_name(r.frag);
+        let width = self.cols(r);
+        let col = self.scope.text(&r.col);
+        let whole = width == frag.cols;
+        let index = match (frag.extent, frag.spread) {
+            (Extent::PerRow, _) => i.to_owned(),
+            _ if whole => i.to_owned(),
+            (Extent::Tile, Spread::Wgmma) if frag.rows == 64 => format!("{col} / 2 + {i}"),
+            (Extent::Tile, Spread::Wgmma) => {
+                let half = width / 2;
+                format!("({i}) / {half} * {} + {col} / 2 + ({i}) % {half}", frag.cols / 2)
+            }
+            (Extent::PerCol, Spread::Wgmma) => format!("{col} / 4 + {i}"),
+            _ => {
+                return Err(Error::unsupported(format!(
+                    "columns {} of {} in this spread cannot be taken apart",
+                    r.col, frag.name
+                )));
+            }
+        };
+        Ok(format!("{name}[{index}]"))
+    }
+
+    /// `arg` as an operand where `i` counts registers of `dst`.
+    fn operand(&self, dst: &FragRef, arg: &FragRef, i: &str) -> Result<String> {
+        let (d, a) = (&self.program.frags[dst.frag], &self.program.frags[arg.frag]);
+        let spread = Self::spread(d, self.cols(dst));
+        let index = match (d.extent, a.extent) {
+            (x, y) if x == y => i.to_owned(),
+            (Extent::Tile, Extent::PerRow) => format!("{spread}::per_row({i})"),
+            (Extent::Tile, Extent::PerCol) => format!("{spread}::per_col({i})"),
+            _ => {
+                return Err(Error::unsupported(format!("{} does not spread over {}", a.name, d.name)));
+            }
+        };
+        self.register(arg, &index)
+    }
+
+    pub(crate) fn cond(&self, cond: &Cond) -> String {
+        let compare = match cond.compare {
+            Compare::Lt => "<",
+            Compare::Le => "<=",
+            Compare::Eq => "==",
+            Compare::Ne => "!=",
+        };
+        format!("{} {compare} {}", self.scope.text(&cond.lhs), self.scope.text(&cond.rhs))
+    }
+
+    fn slot(&self, slot: &Slot) -> String {
+        match slot {
+            Slot::Ring(ring) => format!("{}.slot", identifier(&self.program.rings[*ring].name)),
+            Slot::Before(ring) => format!("{}.before()", identifier(&self.program.rings[*ring].name)),
+            Slot::At(dim) => self.scope.text(dim),
+        }
+    }
+
+    /// Address of the slot that holds a tile.
+    pub(crate) fn slot_address(&self, tile: &SmemTile) -> String {
+        let smem = &self.program.smem[tile.smem];
+        let slot = self.slot(&tile.slot);
+        let name = identifier(&smem.name);
+        if slot == "0" {
+            name
+        } else {
+            format!("{name} + {slot} * {}", smem.slot_bytes().next_multiple_of(1024))
+        }
+    }
+
+    /// Address of the first byte of a box within its buffer: whole panels and whole lines.
+    fn box_address(&self, tile: &SmemTile) -> String {
+        let smem = &self.program.smem[tile.smem];
+        let span = smem.swizzle.span_bytes();
+        let size = smem.dtype.bits() / 8;
+        let (along, line, lines) = if smem.contiguous == 1 {
+            (&tile.col, &tile.row, smem.rows)
+        } else {
+            (&tile.row, &tile.col, smem.cols)
+        };
+        let mut text = self.slot_address(tile);
+        if !along.is(0) {
+            let _ = write!(text, " + {} * {size} / {span} * {}", self.scope.text(along), lines * span);
+        }
+        if !line.is(0) {
+            let _ = write!(text, " + {} * {span}", self.scope.text(line));
+        }
+        text
+    }
+
+    fn barrier(&self, barrier: &BarrierRef) -> String {
+        let name = identifier(&self.program.barriers[barrier.barrier].name);
+        match self.slot(&barrier.slot).as_str() {
+            "0" => name,
+            slot => format!("{name} + 8 * {slot}"),
+        }
+    }
+
+    fn phase(&self, phase: &Phase) -> String {
+        match phase {
+            Phase::Of(ring) => format!("{}.phase", identifier(&self.program.rings[*ring].name)),
+            Phase::Before(ring) => {
+                format!("{}.phase ^ 1", identifier(&self.program.rings[*ring].name))
+            }
+            Phase::Parity(dim) => format!("(tw::u32)({})", self.scope.text(dim)),
+        }
+    }
+
+    /// Coordinates for the copy engine, innermost first: the contiguous axis, then the others from
+    /// the last to the first.
+    fn coordinates(&self, map: MapId, at: &[Dim]) -> String {
+        let contiguous = self.program.maps[map].contiguous;
+        std::iter::once(contiguous)
+            .chain((0..at.len()).rev().filter(|axis| *axis != contiguous))
+            .map(|axis| self.scope.text(&at[axis]))
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+
+    pub(crate) fn kernel_body(&mut self) -> Result<String> {
+        let program = self.program;
+        self.line("extern __shared__ __align__(1024) unsigned char shared_memory[];");
+        self.line("const tw::smem_t smem = tw::smem_address(shared_memory);");
+        for ((_, smem), offset) in program.smem.iter().zip(self.smem_offsets.clone()) {
+            self.line(&format!("const tw::smem_t {} = smem + {offset};", identifier(&smem.name)));
+        }
+        for ((_, bar), offset) in program.barriers.iter().zip(self.barrier_offsets.clone()) {
+            self.line(&format!("const tw::smem_t {} = smem + {offset};", identifier(&bar.name)));
+        }
+        if program.cluster > 1 {
+            self.line("const int cta = (int)tw::cluster_cta();");
+            self.line(&format!("const int cluster = (int)blockIdx.x / {};", program.cluster));
+            self.line(&format!("const int clusters = (int)gridDim.x / {};", program.cluster));
+        } else {
+            self.line("const int cta = 0;");
+            self.line("const int cluster = (int)blockIdx.x, clusters = (int)gridDim.x;");
+        }
+        self.line("const int warp = tw::warp();");
+        self.line("(void)cta, (void)cluster, (void)clusters, (void)warp, (void)smem;");
+        self.block(&program.setup)?;
+        let launch_registers = (65536 / program.threads / program.blocks_per_sm).min(255) / 8 * 8;
+        for (i, role) in program.roles.iter().enumerate() {
+            let last = role.first_warp + role.warps * role.instances;
+            let whole = program.roles.len() == 1 && last * 32 == program.threads;
+            let head = match (i, whole) {
+                (_, true) => "{".to_owned(),
+                (0, _) => format!("if (warp >= {} && warp < {last}) {{", role.first_warp),
+                _ => format!("else if (warp >= {} && warp < {last}) {{", role.first_warp),
+            };
+            self.line(&format!("{head}  // {}", role.name));
+            self.indent += 1;
+            if let Some(registers) = role.registers {
+                let verb = if registers > launch_registers { "increase" } else { "decrease" };
+                self.line(&format!("tw::registers_{verb}<{registers}>();"));
+            }
+            self.role_body(role)?;
+            self.indent -= 1;
+            self.line("}");
+        }
+        self.block(&program.teardown)?;
+        Ok(std::mem::take(&mut self.out))
+    }
+
+    fn role_body(&mut self, role: &'a Role) -> Result<()> {
+        let name = identifier(&role.instance);
+        self.line(&format!(
+            "const int {name} = (warp - {}) / {};",
+            role.first_warp, role.warps
+        ));
+        self.line(&format!("(void){name};"));
+        let saved = self.scope.clone();
+        let max = i64::from(role.instances) - 1;
+        self.scope.bind(&role.instance, name, Range { min: 0, max });
+        self.role = Some(role);
+        let mut used_rings = BTreeSet::new();
+        let mut used_frags = BTreeSet::new();
+        visit(&role.body, &mut |stmt| stmt_names(stmt, &mut used_rings, &mut used_frags));
+        if role.single_thread {
+            self.line(&format!(
+                "if ((warp - {}) % {} == 0 && tw::elect_one()) {{",
+                role.first_warp, role.warps
+            ));
+            self.indent += 1;
+        } else {
+            self.line(&format!(
+                "const bool leader = (warp - {}) % {} == 0 && tw::elect_one();",
+                role.first_warp, role.warps
+            ));
+            self.line("(void)leader;");
+        }
+        for ring in used_rings {
+            let ring = &self.program.rings[ring];
+            self.line(&format!("tw::Ring<{}> {};", ring.stages, identifier(&ring.name)));
+        }
+        for id in used_frags {
+            let frag = &self.program.frags[id];
+            let count = Self::count(frag, frag.cols);
+            self.line(&format!(
+                "tw::value<{}> {}[{count}];",
+                memory_type(frag.dtype),
+                identifier(&frag.name)
+            ));
+        }
+        self.block(&role.body)?;
+        if role.single_thread {
+            self.indent -= 1;
+            self.line("}");
+        }
+        self.role = None;
+        self.scope = saved;
+        Ok(())
+    }
+
+    fn block(&mut self, stmts: &[Stmt]) -> Result<()> {
+        let saved = self.scope.clone();
+        for stmt in stmts {
+            self.stmt(stmt)?;
+        }
+        self.scope = saved;
+        Ok(())
+    }
+
+    fn braced(&mut self, head: &str, stmts: &[Stmt]) -> Result<()> {
+        self.line(&format!("{head} {{"));
+        self.indent += 1;
+        self.block(stmts)?;
+        self.indent -= 1;
+        self.line("}");
+        Ok(())
+    }
+
+    fn bind(&mut self, name: &Arc<str>, range: Range) -> String {
+        let text = identifier(name);
+        self.scope.bind(name, text.clone(), range);
+        text
+    }
+
+    /// Arrives and the like: by one thread of the instance.
+    fn leader_line(&mut self, text: &str) {
+        if self.once || self.role.is_some_and(|r| r.single_thread) {
+            self.line(text);
+        } else {
+            self.line(&format!("if (leader) {text}"));
+        }
+    }
+
+    /// Accumulators are written behind the compiler's back until a wait.
+    fn touch_accumulators(&mut self) {
+        let Some(role) = self.role else { return };
+        let mut accumulators = BTreeSet::new();
+        visit(&role.body, &mut |stmt| {
+            if let Stmt::Wgmma { acc, .. } = stmt {
+                accumulators.insert(acc.frag);
+            }
+        });
+        for acc in accumulators {
+            let name = self.frag_name(acc);
+            self.line(&format!("tw::wgmma_touch({name});"));
+        }
+    }
+
+    fn stmt(&mut self, stmt: &Stmt) -> Result<()> {
+        match stmt {
+            Stmt::Let { name, value } => {
+                let text = self.scope.text(value);
+                let range = self.scope.bounds(value);
+                let name = self.bind(name, range);
+                self.line(&format!("const int {name} = {text};"));
+            }
+            Stmt::For { var, lo, hi, step, body } => {
+                let (lo_text, hi_text) = (self.scope.text(lo), self.scope.text(hi));
+                let step_text = self.scope.text(step);
+                let range = Range {
+                    min: self.scope.bounds(lo).min,
+                    max: self.scope.bounds(hi).max.saturating_sub(1),
+                };
+                let saved = self.scope.clone();
+                let var = self.bind(var, range);
+                let next = if step.is(1) { format!("++{var}") } else { format!("{var} += {step_text}") };
+                self.line("#pragma unroll 1");
+                self.braced(&format!("for (int {var} = {lo_text}; {var} < {hi_text}; {next})"), body)?;
+                self.scope = saved;
+            }
+            Stmt::Unroll { var, count, body } => {
+                let saved = self.scope.clone();
+                let var = self.bind(var, Range { min: 0, max: i64::from(*count) - 1 });
+                self.line("#pragma unroll");
+                self.braced(&format!("for (int {var} = 0; {var} < {count}; ++{var})"), body)?;
+                self.scope = saved;
+            }
+            Stmt::If { cond, then, otherwise } => {
+                let cond = self.cond(cond);
+                self.braced(&format!("if ({cond})"), then)?;
+                if !otherwise.is_empty() {
+                    self.braced("else", otherwise)?;
+                }
+            }
+            Stmt::Once(body) if self.once || self.role.is_some_and(|r| r.single_thread) => {
+                self.block(body)?;
+            }
+            Stmt::Once(body) => {
+                let who = if self.role.is_some() { "leader" } else { "threadIdx.x == 0" };
+                self.once = true;
+                let done = self.braced(&format!("if ({who})"), body);
+                self.once = false;
+                done?;
+            }
+            Stmt::BarrierInit => {
+                let barriers: Vec<_> = self.program.barriers.iter().map(|(_, b)| b.clone()).collect();
+                self.line("if (threadIdx.x == 0) {");
+                for bar in barriers {
+                    self.line(&format!(
+                        "  for (int i = 0; i < {}; ++i) tw::mbarrier_init({} + 8 * i, {});",
+                        bar.slots,
+                        identifier(&bar.name),
+                        bar.arrivals
+                    ));
+                }
+                self.line("}");
+            }
+            Stmt::FenceBarrierInit => self.line("if (threadIdx.x == 0) tw::fence_barrier_init();"),
+            Stmt::SyncBlock => self.line("__syncthreads();"),
+            Stmt::SyncCluster if self.program.cluster == 1 => self.line("__syncthreads();"),
+            Stmt::SyncCluster => self.line("tw::cluster_sync();"),
+            Stmt::NamedSync { id, threads } => {
+                let id = self.scope.text(id);
+                self.line(&format!("tw::named_sync({id}, {threads});"));
+            }
+            Stmt::NamedArrive { id, threads } => {
+                let id = self.scope.text(id);
+                self.line(&format!("tw::named_arrive({id}, {threads});"));
+            }
+            Stmt::Wait { barrier, phase } => {
+                let text = format!("tw::mbarrier_wait({}, {});", self.barrier(barrier), self.phase(phase));
+                self.line(&text);
+            }
+            Stmt::Arrive { barrier, reach } => {
+                let bar = self.barrier(barrier);
+                match reach {
+                    Reach::Own => self.leader_line(&format!("tw::mbarrier_arrive({bar});")),
+                    Reach::Cta(cta) => {
+                        let cta = self.scope.text(cta);
+                        self.leader_line(&format!("tw::mbarrier_arrive_at({bar}, {cta});"));
+                    }
+                    Reach::All => {
+                        let n = self.program.cluster;
+                        self.leader_line(&format!(
+                            "for (int peer = 0; peer < {n}; ++peer) tw::mbarrier_arrive_at({bar}, peer);"
+                        ));
+                    }
+                }
+            }
+            Stmt::ExpectBytes { barrier, bytes } => {
+                let text = format!("tw::mbarrier_expect_bytes({}, {bytes});", self.barrier(barrier));
+                self.leader_line(&text);
+            }
+            Stmt::Advance { ring, by } => {
+                let name = identifier(&self.program.rings[*ring].name);
+                let by = if by.is(1) { String::new() } else { self.scope.text(by) };
+                self.line(&format!("{name}.advance({by});"));
+            }
+            Stmt::TmaLoad { map, at, to, barrier, reach, evict_first } => {
+                let policy = if *evict_first { "tw::EVICT_FIRST" } else { "tw::EVICT_NORMAL" };
+                let name = identifier(&format!("map_{}", self.program.maps[*map].name));
+                let to = self.box_address(to);
+                let bar = self.barrier(barrier);
+                let coordinates = self.coordinates(*map, at);
+                let text = match reach {
+                    Reach::All if self.program.cluster > 1 => format!(
+                        "tw::tma_load_multicast({to}, {name}, {bar}, {policy}, (tw::u16){}, {coordinates});",
+                        (1u32 << self.program.cluster) - 1
+                    ),
+                    _ => format!("tw::tma_load({to}, {name}, {bar}, {policy}, {coordinates});"),
+                };
+                self.leader_line(&text);
+            }
+            Stmt::TmaStore { map, at, from, add } => {
+                let verb = if *add { "tma_store_add" } else { "tma_store" };
+                let name = identifier(&format!("map_{}", self.program.maps[*map].name));
+                let text =
+                    format!("tw::{verb}({name}, {}, {});", self.box_address(from), self.coordinates(*map, at));
+                self.leader_line(&text);
+            }
+            Stmt::TmaCommit => self.leader_line("tw::tma_commit();"),
+            Stmt::TmaWait { pending, reads_only } => {
+                let verb = if *reads_only { "tma_wait_read" } else { "tma_wait" };
+                self.leader_line(&format!("tw::{verb}<{pending}>();"));
+            }
+            Stmt::FenceAsync => self.line("tw::fence_async();"),
+            Stmt::CopyIn { param, at, axes, to, vector } => self.copy_in(*param, at, *axes, to, *vector)?,
+            Stmt::CopyCommit => self.line("tw::copy_commit();"),
+            Stmt::CopyWait { pending } => self.line(&format!("tw::copy_wait<{pending}>();")),
+            Stmt::WgmmaFence => {
+                self.touch_accumulators();
+                self.line("tw::wgmma_fence();");
+            }
+            Stmt::Wgmma { acc, a, b, zero_if } => self.wgmma(acc, a, b, zero_if.as_ref())?,
+            Stmt::WgmmaCommit => self.line("tw::wgmma_commit();"),
+            Stmt::WgmmaWait { pending } => {
+                self.line(&format!("tw::wgmma_wait<{pending}>();"));
+                if *pending == 0 {
+                    self.touch_accumulators();
+                }
+            }
+            Stmt::Mma { acc, a, b } => self.mma(acc, a, b)?,
+            Stmt::Fill { dst, value } => {
+                let frag = &self.program.frags[dst.frag];
+                let count = Self::count(frag, self.cols(dst));
+                let register = self.register(dst, "i")?;
+                let text = constant(*value, frag.dtype);
+                self.line("#pragma unroll");
+                self.line(&format!("for (int i = 0; i < {count}; ++i) {register} = {text};"));
+            }
+            Stmt::Map { dst, func, args } => {
+                let frag = &self.program.frags[dst.frag];
+                let count = Self::count(frag, self.cols(dst));
+                let register = self.register(dst, "i")?;
+                let operands =
+                    args.iter().map(|a| self.operand(dst, a, "i")).collect::<Result<Vec<_>>>()?;
+                let name = self.funcs.name(func, self.unrounded.contains(&dst.frag));
+                self.line("#pragma unroll");
+                self.line(&format!(
+                    "for (int i = 0; i < {count}; ++i) {register} = {name}({});",
+                    operands.join(", ")
+                ));
+            }
+            Stmt::Iota { dst, axis, start } => {
+                let frag = &self.program.frags[dst.frag];
+                let spread = Self::spread(frag, self.cols(dst));
+                let count = Self::count(frag, self.cols(dst));
+                let register = self.register(dst, "i")?;
+                let at = match (frag.extent, axis) {
+                    (Extent::Tile, 0) => "row(i)",
+                    (Extent::Tile, _) => "col(i)",
+                    (Extent::PerRow, _) => "row_of(i)",
+                    (Extent::PerCol, _) => "col_of(i)",
+                };
+                let start = self.scope.text(start);
+                let held = memory_type(frag.dtype);
+                self.line("#pragma unroll");
+                self.line(&format!(
+                    "for (int i = 0; i < {count}; ++i) {register} = (tw::value<{held}>)({start} + {spread}::{at});"
+                ));
+            }
+            Stmt::Reduce { dst, kind, src, accumulate } => self.reduce(dst, *kind, src, *accumulate)?,
+            Stmt::Load { dst, param, at, axes, fill, vector } => {
+                self.global(dst, *param, at, *axes, *vector, Some(*fill))?;
+            }
+            Stmt::Store { param, at, axes, src, vector } => {
+                self.global(src, *param, at, *axes, *vector, None)?;
+            }
+            Stmt::ToSmem { to, src } => self.to_smem(to, src)?,
+            Stmt::FromSmem { dst, from } => self.from_smem(dst, from)?,
+            Stmt::GridWait => self.line("tw::grid_wait();"),
+            Stmt::GridRelease => self.line("tw::grid_release();"),
+        }
+        Ok(())
+    }
+
+    fn copy_in(
+        &mut self,
+        param: ParamId,
+        at: &[Dim],
+        axes: (usize, usize),
+        to: &SmemTile,
+        vector: u32,
+    ) -> Result<()> {
+        self.pointers.insert(param);
+        let p = self.program.params[param].clone();
+        let smem = self.program.smem[to.smem].clone();
+        let threads = self.role.map_or(self.program.threads, |r| r.warps * 32);
+        let along_cols = smem.contiguous == 1;
+        let (line_axis, along_axis) = if along_cols { axes } else { (axes.1, axes.0) };
+        let (lines, along) = if along_cols { (to.rows, to.cols) } else { (to.cols, to.rows) };
+        let buffer_lines = if along_cols { smem.rows } else { smem.cols };
+        let (line0, along0) = if along_cols { (&to.row, &to.col) } else { (&to.col, &to.row) };
+        let mut fixed = self.scope.wide(&p.layout.offset);
+        for (axis, coordinate) in at.iter().enumerate() {
+            if axis != axes.0 && axis != axes.1 {
+                let _ = write!(
+                    fixed,
+                    " + {} * {}",
+                    self.scope.wide(coordinate),
+                    self.scope.wide(&p.layout.axes[axis].stride)
+                );
+            }
+        }
+        let text = format!(
+            "tw::copy_tile<{}, {vector}, {threads}, {lines}, {along}, {}, {buffer_lines}>({}, {}, {}, p_{} + {fixed}, {}, {}, {}, {}, {}, {});",
+            memory_type(p.dtype),
+            smem.swizzle.span_bytes(),
+            self.slot_address(to),
+            self.scope.text(line0),
+            self.scope.text(along0),
+            p.name,
+            self.scope.text(&at[line_axis]),
+            self.scope.text(&at[along_axis]),
+            self.scope.text(&p.layout.axes[line_axis].extent),
+            self.scope.text(&p.layout.axes[along_axis].extent),
+            self.scope.wide(&p.layout.axes[line_axis].stride),
+            self.scope.wide(&p.layout.axes[along_axis].stride),
+        );
+        self.line(&text);
+        Ok(())
+    }
+
+    fn reduce(&mut self, dst: &FragRef, kind: ReduceKind, src: &FragRef, accumulate: bool) -> Result<()> {
+        let d = self.program.frags[dst.frag].clone();
+        let s = self.program.frags[src.frag].clone();
+        let spread = Self::spread(&s, self.cols(src));
+        let held = memory_type(d.dtype);
+        let combine = match kind {
+            ReduceKind::Sum => "x + y",
+            ReduceKind::Prod => "x * y",
+            ReduceKind::Max => "tw_max(x, y)",
+            ReduceKind::Min => "tw_min(x, y)",
+        };
+        // The helpers of maps define tw_max and tw_min.
+        let _ = self.funcs.name(&tilewright_expr::Func::identity(DType::F32), false);
+        if d.extent != Extent::PerRow || s.extent != Extent::Tile {
+            return Err(Error::unsupported("reduction over rows of a fragment"));
+        }
+        let across = match s.spread {
+            Spread::Wgmma | Spread::MmaSync { warps_n: 1, .. } => Some("tw::across_lanes<4>(x, combine)".to_owned()),
+            Spread::Lines { lanes: 1, .. } => None,
+            Spread::Lines { lanes, .. } if lanes <= 32 => Some(format!("tw::across_lanes<{lanes}>(x, combine)")),
+            Spread::Lines { lanes, threads, .. } => {
+                Some(format!("tw::across_warps<{lanes}, {threads}>(x, scratch, combine)"))
+            }
+            _ => return Err(Error::unsupported("reduction in this spread")),
+        };
+        let from = self.register(src, "i")?;
+        let to = self.register(dst, "j")?;
+        let per = format!("({spread}::TILE / {spread}::PER_ROW)");
+        self.line("{");
+        if across.as_deref().is_some_and(|a| a.contains("scratch")) {
+            self.line(&format!("  __shared__ tw::value<{held}> scratch[32];"));
+        }
+        self.line(&format!(
+            "  const auto combine = [](tw::value<{held}> x, tw::value<{held}> y) -> tw::value<{held}> {{ return {combine}; }};"
+        ));
+        self.line("#pragma unroll");
+        self.line(&format!("  for (int j = 0; j < {spread}::PER_ROW; ++j) {{"));
+        self.line(&format!("    tw::value<{held}> x{{}};"));
+        self.line("    bool first = true;");
+        self.line("#pragma unroll");
+        self.line(&format!(
+            "    for (int i = 0; i < {spread}::TILE; ++i) if ({spread}::per_row(i) == j) {{ x = first ? (tw::value<{held}>){from} : combine(x, {from}); first = false; }}"
+        ));
+        let _ = per;
+        if let Some(across) = across {
+            self.line(&format!("    x = {across};"));
+        }
+        if accumulate {
+            self.line(&format!("    {to} = combine({to}, x);"));
+        } else {
+            self.line(&format!("    {to} = x;"));
+        }
+        self.line("  }");
+        self.line("}");
+        Ok(())
+    }
+
+    /// A load (with `fill`) or a store between a fragment and global memory.
+    fn global(
+        &mut self,
+        frag_ref: &FragRef,
+        param: ParamId,
+        at: &[Dim],
+        axes: (Option<usize>, Option<usize>),
+        vector: u32,
+        fill: Option<Value>,
+    ) -> Result<()> {
+        self.pointers.insert(param);
+        let p = self.program.params[param].clone();
+        let frag = self.program.frags[frag_ref.frag].clone();
+        let cols = self.cols(frag_ref);
+        let spread = Self::spread(&frag, cols);
+        let count = Self::count(&frag, cols);
+        let ty = memory_type(p.dtype);
+        let store = fill.is_none();
+        let (row, col) = match frag.extent {
+            Extent::Tile => ("row(i)", "col(i)"),
+            Extent::PerRow => ("row_of(i)", "0"),
+            Extent::PerCol => ("0", "col_of(i)"),
+        };
+        let mut wide_at = self.scope.wide(&p.layout.offset);
+        let mut inside = Vec::new();
+        let mut lets = Vec::new();
+        for (axis, coordinate) in at.iter().enumerate() {
+            let a = &p.layout.axes[axis];
+            if a.block.is_some() {
+                return Err(Error::unsupported(format!("{} has a blocked axis", p.name)));
+            }
+            let offset = if axes.0 == Some(axis) && frag.extent != Extent::PerCol {
+                Some(row)
+            } else if axes.1 == Some(axis) && frag.extent != Extent::PerRow {
+                Some(col)
+            } else {
+                None
+            };
+            let name = format!("x{axis}");
+            let value = match offset {
+                Some(text) if text != "0" => format!("{} + {spread}::{text}", self.scope.text(coordinate)),
+                _ => self.scope.text(coordinate),
+            };
+            lets.push(format!("const int {name} = {value};"));
+            let _ = write!(wide_at, " + (tw::i64){name} * {}", self.scope.wide(&a.stride));
+            if self.scope.bounds(coordinate).min < 0 {
+                inside.push(format!("{name} >= 0"));
+            }
+            inside.push(format!("{name} < {}", self.scope.text(&a.extent)));
+        }
+        let vector = match frag.spread {
+            Spread::Wgmma | Spread::MmaSync { .. } => vector.min(2),
+            Spread::Lines { vector: most, .. } => vector.min(most),
+            Spread::Outer { .. } => vector.min(4),
+        };
+        let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
+        // A store of a vector fragment is made by every thread that holds the element: same value.
+        let registers = (0..vector)
+            .map(|k| self.register(frag_ref, &if k == 0 { "i".to_owned() } else { format!("i + {k}") }))
+            .collect::<Result<Vec<_>>>()?;
+        self.line("#pragma unroll");
+        self.line(&format!("for (int i = 0; i < {count}; i += {vector}) {{"));
+        for text in lets {
+            self.line(&format!("  {text}"));
+        }
+        self.line(&format!("  if ({}) {{", inside.join(" && ")));
+        if store {
+            if vector == 2 {
+                self.line(&format!(
+                    "    *reinterpret_cast<tw::Pair<{ty}>*>(p_{} + {wide_at}) = tw::narrow_pair<{ty}>({}, {});",
+                    p.name, registers[0], registers[1]
+                ));
+            } else {
+                let values: Vec<String> =
+                    registers.iter().map(|r| format!("tw::narrow_to<{ty}>::from({r})")).collect();
+                self.line(&format!(
+                    "    tw::store_run<{ty}, {vector}>(p_{} + {wide_at}, tw::Run<{ty}, {vector}>{{{{{}}}}});",
+                    p.name,
+                    values.join(", ")
+                ));
+            }
+            self.line("  }");
+        } else {
+            self.line(&format!(
+                "    const tw::Run<{ty}, {vector}> run = tw::load_run<{ty}, {vector}>(p_{} + {wide_at});",
+                p.name
+            ));
+            for (k, r) in registers.iter().enumerate() {
+                self.line(&format!("    {r} = tw::widen(run.at[{k}]);"));
+            }
+            let value = constant(fill.unwrap_or(Value::Int(0)), frag.dtype);
+            self.line("  } else {");
+            for r in &registers {
+                self.line(&format!("    {r} = {value};"));
+            }
+            self.line("  }");
+        }
+        self.line("}");
+        Ok(())
+    }
+
+    fn to_smem(&mut self, to: &SmemTile, src: &FragRef) -> Result<()> {
+        let smem = self.program.smem[to.smem].clone();
+        let frag = self.program.frags[src.frag].clone();
+        let cols = self.cols(src);
+        let register = self.register(src, "i")?;
+        let span = smem.swizzle.span_bytes();
+        let lines = if smem.contiguous == 1 { smem.rows } else { smem.cols };
+        let (row, col) = (self.scope.text(&to.row), self.scope.text(&to.col));
+        let slot = self.slot_address(to);
+        let ty = memory_type(smem.dtype);
+        match frag.spread {
+            Spread::Wgmma if frag.extent == Extent::Tile => self.line(&format!(
+                "tw::wgmma_to_smem<{ty}, {}, {cols}, {span}, {lines}, {}>({slot}, {row}, {col}, [&](int i) {{ return {register}; }});",
+                frag.rows,
+                smem.contiguous == 1
+            )),
+            _ => {
+                let spread = Self::spread(&frag, cols);
+                let size = smem.dtype.bits() / 8;
+                let (line, along) = if smem.contiguous == 1 {
+                    (format!("{row} + {spread}::row(i)"), format!("{col} + {spread}::col(i)"))
+                } else {
+                    (format!("{col} + {spread}::col(i)"), format!("{row} + {spread}::row(i)"))
+                };
+                self.line("#pragma unroll");
+                self.line(&format!(
+                    "for (int i = 0; i < {spread}::TILE; ++i) tw::smem_store<{ty}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along}), tw::narrow_to<{ty}>::from({register}));"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn from_smem(&mut self, dst: &FragRef, from: &SmemTile) -> Result<()> {
+        let smem = self.program.smem[from.smem].clone();
+        let frag = self.program.frags[dst.frag].clone();
+        let spread = Self::spread(&frag, self.cols(dst));
+        let register = self.register(dst, "i")?;
+        let span = smem.swizzle.span_bytes();
+        let lines = if smem.contiguous == 1 { smem.rows } else { smem.cols };
+        let (row, col) = (self.scope.text(&from.row), self.scope.text(&from.col));
+        let slot = self.slot_address(from);
+        let size = smem.dtype.bits() / 8;
+        let ty = memory_type(smem.dtype);
+        let (line, along) = if smem.contiguous == 1 {
+            (format!("{row} + {spread}::row(i)"), format!("{col} + {spread}::col(i)"))
+        } else {
+            (format!("{col} + {spread}::col(i)"), format!("{row} + {spread}::row(i)"))
+        };
+        self.line("#pragma unroll");
+        self.line(&format!(
+            "for (int i = 0; i < {spread}::TILE; ++i) {register} = tw::widen(tw::smem_load<{ty}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along})));"
+        ));
+        Ok(())
+    }
+}
+
+/// A constant as a fragment holds it.
+fn constant(value: Value, dtype: DType) -> String {
+    match value {
+        Value::Int(v) if dtype.is_float() => format!("{v}.0f"),
+        Value::Int(v) => v.to_string(),
+        Value::Float(v) if v.is_nan() => "__int_as_float(0x7fc00000)".into(),
+        Value::Float(v) if v.is_infinite() => {
+            if v > 0.0 { "__int_as_float(0x7f800000)" } else { "__int_as_float(0xff800000)" }.into()
+        }
+        Value::Float(v) if dtype == DType::F64 => format!("{v:e}"),
+        Value::Float(v) => format!("{v:e}f"),
+    }
+}
+
+/// Calls `f` on every step, nested ones included.
+fn visit(stmts: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
+    for stmt in stmts {
+        f(stmt);
+        match stmt {
+            Stmt::For { body, .. } | Stmt::Unroll { body, .. } | Stmt::Once(body) => visit(body, f),
+            Stmt::If { then, otherwise, .. } => {
+                visit(then, f);
+                visit(otherwise, f);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Rings and fragments that one step names.
+fn stmt_names(
+    stmt: &Stmt,
+    rings: &mut BTreeSet<tilewright_device::RingId>,
+    frags: &mut BTreeSet<FragId>,
+) {
+    let mut slot = |s: &Slot| {
+        if let Slot::Ring(r) | Slot::Before(r) = s {
+            rings.insert(*r);
+        }
+    };
+    match stmt {
+        Stmt::Wait { barrier, phase } => {
+            slot(&barrier.slot);
+            if let Phase::Of(r) | Phase::Before(r) = phase {
+                rings.insert(*r);
+            }
+        }
+        Stmt::Arrive { barrier, .. } | Stmt::ExpectBytes { barrier, .. } => slot(&barrier.slot),
+        Stmt::Advance { ring, .. } => {
+            rings.insert(*ring);
+        }
+        Stmt::TmaLoad { to, barrier, .. } => {
+            slot(&to.slot);
+            slot(&barrier.slot);
+        }
+        Stmt::TmaStore { from, .. } => slot(&from.slot),
+        Stmt::CopyIn { to, .. } => slot(&to.slot),
+        Stmt::Wgmma { acc, a, b, .. } => {
+            frags.insert(acc.frag);
+            slot(&b.slot);
+            match a {
+                tilewright_device::WgmmaA::Smem(a) => slot(&a.slot),
+                tilewright_device::WgmmaA::Frag(a) => {
+                    frags.insert(a.frag);
+                }
+            }
+        }
+        Stmt::Mma { acc, a, b } => {
+            frags.insert(acc.frag);
+            slot(&a.slot);
+            slot(&b.slot);
+        }
+        Stmt::Fill { dst, .. } | Stmt::Iota { dst, .. } | Stmt::Load { dst, .. } => {
+            frags.insert(dst.frag);
+        }
+        Stmt::Map { dst, args, .. } => {
+            frags.insert(dst.frag);
+            frags.extend(args.iter().map(|a| a.frag));
+        }
+        Stmt::Reduce { dst, src, .. } => {
+            frags.extend([dst.frag, src.frag]);
+        }
+        Stmt::Store { src, .. } => {
+            frags.insert(src.frag);
+        }
+        Stmt::ToSmem { to, src } => {
+            slot(&to.slot);
+            frags.insert(src.frag);
+        }
+        Stmt::FromSmem { dst, from } => {
+            slot(&from.slot);
+            frags.insert(dst.frag);
+        }
+        _ => {}
+    }
+}

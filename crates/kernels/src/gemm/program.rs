@@ -1,0 +1,181 @@
+//! The tile program of a matrix product.
+
+use tilewright_base::DType;
+use tilewright_expr::{Func, FuncBuilder, Op, Value};
+use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
+use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, TileType};
+
+/// Which axis of a matrix is contiguous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Order {
+    /// The last axis: row-major.
+    Row,
+    /// The first axis: column-major, a transposed view.
+    Col,
+}
+
+/// What happens to a tile of sums before it is stored. Parameters of `func` are the sum and then,
+/// in this order, those of `col_vector`, `row_vector` and `residual` that are present.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Epilogue {
+    /// From the sum (in the accumulation type) and the extra operands to the result's type.
+    pub func: Func,
+    /// Type of a vector `[N]` (a bias, scales of columns).
+    pub col_vector: Option<DType>,
+    /// Type of a vector `[M]` (scales of rows).
+    pub row_vector: Option<DType>,
+    /// Type of a matrix `[M, N]`, laid out as the result.
+    pub residual: Option<DType>,
+}
+
+impl Epilogue {
+    /// Only the conversion to the result's type.
+    pub fn cast(from: DType, to: DType) -> Epilogue {
+        Epilogue { func: Func::cast(from, to), col_vector: None, row_vector: None, residual: None }
+    }
+
+    /// `activation(sum + bias)`; `activation` maps f32 to f32.
+    pub fn bias(activation: Option<&Func>, bias: DType, to: DType) -> Epilogue {
+        let mut b = FuncBuilder::new();
+        let sum = b.param("sum", DType::F32);
+        let bias_in = b.param("bias", bias);
+        let bias_f = b.cast(bias_in, DType::F32);
+        let mut x = b.op(Op::Add, &[sum, bias_f]);
+        if let Some(f) = activation {
+            x = b.inline(f, &[x]);
+        }
+        let x = b.cast(x, to);
+        Epilogue { func: b.finish(x), col_vector: Some(bias), row_vector: None, residual: None }
+    }
+}
+
+/// A matrix product for all sizes: `C[b,m,n] = epilogue(sum over k of A[b,m,k] * B[b,k,n])`.
+///
+/// Size symbols: `M`, `N`, `K`, with `batched` also `L`; `lda`, `ldb`, `ldc` are the distances in
+/// elements between neighbours along the axis that is not contiguous, and `sa`, `sb`, `sc` those
+/// between batches.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct GemmSpec {
+    /// Type of the operands.
+    pub operand: DType,
+    /// Type of the sums: f32, or i32 for integers.
+    pub sum: DType,
+    /// Type of the result.
+    pub result: DType,
+    /// Order of `A [M, K]`.
+    pub a: Order,
+    /// Order of `B [K, N]`.
+    pub b: Order,
+    /// Order of `C [M, N]`.
+    pub c: Order,
+    /// A third axis in front, `L` matrices.
+    pub batched: bool,
+    /// What happens to the sums.
+    pub epilogue: Epilogue,
+}
+
+fn matrix(rows: &str, cols: &str, order: Order, leading: &str, batch: Option<&str>) -> Layout {
+    let unit = Dim::new(1);
+    let leading = Dim::sym(leading);
+    let (row_stride, col_stride) = match order {
+        Order::Row => (leading, unit),
+        Order::Col => (unit, leading),
+    };
+    let axis = |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
+    let mut axes = vec![axis(rows, row_stride), axis(cols, col_stride)];
+    if let Some(stride) = batch {
+        axes.insert(0, axis("L", Dim::sym(stride)));
+    }
+    Layout { axes, offset: Dim::new(0) }
+}
+
+impl GemmSpec {
+    /// Row-major `A`, `B`, `C`, no epilogue but the conversion.
+    pub fn plain(operand: DType, sum: DType, result: DType) -> GemmSpec {
+        GemmSpec {
+            operand,
+            sum,
+            result,
+            a: Order::Row,
+            b: Order::Row,
+            c: Order::Row,
+            batched: false,
+            epilogue: Epilogue::cast(sum, result),
+        }
+    }
+
+    /// The tile program, with tile sizes `BM`, `BN`, `BK`.
+    pub fn program(&self, name: &str) -> Kernel {
+        let mut k = KernelBuilder::new(name);
+        let mut sizes = vec!["M", "N", "K"];
+        if self.batched {
+            sizes.insert(0, "L");
+        }
+        sizes.extend(["lda", "ldb", "ldc"]);
+        if self.batched {
+            sizes.extend(["sa", "sb", "sc"]);
+        }
+        for size in sizes {
+            k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
+        }
+        let (bm, bn, bk) = (k.tile("BM"), k.tile("BN"), k.tile("BK"));
+        let (m, n, depth) = (Dim::sym("M"), Dim::sym("N"), Dim::sym("K"));
+        let batch = |s: &'static str| self.batched.then_some(s);
+        let a = k.param("A", self.operand, matrix("M", "K", self.a, "lda", batch("sa")), Access::In);
+        let b = k.param("B", self.operand, matrix("K", "N", self.b, "ldb", batch("sb")), Access::In);
+        let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
+        let e = &self.epilogue;
+        let col = e.col_vector.map(|t| k.param("cols", t, vector("N"), Access::In));
+        let row = e.row_vector.map(|t| k.param("rows", t, vector("M"), Access::In));
+        let c_layout = || matrix("M", "N", self.c, "ldc", batch("sc"));
+        let residual = e.residual.map(|t| k.param("R", t, c_layout(), Access::In));
+        let c = k.param("C", self.result, c_layout(), Access::Out);
+        let pl = self.batched.then(|| k.grid("pl", Dim::sym("L")));
+        let pm = k.grid("pm", m.ceil_div(&bm));
+        let pn = k.grid("pn", n.ceil_div(&bn));
+        let at = |x: Dim, y: Dim| match &pl {
+            Some(l) => vec![l.clone(), x, y],
+            None => vec![x, y],
+        };
+        let shape = |x: &Dim, y: &Dim| match &pl {
+            Some(_) => vec![Dim::new(1), x.clone(), y.clone()],
+            None => vec![x.clone(), y.clone()],
+        };
+        let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
+        let init = k.full(zero, TileType::new(self.sum, [bm.clone(), bn.clone()]));
+        let (var, carried) = k.begin_for("k", Dim::new(0), depth.ceil_div(&bk), &[init]);
+        let row0 = pm * &bm;
+        let col0 = pn * &bn;
+        let k0 = var * &bk;
+        let mut ta = k.load(a, at(row0.clone(), k0.clone()), shape(&bm, &bk));
+        let mut tb = k.load(b, at(k0.clone(), col0.clone()), shape(&bk, &bn));
+        if self.batched {
+            ta = k.reshape(ta, vec![bm.clone(), bk.clone()]);
+            tb = k.reshape(tb, vec![bk.clone(), bn.clone()]);
+        }
+        let next = k.mma(carried[0], ta, tb, Some(depth - &k0));
+        let sums = k.end_for(&[next])[0];
+        let mut args = vec![k.plain(sums)];
+        if let Some(p) = col {
+            let v = k.load(p, vec![col0.clone()], vec![bn.clone()]);
+            args.push(Operand { tile: v, along: vec![1] });
+        }
+        if let Some(p) = row {
+            let v = k.load(p, vec![row0.clone()], vec![bm.clone()]);
+            args.push(Operand { tile: v, along: vec![0] });
+        }
+        if let Some(p) = residual {
+            let mut t = k.load(p, at(row0.clone(), col0.clone()), shape(&bm, &bn));
+            if self.batched {
+                t = k.reshape(t, vec![bm.clone(), bn.clone()]);
+            }
+            args.push(k.plain(t));
+        }
+        let mut out = k.map(e.func.clone(), args, vec![bm.clone(), bn.clone()]);
+        if self.batched {
+            out = k.reshape(out, shape(&bm, &bn));
+        }
+        k.store(c, at(row0, col0), out);
+        k.finish()
+    }
+}

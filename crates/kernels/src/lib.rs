@@ -1,0 +1,4 @@
+//! Library kernels. Each is a folder: a tile program, its schedule space, a picker that needs no
+//! tuning, and how to launch it.
+
+pub mod gemm;

@@ -1,0 +1,412 @@
+//! What follows the loop: elementwise steps on the accumulators, in chunks of columns.
+//!
+//! Registers do not hold a second tile, so the steps after the loop run for a few columns at a time:
+//! load what the chunk needs, compute, store. What depends on rows only is loaded once, before the
+//! chunks. Stores through the copy engine are staged in a small ring of tiles per consumer, and drain
+//! while the next tile is multiplied.
+
+use crate::hopper::{Builder, STORE_BARRIER, CONSUMER, stores_by_tma};
+use crate::streams::{Defs, definitions, extents};
+use std::collections::BTreeMap;
+use tilewright_base::{DType, Error, Result};
+use tilewright_device::{
+    Extent, FragId, FragRef, MapId, Ring, RingId, Slot, Smem, SmemId, SmemTile, Stmt, Swizzle,
+    TensorMap,
+};
+use tilewright_layout::Dim;
+use tilewright_tile::{ParamId, TileId, TileOp};
+
+/// The steps after the loop.
+pub(crate) struct Finish {
+    /// Per item.
+    pub(crate) stmts: Vec<Stmt>,
+    /// After the last item.
+    pub(crate) last: Vec<Stmt>,
+}
+
+struct Staging {
+    smem: SmemId,
+    map: MapId,
+    ring: RingId,
+    box_rows: u32,
+}
+
+/// Schedules the stores after the loop. `results` are the loop's tiles in registers.
+pub(crate) fn store_results(
+    b: &mut Builder<'_>,
+    before: &[tilewright_tile::Stmt],
+    after: &[tilewright_tile::Stmt],
+    results: &[(TileId, FragId)],
+) -> Result<Finish> {
+    let mut defs = definitions(after);
+    defs.extend(definitions(before));
+    let mut stores = Vec::new();
+    for stmt in after {
+        match stmt {
+            tilewright_tile::Stmt::Let(..) => {}
+            tilewright_tile::Stmt::Store { param, index, value } => {
+                stores.push((*param, index.clone(), *value));
+            }
+            _ => return Err(Error::unsupported("loops, branches or atomics after the products")),
+        }
+    }
+    let Some((_, acc)) = results.first() else {
+        return Err(Error::unsupported("a loop without results"));
+    };
+    let tile_cols = b.frags[*acc].cols;
+    let mut chunk = tile_cols;
+    for (param, _, _) in &stores {
+        chunk = chunk.min(chunk_columns(b, *param, tile_cols));
+    }
+    let by_tma = stores_by_tma(b.schedule);
+    let mut staging = Vec::new();
+    if by_tma {
+        for (param, _, value) in &stores {
+            staging.push(stage(b, &defs, *param, *value, chunk)?);
+        }
+    }
+    let mut e = Evaluator {
+        b,
+        defs,
+        results: results.iter().copied().collect(),
+        chunk,
+        column: Dim::sym("chunk") * &Dim::new(i64::from(chunk)),
+        rows_done: BTreeMap::new(),
+        columns_done: BTreeMap::new(),
+        once: Vec::new(),
+        steps: Vec::new(),
+    };
+    let barrier = Dim::sym(CONSUMER) + &Dim::new(STORE_BARRIER);
+    let sync = Stmt::NamedSync { id: barrier, threads: 128 };
+    for (i, (param, index, value)) in stores.iter().enumerate() {
+        let (tile, axes) = e.store_view(*param, *value)?;
+        let frag = e.tile(tile)?;
+        let mut at = index.clone();
+        at[axes.0] = at[axes.0].clone() + &e.b.row0();
+        at[axes.1] = at[axes.1].clone() + &e.column;
+        if by_tma {
+            let s: &Staging = &staging[i];
+            let slot = Slot::Ring(s.ring);
+            let rows = e.b.rows;
+            // A slot is free when at most the younger slots' stores have not read theirs.
+            let pending = e.b.schedule.store_slots.max(1) - 1;
+            e.steps.push(Stmt::Once(vec![Stmt::TmaWait { pending, reads_only: true }]));
+            e.steps.push(sync.clone());
+            e.steps.push(Stmt::ToSmem {
+                to: SmemTile {
+                    smem: s.smem,
+                    slot: slot.clone(),
+                    row: e.b.staging_row0(),
+                    col: Dim::new(0),
+                    rows,
+                    cols: chunk,
+                },
+                src: frag,
+            });
+            e.steps.push(Stmt::FenceAsync);
+            e.steps.push(sync.clone());
+            let mut store = Vec::new();
+            for part in 0..rows / s.box_rows {
+                let offset = Dim::new(i64::from(part * s.box_rows));
+                let mut at = at.clone();
+                at[axes.0] = at[axes.0].clone() + &offset;
+                store.push(Stmt::TmaStore {
+                    map: s.map,
+                    at,
+                    from: SmemTile {
+                        smem: s.smem,
+                        slot: slot.clone(),
+                        row: e.b.staging_row0() + &offset,
+                        col: Dim::new(0),
+                        rows: s.box_rows,
+                        cols: chunk,
+                    },
+                    add: false,
+                });
+            }
+            store.push(Stmt::TmaCommit);
+            e.steps.push(Stmt::Once(store));
+            e.steps.push(Stmt::Advance { ring: s.ring, by: Dim::new(1) });
+        } else {
+            let vector = vector_along(e.b, *param, axes.1);
+            e.steps.push(Stmt::Store {
+                param: *param,
+                at,
+                axes: (Some(axes.0), Some(axes.1)),
+                src: frag,
+                vector,
+            });
+        }
+    }
+    let (once, steps) = (e.once, e.steps);
+    let mut stmts = once;
+    stmts.push(Stmt::Unroll { var: "chunk".into(), count: tile_cols / chunk, body: steps });
+    let last = if by_tma {
+        vec![Stmt::Once(vec![Stmt::TmaWait { pending: 0, reads_only: true }])]
+    } else {
+        Vec::new()
+    };
+    Ok(Finish { stmts, last })
+}
+
+/// Elements per access along an axis of a tensor: the schedule's when it is the contiguous one.
+fn vector_along(b: &Builder<'_>, param: ParamId, axis: usize) -> u32 {
+    if b.kernel.params[param].layout.axes[axis].stride.is(1) { b.schedule.vector.max(1) } else { 1 }
+}
+
+/// Columns of one chunk: a swizzle span of the output, which also bounds the registers.
+fn chunk_columns(b: &Builder<'_>, param: ParamId, tile_cols: u32) -> u32 {
+    let bits = b.kernel.params[param].dtype.bits();
+    let span = 1024 / bits.max(8);
+    let most = span.clamp(8, 64).min(tile_cols);
+    // Equal chunks.
+    (1..=most).rev().find(|c| tile_cols.is_multiple_of(*c) && c.is_multiple_of(8)).unwrap_or(tile_cols)
+}
+
+fn swizzle_for(bytes: u32) -> Result<Swizzle> {
+    [Swizzle::B128, Swizzle::B64, Swizzle::B32, Swizzle::None]
+        .into_iter()
+        .find(|s| bytes == s.span_bytes() || (*s == Swizzle::B128 && bytes.is_multiple_of(128)))
+        .ok_or_else(|| Error::unsupported(format!("staging tiles of {bytes} bytes along a line")))
+}
+
+fn stage(
+    b: &mut Builder<'_>,
+    defs: &Defs<'_>,
+    param: ParamId,
+    value: TileId,
+    chunk: u32,
+) -> Result<Staging> {
+    let axes = store_axes(b, defs, param, value)?.1;
+    let p = &b.kernel.params[param];
+    let (name, dtype, rank) = (p.name.clone(), p.dtype, p.layout.rank());
+    let unit = |axis: usize| p.layout.axes[axis].stride.is(1);
+    let contiguous = match (unit(axes.0), unit(axes.1)) {
+        (_, true) => 1,
+        (true, _) => 0,
+        _ => return Err(Error::unsupported(format!("{name} has no contiguous axis to store along"))),
+    };
+    let size = dtype.bits() / 8;
+    let (swizzle, box_rows) = if contiguous == 1 {
+        (swizzle_for(chunk * size)?, b.rows.min(256))
+    } else {
+        (Swizzle::B128, 128 / size)
+    };
+    let mut box_shape = vec![1; rank];
+    box_shape[axes.0] = box_rows;
+    box_shape[axes.1] = chunk;
+    let rows = b.rows * b.schedule.consumers;
+    let map = b.maps.push(TensorMap {
+        name: name.to_string(),
+        param,
+        box_shape,
+        contiguous: if contiguous == 1 { axes.1 } else { axes.0 },
+        swizzle,
+    });
+    let smem = b.smem.push(Smem {
+        name: format!("s{name}"),
+        dtype,
+        rows,
+        cols: chunk,
+        contiguous,
+        swizzle,
+        slots: b.schedule.store_slots.max(1),
+    });
+    let ring = b.rings.push(Ring { name: format!("out_{name}"), stages: b.schedule.store_slots.max(1) });
+    Ok(Staging { smem, map, ring, box_rows })
+}
+
+/// The two-axis tile behind a stored value, and which axes of the tensor it runs along.
+fn store_axes(
+    b: &Builder<'_>,
+    defs: &Defs<'_>,
+    param: ParamId,
+    value: TileId,
+) -> Result<(TileId, (usize, usize))> {
+    let shape = extents(b.kernel, value)?;
+    let name = &b.kernel.params[param].name;
+    let fail = || Error::unsupported(format!("a store to {name} that is not of a tile of two axes"));
+    let kept: Vec<usize> = (0..shape.len()).filter(|i| shape[*i] != 1).collect();
+    let tile = match defs.get(&value) {
+        Some(TileOp::Reshape(x)) if extents(b.kernel, *x)?.len() == 2 => *x,
+        _ => value,
+    };
+    match (kept.as_slice(), extents(b.kernel, tile)?.len()) {
+        ([r, c], 2) => Ok((tile, (*r, *c))),
+        _ => Err(fail()),
+    }
+}
+
+/// Evaluates tiles for the current chunk.
+struct Evaluator<'b, 'k> {
+    b: &'b mut Builder<'k>,
+    defs: Defs<'b>,
+    results: BTreeMap<TileId, FragId>,
+    chunk: u32,
+    column: Dim,
+    rows_done: BTreeMap<TileId, FragRef>,
+    columns_done: BTreeMap<(TileId, bool), FragRef>,
+    once: Vec<Stmt>,
+    steps: Vec<Stmt>,
+}
+
+fn whole(frag: FragId) -> FragRef {
+    FragRef { frag, col: Dim::new(0), cols: None }
+}
+
+impl Evaluator<'_, '_> {
+    fn store_view(&self, param: ParamId, value: TileId) -> Result<(TileId, (usize, usize))> {
+        store_axes(self.b, &self.defs, param, value)
+    }
+
+    fn dtype(&self, tile: TileId) -> DType {
+        self.b.kernel.ty(tile).dtype
+    }
+
+    fn push(&mut self, extent: Extent, stmt: Stmt) {
+        if extent == Extent::PerRow { self.once.push(stmt) } else { self.steps.push(stmt) }
+    }
+
+    /// A tile of two axes.
+    fn tile(&mut self, tile: TileId) -> Result<FragRef> {
+        if let Some(frag) = self.results.get(&tile) {
+            return Ok(FragRef { frag: *frag, col: self.column.clone(), cols: Some(self.chunk) });
+        }
+        if let Some(done) = self.columns_done.get(&(tile, true)) {
+            return Ok(done.clone());
+        }
+        let op = self.definition(tile)?;
+        let frag = whole(self.b.frag("t", self.dtype(tile), self.chunk, Extent::Tile));
+        match op {
+            TileOp::Map { func, args } => {
+                let mut operands = Vec::new();
+                for arg in &args {
+                    operands.push(self.operand(arg)?);
+                }
+                self.steps.push(Stmt::Map { dst: frag.clone(), func, args: operands });
+            }
+            TileOp::Load { param, index, steps, fill } => {
+                if steps.iter().any(|s| *s != 1) || index.len() < 2 {
+                    return Err(Error::unsupported("a strided load after the products"));
+                }
+                let (rows, cols) = (index.len() - 2, index.len() - 1);
+                let mut at = index;
+                at[rows] = at[rows].clone() + &self.b.row0();
+                at[cols] = at[cols].clone() + &self.column;
+                let vector = vector_along(self.b, param, cols);
+                self.steps.push(Stmt::Load {
+                    dst: frag.clone(),
+                    param,
+                    at,
+                    axes: (Some(rows), Some(cols)),
+                    fill,
+                    vector,
+                });
+            }
+            TileOp::Reshape(x) => {
+                let inner = self.tile_of_unit_reshape(x)?;
+                self.columns_done.insert((tile, true), inner.clone());
+                return Ok(inner);
+            }
+            TileOp::Full(value) => self.steps.push(Stmt::Fill { dst: frag.clone(), value }),
+            TileOp::Iota { axis, start } => {
+                let offset = if axis == 0 { self.b.row0() } else { self.column.clone() };
+                self.steps.push(Stmt::Iota { dst: frag.clone(), axis, start: start + &offset });
+            }
+            TileOp::Broadcast(operand) => {
+                let func = tilewright_expr::Func::identity(self.dtype(tile));
+                let arg = self.operand(&operand)?;
+                self.steps.push(Stmt::Map { dst: frag.clone(), func, args: vec![arg] });
+            }
+            _ => return Err(Error::unsupported("this step after the products of a Hopper program")),
+        }
+        self.columns_done.insert((tile, true), frag.clone());
+        Ok(frag)
+    }
+
+    /// A tile of more axes whose extra ones have extent 1 is loaded as its last two.
+    fn tile_of_unit_reshape(&mut self, x: TileId) -> Result<FragRef> {
+        let shape = extents(self.b.kernel, x)?;
+        let n = shape.len();
+        if n >= 2 && shape[..n - 2].iter().all(|e| *e == 1) {
+            self.tile(x)
+        } else {
+            Err(Error::unsupported("a reshape after the products"))
+        }
+    }
+
+    fn definition(&self, tile: TileId) -> Result<TileOp> {
+        match self.defs.get(&tile) {
+            Some(op) => Ok((*op).clone()),
+            None => Err(Error::unsupported("a tile after the products that an earlier loop made")),
+        }
+    }
+
+    /// An operand of an elementwise step on a tile of two axes.
+    fn operand(&mut self, arg: &tilewright_tile::Operand) -> Result<FragRef> {
+        let shape = extents(self.b.kernel, arg.tile)?;
+        let along = |axis: usize| {
+            arg.along.iter().position(|a| *a == axis).filter(|i| shape[*i] != 1)
+        };
+        match (along(0), along(1)) {
+            (Some(_), Some(_)) => self.tile(arg.tile),
+            (rows, None) => self.vector(arg.tile, rows, Extent::PerRow),
+            (None, cols) => self.vector(arg.tile, cols, Extent::PerCol),
+        }
+    }
+
+    /// A tile that varies along one axis at most: `axis` is that axis of the tile.
+    fn vector(&mut self, tile: TileId, axis: Option<usize>, extent: Extent) -> Result<FragRef> {
+        let done = match extent {
+            Extent::PerRow => self.rows_done.get(&tile),
+            _ => self.columns_done.get(&(tile, false)),
+        };
+        if let Some(done) = done {
+            return Ok(done.clone());
+        }
+        let offset = if extent == Extent::PerRow { self.b.row0() } else { self.column.clone() };
+        let name = if extent == Extent::PerRow { "r" } else { "c" };
+        let frag = whole(self.b.frag(name, self.dtype(tile), self.chunk, extent));
+        match self.definition(tile)? {
+            TileOp::Load { param, index, steps, fill } => {
+                if steps.iter().any(|s| *s != 1) {
+                    return Err(Error::unsupported("a strided load after the products"));
+                }
+                let mut at = index;
+                if let Some(axis) = axis {
+                    at[axis] = at[axis].clone() + &offset;
+                }
+                let axes = if extent == Extent::PerRow { (axis, None) } else { (None, axis) };
+                let vector = axis.map_or(1, |a| vector_along(self.b, param, a));
+                self.push(extent, Stmt::Load { dst: frag.clone(), param, at, axes, fill, vector });
+            }
+            TileOp::Full(value) => self.push(extent, Stmt::Fill { dst: frag.clone(), value }),
+            TileOp::Iota { start, .. } => {
+                let n = usize::from(extent == Extent::PerCol);
+                self.push(extent, Stmt::Iota { dst: frag.clone(), axis: n, start: start + &offset });
+            }
+            TileOp::Map { func, args } => {
+                let mut operands = Vec::new();
+                for arg in &args {
+                    let shape = extents(self.b.kernel, arg.tile)?;
+                    let inner = axis
+                        .and_then(|axis| arg.along.iter().position(|a| *a == axis))
+                        .filter(|i| shape[*i] != 1);
+                    operands.push(self.vector(arg.tile, inner, extent)?);
+                }
+                self.push(extent, Stmt::Map { dst: frag.clone(), func, args: operands });
+            }
+            TileOp::Reshape(x) => {
+                let shape = extents(self.b.kernel, x)?;
+                let inner = axis.and_then(|_| (0..shape.len()).find(|i| shape[*i] != 1));
+                return self.vector(x, inner, extent);
+            }
+            _ => return Err(Error::unsupported("this step on a vector after the products")),
+        }
+        match extent {
+            Extent::PerRow => self.rows_done.insert(tile, frag.clone()),
+            _ => self.columns_done.insert((tile, false), frag.clone()),
+        };
+        Ok(frag)
+    }
+}

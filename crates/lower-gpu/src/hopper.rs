@@ -1,0 +1,474 @@
+//! Warp-specialised Hopper kernels: a producer warp keeps a ring of operand tiles filled with the copy
+//! engine, consumer warpgroups multiply with `wgmma` and store.
+//!
+//! The ring has two barriers a stage. `full` completes when the announced bytes came; `empty` when
+//! every consumer that reads the stage, in every block of the cluster that wrote it, has let go. A
+//! consumer keeps one group of `wgmma` in flight, so it lets go of the stage before the one it issued.
+
+use crate::epilogue;
+use crate::raster::raster;
+use crate::schedule::{GpuSchedule, Mode, StoreKind};
+use crate::streams::{Pipeline, Stream, extents, pipeline};
+use std::sync::Arc;
+use tilewright_base::{DType, Error, IdVec, Result};
+use tilewright_device::{
+    Barrier, BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase,
+    Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, TensorMap,
+    WgmmaA,
+};
+use tilewright_expr::Value;
+use tilewright_layout::Dim;
+use tilewright_tile::{Compare, For, Kernel, TileOp};
+
+/// Name of a consumer's index.
+pub(crate) const CONSUMER: &str = "consumer";
+/// Named barriers: one per consumer from here on.
+pub(crate) const STORE_BARRIER: i64 = 1;
+const TURN_BARRIER: i64 = 8;
+
+/// A program under construction.
+pub(crate) struct Builder<'a> {
+    pub(crate) kernel: &'a Kernel,
+    pub(crate) schedule: &'a GpuSchedule,
+    pub(crate) maps: IdVec<MapId, TensorMap>,
+    pub(crate) smem: IdVec<SmemId, Smem>,
+    pub(crate) rings: IdVec<RingId, Ring>,
+    pub(crate) frags: IdVec<FragId, Frag>,
+    /// Rows of the tile that one consumer holds.
+    pub(crate) rows: u32,
+}
+
+impl Builder<'_> {
+    /// First row of this consumer within the tile.
+    pub(crate) fn row0(&self) -> Dim {
+        match self.schedule.mode {
+            Mode::Cooperative => Dim::sym(CONSUMER) * &Dim::new(i64::from(self.rows)),
+            Mode::PingPong => Dim::new(0),
+        }
+    }
+
+    /// First row of this consumer within the staging tiles for results.
+    pub(crate) fn staging_row0(&self) -> Dim {
+        Dim::sym(CONSUMER) * &Dim::new(i64::from(self.rows))
+    }
+
+    /// A new fragment in the accumulators' spread.
+    pub(crate) fn frag(&mut self, name: &str, dtype: DType, cols: u32, extent: Extent) -> FragId {
+        let taken = self.frags.iter().filter(|(_, f)| f.name.trim_end_matches(char::is_numeric) == name).count();
+        let name = if taken == 0 { name.to_owned() } else { format!("{name}{taken}") };
+        self.frags.push(Frag { name, dtype, rows: self.rows, cols, spread: Spread::Wgmma, extent })
+    }
+}
+
+/// The loop over products, and what stands before and after it.
+fn main_loop(kernel: &Kernel) -> Result<(&[tilewright_tile::Stmt], &For, &[tilewright_tile::Stmt])> {
+    let stmts = &kernel.body.stmts;
+    let loops: Vec<usize> = stmts
+        .iter()
+        .enumerate()
+        .filter(|(_, s)| matches!(s, tilewright_tile::Stmt::For(_)))
+        .map(|(i, _)| i)
+        .collect();
+    let [at] = loops[..] else {
+        return Err(Error::unsupported(format!("a Hopper program with {} loops", loops.len())));
+    };
+    let tilewright_tile::Stmt::For(body) = &stmts[at] else { unreachable!() };
+    Ok((&stmts[..at], body, &stmts[at + 1..]))
+}
+
+/// Schedules a kernel with one loop over products.
+pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
+    let (before, body, after) = main_loop(kernel)?;
+    let pipeline = pipeline(kernel, body)?;
+    let first = &pipeline.products[0];
+    let tile_rows = pipeline.streams[first.a].rows;
+    let consumers = schedule.consumers;
+    let rows = match schedule.mode {
+        Mode::Cooperative => tile_rows / consumers.max(1),
+        Mode::PingPong => tile_rows,
+    };
+    if rows == 0 || !rows.is_multiple_of(64) || (schedule.mode == Mode::Cooperative && rows * consumers != tile_rows) {
+        return Err(Error::unsupported(format!(
+            "{tile_rows} rows over {consumers} consumers: each needs a multiple of 64"
+        )));
+    }
+    if schedule.mode == Mode::PingPong && (consumers != 2 || !schedule.persistent) {
+        return Err(Error::unsupported("ping-pong needs two consumers and a persistent grid"));
+    }
+    let zero_start = |tile| {
+        crate::streams::definitions(before).get(&tile).is_some_and(|op| match op {
+            TileOp::Full(Value::Int(v)) => *v == 0,
+            TileOp::Full(Value::Float(v)) => v.to_bits() == 0,
+            _ => false,
+        })
+    };
+    if !body.carry.iter().all(|(_, init)| zero_start(*init)) {
+        return Err(Error::unsupported("accumulators that do not start at zero"));
+    }
+    let mut b = Builder {
+        kernel,
+        schedule,
+        maps: IdVec::new(),
+        smem: IdVec::new(),
+        rings: IdVec::new(),
+        frags: IdVec::new(),
+        rows,
+    };
+    // Shared memory and tensor maps of the streams.
+    let cluster_symbol = cluster_symbol(kernel, schedule);
+    let mut stages = Vec::new();
+    for stream in &pipeline.streams {
+        let shared = cluster_symbol
+            .as_ref()
+            .is_some_and(|s| !stream.view.index.iter().any(|d| mentions(d, s)));
+        stages.push(stage(&mut b, stream, shared)?);
+    }
+    let multicast = stages.iter().any(|s| s.shared);
+    let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
+    let mut barriers = IdVec::new();
+    let full = barriers.push(Barrier { name: "full".into(), slots: schedule.stages, arrivals: 1 });
+    let readers = if schedule.mode == Mode::PingPong { 1 } else { consumers };
+    let empty = barriers.push(Barrier {
+        name: "empty".into(),
+        slots: schedule.stages,
+        arrivals: readers * if multicast { schedule.cluster } else { 1 },
+    });
+    let bytes: u32 = stages.iter().map(|s| b.smem[s.smem].slot_bytes()).sum();
+
+    // The producer.
+    let item = Dim::sym("item");
+    let (items, decode) = raster(kernel, schedule, &item);
+    let at = |barrier| BarrierRef { barrier, slot: Slot::Ring(ring) };
+    let mut fill = vec![
+        Stmt::Wait { barrier: at(empty), phase: Phase::Before(ring) },
+        Stmt::ExpectBytes { barrier: at(full), bytes },
+    ];
+    for (stream, stage) in pipeline.streams.iter().zip(&stages) {
+        fill.extend(loads(&b, stream, stage, ring, at(full)));
+    }
+    fill.push(Stmt::Advance { ring, by: Dim::new(1) });
+    let fill_loop = Stmt::For {
+        var: body.var.clone(),
+        lo: body.lo.clone(),
+        hi: body.hi.clone(),
+        step: Dim::new(1),
+        body: fill,
+    };
+    let mut produce = decode.clone();
+    produce.push(fill_loop);
+    let producer_body = over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), produce);
+
+    // Consumers.
+    let accumulators: Vec<FragId> = pipeline
+        .products
+        .iter()
+        .map(|p| {
+            let (tile, _) = body.carry[p.carried];
+            let dtype = kernel.ty(tile).dtype;
+            let cols = extents(kernel, tile)?[1];
+            Ok(b.frag("acc", dtype, cols, Extent::Tile))
+        })
+        .collect::<Result<_>>()?;
+    let depth = body.hi.clone() - &body.lo;
+    let products = multiply(&b, &pipeline, &stages, &accumulators, body, ring, full, empty, multicast);
+    let results: Vec<_> = pipeline
+        .products
+        .iter()
+        .zip(&accumulators)
+        .map(|(p, frag)| (body.results[p.carried], *frag))
+        .collect();
+    let finish = epilogue::store_results(&mut b, before, after, &results)?;
+    let other = Dim::new(1) - &Dim::sym(CONSUMER);
+    let turn = |of: Dim| of + &Dim::new(TURN_BARRIER);
+    let mut consume = decode;
+    if schedule.mode == Mode::PingPong {
+        consume.push(Stmt::NamedSync { id: turn(Dim::sym(CONSUMER)), threads: 256 });
+    }
+    consume.extend(products.issue);
+    if schedule.mode == Mode::PingPong {
+        consume.push(Stmt::NamedArrive { id: turn(other), threads: 256 });
+    }
+    consume.extend(products.drain);
+    if schedule.mode == Mode::PingPong {
+        // The other consumer's tile is not ours to read.
+        consume.push(Stmt::Advance { ring, by: depth.clone() });
+    }
+    consume.extend(finish.stmts);
+    let mut consumer_body = Vec::new();
+    let (start, step) = match schedule.mode {
+        Mode::Cooperative => (Dim::sym(CLUSTER), Dim::sym(CLUSTERS)),
+        Mode::PingPong => {
+            let second = Cond { lhs: Dim::sym(CONSUMER), compare: Compare::Eq, rhs: Dim::new(1) };
+            consumer_body.push(Stmt::If {
+                cond: second,
+                then: vec![
+                    Stmt::Advance { ring, by: depth },
+                    Stmt::NamedArrive { id: Dim::new(TURN_BARRIER), threads: 256 },
+                ],
+                otherwise: Vec::new(),
+            });
+            (
+                Dim::sym(CLUSTER) + &(Dim::sym(CONSUMER) * &Dim::sym(CLUSTERS)),
+                Dim::sym(CLUSTERS) * &Dim::new(2),
+            )
+        }
+    };
+    consumer_body.extend(over_items(schedule, &items, start, step, consume));
+    consumer_body.extend(finish.last);
+
+    let threads = 128 * (1 + consumers);
+    let registers = match (schedule.blocks_per_sm, consumers) {
+        (1, 2) => Some((40, 232)),
+        (1, 3) => Some((32, 160)),
+        _ => None,
+    };
+    let mut setup = vec![Stmt::BarrierInit, Stmt::FenceBarrierInit, Stmt::SyncCluster];
+    if schedule.dependent {
+        setup.extend([Stmt::GridRelease, Stmt::GridWait]);
+    }
+    // Nobody leaves while another block may still arrive at its barriers.
+    let teardown = if schedule.cluster > 1 { vec![Stmt::SyncCluster] } else { Vec::new() };
+    Ok(Program {
+        name: kernel.name.clone(),
+        arch: schedule.arch,
+        params: kernel.params.clone(),
+        symbols: kernel.symbols.clone(),
+        maps: b.maps,
+        cluster: schedule.cluster,
+        threads,
+        items,
+        persistent: schedule.persistent,
+        blocks_per_sm: schedule.blocks_per_sm,
+        smem: b.smem,
+        barriers,
+        rings: b.rings,
+        frags: b.frags,
+        setup,
+        roles: vec![
+            Role {
+                name: "producer".into(),
+                first_warp: 0,
+                warps: 4,
+                instances: 1,
+                instance: "producer".into(),
+                single_thread: true,
+                registers: registers.map(|r| r.0),
+                body: producer_body,
+            },
+            Role {
+                name: "consumer".into(),
+                first_warp: 4,
+                warps: 4,
+                instances: consumers,
+                instance: CONSUMER.into(),
+                single_thread: false,
+                registers: registers.map(|r| r.1),
+                body: consumer_body,
+            },
+        ],
+        teardown,
+    })
+}
+
+/// The grid index that differs within a cluster.
+fn cluster_symbol(kernel: &Kernel, schedule: &GpuSchedule) -> Option<Arc<str>> {
+    let rank = kernel.grid.len();
+    (schedule.cluster > 1 && rank > 0).then(|| {
+        let axis = if rank == 1 { 0 } else { rank - 2 + schedule.cluster_axis };
+        kernel.grid[axis].name.clone()
+    })
+}
+
+fn mentions(dim: &Dim, symbol: &Arc<str>) -> bool {
+    let mut found = false;
+    dim.for_each_symbol(&mut |s| found |= s == symbol);
+    found
+}
+
+fn over_items(schedule: &GpuSchedule, items: &Dim, start: Dim, step: Dim, body: Vec<Stmt>) -> Vec<Stmt> {
+    let item: Arc<str> = "item".into();
+    if schedule.persistent {
+        let name: Arc<str> = "items".into();
+        vec![
+            Stmt::Let { name: name.clone(), value: items.clone() },
+            Stmt::For { var: item, lo: start, hi: Dim::sym(name), step, body },
+        ]
+    } else {
+        let mut out = vec![Stmt::Let { name: item, value: start }];
+        out.extend(body);
+        out
+    }
+}
+
+/// Where a stream's tiles go.
+struct Stage {
+    smem: SmemId,
+    map: MapId,
+    /// Every block of the cluster reads the same tile: each loads a share of its lines for all.
+    shared: bool,
+    /// Lines and contiguous elements of one box.
+    box_lines: u32,
+    box_along: u32,
+}
+
+fn stage(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<Stage> {
+    let param = &b.kernel.params[stream.view.param];
+    let share = if shared { b.schedule.cluster } else { 1 };
+    let span = stream.swizzle.span_bytes() * 8 / param.dtype.bits();
+    let box_lines = (stream.lines() / share).min(256);
+    if !stream.lines().is_multiple_of(box_lines * share) || !box_lines.is_multiple_of(8) {
+        return Err(Error::unsupported(format!(
+            "{} lines of {} shared by {share} blocks",
+            stream.lines(),
+            param.name
+        )));
+    }
+    let mut box_shape = vec![1; param.layout.rank()];
+    let (line_axis, along_axis) = if stream.contiguous == 1 {
+        (stream.view.axes[0], stream.view.axes[1])
+    } else {
+        (stream.view.axes[1], stream.view.axes[0])
+    };
+    box_shape[line_axis] = box_lines;
+    box_shape[along_axis] = span;
+    let same = b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == &*param.name).count();
+    let suffix = if same == 0 { String::new() } else { format!("_{same}") };
+    let map = b.maps.push(TensorMap {
+        name: format!("{}{suffix}", param.name),
+        param: stream.view.param,
+        box_shape,
+        contiguous: along_axis,
+        swizzle: stream.swizzle,
+    });
+    let smem = b.smem.push(Smem {
+        name: format!("s{}{suffix}", param.name),
+        dtype: param.dtype,
+        rows: stream.rows,
+        cols: stream.cols,
+        contiguous: stream.contiguous,
+        swizzle: stream.swizzle,
+        slots: b.schedule.stages,
+    });
+    Ok(Stage { smem, map, shared, box_lines, box_along: span })
+}
+
+/// The copies that fill one stage: panel by panel, and a share of the lines when the tile is shared.
+fn loads(
+    b: &Builder<'_>,
+    stream: &Stream,
+    stage: &Stage,
+    ring: RingId,
+    barrier: BarrierRef,
+) -> Vec<Stmt> {
+    let share = if stage.shared { b.schedule.cluster } else { 1 };
+    let lines_each = stream.lines() / share;
+    let mut out = Vec::new();
+    for panel in 0..stream.along() / stage.box_along {
+        for part in 0..lines_each / stage.box_lines {
+            let along = Dim::new(i64::from(panel * stage.box_along));
+            let mut line = Dim::new(i64::from(part * stage.box_lines));
+            if stage.shared {
+                line = line + &(Dim::sym(CTA) * &Dim::new(i64::from(lines_each)));
+            }
+            let (row, col) =
+                if stream.contiguous == 1 { (line, along) } else { (along, line) };
+            let (rows, cols) = if stream.contiguous == 1 {
+                (stage.box_lines, stage.box_along)
+            } else {
+                (stage.box_along, stage.box_lines)
+            };
+            let mut at = stream.view.index.clone();
+            at[stream.view.axes[0]] = at[stream.view.axes[0]].clone() + &row;
+            at[stream.view.axes[1]] = at[stream.view.axes[1]].clone() + &col;
+            out.push(Stmt::TmaLoad {
+                map: stage.map,
+                at,
+                to: SmemTile { smem: stage.smem, slot: Slot::Ring(ring), row, col, rows, cols },
+                barrier: barrier.clone(),
+                reach: if stage.shared { Reach::All } else { Reach::Own },
+                evict_first: false,
+            });
+        }
+    }
+    out
+}
+
+struct Products {
+    /// Issues all products of a tile; the last group may still be in flight.
+    issue: Vec<Stmt>,
+    /// Waits for the last group and lets go of its stage.
+    drain: Vec<Stmt>,
+}
+
+#[allow(clippy::too_many_arguments, reason = "the parts of one loop, named")]
+fn multiply(
+    b: &Builder<'_>,
+    pipeline: &Pipeline,
+    stages: &[Stage],
+    accumulators: &[FragId],
+    body: &For,
+    ring: RingId,
+    full: tilewright_device::BarrierId,
+    empty: tilewright_device::BarrierId,
+    multicast: bool,
+) -> Products {
+    let reach = if multicast { Reach::All } else { Reach::Own };
+    let release = Stmt::Arrive {
+        barrier: BarrierRef { barrier: empty, slot: Slot::Before(ring) },
+        reach,
+    };
+    let var = Dim::sym(body.var.clone());
+    let mut step = vec![
+        Stmt::Wait {
+            barrier: BarrierRef { barrier: full, slot: Slot::Ring(ring) },
+            phase: Phase::Of(ring),
+        },
+        Stmt::WgmmaFence,
+    ];
+    for (product, acc) in pipeline.products.iter().zip(accumulators) {
+        let (a, bb) = (&pipeline.streams[product.a], &pipeline.streams[product.b]);
+        step.push(Stmt::Wgmma {
+            acc: FragRef { frag: *acc, col: Dim::new(0), cols: None },
+            a: WgmmaA::Smem(SmemTile {
+                smem: stages[product.a].smem,
+                slot: Slot::Ring(ring),
+                row: b.row0(),
+                col: Dim::new(0),
+                rows: b.rows,
+                cols: a.cols,
+            }),
+            b: SmemTile {
+                smem: stages[product.b].smem,
+                slot: Slot::Ring(ring),
+                row: Dim::new(0),
+                col: Dim::new(0),
+                rows: bb.rows,
+                cols: bb.cols,
+            },
+            zero_if: Some(Cond { lhs: var.clone(), compare: Compare::Eq, rhs: body.lo.clone() }),
+        });
+    }
+    step.push(Stmt::WgmmaCommit);
+    step.push(Stmt::WgmmaWait { pending: 1 });
+    step.push(Stmt::If {
+        cond: Cond { lhs: body.lo.clone(), compare: Compare::Lt, rhs: var },
+        then: vec![release.clone()],
+        otherwise: Vec::new(),
+    });
+    step.push(Stmt::Advance { ring, by: Dim::new(1) });
+    Products {
+        issue: vec![Stmt::For {
+            var: body.var.clone(),
+            lo: body.lo.clone(),
+            hi: body.hi.clone(),
+            step: Dim::new(1),
+            body: step,
+        }],
+        drain: vec![Stmt::WgmmaWait { pending: 0 }, release],
+    }
+}
+
+/// Whether results may go through the copy engine.
+pub(crate) fn stores_by_tma(schedule: &GpuSchedule) -> bool {
+    schedule.store == StoreKind::Tma
+}

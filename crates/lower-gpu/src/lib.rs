@@ -1,0 +1,34 @@
+//! Tile program + GPU schedule -> device program.
+//!
+//! ```text
+//! tile::Kernel --specialise--> tile sizes are numbers
+//!              --streams-----> which loads feed the tensor cores, and through which ring of stages
+//!              --roles-------> a producer that fills the ring, consumers that drain it
+//!              --epilogue----> what follows the loop, in chunks of columns of the accumulators
+//!              --raster------> which item of work is which block of the grid
+//! ```
+//!
+//! Nothing here knows what a kernel is for: pipelining and warp specialisation are transformations of a
+//! loop that loads tiles and multiplies them. Programs without a product go to `lines.rs`.
+
+mod epilogue;
+mod hopper;
+mod raster;
+mod schedule;
+mod specialise;
+mod streams;
+
+pub use schedule::{GpuSchedule, Mode, StoreKind};
+
+use tilewright_base::Result;
+use tilewright_device::Program;
+use tilewright_tile::Kernel;
+
+/// Schedules a verified tile program for a GPU.
+///
+/// # Errors
+/// Unsupported, naming the step, when the program has no form under this schedule.
+pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
+    let kernel = specialise::specialise(kernel, schedule)?;
+    hopper::lower(&kernel, schedule)
+}

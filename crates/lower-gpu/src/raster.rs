@@ -1,0 +1,76 @@
+//! Which item of work is which block of the grid.
+//!
+//! Items are numbered `0..items`. The last two axes of the grid are walked as a raster: groups of
+//! `raster` cluster rows, column by column within a group, so that the operands of neighbours in time
+//! are shared in the cache. Axes before them run outermost. A cluster covers neighbouring tiles along
+//! one of the two.
+
+use crate::schedule::GpuSchedule;
+use std::sync::Arc;
+use tilewright_device::{CTA, Stmt};
+use tilewright_layout::Dim;
+use tilewright_tile::Kernel;
+
+/// The number of items, and steps that name the grid indices of item `item`.
+pub(crate) fn raster(kernel: &Kernel, schedule: &GpuSchedule, item: &Dim) -> (Dim, Vec<Stmt>) {
+    let mut steps = Vec::new();
+    let cluster = Dim::new(i64::from(schedule.cluster));
+    let rank = kernel.grid.len();
+    let name = |s: &str| -> Arc<str> { Arc::from(s) };
+    let mut bind = |n: Arc<str>, value: Dim| {
+        steps.push(Stmt::Let { name: n.clone(), value });
+        Dim::sym(n)
+    };
+    if rank == 0 {
+        return (Dim::new(1), steps);
+    }
+    if rank == 1 {
+        let axis = &kernel.grid[0];
+        let clusters = axis.extent.ceil_div(&cluster);
+        let index = item.clone() * &cluster + Dim::sym(CTA);
+        bind(axis.name.clone(), if schedule.cluster == 1 { item.clone() } else { index });
+        return (clusters, steps);
+    }
+    let (rows, cols) = (&kernel.grid[rank - 2], &kernel.grid[rank - 1]);
+    let along_rows = schedule.cluster_axis == 0;
+    let per = |extent: &Dim, clustered: bool| {
+        if clustered && schedule.cluster > 1 { extent.ceil_div(&cluster) } else { extent.clone() }
+    };
+    let tiles_m = per(&rows.extent, along_rows);
+    let tiles_n = per(&cols.extent, !along_rows);
+    let plane = tiles_m.clone() * &tiles_n;
+    let mut items = plane.clone();
+    let rest = if rank > 2 {
+        let tiles_m = bind(name("tiles_m"), tiles_m.clone());
+        let tiles_n = bind(name("tiles_n"), tiles_n.clone());
+        let plane = bind(name("plane"), tiles_m * &tiles_n);
+        let mut outer = bind(name("outer"), item.floor_div(&plane));
+        for (i, axis) in kernel.grid[..rank - 2].iter().enumerate().rev() {
+            items = items * &axis.extent;
+            if i == 0 {
+                bind(axis.name.clone(), outer.clone());
+            } else {
+                bind(axis.name.clone(), outer.modulo(&axis.extent));
+                outer = bind(name(&format!("outer{i}")), outer.floor_div(&axis.extent));
+            }
+        }
+        bind(name("rest"), item.modulo(&plane))
+    } else {
+        item.clone()
+    };
+    let group = Dim::new(i64::from(schedule.raster.max(1)));
+    let tiles_m_now = bind(name("raster_rows"), tiles_m);
+    let tiles_n_now = bind(name("raster_cols"), tiles_n);
+    let span = bind(name("raster_span"), group.clone() * &tiles_n_now);
+    let first = bind(name("raster_first"), rest.floor_div(&span) * &group);
+    let size = bind(name("raster_size"), (tiles_m_now - &first).min_with(&group));
+    let inside = bind(name("raster_inside"), rest.modulo(&span));
+    let m = bind(name("cluster_m"), first + inside.modulo(&size));
+    let n = bind(name("cluster_n"), inside.floor_div(&size));
+    let spread = |index: Dim, clustered: bool| {
+        if clustered && schedule.cluster > 1 { index * &cluster + Dim::sym(CTA) } else { index }
+    };
+    bind(rows.name.clone(), spread(m, along_rows));
+    bind(cols.name.clone(), spread(n, !along_rows));
+    (items, steps)
+}

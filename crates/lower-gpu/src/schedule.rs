@@ -1,0 +1,112 @@
+//! [`GpuSchedule`]: how a tile program is run on a GPU, apart from what it computes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use tilewright_device::Arch;
+
+/// How consumer warpgroups share work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Mode {
+    /// All consumers work on one tile, each on its rows.
+    Cooperative,
+    /// Two consumers take turns: each has a whole tile, one multiplies while the other stores.
+    PingPong,
+}
+
+/// How results reach global memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum StoreKind {
+    /// Through shared memory and the copy engine; the address and the strides of the tensor must be
+    /// multiples of 16 bytes.
+    Tma,
+    /// From registers.
+    Direct,
+}
+
+/// The knobs of one kernel on a GPU. Any legal schedule gives the same result up to the order of
+/// floating-point sums.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GpuSchedule {
+    /// For which architecture.
+    pub arch: Arch,
+    /// A value for each of the kernel's tile sizes.
+    pub tiles: BTreeMap<Arc<str>, i64>,
+    /// How consumers share work.
+    pub mode: Mode,
+    /// Consumer warpgroups.
+    pub consumers: u32,
+    /// Stages of the ring of operand tiles.
+    pub stages: u32,
+    /// Blocks per cluster: 1, 2 or 4.
+    pub cluster: u32,
+    /// Clusters run along this axis of the pair that the raster walks: 0 (rows) or 1 (columns).
+    pub cluster_axis: usize,
+    /// Rows of clusters that are walked together, column by column, so that their operands stay in
+    /// the cache.
+    pub raster: u32,
+    /// Clusters loop over items of work.
+    pub persistent: bool,
+    /// How results leave.
+    pub store: StoreKind,
+    /// Staging tiles per consumer for results.
+    pub store_slots: u32,
+    /// Elements that one plain access to global memory may take along the contiguous axis.
+    pub vector: u32,
+    /// Launched early, beside the tail of the kernel before it.
+    pub dependent: bool,
+    /// Blocks that share a multiprocessor.
+    pub blocks_per_sm: u32,
+}
+
+impl GpuSchedule {
+    /// A plain Hopper schedule for these tile sizes: one consumer per 64 rows up to two, no cluster.
+    pub fn hopper(tiles: &[(&str, i64)]) -> GpuSchedule {
+        GpuSchedule {
+            arch: Arch::Sm90a,
+            tiles: tiles.iter().map(|(name, size)| (Arc::from(*name), *size)).collect(),
+            mode: Mode::Cooperative,
+            consumers: 2,
+            stages: 4,
+            cluster: 1,
+            cluster_axis: 0,
+            raster: 8,
+            persistent: true,
+            store: StoreKind::Tma,
+            store_slots: 2,
+            vector: 1,
+            dependent: false,
+            blocks_per_sm: 1,
+        }
+    }
+}
+
+impl fmt::Display for GpuSchedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, size) in &self.tiles {
+            write!(f, "{name}={size} ")?;
+        }
+        let mode = match self.mode {
+            Mode::Cooperative => "cooperative",
+            Mode::PingPong => "ping-pong",
+        };
+        let store = match self.store {
+            StoreKind::Tma => "tma",
+            StoreKind::Direct => "direct",
+        };
+        write!(
+            f,
+            "{mode} consumers={} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={}{}",
+            self.consumers,
+            self.stages,
+            self.cluster,
+            self.cluster_axis,
+            self.raster,
+            if self.persistent { "persistent" } else { "one-shot" },
+            self.store_slots,
+            self.vector,
+            self.blocks_per_sm,
+            if self.dependent { " dependent" } else { "" },
+        )
+    }
+}

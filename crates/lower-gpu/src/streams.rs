@@ -1,0 +1,208 @@
+//! Which loads feed the tensor cores.
+//!
+//! A stream is a load inside the loop whose tile is an operand of a product, perhaps through a
+//! transposition or after dropping axes of extent 1. Its tiles go through a ring in shared memory,
+//! in the orientation in which the product reads them; nothing is moved to transpose.
+
+use std::collections::BTreeMap;
+use tilewright_base::{Error, Result};
+use tilewright_device::Swizzle;
+use tilewright_layout::Dim;
+use tilewright_tile::{For, Kernel, ParamId, Stmt, TileId, TileOp};
+
+/// Definitions of tiles, by tile.
+pub(crate) type Defs<'a> = BTreeMap<TileId, &'a TileOp>;
+
+/// Collects the `Let`s of a list of steps, not of nested loops.
+pub(crate) fn definitions(stmts: &[Stmt]) -> Defs<'_> {
+    stmts
+        .iter()
+        .filter_map(|s| match s {
+            Stmt::Let(id, op) => Some((*id, op)),
+            _ => None,
+        })
+        .collect()
+}
+
+/// A tile seen through transpositions and dropped unit axes: a load, and which axis of its
+/// parameter each axis of the tile runs along.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LoadView {
+    pub(crate) load: TileId,
+    pub(crate) param: ParamId,
+    pub(crate) index: Vec<Dim>,
+    /// Axis of the parameter for each axis of the tile.
+    pub(crate) axes: Vec<usize>,
+}
+
+/// The extents of a tile as numbers.
+pub(crate) fn extents(kernel: &Kernel, tile: TileId) -> Result<Vec<u32>> {
+    kernel
+        .ty(tile)
+        .shape
+        .iter()
+        .map(|d| {
+            d.as_const()
+                .and_then(|v| u32::try_from(v).ok())
+                .ok_or_else(|| Error::bug(format!("tile extent {d} is not a number")))
+        })
+        .collect()
+}
+
+/// Resolves a tile to a load with step 1 and zero fill, if it is one.
+pub(crate) fn load_view(kernel: &Kernel, defs: &Defs<'_>, tile: TileId) -> Option<LoadView> {
+    match defs.get(&tile)? {
+        TileOp::Load { param, index, steps, fill } => {
+            let zero = matches!(fill, tilewright_expr::Value::Int(0))
+                || matches!(fill, tilewright_expr::Value::Float(v) if v.to_bits() == 0);
+            (steps.iter().all(|s| *s == 1) && zero).then(|| LoadView {
+                load: tile,
+                param: *param,
+                index: index.clone(),
+                axes: (0..index.len()).collect(),
+            })
+        }
+        TileOp::Permute { x, perm } => {
+            let inner = load_view(kernel, defs, *x)?;
+            let axes = perm.iter().map(|p| inner.axes[*p]).collect();
+            Some(LoadView { axes, ..inner })
+        }
+        TileOp::Reshape(x) => {
+            let inner = load_view(kernel, defs, *x)?;
+            let from = extents(kernel, *x).ok()?;
+            let to = extents(kernel, tile).ok()?;
+            let kept: Vec<usize> = (0..from.len()).filter(|i| from[*i] != 1).collect();
+            let wanted: Vec<u32> = to.iter().copied().filter(|e| *e != 1).collect();
+            // Only unit axes vanish; none appear.
+            if kept.iter().map(|i| from[*i]).ne(wanted.iter().copied()) || wanted.len() != to.len() {
+                return None;
+            }
+            let axes = kept.iter().map(|i| inner.axes[*i]).collect();
+            Some(LoadView { axes, ..inner })
+        }
+        _ => None,
+    }
+}
+
+/// An operand tile that goes through the ring.
+#[derive(Clone, Debug)]
+pub(crate) struct Stream {
+    pub(crate) view: LoadView,
+    /// Extents in the orientation of the product.
+    pub(crate) rows: u32,
+    pub(crate) cols: u32,
+    /// 0 or 1: the axis of the tile that is contiguous in memory.
+    pub(crate) contiguous: usize,
+    pub(crate) swizzle: Swizzle,
+}
+
+impl Stream {
+    /// Lines of a tile: the extent of the strided axis.
+    pub(crate) fn lines(&self) -> u32 {
+        if self.contiguous == 1 { self.rows } else { self.cols }
+    }
+
+    /// Extent of the contiguous axis.
+    pub(crate) fn along(&self) -> u32 {
+        if self.contiguous == 1 { self.cols } else { self.rows }
+    }
+}
+
+/// One product of the loop: accumulators (as the loop names and carries them) and operands.
+#[derive(Clone, Debug)]
+pub(crate) struct Product {
+    /// Position among the carried tiles.
+    pub(crate) carried: usize,
+    pub(crate) a: usize,
+    pub(crate) b: usize,
+}
+
+/// The loop as streams and products.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Pipeline {
+    pub(crate) streams: Vec<Stream>,
+    pub(crate) products: Vec<Product>,
+}
+
+/// Takes a loop apart, or says what does not fit.
+pub(crate) fn pipeline(kernel: &Kernel, body: &For) -> Result<Pipeline> {
+    let defs = definitions(&body.body.stmts);
+    let mut out = Pipeline::default();
+    let mut used = Vec::new();
+    for stmt in &body.body.stmts {
+        let Stmt::Let(id, op) = stmt else {
+            return Err(Error::unsupported("a loop over products that stores, branches or loops"));
+        };
+        let TileOp::Mma { acc, a, b, limit } = op else { continue };
+        let Some(carried) = body.carry.iter().position(|(inner, _)| inner == acc) else {
+            return Err(Error::unsupported("a product whose accumulator is not carried by its loop"));
+        };
+        if body.yields[carried] != *id {
+            return Err(Error::unsupported("an accumulator that changes after its product"));
+        }
+        let mut operand = |tile: TileId, depth_axis: usize| -> Result<usize> {
+            let Some(view) = load_view(kernel, &defs, tile) else {
+                return Err(Error::unsupported("an operand of a product that is not a plain load"));
+            };
+            check_limit(kernel, &view, view.axes[depth_axis], limit.as_ref())?;
+            used.push(view.load);
+            if let Some(i) = out.streams.iter().position(|s| s.view == view) {
+                return Ok(i);
+            }
+            let shape = extents(kernel, tile)?;
+            let stream = stream(kernel, view, shape[0], shape[1])?;
+            out.streams.push(stream);
+            Ok(out.streams.len() - 1)
+        };
+        let (a, b) = (operand(*a, 1)?, operand(*b, 0)?);
+        out.products.push(Product { carried, a, b });
+    }
+    if out.products.len() != body.carry.len() {
+        return Err(Error::unsupported("a loop that carries more than accumulators"));
+    }
+    for (id, op) in &defs {
+        if matches!(op, TileOp::Load { .. }) && !used.contains(id) {
+            return Err(Error::unsupported("a load in the loop that no product reads"));
+        }
+    }
+    Ok(out)
+}
+
+/// A limit on the sum is met by the zeros outside the tensor, if the tensor ends there.
+fn check_limit(kernel: &Kernel, view: &LoadView, axis: usize, limit: Option<&Dim>) -> Result<()> {
+    let Some(limit) = limit else { return Ok(()) };
+    let end = limit.clone() + &view.index[axis];
+    if end == kernel.params[view.param].layout.axes[axis].extent {
+        Ok(())
+    } else {
+        Err(Error::unsupported(format!(
+            "a product that stops at {end} where tensor {} goes on",
+            kernel.params[view.param].name
+        )))
+    }
+}
+
+fn stream(kernel: &Kernel, view: LoadView, rows: u32, cols: u32) -> Result<Stream> {
+    let param = &kernel.params[view.param];
+    let unit = |axis: usize| {
+        let a = &param.layout.axes[axis];
+        a.stride.is(1) && a.block.is_none()
+    };
+    let contiguous = match (unit(view.axes[0]), unit(view.axes[1])) {
+        (_, true) => 1,
+        (true, false) => 0,
+        _ => {
+            return Err(Error::unsupported(format!(
+                "tensor {} has no contiguous axis among those of the product",
+                param.name
+            )));
+        }
+    };
+    let along = if contiguous == 1 { cols } else { rows };
+    let bytes = along * param.dtype.bits() / 8;
+    let swizzle = [Swizzle::B128, Swizzle::B64, Swizzle::B32]
+        .into_iter()
+        .find(|s| bytes.is_multiple_of(s.span_bytes()))
+        .ok_or_else(|| Error::unsupported(format!("tiles of {bytes} bytes along a line")))?;
+    Ok(Stream { view, rows, cols, contiguous, swizzle })
+}

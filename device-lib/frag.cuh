@@ -1,0 +1,190 @@
+// Tiles in registers and their way to shared and global memory.
+//
+// A fragment is an array of registers per thread; a spread says which element each register holds. Each
+// spread has `row(i)` and `col(i)` for the tile's registers, and `per_row(i)`, `per_col(i)`: which register of
+// a row or column vector goes with register i of the tile.
+#pragma once
+#include "base.cuh"
+
+namespace tw {
+
+// Byte offset in a swizzled panel: units of 16 bytes are permuted within a span by the line's number
+// (PTX ISA, "Swizzling modes"). Panels start at multiples of 1024 bytes.
+template <int SPAN> TW_INLINE u32 swizzle(u32 offset) { return offset ^ ((offset >> 3) & (u32)(SPAN - 16)); }
+
+// Address of an element: `line` counts along the strided axis, `along` along the contiguous one.
+template <int ELEMENT, int SPAN, int LINES> TW_INLINE smem_t smem_at(smem_t tile, int line, int along) {
+  const u32 byte = (u32)(along * ELEMENT);
+  return tile + (byte / SPAN) * (u32)(LINES * SPAN) + swizzle<SPAN>((u32)line * SPAN + byte % SPAN);
+}
+
+// Accumulators of wgmma (PTX ISA, "Register fragments for wgmma.mma_async"): warp w of the warpgroup holds
+// rows 16w..16w+15 of every block of 64.
+template <int ROWS, int COLS> struct WgmmaSpread {
+  static constexpr int BLOCKS = ROWS / 64, BLOCK = COLS / 2;
+  static constexpr int TILE = BLOCKS * BLOCK, PER_ROW = BLOCKS * 2, PER_COL = COLS / 4;
+  static TW_INLINE int row0() { return (int)((threadIdx.x >> 5) & 3u) * 16 + lane() / 4; }
+  static TW_INLINE int col0() { return lane() % 4 * 2; }
+  static TW_INLINE int row(int i) { return i / BLOCK * 64 + row0() + i % 4 / 2 * 8; }
+  static TW_INLINE int col(int i) { return i % BLOCK / 4 * 8 + col0() + i % 2; }
+  static TW_INLINE constexpr int per_row(int i) { return i / BLOCK * 2 + i % 4 / 2; }
+  static TW_INLINE constexpr int per_col(int i) { return i % BLOCK / 4 * 2 + i % 2; }
+  static TW_INLINE int row_of(int j) { return j / 2 * 64 + row0() + j % 2 * 8; }
+  static TW_INLINE int col_of(int j) { return j / 2 * 8 + col0() + j % 2; }
+};
+
+// Accumulators of mma.sync.m16n8 over WM x WN warps (PTX ISA, "Matrix fragments for mma.m16n8k16").
+template <int ROWS, int COLS, int WM, int WN> struct MmaSpread {
+  static constexpr int MT = ROWS / WM / 16, NT = COLS / WN / 8;
+  static constexpr int TILE = MT * NT * 4, PER_ROW = MT * 2, PER_COL = NT * 2;
+  static TW_INLINE int warp_row() { return (int)(threadIdx.x >> 5) % (WM * WN) / WN * (ROWS / WM); }
+  static TW_INLINE int warp_col() { return (int)(threadIdx.x >> 5) % WN * (COLS / WN); }
+  static TW_INLINE int row(int i) { return warp_row() + i / (NT * 4) * 16 + lane() / 4 + i % 4 / 2 * 8; }
+  static TW_INLINE int col(int i) { return warp_col() + i / 4 % NT * 8 + lane() % 4 * 2 + i % 2; }
+  static TW_INLINE constexpr int per_row(int i) { return i / (NT * 4) * 2 + i % 4 / 2; }
+  static TW_INLINE constexpr int per_col(int i) { return i / 4 % NT * 2 + i % 2; }
+  static TW_INLINE int row_of(int j) { return warp_row() + j / 2 * 16 + lane() / 4 + j % 2 * 8; }
+  static TW_INLINE int col_of(int j) { return warp_col() + j / 2 * 8 + lane() % 4 * 2 + j % 2; }
+};
+
+// Plain threads: LANES neighbours share a row in vectors of VECTOR columns.
+template <int ROWS, int COLS, int LANES, int VECTOR, int THREADS> struct LineSpread {
+  static constexpr int LINES = THREADS / LANES, EACH = COLS / LANES;
+  static constexpr int TILE = ROWS / LINES * EACH, PER_ROW = ROWS / LINES, PER_COL = EACH;
+  static TW_INLINE int me() { return (int)threadIdx.x % THREADS; }
+  static TW_INLINE int row(int i) { return i / EACH * LINES + me() / LANES; }
+  static TW_INLINE int col(int i) {
+    return i % EACH / VECTOR * (LANES * VECTOR) + me() % LANES * VECTOR + i % VECTOR;
+  }
+  static TW_INLINE constexpr int per_row(int i) { return i / EACH; }
+  static TW_INLINE constexpr int per_col(int i) { return i % EACH; }
+  static TW_INLINE int row_of(int j) { return j * LINES + me() / LANES; }
+  static TW_INLINE int col_of(int j) { return col(j); }
+};
+
+// PTX ISA, "stmatrix": four 8x8 matrices of 16-bit elements from one warp.
+#if __CUDA_ARCH__ >= 900
+TW_INLINE void stmatrix(smem_t at, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b),
+               "r"(c), "r"(d) : "memory");
+}
+TW_INLINE void stmatrix_transposed(smem_t at, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a),
+               "r"(b), "r"(c), "r"(d) : "memory");
+}
+#endif
+
+template <typename T> TW_INLINE u32 pack_pair(float x, float y);
+template <> TW_INLINE u32 pack_pair<bf16>(float x, float y) { return pack_bf16(x, y); }
+template <> TW_INLINE u32 pack_pair<f16>(float x, float y) { return pack_f16(x, y); }
+
+// Accumulators to a tile in shared memory, converted to T. `line0`, `along0`: where the fragment's first
+// element goes; ALONG_COLS: the buffer's contiguous axis is columns. `f(i)` gives register i.
+template <typename T, int ROWS, int COLS, int SPAN, int LINES, bool ALONG_COLS, typename F>
+TW_INLINE void wgmma_to_smem(smem_t tile, int row0, int col0, F f) {
+  using S = WgmmaSpread<ROWS, COLS>;
+  const int w = (int)((threadIdx.x >> 5) & 3u) * 16;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (sizeof(T) == 2 && COLS % 16 == 0) {
+#pragma unroll
+    for (int b = 0; b < S::BLOCKS; ++b) {
+#pragma unroll
+      for (int j = 0; j < COLS / 16; ++j) {
+        const int i = b * S::BLOCK + j * 8;
+        const u32 p0 = pack_pair<T>(f(i), f(i + 1)), p1 = pack_pair<T>(f(i + 2), f(i + 3));
+        const u32 p2 = pack_pair<T>(f(i + 4), f(i + 5)), p3 = pack_pair<T>(f(i + 6), f(i + 7));
+        if constexpr (ALONG_COLS) {
+          const int line = row0 + b * 64 + w + lane() % 16, along = col0 + j * 16 + lane() / 16 * 8;
+          stmatrix(smem_at<2, SPAN, LINES>(tile, line, along), p0, p1, p2, p3);
+        } else {
+          // Each stored 8-element run is one column: matrices are (cols 0-7: rows 0-7, rows 8-15), then cols 8-15.
+          const int line = col0 + j * 16 + lane() / 16 * 8 + lane() % 8;
+          const int along = row0 + b * 64 + w + lane() / 8 % 2 * 8;
+          stmatrix_transposed(smem_at<2, SPAN, LINES>(tile, line, along), p0, p1, p2, p3);
+        }
+      }
+    }
+    return;
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < S::TILE; i += 2) {
+    const int r = row0 + S::row(i), c = col0 + S::col(i);
+    if constexpr (ALONG_COLS) {
+      const Pair<T> v = narrow_pair<T>(f(i), f(i + 1));
+      const smem_t at = smem_at<sizeof(T), SPAN, LINES>(tile, r, c);
+      if constexpr (sizeof(T) == 4) {
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(*(const u32*)&v.x), "r"(*(const u32*)&v.y)
+                     : "memory");
+      } else if constexpr (sizeof(T) == 2) {
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(*(const u32*)&v) : "memory");
+      } else {
+        asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(*(const u16*)&v) : "memory");
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const T v = narrow_to<T>::from(f(i + k));
+        const smem_t at = smem_at<sizeof(T), SPAN, LINES>(tile, c + k, r);
+        if constexpr (sizeof(T) == 4) {
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(*(const u32*)&v) : "memory");
+        } else if constexpr (sizeof(T) == 2) {
+          asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(*(const u16*)&v) : "memory");
+        } else {
+          asm volatile("st.shared.b8 [%0], %1;" ::"r"(at), "r"((u32) * (const u8*)&v) : "memory");
+        }
+      }
+    }
+  }
+}
+
+template <typename T> TW_INLINE T smem_load(smem_t at) {
+  T v;
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(*(u32*)&v) : "r"(at) : "memory");
+  } else if constexpr (sizeof(T) == 2) {
+    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(*(u16*)&v) : "r"(at) : "memory");
+  } else {
+    u32 r;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(r) : "r"(at) : "memory");
+    *(u8*)&v = (u8)r;
+  }
+  return v;
+}
+
+// One plain element into shared memory.
+template <typename T> TW_INLINE void smem_store(smem_t at, T v) {
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(*(const u32*)&v) : "memory");
+  } else if constexpr (sizeof(T) == 2) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(*(const u16*)&v) : "memory");
+  } else {
+    asm volatile("st.shared.b8 [%0], %1;" ::"r"(at), "r"((u32) * (const u8*)&v) : "memory");
+  }
+}
+
+// Combines over the LANES neighbouring threads (a power of two, within a warp) that share a row.
+template <int LANES, typename T, typename F> TW_INLINE T across_lanes(T x, F combine) {
+#pragma unroll
+  for (int d = LANES / 2; d > 0; d /= 2) x = combine(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+
+// Combines over LANES threads of several warps through `scratch` (one element a warp); all threads of the
+// block take part and get the result.
+template <int LANES, int THREADS, typename T, typename F>
+TW_INLINE T across_warps(T x, T* scratch, F combine) {
+  constexpr int WARPS = LANES / 32, GROUPS = THREADS / LANES;
+  x = across_lanes<32>(x, combine);
+  const int w = (int)threadIdx.x / 32;
+  __syncthreads();
+  if (lane() == 0) scratch[w] = x;
+  __syncthreads();
+  T r = scratch[w / WARPS * WARPS];
+#pragma unroll
+  for (int k = 1; k < WARPS; ++k) r = combine(r, scratch[w / WARPS * WARPS + k]);
+  (void)GROUPS;
+  return r;
+}
+
+}  // namespace tw
