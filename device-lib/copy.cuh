@@ -1,6 +1,6 @@
 // Plain copies into shared memory, asynchronous where the alignment allows (PTX ISA, "cp.async").
 #pragma once
-#include "frag.cuh"
+#include "tw/frag.cuh"
 
 namespace tw {
 

@@ -4,7 +4,7 @@
 // spread has `row(i)` and `col(i)` for the tile's registers, and `per_row(i)`, `per_col(i)`: which register of
 // a row or column vector goes with register i of the tile.
 #pragma once
-#include "base.cuh"
+#include "tw/base.cuh"
 
 namespace tw {
 
@@ -104,8 +104,7 @@ TW_INLINE void wgmma_to_smem(smem_t tile, int row0, int col0, F f) {
         }
       }
     }
-    return;
-  }
+  } else
 #endif
 #pragma unroll
   for (int i = 0; i < S::TILE; i += 2) {

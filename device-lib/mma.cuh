@@ -1,3 +1,3 @@
 // `mma.sync` over tiles in shared memory, for architectures without wgmma.
 #pragma once
-#include "frag.cuh"
+#include "tw/frag.cuh"

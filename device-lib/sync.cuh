@@ -1,7 +1,7 @@
 // Barriers: mbarriers, named hardware barriers, block and cluster, register budgets, dependent
 // launches.
 #pragma once
-#include "base.cuh"
+#include "tw/base.cuh"
 
 namespace tw {
 
@@ -41,11 +41,14 @@ TW_INLINE void fence_barrier_init() {
 TW_INLINE void mbarrier_arrive(smem_t bar) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// In another block of the cluster. The default scope of the release is the block: it orders what the copy engine and
+// the tensor cores read, which complete before. `.release.cluster` compiles to a fence of the whole device
+// (MEMBAR.ALL.GPU, about 1 us) and is only needed after plain stores to another block's memory.
 TW_INLINE void mbarrier_arrive_at(smem_t bar, u32 cta) {
   asm volatile(
       "{ .reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(bar), "r"(cta) : "memory");
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(bar), "r"(cta) : "memory");
 }
 TW_INLINE void mbarrier_expect_bytes(smem_t bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)

@@ -1,7 +1,7 @@
 // The copy engine: boxes between global and shared memory (PTX ISA, "cp.async.bulk.tensor").
 // Coordinates come innermost first, as in the tensor map.
 #pragma once
-#include "base.cuh"
+#include "tw/base.cuh"
 
 namespace tw {
 

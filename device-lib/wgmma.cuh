@@ -4,7 +4,7 @@
 // each R are a table below: TW_OUT_R binds the accumulators, TW_LIST_R prints them as %0..%(R-1), and
 // TW_NEXT_R names the placeholders that follow.
 #pragma once
-#include "base.cuh"
+#include "tw/base.cuh"
 
 namespace tw {
 

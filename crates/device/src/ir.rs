@@ -127,6 +127,8 @@ pub struct TensorMap {
     pub contiguous: usize,
     /// How boxes lie in shared memory.
     pub swizzle: Swizzle,
+    /// Loads round f32 to TF32 (nearest), since the tensor cores drop the low bits.
+    pub tf32: bool,
 }
 
 /// A buffer of `slots` tiles `[rows, cols]` in shared memory. A tile is stored as panels: the

@@ -202,6 +202,7 @@ fn stage(
         box_shape,
         contiguous: if contiguous == 1 { axes.1 } else { axes.0 },
         swizzle,
+        tf32: false,
     });
     let smem = b.smem.push(Smem {
         name: format!("s{name}"),

@@ -339,6 +339,7 @@ fn stage(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<Stage> {
         box_shape,
         contiguous: along_axis,
         swizzle: stream.swizzle,
+        tf32: param.dtype == DType::F32,
     });
     let smem = b.smem.push(Smem {
         name: format!("s{}{suffix}", param.name),
