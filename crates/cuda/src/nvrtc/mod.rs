@@ -167,9 +167,10 @@ pub struct Nvrtc {
 }
 
 impl Nvrtc {
-    /// Opens NVRTC, once per process: the library that `TILEWRIGHT_NVRTC` names (a file or its folder), or else one beside
-    /// the program, in a Python environment (`VIRTUAL_ENV`, `.venv`), under `/usr/local/cuda*`, or
-    /// known to the system's loader. `cache` is the folder of the cache; none without.
+    /// Opens NVRTC, once per process: the library that `TILEWRIGHT_NVRTC` names (a file or its
+    /// folder), or else one beside the program, in a Python environment (`VIRTUAL_ENV`, `.venv`),
+    /// under `/usr/local/cuda*`, or known to the system's loader. `cache` is the folder of
+    /// everything cached (the one that the CPU's kernels use, too); nothing is cached without.
     pub fn open(cache: Option<&Path>) -> Result<Nvrtc> {
         static API: OnceLock<Result<Api>> = OnceLock::new();
         let api = API.get_or_init(Api::open).as_ref().map_err(Clone::clone)?;
