@@ -196,6 +196,7 @@ pub(crate) mod code {
     pub(crate) const NO_BINARY_FOR_GPU: i32 = 209;
     pub(crate) const UNSUPPORTED_PTX: i32 = 222;
     pub(crate) const NOT_FOUND: i32 = 500;
+    pub(crate) const COOPERATIVE_TOO_LARGE: i32 = 720;
     pub(crate) const SYSTEM_DRIVER_MISMATCH: i32 = 803;
     pub(crate) const COMPAT_NOT_SUPPORTED: i32 = 804;
     pub(crate) const GRAPH_EXEC_UPDATE_FAILURE: i32 = 910;
@@ -212,7 +213,6 @@ const FAULTS: &[(i32, &str)] = &[
     (717, "a kernel used an address of the wrong memory space"),
     (718, "a kernel jumped out of its code"),
     (719, "a kernel failed while it ran"),
-    (720, "a cooperative launch has more blocks than fit the device at once"),
 ];
 
 /// Why a capture or a graph is refused.
@@ -282,6 +282,9 @@ fn error_of(code: c_int, name: &str, description: &str) -> Error {
             .with_hint("the driver's library and its kernel module differ: restart the machine"),
         code::DEVICE_UNAVAILABLE => {
             Error::user(format!("another process has the device for itself ({name})"))
+        }
+        code::COOPERATIVE_TOO_LARGE => {
+            Error::bug(format!("a cooperative launch has more blocks than fit at once ({name})"))
         }
         code::OUT_OF_MEMORY => Error::unsupported(format!("out of memory on the device ({name})")),
         _ => Error::bug(plain),
