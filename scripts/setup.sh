@@ -6,7 +6,8 @@
 # system: LLVM 22 with its static libraries, a C compiler for linking, Python's venv module.
 #         Through apt-get where its sources offer llvm-22-dev (Debian 12 and later); elsewhere this
 #         says what to install. LLVM in another place: set LLVM_SYS_221_PREFIX to its prefix.
-# test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv.
+# test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv. `test` also takes
+#         requirements-gpu-check.txt: the CUDA compiler, which needs no GPU.
 # browser: Chromium, for the test that looks at HTML reports.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -118,7 +119,11 @@ setup_browser() {
 for part in "$@"; do
   case "$part" in
     system) setup_system ;;
-    test | demo | bench) setup_python "$part" ;;
+    test)
+      setup_python test
+      setup_python gpu-check
+      ;;
+    demo | bench) setup_python "$part" ;;
     browser) setup_browser ;;
     *) fail "unknown part '$part' (system, test, demo, bench, browser)" ;;
   esac

@@ -19,6 +19,7 @@ const CRATES: &[Row] = &[
     Row { name: "data",       may_know: &["base"] },
     Row { name: "expr",       may_know: &["base", "data"] },
     Row { name: "target",     may_know: &["base"] },
+    Row { name: "cuda",       may_know: &["base", "data", "target"] },
     Row { name: "graph",      may_know: &["base", "layout", "data", "expr"] },
     Row { name: "tile",       may_know: &["base", "layout", "data", "expr"] },
     Row { name: "device",     may_know: &["base", "layout", "data", "expr", "tile"] },
