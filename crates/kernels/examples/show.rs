@@ -8,7 +8,7 @@ use std::fmt::Write;
 use tilewright_base::DType;
 use tilewright_device::{Program, Swizzle};
 use tilewright_emit_cuda::{Argument, Source};
-use tilewright_kernels::gemm::{GemmSpec, Order};
+use tilewright_kernels::gemm::{GemmSpec, Math, Order};
 use tilewright_lower_gpu::{GpuSchedule, Mode, StoreKind, lower};
 
 fn build(args: &[String]) -> Result<(Program, Source), String> {
@@ -21,6 +21,9 @@ fn build(args: &[String]) -> Result<(Program, Source), String> {
         other => (DType::F32, other),
     };
     let mut spec = GemmSpec::plain(dtype, sum, result);
+    if dtype == DType::F32 {
+        spec.math = Math::Tf32;
+    }
     let mut s = GpuSchedule::hopper(&[("BM", sizes[0]), ("BN", sizes[1]), ("BK", sizes[2])]);
     for arg in &args[4..] {
         let (key, value) = arg.split_once('=').ok_or(format!("{arg} is not key=value"))?;
@@ -43,6 +46,16 @@ fn build(args: &[String]) -> Result<(Program, Source), String> {
                 let v = value.as_bytes();
                 (spec.a, spec.b, spec.c) = (order(v[0]), order(v[1]), order(v[2]));
             }
+            "math" => {
+                spec.math = match value {
+                    "exact" => Math::Exact,
+                    "tf32" => Math::Tf32,
+                    "tf32x3" => Math::Tf32x3,
+                    "promoted" => Math::Promoted,
+                    _ => return Err(format!("unknown math {value}")),
+                }
+            }
+            "swap" => {}
             "batched" => spec.batched = number()? == 1,
             _ => return Err(format!("unknown key {key}")),
         }

@@ -154,13 +154,15 @@ fn vector_along(b: &Builder<'_>, param: ParamId, axis: usize) -> u32 {
     if b.kernel.params[param].layout.axes[axis].stride.is(1) { b.schedule.vector.max(1) } else { 1 }
 }
 
-/// Columns of one chunk: a swizzle span of the output, which also bounds the registers.
+/// Columns of one chunk: the widest swizzle span of the output that cuts the tile into equal chunks.
+/// Wider chunks would keep more values in registers at once.
 fn chunk_columns(b: &Builder<'_>, param: ParamId, tile_cols: u32) -> u32 {
-    let bits = b.kernel.params[param].dtype.bits();
-    let span = 1024 / bits.max(8);
-    let most = span.clamp(8, 64).min(tile_cols);
-    // Equal chunks.
-    (1..=most).rev().find(|c| tile_cols.is_multiple_of(*c) && c.is_multiple_of(8)).unwrap_or(tile_cols)
+    let size = b.kernel.params[param].dtype.bits().div_ceil(8);
+    [128, 64, 32]
+        .into_iter()
+        .map(|bytes| (bytes / size).min(64))
+        .find(|c| tile_cols.is_multiple_of(*c) && c.is_multiple_of(8))
+        .unwrap_or(tile_cols)
 }
 
 fn swizzle_for(bytes: u32) -> Result<Swizzle> {

@@ -8,7 +8,7 @@
 use crate::epilogue;
 use crate::raster::raster;
 use crate::schedule::{GpuSchedule, Mode, StoreKind};
-use crate::streams::{Pipeline, Stream, extents, pipeline};
+use crate::streams::{Pipeline, Step, Stream, Value, definitions, extents, pipeline};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
@@ -16,9 +16,8 @@ use tilewright_device::{
     Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, TensorMap,
     WgmmaA,
 };
-use tilewright_expr::Value;
 use tilewright_layout::Dim;
-use tilewright_tile::{Compare, For, Kernel, TileOp};
+use tilewright_tile::{Compare, For, Kernel, TileId, TileOp};
 
 /// Name of a consumer's index.
 pub(crate) const CONSUMER: &str = "consumer";
@@ -79,9 +78,15 @@ fn main_loop(kernel: &Kernel) -> Result<(&[tilewright_tile::Stmt], &For, &[tilew
 /// Schedules a kernel with one loop over products.
 pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     let (before, body, after) = main_loop(kernel)?;
-    let pipeline = pipeline(kernel, body)?;
-    let first = &pipeline.products[0];
-    let tile_rows = pipeline.streams[first.a].rows;
+    let pipeline = pipeline(kernel, before, body)?;
+    let rows_of = |step: &Step| match step {
+        Step::Product { a, .. } => Some(pipeline.streams[*a].rows),
+        Step::Map { .. } => None,
+    };
+    let tile_rows = pipeline.steps.iter().find_map(rows_of).unwrap_or(0);
+    if pipeline.steps.iter().filter_map(rows_of).any(|r| r != tile_rows) {
+        return Err(Error::unsupported("products of different heights in one loop"));
+    }
     let consumers = schedule.consumers;
     let rows = match schedule.mode {
         Mode::Cooperative => tile_rows / consumers.max(1),
@@ -94,16 +99,6 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     }
     if schedule.mode == Mode::PingPong && (consumers != 2 || !schedule.persistent) {
         return Err(Error::unsupported("ping-pong needs two consumers and a persistent grid"));
-    }
-    let zero_start = |tile| {
-        crate::streams::definitions(before).get(&tile).is_some_and(|op| match op {
-            TileOp::Full(Value::Int(v)) => *v == 0,
-            TileOp::Full(Value::Float(v)) => v.to_bits() == 0,
-            _ => false,
-        })
-    };
-    if !body.carry.iter().all(|(_, init)| zero_start(*init)) {
-        return Err(Error::unsupported("accumulators that do not start at zero"));
     }
     let mut b = Builder {
         kernel,
@@ -159,24 +154,23 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     let producer_body = over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), produce);
 
     // Consumers.
-    let accumulators: Vec<FragId> = pipeline
-        .products
-        .iter()
-        .map(|p| {
-            let (tile, _) = body.carry[p.carried];
-            let dtype = kernel.ty(tile).dtype;
-            let cols = extents(kernel, tile)?[1];
-            Ok(b.frag("acc", dtype, cols, Extent::Tile))
-        })
-        .collect::<Result<_>>()?;
+    let tiles = RegisterTiles {
+        carried: body
+            .carry
+            .iter()
+            .map(|(tile, _)| tile_frag(&mut b, "acc", *tile))
+            .collect::<Result<_>>()?,
+        scratch: pipeline
+            .scratch
+            .iter()
+            .map(|tile| tile_frag(&mut b, "part", *tile))
+            .collect::<Result<_>>()?,
+    };
     let depth = body.hi.clone() - &body.lo;
-    let products = multiply(&b, &pipeline, &stages, &accumulators, body, ring, full, empty, multicast);
-    let results: Vec<_> = pipeline
-        .products
-        .iter()
-        .zip(&accumulators)
-        .map(|(p, frag)| (body.results[p.carried], *frag))
-        .collect();
+    let start = initial_values(before, &pipeline, body, &tiles)?;
+    let products = multiply(&b, &pipeline, &stages, &tiles, body, ring, full, empty, multicast);
+    let results: Vec<_> =
+        body.results.iter().copied().zip(tiles.carried.iter().copied()).collect();
     let finish = epilogue::store_results(&mut b, before, after, &results)?;
     let other = Dim::new(1) - &Dim::sym(CONSUMER);
     let turn = |of: Dim| of + &Dim::new(TURN_BARRIER);
@@ -184,6 +178,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     if schedule.mode == Mode::PingPong {
         consume.push(Stmt::NamedSync { id: turn(Dim::sym(CONSUMER)), threads: 256 });
     }
+    consume.extend(start);
     consume.extend(products.issue);
     if schedule.mode == Mode::PingPong {
         consume.push(Stmt::NamedArrive { id: turn(other), threads: 256 });
@@ -339,7 +334,7 @@ fn stage(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<Stage> {
         box_shape,
         contiguous: along_axis,
         swizzle: stream.swizzle,
-        tf32: param.dtype == DType::F32,
+        tf32: stream.tf32,
     });
     let smem = b.smem.push(Smem {
         name: format!("s{}{suffix}", param.name),
@@ -401,12 +396,60 @@ struct Products {
     drain: Vec<Stmt>,
 }
 
+/// The fragments of a loop's register tiles.
+struct RegisterTiles {
+    carried: Vec<FragId>,
+    scratch: Vec<FragId>,
+}
+
+impl RegisterTiles {
+    fn of(&self, value: Value) -> FragRef {
+        let frag = match value {
+            Value::Carried(i) => self.carried[i],
+            Value::Scratch(i) => self.scratch[i],
+        };
+        FragRef { frag, col: Dim::new(0), cols: None }
+    }
+}
+
+fn tile_frag(b: &mut Builder<'_>, name: &str, tile: TileId) -> Result<FragId> {
+    let dtype = b.kernel.ty(tile).dtype;
+    let cols = extents(b.kernel, tile)?[1];
+    Ok(b.frag(name, dtype, cols, Extent::Tile))
+}
+
+/// Fills carried tiles that no product starts from zero.
+fn initial_values(
+    before: &[tilewright_tile::Stmt],
+    pipeline: &Pipeline,
+    body: &For,
+    tiles: &RegisterTiles,
+) -> Result<Vec<Stmt>> {
+    let defs = definitions(before);
+    let mut out = Vec::new();
+    for (i, (_, init)) in body.carry.iter().enumerate() {
+        let carried = Value::Carried(i);
+        let first = pipeline.steps.iter().find(|step| match step {
+            Step::Product { acc, .. } => *acc == carried,
+            Step::Map { args, .. } => args.contains(&carried),
+        });
+        if matches!(first, Some(Step::Product { starts: true, .. })) {
+            continue;
+        }
+        let Some(TileOp::Full(value)) = defs.get(init) else {
+            return Err(Error::unsupported("a loop that carries a tile that is not a constant at first"));
+        };
+        out.push(Stmt::Fill { dst: tiles.of(carried), value: *value });
+    }
+    Ok(out)
+}
+
 #[allow(clippy::too_many_arguments, reason = "the parts of one loop, named")]
 fn multiply(
     b: &Builder<'_>,
     pipeline: &Pipeline,
     stages: &[Stage],
-    accumulators: &[FragId],
+    tiles: &RegisterTiles,
     body: &For,
     ring: RingId,
     full: tilewright_device::BarrierId,
@@ -414,11 +457,31 @@ fn multiply(
     multicast: bool,
 ) -> Products {
     let reach = if multicast { Reach::All } else { Reach::Own };
-    let release = Stmt::Arrive {
-        barrier: BarrierRef { barrier: empty, slot: Slot::Before(ring) },
-        reach,
+    let release = |slot: Slot| Stmt::Arrive {
+        barrier: BarrierRef { barrier: empty, slot },
+        reach: reach.clone(),
     };
     let var = Dim::sym(body.var.clone());
+    let product = |acc: Value, a: usize, bb: usize, zero_if: Option<Cond>| Stmt::Wgmma {
+        acc: tiles.of(acc),
+        a: WgmmaA::Smem(SmemTile {
+            smem: stages[a].smem,
+            slot: Slot::Ring(ring),
+            row: b.row0(),
+            col: Dim::new(0),
+            rows: b.rows,
+            cols: pipeline.streams[a].cols,
+        }),
+        b: SmemTile {
+            smem: stages[bb].smem,
+            slot: Slot::Ring(ring),
+            row: Dim::new(0),
+            col: Dim::new(0),
+            rows: pipeline.streams[bb].rows,
+            cols: pipeline.streams[bb].cols,
+        },
+        zero_if,
+    };
     let mut step = vec![
         Stmt::Wait {
             barrier: BarrierRef { barrier: full, slot: Slot::Ring(ring) },
@@ -426,36 +489,57 @@ fn multiply(
         },
         Stmt::WgmmaFence,
     ];
-    for (product, acc) in pipeline.products.iter().zip(accumulators) {
-        let (a, bb) = (&pipeline.streams[product.a], &pipeline.streams[product.b]);
-        step.push(Stmt::Wgmma {
-            acc: FragRef { frag: *acc, col: Dim::new(0), cols: None },
-            a: WgmmaA::Smem(SmemTile {
-                smem: stages[product.a].smem,
-                slot: Slot::Ring(ring),
-                row: b.row0(),
-                col: Dim::new(0),
-                rows: b.rows,
-                cols: a.cols,
-            }),
-            b: SmemTile {
-                smem: stages[product.b].smem,
-                slot: Slot::Ring(ring),
-                row: Dim::new(0),
-                col: Dim::new(0),
-                rows: bb.rows,
-                cols: bb.cols,
-            },
-            zero_if: Some(Cond { lhs: var.clone(), compare: Compare::Eq, rhs: body.lo.clone() }),
-        });
+    let first_turn = Cond { lhs: var.clone(), compare: Compare::Eq, rhs: body.lo.clone() };
+    let always = Cond { lhs: Dim::new(0), compare: Compare::Eq, rhs: Dim::new(0) };
+    // Products that run together are one group; elementwise steps wait for it.
+    let last_product =
+        pipeline.steps.iter().rposition(|s| matches!(s, Step::Product { .. })).unwrap_or(0);
+    let maps_follow = pipeline.steps.iter().any(|s| matches!(s, Step::Map { .. }));
+    let mut open = false;
+    for (i, s) in pipeline.steps.iter().enumerate() {
+        match s {
+            Step::Product { acc, a, b: bb, starts } => {
+                if !open && i > 0 {
+                    step.push(Stmt::WgmmaFence);
+                }
+                open = true;
+                let zero_if = match (starts, acc) {
+                    (false, _) => None,
+                    (true, Value::Carried(_)) => Some(first_turn.clone()),
+                    (true, Value::Scratch(_)) => Some(always.clone()),
+                };
+                step.push(product(*acc, *a, *bb, zero_if));
+                if i == last_product && maps_follow && i + 1 < pipeline.steps.len() {
+                    step.extend([Stmt::WgmmaCommit, Stmt::WgmmaWait { pending: 0 }]);
+                    step.push(release(Slot::Ring(ring)));
+                    open = false;
+                }
+            }
+            Step::Map { dst, func, args } => {
+                if open {
+                    step.extend([Stmt::WgmmaCommit, Stmt::WgmmaWait { pending: 0 }]);
+                    open = false;
+                }
+                step.push(Stmt::Map {
+                    dst: tiles.of(*dst),
+                    func: func.clone(),
+                    args: args.iter().map(|a| tiles.of(*a)).collect(),
+                });
+            }
+        }
     }
-    step.push(Stmt::WgmmaCommit);
-    step.push(Stmt::WgmmaWait { pending: 1 });
-    step.push(Stmt::If {
-        cond: Cond { lhs: body.lo.clone(), compare: Compare::Lt, rhs: var },
-        then: vec![release.clone()],
-        otherwise: Vec::new(),
-    });
+    let mut drain = Vec::new();
+    if open {
+        // The last group stays in flight through the next wait, so its stage is let go one turn later.
+        step.push(Stmt::WgmmaCommit);
+        step.push(Stmt::WgmmaWait { pending: 1 });
+        step.push(Stmt::If {
+            cond: Cond { lhs: body.lo.clone(), compare: Compare::Lt, rhs: var },
+            then: vec![release(Slot::Before(ring))],
+            otherwise: Vec::new(),
+        });
+        drain = vec![Stmt::WgmmaWait { pending: 0 }, release(Slot::Before(ring))];
+    }
     step.push(Stmt::Advance { ring, by: Dim::new(1) });
     Products {
         issue: vec![Stmt::For {
@@ -465,7 +549,7 @@ fn multiply(
             step: Dim::new(1),
             body: step,
         }],
-        drain: vec![Stmt::WgmmaWait { pending: 0 }, release],
+        drain,
     }
 }
 

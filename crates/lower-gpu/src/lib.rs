@@ -18,6 +18,7 @@ mod schedule;
 mod specialise;
 mod streams;
 
+pub use streams::tf32_round;
 pub use schedule::{GpuSchedule, Mode, StoreKind};
 
 use tilewright_base::Result;

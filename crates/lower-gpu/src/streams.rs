@@ -5,8 +5,9 @@
 //! in the orientation in which the product reads them; nothing is moved to transpose.
 
 use std::collections::BTreeMap;
-use tilewright_base::{Error, Result};
+use tilewright_base::{DType, Error, Result};
 use tilewright_device::Swizzle;
+use tilewright_expr::{Func, FuncBuilder, Op, Value as Constant};
 use tilewright_layout::Dim;
 use tilewright_tile::{For, Kernel, ParamId, Stmt, TileId, TileOp};
 
@@ -53,8 +54,8 @@ pub(crate) fn extents(kernel: &Kernel, tile: TileId) -> Result<Vec<u32>> {
 pub(crate) fn load_view(kernel: &Kernel, defs: &Defs<'_>, tile: TileId) -> Option<LoadView> {
     match defs.get(&tile)? {
         TileOp::Load { param, index, steps, fill } => {
-            let zero = matches!(fill, tilewright_expr::Value::Int(0))
-                || matches!(fill, tilewright_expr::Value::Float(v) if v.to_bits() == 0);
+            let zero = matches!(fill, Constant::Int(0))
+                || matches!(fill, Constant::Float(v) if v.to_bits() == 0);
             (steps.iter().all(|s| *s == 1) && zero).then(|| LoadView {
                 load: tile,
                 param: *param,
@@ -94,6 +95,8 @@ pub(crate) struct Stream {
     /// 0 or 1: the axis of the tile that is contiguous in memory.
     pub(crate) contiguous: usize,
     pub(crate) swizzle: Swizzle,
+    /// Rounded to TF32 on the way.
+    pub(crate) tf32: bool,
 }
 
 impl Stream {
@@ -108,62 +111,149 @@ impl Stream {
     }
 }
 
-/// One product of the loop: accumulators (as the loop names and carries them) and operands.
-#[derive(Clone, Debug)]
-pub(crate) struct Product {
-    /// Position among the carried tiles.
-    pub(crate) carried: usize,
-    pub(crate) a: usize,
-    pub(crate) b: usize,
+/// A register tile of the loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Value {
+    /// The carried tile with this number.
+    Carried(usize),
+    /// A tile that lives within one turn of the loop.
+    Scratch(usize),
 }
 
-/// The loop as streams and products.
+/// One step of the loop on register tiles.
+#[derive(Clone, Debug)]
+pub(crate) enum Step {
+    /// `acc += a * b`, with streams as operands.
+    Product {
+        acc: Value,
+        a: usize,
+        b: usize,
+        /// The sum starts here: on every turn for scratch, on the first for a carried tile.
+        starts: bool,
+    },
+    /// Elementwise.
+    Map { dst: Value, func: Func, args: Vec<Value> },
+}
+
+/// The loop as streams and steps.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pipeline {
     pub(crate) streams: Vec<Stream>,
-    pub(crate) products: Vec<Product>,
+    pub(crate) steps: Vec<Step>,
+    /// Type of each scratch tile.
+    pub(crate) scratch: Vec<TileId>,
 }
 
-/// Takes a loop apart, or says what does not fit.
-pub(crate) fn pipeline(kernel: &Kernel, body: &For) -> Result<Pipeline> {
-    let defs = definitions(&body.body.stmts);
+/// Rounds f32 to the nearest number of 11 significant digits, TF32, by Veltkamp's splitting (Dekker, "A
+/// floating-point technique for extending the available precision", 1971). A product of operands rounded
+/// so may run on the tensor cores as TF32: the copy engine rounds on the way.
+pub fn tf32_round() -> Func {
+    let mut b = FuncBuilder::new();
+    let x = b.param("x", DType::F32);
+    let factor = b.constant(8193.0, DType::F32);
+    let scaled = b.op(Op::Mul, &[factor, x]);
+    let low = b.op(Op::Sub, &[scaled, x]);
+    let high = b.op(Op::Sub, &[scaled, low]);
+    b.finish(high)
+}
+
+/// Takes a loop apart, or says what does not fit. `before` defines what the loop may use from outside.
+pub(crate) fn pipeline(kernel: &Kernel, before: &[Stmt], body: &For) -> Result<Pipeline> {
+    let outer = definitions(before);
+    let mut defs = definitions(&body.body.stmts);
+    defs.extend(outer.iter().map(|(id, op)| (*id, *op)));
+    let is_zero = |tile: &TileId| match defs.get(tile) {
+        Some(TileOp::Full(Constant::Int(v))) => *v == 0,
+        Some(TileOp::Full(Constant::Float(v))) => v.to_bits() == 0,
+        _ => false,
+    };
     let mut out = Pipeline::default();
     let mut used = Vec::new();
+    let mut values: BTreeMap<TileId, Value> =
+        body.carry.iter().enumerate().map(|(i, (inner, _))| (*inner, Value::Carried(i))).collect();
+    let mut started = vec![false; body.carry.len()];
+    let tf32 = tf32_round();
     for stmt in &body.body.stmts {
         let Stmt::Let(id, op) = stmt else {
             return Err(Error::unsupported("a loop over products that stores, branches or loops"));
         };
-        let TileOp::Mma { acc, a, b, limit } = op else { continue };
-        let Some(carried) = body.carry.iter().position(|(inner, _)| inner == acc) else {
-            return Err(Error::unsupported("a product whose accumulator is not carried by its loop"));
-        };
-        if body.yields[carried] != *id {
-            return Err(Error::unsupported("an accumulator that changes after its product"));
-        }
-        let mut operand = |tile: TileId, depth_axis: usize| -> Result<usize> {
-            let Some(view) = load_view(kernel, &defs, tile) else {
-                return Err(Error::unsupported("an operand of a product that is not a plain load"));
-            };
-            check_limit(kernel, &view, view.axes[depth_axis], limit.as_ref())?;
-            used.push(view.load);
-            if let Some(i) = out.streams.iter().position(|s| s.view == view) {
-                return Ok(i);
+        match op {
+            TileOp::Mma { acc, a, b, limit } => {
+                let mut operand = |tile: TileId, depth_axis: usize| -> Result<usize> {
+                    // TF32: the rounding of the operand is the copy engine's.
+                    let (tile, rounded) = match defs.get(&tile) {
+                        Some(TileOp::Map { func, args }) if *func == tf32 => (args[0].tile, true),
+                        _ => (tile, false),
+                    };
+                    let Some(view) = load_view(kernel, &defs, tile) else {
+                        return Err(Error::unsupported(
+                            "an operand of a product that is not a plain load",
+                        ));
+                    };
+                    check_limit(kernel, &view, view.axes[depth_axis], limit.as_ref())?;
+                    used.push(view.load);
+                    if let Some(i) = out.streams.iter().position(|s| s.view == view) {
+                        return Ok(i);
+                    }
+                    let shape = extents(kernel, tile)?;
+                    let stream = stream(kernel, view, shape[0], shape[1], rounded)?;
+                    out.streams.push(stream);
+                    Ok(out.streams.len() - 1)
+                };
+                let (a, b) = (operand(*a, 1)?, operand(*b, 0)?);
+                let (acc, starts) = match values.get(acc) {
+                    Some(Value::Carried(i)) => {
+                        let first = !std::mem::replace(&mut started[*i], true);
+                        (Value::Carried(*i), first && is_zero(&body.carry[*i].1))
+                    }
+                    Some(scratch) => (*scratch, false),
+                    None if is_zero(acc) => {
+                        out.scratch.push(*id);
+                        (Value::Scratch(out.scratch.len() - 1), true)
+                    }
+                    None => {
+                        return Err(Error::unsupported("a product that adds to a tile from outside its loop"));
+                    }
+                };
+                values.insert(*id, acc);
+                out.steps.push(Step::Product { acc, a, b, starts });
             }
-            let shape = extents(kernel, tile)?;
-            let stream = stream(kernel, view, shape[0], shape[1])?;
-            out.streams.push(stream);
-            Ok(out.streams.len() - 1)
-        };
-        let (a, b) = (operand(*a, 1)?, operand(*b, 0)?);
-        out.products.push(Product { carried, a, b });
+            TileOp::Map { func, args } if args.iter().any(|a| values.contains_key(&a.tile)) => {
+                let args = args
+                    .iter()
+                    .map(|a| {
+                        let whole = a.along.iter().copied().eq(0..a.along.len());
+                        values.get(&a.tile).copied().filter(|_| whole)
+                    })
+                    .collect::<Option<Vec<_>>>()
+                    .ok_or_else(|| {
+                        Error::unsupported("elementwise steps between products on other than whole tiles")
+                    })?;
+                let dst = match body.yields.iter().position(|y| y == id) {
+                    Some(i) => Value::Carried(i),
+                    None => {
+                        out.scratch.push(*id);
+                        Value::Scratch(out.scratch.len() - 1)
+                    }
+                };
+                values.insert(*id, dst);
+                out.steps.push(Step::Map { dst, func: func.clone(), args });
+            }
+            _ => {}
+        }
     }
-    if out.products.len() != body.carry.len() {
-        return Err(Error::unsupported("a loop that carries more than accumulators"));
+    for (i, tile) in body.yields.iter().enumerate() {
+        if values.get(tile) != Some(&Value::Carried(i)) {
+            return Err(Error::unsupported("a loop that permutes what it carries"));
+        }
     }
-    for (id, op) in &defs {
-        if matches!(op, TileOp::Load { .. }) && !used.contains(id) {
+    for (id, op) in definitions(&body.body.stmts) {
+        if matches!(op, TileOp::Load { .. }) && !used.contains(&id) {
             return Err(Error::unsupported("a load in the loop that no product reads"));
         }
+    }
+    if !out.steps.iter().any(|s| matches!(s, Step::Product { .. })) {
+        return Err(Error::unsupported("a loop without products"));
     }
     Ok(out)
 }
@@ -182,8 +272,14 @@ fn check_limit(kernel: &Kernel, view: &LoadView, axis: usize, limit: Option<&Dim
     }
 }
 
-fn stream(kernel: &Kernel, view: LoadView, rows: u32, cols: u32) -> Result<Stream> {
+fn stream(kernel: &Kernel, view: LoadView, rows: u32, cols: u32, tf32: bool) -> Result<Stream> {
     let param = &kernel.params[view.param];
+    if param.dtype == DType::F32 && !tf32 {
+        return Err(Error::unsupported(format!(
+            "{}: tensor cores multiply f32 only after rounding to TF32",
+            param.name
+        )));
+    }
     let unit = |axis: usize| {
         let a = &param.layout.axes[axis];
         a.stride.is(1) && a.block.is_none()
@@ -204,5 +300,5 @@ fn stream(kernel: &Kernel, view: LoadView, rows: u32, cols: u32) -> Result<Strea
         .into_iter()
         .find(|s| bytes.is_multiple_of(s.span_bytes()))
         .ok_or_else(|| Error::unsupported(format!("tiles of {bytes} bytes along a line")))?;
-    Ok(Stream { view, rows, cols, contiguous, swizzle })
+    Ok(Stream { view, rows, cols, contiguous, swizzle, tf32 })
 }

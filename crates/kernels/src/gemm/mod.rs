@@ -4,4 +4,4 @@
 
 mod program;
 
-pub use program::{Epilogue, GemmSpec, Order};
+pub use program::{Epilogue, GemmSpec, Math, Order};

@@ -3,7 +3,7 @@
 use tilewright_base::DType;
 use tilewright_expr::{Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
-use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, TileType};
+use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, TileId, TileType};
 
 /// Which axis of a matrix is contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -49,6 +49,22 @@ impl Epilogue {
     }
 }
 
+/// How products of the operands are formed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Math {
+    /// Of the operands as they are.
+    Exact,
+    /// f32 operands are rounded to TF32 (11 significant digits) first.
+    Tf32,
+    /// f32 operands come as two TF32 parts, `x = high + low`, in tensors `A`, `A_low`, `B`, `B_low`;
+    /// the product of the two low parts is left out. (Markidis et al., "NVIDIA Tensor Core
+    /// programmability, performance and precision", 2018; Ootomo and Yokota, 2022.)
+    Tf32x3,
+    /// Sums of one tile depth are formed apart and then added in f32: eight-bit floats, whose
+    /// tensor-core sums keep fewer digits.
+    Promoted,
+}
+
 /// A matrix product for all sizes: `C[b,m,n] = epilogue(sum over k of A[b,m,k] * B[b,k,n])`.
 ///
 /// Size symbols: `M`, `N`, `K`, with `batched` also `L`; `lda`, `ldb`, `ldc` are the distances in
@@ -62,6 +78,8 @@ pub struct GemmSpec {
     pub sum: DType,
     /// Type of the result.
     pub result: DType,
+    /// How products are formed.
+    pub math: Math,
     /// Order of `A [M, K]`.
     pub a: Order,
     /// Order of `B [K, N]`.
@@ -72,6 +90,13 @@ pub struct GemmSpec {
     pub batched: bool,
     /// What happens to the sums.
     pub epilogue: Epilogue,
+}
+
+/// The operand rounded to TF32.
+fn round(k: &mut KernelBuilder, tile: TileId) -> TileId {
+    let shape = k.ty(tile).shape.clone();
+    let arg = k.plain(tile);
+    k.map(tilewright_lower_gpu::tf32_round(), vec![arg], shape)
 }
 
 fn matrix(rows: &str, cols: &str, order: Order, leading: &str, batch: Option<&str>) -> Layout {
@@ -96,6 +121,7 @@ impl GemmSpec {
             operand,
             sum,
             result,
+            math: Math::Exact,
             a: Order::Row,
             b: Order::Row,
             c: Order::Row,
@@ -123,6 +149,12 @@ impl GemmSpec {
         let batch = |s: &'static str| self.batched.then_some(s);
         let a = k.param("A", self.operand, matrix("M", "K", self.a, "lda", batch("sa")), Access::In);
         let b = k.param("B", self.operand, matrix("K", "N", self.b, "ldb", batch("sb")), Access::In);
+        let low = (self.math == Math::Tf32x3).then(|| {
+            let a = matrix("M", "K", self.a, "lda", batch("sa"));
+            let b = matrix("K", "N", self.b, "ldb", batch("sb"));
+            let a = k.param("A_low", self.operand, a, Access::In);
+            (a, k.param("B_low", self.operand, b, Access::In))
+        });
         let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
         let e = &self.epilogue;
         let col = e.col_vector.map(|t| k.param("cols", t, vector("N"), Access::In));
@@ -153,7 +185,35 @@ impl GemmSpec {
             ta = k.reshape(ta, vec![bm.clone(), bk.clone()]);
             tb = k.reshape(tb, vec![bk.clone(), bn.clone()]);
         }
-        let next = k.mma(carried[0], ta, tb, Some(depth - &k0));
+        let limit = depth - &k0;
+        let next = match self.math {
+            Math::Exact => k.mma(carried[0], ta, tb, Some(limit)),
+            Math::Tf32 => {
+                let (ra, rb) = (round(&mut k, ta), round(&mut k, tb));
+                k.mma(carried[0], ra, rb, Some(limit))
+            }
+            Math::Tf32x3 => {
+                let (a_low, b_low) = low.expect("declared for this math");
+                let mut la = k.load(a_low, at(row0.clone(), k0.clone()), shape(&bm, &bk));
+                let mut lb = k.load(b_low, at(k0.clone(), col0.clone()), shape(&bk, &bn));
+                if self.batched {
+                    la = k.reshape(la, vec![bm.clone(), bk.clone()]);
+                    lb = k.reshape(lb, vec![bk.clone(), bn.clone()]);
+                }
+                let (ha, hb) = (round(&mut k, ta), round(&mut k, tb));
+                let (la, lb) = (round(&mut k, la), round(&mut k, lb));
+                // Small terms first.
+                let x = k.mma(carried[0], la, hb, Some(limit.clone()));
+                let x = k.mma(x, ha, lb, Some(limit.clone()));
+                k.mma(x, ha, hb, Some(limit))
+            }
+            Math::Promoted => {
+                let part = k.mma(init, ta, tb, Some(limit));
+                let add = Func::binary(Op::Add, self.sum);
+                let args = vec![k.plain(carried[0]), k.plain(part)];
+                k.map(add, args, vec![bm.clone(), bn.clone()])
+            }
+        };
         let sums = k.end_for(&[next])[0];
         let mut args = vec![k.plain(sums)];
         if let Some(p) = col {
