@@ -5,5 +5,7 @@
 //! nothing else. This crate knows no kernels.
 
 mod cpu;
+mod gpu;
 
 pub use cpu::{Ceilings, Cpu, Precision};
+pub use gpu::{Gpu, GpuModel};

@@ -1,7 +1,25 @@
 //! Matrix products: `C = epilogue(A B)`, batched and strided.
 //!
-//! [`GemmSpec`] says what is computed, for every size; [`GemmSpec::program`] is its tile program.
+//! ```text
+//! Problem --plan--> candidates, best first: steps (tile program, schedule, sizes, operands) + workspace
+//!            |
+//!            +-- orientation   the product, or its transpose when there are few rows
+//!            +-- preparation   operands that the copy engine or the tensor cores cannot read are copied
+//!            +-- splits        of the depth, when there are too few tiles for the machine
+//!            +-- space         every legal schedule (`space.rs`)
+//!            +-- model         its estimated time (`model.rs`)
+//! ```
+//!
+//! No tuning is needed: the model picks. A tuner measures the first candidates instead.
 
+mod model;
+mod plan;
+mod problem;
 mod program;
+mod space;
 
+pub use model::estimate_us;
+pub use plan::{Candidate, Place, Step, plan};
+pub use problem::{Precision, Problem};
 pub use program::{Epilogue, GemmSpec, Math, Order};
+pub use space::space;

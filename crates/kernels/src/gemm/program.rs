@@ -34,6 +34,25 @@ impl Epilogue {
         Epilogue { func: Func::cast(from, to), col_vector: None, row_vector: None, residual: None }
     }
 
+    /// The epilogue of the transposed product: vectors along rows and columns change places.
+    #[must_use]
+    pub fn transposed(&self) -> Epilogue {
+        let mut out =
+            Epilogue { col_vector: self.row_vector, row_vector: self.col_vector, ..self.clone() };
+        if self.col_vector.is_some() && self.row_vector.is_some() {
+            let mut b = FuncBuilder::new();
+            let mut order: Vec<usize> = (0..self.func.params().len()).collect();
+            order.swap(1, 2);
+            let params = self.func.params();
+            let new: Vec<_> =
+                order.iter().map(|i| b.param(&params[*i].name, params[*i].dtype)).collect();
+            let args: Vec<_> = order.iter().map(|i| new[*i]).collect();
+            let result = b.inline(&self.func, &args);
+            out.func = b.finish(result);
+        }
+        out
+    }
+
     /// `activation(sum + bias)`; `activation` maps f32 to f32.
     pub fn bias(activation: Option<&Func>, bias: DType, to: DType) -> Epilogue {
         let mut b = FuncBuilder::new();

@@ -1,0 +1,93 @@
+//! Estimated time of a product under a schedule.
+//!
+//! A block's time is that of its tiles one after another; a tile's, that of its steps along the depth
+//! and its epilogue. A step takes the longest of: the tensor cores, shared memory that feeds them, the
+//! second-level cache that fills the stage, and the load latency spread over the stages in flight. With
+//! ping-pong, one consumer's epilogue hides behind the other's products. Device memory bounds the whole.
+
+use tilewright_lower_gpu::{GpuSchedule, Mode};
+use tilewright_target::Gpu;
+
+/// Sizes of a product as the model sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) m: i64,
+    pub(crate) n: i64,
+    pub(crate) k: i64,
+    pub(crate) batch: i64,
+    /// Parts of the depth that are summed apart.
+    pub(crate) splits: i64,
+    /// Products per step: 3 for three-part TF32.
+    pub(crate) products: i64,
+    pub(crate) operand_bytes: i64,
+    pub(crate) result_bytes: i64,
+}
+
+fn ceil(a: i64, b: i64) -> i64 {
+    (a + b - 1) / b.max(1)
+}
+
+/// Microseconds of `m x n x k` under a schedule, operands cold.
+pub fn estimate_us(
+    gpu: &Gpu,
+    schedule: &GpuSchedule,
+    sizes: (i64, i64, i64),
+    operand_bytes: i64,
+    result_bytes: i64,
+) -> f64 {
+    let (m, n, k) = sizes;
+    let shape = Shape { m, n, k, batch: 1, splits: 1, products: 1, operand_bytes, result_bytes };
+    estimate(gpu, schedule, &shape)
+}
+
+pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
+    let p = &gpu.model;
+    let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
+    let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
+    let size = shape.operand_bytes as f64;
+    let rate = gpu.tensor_flops_per_clock * 2.0 / size;
+    let cluster = i64::from(s.cluster);
+    let (mut tiles_m, mut tiles_n) = (ceil(shape.m, bm), ceil(shape.n, bn));
+    if s.cluster_axis == 0 {
+        tiles_m = ceil(tiles_m, cluster);
+    } else {
+        tiles_n = ceil(tiles_n, cluster);
+    }
+    let items = tiles_m * tiles_n * shape.batch * shape.splits;
+    let slots = (i64::from(gpu.sms) / cluster).max(1);
+    let per_block = ceil(items, slots) as f64;
+    let steps = ceil(ceil(shape.k, bk), shape.splits) as f64;
+    let products = shape.products as f64;
+    let tensor = (bm * bn * bk) as f64 * 2.0 / rate * products;
+    let shared = ((bm * bk) as f64 + (bm as f64 / 64.0) * (bn * bk) as f64) * size / 128.0 * products;
+    let lone = s.consumers == 1;
+    let compute = tensor.max(shared) * p.product_factor
+        + p.step_clocks
+        + if lone { p.lone_consumer_clocks } else { 0.0 };
+    let tensors = if shape.products > 1 { 2.0 } else { 1.0 };
+    let mut bytes_a = (bm * bk) as f64 * size * tensors;
+    let mut bytes_b = (bn * bk) as f64 * size * tensors;
+    if cluster > 1 {
+        let saved = cluster as f64 * p.multicast_saving + (1.0 - p.multicast_saving);
+        if s.cluster_axis == 0 { bytes_b /= saved } else { bytes_a /= saved }
+    }
+    let fill = (bytes_a + bytes_b) / p.l2_bytes_per_clock;
+    let latency = p.load_latency_clocks / f64::from(s.stages);
+    let step = compute.max(fill).max(latency);
+    let loop_clocks = steps * step;
+    let result = if shape.splits > 1 { 4.0 } else { shape.result_bytes as f64 };
+    let epilogue = p.epilogue_clocks + (bm * bn) as f64 * result / p.epilogue_bytes_per_clock;
+    let clocks = match s.mode {
+        Mode::Cooperative => per_block * (loop_clocks + epilogue),
+        Mode::PingPong => {
+            per_block * loop_clocks.max((loop_clocks + epilogue) / 2.0) + epilogue
+        }
+    };
+    let busy = clocks / p.clock_ghz / 1e3 + p.launch_us + if cluster > 1 { p.cluster_us } else { 0.0 };
+    let operands = (shape.m * shape.k + shape.k * shape.n) as f64 * size * tensors;
+    let results = (shape.m * shape.n) as f64 * result * shape.splits as f64;
+    let bytes = (operands + results) * shape.batch as f64;
+    let memory = bytes / p.stream_bytes_per_s * 1e6 + p.launch_us + p.stream_start_us;
+    // Walking order only breaks ties: wider groups for deep caches are a matter for measurement.
+    busy.max(memory) + 1e-6 * (f64::from(s.raster) - 8.0).abs()
+}

@@ -1,0 +1,140 @@
+//! [`Problem`]: one matrix product with its sizes.
+
+use crate::gemm::program::{Epilogue, GemmSpec, Math, Order};
+use tilewright_base::{DType, Error, Result};
+
+/// How exactly f32 operands are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Precision {
+    /// As f32: plain multiply-adds.
+    F32,
+    /// Close to f32 on the tensor cores: three products of TF32 parts.
+    Tf32x3,
+    /// Operands rounded to TF32.
+    Tf32,
+}
+
+/// `C[m,n] = epilogue(sum over k of A[m,k] * B[k,n])`, repeated over `batch`.
+///
+/// Leading dimensions and batch strides count elements; alignments are those of the addresses, in
+/// bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Problem {
+    /// Rows of `A` and `C`.
+    pub m: i64,
+    /// Columns of `B` and `C`.
+    pub n: i64,
+    /// Columns of `A`, rows of `B`.
+    pub k: i64,
+    /// Number of products; their operands are `stride_*` apart.
+    pub batch: i64,
+    /// Type of the operands.
+    pub operand: DType,
+    /// Type of the sums.
+    pub sum: DType,
+    /// Type of the result.
+    pub result: DType,
+    /// For f32 operands.
+    pub precision: Precision,
+    /// For 8-bit float operands: sums of one tile depth are added in f32.
+    pub promoted: bool,
+    /// Order of `A`, `B`, `C`.
+    pub order: (Order, Order, Order),
+    /// Leading dimensions of `A`, `B`, `C`.
+    pub leading: (i64, i64, i64),
+    /// Distances between the batches of `A`, `B`, `C`.
+    pub stride: (i64, i64, i64),
+    /// Alignment of the addresses of `A`, `B`, `C`, in bytes.
+    pub align: (i64, i64, i64),
+    /// What happens to the sums.
+    pub epilogue: Epilogue,
+}
+
+impl Problem {
+    /// A dense row-major product with aligned operands and only a conversion of the result.
+    pub fn dense(m: i64, n: i64, k: i64, operand: DType, result: DType) -> Problem {
+        let sum = if operand.is_float() { DType::F32 } else { DType::I32 };
+        Problem {
+            m,
+            n,
+            k,
+            batch: 1,
+            operand,
+            sum,
+            result,
+            precision: Precision::F32,
+            promoted: false,
+            order: (Order::Row, Order::Row, Order::Row),
+            leading: (k, n, n),
+            stride: (m * k, k * n, m * n),
+            align: (256, 256, 256),
+            epilogue: Epilogue::cast(sum, result),
+        }
+    }
+
+    /// The same with other orders, densely packed.
+    #[must_use]
+    pub fn ordered(mut self, a: Order, b: Order, c: Order) -> Problem {
+        let pick = |order: Order, rows: i64, cols: i64| if order == Order::Row { cols } else { rows };
+        self.order = (a, b, c);
+        self.leading =
+            (pick(a, self.m, self.k), pick(b, self.k, self.n), pick(c, self.m, self.n));
+        self
+    }
+
+    /// What is computed, for every size.
+    pub fn spec(&self) -> GemmSpec {
+        let math = match (self.operand, self.precision) {
+            (DType::F32, Precision::Tf32) => Math::Tf32,
+            (DType::F32, Precision::Tf32x3) => Math::Tf32x3,
+            _ if self.promoted => Math::Promoted,
+            _ => Math::Exact,
+        };
+        GemmSpec {
+            operand: self.operand,
+            sum: self.sum,
+            result: self.result,
+            math,
+            a: self.order.0,
+            b: self.order.1,
+            c: self.order.2,
+            batched: self.batch != 1,
+            epilogue: self.epilogue.clone(),
+        }
+    }
+
+    /// Bytes of one operand element.
+    pub(crate) fn operand_bytes(&self) -> i64 {
+        i64::from(self.operand.bits()) / 8
+    }
+
+    /// Bytes of one element of the result.
+    pub(crate) fn result_bytes(&self) -> i64 {
+        i64::from(self.result.bits()) / 8
+    }
+
+    /// # Errors
+    /// The user's: sizes below zero, leading dimensions that overlap lines, sizes beyond 32 bits.
+    pub fn check(&self) -> Result<()> {
+        let sizes = [("m", self.m), ("n", self.n), ("k", self.k), ("batch", self.batch)];
+        for (name, size) in sizes {
+            if !(0..=i64::from(i32::MAX)).contains(&size) {
+                return Err(Error::user(format!("{name} = {size} is not a size from 0 to 2^31 - 1")));
+            }
+        }
+        let lines = [
+            ("A", self.order.0, self.m, self.k, self.leading.0),
+            ("B", self.order.1, self.k, self.n, self.leading.1),
+            ("C", self.order.2, self.m, self.n, self.leading.2),
+        ];
+        for (name, order, rows, cols, leading) in lines {
+            let line = if order == Order::Row { cols } else { rows };
+            if leading < line || leading > i64::from(i32::MAX) {
+                return Err(Error::user(format!(
+                    "leading dimension {leading} of {name}: lines have {line} elements"
+                )));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,102 @@
+//! The schedule space of tensor-core products on Hopper: every legal schedule, declared once. The
+//! picker, the tuner and the tests enumerate this.
+
+use crate::gemm::program::GemmSpec;
+use tilewright_base::DType;
+use tilewright_lower_gpu::{GpuSchedule, Mode, StoreKind};
+
+/// Shared memory that a block may use on Hopper, less what barriers take.
+const SMEM_BYTES: i64 = (227 << 10) - 256;
+
+/// Bytes of staging tiles for results, as `lower-gpu` lays them out: chunks of columns of up to a swizzle
+/// span.
+fn staging_bytes(rows: i64, bn: i64, result: DType, slots: i64) -> Option<i64> {
+    let size = i64::from(result.bits()) / 8;
+    let chunk = [128, 64, 32].into_iter().map(|b| (b / size).min(64)).find(|c| bn % c == 0).unwrap_or(bn);
+    (chunk % 8 == 0).then(|| {
+        let bytes = rows * chunk * size;
+        (bytes + 1023) / 1024 * 1024 * slots
+    })
+}
+
+/// Every legal schedule of `spec` on Hopper, in a fixed order. `store` and `vector` follow from the
+/// alignment of the result.
+pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule> {
+    let size = i64::from(spec.operand.bits()) / 8;
+    let tensors = if spec.math == crate::gemm::Math::Tf32x3 { 2 } else { 1 };
+    let scratch = if spec.math == crate::gemm::Math::Promoted { 2 } else { 1 };
+    let mut out = Vec::new();
+    // (rows, consumers, mode)
+    let shapes = [
+        (64, 1, Mode::Cooperative),
+        (128, 1, Mode::Cooperative),
+        (128, 2, Mode::Cooperative),
+        (256, 2, Mode::Cooperative),
+        (192, 3, Mode::Cooperative),
+        (64, 2, Mode::PingPong),
+        (128, 2, Mode::PingPong),
+    ];
+    for (bm, consumers, mode) in shapes {
+        let rows = if mode == Mode::PingPong { bm } else { bm / consumers };
+        let all_rows = rows * consumers;
+        for bn in (8..=256).step_by(8) {
+            if spec.operand == DType::I8 && bn > 32 && bn % 16 != 0 {
+                continue;
+            }
+            // Registers of accumulators per thread; the rest is for addresses and the epilogue.
+            let most = if consumers == 3 { 96 } else { 200 };
+            if scratch * rows * bn / 128 > most {
+                continue;
+            }
+            for depth_bytes in [128, 256] {
+                let bk = depth_bytes / size;
+                for (cluster, axis) in [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1)] {
+                    // A shared tile is loaded in equal parts of whole groups of 8 lines.
+                    let shared_lines = if axis == 0 {
+                        if spec.b == crate::gemm::Order::Row { bk } else { bn }
+                    } else if spec.a == crate::gemm::Order::Row {
+                        bm
+                    } else {
+                        bk
+                    };
+                    if cluster > 1 && shared_lines % (8 * cluster) != 0 {
+                        continue;
+                    }
+                    // N-contiguous operands lie in panels of a whole swizzle span.
+                    if spec.b == crate::gemm::Order::Row && bn * size % 32 != 0 {
+                        continue;
+                    }
+                    for slots in [2, 1] {
+                        let staging = match store {
+                            StoreKind::Direct if slots == 1 => continue,
+                            StoreKind::Direct => 0,
+                            StoreKind::Tma => match staging_bytes(all_rows, bn, spec.result, slots) {
+                                Some(bytes) => bytes,
+                                None => continue,
+                            },
+                        };
+                        let stage = tensors * (bm + bn) * bk * size;
+                        let stages = ((SMEM_BYTES - staging) / stage).min(8);
+                        if stages < 2 {
+                            continue;
+                        }
+                        for raster in [8, 16, 4] {
+                            let mut s = GpuSchedule::hopper(&[("BM", bm), ("BN", bn), ("BK", bk)]);
+                            s.mode = mode;
+                            s.consumers = consumers as u32;
+                            s.stages = stages as u32;
+                            s.cluster = cluster as u32;
+                            s.cluster_axis = axis;
+                            s.raster = raster;
+                            s.store = store;
+                            s.store_slots = slots as u32;
+                            s.vector = vector;
+                            out.push(s);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    out
+}
