@@ -343,7 +343,27 @@ impl<'a> Emitter<'a> {
         }
         self.line(format!("{head}{callee}("));
         for argument in arguments {
-            self.line(format!("    {argument},"));
+            if argument.len() + 4 * self.scopes.len() + 5 <= LINE_MAX {
+                self.line(format!("    {argument},"));
+                continue;
+            }
+            let (keyword, value) = match argument.split_once("=") {
+                Some((k, v)) if k.chars().all(|c| c.is_ascii_lowercase()) => (k, v),
+                _ => ("", argument.as_str()),
+            };
+            if keyword.is_empty() {
+                let terms = terms(value);
+                let last = terms.len() - 1;
+                for (i, term) in terms.iter().enumerate() {
+                    self.line(format!("    {term}{}", if i == last { "," } else { "" }));
+                }
+            } else {
+                self.line(format!("    {keyword}=("));
+                for term in terms(value) {
+                    self.line(format!("        {term}"));
+                }
+                self.line("    ),");
+            }
         }
         self.line(format!("){suffix}"));
     }
@@ -406,4 +426,23 @@ impl<'a> Emitter<'a> {
 fn next_power_of_two(n: i64) -> i64 {
     let next = n.unsigned_abs().checked_next_power_of_two();
     next.and_then(|n| i64::try_from(n).ok()).unwrap_or(1 << 62)
+}
+
+/// A long sum or conjunction, split before each operator outside parentheses.
+fn terms(text: &str) -> Vec<&str> {
+    let (mut depth, mut from) = (0, 0);
+    let mut parts = Vec::new();
+    for (at, c) in text.char_indices() {
+        match c {
+            '(' | '[' => depth += 1,
+            ')' | ']' => depth -= 1,
+            '+' | '&' if depth == 0 && text[..at].ends_with(' ') => {
+                parts.push(text[from..at].trim_end());
+                from = at;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&text[from..]);
+    parts
 }

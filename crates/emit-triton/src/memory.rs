@@ -70,7 +70,7 @@ impl Emitter<'_> {
                     let name = self.offsets(&index[i], step, &axes[q], &hint);
                     across(&name, &[q], rank)
                 }
-                (None, None) => self.with_integers(Side::Kernel, &[], |p| p.atom(&index[i])),
+                (None, None) => self.int(&index[i]),
             };
             if !above {
                 masks.push(format!("({name} >= 0)"));

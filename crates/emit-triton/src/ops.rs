@@ -257,20 +257,19 @@ impl<'a> Emitter<'a> {
             (_, true) => "last_min",
         });
         let lanes = across(&format!("tl.arange(0, {})", axes[q].text), &[q], axes.len());
-        let mut positions = lanes;
+        let pair = self.names.fresh(&format!("{name}_at"));
+        match axes.len() {
+            1 => self.line(format!("{pair} = {lanes}")),
+            _ => self.call(&pair, "tl.broadcast_to", &[lanes, tuple(&axes)], ""),
+        }
         // What does not count must not win a tie: the first is before it anyway.
         let condition = self.counts(&axes, q, limit.as_ref()).filter(|_| *last);
         if let Some(condition) = &condition {
-            positions = format!("tl.where({condition}, {positions}, -1)");
+            let arguments = [condition.clone(), pair.clone(), "-1".to_string()];
+            self.call(&pair, "tl.where", &arguments, "");
         }
-        let positions = match axes.len() {
-            1 => positions,
-            _ => format!("tl.broadcast_to({positions}, {})", tuple(&axes)),
-        };
-        let pair = self.names.fresh(&format!("{name}_at"));
-        self.line(format!("{pair} = {positions}"));
-        let (best, found) = (self.names.fresh(&format!("{name}_value")), &pair);
-        self.line(format!("{best}, {found} = tl.reduce(({value}, {pair}), {q}, {combine})"));
+        let best = self.names.fresh(&format!("{name}_value"));
+        self.line(format!("{best}, {pair} = tl.reduce(({value}, {pair}), {q}, {combine})"));
         match condition {
             Some(_) => self.line(format!("{name} = tl.maximum({pair}, 0).to(tl.int64)")),
             None => self.line(format!("{name} = {pair}.to(tl.int64)")),
@@ -308,14 +307,16 @@ impl<'a> Emitter<'a> {
             (ReduceKind::Max, false) => "int_max",
             (ReduceKind::Min, false) => "int_min",
         });
-        let turn = if *reverse { ", reverse=True" } else { "" };
-        let scan = format!("tl.associative_scan({value}, {q}, {combine}{turn})");
+        let mut arguments = vec![value, q.to_string(), combine.to_string()];
+        if *reverse {
+            arguments.push("reverse=True".to_string());
+        }
         if !*exclusive {
-            return self.line(format!("{name} = {scan}{suffix}"));
+            return self.call(name, "tl.associative_scan", &arguments, &suffix);
         }
         // The neighbour's inclusive value.
         let all = self.names.fresh(&format!("{name}_all"));
-        self.line(format!("{all} = {scan}"));
+        self.call(&all, "tl.associative_scan", &arguments, "");
         let lanes = across(&format!("tl.arange(0, {})", axes[q].text), &[q], axes.len());
         let end = axes[q].extent - 1;
         let (neighbour, inside) = match reverse {
@@ -338,23 +339,19 @@ impl<'a> Emitter<'a> {
         // Operands whose elements past the limit must not count.
         let mut texts = [self.tile(*a), self.tile(*b)];
         if let Some(depth) = &depth {
-            let zero = |v: Option<tilewright_expr::Value>| {
-                matches!(v, Some(tilewright_expr::Value::Float(f)) if f == 0.0)
-                    || matches!(v, Some(tilewright_expr::Value::Int(0)))
-            };
-            let clean = match limit {
-                Some(l) => zero(self.beyond(*a, 1, l)) && zero(self.beyond(*b, 0, l)),
-                None => true,
-            };
-            if !clean || depth.is_padded() {
-                for (text, tile, axes, logical) in [(0, *a, &of_a, 1), (1, *b, &of_b, 0)] {
-                    let Some(q) = axes.iter().position(|x| x.logical == logical) else { continue };
-                    let Some(condition) = self.counts(axes, q, limit.as_ref()) else { continue };
-                    let counted = self.names.fresh(&format!("{}_counted", texts[text]));
-                    let none = constant(identity(ReduceKind::Sum, self.kernel.ty(tile).dtype), to);
-                    self.call(&counted, "tl.where", &[condition, texts[text].clone(), none], "");
-                    texts[text] = counted;
+            for (text, tile, axes, logical) in [(0, *a, &of_a, 1), (1, *b, &of_b, 0)] {
+                let Some(q) = axes.iter().position(|x| x.logical == logical) else { continue };
+                let dtype = self.kernel.ty(tile).dtype;
+                let zero = identity(ReduceKind::Sum, dtype);
+                let filled = |l: &Dim| self.beyond(tile, logical, l) == Some(zero);
+                if !depth.is_padded() && limit.as_ref().is_none_or(filled) {
+                    continue;
                 }
+                let Some(condition) = self.counts(axes, q, limit.as_ref()) else { continue };
+                let counted = self.names.fresh(&format!("{}_counted", texts[text]));
+                let arguments = [condition, texts[text].clone(), constant(zero, dtype)];
+                self.call(&counted, "tl.where", &arguments, "");
+                texts[text] = counted;
             }
         } else if let Some(limit) = limit
             && !self.proves_non_negative(&(limit - 1))
@@ -441,7 +438,11 @@ impl<'a> Emitter<'a> {
         };
         let product = format!("{} * {}", factor(&texts[0], [0, 1]), factor(&texts[1], [1, 2]));
         let sum = match present.iter().position(|&p| p == 1) {
-            Some(q) => format!("tl.sum({product}, axis={q})"),
+            Some(q) => {
+                let products = self.names.fresh(&format!("{name}_products"));
+                self.line(format!("{products} = {product}"));
+                format!("tl.sum({products}, axis={q})")
+            }
             None => product,
         };
         match self.rounding(id) {
@@ -501,9 +502,11 @@ impl<'a> Emitter<'a> {
             };
         };
         let lanes = format!("tl.arange(0, {})", axes[q].text);
-        let value = match start.is(0) {
-            true => lanes,
-            false => format!("({start_text} + {lanes})"),
+        let plain = axes.len() == 1 && dtype == DType::I32;
+        let value = match (start.is(0), plain) {
+            (true, _) => lanes,
+            (false, true) => format!("{start_text} + {lanes}"),
+            (false, false) => format!("({start_text} + {lanes})"),
         };
         let value = if dtype == DType::I32 { value } else { format!("{value}.to({ty})") };
         if axes.len() == 1 {

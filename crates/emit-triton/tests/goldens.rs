@@ -62,7 +62,9 @@ fn module_of(text: &str) -> Result<String> {
     for word in line.split_whitespace() {
         match word.split_once('=') {
             Some(("num_warps", n)) => knobs.num_warps = n.parse().map_err(|_| Error::user(word))?,
-            Some(("num_stages", n)) => knobs.num_stages = n.parse().map_err(|_| Error::user(word))?,
+            Some(("num_stages", n)) => {
+                knobs.num_stages = n.parse().map_err(|_| Error::user(word))?
+            }
             _ => tiles += &format!("{word} "),
         }
     }
