@@ -152,7 +152,7 @@ def linear_gelu():
     a, b, bias = (tensor(normal(*s), "bfloat16") for s in ((m, k), (k, n), (n,)))
     x = f64(a) @ f64(b) + f64(bias)
     want = x * 0.5 * (1 + erf(x * 0.70710678))
-    return [a, b, bias, output((m, n), "bfloat16")], {}, [(3, want, 2**-8)]
+    return [a, b, bias, output((m, n), "bfloat16")], {}, [(3, want, rounding("bfloat16"))]
 
 
 def panels(w, size):
@@ -285,7 +285,50 @@ def bytes_():
     return arguments, {}, [(1, sums, 0), (2, z, 0), (3, x.value()[:8].max(keepdims=True), 0)]
 
 
+def gpu_gemm(dtype):
+    m, n, k = 131, 140, 70
+    a, b, bias = (tensor(normal(*s), dtype) for s in ((m, k), (k, n), (n,)))
+    x = f64(a) @ f64(b) + f64(bias)
+    want = x * 0.5 * (1 + erf(x * 0.5**0.5))
+    return [a, b, bias, output((m, n), dtype)], {}, [(3, want, rounding(dtype))]
+
+
+def gpu_softmax(dtype):
+    x = tensor(normal(5, 1100), dtype)
+    e = np.exp(f64(x) - f64(x).max(axis=1, keepdims=True))
+    return [x, output((5, 1100), dtype)], {}, [(1, e / e.sum(axis=1, keepdims=True), rounding(dtype))]
+
+
+def gpu_layer_norm(dtype):
+    x, gain, bias = (tensor(normal(*s), dtype) for s in ((3, 1100), (1100,), (1100,)))
+    d = f64(x) - f64(x).mean(axis=1, keepdims=True)
+    want = d / np.sqrt((d**2).mean(axis=1, keepdims=True) + 1e-5) * f64(gain) + f64(bias)
+    return [x, gain, bias, output((3, 1100), dtype)], {}, [(3, want, rounding(dtype))]
+
+
+def gpu_map_group(dtype):
+    x, row, column = (tensor(normal(*s), dtype) for s in ((2, 7, 515), (515,), (7, 1)))
+    want = np.tanh(f64(x) * f64(row)) + f64(column)
+    return [x, row, column, output((2, 7, 515), dtype)], {}, [(3, want, rounding(dtype))]
+
+
+def rounding(dtype):
+    """What one rounding costs; the interpreter cuts off where a GPU rounds to the nearest bfloat16."""
+    return {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
+
+
+def in_types(case, *dtypes):
+    return [lambda dtype=dtype: case(dtype) for dtype in dtypes]
+
+
 CASES = {
+    "gemm_gelu_bf16": in_types(gpu_gemm, "bfloat16"),
+    "gemm_gelu_f32": in_types(gpu_gemm, "float32"),
+    "softmax_bf16": in_types(gpu_softmax, "bfloat16"),
+    "softmax_f32": in_types(gpu_softmax, "float32"),
+    "layer_norm_f32": in_types(gpu_layer_norm, "float32"),
+    "map_group_bf16": in_types(gpu_map_group, "bfloat16"),
+    "map_group_f32": in_types(gpu_map_group, "float32"),
     "linear_gelu": [linear_gelu],
     "packed_relu": [packed_relu],
     "attention": [attention],
@@ -304,19 +347,23 @@ CASES = {
 
 
 def modules(folder):
-    """The goldens' Python parts, as files and modules by the kernel's name."""
-    found = {}
+    """The Python parts of the goldens and the modules for the GPU test, by the kernel's name."""
+    files = sorted((ROOT / "gpu" / "triton").glob("*.py"))
     for file in sorted(GOLDEN.glob("*.txt")):
         for case in file.read_text().split("\n==== ")[1:]:
             tile, _, expected = case.partition("\n----\n")
             if expected.startswith("error:"):
                 continue
             name = tile.partition("kernel @")[2].partition("(")[0]
-            path = pathlib.Path(folder, f"{name}_kernel.py")
-            path.write_text(expected)
-            spec = importlib.util.spec_from_file_location(f"{name}_kernel", path)
-            found[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(found[name])
+            files.append(pathlib.Path(folder, f"{name}.py"))
+            files[-1].write_text(expected)
+    found = {}
+    for path in files:
+        name = path.stem
+        spec = importlib.util.spec_from_file_location(f"{name}_module", path)
+        found[name] = importlib.util.module_from_spec(spec)
+        sys.modules[f"{name}_module"] = found[name]
+        spec.loader.exec_module(found[name])
     assert set(found) == set(CASES), set(found) ^ set(CASES)
     return found
 
@@ -418,9 +465,9 @@ def run_all(folder):
                 if errors[-1] > bound:
                     failed += 1
                     where = np.unravel_index(off.argmax(), off.shape)
-                    print(f"  {case.__name__}: output {at} is {got[where]} at {where}, not {np.asarray(want)[where]}")
+                    print(f"  {name}: output {at} is {got[where]} at {where}, not {np.asarray(want)[where]}")
                 assert gaps_are_poisoned(arguments[at]), f"output {at} is written outside its elements"
-            print(f"  {case.__name__}: largest error {max(errors):.1e}")
+            print(f"  {name}: largest error {max(errors):.1e}")
     assert failed == 0, f"{failed} outputs are wrong"
 
 

@@ -33,6 +33,12 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
         return Err(Error::user(format!("there is no stage `{name}`"))
             .with_hint("`tw inspect MODEL --stages` lists them"));
     }
+    if args.emit.is_some() {
+        return super::emit::run(args, output);
+    }
+    if args.model.model.as_os_str().is_empty() {
+        return Err(Error::user("no model was given").with_hint("tw inspect MODEL --stage NAME"));
+    }
     let compiler = compiler(&args.model)?;
     let model = Model::open(&args.model.model)?;
     let chosen = |name: &str| args.kernel.as_deref().is_none_or(|k| name.contains(k));
