@@ -55,6 +55,9 @@ pub(crate) enum ExprStage {
     Derivative,
 }
 
+/// Stands for the model where none was given.
+pub(crate) const NO_MODEL: &str = "-";
+
 /// Sources that kernels can be printed as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum EmitTarget {
@@ -200,7 +203,7 @@ pub(crate) struct ExplainArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(mut_arg("model", |model| model.required(false).default_value("").hide_default_value(true)))]
+#[command(mut_arg("model", |m| m.required(false).default_value(NO_MODEL).hide_default_value(true)))]
 pub(crate) struct InspectArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,

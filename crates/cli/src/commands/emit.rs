@@ -1,7 +1,7 @@
 //! `tw inspect --emit triton`: the kernels of a model, or one tile program, as Triton source.
 
 use super::{compiler, pairs};
-use crate::args::InspectArgs;
+use crate::args::{InspectArgs, NO_MODEL};
 use crate::output::Output;
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -15,7 +15,7 @@ use tilewright_tile::{Kernel, Schedule, verify, verify_schedule};
 pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     let (sizes, knobs) = settings(&args.set)?;
     let kernels = match &args.tile {
-        Some(_) if !args.model.model.as_os_str().is_empty() => {
+        Some(_) if args.model.model.as_os_str() != NO_MODEL => {
             return Err(Error::user("a model and --tile were given").with_hint("give one of them"));
         }
         Some(file) => vec![tile_file(file, &sizes)?],
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     for (kernel, schedule) in &kernels {
         match emit_kernel(kernel, schedule, knobs) {
             Ok(module) => modules.push(module),
-            Err(e) if e.kind() == Kind::Unsupported => failures.push(e),
+            Err(e) if e.kind() == Kind::Unsupported => failures.push((&kernel.name, e)),
             Err(e) => return Err(e),
         }
     }
@@ -33,12 +33,12 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     write(&modules, args.out.as_deref(), output)?;
     match failures.len() {
         0 => Ok(()),
-        1 if kernels.len() == 1 => Err(failures.remove(0)),
+        1 if kernels.len() == 1 => Err(failures.remove(0).1),
         n => {
             let message = format!("{n} of {} kernels are unsupported as Triton", kernels.len());
             let notes = failures
                 .iter()
-                .flat_map(|e| e.notes().iter().map(move |note| format!("{}: {note}", e.message())));
+                .flat_map(|(name, e)| e.notes().iter().map(move |n| format!("@{name}: {n}")));
             Err(notes.fold(Error::unsupported(message), Error::with_note))
         }
     }
@@ -86,7 +86,7 @@ fn tile_file(file: &Path, sizes: &Sizes) -> Result<(Arc<Kernel>, Schedule)> {
 
 /// The kernels of a model's plan, with its schedules; sizes that were given replace theirs.
 fn of_model(args: &InspectArgs, sizes: &Sizes) -> Result<Vec<(Arc<Kernel>, Schedule)>> {
-    if args.model.model.as_os_str().is_empty() {
+    if args.model.model.as_os_str() == NO_MODEL {
         return Err(Error::user("neither a model nor a tile program was given")
             .with_hint("tw inspect MODEL --emit triton, or tw inspect --tile FILE --emit triton"));
     }
