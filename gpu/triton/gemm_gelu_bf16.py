@@ -1,4 +1,4 @@
-"""Printed by `tw inspect --tile FILE --emit triton --set BK=64 --set BM=128 --set BN=128` from
+"""Printed by `tw inspect --tile FILE --emit triton --set BK=64 --set BM=128 --set BN=128 --set num_warps=8` from
 
 kernel @gemm_gelu_bf16(%A: bf16[M,K], %B: bf16[K,N], %bias: bf16[N], out %C: bf16[M,N])
     sizes(M in 1.., N in 1.., K in 0..)
@@ -106,7 +106,7 @@ def _on(stream):
     return torch.cuda.stream(stream)
 
 
-def launch(A, B, bias, C, *, num_warps=8, num_stages=3, stream=None):
+def launch(A, B, bias, C, *, num_warps=8, num_stages=3, enable_fp_fusion=True, stream=None):
     A_shape = _shape("A", A, "bfloat16", 2)
     B_shape = _shape("B", B, "bfloat16", 2)
     bias_shape = _shape("bias", bias, "bfloat16", 1)
@@ -133,5 +133,5 @@ def launch(A, B, bias, C, *, num_warps=8, num_stages=3, stream=None):
             A.stride(0), A.stride(1), B.stride(0), B.stride(1), bias.stride(0), C.stride(0),
             C.stride(1),
             BK=BK, BM=BM, BN=BN, INDEX=index,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=enable_fp_fusion,
         )

@@ -1,4 +1,4 @@
-"""Printed by `tw inspect --tile FILE --emit triton --set BK=32 --set BM=128 --set BN=64` from
+"""Printed by `tw inspect --tile FILE --emit triton --set BK=32 --set BM=128 --set BN=64 --set num_warps=8 --set num_stages=2` from
 
 kernel @gemm_gelu_f32(%A: f32[M,K], %B: f32[K,N], %bias: f32[N], out %C: f32[M,N])
     sizes(M in 1.., N in 1.., K in 0..)
@@ -104,7 +104,7 @@ def _on(stream):
     return torch.cuda.stream(stream)
 
 
-def launch(A, B, bias, C, *, num_warps=8, num_stages=2, stream=None):
+def launch(A, B, bias, C, *, num_warps=8, num_stages=2, enable_fp_fusion=True, stream=None):
     A_shape = _shape("A", A, "float32", 2)
     B_shape = _shape("B", B, "float32", 2)
     bias_shape = _shape("bias", bias, "float32", 1)
@@ -131,5 +131,5 @@ def launch(A, B, bias, C, *, num_warps=8, num_stages=2, stream=None):
             A.stride(0), A.stride(1), B.stride(0), B.stride(1), bias.stride(0), C.stride(0),
             C.stride(1),
             BK=BK, BM=BM, BN=BN, INDEX=index,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=enable_fp_fusion,
         )

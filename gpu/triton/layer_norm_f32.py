@@ -159,7 +159,7 @@ def _on(stream):
     return torch.cuda.stream(stream)
 
 
-def launch(X, gain, bias, Y, *, num_warps=4, num_stages=3, stream=None):
+def launch(X, gain, bias, Y, *, num_warps=4, num_stages=3, enable_fp_fusion=True, stream=None):
     X_shape = _shape("X", X, "float32", 2)
     gain_shape = _shape("gain", gain, "float32", 1)
     bias_shape = _shape("bias", bias, "float32", 1)
@@ -184,5 +184,5 @@ def launch(X, gain, bias, Y, *, num_warps=4, num_stages=3, stream=None):
             R, C,
             X.stride(0), X.stride(1), gain.stride(0), bias.stride(0), Y.stride(0), Y.stride(1),
             BC=BC, BR=BR, INDEX=index,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=enable_fp_fusion,
         )

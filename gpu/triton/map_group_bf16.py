@@ -105,7 +105,7 @@ def _on(stream):
     return torch.cuda.stream(stream)
 
 
-def launch(X, row, column, Y, *, num_warps=4, num_stages=3, stream=None):
+def launch(X, row, column, Y, *, num_warps=4, num_stages=3, enable_fp_fusion=True, stream=None):
     X_shape = _shape("X", X, "bfloat16", 3)
     row_shape = _shape("row", row, "bfloat16", 1)
     column_shape = _shape("column", column, "bfloat16", 2)
@@ -134,5 +134,5 @@ def launch(X, row, column, Y, *, num_warps=4, num_stages=3, stream=None):
             X.stride(0), X.stride(1), X.stride(2), row.stride(0), column.stride(0),
             column.stride(1), Y.stride(0), Y.stride(1), Y.stride(2),
             BA=BA, BB=BB, BC=BC, INDEX=index,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=enable_fp_fusion,
         )

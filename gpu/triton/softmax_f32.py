@@ -138,7 +138,7 @@ def _on(stream):
     return torch.cuda.stream(stream)
 
 
-def launch(X, Y, *, num_warps=4, num_stages=3, stream=None):
+def launch(X, Y, *, num_warps=4, num_stages=3, enable_fp_fusion=True, stream=None):
     X_shape = _shape("X", X, "float32", 2)
     Y_shape = _shape("Y", Y, "float32", 2)
     R = X_shape[0]
@@ -159,5 +159,5 @@ def launch(X, Y, *, num_warps=4, num_stages=3, stream=None):
             R, C,
             X.stride(0), X.stride(1), Y.stride(0), Y.stride(1),
             BC=BC, BR=BR, INDEX=index,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=enable_fp_fusion,
         )

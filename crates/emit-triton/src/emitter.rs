@@ -14,7 +14,7 @@ use tilewright_tile::{Kernel, Param, ParamId, Schedule, TileId, TileOp};
 const TILE_ELEMENTS_MAX: i64 = 1 << 20;
 
 /// How wide a line may be.
-const LINE_MAX: usize = 99;
+pub(crate) const LINE_MAX: usize = 99;
 
 /// How the kernel and the launcher call what belongs to a parameter.
 #[derive(Clone, Debug, Default)]

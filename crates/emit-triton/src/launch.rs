@@ -1,7 +1,7 @@
 //! The launcher, and the module around the kernel.
 
 use crate::Knobs;
-use crate::emitter::{Emitter, StrideValue};
+use crate::emitter::{Emitter, LINE_MAX, StrideValue};
 use crate::helpers::{HELPERS, HOST, HOST_MEMORY};
 use crate::integers::Side;
 use crate::types::torch;
@@ -49,7 +49,7 @@ impl Emitter<'_> {
             .flat_map(|h| h.needs.iter().copied())
             .collect();
         self.helpers.extend(needs);
-        let mut out = self.docstring();
+        let mut out = self.docstring(knobs);
         let uses_libdevice = self.funcs.iter().any(|f| f.2.contains("libdevice."));
         out += "\nimport contextlib\n\nimport triton\nimport triton.language as tl\n";
         if uses_libdevice {
@@ -80,9 +80,18 @@ impl Emitter<'_> {
         out
     }
 
-    fn docstring(&self) -> String {
-        let sizes: Vec<String> =
+    fn docstring(&self, knobs: Knobs) -> String {
+        let mut sizes: Vec<String> =
             self.schedule.tiles.iter().map(|(n, v)| format!(" --set {n}={v}")).collect();
+        let usual = Knobs::default();
+        for (name, value, usual) in [
+            ("num_warps", knobs.num_warps, usual.num_warps),
+            ("num_stages", knobs.num_stages, usual.num_stages),
+        ] {
+            if value != usual {
+                sizes.push(format!(" --set {name}={value}"));
+            }
+        }
         let text = self.kernel.to_string();
         // Identifiers may hold letters that only Python's strings know.
         let text = text.replace('\\', "\\\\").replace('"', "\\\"");
@@ -178,8 +187,16 @@ impl Emitter<'_> {
         signature.extend(unsolved.map(|s| self.integers[&s.name].clone()));
         signature.push(format!("num_warps={}", knobs.num_warps));
         signature.push(format!("num_stages={}", knobs.num_stages));
+        signature.push("enable_fp_fusion=True".to_string());
         signature.push("stream=None".to_string());
-        let mut out = format!("def launch({}):\n", signature.join(", "));
+        let head = format!("def launch({}):", signature.join(", "));
+        let mut out = match head.len() {
+            0..=LINE_MAX => format!("{head}\n"),
+            _ => {
+                let texts: Vec<&str> = signature.iter().map(String::as_str).collect();
+                format!("def launch(\n    {}\n):\n", wrapped(&texts).join("\n    "))
+            }
+        };
         let mut line = |text: String| {
             let _ = writeln!(out, "    {text}");
         };
@@ -264,7 +281,8 @@ impl Emitter<'_> {
             self.schedule.tiles.keys().map(|t| format!("{0}={0}", self.integers[t])).collect();
         constants.push("INDEX=index".to_string());
         group(&constants);
-        group(&["num_warps=num_warps".to_string(), "num_stages=num_stages".to_string()]);
+        let knobs = ["num_warps", "num_stages", "enable_fp_fusion"];
+        group(&knobs.map(|knob| format!("{knob}={knob}")));
         line("    )".to_string());
         out
     }

@@ -4,7 +4,7 @@
 //! from [`Knobs`]. The module's docstring holds the tile program it was printed from, and
 //!
 //! ```text
-//! launch(A, B, C, *, num_warps=4, num_stages=3, stream=None)
+//! launch(A, B, C, *, num_warps=4, num_stages=3, enable_fp_fusion=True, stream=None)
 //! ```
 //!
 //! takes PyTorch tensors in the order of the kernel's parameters. It reads the sizes from their
