@@ -8,7 +8,6 @@
 #         says what to install. LLVM in another place: set LLVM_SYS_221_PREFIX to its prefix.
 # test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv. `test` also takes
 #         requirements-gpu-check.txt: the CUDA compiler, which needs no GPU.
-# test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv.
 # triton: those of python/requirements-triton.txt, in .venv-triton; only on Linux, where Triton exists.
 # browser: Chromium, for the test that looks at HTML reports.
 set -euo pipefail
@@ -122,11 +121,10 @@ for part in "$@"; do
   case "$part" in
     system) setup_system ;;
     test)
-      setup_python test
-      setup_python gpu-check
+      setup_python test .venv
+      setup_python gpu-check .venv
       ;;
-    demo | bench) setup_python "$part" ;;
-    test | demo | bench) setup_python "$part" .venv ;;
+    demo | bench) setup_python "$part" .venv ;;
     triton) [ "$(uname -s)" != Linux ] || setup_python triton .venv-triton ;;
     browser) setup_browser ;;
     *) fail "unknown part '$part' (system, test, demo, bench, triton, browser)" ;;
