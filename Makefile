@@ -29,11 +29,11 @@ bench: ## Compare with ONNX Runtime on exported models; writes a record under re
 	@./scripts/bench.sh
 
 setup: ## Install everything the other commands need, and nothing else
-	@./scripts/setup.sh system test
+	@./scripts/setup.sh system test triton
 
 docs: ## Build the book (needs mdbook) and the API documentation
 	mdbook build docs
 	cargo doc --no-deps --workspace
 
 clean: ## Remove build output and the virtual environment
-	rm -rf target .venv bench/models docs/book
+	rm -rf target .venv .venv-triton bench/models docs/book

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Installs what the commands need. Nothing happens when everything is there already.
 #
-#   scripts/setup.sh [system] [test] [demo] [bench] [browser]     default: system
+#   scripts/setup.sh [system] [test] [demo] [bench] [triton] [browser]     default: system
 #
 # system: LLVM 22 with its static libraries, a C compiler for linking, Python's venv module.
 #         Through apt-get where its sources offer llvm-22-dev (Debian 12 and later); elsewhere this
 #         says what to install. LLVM in another place: set LLVM_SYS_221_PREFIX to its prefix.
 # test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv. `test` also takes
 #         requirements-gpu-check.txt: the CUDA compiler, which needs no GPU.
+# triton: those of python/requirements-triton.txt, in .venv-triton; only on Linux, where Triton exists.
 # browser: Chromium, for the test that looks at HTML reports.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -90,17 +91,17 @@ setup_system() {
   have_llvm || explain_llvm "apt-get installed its packages, but llvm-config-$llvm_major does not answer"
 }
 
-setup_python() {
-  local requirements="python/requirements-$1.txt" stamp
+setup_python() { # name of the requirements, folder of the virtual environment
+  local requirements="python/requirements-$1.txt" venv="$2" stamp
   [ -f "$requirements" ] || fail "there is no $requirements"
-  if ! [ -x .venv/bin/python ]; then
-    python3 -m venv .venv || fail "python3 -m venv failed (Debian and Ubuntu: install python3-venv)"
+  if ! [ -x "$venv/bin/python" ]; then
+    python3 -m venv "$venv" || fail "python3 -m venv failed (Debian and Ubuntu: install python3-venv)"
   fi
   # The stamp holds everything that decides what is installed: the files' text and the interpreter.
-  stamp=".venv/.installed-$1-$( (cat python/requirements-*.txt; .venv/bin/python --version) | sha256sum | cut -c1-16)"
+  stamp="$venv/.installed-$1-$( (cat python/requirements-*.txt; "$venv/bin/python" --version) | sha256sum | cut -c1-16)"
   [ -f "$stamp" ] && return 0
   printf 'setup: installing the Python packages of %s\n' "$requirements"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" \
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" \
     || fail "pip could not install $requirements"
   touch "$stamp"
 }
@@ -120,11 +121,12 @@ for part in "$@"; do
   case "$part" in
     system) setup_system ;;
     test)
-      setup_python test
-      setup_python gpu-check
+      setup_python test .venv
+      setup_python gpu-check .venv
       ;;
-    demo | bench) setup_python "$part" ;;
+    demo | bench) setup_python "$part" .venv ;;
+    triton) [ "$(uname -s)" != Linux ] || setup_python triton .venv-triton ;;
     browser) setup_browser ;;
-    *) fail "unknown part '$part' (system, test, demo, bench, browser)" ;;
+    *) fail "unknown part '$part' (system, test, demo, bench, triton, browser)" ;;
   esac
 done

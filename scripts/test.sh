@@ -44,10 +44,19 @@ rust() {
 
 python() {
   step "command" cargo build --release --locked --quiet --package tilewright-cli
-  local test
+  local test interpreter
   for test in tests/python/test_*.py; do
     [ -e "$test" ] || continue
-    step "$test" .venv/bin/python "$test"
+    interpreter=.venv/bin/python
+    case "$test" in *triton*)
+      interpreter=.venv-triton/bin/python
+      if ! [ -x "$interpreter" ]; then
+        printf '\n== %s: not run, no .venv-triton (scripts/setup.sh triton, on Linux)\n' "$test"
+        continue
+      fi
+      ;;
+    esac
+    step "$test" "$interpreter" "$test"
   done
 }
 
@@ -59,6 +68,7 @@ fuzz() {
 start_of_all=$SECONDS
 if [ "$only" = all ]; then
   parts=(system test)
+  if compgen -G 'tests/python/test_*triton*.py' >/dev/null; then parts+=(triton); fi
   if compgen -G 'tests/python/test_*html*.py' >/dev/null; then parts+=(browser); fi
   step "setup" ./scripts/setup.sh "${parts[@]}"
   lint

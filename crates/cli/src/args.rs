@@ -55,6 +55,16 @@ pub(crate) enum ExprStage {
     Derivative,
 }
 
+/// Stands for the model where none was given.
+pub(crate) const NO_MODEL: &str = "-";
+
+/// Sources that kernels can be printed as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EmitTarget {
+    /// A Python module per kernel
+    Triton,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ExprArgs {
     /// The formula, e.g. 'x * 2 + y / 3'; definitions may stand in front: 'f(x) = x*x; f(a) + 1'
@@ -193,6 +203,7 @@ pub(crate) struct ExplainArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(mut_arg("model", |m| m.required(false).default_value(NO_MODEL).hide_default_value(true)))]
 pub(crate) struct InspectArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
@@ -202,9 +213,21 @@ pub(crate) struct InspectArgs {
     /// List the stages and why each stands where it stands
     #[arg(long)]
     pub(crate) stages: bool,
-    /// Only kernels whose name contains this (stages tile, llvm and asm)
+    /// Only kernels whose name contains this (stages tile, llvm and asm, and --emit)
     #[arg(long, value_name = "NAME")]
     pub(crate) kernel: Option<String>,
+    /// Print kernels as source for another compiler
+    #[arg(long, value_enum)]
+    pub(crate) emit: Option<EmitTarget>,
+    /// With --emit: the text of one tile program, instead of a model
+    #[arg(long, value_name = "FILE", requires = "emit", conflicts_with = "stage")]
+    pub(crate) tile: Option<PathBuf>,
+    /// With --emit: a tile size, num_warps or num_stages, e.g. --set BM=128 (may be repeated)
+    #[arg(long, value_name = "NAME=N", requires = "emit")]
+    pub(crate) set: Vec<String>,
+    /// With --emit: write one file per kernel into this folder
+    #[arg(long, value_name = "DIR", requires = "emit")]
+    pub(crate) out: Option<PathBuf>,
     /// Print how long each stage took
     #[arg(long)]
     pub(crate) time: bool,

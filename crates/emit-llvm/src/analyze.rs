@@ -1,12 +1,10 @@
 //! Before writing: tile sizes are bound, and two questions answered for each tile: which part of
 //! it is needed, and whether it is kept in scratch memory or computed anew by each user.
 
-use crate::dims::{Facts, mentions};
-use crate::emitter::uppers;
 use std::collections::BTreeMap;
 use tilewright_base::{Error, Result};
 use tilewright_expr::{Func, Node, Op};
-use tilewright_layout::{Dim, Range};
+use tilewright_layout::{Dim, Facts, Range, mentions, uppers};
 use tilewright_tile::{Access, Block, Kernel, Operand, Schedule, Stmt, TileId, TileOp};
 
 /// The kernel with the schedule's numbers for its tile sizes.

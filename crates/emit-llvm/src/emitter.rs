@@ -6,13 +6,14 @@
 //! offset tells whether an access is contiguous, a broadcast, or a gather. Coordinates read from
 //! data (gathered rows) are symbols of the same kind, bound to vector values.
 
-use crate::dims::{Facts, linear_in, mentions};
 use crate::ops::{Code, constant, mem_elem, reg_elem, splat_lit, suffix, vector};
 use std::collections::HashMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_expr::Value;
-use tilewright_layout::{Atom, Axis, Block, Dim, Layout, Range};
+use tilewright_layout::{
+    Atom, Axis, Block, Dim, Facts, Layout, Range, atom_dim, linear_in, mentions, uppers,
+};
 use tilewright_tile::{CpuKnobs, Kernel, TileId, TileOp};
 
 /// The symbol of a vector's lane number.
@@ -105,18 +106,6 @@ pub(crate) struct Emitter<'a> {
     pub(crate) scratch_max: i64,
     /// Helper functions of this kernel: micro-kernels.
     pub(crate) functions: Vec<String>,
-}
-
-/// What a count promises about an index below it.
-pub(crate) fn uppers(count: &Dim) -> Vec<Dim> {
-    if let [(mono, 1)] = count.terms()
-        && let [Atom::Min(a, b)] = mono.as_slice()
-    {
-        let mut all = uppers(a);
-        all.extend(uppers(b));
-        return all;
-    }
-    vec![count - 1]
 }
 
 impl<'a> Emitter<'a> {
@@ -356,7 +345,7 @@ impl<'a> Emitter<'a> {
             let mut scale = Dim::new(*coeff);
             let mut product: Option<String> = None;
             for atom in mono {
-                let d = crate::dims::atom_dim(atom);
+                let d = atom_dim(atom);
                 if !self.varies(&d) {
                     scale = scale * d;
                     continue;

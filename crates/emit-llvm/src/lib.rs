@@ -22,12 +22,10 @@
 //! | `reduce.rs` | reductions and scans |
 //! | `ops.rs`, `math.rs` | scalar operations on vectors, elementary functions |
 //! | `array.rs` | a scalar function over arrays |
-//! | `dims.rs` | what is known about integers |
 //! | `text.rs` | the text of a function |
 
 mod analyze;
 mod array;
-mod dims;
 mod emitter;
 mod eval;
 #[allow(
@@ -42,10 +40,10 @@ mod stmts;
 mod text;
 
 pub use array::emit_func_array;
-use emitter::{Emitter, uppers};
+use emitter::Emitter;
 use std::fmt::Write;
 use tilewright_base::{Error, Result};
-use tilewright_layout::Range;
+use tilewright_layout::{Range, uppers};
 use tilewright_tile::{Kernel, Schedule};
 
 /// LLVM IR of one kernel.

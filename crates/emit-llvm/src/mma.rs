@@ -9,15 +9,14 @@
 //! Result pieces lie in scratch memory in panels; in the last iteration of the loops around, each
 //! piece goes through the epilogue and to its destination while it is still in the cache.
 
-use crate::dims::{linear_in, mentions};
-use crate::emitter::{Buf, Emitter, Epilogue, Loc, Place, uppers};
+use crate::emitter::{Buf, Emitter, Epilogue, Loc, Place};
 use crate::ops::{Code, mem_elem, reg_elem, splat_lit, vector};
 use crate::stmts::ScratchType;
 use std::fmt::Write;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_expr::Value;
-use tilewright_layout::{Dim, Range};
+use tilewright_layout::{Dim, Range, linear_in, mentions, uppers};
 use tilewright_tile::{Stmt, TileId, TileOp};
 
 /// Shape of the micro-kernel for a product.

@@ -3,12 +3,12 @@
 //! Along the contiguous axis a sum runs in several independent vectors (`reduce_chains`), which are
 //! combined in a fixed order: the result depends on the schedule, never on the number of threads.
 
-use crate::emitter::{Buf, Emitter, Loc, Place, uppers};
+use crate::emitter::{Buf, Emitter, Loc, Place};
 use crate::ops::{constant, mem_elem, reg_elem, vector};
 use crate::stmts::ScratchType;
 use tilewright_base::{Class, DType, Error, Result};
 use tilewright_expr::{Op, Value};
-use tilewright_layout::{Dim, Range};
+use tilewright_layout::{Dim, Range, uppers};
 use tilewright_tile::{ReduceKind, TileId, TileOp};
 
 /// The operation that combines two elements.

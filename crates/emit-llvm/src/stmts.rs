@@ -1,9 +1,9 @@
 //! Statements: definitions that must be computed in place, stores, loops and branches.
 
 use crate::analyze::{defined_in, operands};
-use crate::emitter::{Acc, Buf, Emitter, Epilogue, Loc, uppers};
+use crate::emitter::{Acc, Buf, Emitter, Epilogue, Loc};
 use tilewright_base::{Error, Result};
-use tilewright_layout::{Dim, Range};
+use tilewright_layout::{Dim, Range, uppers};
 use tilewright_tile::{Compare, For, If, Stmt, TileId, TileOp};
 
 impl<'a> Emitter<'a> {

@@ -4,7 +4,9 @@
 
 mod dim;
 mod dim_text;
+mod facts;
 mod strided;
 
 pub use dim::{Atom, Dim, Env, Range, Symbol, Symbols};
+pub use facts::{Facts, atom_dim, linear_in, mentions, uppers};
 pub use strided::{Axis, Block, Layout, broadcast_shapes, numel};

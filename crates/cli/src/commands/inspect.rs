@@ -1,7 +1,7 @@
 //! `tw inspect`: a model at any stage of compilation.
 
 use super::compiler;
-use crate::args::InspectArgs;
+use crate::args::{InspectArgs, NO_MODEL};
 use crate::output::Output;
 use serde_json::json;
 use std::fmt::Write as _;
@@ -32,6 +32,12 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     if let Some(name) = wanted.filter(|n| !known(n)) {
         return Err(Error::user(format!("there is no stage `{name}`"))
             .with_hint("`tw inspect MODEL --stages` lists them"));
+    }
+    if args.emit.is_some() {
+        return super::emit::run(args, output);
+    }
+    if args.model.model.as_os_str() == NO_MODEL {
+        return Err(Error::user("no model was given").with_hint("tw inspect MODEL --stage NAME"));
     }
     let compiler = compiler(&args.model)?;
     let model = Model::open(&args.model.model)?;

@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod embed;
+pub(crate) mod emit;
 pub(crate) mod explain;
 pub(crate) mod expr;
 pub(crate) mod inspect;

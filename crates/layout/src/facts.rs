@@ -5,9 +5,9 @@
 //! remainders ([`Facts::simplify`]) and proves that a coordinate lies inside a tensor
 //! ([`Facts::proves_non_negative`]): the two things on which fast addresses depend.
 
+use crate::dim::{Atom, Dim, Range};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tilewright_layout::{Atom, Dim, Range};
 
 /// Knowledge about one symbol.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ struct Fact {
 
 /// Knowledge about all symbols in scope.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Facts {
+pub struct Facts {
     map: BTreeMap<Arc<str>, Fact>,
 }
 
@@ -30,12 +30,12 @@ fn gcd(a: i64, b: i64) -> i64 {
 
 impl Facts {
     /// Declares a symbol.
-    pub(crate) fn declare(&mut self, name: &str, range: Range, at_most: Vec<Dim>) {
+    pub fn declare(&mut self, name: &str, range: Range, at_most: Vec<Dim>) {
         self.map.insert(name.into(), Fact { range, at_most, definition: None });
     }
 
     /// Declares a symbol that stands for an expression.
-    pub(crate) fn define(&mut self, name: &str, at_most: Vec<Dim>, definition: Dim) {
+    pub fn define(&mut self, name: &str, at_most: Vec<Dim>, definition: Dim) {
         let mut range = self.bounds(&definition);
         for limit in &at_most {
             range.max = range.max.min(self.bounds(limit).max);
@@ -45,17 +45,17 @@ impl Facts {
     }
 
     /// Forgets a symbol.
-    pub(crate) fn forget(&mut self, name: &str) {
+    pub fn forget(&mut self, name: &str) {
         self.map.remove(name);
     }
 
     /// Interval of the value.
-    pub(crate) fn bounds(&self, dim: &Dim) -> Range {
+    pub fn bounds(&self, dim: &Dim) -> Range {
         dim.bounds(&|name| self.map.get(name).map(|f| f.range))
     }
 
     /// Replaces derived symbols by their definitions.
-    pub(crate) fn expand(&self, dim: &Dim) -> Dim {
+    pub fn expand(&self, dim: &Dim) -> Dim {
         let mut dim = dim.clone();
         for _ in 0..8 {
             let mut derived = false;
@@ -71,7 +71,7 @@ impl Facts {
     }
 
     /// The same value with floors, remainders, minima and maxima resolved where ranges allow.
-    pub(crate) fn simplify(&self, dim: &Dim) -> Dim {
+    pub fn simplify(&self, dim: &Dim) -> Dim {
         let mut sum = Dim::new(0);
         for (mono, coeff) in dim.terms() {
             let mut product = Dim::new(*coeff);
@@ -193,12 +193,12 @@ impl Facts {
     }
 
     /// `a <= b` for all values of the symbols.
-    pub(crate) fn proves_le(&self, a: &Dim, b: &Dim) -> bool {
+    pub fn proves_le(&self, a: &Dim, b: &Dim) -> bool {
         self.proves_non_negative(&(b - a))
     }
 
     /// `dim >= 0` for all values of the symbols.
-    pub(crate) fn proves_non_negative(&self, dim: &Dim) -> bool {
+    pub fn proves_non_negative(&self, dim: &Dim) -> bool {
         self.prove(dim, 4)
     }
 
@@ -238,8 +238,20 @@ impl Facts {
     }
 }
 
+/// What a count promises about an index below it: the index is at most each of these.
+pub fn uppers(count: &Dim) -> Vec<Dim> {
+    if let [(mono, 1)] = count.terms()
+        && let [Atom::Min(a, b)] = mono.as_slice()
+    {
+        let mut all = uppers(a);
+        all.extend(uppers(b));
+        return all;
+    }
+    vec![count - 1]
+}
+
 /// An atom as an expression.
-pub(crate) fn atom_dim(atom: &Atom) -> Dim {
+pub fn atom_dim(atom: &Atom) -> Dim {
     match atom {
         Atom::Sym(name) => Dim::sym(name.clone()),
         Atom::FloorDiv(a, b) => a.floor_div(b),
@@ -250,14 +262,14 @@ pub(crate) fn atom_dim(atom: &Atom) -> Dim {
 }
 
 /// True when the symbol occurs.
-pub(crate) fn mentions(dim: &Dim, symbol: &str) -> bool {
+pub fn mentions(dim: &Dim, symbol: &str) -> bool {
     let mut found = false;
     dim.for_each_symbol(&mut |s| found |= &**s == symbol);
     found
 }
 
 /// `dim = coeff * symbol + rest` with neither mentioning the symbol.
-pub(crate) fn linear_in(dim: &Dim, symbol: &str) -> Option<(Dim, Dim)> {
+pub fn linear_in(dim: &Dim, symbol: &str) -> Option<(Dim, Dim)> {
     let (mut coeff, mut rest) = (Dim::new(0), Dim::new(0));
     for (mono, c) in dim.terms() {
         let mut times = 0;
