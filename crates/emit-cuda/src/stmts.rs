@@ -347,6 +347,15 @@ impl<'a> Printer<'a> {
         }
         self.line("const int warp = tw::warp();");
         self.line("(void)cta, (void)cluster, (void)clusters, (void)warp, (void)smem;");
+        // Descriptors come from parameter memory: fetch them while barriers are set up.
+        if program.maps.iter().next().is_some() {
+            self.line("if (threadIdx.x == 32) {");
+            for (_, map) in program.maps.iter() {
+                let name = identifier(&format!("map_{}", map.name));
+                self.line(&format!("  tw::tma_prefetch({name});"));
+            }
+            self.line("}");
+        }
         self.block(&program.setup)?;
         let launch_registers = (65536 / program.threads / program.blocks_per_sm).min(255) / 8 * 8;
         for (i, role) in program.roles.iter().enumerate() {

@@ -151,12 +151,26 @@ impl GemmSpec {
 
     /// The tile program, with tile sizes `BM`, `BN`, `BK`.
     pub fn program(&self, name: &str) -> Kernel {
+        self.build(name, false)
+    }
+
+    /// The program of a product whose depth is cut into parts: part `ps` sums `part` tiles of depth and
+    /// stores its sums to `P[ps]`, a tensor `[S, M, N]` in the order of `C`. [`GemmSpec::sum_program`]
+    /// adds the parts up. Not for batches.
+    pub fn part_program(&self, name: &str) -> Kernel {
+        self.build(name, true)
+    }
+
+    fn build(&self, name: &str, split: bool) -> Kernel {
         let mut k = KernelBuilder::new(name);
         let mut sizes = vec!["M", "N", "K"];
         if self.batched {
             sizes.insert(0, "L");
         }
         sizes.extend(["lda", "ldb", "ldc"]);
+        if split {
+            sizes.extend(["S", "part", "sp"]);
+        }
         if self.batched {
             sizes.extend(["sa", "sb", "sc"]);
         }
@@ -176,11 +190,20 @@ impl GemmSpec {
         });
         let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
         let e = &self.epilogue;
-        let col = e.col_vector.map(|t| k.param("cols", t, vector("N"), Access::In));
-        let row = e.row_vector.map(|t| k.param("rows", t, vector("M"), Access::In));
+        let with = |t: Option<DType>| t.filter(|_| !split);
+        let col = with(e.col_vector).map(|t| k.param("cols", t, vector("N"), Access::In));
+        let row = with(e.row_vector).map(|t| k.param("rows", t, vector("M"), Access::In));
         let c_layout = || matrix("M", "N", self.c, "ldc", batch("sc"));
-        let residual = e.residual.map(|t| k.param("R", t, c_layout(), Access::In));
-        let c = k.param("C", self.result, c_layout(), Access::Out);
+        let residual = with(e.residual).map(|t| k.param("R", t, c_layout(), Access::In));
+        let c = if split {
+            let mut layout = matrix("M", "N", self.c, "ldc", None);
+            let parts = Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None };
+            layout.axes.insert(0, parts);
+            k.param("P", self.sum, layout, Access::Out)
+        } else {
+            k.param("C", self.result, c_layout(), Access::Out)
+        };
+        let ps = split.then(|| k.grid("ps", Dim::sym("S")));
         let pl = self.batched.then(|| k.grid("pl", Dim::sym("L")));
         let pm = k.grid("pm", m.ceil_div(&bm));
         let pn = k.grid("pn", n.ceil_div(&bn));
@@ -194,7 +217,16 @@ impl GemmSpec {
         };
         let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let init = k.full(zero, TileType::new(self.sum, [bm.clone(), bn.clone()]));
-        let (var, carried) = k.begin_for("k", Dim::new(0), depth.ceil_div(&bk), &[init]);
+        let steps = depth.ceil_div(&bk);
+        let (lo, hi) = match &ps {
+            None => (Dim::new(0), steps),
+            Some(ps) => {
+                let lo = ps.clone() * &Dim::sym("part");
+                let hi = (lo.clone() + &Dim::sym("part")).min_with(&steps);
+                (lo, hi)
+            }
+        };
+        let (var, carried) = k.begin_for("k", lo, hi, &[init]);
         let row0 = pm * &bm;
         let col0 = pn * &bn;
         let k0 = var * &bk;
@@ -234,6 +266,11 @@ impl GemmSpec {
             }
         };
         let sums = k.end_for(&[next])[0];
+        if let Some(ps) = ps {
+            let out = k.reshape(sums, vec![Dim::new(1), bm, bn]);
+            k.store(c, vec![ps, row0, col0], out);
+            return k.finish();
+        }
         let mut args = vec![k.plain(sums)];
         if let Some(p) = col {
             let v = k.load(p, vec![col0.clone()], vec![bn.clone()]);
@@ -257,4 +294,101 @@ impl GemmSpec {
         k.store(c, at(row0, col0), out);
         k.finish()
     }
+
+    /// Adds up the parts of [`GemmSpec::part_program`], in order, and applies the epilogue: tile sizes
+    /// `BR` (lines) and `BC` (along lines). For a column-major result the program is that of the
+    /// transposed one, so that lines are contiguous either way.
+    pub fn sum_program(&self, name: &str) -> Kernel {
+        let e = if self.c == Order::Row { self.epilogue.clone() } else { self.epilogue.transposed() };
+        let mut k = KernelBuilder::new(name);
+        for size in ["M", "N", "S", "ldp", "ldc", "sp"] {
+            k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
+        }
+        let (br, bc) = (k.tile("BR"), k.tile("BC"));
+        let mut parts = matrix("M", "N", Order::Row, "ldp", None);
+        parts.axes.insert(0, Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None });
+        let p = k.param("P", self.sum, parts, Access::In);
+        let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
+        let c_layout = || matrix("M", "N", Order::Row, "ldc", None);
+        let col = e.col_vector.map(|t| k.param("cols", t, vector("N"), Access::In));
+        let row = e.row_vector.map(|t| k.param("rows", t, vector("M"), Access::In));
+        let residual = e.residual.map(|t| k.param("R", t, c_layout(), Access::In));
+        let c = k.param("C", self.result, c_layout(), Access::Out);
+        let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
+        let pn = k.grid("pn", Dim::sym("N").ceil_div(&bc));
+        let (row0, col0) = (pm * &br, pn * &bc);
+        let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
+        let init = k.full(zero, TileType::new(self.sum, [br.clone(), bc.clone()]));
+        let (s, carried) = k.begin_for("s", Dim::new(0), Dim::sym("S"), &[init]);
+        let t = k.load(p, vec![s, row0.clone(), col0.clone()], vec![Dim::new(1), br.clone(), bc.clone()]);
+        let t = k.reshape(t, vec![br.clone(), bc.clone()]);
+        let args = vec![k.plain(carried[0]), k.plain(t)];
+        let next = k.map(Func::binary(Op::Add, self.sum), args, vec![br.clone(), bc.clone()]);
+        let sums = k.end_for(&[next])[0];
+        let mut args = vec![k.plain(sums)];
+        if let Some(p) = col {
+            let v = k.load(p, vec![col0.clone()], vec![bc.clone()]);
+            args.push(Operand { tile: v, along: vec![1] });
+        }
+        if let Some(p) = row {
+            let v = k.load(p, vec![row0.clone()], vec![br.clone()]);
+            args.push(Operand { tile: v, along: vec![0] });
+        }
+        if let Some(p) = residual {
+            let t = k.load(p, vec![row0.clone(), col0.clone()], vec![br.clone(), bc.clone()]);
+            args.push(k.plain(t));
+        }
+        let out = k.map(e.func.clone(), args, vec![br, bc]);
+        k.store(c, vec![row0, col0], out);
+        k.finish()
+    }
+}
+
+/// A copy of a matrix `[R, C]` (with `batched`, `L` of them) from one order to another, packed to its own
+/// leading dimension: tile sizes `BR`, `BC`. With `tf32_parts` of f32, the result is two matrices whose sum
+/// is the operand up to the last digits of TF32's square: the rounded operand, and what is left, rounded.
+pub fn copy_program(
+    name: &str,
+    dtype: DType,
+    from: Order,
+    to: Order,
+    batched: bool,
+    tf32_parts: bool,
+) -> Kernel {
+    let mut k = KernelBuilder::new(name);
+    let mut sizes = vec!["R", "C", "ldx", "ldy"];
+    if batched {
+        sizes = vec!["L", "R", "C", "ldx", "ldy", "sx", "sy"];
+    }
+    for size in sizes {
+        k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
+    }
+    let (br, bc) = (k.tile("BR"), k.tile("BC"));
+    let batch = |s: &'static str| batched.then_some(s);
+    let x = k.param("X", dtype, matrix("R", "C", from, "ldx", batch("sx")), Access::In);
+    let y = k.param("Y", dtype, matrix("R", "C", to, "ldy", batch("sy")), Access::Out);
+    let low = tf32_parts
+        .then(|| k.param("Y_low", dtype, matrix("R", "C", to, "ldy", batch("sy")), Access::Out));
+    let pl = batched.then(|| k.grid("pl", Dim::sym("L")));
+    let pr = k.grid("pr", Dim::sym("R").ceil_div(&br));
+    let pc = k.grid("pc", Dim::sym("C").ceil_div(&bc));
+    let mut at = vec![pr * &br, pc * &bc];
+    let mut shape = vec![br, bc];
+    if let Some(pl) = pl {
+        at.insert(0, pl);
+        shape.insert(0, Dim::new(1));
+    }
+    let t = k.load(x, at.clone(), shape.clone());
+    match low {
+        None => k.store(y, at, t),
+        Some(low) => {
+            let high_tile = round(&mut k, t);
+            let args = vec![k.plain(t), k.plain(high_tile)];
+            let rest = k.map(Func::binary(Op::Sub, dtype), args, shape);
+            let low_tile = round(&mut k, rest);
+            k.store(y, at.clone(), high_tile);
+            k.store(low, at, low_tile);
+        }
+    }
+    k.finish()
 }
