@@ -14,5 +14,6 @@
 //! compiler then names the interpreter and the emitter.
 
 mod ir;
+mod print;
 
 pub use ir::*;
