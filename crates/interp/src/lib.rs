@@ -7,6 +7,7 @@
 //! Every loop sums in one fixed order, whatever the number of threads: the same inputs give the
 //! same bits.
 
+pub mod device;
 mod func;
 pub mod graph;
 pub mod host;

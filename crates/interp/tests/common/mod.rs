@@ -14,11 +14,11 @@ use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
 use tilewright_tile::{Access, Compare, Param};
 
 /// Rows of a block's tile.
-pub const BM: i64 = 128;
+pub(crate) const BM: i64 = 128;
 /// Columns of a tile.
-pub const BN: i64 = 16;
+pub(crate) const BN: i64 = 16;
 /// Depth of a stage.
-pub const BK: i64 = 64;
+pub(crate) const BK: i64 = 64;
 
 fn sym(name: &str) -> Dim {
     Dim::sym(name)
@@ -41,7 +41,7 @@ fn whole(frag: FragId) -> FragRef {
 }
 
 /// The program, with a ring of `stages` (at least 2).
-pub fn gemm(stages: u32) -> Program {
+pub(crate) fn gemm(stages: u32) -> Program {
     let mut params = IdVec::new();
     let pa = params.push(param("A", row_major("M", "K"), Access::In));
     let columns = Layout {
@@ -81,11 +81,9 @@ pub fn gemm(stages: u32) -> Program {
     let sc = smem.push(buffer("c", 64, 16, 1, Swizzle::B32, 2));
 
     let mut barriers = IdVec::new();
-    let full =
-        barriers.push(Barrier { name: "full".to_string(), slots: stages, arrivals: 1 });
+    let full = barriers.push(Barrier { name: "full".to_string(), slots: stages, arrivals: 1 });
     // Two warpgroups in each of two blocks.
-    let empty =
-        barriers.push(Barrier { name: "empty".to_string(), slots: stages, arrivals: 4 });
+    let empty = barriers.push(Barrier { name: "empty".to_string(), slots: stages, arrivals: 4 });
     let mut rings = IdVec::new();
     let stage = rings.push(Ring { name: "stage".to_string(), stages });
     let mut frags = IdVec::new();
@@ -101,14 +99,8 @@ pub fn gemm(stages: u32) -> Program {
     let out = frags.push(frag("out", DType::BF16));
 
     let at_stage = |barrier| BarrierRef { barrier, slot: Slot::Ring(stage) };
-    let tile = |smem, slot, row: Dim, col: Dim, rows, cols| SmemTile {
-        smem,
-        slot,
-        row,
-        col,
-        rows,
-        cols,
-    };
+    let tile =
+        |smem, slot, row: Dim, col: Dim, rows, cols| SmemTile { smem, slot, row, col, rows, cols };
     let ring_slot = || Slot::Ring(stage);
     let tiles_n = sym("N").ceil_div(&num(BN));
     let items = sym("M").ceil_div(&num(2 * BM)) * &tiles_n;
@@ -233,10 +225,7 @@ pub fn gemm(stages: u32) -> Program {
         barriers,
         rings,
         frags,
-        setup: vec![
-            Stmt::Once(vec![Stmt::BarrierInit, Stmt::FenceBarrierInit]),
-            Stmt::SyncCluster,
-        ],
+        setup: vec![Stmt::Once(vec![Stmt::BarrierInit, Stmt::FenceBarrierInit]), Stmt::SyncCluster],
         roles: vec![
             role("producer", 0, 1, "p", true, 40, vec![over_tiles(vec![over_depth(produce)])]),
             role("consumer", 4, 2, "w", false, 232, consumer),
