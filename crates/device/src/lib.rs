@@ -15,5 +15,7 @@
 
 mod ir;
 mod print;
+mod verify;
 
 pub use ir::*;
+pub use verify::verify;
