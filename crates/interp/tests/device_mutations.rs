@@ -247,7 +247,26 @@ fn mutants(p: &Program) -> Vec<Mutant> {
 }
 
 /// Changes after which the program is still right, and why.
-const EQUIVALENT: &[(&str, &str)] = &[];
+const EQUIVALENT: &[(&str, &str)] = &[
+    (
+        "producer `wait empty[stage] phase before stage` after `advance stage by 1`",
+        "it then waits for the next stage right before the next turn of the loop; the first turn, \
+         which waits no more, finds every stage empty",
+    ),
+    (
+        "consumer `wait full[stage] phase of stage` after `wgmma fence`",
+        "that fence orders registers, which the copies do not touch",
+    ),
+    (
+        "consumer `once tma wait 0 read` after `once`",
+        "it waits right after the store instead of before the next use of the buffer, behind the same \
+         barrier of threads: slower, and as safe",
+    ),
+    (
+        "consumer `sync named w + 1 threads 128` after `out = map(acc) { x -> bf16(x) }`",
+        "the map touches registers only; the barrier still stands before the write to the buffer",
+    ),
+];
 
 fn sizes(m: i64, n: i64, k: i64) -> Env {
     [("M", m), ("N", n), ("K", k)].map(|(s, v)| (Arc::from(s), v)).into()
