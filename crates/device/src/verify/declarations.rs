@@ -11,7 +11,7 @@ impl Checker<'_> {
     pub(super) fn declarations(&mut self) {
         let p = self.program;
         let threads = p.threads;
-        let whole = (32..=1024).contains(&threads) && threads % 32 == 0;
+        let whole = (32..=1024).contains(&threads) && threads.is_multiple_of(32);
         self.require(whole, || format!("a block of {threads} threads is not 1 to 32 whole warps"));
         let cluster = p.cluster;
         self.require((1..=8).contains(&cluster), || format!("a cluster of {cluster} blocks"));
@@ -155,17 +155,17 @@ impl Checker<'_> {
 
     fn spread(&mut self, f: &Frag) {
         let fits = match f.spread {
-            Spread::Wgmma => f.rows % 64 == 0 && f.cols % 8 == 0,
+            Spread::Wgmma => f.rows.is_multiple_of(64) && f.cols.is_multiple_of(8),
             Spread::MmaSync { warps_m, warps_n } => {
                 let (m, n) = (warps_m.saturating_mul(16), warps_n.saturating_mul(8));
-                m > 0 && n > 0 && f.rows % m == 0 && f.cols % n == 0
+                m > 0 && n > 0 && f.rows.is_multiple_of(m) && f.cols.is_multiple_of(n)
             }
             Spread::Lines { lanes, vector, threads } => {
                 lanes.is_power_of_two() && vector >= 1 && threads > 0 && threads % lanes == 0
             }
             Spread::Outer { threads_m, threads_n } => {
                 let (m, n) = (threads_m.saturating_mul(4), threads_n.saturating_mul(4));
-                m > 0 && n > 0 && f.rows % m == 0 && f.cols % n == 0
+                m > 0 && n > 0 && f.rows.is_multiple_of(m) && f.cols.is_multiple_of(n)
             }
         };
         let some = f.rows > 0 && f.cols > 0;

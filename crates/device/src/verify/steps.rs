@@ -187,15 +187,11 @@ impl Checker<'_> {
                     sum += self.copied(body, of)? * u64::from(*count);
                 }
                 Stmt::Once(body) => sum += self.copied(body, of)?,
-                Stmt::For { body, .. } => {
-                    if self.copied(body, of) != Some(0) {
-                        return None;
-                    }
-                }
-                Stmt::If { then, otherwise, .. } => {
-                    if self.copied(then, of) != Some(0) || self.copied(otherwise, of) != Some(0) {
-                        return None;
-                    }
+                Stmt::For { body, .. } if self.copied(body, of) != Some(0) => return None,
+                Stmt::If { then, otherwise, .. }
+                    if [then, otherwise].iter().any(|b| self.copied(b, of) != Some(0)) =>
+                {
+                    return None;
                 }
                 _ => {}
             }
@@ -322,9 +318,8 @@ impl Checker<'_> {
         let p = self.program;
         match stmt {
             Stmt::Fill { dst, value } => {
-                if self.frag(stmt, dst).is_some() {
-                    self.value(stmt, p.frags[dst.frag].dtype, *value);
-                }
+                let Some(_) = self.frag(stmt, dst) else { return };
+                self.value(stmt, p.frags[dst.frag].dtype, *value);
             }
             Stmt::Map { dst, func, args } => {
                 let Some((rows, cols)) = self.frag(stmt, dst) else { return };
