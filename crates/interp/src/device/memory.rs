@@ -205,7 +205,8 @@ impl<'p> Global<'p> {
         };
         let kind = new.access.kind;
         for old in &element.writes {
-            if !(kind == Kind::Add && old.access.kind == Kind::Add) && !ordered(old) {
+            let both_add = (kind, old.access.kind) == (Kind::Add, Kind::Add);
+            if !both_add && !ordered(old) {
                 return Err(Conflict::Race(old.access));
             }
         }

@@ -564,13 +564,11 @@ impl<'p> Machine<'p, '_> {
         let blocks = self.reached(agent, stmt, reach)?;
         let (smem, rect) = self.place(agent, stmt, to)?;
         let (array, slot) = self.mbarrier(agent, stmt, barrier, &blocks)?;
-        let own = self.agents[agent].block;
         let at = self.dims(agent, stmt, at)?;
         let data = self.box_read(agent, stmt, map, &at, &self.program.smem[to.smem], rect)?;
         let program = self.program;
         let bits = program.smem[to.smem].dtype.bits() as usize;
         let bytes = (rect.rows() * rect.cols() * bits / 8) as i64;
-        let first = self.copies.len();
         for block in blocks {
             let id = self.next_copy;
             self.next_copy += 1;
@@ -593,7 +591,6 @@ impl<'p> Machine<'p, '_> {
             let data = data.clone();
             self.copies.push(Copying { id, block, barrier, bytes, smem, rect, data, agent, stmt });
         }
-        debug_assert!(self.copies.len() > first && own < self.blocks.len());
         Ok(())
     }
 
@@ -642,7 +639,7 @@ impl<'p> Machine<'p, '_> {
         self.touch_smem(agent, stmt, smem, rect, read)?;
         let kind = if add { Kind::Add } else { Kind::Write };
         let write = access(Part::StoreWrite, kind);
-        self.box_write(agent, stmt, map, &at, (smem, rect), write)
+        self.box_write(agent, map, &at, (smem, rect), write)
     }
 
     /// An access to shared memory of the own block by the clock of the step's threads.

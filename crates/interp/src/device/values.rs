@@ -707,7 +707,6 @@ impl<'p> Machine<'p, '_> {
     pub(super) fn box_write(
         &mut self,
         agent: usize,
-        _stmt: &'p Stmt,
         map: MapId,
         at: &[i64],
         (smem, rect): ((usize, usize), Rect),
