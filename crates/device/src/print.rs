@@ -74,7 +74,8 @@ impl Program {
         for (_, m) in self.maps.iter() {
             let (param, swizzle) = (param_name(self, m.param), m.swizzle);
             write!(out, "  map {} = {param} box {:?}", m.name, m.box_shape)?;
-            writeln!(out, " contiguous {} swizzle {swizzle}", m.contiguous)?;
+            let tf32 = if m.tf32 { " tf32" } else { "" };
+            writeln!(out, " contiguous {} swizzle {swizzle}{tf32}", m.contiguous)?;
         }
         for (_, s) in self.smem.iter() {
             writeln!(out, "  smem {} = {s}", s.name)?;

@@ -85,6 +85,7 @@ const BROKEN: &[(&str, Change)] = &[
     ("256 bytes are more than a span of swizzle 128", |p| edit(&mut p.maps, 0, |m| m.box_shape[1] = 128)),
     ("24 bytes of a box are not a multiple of 16", |p| edit(&mut p.maps, 2, |m| m.box_shape[1] = 12)),
     ("axis 0 of the tensor is not contiguous", |p| edit(&mut p.maps, 0, |m| m.contiguous = 0)),
+    ("map map_a: bf16 is not rounded to tf32", |p| edit(&mut p.maps, 0, |m| m.tf32 = true)),
     ("is packed", |p| edit(&mut p.params, 0, |p| p.dtype = DType::U4)),
     ("has no whole panels", |p| edit(&mut p.smem, 0, |s| s.cols = 48)),
     ("has no whole groups of 8 lines", |p| edit(&mut p.smem, 0, |s| s.rows = 130)),

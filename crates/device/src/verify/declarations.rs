@@ -3,6 +3,7 @@
 use super::{Checker, walk};
 use crate::ir::*;
 use std::collections::BTreeSet;
+use tilewright_base::DType;
 
 /// Registers of a multiprocessor (CPG, "Technical Specifications per Compute Capability").
 const REGISTERS: u32 = 65536;
@@ -142,6 +143,10 @@ impl Checker<'_> {
             });
             let bits = u64::from(param.dtype.bits());
             let inner = u64::from(m.box_shape[m.contiguous]) * bits / 8;
+            let single = param.dtype == DType::F32;
+            self.require(single || !m.tf32, || {
+                format!("map {name}: {} is not rounded to tf32", param.dtype)
+            });
             let (span, swizzle) = (m.swizzle.span_bytes(), m.swizzle);
             self.require(inner <= u64::from(span), || {
                 format!("map {name}: {inner} bytes are more than a span of swizzle {swizzle}")

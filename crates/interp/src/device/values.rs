@@ -687,6 +687,7 @@ impl<'p> Machine<'p, '_> {
         rect: Rect,
     ) -> Result<Option<Buf>> {
         let param = self.program.maps[map].param;
+        let round = self.program.maps[map].tf32 && self.options.mode == Mode::Exact;
         self.grid_waited(agent, stmt, param)?;
         let info = &self.program.params[param];
         if self.buffers.is_none() && info.access == Declared::In {
@@ -698,7 +699,11 @@ impl<'p> Machine<'p, '_> {
         let zero = if info.dtype.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let mut out = zeros(info.dtype, rect.rows() * rect.cols());
         for (i, at) in self.box_coords(map, at, smem, rect).iter().enumerate() {
-            set(&mut out, i, self.element_read(param, at, zero, access, 0)?);
+            let value = match self.element_read(param, at, zero, access, 0)? {
+                Value::Float(v) if round => Value::Float(tf32(v)),
+                value => value,
+            };
+            set(&mut out, i, value);
         }
         Ok(self.buffers.is_some().then_some(out))
     }
@@ -721,6 +726,16 @@ impl<'p> Machine<'p, '_> {
         }
         Ok(())
     }
+}
+
+/// The nearest value with TF32's 10 bits of mantissa, ties to even.
+fn tf32(value: f64) -> f64 {
+    let bits = (value as f32).to_bits();
+    if !value.is_finite() {
+        return value;
+    }
+    let rounded = bits.wrapping_add(0x0FFF + ((bits >> 13) & 1)) & !0x1FFF;
+    f64::from(f32::from_bits(rounded))
 }
 
 /// The coordinate `row`, `col` away from `at`.

@@ -61,6 +61,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
         box_shape: box_shape.to_vec(),
         contiguous,
         swizzle,
+        tf32: false,
     };
     let map_a = maps.push(map("map_a", pa, [128, 64], 1, Swizzle::B128));
     let map_b = maps.push(map("map_b", pb, [64, 8], 0, Swizzle::B128));
