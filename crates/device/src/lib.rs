@@ -10,9 +10,12 @@
 //! fragment is a tile whatever its spread. That the physical forms agree (the swizzle of a tensor map
 //! with that of the buffer, the spread of an accumulator with the instruction) is checked by rules.
 //!
-//! To add a step: a variant of [`Stmt`], its line in `print.rs`, its rule in `verify.rs`; the
+//! To add a step: a variant of [`Stmt`], its line in `print.rs`, its rule in `verify/steps.rs`; the
 //! compiler then names the interpreter and the emitter.
 
 mod ir;
+mod print;
+mod verify;
 
 pub use ir::*;
+pub use verify::verify;

@@ -1,4 +1,4 @@
-//! The oracle: runs graph and tile programs on the CPU, slowly and obviously.
+//! The oracle: runs graph, tile and device programs on the CPU, slowly and obviously.
 //!
 //! [`graph::run`] executes a graph in one of two [`Mode`]s: in its own data types, or with every
 //! float held as `f64`, which is what compiled kernels are judged against. Operators are one file
@@ -7,6 +7,7 @@
 //! Every loop sums in one fixed order, whatever the number of threads: the same inputs give the
 //! same bits.
 
+pub mod device;
 mod func;
 pub mod graph;
 pub mod host;

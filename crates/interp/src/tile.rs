@@ -18,7 +18,7 @@ use tilewright_data::{from_f64, from_i64, read_f64, read_i64};
 use tilewright_expr::{Func, Value};
 use tilewright_layout::{Dim, Env};
 use tilewright_tile::{
-    Block, Compare, Kernel, Operand, ParamId, ReduceKind, Schedule, Stmt, TileId, TileOp,
+    Block, Compare, Kernel, Operand, Param, ParamId, ReduceKind, Schedule, Stmt, TileId, TileOp,
 };
 
 /// The elements of a tile in row-major order.
@@ -80,21 +80,7 @@ pub fn run(
         params: Vec::new(),
     };
     for (_, param) in kernel.params.iter() {
-        let eval = |d: &Dim| machine.dim(d);
-        let axes = param
-            .layout
-            .axes
-            .iter()
-            .map(|a| {
-                let block = match &a.block {
-                    None => None,
-                    Some(b) => Some((b.size, eval(&b.stride)?)),
-                };
-                Ok(PlacedAxis { extent: eval(&a.extent)?, stride: eval(&a.stride)?, block })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let offset = eval(&param.layout.offset)?;
-        machine.params.push(Placed { dtype: param.dtype, axes, offset });
+        machine.params.push(Placed::new(param, &|d| machine.dim(d))?);
     }
     let extents = kernel.grid.iter().map(|g| machine.dim(&g.extent)).collect::<Result<Vec<_>>>()?;
     let blocks: i64 = extents.iter().map(|&e| e.max(0)).product();
@@ -111,8 +97,8 @@ pub fn run(
 }
 
 /// A parameter's layout in numbers.
-struct Placed {
-    dtype: DType,
+pub(crate) struct Placed {
+    pub(crate) dtype: DType,
     axes: Vec<PlacedAxis>,
     offset: i64,
 }
@@ -124,8 +110,25 @@ struct PlacedAxis {
 }
 
 impl Placed {
+    /// Evaluates a parameter's layout.
+    pub(crate) fn new(param: &Param, eval: &dyn Fn(&Dim) -> Result<i64>) -> Result<Placed> {
+        let axes = param
+            .layout
+            .axes
+            .iter()
+            .map(|a| {
+                let block = match &a.block {
+                    None => None,
+                    Some(b) => Some((b.size, eval(&b.stride)?)),
+                };
+                Ok(PlacedAxis { extent: eval(&a.extent)?, stride: eval(&a.stride)?, block })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Placed { dtype: param.dtype, axes, offset: eval(&param.layout.offset)? })
+    }
+
     /// Element offset of a coordinate, or `None` outside the shape.
-    fn offset_of(&self, at: &[i64]) -> Option<i64> {
+    pub(crate) fn offset_of(&self, at: &[i64]) -> Option<i64> {
         let mut offset = self.offset;
         for (axis, &x) in self.axes.iter().zip(at) {
             if x < 0 || x >= axis.extent {
@@ -598,7 +601,7 @@ fn beats(kind: ReduceKind, new: Value, old: Value) -> bool {
 }
 
 /// What a reduction of nothing gives.
-fn identity(kind: ReduceKind, dtype: DType) -> Value {
+pub(crate) fn identity(kind: ReduceKind, dtype: DType) -> Value {
     let bits = dtype.bits();
     let (low, high) = match (dtype.is_signed_int(), dtype) {
         (true, _) => (i64::MIN >> (64 - bits), i64::MAX >> (64 - bits)),
