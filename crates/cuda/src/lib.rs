@@ -31,6 +31,7 @@
 //! | [`Buffer`], [`PinnedBuffer`] | memory on the device, and on the host for fast copies |
 //! | [`Module`], [`Function`], [`PreparedLaunch`] | loaded code, a kernel, a launch that costs one driver call |
 //! | [`Graph`], [`GraphExec`] | a recorded sequence of launches, replayed as one |
+//! | [`peer`] | cuBLASLt, to be measured against |
 //! | [`TensorMap`] | how the tensor memory accelerator addresses an array |
 //!
 //! Neither library is linked: both are opened when first asked for, and what is missing is an
@@ -45,6 +46,7 @@ mod arch;
 mod driver;
 mod find;
 mod nvrtc;
+pub mod peer;
 
 pub use arch::Arch;
 pub use driver::{

@@ -153,23 +153,51 @@ impl Function {
             // SAFETY: the bytes are as many as the parameter has, and it is inside the block.
             unsafe { pointer.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         }
-        let [grid_x, grid_y, grid_z] = shape.grid;
-        let [block_x, block_y, block_z] = shape.block;
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid_x,
-            gridDimY: grid_y,
-            gridDimZ: grid_z,
-            blockDimX: block_x,
-            blockDimY: block_y,
-            blockDimZ: block_z,
-            sharedMemBytes: shape.smem_bytes,
-            hStream: null_mut(),
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: attributes.len() as u32,
-        };
+        let config = config(shape, &mut attributes);
         let lengths = parameters.iter().map(|(_, size)| *size).collect();
         let function = self.clone();
         Ok(PreparedLaunch { function, config, _attributes: attributes, block, pointers, lengths })
+    }
+
+    /// How many clusters of such a launch the device runs at once; the grid of `shape` does not
+    /// count. Blocks without a cluster are clusters of one.
+    pub fn max_active_clusters(&self, shape: &LaunchShape) -> Result<u32> {
+        let threads = shape.block.iter().product();
+        let sm_count = self.gpu().properties().sm_count;
+        if shape.cluster == [1; 3] {
+            return Ok(self.max_blocks_per_sm(threads, shape.smem_bytes)? * sm_count);
+        }
+        let [x, y, z] = shape.cluster;
+        // A grid that fills the device, in whole clusters.
+        let shape = LaunchShape { grid: [x * sm_count, y, z], ..*shape };
+        check_shape(&shape, self.attributes()?.max_threads_per_block, self.gpu())?;
+        self.allow_smem(shape.smem_bytes)?;
+        let mut attributes = attributes(&shape);
+        let config = config(&shape, &mut attributes);
+        let mut clusters: c_int = 0;
+        // SAFETY: a place for an int, a function, and a configuration whose attributes are alive.
+        let code = unsafe {
+            (self.gpu().0.api.occupancy_max_active_clusters)(&mut clusters, self.raw, &config)
+        };
+        if code == 0 { Ok(clusters.unsigned_abs()) } else { Err(self.error(code, "fitting clusters of")) }
+    }
+}
+
+/// The driver's form of a shape, with a null stream. It points to the attributes.
+fn config(shape: &LaunchShape, attributes: &mut [sys::CUlaunchAttribute]) -> sys::CUlaunchConfig {
+    let [grid_x, grid_y, grid_z] = shape.grid;
+    let [block_x, block_y, block_z] = shape.block;
+    sys::CUlaunchConfig {
+        gridDimX: grid_x,
+        gridDimY: grid_y,
+        gridDimZ: grid_z,
+        blockDimX: block_x,
+        blockDimY: block_y,
+        blockDimZ: block_z,
+        sharedMemBytes: shape.smem_bytes,
+        hStream: null_mut(),
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
     }
 }
 

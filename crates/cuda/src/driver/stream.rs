@@ -58,6 +58,11 @@ impl Stream {
         &self.0.gpu
     }
 
+    /// The driver's handle (`CUstream`), for other libraries of this crate.
+    pub(crate) fn raw_handle(&self) -> *mut std::ffi::c_void {
+        self.0.raw.cast()
+    }
+
     /// Waits until everything in the queue is done. The error of a kernel that failed shows here.
     pub fn synchronize(&self) -> Result<()> {
         self.0.gpu.make_current()?;

@@ -175,7 +175,9 @@ impl GemmSpec {
             sizes.extend(["sa", "sb", "sc"]);
         }
         for size in sizes {
-            k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
+            // Matrices of a batch may be the same one.
+            let min = i64::from(!size.starts_with('s'));
+            k.symbol(Symbol { name: size.into(), range: Range { min, max: i32::MAX.into() } });
         }
         let (bm, bn, bk) = (k.tile("BM"), k.tile("BN"), k.tile("BK"));
         let (m, n, depth) = (Dim::sym("M"), Dim::sym("N"), Dim::sym("K"));

@@ -1,0 +1,264 @@
+//! [`Loader`]: programs to loaded kernels, once each; [`LoadedKernel`]: ready to be bound.
+
+use crate::arguments::{Operand, Value, arguments};
+use crate::fallback::{Taken, first_that_works};
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use tilewright_base::{Error, Result};
+use tilewright_cuda::{
+    Args, CompileRequest, Compiled, Function, Gpu, LaunchShape, Nvrtc, PreparedLaunch, Stream,
+    TensorMap,
+};
+use tilewright_device::{Program, Stmt};
+use tilewright_emit_cuda::{Source, emit, headers};
+use tilewright_layout::Env;
+
+/// Compiles and loads programs for one device, and remembers what came of each.
+pub struct Loader {
+    gpu: Gpu,
+    nvrtc: Nvrtc,
+    /// Looked up only, never iterated.
+    known: Mutex<HashMap<Program, Result<LoadedKernel>>>,
+}
+
+impl Loader {
+    /// A loader for a device.
+    pub fn new(gpu: Gpu, nvrtc: Nvrtc) -> Loader {
+        Loader { gpu, nvrtc, known: Mutex::default() }
+    }
+
+    /// The device.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// The compiler.
+    pub fn nvrtc(&self) -> &Nvrtc {
+        &self.nvrtc
+    }
+
+    /// A program, compiled and loaded. The second time it is only looked up.
+    ///
+    /// # Errors
+    /// What cannot be emitted is unsupported; what does not compile or load is a bug, with the folder
+    /// of source and log.
+    pub fn load(&self, program: &Program) -> Result<LoadedKernel> {
+        let mut all = self.load_all(std::slice::from_ref(program));
+        all.pop().unwrap_or_else(|| Err(Error::bug("a program was not loaded")))
+    }
+
+    /// Loads programs, compiling on all processors. Result `i` belongs to program `i`.
+    pub fn load_all(&self, programs: &[Program]) -> Vec<Result<LoadedKernel>> {
+        let mut fresh: Vec<(&Program, Result<Source>)> = Vec::new();
+        {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            for program in programs {
+                if !known.contains_key(program) && !fresh.iter().any(|(p, _)| *p == program) {
+                    fresh.push((program, emit(program)));
+                }
+            }
+        }
+        let requests: Vec<CompileRequest> = fresh
+            .iter()
+            .filter_map(|(program, source)| source.as_ref().ok().map(|s| self.request(program, s)))
+            .collect();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut compiled = self.nvrtc.compile_all(&requests, threads).into_iter();
+        for (program, source) in fresh {
+            let loaded = source.and_then(|source| {
+                let compiled = compiled
+                    .next()
+                    .unwrap_or_else(|| Err(Error::bug("a program was not compiled")))?;
+                self.finish(program, source, compiled)
+            });
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known.insert(program.clone(), loaded);
+        }
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing = || Err(Error::bug("a program was not loaded"));
+        programs.iter().map(|p| known.get(p).cloned().unwrap_or_else(missing)).collect()
+    }
+
+    /// The first program that loads and with which `attempt` (binding, a launch) succeeds.
+    ///
+    /// # Errors
+    /// As [`first_that_works`].
+    pub fn load_or_next<T>(
+        &self,
+        programs: impl IntoIterator<Item = Result<Program>>,
+        mut attempt: impl FnMut(&LoadedKernel) -> Result<T>,
+    ) -> Result<Taken<T>> {
+        first_that_works(programs, |program| attempt(&self.load(&program?)?))
+    }
+
+    fn request(&self, program: &Program, source: &Source) -> CompileRequest {
+        let mut request =
+            CompileRequest::new(program.name.clone(), source.text.clone(), self.gpu.arch())
+                .option("-std=c++17")
+                .option("-default-device");
+        for (name, text) in headers() {
+            request = request.header(*name, *text);
+        }
+        request
+    }
+
+    fn finish(&self, program: &Program, source: Source, compiled: Compiled) -> Result<LoadedKernel> {
+        let function = self.gpu.load(&compiled)?.function(&source.entry)?;
+        let shape = LaunchShape {
+            grid: [1; 3],
+            block: [source.threads, 1, 1],
+            cluster: [source.cluster, 1, 1],
+            smem_bytes: source.smem_bytes,
+            programmatic: waits_for_the_grid_before(program),
+            cooperative: false,
+        };
+        let clusters_at_once = function.max_active_clusters(&shape)?;
+        if clusters_at_once == 0 {
+            return Err(Error::unsupported(format!(
+                "no cluster of {} blocks of {} threads with {} bytes of shared memory fits {}",
+                source.cluster,
+                source.threads,
+                source.smem_bytes,
+                self.gpu.properties().name
+            )));
+        }
+        let program = program.clone();
+        let inner = Inner { program, source, function, compiled, shape, clusters_at_once };
+        Ok(LoadedKernel(Arc::new(inner)))
+    }
+}
+
+impl fmt::Debug for Loader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Loader({:?})", self.gpu)
+    }
+}
+
+/// Whether a program is made to start beside the tail of the kernel before it.
+fn waits_for_the_grid_before(program: &Program) -> bool {
+    fn any(stmts: &[Stmt]) -> bool {
+        stmts.iter().any(|stmt| match stmt {
+            Stmt::GridWait => true,
+            Stmt::For { body, .. } | Stmt::Unroll { body, .. } | Stmt::Once(body) => any(body),
+            Stmt::If { then, otherwise, .. } => any(then) || any(otherwise),
+            _ => false,
+        })
+    }
+    any(&program.setup) || program.roles.iter().any(|role| any(&role.body)) || any(&program.teardown)
+}
+
+/// A program on a device. Cheap to clone.
+#[derive(Clone)]
+pub struct LoadedKernel(Arc<Inner>);
+
+struct Inner {
+    program: Program,
+    source: Source,
+    function: Function,
+    compiled: Compiled,
+    /// With a grid of one block.
+    shape: LaunchShape,
+    clusters_at_once: u32,
+}
+
+impl LoadedKernel {
+    /// The program.
+    pub fn program(&self) -> &Program {
+        &self.0.program
+    }
+
+    /// Its text and what it passes.
+    pub fn source(&self) -> &Source {
+        &self.0.source
+    }
+
+    /// What the compiler said, and where it keeps the files.
+    pub fn compiled(&self) -> &Compiled {
+        &self.0.compiled
+    }
+
+    /// Clusters that the device runs at once.
+    pub fn clusters_at_once(&self) -> u32 {
+        self.0.clusters_at_once
+    }
+
+    /// Binds sizes and operands, one per parameter of the program in order.
+    ///
+    /// # Errors
+    /// A bug when they do not fit the program; unsupported, in words, when the copy engine cannot
+    /// address a tensor as it lies.
+    pub fn bind(&self, sizes: &Env, operands: &[Operand]) -> Result<BoundKernel> {
+        let Inner { program, source, function, shape, clusters_at_once, .. } = &*self.0;
+        let bound = arguments(program, &source.arguments, sizes, operands)?;
+        if bound.items == 0 {
+            return Ok(BoundKernel { launch: None });
+        }
+        let mut args = Args::new();
+        for value in &bound.values {
+            args = match value {
+                Value::Map(spec) => args.value(TensorMap::encode(function.gpu(), spec)?),
+                Value::Pointer(address) => args.value(*address),
+                Value::Size(size) => args.value(*size),
+            };
+        }
+        let blocks = program.grid_blocks(bound.items, u64::from(*clusters_at_once));
+        let blocks = u32::try_from(blocks).map_err(|_| {
+            Error::unsupported(format!("{} needs {blocks} blocks: more than a grid has", program.name))
+        })?;
+        let shape = LaunchShape { grid: [blocks, 1, 1], ..*shape };
+        Ok(BoundKernel { launch: Some(function.prepare(&shape, &args)?) })
+    }
+}
+
+impl fmt::Debug for LoadedKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LoadedKernel({})", self.0.program.name)
+    }
+}
+
+/// A kernel with sizes and operands: a launch is one call of the driver, or none when there is
+/// nothing to compute.
+#[derive(Debug)]
+pub struct BoundKernel {
+    launch: Option<PreparedLaunch>,
+}
+
+impl BoundKernel {
+    /// Puts the launch into the stream.
+    ///
+    /// # Safety
+    /// The memory of the operands is there, and used by nobody else in another order than the
+    /// stream's, until the kernel has run (and as long as a recording of it is in use).
+    pub unsafe fn launch(&self, stream: &Stream) -> Result<()> {
+        match &self.launch {
+            // SAFETY: the arguments are those that the program's text takes (`arguments` worked them
+            // out from it), a verified program stays inside its tensors, those lie inside the
+            // operands (`arguments` checked it), and the operands are the caller's promise.
+            Some(launch) => unsafe { launch.launch(stream) },
+            None => Ok(()),
+        }
+    }
+
+    /// The launch as the driver takes it; none when there is nothing to compute.
+    pub fn prepared(&self) -> Option<&PreparedLaunch> {
+        self.launch.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tilewright_base::DType;
+    use tilewright_kernels::gemm::GemmSpec;
+    use tilewright_lower_gpu::{GpuSchedule, lower};
+
+    #[test]
+    fn only_dependent_programs_start_early() {
+        let kernel = GemmSpec::plain(DType::BF16, DType::F32, DType::BF16).program("gemm");
+        let mut schedule = GpuSchedule::hopper(&[("BM", 128), ("BN", 128), ("BK", 64)]);
+        assert!(!waits_for_the_grid_before(&lower(&kernel, &schedule).unwrap()));
+        schedule.dependent = true;
+        assert!(waits_for_the_grid_before(&lower(&kernel, &schedule).unwrap()));
+    }
+}
