@@ -349,7 +349,7 @@ impl GemmSpec {
 /// A copy of a matrix `[R, C]` (with `batched`, `L` of them) from one order to another, packed to its own
 /// leading dimension: tile sizes `BR`, `BC`. With `tf32_parts` of f32, the result is two matrices whose sum
 /// is the operand up to the last digits of TF32's square: the rounded operand, and what is left, rounded.
-pub fn copy_program(
+pub(super) fn copy_program(
     name: &str,
     dtype: DType,
     from: Order,

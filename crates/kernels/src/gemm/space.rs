@@ -86,6 +86,7 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                             s.consumers = consumers as u32;
                             s.stages = stages as u32;
                             s.cluster = cluster as u32;
+                            s.dependent = true;
                             s.cluster_axis = axis;
                             s.raster = raster;
                             s.store = store;

@@ -1,0 +1,172 @@
+//! Matrix products after scheduling: the rules, the checker under all orders, and values against the
+//! tile program's own interpreter.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tilewright_base::DType;
+use tilewright_interp::Mode;
+use tilewright_interp::device::{Options, check, orders, run};
+use tilewright_kernels::gemm::{Epilogue, GemmSpec, Math, Order};
+use tilewright_layout::Env;
+use tilewright_lower_gpu::{GpuSchedule, Mode as Sharing, StoreKind, lower};
+use tilewright_tile::Schedule;
+
+/// A small product and its schedule.
+struct Case {
+    name: &'static str,
+    spec: GemmSpec,
+    schedule: GpuSchedule,
+    /// M, N, K.
+    sizes: (i64, i64, i64),
+}
+
+fn tiles(bm: i64, bn: i64, bk: i64) -> GpuSchedule {
+    let mut s = GpuSchedule::hopper(&[("BM", bm), ("BN", bn), ("BK", bk)]);
+    s.stages = 3;
+    s.raster = 2;
+    s
+}
+
+fn spec(dtype: DType, orders: (Order, Order, Order)) -> GemmSpec {
+    let sum = if dtype.is_float() { DType::F32 } else { DType::I32 };
+    let result = if dtype == DType::I8 { DType::I32 } else { dtype };
+    let mut s = GemmSpec::plain(dtype, sum, result);
+    (s.a, s.b, s.c) = orders;
+    s
+}
+
+fn cases() -> Vec<Case> {
+    use Order::{Col, Row};
+    let rrr = (Row, Row, Row);
+    let mut out = Vec::new();
+    let mut add = |name, spec, schedule, sizes| out.push(Case { name, spec, schedule, sizes });
+    add("plain", spec(DType::BF16, rrr), tiles(128, 32, 64), (200, 72, 200));
+    let mut s = tiles(128, 32, 64);
+    (s.cluster, s.cluster_axis) = (2, 0);
+    add("cluster along rows", spec(DType::F16, rrr), s, (300, 72, 200));
+    let mut s = tiles(128, 64, 64);
+    (s.cluster, s.cluster_axis, s.dependent) = (2, 1, true);
+    add("cluster along columns", spec(DType::BF16, (Col, Col, Col)), s, (130, 200, 136));
+    let mut s = tiles(64, 32, 64);
+    s.mode = Sharing::PingPong;
+    add("ping-pong", spec(DType::BF16, (Row, Col, Row)), s, (300, 40, 72));
+    let mut s = tiles(64, 32, 64);
+    (s.consumers, s.store, s.vector, s.persistent) = (1, StoreKind::Direct, 1, false);
+    add("direct store", spec(DType::BF16, rrr), s, (70, 33, 200));
+    let mut tf32 = spec(DType::F32, (Row, Col, Row));
+    tf32.math = Math::Tf32;
+    add("tf32", tf32, tiles(128, 32, 32), (130, 40, 72));
+    let mut eight = spec(DType::F8E4M3, (Row, Col, Row));
+    (eight.result, eight.epilogue) = (DType::BF16, Epilogue::cast(DType::F32, DType::BF16));
+    add("f8", eight.clone(), tiles(128, 32, 128), (130, 40, 272));
+    eight.math = Math::Promoted;
+    add("f8 promoted", eight, tiles(128, 32, 128), (130, 40, 272));
+    add("i8", spec(DType::I8, (Row, Col, Row)), tiles(128, 32, 128), (130, 36, 272));
+    let mut bias = spec(DType::BF16, rrr);
+    bias.epilogue = Epilogue::bias(None, DType::F32, DType::BF16);
+    add("bias", bias, tiles(128, 64, 64), (130, 136, 72));
+    let mut s = tiles(192, 32, 64);
+    (s.consumers, s.store_slots) = (3, 1);
+    add("three consumers", spec(DType::BF16, rrr), s, (200, 40, 72));
+    let mut batched = spec(DType::BF16, rrr);
+    batched.batched = true;
+    add("batched", batched, tiles(64, 32, 64).with_consumers(1), (70, 40, 72));
+    out
+}
+
+trait WithConsumers {
+    fn with_consumers(self, consumers: u32) -> Self;
+}
+
+impl WithConsumers for GpuSchedule {
+    fn with_consumers(mut self, consumers: u32) -> Self {
+        self.consumers = consumers;
+        self
+    }
+}
+
+fn sizes(case: &Case) -> Env {
+    let (m, n, k) = case.sizes;
+    let line = |order, rows: i64, cols: i64| {
+        let line = if order == Order::Row { cols } else { rows };
+        (line + 15) / 16 * 16
+    };
+    let mut env = Env::new();
+    let mut put = |name: &str, v: i64| {
+        env.insert(Arc::from(name), v);
+    };
+    put("M", m);
+    put("N", n);
+    put("K", k);
+    let (a, b, c) =
+        (line(case.spec.a, m, k), line(case.spec.b, k, n), line(case.spec.c, m, n));
+    put("lda", a);
+    put("ldb", b);
+    put("ldc", c);
+    if case.spec.batched {
+        put("L", 2);
+        put("sa", a * m.max(k));
+        put("sb", b * n.max(k));
+        put("sc", c * m.max(n));
+    }
+    env
+}
+
+/// Bytes for each parameter: small whole numbers, so that sums are exact in f32 and any order.
+fn buffers(kernel: &tilewright_tile::Kernel, env: &Env) -> Vec<Vec<u8>> {
+    kernel
+        .params
+        .iter()
+        .enumerate()
+        .map(|(p, (_, param))| {
+            let elements = param.layout.alloc_elements().eval(env).unwrap() as usize;
+            let mut bytes = vec![0u8; elements * param.dtype.bits() as usize / 8];
+            for i in 0..elements {
+                let value = ((i * 7 + p * 5 + i / 11) % 5) as i64 - 2;
+                if param.dtype.is_float() {
+                    tilewright_data::from_f64(param.dtype, &mut bytes, i, value as f64);
+                } else {
+                    tilewright_data::from_i64(param.dtype, &mut bytes, i, value);
+                }
+            }
+            bytes
+        })
+        .collect()
+}
+
+#[test]
+fn scheduled_products_keep_the_rules() {
+    for case in cases() {
+        let kernel = case.spec.program("gemm");
+        let program = lower(&kernel, &case.schedule).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        if let Err(e) = tilewright_device::verify(&program) {
+            panic!("{}: {e}\n{:#?}\n{program}", case.name, e.notes());
+        }
+        let env = sizes(&case);
+        if let Err(e) = check(&program, &[env], &[1, 2]) {
+            panic!("{}: {e}\n{:#?}", case.name, e.notes());
+        }
+    }
+}
+
+#[test]
+fn scheduled_products_compute_what_the_tile_program_says() {
+    for case in cases() {
+        let kernel = case.spec.program("gemm");
+        let program = lower(&kernel, &case.schedule).unwrap();
+        let env = sizes(&case);
+        let mut expected = buffers(&kernel, &env);
+        let schedule = Schedule {
+            tiles: case.schedule.tiles.clone().into_iter().collect::<BTreeMap<_, _>>(),
+            ..Schedule::default()
+        };
+        tilewright_interp::tile::run(&kernel, &schedule, &env, &mut expected, Mode::Exact).unwrap();
+        for order in orders().into_iter().step_by(7) {
+            let mut got = buffers(&kernel, &env);
+            let options = Options { clusters: 2, order, mode: Mode::Exact, ..Options::default() };
+            run(&program, &env, &mut got, &options).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+            let out = kernel.params.iter().count() - 1;
+            assert!(got[out] == expected[out], "{}: other values ({order})", case.name);
+        }
+    }
+}
