@@ -200,6 +200,27 @@ fn load_dir(dir: &Path, options: &LoadOptions) -> Result<HfModel> {
         return Err(Error::user("it is not a directory")
             .with_hint("a model directory holds config.json and model.safetensors"));
     }
+    let config = Config::open(dir)?;
+    let encoder_tokens = pooling::most_tokens(dir).unwrap_or(i64::MAX);
+    let model = build(config, || Weights::open(dir), options)?;
+    Ok(HfModel {
+        max_tokens: model.max_tokens.min(encoder_tokens),
+        pooling: pooling::detect(dir),
+        ..model
+    })
+}
+
+/// Loads a model from memory: the text of `config.json` and the bytes of one `model.safetensors`.
+/// Such a model is no sentence encoder.
+pub fn load_bytes(config: &[u8], weights: &[u8], options: &LoadOptions) -> Result<HfModel> {
+    build(Config::parse(config)?, || Weights::of_bytes(weights), options)
+}
+
+fn build(
+    mut config: Config,
+    weights: impl FnOnce() -> Result<Weights>,
+    options: &LoadOptions,
+) -> Result<HfModel> {
     let limits_ok = options.compute.is_float() && options.max_batch >= 1 && options.max_tokens >= 1;
     if !limits_ok {
         return Err(Error::user(format!(
@@ -207,25 +228,22 @@ fn load_dir(dir: &Path, options: &LoadOptions) -> Result<HfModel> {
             options.compute, options.max_batch, options.max_tokens
         )));
     }
-    let mut config = Config::open(dir)?;
     let (family, architecture, task) = recognise(&config)?;
-    let weights = Weights::open(dir)?;
-    let mut net = Net::new(&architecture, weights, options.compute, options.max_batch);
+    let mut net = Net::new(&architecture, weights()?, options.compute, options.max_batch);
     let mut summary = (family.build)(&mut config, &mut net, task, options)?;
     net.check()?;
     let parameters = net.weights.used().map(|t| t.len() as u64).sum();
     let weight_bytes = net.weights.used().map(|t| t.bytes().len() as u64).sum();
     summary = Summary { parameters, weight_bytes, ..summary };
     let own_tokens = if summary.vocabulary > 0 { net.most_tokens() } else { 0 };
-    let encoder_tokens = pooling::most_tokens(dir).unwrap_or(i64::MAX);
     Ok(HfModel {
         family: family.model_type,
         architecture,
         task,
         summary,
-        max_tokens: own_tokens.min(encoder_tokens),
+        max_tokens: own_tokens,
         unused: net.weights.unused(),
-        pooling: pooling::detect(dir),
+        pooling: Ok(None),
         graph: net.b.finish(),
     })
 }
