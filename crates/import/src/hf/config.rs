@@ -124,6 +124,15 @@ impl Config {
         self.required(key, value)
     }
 
+    /// The number of a token, `default` when absent.
+    pub(crate) fn token(&mut self, key: &str, default: i64) -> i64 {
+        let Some(value) = self.get(key).cloned() else { return default };
+        value.as_i64().filter(|v| (0..LARGEST_SIZE).contains(v)).unwrap_or_else(|| {
+            self.problem(format!("`{key}` is {value}, not the number of a token"));
+            default
+        })
+    }
+
     /// A finite number, `default` when absent.
     pub(crate) fn number(&mut self, key: &str, default: f64) -> f64 {
         let Some(value) = self.get(key).cloned() else { return default };

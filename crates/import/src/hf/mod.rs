@@ -19,6 +19,7 @@ mod gpt2;
 mod layers;
 mod llama;
 mod pooling;
+mod roberta;
 mod rotary;
 pub mod safetensors;
 mod vit;
@@ -177,6 +178,26 @@ const FAMILIES: &[Family] = &[
         model_type: "qwen3",
         classes: &[("Qwen3Model", Task::Hidden), ("Qwen3ForCausalLM", Task::CausalLanguage)],
         build: llama::build_qwen3,
+    },
+    Family {
+        model_type: "roberta",
+        classes: &[
+            ("RobertaModel", Task::Hidden),
+            ("RobertaForMaskedLM", Task::MaskedLanguage),
+            ("RobertaForSequenceClassification", Task::SequenceLabels),
+            ("RobertaForTokenClassification", Task::TokenLabels),
+        ],
+        build: roberta::build,
+    },
+    Family {
+        model_type: "xlm-roberta",
+        classes: &[
+            ("XLMRobertaModel", Task::Hidden),
+            ("XLMRobertaForMaskedLM", Task::MaskedLanguage),
+            ("XLMRobertaForSequenceClassification", Task::SequenceLabels),
+            ("XLMRobertaForTokenClassification", Task::TokenLabels),
+        ],
+        build: roberta::build,
     },
     Family {
         model_type: "vit",
