@@ -4,6 +4,7 @@
 //! goes in and out as Rust strings. LLVM contexts are made per compilation, so that several threads
 //! can compile at once.
 
+use crate::prototype::Prototype;
 use llvm_sys::core::*;
 use llvm_sys::error::{LLVMDisposeErrorMessage, LLVMErrorRef, LLVMGetErrorMessage};
 use llvm_sys::ir_reader::LLVMParseIRInContext2;
@@ -12,7 +13,6 @@ use llvm_sys::orc2::*;
 use llvm_sys::prelude::*;
 use llvm_sys::target_machine::*;
 use llvm_sys::transforms::pass_builder::*;
-use crate::prototype::Prototype;
 use std::ffi::{CStr, CString, c_char};
 use std::ptr;
 use std::sync::Once;

@@ -223,6 +223,7 @@ fn host_call(graph: &Graph, node: NodeId) -> HostCall {
     }
     let name = match &node.op {
         Op::Host(host) => host.name.clone(),
+        op if node.origin.is_empty() => op.name().to_string(),
         _ => node.origin.clone(),
     };
     let run = move |operands: &[Tensor], env: &Env| {

@@ -9,7 +9,7 @@
 //! `token_type_ids` are `i64[B,S]`, `pixel_values` is `f32[B,C,H,W]`; outputs are
 //! `last_hidden_state`, `pooler_output` or `logits`. Weights stay mapped in their files.
 //!
-//! Adding a family: a file with a `build` function, a row in [`FAMILIES`], a tiny model in
+//! Adding a family: a file with a `build` function, a row in `FAMILIES`, a tiny model in
 //! `tests/hf/make_models.py`.
 
 mod bert;
