@@ -72,7 +72,7 @@ apt_install() {
 }
 
 setup_system() {
-  command -v cargo >/dev/null || fail "cargo was not found: install Rust (1.88 or later) with rustup or your distribution"
+  command -v cargo >/dev/null || fail "cargo was not found: install Rust (1.89 or later) with rustup or your distribution"
   command -v python3 >/dev/null || fail "python3 was not found: install Python 3.10 or later"
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or later is needed; this is $(python3 --version)"
   if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
