@@ -68,7 +68,11 @@ pub(super) fn ffi_stays_in_its_crates(repo: &Repo) -> Vec<Problem> {
                 .enumerate()
                 .filter(|(_, line)| !line.trim_start().starts_with("//") && line.contains(marker))
                 .map(|(index, _)| {
-                    Problem::new(path, index + 1, "foreign functions belong in `cuda`, `jit` or `runtime`")
+                    Problem::new(
+                        path,
+                        index + 1,
+                        "foreign functions belong in `cuda`, `jit` or `runtime`",
+                    )
                 })
                 .collect::<Vec<_>>()
         })
