@@ -15,7 +15,7 @@ test: ## Format, lints, structure checks, Rust and Python tests, bounded fuzzing
 
 build: ## Build the command: target/release/tw
 	@./scripts/setup.sh system
-	cargo build --release --locked --package tilewright-cli
+	cargo build --release --locked --workspace --bin tw
 
 lint: ## Format check, clippy and `cargo xtask tidy` only
 	@./scripts/setup.sh system
@@ -31,9 +31,10 @@ bench: ## Compare with ONNX Runtime on exported models; writes a record under re
 setup: ## Install everything the other commands need, and nothing else
 	@./scripts/setup.sh system test triton
 
-docs: ## Build the book (needs mdbook) and the API documentation
+docs: ## Build the book and the API documentation; the first time installs mdbook with cargo
+	@./scripts/setup.sh system docs
 	mdbook build docs
-	cargo doc --no-deps --workspace
+	cargo doc --release --locked --no-deps --workspace
 
 clean: ## Remove build output and the virtual environment
 	rm -rf target .venv .venv-triton bench/models docs/book

@@ -194,6 +194,16 @@ def commit() -> str:
         return "unknown"
 
 
+def command_text(arguments) -> str:
+    """The command as another machine would run it: from the repository's root, no path outside it."""
+    words = ["python bench/cpu_peers.py", f"--threads {arguments.threads}", f"--seconds {arguments.seconds:g}"]
+    models = arguments.models.resolve()
+    if models != ROOT / "bench" / "models":
+        inside = models.is_relative_to(ROOT)
+        words.append(f"--models {models.relative_to(ROOT).as_posix() if inside else 'DIR'}")
+    return " ".join(words + arguments.names)
+
+
 def text_row(row: dict) -> str:
     def cell(key):
         return f"{row[key][1]:9.3f}" if key in row else "        -"
@@ -239,10 +249,7 @@ def main() -> int:
         "kind": "cpu-peers",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": commit(),
-        "command": " ".join(
-            ["python bench/cpu_peers.py --threads", str(arguments.threads), "--seconds", f"{arguments.seconds:g}"]
-            + arguments.names
-        ),
+        "command": command_text(arguments),
         "machine": machine(),
         "threads": arguments.threads,
         "seed": SEED,

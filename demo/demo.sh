@@ -14,7 +14,7 @@ run() {
 
 ./scripts/setup.sh system demo
 say "Building the command"
-run cargo build --release --locked --package tilewright-cli
+run cargo build --release --locked --workspace --bin tw
 tw="${CARGO_TARGET_DIR:-target}/release/tw"
 python=.venv/bin/python
 

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./scripts/setup.sh system bench
-cargo build --release --locked --quiet --package tilewright-python
+cargo build --release --locked --quiet --workspace
 # Beside the Python half, under the name that it imports; renamed so that a running process keeps its own.
 cp "${CARGO_TARGET_DIR:-target}/release/libtilewright_python.so" python/tilewright/_native.new
 mv python/tilewright/_native.new python/tilewright/_native.abi3.so

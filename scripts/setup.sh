@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the commands need. Nothing happens when everything is there already.
 #
-#   scripts/setup.sh [system] [test] [demo] [bench] [triton] [browser]     default: system
+#   scripts/setup.sh [system] [test] [demo] [bench] [triton] [browser] [docs]     default: system
 #
 # system: LLVM 22 with its static libraries, a C compiler for linking, Python's venv module.
 #         Through apt-get where its sources offer llvm-22-dev (Debian 12 and later); elsewhere this
@@ -10,10 +10,13 @@
 #         requirements-gpu-check.txt: the CUDA compiler, which needs no GPU.
 # triton: those of python/requirements-triton.txt, in .venv-triton; only on Linux, where Triton exists.
 # browser: Chromium, for the test that looks at HTML reports.
+# docs: mdbook, built with cargo. Only for `make docs`: it takes a minute to build, and what can break in
+#   the book (its table of contents, its links) is checked by `cargo xtask tidy` without it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 llvm_major=22
+mdbook_version=0.5.4
 system_packages=(
   "llvm-$llvm_major-dev"       # headers, static libraries, llvm-config-22
   "libpolly-$llvm_major-dev"   # llvm-config lists Polly among the libraries to link
@@ -69,7 +72,7 @@ apt_install() {
 }
 
 setup_system() {
-  command -v cargo >/dev/null || fail "cargo was not found: install Rust (1.88 or later) with rustup or your distribution"
+  command -v cargo >/dev/null || fail "cargo was not found: install Rust (1.89 or later) with rustup or your distribution"
   command -v python3 >/dev/null || fail "python3 was not found: install Python 3.10 or later"
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or later is needed; this is $(python3 --version)"
   if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
@@ -116,6 +119,13 @@ setup_browser() {
   "${as_root[@]}" apt-get update -qq && apt_install chromium || fail "apt-get could not install chromium"
 }
 
+setup_docs() {
+  command -v mdbook >/dev/null && return 0
+  printf 'setup: installing mdbook\n'
+  cargo install --quiet --locked "mdbook@$mdbook_version" || fail "cargo could not install mdbook"
+  command -v mdbook >/dev/null || fail "mdbook is installed, but cargo's bin folder is not on PATH"
+}
+
 [ $# -gt 0 ] || set -- system
 for part in "$@"; do
   case "$part" in
@@ -127,6 +137,7 @@ for part in "$@"; do
     demo | bench) setup_python "$part" .venv ;;
     triton) [ "$(uname -s)" != Linux ] || setup_python triton .venv-triton ;;
     browser) setup_browser ;;
-    *) fail "unknown part '$part' (system, test, demo, bench, triton, browser)" ;;
+    docs) setup_docs ;;
+    *) fail "unknown part '$part' (system, test, demo, bench, triton, browser, docs)" ;;
   esac
 done

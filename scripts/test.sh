@@ -4,8 +4,13 @@
 #   scripts/test.sh [--only lint|rust|python|fuzz]
 #
 # To add a Rust test: `cargo test` finds it. To add a Python-driven test: tests/python/README.md.
-# To add a fuzz target: a test named fuzz_* in crates/testkit/tests/ that runs for
-# TILEWRIGHT_FUZZ_SECONDS (see `fuzz` below).
+# To add a fuzz target: a test named fuzz_* in crates/testkit/tests/fuzz/; each runs for
+# TILEWRIGHT_FUZZ_SECONDS (default here: 1), beside the others.
+#
+# Every build names the whole workspace and the release profile: the features of the dependencies are
+# then the same each time, what is tested is what runs, and nothing is compiled twice. (Clippy only type
+# checks, so it shares nothing with the builds.) Tests keep compiled kernels below target/, found again by
+# their content: the first run compiles them all, a later one those that changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,21 +18,22 @@ only=all
 if [ "${1:-}" = --only ]; then only="${2:?--only needs a name}"; fi
 case "$only" in all | lint | rust | python | fuzz) ;; *) echo "unknown part '$only'" >&2; exit 2 ;; esac
 
-# Everything uses the release profile: what is tested is what runs, and nothing is compiled twice.
 export CARGO_TERM_PROGRESS_WHEN=never
 # setup.sh installed NVRTC, so a test that does not find it fails instead of being skipped.
 export TILEWRIGHT_REQUIRE_NVRTC=1
 export RUST_BACKTRACE="${RUST_BACKTRACE:-1}"
+export TILEWRIGHT_FUZZ_SECONDS="${TILEWRIGHT_FUZZ_SECONDS:-1}"
 
 step() { # name, command...
-  local name="$1" start=$SECONDS
+  local name="$1" ended=0
   shift
   printf '\n== %s\n' "$name"
-  if ! "$@"; then
-    printf '\n== %s: FAILED after %d s\n' "$name" $((SECONDS - start)) >&2
+  local TIMEFORMAT="== $name: %1R s, of processors %1U s user and %1S s system"
+  time "$@" || ended=$?
+  if [ "$ended" -ne 0 ]; then
+    printf '\n== %s: FAILED with exit code %d\n' "$name" "$ended" >&2
     exit 1
   fi
-  printf '== %s: ok, %d s\n' "$name" $((SECONDS - start))
 }
 
 lint() {
@@ -37,13 +43,14 @@ lint() {
 }
 
 rust() {
+  step "build" cargo build --release --locked --workspace --quiet
   # The official ONNX cases come with the `onnx` package; the conformance test reads them as files.
   step "ONNX backend cases" .venv/bin/python tests/onnx_backend/dump.py target/onnx_backend
   step "Rust tests" cargo test --release --locked --workspace --quiet
 }
 
 python() {
-  step "command" cargo build --release --locked --quiet --package tilewright-cli
+  step "build" cargo build --release --locked --workspace --quiet
   local test interpreter
   for test in tests/python/test_*.py; do
     [ -e "$test" ] || continue
@@ -61,8 +68,7 @@ python() {
 }
 
 fuzz() {
-  TILEWRIGHT_FUZZ_SECONDS="${TILEWRIGHT_FUZZ_SECONDS:-2}" step "fuzzing" \
-    cargo test --release --locked --quiet --package tilewright-testkit --test 'fuzz*'
+  step "fuzzing" cargo test --release --locked --workspace --quiet --test fuzz --test onnx_damage
 }
 
 start_of_all=$SECONDS
@@ -74,7 +80,6 @@ if [ "$only" = all ]; then
   lint
   rust
   python
-  fuzz
 else
   "$only"
 fi

@@ -79,6 +79,8 @@ def main():
     bert = text_inputs(24, False, True)
     plain = text_inputs(24, False, False)
     make("bert", tf.BertModel, tf.BertConfig(**BERT), bert, ["last_hidden_state", "pooler_output"])
+    make("bert_float16", tf.BertModel, tf.BertConfig(**BERT), bert, ["last_hidden_state", "pooler_output"],
+         dtype=torch.float16)
     make("bert_masked_lm", tf.BertForMaskedLM, tf.BertConfig(**BERT, hidden_act="gelu_new"), bert, ["logits"])
     make("bert_classifier", tf.BertForSequenceClassification, tf.BertConfig(**BERT, num_labels=5), bert, ["logits"])
     make("bert_tokens", tf.BertForTokenClassification, tf.BertConfig(**BERT, num_labels=5), bert, ["logits"])
@@ -99,10 +101,22 @@ def main():
          tf.MistralConfig(**LLAMA, head_dim=6, sliding_window=None, tie_word_embeddings=False), plain, ["logits"])
     make("qwen2", tf.Qwen2ForCausalLM, tf.Qwen2Config(**LLAMA, tie_word_embeddings=True), plain, ["logits"])
     make("qwen3", tf.Qwen3ForCausalLM, tf.Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True), plain, ["logits"])
+    # Padding is token 1 in input_ids, too: positions are counted from it. Its own place is inside the text.
+    roberta = dict(BERT, max_position_embeddings=18, type_vocab_size=1, pad_token_id=1)
+    padded = dict(plain, input_ids=plain["input_ids"].where(plain["attention_mask"] == 1, 1))
+    padded["input_ids"][0, 2:4] = torch.tensor([1, 5])
+    make("roberta", tf.RobertaModel, tf.RobertaConfig(**roberta), padded, ["last_hidden_state", "pooler_output"])
+    make("roberta_masked_lm", tf.RobertaForMaskedLM, tf.RobertaConfig(**roberta), padded, ["logits"])
+    make("roberta_classifier", tf.RobertaForSequenceClassification, tf.RobertaConfig(**roberta, num_labels=5), padded,
+         ["logits"], dtype=torch.float16)
+    make("xlm_roberta_tokens", tf.XLMRobertaForTokenClassification, tf.XLMRobertaConfig(**roberta, num_labels=5), padded,
+         ["logits"], dtype=torch.bfloat16)
     vit = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=12,
                patch_size=4, num_channels=3)
     pixels = {"pixel_values": torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))}
     make("vit", tf.ViTModel, tf.ViTConfig(**vit), pixels, ["last_hidden_state", "pooler_output"])
+    make("vit_bfloat16", tf.ViTModel, tf.ViTConfig(**vit), pixels, ["last_hidden_state", "pooler_output"],
+         dtype=torch.bfloat16)
     make("vit_classifier", tf.ViTForImageClassification, tf.ViTConfig(**vit, num_labels=5), pixels, ["logits"])
 
 

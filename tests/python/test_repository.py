@@ -15,6 +15,15 @@ def benchmark_section_is_made_from_the_newest_record() -> None:
     subprocess.run([sys.executable, ROOT / "bench" / "readme.py", "--check"], check=True)
 
 
+def recorded_commands_name_no_path_of_one_machine() -> None:
+    records = sorted((ROOT / "records").glob("*.json"))
+    assert records, "no records"
+    for path in records:
+        command = json.loads(path.read_text())["command"]
+        absolute = [word for word in command.split() if word.startswith(("/", "~"))]
+        assert command and not absolute, f"{path.name}: {absolute}"
+
+
 def demo_sentences_and_topics_agree() -> None:
     topics = json.loads((ROOT / "demo" / "topics.json").read_text())
     sentences = (ROOT / "demo" / "sentences.txt").read_text().splitlines()
@@ -38,6 +47,7 @@ def digits_model_knows_its_test_images() -> None:
 
 for test in (
     benchmark_section_is_made_from_the_newest_record,
+    recorded_commands_name_no_path_of_one_machine,
     demo_sentences_and_topics_agree,
     digits_model_knows_its_test_images,
 ):

@@ -71,8 +71,8 @@ impl Said {
 
 fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tw"));
-    // One cache for all tests of this run.
-    let cache = std::env::temp_dir().join(format!("tilewright-cli-cache-{}", std::process::id()));
+    // One cache for all tests, beside the build: the next run compiles only what has changed.
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache");
     command.env("TILEWRIGHT_CACHE", cache).env("NO_COLOR", "1");
     command
 }

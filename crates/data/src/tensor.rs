@@ -1,7 +1,7 @@
 //! [`Tensor`] and the [`Bytes`] beneath it.
 
 use crate::convert::{Number, from_f64, read_f64, read_i64};
-use memmap2::Mmap;
+use crate::mapped::MappedFile;
 use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ pub enum Bytes {
     /// Owned, aligned to 8 bytes. The length in bytes may be less than the words hold.
     Owned(Arc<Vec<u64>>, usize),
     /// A part of a mapped file.
-    Mapped(Arc<Mmap>, Range<usize>),
+    Mapped(Arc<MappedFile>, Range<usize>),
     /// Memory of somebody else, who promises that it does not change or move.
     Foreign(Arc<dyn AsRef<[u8]> + Send + Sync>),
 }
@@ -29,6 +29,18 @@ impl Bytes {
     /// Zeros.
     pub fn zeroed(len: usize) -> Bytes {
         Bytes::Owned(Arc::new(vec![0u64; len.div_ceil(8)]), len)
+    }
+
+    /// A part of these bytes whose address is a multiple of `alignment`: shared when they are mapped
+    /// and the part is aligned, copied otherwise. `None` when the part lies outside.
+    pub fn part(&self, range: Range<usize>, alignment: usize) -> Option<Bytes> {
+        let part = self.get(range.clone())?;
+        Some(match self {
+            Bytes::Mapped(map, whole) if (part.as_ptr() as usize).is_multiple_of(alignment) => {
+                Bytes::Mapped(map.clone(), whole.start + range.start..whole.start + range.end)
+            }
+            _ => Bytes::copy_from(part),
+        })
     }
 
     /// The bytes, for writing; copies first when they are shared or mapped.

@@ -609,7 +609,7 @@ fn array_differs(func: &Func, bits: u32) -> Option<String> {
         columns.push(bytes);
     }
     let emitted = tilewright_emit_llvm::emit_func_array(func, "f", bits).unwrap();
-    let jit = tilewright_jit::Jit::new(tilewright_jit::Options::default()).unwrap();
+    let jit = common::jit();
     let source = tilewright_jit::Source { symbol: "f".into(), text: emitted.llvm_ir };
     let build = match jit.build(std::slice::from_ref(&source)) {
         Ok(b) => b,

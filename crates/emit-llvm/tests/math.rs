@@ -1,10 +1,12 @@
 //! Largest errors of the elementary functions, against the C library in double precision.
 //! The bounds are the table in the crate `emit-llvm`, file `math.rs`.
 
+mod common;
+
 use tilewright_base::DType;
 use tilewright_emit_llvm::emit_func_array;
 use tilewright_expr::{Func, Op};
-use tilewright_jit::{Jit, Options, Source};
+use tilewright_jit::Source;
 
 type ArrayFn = unsafe extern "C" fn(*const *const u8, *mut u8, i64);
 
@@ -14,7 +16,7 @@ fn widths() -> Vec<u32> {
 
 fn run<T: Copy + Default, const N: usize>(func: &Func, bits: u32, args: [&[T]; N]) -> Vec<T> {
     let emitted = emit_func_array(func, "f", bits).unwrap();
-    let jit = Jit::new(Options::default()).unwrap();
+    let jit = common::jit();
     let source = Source { symbol: "f".into(), text: emitted.llvm_ir };
     let build =
         jit.build(std::slice::from_ref(&source)).unwrap_or_else(|e| panic!("{e}\n{}", source.text));

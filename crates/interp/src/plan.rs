@@ -192,7 +192,7 @@ fn run_step(
             for &id in inputs {
                 operands.push(read(&plan.buffers[id], memory, id, env)?);
             }
-            let results = (op.run)(&operands).context(|| format!("host step {}", op.name))?;
+            let results = (op.run)(&operands, env).context(|| format!("host step {}", op.name))?;
             if results.len() != outputs.len() {
                 return Err(Error::bug(format!("{} results of {}", results.len(), op.name)));
             }

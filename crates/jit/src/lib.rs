@@ -6,8 +6,10 @@
 
 mod cache;
 mod llvm;
+mod prototype;
 
 pub use llvm::{Library, llvm_version};
+pub use prototype::Prototype;
 
 use cache::Cache;
 use sha2::{Digest, Sha256};
@@ -128,16 +130,17 @@ impl Jit {
         for (slot, source) in objects.into_iter().zip(sources) {
             let result = slot.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
             let result = result.ok_or_else(|| Error::bug("a kernel was not compiled"))?;
-            loaded.push(result.context(|| format!("compiling kernel {}", source.symbol))?);
+            let (symbol, object) =
+                result.context(|| format!("compiling kernel {}", source.symbol))?;
+            let prototype = Prototype::find(&source.text, &source.symbol).ok_or_else(|| {
+                Error::bug(format!("the text of kernel {} does not define it", source.symbol))
+            })?;
+            loaded.push((symbol, object, prototype));
         }
         let mut warnings = warnings.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         warnings.sort();
         warnings.dedup();
-        Ok(Build {
-            library: Library::load(&self.host, &loaded)?,
-            cache_hits: hits.into_inner(),
-            warnings,
-        })
+        Ok(Build { library: Library::load(loaded)?, cache_hits: hits.into_inner(), warnings })
     }
 
     /// Machine code of a source, as assembly text for people.

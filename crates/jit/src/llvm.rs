@@ -4,6 +4,7 @@
 //! goes in and out as Rust strings. LLVM contexts are made per compilation, so that several threads
 //! can compile at once.
 
+use crate::prototype::Prototype;
 use llvm_sys::core::*;
 use llvm_sys::error::{LLVMDisposeErrorMessage, LLVMErrorRef, LLVMGetErrorMessage};
 use llvm_sys::ir_reader::LLVMParseIRInContext2;
@@ -219,7 +220,13 @@ pub(crate) fn compile(host: &Host, text: &str, passes: &str, output: Output) -> 
 /// Machine code in memory; unmapped on drop.
 pub struct Library {
     jit: LLVMOrcLLJITRef,
-    addresses: Vec<usize>,
+    functions: Vec<Function>,
+}
+
+/// One loaded function.
+struct Function {
+    address: usize,
+    prototype: Prototype,
 }
 
 // SAFETY: after loading, the handle is only used to release the library; addresses are numbers.
@@ -229,36 +236,41 @@ unsafe impl Sync for Library {}
 
 impl std::fmt::Debug for Library {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Library({} functions)", self.addresses.len())
+        write!(f, "Library({} functions)", self.functions.len())
     }
 }
 
 impl Library {
     /// Address of function `i`; valid while the library lives.
     pub fn address(&self, i: usize) -> *const () {
-        self.addresses[i] as *const ()
+        self.functions[i].address as *const ()
+    }
+
+    /// Name and type of function `i`, as its source defines it.
+    pub fn prototype(&self, i: usize) -> Option<&Prototype> {
+        self.functions.get(i).map(|f| &f.prototype)
     }
 
     /// Number of functions.
     pub fn len(&self) -> usize {
-        self.addresses.len()
+        self.functions.len()
     }
 
     /// True when there are none.
     pub fn is_empty(&self) -> bool {
-        self.addresses.is_empty()
+        self.functions.is_empty()
     }
 
-    /// Loads object files, each with the symbol that is looked up in it. Equal symbols mean equal
-    /// objects and are loaded once.
-    pub(crate) fn load(_host: &Host, objects: &[(String, Vec<u8>)]) -> Result<Library> {
+    /// Loads object files, each with the symbol that is looked up in it and that symbol's prototype.
+    /// Equal symbols mean equal objects and are loaded once.
+    pub(crate) fn load(objects: Vec<(String, Vec<u8>, Prototype)>) -> Result<Library> {
         initialise();
         // SAFETY: the LLJIT is owned by `library` from its creation on. Object buffers copy their
         // bytes and are consumed. The generator, once added, belongs to the library.
         unsafe {
             let mut jit = ptr::null_mut();
             check(LLVMOrcCreateLLJIT(&mut jit, ptr::null_mut()), "starting the JIT")?;
-            let mut library = Library { jit, addresses: Vec::with_capacity(objects.len()) };
+            let mut library = Library { jit, functions: Vec::with_capacity(objects.len()) };
             let dylib = LLVMOrcLLJITGetMainJITDylib(jit);
             // Kernels call nothing, but LLVM may turn a loop into a call of memcpy or memset.
             let mut generator = ptr::null_mut();
@@ -272,7 +284,7 @@ impl Library {
             check(made, "looking up the process's symbols")?;
             LLVMOrcJITDylibAddGenerator(dylib, generator);
             let mut seen = std::collections::BTreeSet::new();
-            for (symbol, object) in objects {
+            for (symbol, object, _) in &objects {
                 if !seen.insert(symbol.as_str()) {
                     continue;
                 }
@@ -284,11 +296,11 @@ impl Library {
                 );
                 check(LLVMOrcLLJITAddObjectFile(jit, dylib, buffer), "loading machine code")?;
             }
-            for (symbol, _) in objects {
-                let name = c_string(symbol)?;
+            for (symbol, _, prototype) in objects {
+                let name = c_string(&symbol)?;
                 let mut address: LLVMOrcExecutorAddress = 0;
                 check(LLVMOrcLLJITLookup(jit, &mut address, name.as_ptr()), "finding a kernel")?;
-                library.addresses.push(address as usize);
+                library.functions.push(Function { address: address as usize, prototype });
             }
             Ok(library)
         }

@@ -20,7 +20,7 @@ fn main() -> Result<()> {
     let layouts = choose_layouts(&graph, &context);
     let host = |g: &tilewright_graph::Graph, id: tilewright_graph::NodeId| HostCall {
         name: format!("{:?}", g.nodes[id].op).chars().take(40).collect(),
-        run: Arc::new(|_| Err(Error::unsupported("this example runs nothing"))),
+        run: Arc::new(|_, _| Err(Error::unsupported("this example runs nothing"))),
     };
     let start = Instant::now();
     let target = CpuTarget::avx512();

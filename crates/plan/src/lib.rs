@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};
 use tilewright_data::Tensor;
-use tilewright_layout::{Dim, Layout, Symbols};
+use tilewright_layout::{Dim, Env, Layout, Symbols};
 use tilewright_tile::{Kernel, Schedule};
 
 typed_id!(
@@ -88,15 +88,16 @@ pub enum Step {
     },
 }
 
-/// A function from concrete operands to concrete results.
-pub type HostFn = dyn Fn(&[Tensor]) -> tilewright_base::Result<Vec<Tensor>> + Send + Sync;
+/// A function from concrete operands, and the sizes known so far, to concrete results.
+pub type HostFn = dyn Fn(&[Tensor], &Env) -> tilewright_base::Result<Vec<Tensor>> + Send + Sync;
 
 /// What a host step calls: an opaque graph operator, run by whoever made the plan.
 #[derive(Clone)]
 pub struct HostCall {
     /// Name for people.
     pub name: String,
-    /// The operator: concrete operands to concrete results.
+    /// The operator. The sizes are there for attributes that no operand's shape tells, such as the
+    /// `k` of a TopK.
     pub run: Arc<HostFn>,
 }
 

@@ -1,13 +1,17 @@
 //! [`ArrayCode`]: machine code of a scalar function over arrays, behind a safe call.
 
 use crate::pool::Pool;
-use std::any::Any;
+use crate::session::entry;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
+use tilewright_jit::Library;
 
 /// Compiled `out[i] = f(args[0][i], args[1][i], ...)` for `i < n`: `(args, out, n)`.
-pub type ArrayFn = unsafe extern "C" fn(*const *const u8, *mut u8, i64);
+type ArrayFn = unsafe extern "C" fn(*const *const u8, *mut u8, i64);
+
+/// [`ArrayFn`] in LLVM's words.
+const ARRAY_SIGNATURE: &str = "void (ptr, ptr, i64)";
 
 /// Elements that one call of the code computes: small enough to share among threads, large enough
 /// that a call costs nothing, and a multiple of every vector's lanes.
@@ -19,7 +23,7 @@ pub struct ArrayCode {
     params: Vec<DType>,
     result: DType,
     /// Keeps the code mapped.
-    _owner: Arc<dyn Any + Send + Sync>,
+    _library: Arc<Library>,
 }
 
 /// An address that threads may share: they write disjoint parts behind it.
@@ -36,19 +40,20 @@ impl Address {
 }
 
 impl ArrayCode {
-    /// Machine code that `owner` keeps mapped.
-    ///
-    /// # Safety
-    /// `entry` must follow [`ArrayFn`], read `n` elements of each of `params` and write `n` elements
-    /// of `result`, touch nothing else, stay valid while `owner` lives, and be callable from several
-    /// threads on disjoint parts.
-    pub unsafe fn new(
-        entry: ArrayFn,
+    /// Function `number` of a library, the code of a scalar function of these types. Errors when
+    /// there is no such function or it does not run over arrays.
+    pub fn from_library(
+        library: &Arc<Library>,
+        number: usize,
         params: Vec<DType>,
         result: DType,
-        owner: Arc<dyn Any + Send + Sync>,
-    ) -> ArrayCode {
-        ArrayCode { entry, params, result, _owner: owner }
+    ) -> Result<ArrayCode> {
+        let address = entry(library, number, ARRAY_SIGNATURE)?;
+        // SAFETY: the function has the parameters and the result of `ArrayFn` (checked above), and
+        // `library` keeps it mapped. That it reads `n` elements of each parameter and writes `n`
+        // results is the contract of the emitter, whose texts are all that this process compiles.
+        let entry = unsafe { std::mem::transmute::<*const (), ArrayFn>(address) };
+        Ok(ArrayCode { entry, params, result, _library: library.clone() })
     }
 
     /// Computes `out` from `args`, all of the same number of elements. Errors when types or counts

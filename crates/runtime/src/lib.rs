@@ -3,7 +3,7 @@
 //! An [`Executable`] is a plan with machine code for its kernels and its constants in place; it is
 //! shared. A [`Session`] holds what one caller at a time needs to run it: the arena and the
 //! argument tables for the sizes last used. Running with sizes seen before allocates nothing (host
-//! steps excepted). This crate knows nothing of compilation: it is handed function pointers.
+//! steps excepted). This crate decides nothing about compilation: it is handed loaded libraries.
 
 mod arena;
 mod array;
@@ -14,9 +14,9 @@ mod pool;
 mod session;
 
 pub use arena::{ArenaPlan, Live, plan_arena};
-pub use array::{ArrayCode, ArrayFn};
+pub use array::ArrayCode;
 pub use machine::measure;
 pub use memory::{AlignedBuffer, check_memory};
 pub use pack::pack;
 pub use pool::Pool;
-pub use session::{Code, Executable, KernelFn, MemoryReport, Session, StepTime};
+pub use session::{Code, Executable, MemoryReport, Session, StepTime};

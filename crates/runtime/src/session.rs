@@ -4,11 +4,11 @@ use crate::arena::{ArenaPlan, Live, plan_arena};
 use crate::memory::{AlignedBuffer, check_memory};
 use crate::pack::{pack, unpack};
 use crate::pool::Pool;
-use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tilewright_base::{DType, Error, Result, ResultExt};
 use tilewright_data::{Bytes, Tensor, element_count};
+use tilewright_jit::Library;
 use tilewright_layout::{Dim, Env};
 use tilewright_plan::{Buffer, BufferId, HostCall, KernelId, Plan, Step, Storage};
 
@@ -17,31 +17,55 @@ use tilewright_plan::{Buffer, BufferId, HostCall, KernelId, Plan, Step, Storage}
 /// It runs blocks `first..last` of the linearised grid, the last grid axis fastest. `buffers` has
 /// one base address per parameter, `sizes` one value per symbol of the kernel, `scratch` is
 /// private to the thread and aligned to 64 bytes.
-pub type KernelFn = unsafe extern "C" fn(*const *mut u8, *const i64, i64, i64, *mut u8);
+pub(crate) type KernelFn = unsafe extern "C" fn(*const *mut u8, *const i64, i64, i64, *mut u8);
+
+/// [`KernelFn`] in LLVM's words.
+const KERNEL_SIGNATURE: &str = "void (ptr, ptr, i64, i64, ptr)";
 
 /// Machine code of one kernel.
 #[derive(Clone)]
 pub struct Code {
     entry: KernelFn,
     scratch_bytes: usize,
+    number: usize,
     /// Keeps the code mapped.
-    _owner: Arc<dyn Any + Send + Sync>,
+    library: Arc<Library>,
 }
 
 impl Code {
-    /// Machine code that `owner` keeps mapped.
-    ///
-    /// # Safety
-    /// `entry` must be the code of the plan's kernel with this number, following [`KernelFn`], stay
-    /// valid while `owner` lives, touch nothing but its buffers (inside each parameter's layout)
-    /// and `scratch_bytes` of scratch, and be callable from several threads on disjoint blocks.
-    pub unsafe fn new(
-        entry: KernelFn,
+    /// Function `number` of a library, a kernel that takes `scratch_bytes` of scratch. Errors when
+    /// there is no such function or it is not a kernel.
+    pub fn from_library(
+        library: &Arc<Library>,
+        number: usize,
         scratch_bytes: usize,
-        owner: Arc<dyn Any + Send + Sync>,
-    ) -> Code {
-        Code { entry, scratch_bytes, _owner: owner }
+    ) -> Result<Code> {
+        let address = entry(library, number, KERNEL_SIGNATURE)?;
+        // SAFETY: the function has the parameters and the result of `KernelFn` (checked above), and
+        // `library` keeps it mapped. That it stays inside its buffers and its scratch is the
+        // contract of the emitter, whose texts are all that this process compiles.
+        let entry = unsafe { std::mem::transmute::<*const (), KernelFn>(address) };
+        Ok(Code { entry, scratch_bytes, number, library: library.clone() })
     }
+
+    /// The name of the function.
+    fn name(&self) -> &str {
+        self.library.prototype(self.number).map_or("", |p| &p.name)
+    }
+}
+
+/// The address of function `number`, which must have this signature.
+pub(crate) fn entry(library: &Library, number: usize, signature: &str) -> Result<*const ()> {
+    let Some(prototype) = library.prototype(number) else {
+        return Err(Error::bug(format!("function {number} of a library of {}", library.len())));
+    };
+    if prototype.signature != signature {
+        return Err(Error::bug(format!(
+            "function {} is `{}` where `{signature}` is called",
+            prototype.name, prototype.signature
+        )));
+    }
+    Ok(library.address(number))
 }
 
 /// Constant data in the layout its buffer wants.
@@ -68,6 +92,12 @@ impl Executable {
                 code.len(),
                 plan.kernels.len()
             )));
+        }
+        for (code, (_, planned)) in code.iter().zip(plan.kernels.iter()) {
+            if code.name() != planned.kernel.name {
+                let (code, kernel) = (code.name(), &planned.kernel.name);
+                return Err(Error::bug(format!("the code of {code} for kernel {kernel}")));
+            }
         }
         let ids: Vec<BufferId> = plan.buffers.ids().collect();
         let slots: Vec<std::sync::Mutex<Option<Result<Constant>>>> =
@@ -124,6 +154,7 @@ enum BoundStep {
 /// A plan with all sizes known.
 struct Bound {
     key: Vec<i64>,
+    env: Env,
     slots: Vec<Slot>,
     /// Concrete shape and bytes of each buffer.
     shapes: Vec<Vec<usize>>,
@@ -432,7 +463,7 @@ impl Session {
                             tensors[b.index()].clone().ok_or_else(missing)
                         })
                         .collect::<Result<Vec<_>>>()?;
-                    let results = call_host(op, &operands, outputs.len())?;
+                    let results = call_host(op, &operands, &env, outputs.len())?;
                     for (b, tensor) in outputs.iter().zip(results) {
                         bind_shape(&mut env, &plan.buffers[*b].layout.shape(), tensor.shape())?;
                         tensors[b.index()] = Some(tensor);
@@ -519,7 +550,7 @@ fn launch(
     let addresses = Addresses(pointers.as_ptr());
     let addresses = &addresses;
     pool.run(blocks, &|first, last, worker| {
-        // SAFETY: `Code::new` promises that the entry follows `KernelFn` and stays inside its
+        // SAFETY: `Code::from_library` sees to it that the entry follows `KernelFn` and stays inside its
         // buffers and scratch; every pointer refers to a buffer of at least its layout's size
         // (checked for inputs and outputs by `bind_symbols` and `run_into`, by construction for
         // the arena and constants); each worker has scratch of its own.
@@ -529,8 +560,13 @@ fn launch(
     });
 }
 
-fn call_host(op: &HostCall, operands: &[Tensor], expected: usize) -> Result<Vec<Tensor>> {
-    let results = (op.run)(operands).context(|| format!("host operator `{}`", op.name))?;
+fn call_host(
+    op: &HostCall,
+    operands: &[Tensor],
+    env: &Env,
+    expected: usize,
+) -> Result<Vec<Tensor>> {
+    let results = (op.run)(operands, env).context(|| format!("host operator `{}`", op.name))?;
     if results.len() != expected {
         return Err(Error::bug(format!(
             "host operator {} gave {} results",
@@ -567,7 +603,7 @@ fn host_step(
             (Slot::Fixed(_), _) => return Err(Error::bug("fixed memory that is no constant")),
         });
     }
-    let results = call_host(op, &operands, to.len())?;
+    let results = call_host(op, &operands, &bound.env, to.len())?;
     for (b, result) in to.iter().zip(results) {
         let buffer = &exe.plan.buffers[*b];
         if result.shape() != bound.shapes[b.index()] || result.dtype() != buffer.dtype {
@@ -712,7 +748,7 @@ fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
         });
     }
     let key = plan.symbols.iter().map(|s| env.get(&s.name).copied().unwrap_or(0)).collect();
-    Ok(Bound { key, slots, shapes, arena, steps, output_shapes })
+    Ok(Bound { key, env: env.clone(), slots, shapes, arena, steps, output_shapes })
 }
 
 /// Finds the symbols' values from the inputs' shapes, and checks every input.

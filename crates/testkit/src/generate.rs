@@ -3,7 +3,7 @@
 //! Only continuous functions of floats are used (no comparisons or conversions to integers of
 //! computed floats), so a compiled result may be compared with the oracle within a budget.
 //!
-//! Adding an operator: a row in [`STEPS`] and its function, which answers `None` when no value in
+//! Adding an operator: a row in `STEPS` and its function, which answers `None` when no value in
 //! the pool suits it.
 
 use crate::data::{Rng, tensor};

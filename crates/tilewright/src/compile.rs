@@ -9,12 +9,13 @@ use tilewright_base::{Error, Result, ResultExt};
 use tilewright_data::Tensor;
 use tilewright_emit_llvm::emit_kernel;
 use tilewright_graph::{Graph, NodeId, Op, Value};
-use tilewright_interp::Mode;
+use tilewright_interp::graph::{Mode, Options, run_with};
 use tilewright_jit::{Jit, Source};
+use tilewright_layout::Env;
 use tilewright_lower::{CpuTarget, FusionPlan};
 use tilewright_passes::PassContext;
 use tilewright_plan::{HostCall, Plan};
-use tilewright_runtime::{Code, Executable, KernelFn, Pool, Session};
+use tilewright_runtime::{Code, Executable, Pool, Session};
 use tilewright_target::{Cpu, Precision};
 
 /// How models are compiled.
@@ -177,16 +178,8 @@ impl Compiler {
         let code = scratch
             .iter()
             .enumerate()
-            .map(|(i, &scratch_bytes)| {
-                // SAFETY: `address(i)` is the function that the emitter wrote for kernel `i`; the
-                // emitter's contract is `KernelFn` (its head says so) and it stays inside its
-                // parameters' layouts and `scratch_bytes`. The library outlives the code.
-                unsafe {
-                    let entry = std::mem::transmute::<*const (), KernelFn>(library.address(i));
-                    Code::new(entry, scratch_bytes, library.clone())
-                }
-            })
-            .collect();
+            .map(|(i, &scratch_bytes)| Code::from_library(&library, i, scratch_bytes))
+            .collect::<Result<Vec<_>>>()?;
         let cache_hits = (build.cache_hits, sources.len());
         Ok(Generated { code, cache_hits, warnings: build.warnings })
     }
@@ -230,9 +223,13 @@ fn host_call(graph: &Graph, node: NodeId) -> HostCall {
     }
     let name = match &node.op {
         Op::Host(host) => host.name.clone(),
+        op if node.origin.is_empty() => op.name().to_string(),
         _ => node.origin.clone(),
     };
-    let run = move |operands: &[Tensor]| tilewright_interp::run(&alone, operands, Mode::Exact);
+    let run = move |operands: &[Tensor], env: &Env| {
+        let options = Options { env: env.clone(), ..Options::new(Mode::Exact) };
+        Ok(run_with(&alone, operands, &options)?.outputs)
+    };
     HostCall { name, run: Arc::new(run) }
 }
 

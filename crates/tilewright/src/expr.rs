@@ -10,7 +10,7 @@ use tilewright_data::Tensor;
 use tilewright_emit_llvm::emit_func_array;
 use tilewright_expr::{ExprId, FloatEval, Func, Node, Op, Value};
 use tilewright_jit::{Jit, Options, Source};
-use tilewright_runtime::{ArrayCode, ArrayFn, Pool, check_memory};
+use tilewright_runtime::{ArrayCode, Pool, check_memory};
 use tilewright_target::Cpu;
 
 /// Name of the compiled function.
@@ -42,12 +42,7 @@ impl ArrayFunc {
         let build = Jit::new(Options::default())?.build(std::slice::from_ref(&source))?;
         let library = Arc::new(build.library);
         let params = func.params().iter().map(|p| p.dtype).collect();
-        // SAFETY: the library's only function is what `emit_func_array` wrote for `func`; its
-        // contract is `ArrayFn` on the types of the function's parameters and result.
-        let code = unsafe {
-            let entry = std::mem::transmute::<*const (), ArrayFn>(library.address(0));
-            ArrayCode::new(entry, params, func.dtype(), library)
-        };
+        let code = ArrayCode::from_library(&library, 0, params, func.dtype())?;
         Ok(ArrayFunc { func: func.clone(), source, code, pool: Pool::new(cpu.threads) })
     }
 

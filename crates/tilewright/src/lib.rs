@@ -13,7 +13,7 @@
 //!
 //! The way of the data, one module per step: [`Model`] (a file becomes a graph), [`Compiler`]
 //! (graph passes, fusion, tile programs, machine code), `Session` (runs it), [`verify`] (compares
-//! with the float64 oracle), [`explain`] (costs, roofline, memory), [`bench`] (times). Formulas go
+//! with the float64 oracle), [`explain`] (costs, roofline, memory), [`mod@bench`] (times). Formulas go
 //! their own short way: [`expr`].
 
 pub mod bench;

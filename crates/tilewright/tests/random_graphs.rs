@@ -4,6 +4,7 @@
 //! `TW_SEED` and `TW_CASES` choose the range.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use tilewright::{Compiler, Cpu};
 use tilewright_base::DType;
 use tilewright_graph::Graph;
@@ -47,6 +48,8 @@ fn compiled_random_graphs_match_the_oracle() {
     narrow.vector_bits = 256;
     let number =
         |name: &str, usual| std::env::var(name).ok().and_then(|s| s.parse().ok()).unwrap_or(usual);
+    // Kept beside the build: what is compiled already, from the same text, is not compiled again.
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
     let first: u64 = number("TW_SEED", 1);
     for seed in first..first + number("TW_CASES", 60) {
         let dtype = if seed % 5 == 0 { DType::BF16 } else { DType::F32 };
@@ -54,7 +57,7 @@ fn compiled_random_graphs_match_the_oracle() {
         let options = kit::generate::Options { nodes, dtype, ..kit::generate::Options::default() };
         let graph = kit::generate::graph(seed, &options);
         let machine = if seed % 3 == 0 { &narrow } else { &cpu };
-        let mut compiler = Compiler::for_cpu(machine.clone(), None);
+        let mut compiler = Compiler::for_cpu(machine.clone(), Some(cache.clone()));
         compiler.fusion = seed % 4 != 0;
         let Some(problem) = wrong(&graph, seed, &compiler) else { continue };
         let small = kit::shrink::shrink(&graph, |g| wrong(g, seed, &compiler).is_some());

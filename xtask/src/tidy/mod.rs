@@ -5,6 +5,7 @@
 //! theme, with a test that sees it fail, and add it to [`CHECKS`].
 
 mod arrows;
+mod ci;
 mod docs;
 mod rust_files;
 mod words;
@@ -54,10 +55,12 @@ const CHECKS: &[Check] = &[
     rust_files::heads,
     rust_files::lengths,
     rust_files::ffi_stays_in_its_crates,
+    rust_files::unsafe_stays_in_its_places,
     docs::crates_are_in_the_map,
     docs::summary_lists_every_page,
     docs::decisions_are_indexed,
     docs::links_resolve,
+    ci::workflows_run_our_commands,
     words::forbidden,
 ];
 

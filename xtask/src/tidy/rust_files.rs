@@ -1,4 +1,5 @@
-//! Rules for every `.rs` file: a head that says what it is, a length one can read, FFI in its place.
+//! Rules for every `.rs` file: a head that says what it is, a length one can read, foreign functions
+//! and `unsafe` in their places.
 
 use super::{Problem, Repo};
 
@@ -11,6 +12,18 @@ const TABLES: &[(&str, &str)] =
 
 /// Crates that may declare foreign functions.
 const FFI_CRATES: &[&str] = &["crates/cuda/", "crates/jit/", "crates/runtime/"];
+
+/// Where `unsafe` may stand, and why it must. Everything else asks one of these through a safe function.
+#[rustfmt::skip] // One row per place.
+const UNSAFE_PLACES: &[(&str, &str)] = &[
+    ("crates/jit/src/",                "LLVM's C interface"),
+    ("crates/runtime/src/",            "calls of compiled kernels, aligned memory that threads share"),
+    ("crates/cuda/",                   "the interfaces of the GPU's driver and compiler; its launches are unsafe"),
+    ("crates/data/src/mapped.rs",      "memory-mapped files"),
+    ("crates/python/src/lib.rs",       "arrays that Python owns: its protocol gives addresses"),
+    ("crates/emit-llvm/tests/",        "kernels called on guarded memory, to see what they touch"),
+    ("crates/emit-llvm/examples/",     "a kernel called without the runtime, to time it alone"),
+];
 
 /// Every file opens with `//!`: what it is, the convention it follows, how to add to it.
 pub(super) fn heads(repo: &Repo) -> Vec<Problem> {
@@ -55,11 +68,57 @@ pub(super) fn ffi_stays_in_its_crates(repo: &Repo) -> Vec<Problem> {
                 .enumerate()
                 .filter(|(_, line)| !line.trim_start().starts_with("//") && line.contains(marker))
                 .map(|(index, _)| {
-                    Problem::new(path, index + 1, "foreign functions belong in `cuda`, `jit` or `runtime`")
+                    Problem::new(
+                        path,
+                        index + 1,
+                        "foreign functions belong in `cuda`, `jit` or `runtime`",
+                    )
                 })
                 .collect::<Vec<_>>()
         })
         .collect()
+}
+
+/// `unsafe` appears only in [`UNSAFE_PLACES`], and every place that exists needs its row.
+pub(super) fn unsafe_stays_in_its_places(repo: &Repo) -> Vec<Problem> {
+    unsafe_except(repo, UNSAFE_PLACES)
+}
+
+fn unsafe_except(repo: &Repo, places: &[(&str, &str)]) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let mut used = vec![(false, false); places.len()];
+    for (path, text) in repo.with_suffix(".rs") {
+        let place = places.iter().position(|(place, _)| path.starts_with(place));
+        let lines: Vec<usize> = unsafe_lines(text).collect();
+        match place {
+            Some(place) => {
+                used[place].0 = true;
+                used[place].1 |= !lines.is_empty();
+            }
+            None => problems.extend(lines.into_iter().map(|line| {
+                let message = "`unsafe` outside its places: use a safe function of `runtime`, `jit` \
+                               or `data`, or add a place with its reason";
+                Problem::new(path, line, message)
+            })),
+        }
+    }
+    for ((place, _), (exists, has_unsafe)) in places.iter().zip(used) {
+        if exists && !has_unsafe {
+            let message = "listed as a place of `unsafe`, but there is none";
+            problems.push(Problem::new(place, 0, message));
+        }
+    }
+    problems
+}
+
+/// Numbers of the lines with the keyword `unsafe`, comments and one-line strings aside.
+fn unsafe_lines(text: &str) -> impl Iterator<Item = usize> {
+    text.lines().enumerate().filter_map(|(index, line)| {
+        // A `//` inside a string hides what follows on its line; the even parts between quotes are code.
+        let code: String = line.split("//").next()?.split('"').step_by(2).collect();
+        let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+        words.any(|word| word == concat!("un", "safe")).then_some(index + 1)
+    })
 }
 
 #[cfg(test)]
@@ -84,6 +143,21 @@ mod tests {
             lengths_except(&repo, &[("long.rs", "rows"), ("short.rs", "rows")])[0].path,
             "short.rs"
         );
+    }
+
+    #[test]
+    fn unsafe_outside_its_places_and_places_without_any_are_found() {
+        let text = "//! unsafe\nfn f() { g(\"unsafe\") } // unsafe\n    unsafe { h() }\n";
+        let places = [("crates/jit/src/", "x"), ("crates/data/", "x"), ("crates/later/", "x")];
+        let repo = Repo::of(&[
+            ("crates/graph/src/a.rs", text),
+            ("crates/jit/src/a.rs", text),
+            ("crates/data/src/a.rs", "//! unsafe_op\n"),
+        ]);
+        let problems = unsafe_except(&repo, &places);
+        let found: Vec<(&str, usize)> =
+            problems.iter().map(|p| (p.path.as_str(), p.line)).collect();
+        assert_eq!(found, [("crates/graph/src/a.rs", 3), ("crates/data/", 0)]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+use std::path::Path;
 use tilewright_base::DType;
 use tilewright_data::{from_f64, from_i64, read_f64, read_i64};
 use tilewright_emit_llvm::emit_kernel;
@@ -28,6 +29,13 @@ impl Rng {
 
 pub(crate) fn schedule(tiles: &[(&str, i64)], cpu: CpuKnobs) -> Schedule {
     Schedule { tiles: tiles.iter().map(|(n, v)| ((*n).into(), *v)).collect(), cpu }
+}
+
+/// A compiler that keeps its kernels beside the build: the next run finds those whose text, LLVM and
+/// machine are the same and compiles the others.
+pub(crate) fn jit() -> Jit {
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+    Jit::new(Options { cache: Some(cache), ..Options::default() }).unwrap()
 }
 
 /// Both vector widths that this machine can run.
@@ -106,7 +114,7 @@ pub(crate) fn check_with(
     let env: Env = sizes.iter().map(|(n, v)| ((*n).into(), *v)).collect();
     let emitted = emit_kernel(kernel, schedule).unwrap_or_else(|e| panic!("{what}: {e}"));
     assert_eq!(emitted.llvm_ir, emit_kernel(kernel, schedule).unwrap().llvm_ir, "{what}: text");
-    let jit = Jit::new(Options::default()).unwrap();
+    let jit = jit();
     let source = Source { symbol: emitted.name.clone(), text: emitted.llvm_ir };
     let build = jit
         .build(std::slice::from_ref(&source))

@@ -6,29 +6,89 @@ use super::{LoadOptions, Summary, Task};
 use tilewright_base::Result;
 use tilewright_graph::ValueId;
 
+/// The numbers of the layers, which RoBERTa shares.
+#[derive(Clone, Copy)]
+pub(super) struct Encoder {
+    pub(super) hidden: i64,
+    layers: i64,
+    heads: i64,
+    inner: i64,
+    width: i64,
+    pub(super) eps: f64,
+    pub(super) act: &'static str,
+}
+
+impl Encoder {
+    /// Reads them.
+    pub(super) fn read(config: &mut Config) -> Encoder {
+        let hidden = config.size("hidden_size");
+        let layers = config.layers("num_hidden_layers");
+        let heads = config.size("num_attention_heads");
+        let inner = config.size("intermediate_size");
+        let eps = config.eps("layer_norm_eps", 1e-12);
+        let act = config.activation("hidden_act", "gelu");
+        let width = config.head_width(hidden, heads);
+        if config.text("position_embedding_type").is_some_and(|t| t != "absolute") {
+            config.unsupported("relative positions (`position_embedding_type`)");
+        }
+        if config.flag("is_decoder", false) || config.flag("add_cross_attention", false) {
+            config.unsupported("an encoder as a decoder (`is_decoder`, `add_cross_attention`)");
+        }
+        Encoder { hidden, layers, heads, inner, width, eps, act }
+    }
+
+    /// All layers over embeddings `x`, named as under `prefix`.
+    pub(super) fn layers(
+        &self,
+        net: &mut Net,
+        mut x: ValueId,
+        mask: ValueId,
+        prefix: &str,
+    ) -> Result<ValueId> {
+        let &Encoder { hidden, layers, heads, inner, width, eps, act } = self;
+        let scale = 1.0 / (width as f64).sqrt();
+        let attention = Heads { q: heads, width, scale, causal: false };
+        for i in 0..layers {
+            let layer = format!("{prefix}encoder.layer.{i}");
+            let a = format!("{layer}.attention.self");
+            let mut qkv = [x; 3];
+            for (part, name) in qkv.iter_mut().zip(["query", "key", "value"]) {
+                let y = net.linear(x, &format!("{a}.{name}"), hidden, hidden, true)?;
+                *part = net.split_heads(y, heads, width)?;
+            }
+            let y = net.attend(qkv, &attention, Some(mask), &a)?;
+            let y =
+                net.linear(y, &format!("{layer}.attention.output.dense"), hidden, hidden, true)?;
+            let y = net.add(y, x)?;
+            x = net.layer_norm(y, &format!("{layer}.attention.output.LayerNorm"), hidden, eps)?;
+            let y = net.linear(x, &format!("{layer}.intermediate.dense"), hidden, inner, true)?;
+            let y = net.activate(act, y)?;
+            let y = net.linear(y, &format!("{layer}.output.dense"), inner, hidden, true)?;
+            let y = net.add(y, x)?;
+            x = net.layer_norm(y, &format!("{layer}.output.LayerNorm"), hidden, eps)?;
+        }
+        Ok(x)
+    }
+
+    /// What people want to know.
+    pub(super) fn summary(&self, vocabulary: i64) -> Summary {
+        let &Encoder { hidden, layers, heads, .. } = self;
+        Summary { hidden, layers, heads, kv_heads: heads, vocabulary, ..Summary::default() }
+    }
+}
+
 pub(super) fn build(
     config: &mut Config,
     net: &mut Net,
     task: Task,
     options: &LoadOptions,
 ) -> Result<Summary> {
-    let hidden = config.size("hidden_size");
-    let layers = config.layers("num_hidden_layers");
-    let heads = config.size("num_attention_heads");
-    let inner = config.size("intermediate_size");
+    let encoder = Encoder::read(config);
+    let Encoder { hidden, eps, act, .. } = encoder;
     let vocabulary = config.size("vocab_size");
     let types = config.size("type_vocab_size");
     let positions = config.size("max_position_embeddings");
-    let eps = config.eps("layer_norm_eps", 1e-12);
-    let act = config.activation("hidden_act", "gelu");
-    let width = config.head_width(hidden, heads);
     let labels = config.labels();
-    if config.text("position_embedding_type").is_some_and(|t| t != "absolute") {
-        config.unsupported("relative positions (`position_embedding_type`)");
-    }
-    if config.flag("is_decoder", false) || config.flag("add_cross_attention", false) {
-        config.unsupported("BERT as a decoder (`is_decoder`, `add_cross_attention`)");
-    }
     config.check()?;
 
     let prefix = if net.weights.has_prefix("bert.") { "bert." } else { "" };
@@ -47,26 +107,7 @@ pub(super) fn build(
     let x = net.add(x, places)?;
     let mut x = net.layer_norm(x, &format!("{e}.LayerNorm"), hidden, eps)?;
 
-    let scale = 1.0 / (width as f64).sqrt();
-    let attention = Heads { q: heads, width, scale, causal: false };
-    for i in 0..layers {
-        let layer = format!("{prefix}encoder.layer.{i}");
-        let a = format!("{layer}.attention.self");
-        let mut qkv = [x; 3];
-        for (part, name) in qkv.iter_mut().zip(["query", "key", "value"]) {
-            let y = net.linear(x, &format!("{a}.{name}"), hidden, hidden, true)?;
-            *part = net.split_heads(y, heads, width)?;
-        }
-        let y = net.attend(qkv, &attention, Some(mask), &a)?;
-        let y = net.linear(y, &format!("{layer}.attention.output.dense"), hidden, hidden, true)?;
-        let y = net.add(y, x)?;
-        x = net.layer_norm(y, &format!("{layer}.attention.output.LayerNorm"), hidden, eps)?;
-        let y = net.linear(x, &format!("{layer}.intermediate.dense"), hidden, inner, true)?;
-        let y = net.activate(act, y)?;
-        let y = net.linear(y, &format!("{layer}.output.dense"), inner, hidden, true)?;
-        let y = net.add(y, x)?;
-        x = net.layer_norm(y, &format!("{layer}.output.LayerNorm"), hidden, eps)?;
-    }
+    x = encoder.layers(net, x, mask, prefix)?;
 
     match task {
         Task::MaskedLanguage => {
@@ -100,10 +141,11 @@ pub(super) fn build(
             }
         }
     }
-    Ok(Summary { hidden, layers, heads, kv_heads: heads, vocabulary, ..Summary::default() })
+    Ok(encoder.summary(vocabulary))
 }
 
-fn pooler(net: &mut Net, x: ValueId, prefix: &str, hidden: i64) -> Result<ValueId> {
+/// The first position through a dense layer and tanh.
+pub(super) fn pooler(net: &mut Net, x: ValueId, prefix: &str, hidden: i64) -> Result<ValueId> {
     let first = net.first_token(x)?;
     let y = net.linear(first, &format!("{prefix}pooler.dense"), hidden, hidden, true)?;
     net.activate("{ x -> tanh(x) }", y)

@@ -40,11 +40,21 @@ impl Config {
     /// Reads the file of a model directory.
     pub(crate) fn open(dir: &Path) -> Result<Config> {
         let path = dir.join("config.json");
-        match read_json(&path)? {
+        Config::of(read_json(&path)?, &path.display().to_string())
+    }
+
+    /// Reads the text of a configuration.
+    pub(crate) fn parse(text: &[u8]) -> Result<Config> {
+        let json = serde_json::from_slice(text);
+        Config::of(json.map_err(|e| Error::user(format!("not JSON: {e}")))?, "the configuration")
+    }
+
+    fn of(json: Value, name: &str) -> Result<Config> {
+        match json {
             Value::Object(json) => {
                 Ok(Config { json, problems: Vec::new(), unsupported: Vec::new() })
             }
-            _ => Err(Error::user(format!("`{}` does not hold an object", path.display()))),
+            _ => Err(Error::user(format!("`{name}` does not hold an object"))),
         }
     }
 
@@ -112,6 +122,15 @@ impl Config {
     pub(crate) fn length(&mut self, key: &str) -> i64 {
         let value = self.whole(key, i64::MAX);
         self.required(key, value)
+    }
+
+    /// The number of a token, `default` when absent.
+    pub(crate) fn token(&mut self, key: &str, default: i64) -> i64 {
+        let Some(value) = self.get(key).cloned() else { return default };
+        value.as_i64().filter(|v| (0..LARGEST_SIZE).contains(v)).unwrap_or_else(|| {
+            self.problem(format!("`{key}` is {value}, not the number of a token"));
+            default
+        })
     }
 
     /// A finite number, `default` when absent.

@@ -9,7 +9,7 @@
 //! `token_type_ids` are `i64[B,S]`, `pixel_values` is `f32[B,C,H,W]`; outputs are
 //! `last_hidden_state`, `pooler_output` or `logits`. Weights stay mapped in their files.
 //!
-//! Adding a family: a file with a `build` function, a row in [`FAMILIES`], a tiny model in
+//! Adding a family: a file with a `build` function, a row in `FAMILIES`, a tiny model in
 //! `tests/hf/make_models.py`.
 
 mod bert;
@@ -19,6 +19,7 @@ mod gpt2;
 mod layers;
 mod llama;
 mod pooling;
+mod roberta;
 mod rotary;
 pub mod safetensors;
 mod vit;
@@ -179,6 +180,26 @@ const FAMILIES: &[Family] = &[
         build: llama::build_qwen3,
     },
     Family {
+        model_type: "roberta",
+        classes: &[
+            ("RobertaModel", Task::Hidden),
+            ("RobertaForMaskedLM", Task::MaskedLanguage),
+            ("RobertaForSequenceClassification", Task::SequenceLabels),
+            ("RobertaForTokenClassification", Task::TokenLabels),
+        ],
+        build: roberta::build,
+    },
+    Family {
+        model_type: "xlm-roberta",
+        classes: &[
+            ("XLMRobertaModel", Task::Hidden),
+            ("XLMRobertaForMaskedLM", Task::MaskedLanguage),
+            ("XLMRobertaForSequenceClassification", Task::SequenceLabels),
+            ("XLMRobertaForTokenClassification", Task::TokenLabels),
+        ],
+        build: roberta::build,
+    },
+    Family {
         model_type: "vit",
         classes: &[("ViTModel", Task::Hidden), ("ViTForImageClassification", Task::ImageLabels)],
         build: vit::build,
@@ -200,6 +221,27 @@ fn load_dir(dir: &Path, options: &LoadOptions) -> Result<HfModel> {
         return Err(Error::user("it is not a directory")
             .with_hint("a model directory holds config.json and model.safetensors"));
     }
+    let config = Config::open(dir)?;
+    let encoder_tokens = pooling::most_tokens(dir).unwrap_or(i64::MAX);
+    let model = build(config, || Weights::open(dir), options)?;
+    Ok(HfModel {
+        max_tokens: model.max_tokens.min(encoder_tokens),
+        pooling: pooling::detect(dir),
+        ..model
+    })
+}
+
+/// Loads a model from memory: the text of `config.json` and the bytes of one `model.safetensors`.
+/// Such a model is no sentence encoder.
+pub fn load_bytes(config: &[u8], weights: &[u8], options: &LoadOptions) -> Result<HfModel> {
+    build(Config::parse(config)?, || Weights::of_bytes(weights), options)
+}
+
+fn build(
+    mut config: Config,
+    weights: impl FnOnce() -> Result<Weights>,
+    options: &LoadOptions,
+) -> Result<HfModel> {
     let limits_ok = options.compute.is_float() && options.max_batch >= 1 && options.max_tokens >= 1;
     if !limits_ok {
         return Err(Error::user(format!(
@@ -207,25 +249,22 @@ fn load_dir(dir: &Path, options: &LoadOptions) -> Result<HfModel> {
             options.compute, options.max_batch, options.max_tokens
         )));
     }
-    let mut config = Config::open(dir)?;
     let (family, architecture, task) = recognise(&config)?;
-    let weights = Weights::open(dir)?;
-    let mut net = Net::new(&architecture, weights, options.compute, options.max_batch);
+    let mut net = Net::new(&architecture, weights()?, options.compute, options.max_batch);
     let mut summary = (family.build)(&mut config, &mut net, task, options)?;
     net.check()?;
     let parameters = net.weights.used().map(|t| t.len() as u64).sum();
     let weight_bytes = net.weights.used().map(|t| t.bytes().len() as u64).sum();
     summary = Summary { parameters, weight_bytes, ..summary };
     let own_tokens = if summary.vocabulary > 0 { net.most_tokens() } else { 0 };
-    let encoder_tokens = pooling::most_tokens(dir).unwrap_or(i64::MAX);
     Ok(HfModel {
         family: family.model_type,
         architecture,
         task,
         summary,
-        max_tokens: own_tokens.min(encoder_tokens),
+        max_tokens: own_tokens,
         unused: net.weights.unused(),
-        pooling: pooling::detect(dir),
+        pooling: Ok(None),
         graph: net.b.finish(),
     })
 }

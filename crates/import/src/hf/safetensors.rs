@@ -7,14 +7,11 @@
 //! A tensor whose bytes are not aligned to its type (files of early writers) is copied: that is the
 //! one case in which memory is taken for weights.
 
-use memmap2::Mmap;
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
-use tilewright_data::{Bytes, Tensor};
+use tilewright_data::{Bytes, MappedFile, Tensor};
 
 /// The format's own limit on the header.
 const LARGEST_HEADER: u64 = 100_000_000;
@@ -70,28 +67,22 @@ fn element(name: &str) -> Option<(Option<DType>, usize)> {
     }
 }
 
-/// Maps a file into memory.
-fn map(path: &Path) -> Result<Mmap> {
-    let cannot = |e| Error::user(format!("cannot read `{}`: {e}", path.display()));
-    let file = File::open(path).map_err(cannot)?;
-    if !file.metadata().map_err(cannot)?.is_file() {
-        return Err(Error::user(format!("`{}` is not a file", path.display())));
-    }
-    // SAFETY: the map is read-only and every byte pattern is a valid byte. That nobody shortens the
-    // file while it is mapped is the one promise that no reader of mapped weights can check; the
-    // manual says so.
-    unsafe { Mmap::map(&file) }.map_err(cannot)
-}
-
 /// Reads the header and maps the data.
 pub fn read(path: &Path) -> Result<Contents> {
     let in_file = |e: Error| e.with_context(format!("reading `{}`", path.display()));
-    parse(Arc::new(map(path)?)).map_err(in_file)
+    let file = MappedFile::open(path)?;
+    let whole = 0..file.len();
+    parse(&Bytes::Mapped(file, whole)).map_err(in_file)
 }
 
-/// The tensors of a mapped file.
-fn parse(file: Arc<Mmap>) -> Result<Contents> {
-    let data_start = header_end(&file)?;
+/// As [`read`], of a file in memory; the data is copied.
+pub fn read_bytes(file: &[u8]) -> Result<Contents> {
+    parse(&Bytes::copy_from(file))
+}
+
+/// The tensors of a file.
+fn parse(file: &Bytes) -> Result<Contents> {
+    let data_start = header_end(file)?;
     let header = file.get(8..data_start).unwrap_or_default();
     let rows: BTreeMap<String, Row> = serde_json::from_slice(header).map_err(|e| {
         Error::user(format!("the safetensors header is not what it should be: {e}"))
@@ -143,11 +134,8 @@ fn parse(file: Arc<Mmap>) -> Result<Contents> {
             continue;
         };
         let range = data_start + start..data_start + end;
-        let aligned = (file[range.clone()].as_ptr() as usize).is_multiple_of(dtype.size());
-        let bytes = match aligned {
-            true => Bytes::Mapped(file.clone(), range),
-            false => Bytes::copy_from(&file[range]),
-        };
+        let bytes = file.part(range, dtype.size());
+        let bytes = bytes.ok_or_else(|| Error::bug("a tensor outside the data, checked above"))?;
         contents.tensors.insert(name, Tensor::new(dtype, entry.shape, bytes)?);
     }
     if covered != data_len {

@@ -16,6 +16,11 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
+    /// The tensors of one safetensors file in memory.
+    pub(crate) fn of_bytes(file: &[u8]) -> Result<Weights> {
+        Ok(Weights { contents: safetensors::read_bytes(file)?, ..Weights::default() })
+    }
+
     /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
     pub(crate) fn open(dir: &Path) -> Result<Weights> {
         let single = dir.join("model.safetensors");

@@ -38,7 +38,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use tilewright_base::{Error, Result, ResultExt};
-use tilewright_data::Tensor;
+use tilewright_data::{MappedFile, Tensor};
 use tilewright_graph::Graph;
 use tilewright_layout::Range;
 
@@ -105,7 +105,7 @@ fn complete(imported: Imported) -> Result<Graph> {
 }
 
 /// Keeps the mapped file alive as the owner of decoded byte strings.
-struct Mapped(Arc<memmap2::Mmap>);
+struct Mapped(Arc<MappedFile>);
 
 impl AsRef<[u8]> for Mapped {
     fn as_ref(&self) -> &[u8] {
@@ -116,7 +116,7 @@ impl AsRef<[u8]> for Mapped {
 /// Loads a model file, or says which inputs must be bound first.
 pub fn import(path: &Path, options: &ImportOptions) -> Result<Imported> {
     let run = || {
-        let map = tensor::map_file(path)?;
+        let map = MappedFile::open(path)?;
         let bytes = Bytes::from_owner(Mapped(map.clone()));
         let base = path.parent().map(|p| match p.as_os_str().is_empty() {
             true => Path::new(".").to_path_buf(),

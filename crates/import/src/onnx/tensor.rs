@@ -4,12 +4,11 @@
 //! copied. A file may lie: counts, offsets, lengths and paths are all checked here.
 
 use super::proto::{SparseTensorProto, TensorProto};
-use memmap2::Mmap;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result, ResultExt};
-use tilewright_data::{Bytes, Tensor, element_count};
+use tilewright_data::{Bytes, MappedFile, Tensor, element_count};
 
 /// Our data type for an ONNX element type number.
 pub(crate) fn dtype_of(code: i32) -> Result<DType> {
@@ -50,33 +49,16 @@ pub(crate) fn dtype_of(code: i32) -> Result<DType> {
 #[derive(Default)]
 pub(crate) struct Source {
     /// The mapped model file, for zero-copy slices.
-    pub(crate) map: Option<Arc<Mmap>>,
+    pub(crate) map: Option<Arc<MappedFile>>,
     /// Folder of the model; external data lies under it.
     pub(crate) base_dir: Option<PathBuf>,
     /// External files mapped so far.
-    pub(crate) external: BTreeMap<PathBuf, Arc<Mmap>>,
-}
-
-/// Maps a file read-only.
-pub(crate) fn map_file(path: &Path) -> Result<Arc<Mmap>> {
-    let file = std::fs::File::open(path)
-        .map_err(|e| Error::user(format!("cannot open {}: {e}", path.display())))?;
-    let meta =
-        file.metadata().map_err(|e| Error::user(format!("cannot read {}: {e}", path.display())))?;
-    if !meta.is_file() {
-        return Err(Error::user(format!("{} is not a file", path.display())));
-    }
-    // SAFETY: the map is read-only and private to this process. If another process truncates or
-    // rewrites the file meanwhile, reads see other bytes or the process gets a bus error; that is
-    // the accepted price of mapped weights, and no Rust value with validity rules lives in them.
-    let map = unsafe { Mmap::map(&file) }
-        .map_err(|e| Error::user(format!("cannot map {}: {e}", path.display())))?;
-    Ok(Arc::new(map))
+    pub(crate) external: BTreeMap<PathBuf, Arc<MappedFile>>,
 }
 
 impl Source {
     /// The part of a mapped file as tensor bytes; copied when the elements are not aligned.
-    fn from_map(map: &Arc<Mmap>, start: usize, len: usize, dtype: DType) -> Result<Bytes> {
+    fn from_map(map: &Arc<MappedFile>, start: usize, len: usize, dtype: DType) -> Result<Bytes> {
         let end = start.checked_add(len).filter(|&e| e <= map.len());
         let Some(end) = end else {
             return Err(Error::user("data lies outside its file"));
@@ -148,7 +130,7 @@ impl Source {
                     "external data location `{location}` leads out of the model's folder"
                 )));
             }
-            let map = map_file(&real)?;
+            let map = MappedFile::open(&real)?;
             self.external.insert(path.clone(), map);
         }
         let Some(map) = self.external.get(&path) else {

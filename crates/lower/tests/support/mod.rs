@@ -15,7 +15,7 @@ use tilewright_plan::{HostCall, Plan, Step};
 /// Runs one node in the interpreter.
 pub(crate) fn host(graph: &Graph, id: NodeId) -> HostCall {
     let node = graph.nodes[id].clone();
-    let run = move |inputs: &[Tensor]| {
+    let run = move |inputs: &[Tensor], _: &Env| {
         let mut b = GraphBuilder::new("host");
         let values: Vec<ValueId> = inputs
             .iter()

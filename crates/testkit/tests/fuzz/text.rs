@@ -145,10 +145,10 @@ fn fuzz_graphs() {
 #[test]
 fn fuzz_kernels() {
     let corpus = [
-        include_str!("../../tile/tests/kernels/gemm.tile"),
-        include_str!("../../tile/tests/kernels/softmax.tile"),
-        include_str!("../../tile/tests/kernels/attention.tile"),
-        include_str!("../../tile/tests/kernels/conv.tile"),
+        include_str!("../../../tile/tests/kernels/gemm.tile"),
+        include_str!("../../../tile/tests/kernels/softmax.tile"),
+        include_str!("../../../tile/tests/kernels/attention.tile"),
+        include_str!("../../../tile/tests/kernels/conv.tile"),
     ];
     let words = [
         "for i in 0..4 { ",
