@@ -87,7 +87,7 @@ fn build(args: &[String]) -> Result<Shown, String> {
             "vector" => schedule.lines.vector = value,
             "blocks" => schedule.blocks_per_sm = value,
             "persistent" => schedule.persistent = value == 1,
-            "residual" | "vectors" => {}
+            "residual" | "vectors" | "time" => {}
             _ => return Err(format!("unknown key {key}")),
         }
     }
