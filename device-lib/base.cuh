@@ -16,6 +16,11 @@ using smem_t = u32;
 
 #define TW_INLINE __device__ __forceinline__
 
+// Cache operator of 16-byte stores of streams: none, or ".cs" (likely written once). PTX ISA, "Cache operators".
+#ifndef TW_STORE_CACHE
+#define TW_STORE_CACHE ""
+#endif
+
 // Element types as they lie in memory. Arithmetic happens in float.
 struct alignas(2) bf16 { u16 bits; };
 struct alignas(2) f16 { u16 bits; };
@@ -142,8 +147,62 @@ template <> TW_INLINE Pair<f8e5m2> narrow_pair<f8e5m2>(float x, float y) {
 // A run of N neighbouring elements, moved by one access.
 template <typename T, int N> struct alignas(sizeof(T) * N) Run { T at[N]; };
 
-// Read once, written once: keep neither in the caches. PTX ISA, "Cache operators".
 template <typename T, int N> TW_INLINE Run<T, N> load_run(const T* p) { return *reinterpret_cast<const Run<T, N>*>(p); }
 template <typename T, int N> TW_INLINE void store_run(T* p, const Run<T, N>& v) { *reinterpret_cast<Run<T, N>*>(p) = v; }
+
+// Two neighbouring elements, converted by one instruction where there is one.
+template <typename T> TW_INLINE void set_pair(T* to, value<T> x, value<T> y) {
+  const Pair<T> p = narrow_pair<T>(x, y);
+  to[0] = p.x, to[1] = p.y;
+}
+
+// A run as 32-bit words; `words` of fewer than 4 bytes hold it in their low part.
+template <typename T, int N> union RunWords {
+  static constexpr int WORDS = (sizeof(T) * N + 3) / 4;
+  Run<T, N> run;
+  u32 words[WORDS];
+  TW_INLINE RunWords() {}
+};
+
+// A run where `inside` holds, else `fill`: one predicated access, so that a thread may start many before it waits.
+// Streams pass by the first-level cache. PTX ISA, "ld".
+template <typename T, int N> TW_INLINE Run<T, N> load_run_if(bool inside, const T* p, T fill) {
+  RunWords<T, N> r;
+#pragma unroll
+  for (int i = 0; i < N; ++i) r.run.at[i] = fill;
+  constexpr int BYTES = (int)sizeof(T) * N;
+  static_assert(BYTES == 1 || BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES == 16, "no access of this width");
+  if constexpr (BYTES == 16) {
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(r.words[0]), "+r"(r.words[1]), "+r"(r.words[2]), "+r"(r.words[3]) : "l"(p), "r"((int)inside));
+  } else if constexpr (BYTES == 8) {
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %3, 0; @q ld.global.v2.b32 {%0, %1}, [%2]; }"
+                 : "+r"(r.words[0]), "+r"(r.words[1]) : "l"(p), "r"((int)inside));
+  } else if constexpr (BYTES == 4) {
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %2, 0; @q ld.global.b32 %0, [%1]; }"
+                 : "+r"(r.words[0]) : "l"(p), "r"((int)inside));
+  } else if constexpr (BYTES == 2) {
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %2, 0; @q ld.global.u16 %0, [%1]; }"
+                 : "+r"(r.words[0]) : "l"(p), "r"((int)inside));
+  } else {
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %2, 0; @q ld.global.u8 %0, [%1]; }"
+                 : "+r"(r.words[0]) : "l"(p), "r"((int)inside));
+  }
+  return r.run;
+}
+
+// Writes a run where `inside` holds. PTX ISA, "st".
+template <typename T, int N> TW_INLINE void store_run_if(bool inside, T* p, const Run<T, N>& v) {
+  RunWords<T, N> r;
+  r.run = v;
+  constexpr int BYTES = (int)sizeof(T) * N;
+  static_assert(BYTES == 1 || BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES == 16, "no access of this width");
+  if constexpr (BYTES == 16) {
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q st.global" TW_STORE_CACHE ".v4.b32 [%4], {%0, %1, %2, %3}; }" ::"r"(r.words[0]),
+                 "r"(r.words[1]), "r"(r.words[2]), "r"(r.words[3]), "l"(p), "r"((int)inside) : "memory");
+  } else if (inside) {
+    *reinterpret_cast<Run<T, N>*>(p) = v;
+  }
+}
 
 }  // namespace tw

@@ -12,6 +12,7 @@
 
 mod dims;
 mod funcs;
+mod lines;
 mod stmts;
 mod tensor_cores;
 

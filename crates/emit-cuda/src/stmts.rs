@@ -179,7 +179,7 @@ impl<'a> Printer<'a> {
     }
 
     /// The spread of a fragment's columns `[0, cols)`, as a C++ type.
-    fn spread(frag: &Frag, cols: u32) -> String {
+    pub(crate) fn spread(frag: &Frag, cols: u32) -> String {
         match frag.spread {
             Spread::Wgmma => format!("tw::WgmmaSpread<{}, {cols}>", frag.rows),
             Spread::MmaSync { warps_m, warps_n } => {
@@ -194,7 +194,7 @@ impl<'a> Printer<'a> {
         }
     }
 
-    fn count(frag: &Frag, cols: u32) -> String {
+    pub(crate) fn count(frag: &Frag, cols: u32) -> String {
         let spread = Self::spread(frag, cols);
         match frag.extent {
             Extent::Tile => format!("{spread}::TILE"),
@@ -203,12 +203,12 @@ impl<'a> Printer<'a> {
         }
     }
 
-    fn cols(&self, r: &FragRef) -> u32 {
+    pub(crate) fn cols(&self, r: &FragRef) -> u32 {
         r.cols.unwrap_or(self.program.frags[r.frag].cols)
     }
 
     /// Register `i` of the columns that `r` names, where `i` counts the registers of those columns.
-    fn register(&self, r: &FragRef, i: &str) -> Result<String> {
+    pub(crate) fn register(&self, r: &FragRef, i: &str) -> Result<String> {
         let frag = &self.program.frags[r.frag];
         let name = self.frag_name(r.frag);
         let width = self.cols(r);
@@ -793,6 +793,9 @@ impl<'a> Printer<'a> {
         self.pointers.insert(param);
         let p = self.program.params[param].clone();
         let frag = self.program.frags[frag_ref.frag].clone();
+        if matches!(frag.spread, Spread::Lines { .. }) {
+            return self.global_lines(frag_ref, param, at, axes, vector, fill);
+        }
         let cols = self.cols(frag_ref);
         let spread = Self::spread(&frag, cols);
         let count = Self::count(&frag, cols);
@@ -832,7 +835,7 @@ impl<'a> Printer<'a> {
         }
         let vector = match frag.spread {
             Spread::Wgmma | Spread::MmaSync { .. } => vector.min(2),
-            Spread::Lines { vector: most, .. } => vector.min(most),
+            Spread::Lines { .. } => 1,
             Spread::Outer { .. } => vector.min(4),
         };
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
@@ -939,7 +942,7 @@ impl<'a> Printer<'a> {
 }
 
 /// A constant as a fragment holds it.
-fn constant(value: Value, dtype: DType) -> String {
+pub(crate) fn constant(value: Value, dtype: DType) -> String {
     match value {
         Value::Int(v) if dtype.is_float() => format!("{v}.0f"),
         Value::Int(v) => v.to_string(),

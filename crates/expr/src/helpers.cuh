@@ -14,11 +14,11 @@ __device__ __forceinline__ float tw_round_f16(float x) {
   return r;
 }
 
-// Nearest bf16, ties to even: the upper half of the bits, after adding half of what falls away.
+// Nearest bf16, ties to even (PTX ISA, "cvt"; sm_80 on).
 __device__ __forceinline__ float tw_round_bf16(float x) {
-  const unsigned int u = __float_as_uint(x);
-  const unsigned int r = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
-  return x != x ? x : __uint_as_float(r);
+  unsigned short r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  return __uint_as_float((unsigned int)r << 16);
 }
 
 // Nearest number with `digits` significant bits, no exponent below 2^low; saturates at `largest`.
@@ -115,13 +115,17 @@ __device__ __forceinline__ T tw_max(T a, T b) {
   return a > b ? a : b;
 }
 
-// NaN when either is; -0 is below +0.
+// NaN when either is; -0 is below +0. PTX ISA, "min" and "max" with .NaN (sm_80 on).
 __device__ __forceinline__ float tw_min(float a, float b) {
-  return a != a || b != b ? a + b : fminf(a, b);
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
 }
 
 __device__ __forceinline__ float tw_max(float a, float b) {
-  return a != a || b != b ? a + b : fmaxf(a, b);
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
 }
 
 __device__ __forceinline__ double tw_min(double a, double b) {

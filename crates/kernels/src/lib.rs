@@ -2,3 +2,5 @@
 //! tuning, and how to launch it.
 
 pub mod gemm;
+pub mod map;
+pub mod rows;

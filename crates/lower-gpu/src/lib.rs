@@ -11,15 +11,19 @@
 //! Nothing here knows what a kernel is for: pipelining and warp specialisation are transformations of a
 //! loop that loads tiles and multiplies them. Programs without a product go to `lines.rs`.
 
+mod axes;
 mod epilogue;
 mod hopper;
+mod lines;
+mod pick;
 mod raster;
 mod schedule;
 mod specialise;
 mod streams;
 
+pub use pick::WHOLE_ROW;
+pub use schedule::{GpuSchedule, LinesKnobs, Mode, StoreKind};
 pub use streams::tf32_round;
-pub use schedule::{GpuSchedule, Mode, StoreKind};
 
 use tilewright_base::Result;
 use tilewright_device::Program;
@@ -31,5 +35,9 @@ use tilewright_tile::Kernel;
 /// Unsupported, naming the step, when the program has no form under this schedule.
 pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     let kernel = specialise::specialise(kernel, schedule)?;
-    hopper::lower(&kernel, schedule)
+    if lines::has_product(&kernel.body) {
+        hopper::lower(&kernel, schedule)
+    } else {
+        lines::lower(&kernel, schedule)
+    }
 }

@@ -24,6 +24,23 @@ pub enum StoreKind {
     Direct,
 }
 
+/// How threads share a tile of a program without products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LinesKnobs {
+    /// Threads per block: a power of two from 32 to 1024.
+    pub threads: u32,
+    /// Neighbouring threads that share a row: a power of two.
+    pub lanes: u32,
+    /// Neighbouring columns per thread.
+    pub vector: u32,
+}
+
+impl Default for LinesKnobs {
+    fn default() -> LinesKnobs {
+        LinesKnobs { threads: 256, lanes: 256, vector: 1 }
+    }
+}
+
 /// The knobs of one kernel on a GPU. Any legal schedule gives the same result up to the order of
 /// floating-point sums.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -57,6 +74,8 @@ pub struct GpuSchedule {
     pub dependent: bool,
     /// Blocks that share a multiprocessor.
     pub blocks_per_sm: u32,
+    /// Programs without products.
+    pub lines: LinesKnobs,
 }
 
 impl GpuSchedule {
@@ -77,6 +96,7 @@ impl GpuSchedule {
             vector: 1,
             dependent: false,
             blocks_per_sm: 1,
+            lines: LinesKnobs::default(),
         }
     }
 }
@@ -86,6 +106,7 @@ impl fmt::Display for GpuSchedule {
         for (name, size) in &self.tiles {
             write!(f, "{name}={size} ")?;
         }
+        let LinesKnobs { threads, lanes, vector } = self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
             Mode::PingPong => "ping-pong",
@@ -96,7 +117,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{mode} consumers={} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={}{}",
+            "{mode} consumers={} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}",
             self.consumers,
             self.stages,
             self.cluster,

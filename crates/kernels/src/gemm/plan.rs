@@ -2,11 +2,12 @@
 
 use crate::gemm::model::{Shape, estimate};
 use crate::gemm::problem::Problem;
-use crate::gemm::program::{GemmSpec, Math, Order};
+use crate::gemm::program::{GemmSpec, Math, Order, copy_program};
 use crate::gemm::space::space;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_layout::Env;
+use tilewright_device::Arch;
 use tilewright_lower_gpu::{GpuSchedule, StoreKind};
 use tilewright_target::Gpu;
 use tilewright_tile::Kernel;
@@ -106,6 +107,47 @@ fn result_vector(p: &Problem, o: &Oriented) -> u32 {
     u32::from(even && o.align.2 % (2 * bytes) == 0) + 1
 }
 
+/// Parts that the depth may be cut into.
+const SPLITS: [i64; 9] = [2, 3, 4, 5, 6, 8, 12, 16, 24];
+/// Time of a further small launch, in microseconds.
+const EXTRA_LAUNCH_US: f64 = 2.0;
+/// Workspace regions start at multiples of this.
+const REGION: u64 = 256;
+
+/// Hands out regions of the workspace.
+#[derive(Default)]
+struct Workspace {
+    bytes: u64,
+}
+
+impl Workspace {
+    fn take(&mut self, bytes: i64) -> Place {
+        let bytes = bytes.unsigned_abs();
+        let offset = self.bytes;
+        self.bytes = (offset + bytes).next_multiple_of(REGION);
+        Place::Workspace { offset, bytes }
+    }
+}
+
+/// An operand after preparation: where it is and how it lies.
+#[derive(Clone, Copy)]
+struct Ready {
+    place: Place,
+    /// The low part, for three-part TF32.
+    low: Option<Place>,
+    order: Order,
+    leading: i64,
+    stride: i64,
+}
+
+/// A choice for one orientation, before its steps are made.
+struct Choice {
+    estimate_us: f64,
+    orientation: usize,
+    splits: i64,
+    schedule: GpuSchedule,
+}
+
 /// Ways to compute `problem`, best first by the time model, at most `most` of them.
 ///
 /// # Errors
@@ -118,92 +160,213 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
     if problem.k == 0 {
         return Err(Error::unsupported("a product over an empty sum (k = 0)"));
     }
-    let size = problem.operand_bytes();
-    let mut ranked: Vec<(f64, usize, i64, GpuSchedule)> = Vec::new();
+    if problem.operand == DType::F32 && problem.precision == crate::gemm::Precision::F32 {
+        return Err(Error::unsupported("f32 products by plain multiply-adds"));
+    }
     let orientations = [orient(problem, false), orient(problem, true)];
+    let mut ranked = Vec::new();
     for (index, o) in orientations.iter().enumerate() {
-        let both_k_major = o.spec.a == Order::Row && o.spec.b == Order::Col;
-        let direct = addressable(problem, size, o.leading.0, o.stride.0, o.align.0)
-            && addressable(problem, size, o.leading.1, o.stride.1, o.align.1)
-            && (problem.operand.bits() == 16 || both_k_major)
-            && o.spec.math != Math::Tf32x3
-            && !(problem.operand == DType::F32 && o.spec.math == Math::Exact);
-        if !direct {
-            continue;
-        }
-        let tma = addressable(problem, problem.result_bytes(), o.leading.2, o.stride.2, o.align.2);
-        let store = if tma { StoreKind::Tma } else { StoreKind::Direct };
-        let vector = result_vector(problem, o);
-        let shape = Shape {
-            m: o.m,
-            n: o.n,
-            k: problem.k,
-            batch: problem.batch,
-            splits: 1,
-            products: 1,
-            operand_bytes: size,
-            result_bytes: problem.result_bytes(),
-        };
-        for schedule in space(&o.spec, store, vector) {
-            // The widest ring is always at least as good here; other rasters are for the tuner.
-            if schedule.raster != 8 {
-                continue;
-            }
-            ranked.push((estimate(gpu, &schedule, &shape), index, 1, schedule));
-        }
+        rank(problem, gpu, index, o, &mut ranked);
     }
-    if ranked.is_empty() {
-        return Err(Error::unsupported(format!(
-            "{} product with these orders and alignments",
-            problem.operand
-        )));
-    }
-    ranked.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)).then_with(|| a.3.cmp(&b.3)));
-    ranked
+    ranked.sort_by(|a, b| {
+        let key = |c: &Choice| (c.orientation, c.splits);
+        let time = a.estimate_us.total_cmp(&b.estimate_us);
+        time.then_with(|| key(a).cmp(&key(b))).then_with(|| a.schedule.cmp(&b.schedule))
+    });
+    let out: Vec<Candidate> = ranked
         .into_iter()
         .take(most)
-        .map(|(estimate_us, index, _, schedule)| {
-            let o = &orientations[index];
-            Ok(Candidate {
-                steps: vec![single(problem, o, schedule)],
-                workspace_bytes: 0,
-                estimate_us,
-            })
-        })
-        .collect()
+        .map(|choice| build(problem, &orientations[choice.orientation], choice))
+        .collect::<Result<_>>()?;
+    if out.is_empty() {
+        return Err(Error::unsupported(format!("{} products of this form", problem.operand)));
+    }
+    Ok(out)
 }
 
-/// The product in one launch.
-fn single(p: &Problem, o: &Oriented, schedule: GpuSchedule) -> Step {
-    let kernel = o.spec.program("gemm");
-    let mut operands = if o.swapped { vec![Place::B, Place::A] } else { vec![Place::A, Place::B] };
-    let e = &o.spec.epilogue;
-    let (cols, rows) = if o.swapped { (Place::Rows, Place::Cols) } else { (Place::Cols, Place::Rows) };
-    if e.col_vector.is_some() {
-        operands.push(cols);
+/// Whether an operand must be copied before the kernel can read it.
+fn needs_copy(p: &Problem, o: &Oriented, operand: usize) -> bool {
+    let pick = |t: (i64, i64, i64)| if operand == 0 { t.0 } else { t.1 };
+    let size = p.operand_bytes();
+    let k_major = if operand == 0 { o.spec.a == Order::Row } else { o.spec.b == Order::Col };
+    // Only 16-bit types may have their depth along the strided axis.
+    o.spec.math == Math::Tf32x3
+        || !(k_major || p.operand.bits() == 16)
+        || !addressable(p, size, pick(o.leading), pick(o.stride), pick(o.align))
+}
+
+/// Scores every schedule of one orientation.
+fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Choice>) {
+    let size = p.operand_bytes();
+    let parts = if o.spec.math == Math::Tf32x3 { 2 } else { 1 };
+    let mut copies_us = 0.0;
+    let mut spec = o.spec.clone();
+    for (operand, elements) in [(0, o.m * p.k), (1, o.n * p.k)] {
+        if needs_copy(p, o, operand) {
+            let bytes = (elements * p.batch * size * (1 + parts)) as f64;
+            copies_us += bytes / gpu.copy_bytes_per_s * 1e6 + EXTRA_LAUNCH_US;
+            if operand == 0 { spec.a = Order::Row } else { spec.b = Order::Col }
+        }
     }
-    if e.row_vector.is_some() {
-        operands.push(rows);
-    }
-    if e.residual.is_some() {
-        operands.push(Place::Residual);
-    }
-    operands.push(Place::C);
-    let mut sizes: Env = Env::new();
-    let mut put = |name: &str, value: i64| {
-        sizes.insert(Arc::from(name), value);
+    let tma = addressable(p, p.result_bytes(), o.leading.2, o.stride.2, o.align.2);
+    let store = if tma { StoreKind::Tma } else { StoreKind::Direct };
+    let shape = |splits| Shape {
+        m: o.m,
+        n: o.n,
+        k: p.k,
+        batch: p.batch,
+        splits,
+        products: if parts == 2 { 3 } else { 1 },
+        operand_bytes: size,
+        result_bytes: p.result_bytes(),
     };
-    put("M", o.m);
-    put("N", o.n);
-    put("K", p.k);
-    put("lda", o.leading.0);
-    put("ldb", o.leading.1);
-    put("ldc", o.leading.2);
-    if p.batch != 1 {
-        put("L", p.batch);
-        put("sa", o.stride.0);
-        put("sb", o.stride.1);
-        put("sc", o.stride.2);
+    let mut add = |splits: i64, schedule: GpuSchedule, more_us: f64| {
+        let estimate_us = estimate(gpu, &schedule, &shape(splits)) + copies_us + more_us;
+        ranked.push(Choice { estimate_us, orientation: index, splits, schedule });
+    };
+    // Other rasters than the middle one are for the tuner: the model does not tell them apart.
+    for schedule in space(&spec, store, result_vector(p, o)) {
+        if schedule.raster == 8 {
+            add(1, schedule, 0.0);
+        }
     }
-    Step { kernel, schedule, sizes, operands }
+    if p.batch != 1 {
+        return;
+    }
+    let mut partial = spec.clone();
+    partial.result = spec.sum;
+    for schedule in space(&partial, StoreKind::Tma, 1) {
+        let tile = |name: &str| schedule.tiles.get(name).copied().unwrap_or(1);
+        let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
+        let tiles = ((o.m + bm - 1) / bm) * ((o.n + bn - 1) / bn);
+        let steps = (p.k + bk - 1) / bk;
+        if schedule.raster != 8 || tiles * 2 > i64::from(gpu.sms) || schedule.mode != tilewright_lower_gpu::Mode::Cooperative {
+            continue;
+        }
+        for splits in SPLITS {
+            // Every part has at least four steps.
+            if splits * 4 > steps || tiles * splits > 2 * i64::from(gpu.sms) {
+                break;
+            }
+            let bytes = (o.m * o.n) as f64 * (4.0 * splits as f64 + p.result_bytes() as f64);
+            // Parts of this size stay in the second-level cache.
+            let sum_us = bytes / (2.0 * gpu.copy_bytes_per_s) * 1e6 + EXTRA_LAUNCH_US;
+            add(splits, schedule.clone(), sum_us);
+        }
+    }
+}
+
+fn sizes(pairs: &[(&str, i64)]) -> Env {
+    pairs.iter().map(|(name, value)| (Arc::from(*name), *value)).collect()
+}
+
+/// A step without products.
+fn lines(kernel: Kernel, sizes: Env, operands: Vec<Place>) -> Result<Step> {
+    let lookup = |name: &str| sizes.get(name).copied();
+    let schedule = GpuSchedule::lines_for(&kernel, Arch::Sm90a, &lookup)?
+        .ok_or_else(|| Error::bug(format!("no schedule for {}", kernel.name)))?;
+    Ok(Step { kernel, schedule, sizes, operands })
+}
+
+/// Makes an operand readable: as it is, or a packed copy with its depth contiguous.
+fn prepare(
+    p: &Problem,
+    o: &Oriented,
+    operand: usize,
+    steps: &mut Vec<Step>,
+    workspace: &mut Workspace,
+) -> Result<Ready> {
+    let pick = |t: (i64, i64, i64)| if operand == 0 { t.0 } else { t.1 };
+    let order = if operand == 0 { o.spec.a } else { o.spec.b };
+    let place = if (operand == 0) == o.swapped { Place::B } else { Place::A };
+    let (leading, stride) = (pick(o.leading), pick(o.stride));
+    if !needs_copy(p, o, operand) {
+        return Ok(Ready { place, low: None, order, leading, stride });
+    }
+    let size = p.operand_bytes();
+    let parts = o.spec.math == Math::Tf32x3;
+    // Depth contiguous, lines padded to 16 bytes.
+    let (rows, cols, to) =
+        if operand == 0 { (o.m, p.k, Order::Row) } else { (p.k, o.n, Order::Col) };
+    let padded = (p.k * size + 15) / 16 * 16 / size;
+    let matrix = padded * if operand == 0 { o.m } else { o.n };
+    let bytes = matrix * p.batch * size;
+    let high = workspace.take(bytes);
+    let low = parts.then(|| workspace.take(bytes));
+    // Lines are contiguous in the copy: for the right operand that is the transposed view.
+    let (r, c, from) = if to == Order::Row { (rows, cols, order) } else { (cols, rows, flip(order)) };
+    let kernel = copy_program("copy", p.operand, from, Order::Row, p.batch != 1, parts);
+    let mut values = vec![("R", r), ("C", c), ("ldx", leading), ("ldy", padded)];
+    if p.batch != 1 {
+        values.extend([("L", p.batch), ("sx", stride), ("sy", matrix)]);
+    }
+    let mut operands = vec![place, high];
+    operands.extend(low);
+    steps.push(lines(kernel, sizes(&values), operands)?);
+    Ok(Ready { place: high, low, order: to, leading: padded, stride: matrix })
+}
+
+/// The steps of a choice.
+fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
+    let mut workspace = Workspace::default();
+    let mut steps = Vec::new();
+    let a = prepare(p, o, 0, &mut steps, &mut workspace)?;
+    let b = prepare(p, o, 1, &mut steps, &mut workspace)?;
+    let mut spec = o.spec.clone();
+    (spec.a, spec.b) = (a.order, b.order);
+    let mut values =
+        vec![("M", o.m), ("N", o.n), ("K", p.k), ("lda", a.leading), ("ldb", b.leading)];
+    let mut operands = vec![a.place, b.place];
+    if let (Some(a), Some(b)) = (a.low, b.low) {
+        operands.extend([a, b]);
+    }
+    let extras = |spec: &GemmSpec, swapped: bool| {
+        let e = &spec.epilogue;
+        let (cols, rows) =
+            if swapped { (Place::Rows, Place::Cols) } else { (Place::Cols, Place::Rows) };
+        let mut out = Vec::new();
+        out.extend(e.col_vector.map(|_| cols));
+        out.extend(e.row_vector.map(|_| rows));
+        out.extend(e.residual.map(|_| Place::Residual));
+        out.push(Place::C);
+        out
+    };
+    if choice.splits == 1 {
+        values.push(("ldc", o.leading.2));
+        if p.batch != 1 {
+            values.extend([("L", p.batch), ("sa", a.stride), ("sb", b.stride), ("sc", o.stride.2)]);
+        }
+        operands.extend(extras(&spec, o.swapped));
+        let kernel = spec.program("gemm");
+        steps.push(Step { kernel, schedule: choice.schedule, sizes: sizes(&values), operands });
+    } else {
+        let bk = choice.schedule.tiles.get("BK").copied().unwrap_or(1);
+        let depth = (p.k + bk - 1) / bk;
+        let part = (depth + choice.splits - 1) / choice.splits;
+        let splits = (depth + part - 1) / part;
+        // Lines of the parts lie as those of the result, padded to 16 bytes.
+        let (line, lines_of) = if spec.c == Order::Row { (o.n, o.m) } else { (o.m, o.n) };
+        let padded = (line + 3) / 4 * 4;
+        let place = workspace.take(padded * lines_of * splits * 4);
+        let sp = padded * lines_of;
+        values.extend([("ldc", padded), ("S", splits), ("part", part), ("sp", sp)]);
+        operands.push(place);
+        let mut partial = spec.clone();
+        partial.result = spec.sum;
+        let kernel = partial.part_program("gemm_part");
+        steps.push(Step { kernel, schedule: choice.schedule, sizes: sizes(&values), operands });
+        let column_major = spec.c == Order::Col;
+        let (m, n) = if column_major { (o.n, o.m) } else { (o.m, o.n) };
+        let values =
+            [("M", m), ("N", n), ("S", splits), ("ldp", padded), ("ldc", o.leading.2), ("sp", sp)];
+        let kernel = spec.sum_program("gemm_sum");
+        let mut operands = vec![place];
+        let mut view = spec.clone();
+        if column_major {
+            view.epilogue = spec.epilogue.transposed();
+        }
+        operands.extend(extras(&view, o.swapped != column_major));
+        steps.push(lines(kernel, sizes(&values), operands)?);
+    }
+    Ok(Candidate { steps, workspace_bytes: workspace.bytes, estimate_us: choice.estimate_us })
 }

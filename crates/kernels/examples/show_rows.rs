@@ -1,0 +1,167 @@
+//! Prints the CUDA text of row kernels and elementwise kernels, for reading and for experiments.
+//!
+//! `cargo run --release -p tilewright-kernels --example show_rows -- softmax bf16 M=16384 N=8192` prints
+//! one; sizes choose the schedule, and `key=value` pairs in lower case change it. With `--json FILE`, each
+//! line of FILE is such a list, and the output is a JSON list of texts with what a launch needs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use tilewright_base::DType;
+use tilewright_device::{Arch, Program};
+use tilewright_emit_cuda::{Argument, Source};
+use tilewright_kernels::map::MapSpec;
+use tilewright_kernels::rows::{GemvSpec, RowOp, RowSpec};
+use tilewright_lower_gpu::lower;
+
+struct Shown {
+    program: Program,
+    source: Source,
+    schedule: String,
+    items: i64,
+    sizes: BTreeMap<String, i64>,
+}
+
+fn build(args: &[String]) -> Result<Shown, String> {
+    let [op, dtype, ..] = args else { return Err("name and type expected".into()) };
+    let dtype: DType = dtype.parse().map_err(|_| format!("{dtype} is not a type"))?;
+    let mut sizes: BTreeMap<String, i64> = BTreeMap::new();
+    let mut keys: BTreeMap<String, String> = BTreeMap::new();
+    for arg in &args[2..] {
+        let (key, value) = arg.split_once('=').ok_or(format!("{arg} is not key=value"))?;
+        match value.parse() {
+            Ok(v) if key.starts_with(char::is_uppercase) || key.starts_with("ld") => {
+                sizes.insert(key.into(), v);
+            }
+            _ => {
+                keys.insert(key.into(), value.into());
+            }
+        }
+    }
+    let n = sizes.get("N").copied().unwrap_or(1);
+    for ld in ["ldx", "ldy", "ld0", "ld1"] {
+        sizes.entry(ld.into()).or_insert(n);
+    }
+    let size = |name: &str| sizes.get(name).copied();
+    let number = |key: &str| -> Result<Option<u32>, String> {
+        keys.get(key).map(|v| v.parse::<u32>().map_err(|e| format!("{key}={v}: {e}"))).transpose()
+    };
+    let to: DType = match keys.get("to") {
+        Some(t) => t.parse().map_err(|_| format!("{t} is not a type"))?,
+        None => dtype,
+    };
+    let arch = match keys.get("arch").map(String::as_str) {
+        Some("sm80") => Arch::Sm80,
+        Some("sm89") => Arch::Sm89,
+        _ => Arch::Sm90a,
+    };
+    let residual = number("residual")? == Some(1);
+    let row = |op| RowSpec { op, dtype, residual }.kernel("kernel", arch, &size);
+    let map = |spec: MapSpec| spec.kernel("kernel", arch, &size);
+    let (kernel, mut schedule) = match op.as_str() {
+        "softmax" => row(RowOp::Softmax),
+        "logsoftmax" => row(RowOp::LogSoftmax),
+        "layernorm" => row(RowOp::LayerNorm { eps: 1e-5 }),
+        "rmsnorm" => row(RowOp::RmsNorm { eps: 1e-6 }),
+        "copy" => map(MapSpec::copy(dtype, to)),
+        "transpose" => map(MapSpec { transposed: true, ..MapSpec::copy(dtype, to) }),
+        "pad" => map(MapSpec::pad(dtype, to)),
+        "padtranspose" => map(MapSpec { transposed: true, ..MapSpec::pad(dtype, to) }),
+        "biasgelu" => map(MapSpec::bias_gelu(dtype)),
+        "swiglu" => map(MapSpec::swiglu(dtype)),
+        "fused" => map(MapSpec::scale_shift_relu_add(dtype)),
+        "gemv" => {
+            let vectors = number("vectors")?.unwrap_or(1);
+            GemvSpec { dtype, vectors }.kernel("kernel", arch, &size)
+        }
+        _ => return Err(format!("unknown operation {op}")),
+    }
+    .map_err(|e| e.to_string())?;
+    for key in keys.keys() {
+        let Some(value) = number(key).ok().flatten() else { continue };
+        match key.as_str() {
+            "bm" | "bn" => {
+                schedule.tiles.insert(key.to_uppercase().into(), value.into());
+            }
+            "threads" => schedule.lines.threads = value,
+            "lanes" => schedule.lines.lanes = value,
+            "vector" => schedule.lines.vector = value,
+            "blocks" => schedule.blocks_per_sm = value,
+            "persistent" => schedule.persistent = value == 1,
+            "residual" | "vectors" | "time" => {}
+            _ => return Err(format!("unknown key {key}")),
+        }
+    }
+    tilewright_tile::verify(&kernel).map_err(|e| e.to_string())?;
+    let program = lower(&kernel, &schedule).map_err(|e| e.to_string())?;
+    let source = tilewright_emit_cuda::emit(&program).map_err(|e| e.to_string())?;
+    let items = program.items.eval_with(&size).ok_or("items without a value")?;
+    let sizes = program
+        .symbols
+        .iter()
+        .filter_map(|s| size(&s.name).map(|v| (s.name.to_string(), v)))
+        .collect();
+    Ok(Shown { program, source, schedule: schedule.to_string(), items, sizes })
+}
+
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+fn json(line: &str, shown: &Shown) -> String {
+    let Shown { program, source, .. } = shown;
+    let arguments: Vec<String> = source
+        .arguments
+        .iter()
+        .map(|a| match a {
+            Argument::Map(m) => format!("{{\"map\": {}}}", quoted(&program.maps[*m].name)),
+            Argument::Pointer(p) => format!("{{\"pointer\": {}}}", quoted(&program.params[*p].name)),
+            Argument::Size(s) => format!("{{\"size\": {}}}", quoted(s)),
+        })
+        .collect();
+    let sizes: Vec<String> =
+        shown.sizes.iter().map(|(name, v)| format!("{}: {v}", quoted(name))).collect();
+    format!(
+        "{{\"line\": {}, \"schedule\": {}, \"text\": {}, \"smem\": {}, \"threads\": {}, \"persistent\": {}, \"items\": {}, \"sizes\": {{{}}}, \"arguments\": [{}]}}",
+        quoted(line),
+        quoted(&shown.schedule),
+        quoted(&source.text),
+        source.smem_bytes,
+        source.threads,
+        program.persistent,
+        shown.items,
+        sizes.join(", "),
+        arguments.join(", ")
+    )
+}
+
+fn main() -> Result<(), String> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().map(String::as_str) != Some("--json") {
+        let shown = build(&args)?;
+        println!("// {}\n{}", shown.schedule, shown.source.text);
+        return Ok(());
+    }
+    let list = std::fs::read_to_string(&args[1]).map_err(|e| format!("{}: {e}", args[1]))?;
+    let mut out = String::from("[");
+    for line in list.lines().filter(|l| !l.trim().is_empty()) {
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        match build(&words) {
+            Ok(shown) => {
+                let _ = write!(out, "{}{}", if out.len() > 1 { ",\n" } else { "" }, json(line, &shown));
+            }
+            Err(error) => eprintln!("{line}: {error}"),
+        }
+    }
+    println!("{out}]");
+    Ok(())
+}

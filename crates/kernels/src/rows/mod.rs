@@ -1,0 +1,13 @@
+//! Kernels along rows of a matrix: softmax, normalisations, products with a vector.
+//!
+//! [`RowSpec`] and [`GemvSpec`] say what is computed, for every size. Each has one tile program per
+//! form: a tile that holds whole rows and reads them once, or a walk over pieces of a row per reduction.
+//! Which form fits, and its schedule, follow from the row's length: [`RowSpec::kernel`].
+//!
+//! To add an operation: a variant of [`RowOp`], its statistics in `program.rs`.
+
+mod gemv;
+mod program;
+
+pub use gemv::GemvSpec;
+pub use program::{RowOp, RowSpec};

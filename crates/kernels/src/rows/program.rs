@@ -1,0 +1,371 @@
+//! Tile programs of softmax and normalisations.
+
+use tilewright_base::{DType, Error, Result};
+use tilewright_device::Arch;
+use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
+use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
+use tilewright_lower_gpu::{GpuSchedule, WHOLE_ROW};
+use tilewright_tile::{
+    Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
+};
+
+/// What is computed from each row `x` of `N` elements, in f32.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RowOp {
+    /// `exp(x - max) / sum(exp(x - max))`
+    Softmax,
+    /// `x - max - log(sum(exp(x - max)))`
+    LogSoftmax,
+    /// `(x - mean) / sqrt(var + eps) * scale + shift`
+    LayerNorm {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// `x / sqrt(mean(x * x) + eps) * scale`
+    RmsNorm {
+        /// Added to the mean of squares.
+        eps: f64,
+    },
+}
+
+/// A row operation for all sizes: `Y[M, N]` from `X[M, N]`.
+///
+/// Size symbols: `M`, `N`, and `ldx`, `ldy`, the distances in elements between rows. Normalisations
+/// read `scale [N]`, layer normalisation also `shift [N]`. With `residual` the row is `X + R`, rounded to
+/// the tensors' type, and is stored too, as `H`; `R` and `H` lie as `X`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowSpec {
+    /// What is computed.
+    pub op: RowOp,
+    /// Type of all tensors.
+    pub dtype: DType,
+    /// Adds `R` first.
+    pub residual: bool,
+}
+
+pub(super) fn func(params: &[DType], f: impl FnOnce(&mut FuncBuilder, &[ExprId]) -> ExprId) -> Func {
+    let mut b = FuncBuilder::new();
+    let ids: Vec<ExprId> =
+        params.iter().enumerate().map(|(i, t)| b.param(&format!("a{i}"), *t)).collect();
+    let result = f(&mut b, &ids);
+    b.finish(result)
+}
+
+pub(super) fn lines(rows: &str, cols: &str, leading: &str) -> Layout {
+    let axis = |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
+    Layout { axes: vec![axis(rows, Dim::sym(leading)), axis(cols, Dim::new(1))], offset: Dim::new(0) }
+}
+
+pub(super) fn sizes(k: &mut KernelBuilder, names: &[&str]) {
+    for name in names {
+        let range = Range { min: 1, max: i32::MAX.into() };
+        k.symbol(Symbol { name: (*name).into(), range });
+    }
+}
+
+/// A row vector or a column vector as an operand of a map on a tile.
+pub(super) fn along(tile: TileId, axis: usize) -> Operand {
+    Operand { tile, along: vec![axis] }
+}
+
+/// A program under construction: parameters and the tile that is being worked on.
+struct Rows<'a> {
+    spec: &'a RowSpec,
+    k: KernelBuilder,
+    x: ParamId,
+    r: Option<ParamId>,
+    h: Option<ParamId>,
+    y: ParamId,
+    scale: Option<ParamId>,
+    shift: Option<ParamId>,
+    bm: Dim,
+    bn: Dim,
+    row0: Dim,
+}
+
+/// What a pass computes from a piece of a row, for [`Rows::reduce`].
+enum Piece {
+    /// `x`
+    Plain,
+    /// `x * x`
+    Square,
+    /// `exp(x - a)`
+    Exp(TileId),
+    /// `(x - a)^2`
+    SquaredDistance(TileId),
+}
+
+impl Rows<'_> {
+    fn shape(&self) -> Vec<Dim> {
+        vec![self.bm.clone(), self.bn.clone()]
+    }
+
+    /// The row's elements from `col` on, in f32.
+    fn row(&mut self, col: &Dim, store_sum: bool) -> TileId {
+        let dtype = self.spec.dtype;
+        let fill = match self.spec.op {
+            RowOp::Softmax | RowOp::LogSoftmax => f64::NEG_INFINITY,
+            _ => 0.0,
+        };
+        let at = vec![self.row0.clone(), col.clone()];
+        let shape = self.shape();
+        let load = |k: &mut KernelBuilder, p| {
+            k.load_with(p, at.clone(), vec![1, 1], Value::Float(fill), shape.clone())
+        };
+        let mut x = load(&mut self.k, self.x);
+        if let (Some(r), Some(h)) = (self.r, self.h) {
+            let r = load(&mut self.k, r);
+            let sum = func(&[dtype, dtype], |f, a| {
+                let (x, r) = (f.cast(a[0], DType::F32), f.cast(a[1], DType::F32));
+                let sum = f.op(Op::Add, &[x, r]);
+                f.cast(sum, dtype)
+            });
+            let args = vec![self.k.plain(x), self.k.plain(r)];
+            x = self.k.map(sum, args, shape.clone());
+            if store_sum {
+                self.k.store(h, at.clone(), x);
+            }
+        }
+        let args = vec![self.k.plain(x)];
+        self.k.map(Func::cast(dtype, DType::F32), args, shape)
+    }
+
+    fn piece(&mut self, piece: &Piece, x: TileId) -> TileId {
+        let two = [DType::F32, DType::F32];
+        let mut args = vec![self.k.plain(x)];
+        let f = match piece {
+            Piece::Plain => return x,
+            Piece::Square => func(&two[..1], |f, a| f.op(Op::Mul, &[a[0], a[0]])),
+            Piece::Exp(m) => {
+                args.push(along(*m, 0));
+                func(&two, |f, a| {
+                    let d = f.op(Op::Sub, &[a[0], a[1]]);
+                    f.op(Op::Exp, &[d])
+                })
+            }
+            Piece::SquaredDistance(m) => {
+                args.push(along(*m, 0));
+                func(&two, |f, a| {
+                    let d = f.op(Op::Sub, &[a[0], a[1]]);
+                    f.op(Op::Mul, &[d, d])
+                })
+            }
+        };
+        let shape = self.shape();
+        self.k.map(f, args, shape)
+    }
+
+    /// Combines a row: of the tile that is there, or in pieces.
+    fn reduce(&mut self, kind: ReduceKind, piece: &Piece, whole: Option<TileId>, first: bool) -> TileId {
+        let n = Dim::sym("N");
+        // What lies behind the row adds nothing, except where a mean was taken off.
+        let limited = matches!(piece, Piece::SquaredDistance(_));
+        if let Some(x) = whole {
+            let x = self.piece(piece, x);
+            return self.k.reduce(kind, x, 1, limited.then_some(n));
+        }
+        let start = if kind == ReduceKind::Max { f64::NEG_INFINITY } else { 0.0 };
+        let ty = TileType::new(DType::F32, [self.bm.clone()]);
+        let init = self.k.full(Value::Float(start), ty);
+        let name = format!("piece{}", self.k_loops());
+        let (var, carried) = self.k.begin_for(&name, Dim::new(0), n.ceil_div(&self.bn), &[init]);
+        let col = var * &self.bn;
+        let x = self.row(&col, first);
+        let x = self.piece(piece, x);
+        let part = self.k.reduce(kind, x, 1, limited.then(|| n - &col));
+        let op = if kind == ReduceKind::Max { Op::Max } else { Op::Add };
+        let args = vec![self.k.plain(carried[0]), self.k.plain(part)];
+        let next = self.k.map(Func::binary(op, DType::F32), args, vec![self.bm.clone()]);
+        self.k.end_for(&[next])[0]
+    }
+
+    /// A number that makes loop names distinct: the count of tiles so far.
+    fn k_loops(&mut self) -> usize {
+        let ty = TileType::new(DType::F32, [self.bm.clone()]);
+        self.k.full(Value::Float(0.0), ty).index()
+    }
+
+    /// A per-row map.
+    fn per_row(&mut self, f: Func, args: &[TileId]) -> TileId {
+        let args = args.iter().map(|a| self.k.plain(*a)).collect();
+        self.k.map(f, args, vec![self.bm.clone()])
+    }
+
+    /// `1 / sqrt(sum / N + eps)`
+    fn inverse_root(&mut self, sum: TileId, inverse_n: TileId, eps: f64) -> TileId {
+        let f = func(&[DType::F32, DType::F32], |f, a| {
+            let mean = f.op(Op::Mul, &[a[0], a[1]]);
+            let eps = f.constant(eps, DType::F32);
+            let x = f.op(Op::Add, &[mean, eps]);
+            f.op(Op::Rsqrt, &[x])
+        });
+        self.per_row_with_scalar(f, sum, inverse_n)
+    }
+
+    /// A map of a per-row tile and a scalar.
+    fn per_row_with_scalar(&mut self, f: Func, x: TileId, scalar: TileId) -> TileId {
+        let args = vec![self.k.plain(x), Operand { tile: scalar, along: vec![] }];
+        self.k.map(f, args, vec![self.bm.clone()])
+    }
+
+    /// `1 / N`
+    fn inverse_n(&mut self) -> TileId {
+        let one = self.k.iota(DType::I32, 0, Dim::sym("N"), vec![Dim::new(1)]);
+        let n = self.k.reshape(one, vec![]);
+        let f = func(&[DType::I32], |f, a| {
+            let n = f.cast(a[0], DType::F32);
+            let one = f.constant(1.0, DType::F32);
+            f.op(Op::Div, &[one, n])
+        });
+        self.k.map(f, vec![Operand { tile: n, along: vec![] }], vec![])
+    }
+
+    fn body(&mut self, whole: bool) {
+        let dtype = self.spec.dtype;
+        let zero = Dim::new(0);
+        let x = whole.then(|| self.row(&zero, true));
+        let three = [DType::F32; 3];
+        // The per-row operands of the last step, and the step.
+        let (stats, last): (Vec<TileId>, Func) = match self.spec.op {
+            RowOp::Softmax => {
+                let m = self.reduce(ReduceKind::Max, &Piece::Plain, x, true);
+                if let Some(x) = x {
+                    // The exponentials stay in registers.
+                    let e = self.piece(&Piece::Exp(m), x);
+                    let s = self.k.reduce(ReduceKind::Sum, e, 1, None);
+                    let inverse = self.per_row(inverse(), &[s]);
+                    let f = func(&three[..2], |f, a| {
+                        let y = f.op(Op::Mul, &[a[0], a[1]]);
+                        f.cast(y, dtype)
+                    });
+                    let args = vec![self.k.plain(e), along(inverse, 0)];
+                    let shape = self.shape();
+                    let y = self.k.map(f, args, shape);
+                    self.k.store(self.y, vec![self.row0.clone(), zero], y);
+                    return;
+                }
+                let s = self.reduce(ReduceKind::Sum, &Piece::Exp(m), x, false);
+                let inverse = self.per_row(inverse(), &[s]);
+                let f = func(&three, |f, a| {
+                    let d = f.op(Op::Sub, &[a[0], a[1]]);
+                    let e = f.op(Op::Exp, &[d]);
+                    let y = f.op(Op::Mul, &[e, a[2]]);
+                    f.cast(y, dtype)
+                });
+                (vec![m, inverse], f)
+            }
+            RowOp::LogSoftmax => {
+                let m = self.reduce(ReduceKind::Max, &Piece::Plain, x, true);
+                let s = self.reduce(ReduceKind::Sum, &Piece::Exp(m), x, false);
+                let log = self.per_row(Func::unary(Op::Log, DType::F32), &[s]);
+                let f = func(&three, |f, a| {
+                    let d = f.op(Op::Sub, &[a[0], a[1]]);
+                    let y = f.op(Op::Sub, &[d, a[2]]);
+                    f.cast(y, dtype)
+                });
+                (vec![m, log], f)
+            }
+            RowOp::LayerNorm { eps } => {
+                let inverse_n = self.inverse_n();
+                let sum = self.reduce(ReduceKind::Sum, &Piece::Plain, x, true);
+                let product = Func::binary(Op::Mul, DType::F32);
+                let mean = self.per_row_with_scalar(product, sum, inverse_n);
+                let var = self.reduce(ReduceKind::Sum, &Piece::SquaredDistance(mean), x, false);
+                let inverse = self.inverse_root(var, inverse_n, eps);
+                let f = func(&[DType::F32, DType::F32, DType::F32, dtype, dtype], |f, a| {
+                    let d = f.op(Op::Sub, &[a[0], a[1]]);
+                    let d = f.op(Op::Mul, &[d, a[2]]);
+                    let (scale, shift) = (f.cast(a[3], DType::F32), f.cast(a[4], DType::F32));
+                    let y = f.op(Op::Mul, &[d, scale]);
+                    let y = f.op(Op::Add, &[y, shift]);
+                    f.cast(y, dtype)
+                });
+                (vec![mean, inverse], f)
+            }
+            RowOp::RmsNorm { eps } => {
+                let inverse_n = self.inverse_n();
+                let sum = self.reduce(ReduceKind::Sum, &Piece::Square, x, true);
+                let inverse = self.inverse_root(sum, inverse_n, eps);
+                let f = func(&[DType::F32, DType::F32, dtype], |f, a| {
+                    let d = f.op(Op::Mul, &[a[0], a[1]]);
+                    let scale = f.cast(a[2], DType::F32);
+                    let y = f.op(Op::Mul, &[d, scale]);
+                    f.cast(y, dtype)
+                });
+                (vec![inverse], f)
+            }
+        };
+        match x {
+            Some(x) => self.finish_piece(&last, x, &stats, &zero),
+            None => {
+                let name = format!("piece{}", self.k_loops());
+                let pieces = Dim::sym("N").ceil_div(&self.bn);
+                let (var, _) = self.k.begin_for(&name, Dim::new(0), pieces, &[]);
+                let col = var * &self.bn;
+                let x = self.row(&col, false);
+                self.finish_piece(&last, x, &stats, &col);
+                self.k.end_for(&[]);
+            }
+        }
+    }
+
+    /// Stores `last(x, stats..., scale, shift)` from column `col` on.
+    fn finish_piece(&mut self, last: &Func, x: TileId, stats: &[TileId], col: &Dim) {
+        let mut args = vec![self.k.plain(x)];
+        args.extend(stats.iter().map(|s| along(*s, 0)));
+        for p in [self.scale, self.shift].into_iter().flatten() {
+            let v = self.k.load(p, vec![col.clone()], vec![self.bn.clone()]);
+            args.push(along(v, 1));
+        }
+        let shape = self.shape();
+        let y = self.k.map(last.clone(), args, shape);
+        self.k.store(self.y, vec![self.row0.clone(), col.clone()], y);
+    }
+}
+
+fn inverse() -> Func {
+    func(&[DType::F32], |f, a| {
+        let one = f.constant(1.0, DType::F32);
+        f.op(Op::Div, &[one, a[0]])
+    })
+}
+
+impl RowSpec {
+    /// The tile program, with tile sizes `BM`, `BN`. With `whole`, `BN` must be at least `N`.
+    pub fn program(&self, name: &str, whole: bool) -> Kernel {
+        let mut k = KernelBuilder::new(name);
+        sizes(&mut k, &["M", "N", "ldx", "ldy"]);
+        let (bm, bn) = (k.tile("BM"), k.tile("BN"));
+        let x = k.param("X", self.dtype, lines("M", "N", "ldx"), Access::In);
+        let r = self.residual.then(|| k.param("R", self.dtype, lines("M", "N", "ldx"), Access::In));
+        let vector = || Layout::row_major(&[Dim::sym("N")]);
+        let scales = matches!(self.op, RowOp::LayerNorm { .. } | RowOp::RmsNorm { .. });
+        let scale = scales.then(|| k.param("scale", self.dtype, vector(), Access::In));
+        let shifts = matches!(self.op, RowOp::LayerNorm { .. });
+        let shift = shifts.then(|| k.param("shift", self.dtype, vector(), Access::In));
+        let h = self.residual.then(|| k.param("H", self.dtype, lines("M", "N", "ldx"), Access::Out));
+        let y = k.param("Y", self.dtype, lines("M", "N", "ldy"), Access::Out);
+        let pm = k.grid("pm", Dim::sym("M").ceil_div(&bm));
+        let row0 = pm * &bm;
+        let mut rows = Rows { spec: self, k, x, r, h, y, scale, shift, bm, bn, row0 };
+        rows.body(whole);
+        rows.k.finish()
+    }
+
+    /// The program and schedule for these sizes.
+    ///
+    /// # Errors
+    /// A size without a value.
+    pub fn kernel(
+        &self,
+        name: &str,
+        arch: Arch,
+        size: &dyn Fn(&str) -> Option<i64>,
+    ) -> Result<(Kernel, GpuSchedule)> {
+        let n = size("N").ok_or_else(|| Error::bug("no value for N"))?;
+        let kernel = self.program(name, n <= WHOLE_ROW);
+        let schedule = GpuSchedule::lines_for(&kernel, arch, size)?
+            .ok_or_else(|| Error::bug("a row in pieces has a schedule"))?;
+        Ok((kernel, schedule))
+    }
+}
