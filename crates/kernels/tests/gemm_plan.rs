@@ -1,0 +1,164 @@
+//! Plans of whole problems: every step of every first choice schedules, keeps the rules, and together
+//! they compute the product.
+
+use std::collections::BTreeMap;
+use tilewright_base::DType;
+use tilewright_interp::Mode;
+use tilewright_interp::device::{Options, run};
+use tilewright_kernels::gemm::{Candidate, Epilogue, Order, Place, Precision, Problem, plan};
+use tilewright_lower_gpu::lower;
+use tilewright_target::Gpu;
+
+fn problems() -> Vec<(&'static str, Problem)> {
+    use Order::{Col, Row};
+    let bf16 = |m, n, k| Problem::dense(m, n, k, DType::BF16, DType::BF16);
+    let mut out = vec![
+        ("square", bf16(256, 256, 256)),
+        ("few rows", bf16(3, 512, 512)),
+        ("one row, deep", bf16(1, 64, 2048)),
+        ("deep", bf16(64, 64, 4096)),
+        ("odd lines", bf16(70, 33, 77)),
+        ("transposed", bf16(130, 72, 200).ordered(Col, Row, Col)),
+        ("linear layer", bf16(130, 72, 200).ordered(Row, Col, Row)),
+    ];
+    let mut bias = bf16(20, 136, 1024);
+    bias.epilogue = Epilogue::bias(None, DType::F32, DType::BF16);
+    out.push(("deep with bias", bias));
+    let f8 = Problem::dense(40, 48, 272, DType::F8E4M3, DType::BF16);
+    out.push(("f8, row-major right operand", f8));
+    let i8 = Problem::dense(40, 48, 272, DType::I8, DType::I32).ordered(Row, Col, Row);
+    out.push(("i8", i8));
+    let mut tf32 = Problem::dense(70, 40, 72, DType::F32, DType::F32);
+    tf32.precision = Precision::Tf32;
+    out.push(("tf32, row-major right operand", tf32.clone()));
+    tf32.precision = Precision::Tf32x3;
+    out.push(("three-part tf32", tf32));
+    let mut batched = bf16(70, 40, 72);
+    batched.batch = 3;
+    out.push(("batched", batched));
+    out
+}
+
+fn bytes_of(dtype: DType, elements: usize) -> usize {
+    elements * dtype.bits() as usize / 8
+}
+
+fn fill(dtype: DType, elements: usize, salt: usize) -> Vec<u8> {
+    let mut bytes = vec![0u8; bytes_of(dtype, elements)];
+    for i in 0..elements {
+        let value = ((i * 7 + salt * 5 + i / 11) % 5) as i64 - 2;
+        if dtype.is_float() {
+            tilewright_data::from_f64(dtype, &mut bytes, i, value as f64);
+        } else {
+            tilewright_data::from_i64(dtype, &mut bytes, i, value);
+        }
+    }
+    bytes
+}
+
+fn read(dtype: DType, bytes: &[u8], i: usize) -> f64 {
+    if dtype.is_float() {
+        tilewright_data::read_f64(dtype, bytes, i)
+    } else {
+        tilewright_data::read_i64(dtype, bytes, i) as f64
+    }
+}
+
+/// Runs a candidate's steps in the interpreter and returns `C`.
+fn execute(name: &str, p: &Problem, candidate: &Candidate) -> Vec<u8> {
+    let span = |order: Order, rows: i64, cols: i64, leading: i64, stride: i64| {
+        let lines = if order == Order::Row { rows } else { cols };
+        ((lines * leading).max(stride) * p.batch) as usize
+    };
+    let a = span(p.order.0, p.m, p.k, p.leading.0, p.stride.0);
+    let b = span(p.order.1, p.k, p.n, p.leading.1, p.stride.1);
+    let c = span(p.order.2, p.m, p.n, p.leading.2, p.stride.2);
+    let cols = p.epilogue.col_vector.unwrap_or(DType::F32);
+    let mut places: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    places.insert("A".into(), fill(p.operand, a, 1));
+    places.insert("B".into(), fill(p.operand, b, 2));
+    places.insert("C".into(), vec![0xff; bytes_of(p.result, c)]);
+    places.insert("Cols".into(), fill(cols, p.n as usize, 3));
+    for step in &candidate.steps {
+        let program = lower(&step.kernel, &step.schedule)
+            .unwrap_or_else(|e| panic!("{name}, {}: {e}", step.schedule));
+        if let Err(e) = tilewright_device::verify(&program) {
+            panic!("{name}: {e}\n{:#?}\n{program}", e.notes());
+        }
+        let key = |place: &Place| match place {
+            Place::Workspace { offset, .. } => format!("W{offset}"),
+            other => format!("{other:?}"),
+        };
+        let mut buffers: Vec<Vec<u8>> = step
+            .operands
+            .iter()
+            .map(|place| {
+                if let Place::Workspace { bytes, .. } = place {
+                    places.entry(key(place)).or_insert_with(|| vec![0xff; *bytes as usize]);
+                }
+                places[&key(place)].clone()
+            })
+            .collect();
+        let options = Options { clusters: 3, mode: Mode::F64, ..Options::default() };
+        run(&program, &step.sizes, &mut buffers, &options)
+            .unwrap_or_else(|e| panic!("{name}: {e}\n{:#?}", e.notes()));
+        for (place, bytes) in step.operands.iter().zip(buffers) {
+            places.insert(key(place), bytes);
+        }
+    }
+    places.remove("C").unwrap()
+}
+
+#[test]
+fn plans_compute_the_product() {
+    let gpu = Gpu::h200();
+    for (name, p) in problems() {
+        let candidates = plan(&p, &gpu, 3).unwrap_or_else(|e| panic!("{name}: {e}"));
+        for candidate in candidates.iter().step_by(2) {
+            let c = execute(name, &p, candidate);
+            let at = |order: Order, row: i64, col: i64, leading: i64| {
+                (if order == Order::Row { row * leading + col } else { col * leading + row }) as usize
+            };
+            let a = fill(p.operand, (p.m.max(p.k) * p.leading.0.max(1) * p.batch) as usize + 8, 1);
+            let b = fill(p.operand, (p.n.max(p.k) * p.leading.1.max(1) * p.batch) as usize + 8, 2);
+            let bias = fill(p.epilogue.col_vector.unwrap_or(DType::F32), p.n as usize, 3);
+            for batch in 0..p.batch {
+                for row in (0..p.m).step_by(7) {
+                    for col in 0..p.n {
+                        let mut sum: f64 = (0..p.k)
+                            .map(|k| {
+                                let x = (batch * p.stride.0) as usize + at(p.order.0, row, k, p.leading.0);
+                                let y = (batch * p.stride.1) as usize + at(p.order.1, k, col, p.leading.1);
+                                read(p.operand, &a, x) * read(p.operand, &b, y)
+                            })
+                            .sum();
+                        if p.epilogue.col_vector.is_some() {
+                            sum += read(DType::F32, &bias, col as usize);
+                        }
+                        let z = (batch * p.stride.2) as usize + at(p.order.2, row, col, p.leading.2);
+                        let got = read(p.result, &c, z);
+                        let near = if p.result.bits() == 16 { sum.abs() / 128.0 } else { 0.0 };
+                        assert!(
+                            (got - sum).abs() <= near,
+                            "{name} at ({batch},{row},{col}): {got}, not {sum}; {} steps, {}",
+                            candidate.steps.len(),
+                            candidate.steps.last().unwrap().schedule
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn impossible_problems_are_the_users_mistake() {
+    let gpu = Gpu::h200();
+    let mut p = Problem::dense(8, 8, 8, DType::BF16, DType::BF16);
+    p.leading.0 = 4;
+    assert_eq!(plan(&p, &gpu, 1).unwrap_err().exit_code(), 2);
+    let p = Problem::dense(-1, 8, 8, DType::BF16, DType::BF16);
+    assert_eq!(plan(&p, &gpu, 1).unwrap_err().exit_code(), 2);
+    let p = Problem::dense(0, 8, 8, DType::BF16, DType::BF16);
+    assert!(plan(&p, &gpu, 1).unwrap()[0].steps.is_empty());
+}
