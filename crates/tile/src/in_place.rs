@@ -72,9 +72,8 @@ pub fn may_overwrite(kernel: &Kernel, input: ParamId, output: ParamId) -> bool {
     find_stores(&kernel.body, output, &mut Vec::new(), &mut stores);
     let [(index, value, loops)] = stores.as_slice() else { return false };
     let shape = kernel.ty(*value).shape.as_slice();
-    let moved_by = |name: &str| {
-        (0..shape.len()).filter(move |&d| index[d] == Dim::sym(name) * &shape[d]).next_back()
-    };
+    let moved_by =
+        |name: &str| (0..shape.len()).rfind(move |&d| index[d] == Dim::sym(name) * &shape[d]);
     // Each index of the grid and of the loops around moves the store by whole tiles.
     let mut apart = Vec::new();
     for axis in kernel.grid.iter().filter(|axis| !axis.extent.is(1)) {
