@@ -420,7 +420,7 @@ fn softmax(x: &Tensor, e: &[f64], y: &Tensor, axis: usize, inner: f64, u: f64) -
     let n = x.shape()[axis];
     let after: usize = x.shape()[axis + 1..].iter().product();
     let mut out = vec![0.0; y.len()];
-    for first in (0..x.len()).filter(|i| i / after % n == 0) {
+    for first in (0..x.len()).filter(|i| (i / after).is_multiple_of(n)) {
         let row: Vec<usize> = (0..n).map(|k| first + k * after).collect();
         let top = row.iter().map(|&i| x.get_f64(i)).fold(f64::NEG_INFINITY, f64::max);
         let d = |i: usize| {
