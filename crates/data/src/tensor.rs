@@ -7,11 +7,19 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 
+/// One cache line: what owned memory is made of, so that a vector never straddles two lines.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Line([u64; 8]);
+
+/// Bytes of a [`Line`].
+const LINE_BYTES: usize = 64;
+
 /// Immutable shared bytes: an owned buffer, a part of a memory-mapped file, or borrowed memory.
 #[derive(Clone)]
 pub enum Bytes {
-    /// Owned, aligned to 8 bytes. The length in bytes may be less than the words hold.
-    Owned(Arc<Vec<u64>>, usize),
+    /// Owned, aligned to 64 bytes. The length in bytes may be less than the lines hold.
+    Owned(Arc<Vec<Line>>, usize),
     /// A part of a mapped file.
     Mapped(Arc<MappedFile>, Range<usize>),
     /// Memory of somebody else, who promises that it does not change or move.
@@ -21,14 +29,14 @@ pub enum Bytes {
 impl Bytes {
     /// Copies `bytes` into an aligned owned buffer.
     pub fn copy_from(bytes: &[u8]) -> Bytes {
-        let mut words = vec![0u64; bytes.len().div_ceil(8)];
-        bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes.len()].copy_from_slice(bytes);
-        Bytes::Owned(Arc::new(words), bytes.len())
+        let mut lines = vec![Line([0; 8]); bytes.len().div_ceil(LINE_BYTES)];
+        bytemuck::cast_slice_mut::<Line, u8>(&mut lines)[..bytes.len()].copy_from_slice(bytes);
+        Bytes::Owned(Arc::new(lines), bytes.len())
     }
 
     /// Zeros.
     pub fn zeroed(len: usize) -> Bytes {
-        Bytes::Owned(Arc::new(vec![0u64; len.div_ceil(8)]), len)
+        Bytes::Owned(Arc::new(vec![Line([0; 8]); len.div_ceil(LINE_BYTES)]), len)
     }
 
     /// A part of these bytes whose address is a multiple of `alignment`: shared when they are mapped
@@ -49,9 +57,9 @@ impl Bytes {
             *self = Bytes::copy_from(self);
         }
         match self {
-            Bytes::Owned(words, len) => {
-                let words = Arc::make_mut(words);
-                &mut bytemuck::cast_slice_mut(words.as_mut_slice())[..*len]
+            Bytes::Owned(lines, len) => {
+                let lines = Arc::make_mut(lines);
+                &mut bytemuck::cast_slice_mut(lines.as_mut_slice())[..*len]
             }
             _ => unreachable!("replaced by an owned copy above"),
         }
@@ -62,7 +70,7 @@ impl Deref for Bytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         match self {
-            Bytes::Owned(words, len) => &bytemuck::cast_slice(words.as_slice())[..*len],
+            Bytes::Owned(lines, len) => &bytemuck::cast_slice(lines.as_slice())[..*len],
             Bytes::Mapped(map, range) => &map[range.clone()],
             Bytes::Foreign(owner) => (**owner).as_ref(),
         }
@@ -115,14 +123,14 @@ impl Tensor {
     pub fn zeros(dtype: DType, shape: impl Into<Vec<usize>>) -> Result<Tensor> {
         let shape = shape.into();
         let len = byte_count(dtype, &shape)?;
-        let mut words: Vec<u64> = Vec::new();
-        words.try_reserve_exact(len.div_ceil(8)).map_err(|_| {
+        let mut lines: Vec<Line> = Vec::new();
+        lines.try_reserve_exact(len.div_ceil(LINE_BYTES)).map_err(|_| {
             Error::user(format!(
                 "out of memory: a {dtype} tensor of shape {shape:?} takes {len} bytes"
             ))
         })?;
-        words.resize(len.div_ceil(8), 0);
-        Ok(Tensor { dtype, shape, bytes: Bytes::Owned(Arc::new(words), len) })
+        lines.resize(len.div_ceil(LINE_BYTES), Line([0; 8]));
+        Ok(Tensor { dtype, shape, bytes: Bytes::Owned(Arc::new(lines), len) })
     }
 
     /// A tensor of a Rust number type: `Tensor::from_slice(&[2, 2], &[1f32, 2., 3., 4.])`.

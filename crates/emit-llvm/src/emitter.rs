@@ -7,7 +7,7 @@
 //! data (gathered rows) are symbols of the same kind, bound to vector values.
 
 use crate::ops::{Code, constant, mem_elem, reg_elem, splat_lit, suffix, vector};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_expr::Value;
@@ -106,6 +106,14 @@ pub(crate) struct Emitter<'a> {
     pub(crate) scratch_max: i64,
     /// Helper functions of this kernel: micro-kernels.
     pub(crate) functions: Vec<String>,
+    /// Whole vectors are being stored past the caches.
+    pub(crate) streaming: bool,
+    /// Some were: the kernel ends with a fence.
+    pub(crate) streamed: bool,
+    /// Number of the loop nest that is being written.
+    pub(crate) site: u32,
+    /// The first loop nest that reads a parameter, and the one that asks for the next block's.
+    sites: BTreeMap<tilewright_tile::ParamId, (u32, Option<u32>)>,
 }
 
 impl<'a> Emitter<'a> {
@@ -134,6 +142,10 @@ impl<'a> Emitter<'a> {
             scratch_top: 0,
             scratch_max: 0,
             functions: Vec::new(),
+            streaming: false,
+            streamed: false,
+            site: 0,
+            sites: BTreeMap::new(),
         }
     }
 
@@ -718,6 +730,12 @@ impl<'a> Emitter<'a> {
             let (_, start) = linear_in(&place.offset, LANE).unwrap_or_default();
             let p = self.pointer(&Place { offset: start, ..place.clone() }, elem);
             match mask {
+                None if self.streaming => {
+                    let whole = lanes as usize * dtype.size();
+                    self.c.t.stmt(format_args!(
+                        "store {v} {raw}, ptr {p}, align {whole}, !nontemporal !0"
+                    ));
+                }
                 None => self.c.t.stmt(format_args!("store {v} {raw}, ptr {p}, align {align}")),
                 Some(mask) => {
                     let name = format!("llvm.masked.store.{}.p0", suffix(elem, lanes));
@@ -735,6 +753,31 @@ impl<'a> Emitter<'a> {
             self.c.t.intrinsic("void", &name, &args);
         }
         Ok(())
+    }
+
+    /// Asks memory for the same part of the next block's operand, when this is the second time that
+    /// the block reads it: what is computed meanwhile hides the way there.
+    pub(crate) fn ask_ahead(&mut self, param: tilewright_tile::ParamId, global: &[Dim]) {
+        let site = self.site;
+        let (first, second) = self.sites.entry(param).or_insert((site, None));
+        if *first == site || *second.get_or_insert(site) != site || self.lanes == 1 {
+            return;
+        }
+        let Some(grid) = self.k.grid.last().map(|axis| axis.name.clone()) else { return };
+        let next = |s: &str| (s == &*grid).then(|| Dim::sym(grid.clone()) + 1);
+        let info = &self.k.params[param];
+        let here: Vec<Dim> = global.iter().map(|x| self.settle(x)).collect();
+        let there: Vec<Dim> = here.iter().map(|x| x.substitute(&next)).collect();
+        let offset = self.facts.simplify(&info.layout.offset_of(&there));
+        let Some((_, start)) = linear_in(&offset, LANE).filter(|(c, _)| c.is(1)) else { return };
+        if here == there || !self.vec_env_free(&start) {
+            return;
+        }
+        let (elem, at) = (mem_elem(info.dtype), self.dim(&start));
+        // The last block asks for what lies behind: no `inbounds`, and asking never faults.
+        let p = self.c.t.ins(format_args!("getelementptr {elem}, ptr %p{}, i64 {at}", param.0));
+        let args = [("ptr", p.as_str()), ("i32", "0"), ("i32", "3"), ("i32", "1")];
+        self.c.t.intrinsic("void", "llvm.prefetch.p0", &args);
     }
 
     /// Opens a branch that runs where a single element lies inside; `None` when it always does.
@@ -817,6 +860,7 @@ impl<'a> Emitter<'a> {
         lanes: u32,
         body: &mut dyn FnMut(&mut Self, &[Dim]) -> Result<()>,
     ) -> Result<()> {
+        self.site += 1;
         let order: Vec<usize> = (0..counts.len()).filter(|d| Some(*d) != lane_axis).collect();
         let mut coords = base.to_vec();
         self.nest_level(base, counts, &order, lane_axis, lanes, &mut coords, body)

@@ -124,6 +124,9 @@ impl Emitter<'_> {
             TileOp::Load { param, index, steps, fill } => {
                 let global = global_coords(&index, &steps, coords);
                 let place = self.param_place(param, &global);
+                if self.knobs.ahead && self.mask.is_none() {
+                    self.ask_ahead(param, &global);
+                }
                 self.load(&place, Some(fill))
             }
             TileOp::Gather { param, axis, rows, index, fill } => {

@@ -111,6 +111,9 @@ fn emit_bound(k: &Kernel, schedule: &Schedule) -> Result<Emitted> {
     e.block(&k.body.stmts, &[])?;
     e.pop_scope();
     e.c.t.end_loop(blocks);
+    if e.streamed {
+        e.c.t.intrinsic("void", "llvm.x86.sse.sfence", &[]);
+    }
     e.c.t.stmt("ret void");
 
     let scratch = usize::try_from(e.scratch_max).map_err(|_| Error::unsupported("scratch"))? + 4096;
@@ -137,5 +140,8 @@ fn emit_bound(k: &Kernel, schedule: &Schedule) -> Result<Emitted> {
         out.push('\n');
     }
     out.push_str(&attributes(schedule.cpu.vector_bits));
+    if e.streamed {
+        out.push_str("!0 = !{i32 1}\n");
+    }
     Ok(Emitted { name, llvm_ir: out, scratch_bytes: scratch })
 }

@@ -7,7 +7,7 @@
 //!
 //! | function | f32 | f64 | domain of the bound |
 //! |---|---|---|---|
-//! | exp, exp2 | 1.5 | 2 | all |
+//! | exp, exp2 | 1 | 2 | all |
 //! | expm1, sigmoid, tanh | 2.5 | 4 | all |
 //! | log | 1.5 | 1.5 | all |
 //! | log2, log1p | 1 | 3 | all |
@@ -272,6 +272,21 @@ impl Body<'_> {
         let x =
             if self.is_f32() { self.clamp(x, -105.0, 90.0) } else { self.clamp(x, -750.0, 710.0) };
         let (n, r) = self.split_ln2(&x);
+        if self.is_f32() {
+            let y = self.poly(
+                &r,
+                &[
+                    1.381_461_0e-3,
+                    8.368_711e-3,
+                    4.166_838_9e-2,
+                    1.666_652_1e-1,
+                    4.999_999_4e-1,
+                    1.0,
+                    1.0,
+                ],
+            );
+            return self.scale(&y, &n);
+        }
         let m = self.expm1_core(&r);
         let one = self.lit(1.0);
         let y = self.add(&m, &one);
@@ -286,6 +301,21 @@ impl Body<'_> {
         };
         let n = self.un("roundeven", &x);
         let f = self.sub(&x, &n);
+        if self.is_f32() {
+            let y = self.poly(
+                &f,
+                &[
+                    1.535_336_2e-4,
+                    1.339_887_5e-3,
+                    9.618_437e-3,
+                    5.550_332_4e-2,
+                    2.402_264_8e-1,
+                    6.931_471_8e-1,
+                    1.0,
+                ],
+            );
+            return self.scale(&y, &n);
+        }
         let ln2 = self.lit(std::f64::consts::LN_2);
         let r = self.mul(&f, &ln2);
         let m = self.expm1_core(&r);

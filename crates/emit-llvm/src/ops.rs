@@ -132,6 +132,30 @@ impl Code {
         self.t.ins(format_args!("select {m} {c}, {v} {a}, {v} {b}"))
     }
 
+    /// The smaller or larger of two floats, the second when they compare neither way: what x86's
+    /// instruction does. Named where it fits a register, because LLVM takes the comparison and the
+    /// choice apart again.
+    fn plain_extreme(&mut self, min: bool, elem: &str, lanes: u32, a: &str, b: &str) -> String {
+        let bits = lanes * if elem == "double" { 64 } else { 32 };
+        let (name, short) =
+            (if min { "min" } else { "max" }, if elem == "double" { "pd" } else { "ps" });
+        let v = vector(elem, lanes);
+        match bits {
+            512 if self.vector_bits == 512 => {
+                let name = format!("llvm.x86.avx512.{name}.{short}.512");
+                self.t.intrinsic(&v, &name, &[(&v, a), (&v, b), ("i32", "4")])
+            }
+            256 => {
+                let name = format!("llvm.x86.avx.{name}.{short}.256");
+                self.t.intrinsic(&v, &name, &[(&v, a), (&v, b)])
+            }
+            _ => {
+                let first = self.cmp(if min { "olt" } else { "ogt" }, elem, lanes, a, b);
+                self.select(elem, lanes, &first, a, b)
+            }
+        }
+    }
+
     /// One conversion instruction.
     pub(crate) fn conv(&mut self, op: &str, from: &str, to: &str, lanes: u32, x: &str) -> String {
         self.t.ins(format_args!("{op} {} {x} to {}", vector(from, lanes), vector(to, lanes)))
@@ -393,11 +417,8 @@ impl Code {
             Op::Rem if float => self.math("fmod", d, lanes, x),
             Op::Mod if float => self.math("pymod", d, lanes, x),
             Op::Min | Op::Max if float => {
-                // Two instructions on x86: the second operand when either is NaN, then NaN of the
-                // first.
-                let cc = if op == Op::Min { "olt" } else { "ogt" };
-                let first = self.cmp(cc, e, lanes, x[0], x[1]);
-                let best = self.select(e, lanes, &first, x[0], x[1]);
+                // The second operand when either is NaN, then NaN of the first.
+                let best = self.plain_extreme(op == Op::Min, e, lanes, x[0], x[1]);
                 let nan = self.cmp("uno", e, lanes, x[0], x[0]);
                 self.select(e, lanes, &nan, x[0], &best)
             }

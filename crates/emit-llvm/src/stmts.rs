@@ -107,12 +107,61 @@ impl<'a> Emitter<'a> {
         };
         let (axis, lanes) = self.choose_axis(value, &counts, &at)?;
         let lanes = if nibbles { 1 } else { lanes };
-        self.nest(base, &counts, axis, lanes, &mut |e, coords| {
-            let v = e.eval(value, coords)?;
-            let global: Vec<Dim> = index.iter().zip(coords).map(|(i, c)| i + c).collect();
-            let place = e.param_place(param, &global);
-            e.store(&place, &v, false)
-        })
+        let write = |e: &mut Self| {
+            e.nest(base, &counts, axis, lanes, &mut |e, coords| {
+                let v = e.eval(value, coords)?;
+                let global: Vec<Dim> = index.iter().zip(coords).map(|(i, c)| i + c).collect();
+                let place = e.param_place(param, &global);
+                e.store(&place, &v, false)
+            })
+        };
+        if !self.knobs.stream || !self.may_stream(param, index, base, axis, lanes) {
+            return write(self);
+        }
+        // Only whole aligned vectors go past the caches; where the buffer starts is known at run
+        // time.
+        let mask = i64::from(lanes) * self.k.params[param].dtype.size() as i64 - 1;
+        let at = self.c.t.ins(format_args!("ptrtoint ptr %p{} to i64", param.0));
+        let low = self.c.t.ins(format_args!("and i64 {at}, {mask}"));
+        let aligned = self.c.t.ins(format_args!("icmp eq i64 {low}, 0"));
+        let (yes, no, end) = (self.c.t.label(), self.c.t.label(), self.c.t.label());
+        self.c.t.br_if(&aligned, &yes, &no);
+        self.streamed = true;
+        let site = self.site;
+        for (label, streaming) in [(&yes, true), (&no, false)] {
+            self.c.t.place(label);
+            self.site = site;
+            self.push_scope();
+            self.streaming = streaming;
+            let written = write(self);
+            self.streaming = false;
+            self.pop_scope();
+            written?;
+            self.c.t.br(&end);
+        }
+        self.c.t.place(&end);
+        Ok(())
+    }
+
+    /// Every vector of a store starts a multiple of its own size behind the buffer's start.
+    fn may_stream(
+        &self,
+        param: tilewright_tile::ParamId,
+        index: &[Dim],
+        base: &[Dim],
+        axis: Option<usize>,
+        lanes: u32,
+    ) -> bool {
+        let info = &self.k.params[param];
+        let whole = |d: &Dim| self.settle(&d.modulo(&Dim::new(i64::from(lanes)))).is(0);
+        let Some(axis) = axis else { return false };
+        lanes as usize * info.dtype.size() >= 16
+            && whole(&info.layout.offset)
+            && whole(&(&index[axis] + &base[axis]))
+            && info.layout.axes.iter().enumerate().all(|(d, a)| {
+                let steps = if d == axis { a.stride.is(1) } else { whole(&a.stride) };
+                a.block.is_none() && steps
+            })
     }
 
     /// Evaluates a tile into scratch memory.

@@ -219,6 +219,10 @@ fn views_with_offset_and_zero_sizes() {
 fn softmax() -> Kernel {
     let mut b = KernelBuilder::new("softmax");
     let (m, n) = (size(&mut b, "M"), size(&mut b, "N"));
+    softmax_over(b, m, n)
+}
+
+fn softmax_over(mut b: KernelBuilder, m: Dim, n: Dim) -> Kernel {
     let (bm, bn) = (b.tile("BM"), b.tile("BN"));
     let pm = b.grid("pm", m.ceil_div(&bm));
     let x = b.param("x", F32, Layout::row_major(&[m.clone(), n.clone()]), Access::In);
@@ -246,6 +250,24 @@ fn softmax_of_rows() {
         let s = schedule(&[("BM", 4), ("BN", 512)], knobs.clone());
         for (m, n) in [(1, 1), (5, 37), (4, 512), (9, 300)] {
             check(&softmax(), &s, &[("M", m), ("N", n)], 1e-6);
+        }
+    }
+}
+
+/// Stores past the caches and asking for the next block's rows change no result, wherever the buffers
+/// start; rows that are no whole vectors are stored as ever.
+#[test]
+fn softmax_past_the_caches() {
+    for mut knobs in knobs() {
+        (knobs.stream, knobs.ahead) = (true, true);
+        for n in [64, 72, 512] {
+            let kernel = softmax_over(KernelBuilder::new("softmax"), d(9), d(n));
+            let s = schedule(&[("BM", 2), ("BN", 512)], knobs.clone());
+            let ir = tilewright_emit_llvm::emit_kernel(&kernel, &s).unwrap().llvm_ir;
+            let lanes = i64::from(knobs.vector_bits / 32);
+            assert_eq!(ir.contains("!nontemporal"), n % lanes == 0, "{n}");
+            assert!(ir.contains("@llvm.prefetch"), "{n}");
+            check(&kernel, &s, &[], 1e-6);
         }
     }
 }

@@ -5,9 +5,10 @@ use crate::fuse::Group;
 use crate::lowering::Lowering;
 use crate::schedule::map_tiles;
 use crate::views::{by_distance, inner_stride, is_broadcast, merge, nominal, partition};
-use tilewright_base::Result;
+use tilewright_base::{DType, Result};
 use tilewright_layout::{Dim, Layout, numel};
 use tilewright_plan::Note;
+use tilewright_tile::CpuKnobs;
 
 /// The block size of canonical axis `c` in any of the layouts.
 pub(crate) fn block_of(layouts: &[&Layout], canon: &[usize]) -> Option<i64> {
@@ -75,8 +76,30 @@ impl Lowering<'_> {
         }
         let mut emit = Emit::new(dag, &canon, pos);
         emit.store_all(&mut k);
-        let knobs = self.knobs();
+        // Every element is read once: the processor sees that coming by itself.
+        let knobs = CpuKnobs { ahead: false, ..self.memory_knobs(dag) };
         self.launch(k, tiles, knobs, note)
+    }
+
+    /// The knobs of a kernel that is bound by memory: results that no cache holds go past all of
+    /// them, and operands that the second level does not hold are asked for ahead.
+    pub(crate) fn memory_knobs(&self, dag: &Dag) -> CpuKnobs {
+        let bytes = |layout: &Layout, dtype: DType| {
+            let real = layout.axes.iter().filter(|a| !is_broadcast(a)).map(|a| a.extent.clone());
+            let elements = nominal(&numel(&real.collect::<Vec<Dim>>()), &self.graph.symbols);
+            elements.saturating_mul(dtype.size() as i64)
+        };
+        let stored =
+            dag.stores.iter().map(|s| bytes(&s.layout, dag.nodes[s.node].dtype)).max().unwrap_or(0);
+        let loaded = dag.nodes.iter().filter_map(|n| match &n.op {
+            DagOp::Ext(e) => Some(bytes(&e.layout, n.dtype)),
+            _ => None,
+        });
+        CpuKnobs {
+            stream: stored > self.target.l3_bytes,
+            ahead: loaded.max().unwrap_or(0) > self.target.l2_bytes,
+            ..self.knobs()
+        }
     }
 }
 

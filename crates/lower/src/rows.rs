@@ -356,7 +356,9 @@ impl Lowering<'_> {
             true => rows.whole(&mut k),
             false => rows.pieces(&mut k),
         }
-        let knobs = self.knobs();
+        let mut knobs = self.memory_knobs(dag);
+        // Only a tile that holds the row is read again from the caches.
+        knobs.ahead &= whole;
         self.launch(k, tiles, knobs, note)
     }
 }

@@ -11,6 +11,7 @@ use tilewright_data::{Bytes, Tensor, element_count};
 use tilewright_jit::Library;
 use tilewright_layout::{Dim, Env};
 use tilewright_plan::{Buffer, BufferId, HostCall, KernelId, Plan, Step, Storage};
+use tilewright_tile::{Access, Kernel, ParamId, may_overwrite};
 
 /// A compiled kernel: `(buffers, sizes, first block, one past the last block, scratch)`.
 ///
@@ -80,6 +81,9 @@ pub struct Executable {
     plan: Plan,
     code: Vec<Code>,
     constants: Vec<Option<Constant>>,
+    /// For each kernel, the parameters that may share memory: operand and result.
+    shareable: Vec<Vec<(ParamId, ParamId)>>,
+    in_place: bool,
     pool: Arc<Pool>,
 }
 
@@ -114,7 +118,14 @@ impl Executable {
             .into_iter()
             .map(|s| s.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).transpose())
             .collect::<Result<Vec<_>>>()?;
-        Ok(Executable { plan, code, constants, pool })
+        let shareable = plan.kernels.iter().map(|(_, k)| shareable(&k.kernel)).collect();
+        Ok(Executable { plan, code, constants, shareable, in_place: true, pool })
+    }
+
+    /// With `false`, every intermediate has memory of its own, also where a kernel could write its
+    /// result over an operand that nobody reads again.
+    pub fn with_in_place(self, in_place: bool) -> Executable {
+        Executable { in_place, ..self }
     }
 
     /// The plan.
@@ -126,6 +137,15 @@ impl Executable {
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
+}
+
+/// Operands and results of a kernel that may share memory.
+fn shareable(kernel: &Kernel) -> Vec<(ParamId, ParamId)> {
+    let of = |access| kernel.params.iter().filter(move |(_, p)| p.access == access);
+    of(Access::Out)
+        .flat_map(|(to, _)| of(Access::In).map(move |(from, _)| (from, to)))
+        .filter(|&(from, to)| may_overwrite(kernel, from, to))
+        .collect()
 }
 
 fn constant(buffer: &Buffer) -> Result<Option<Constant>> {
@@ -159,6 +179,8 @@ struct Bound {
     /// Concrete shape and bytes of each buffer.
     shapes: Vec<Vec<usize>>,
     arena: ArenaPlan,
+    /// Size of the arena if no result lay over an operand.
+    apart_bytes: usize,
     steps: Vec<BoundStep>,
     output_shapes: Vec<Vec<usize>>,
 }
@@ -177,6 +199,8 @@ pub struct StepTime {
 pub struct MemoryReport {
     /// Size of the arena.
     pub arena_bytes: usize,
+    /// Size of the arena if no kernel wrote its result over an operand.
+    pub apart_bytes: usize,
     /// What one allocation per intermediate would take.
     pub naive_bytes: usize,
     /// Constants used in place, as they lie in the file.
@@ -357,6 +381,7 @@ impl Session {
         if !has_unbacked(&self.exe.plan, &env) {
             let at = self.bind(&env)?;
             report.arena_bytes = self.bound[at].arena.bytes;
+            report.apart_bytes = self.bound[at].apart_bytes;
             report.naive_bytes = self.bound[at].arena.naive_bytes;
         }
         Ok(report)
@@ -729,7 +754,18 @@ fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
     for live in &mut lives {
         live.first = live.first.min(live.last);
     }
-    let arena = plan_arena(&lives);
+    let apart = plan_arena(&lives);
+    let naive_bytes = apart.naive_bytes;
+    let apart_bytes = apart.bytes;
+    let mut arena = apart;
+    if exe.in_place {
+        // Sharing is a wish of each kernel alone; the arena as a whole may be better off without.
+        let (joined, joined_of) = join_in_place(exe, &steps, &lives, &live_of);
+        let shared = plan_arena(&joined);
+        if shared.bytes < arena.bytes {
+            (arena, live_of) = (ArenaPlan { naive_bytes, ..shared }, joined_of);
+        }
+    }
     let mut output_shapes = vec![Vec::new(); plan.outputs.len()];
     let mut slots = Vec::with_capacity(plan.buffers.len());
     for (id, buffer) in plan.buffers.iter() {
@@ -748,7 +784,44 @@ fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
         });
     }
     let key = plan.symbols.iter().map(|s| env.get(&s.name).copied().unwrap_or(0)).collect();
-    Ok(Bound { key, env: env.clone(), slots, shapes, arena, steps, output_shapes })
+    Ok(Bound { key, env: env.clone(), slots, shapes, arena, apart_bytes, steps, output_shapes })
+}
+
+/// Lives in which a result and the operand that it may overwrite are one, and each buffer's life.
+///
+/// That is so where the step is the operand's last reader and the result's first writer, and each
+/// of the two is one argument only.
+fn join_in_place(
+    exe: &Executable,
+    steps: &[BoundStep],
+    lives: &[Live],
+    live_of: &[Option<usize>],
+) -> (Vec<Live>, Vec<Option<usize>>) {
+    let (mut joined, mut joined_of) = (lives.to_vec(), live_of.to_vec());
+    for (number, step) in steps.iter().enumerate() {
+        let BoundStep::Launch { kernel, args, .. } = step else { continue };
+        let mut given_up: Vec<BufferId> = Vec::new();
+        for &(from, to) in &exe.shareable[kernel.index()] {
+            let (from, to) = (args[from.index()], args[to.index()]);
+            let (Some(old), Some(new)) = (live_of[from.index()], live_of[to.index()]) else {
+                continue;
+            };
+            let once = |b: BufferId| args.iter().filter(|&&a| a == b).count() == 1;
+            let apart = joined_of[to.index()] == Some(new) && !given_up.contains(&from);
+            let now = lives[old].last == number && lives[new].first == number;
+            if !apart || !now || !once(from) || !once(to) {
+                continue;
+            }
+            given_up.push(from);
+            let Some(home) = joined_of[from.index()] else { continue };
+            joined[home].bytes = joined[home].bytes.max(lives[new].bytes);
+            joined[home].last = lives[new].last;
+            joined_of[to.index()] = Some(home);
+            // Nobody has this life any more.
+            joined[new].bytes = 0;
+        }
+    }
+    (joined, joined_of)
 }
 
 /// Finds the symbols' values from the inputs' shapes, and checks every input.

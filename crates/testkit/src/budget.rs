@@ -58,6 +58,11 @@ pub fn largest(dtype: DType) -> f64 {
     format(dtype).2
 }
 
+/// The smallest normal number of a float type: results below it may be flushed to zero.
+pub fn smallest_normal(dtype: DType) -> f64 {
+    2f64.powi(format(dtype).1)
+}
+
 /// The gain of functions whose relative error out is the size of their argument times that in.
 const STEEP: f64 = 8.0;
 
@@ -129,7 +134,7 @@ fn of_func(func: &Func, r: f64) -> f64 {
     gain * (r + own)
 }
 
-fn grow(op: &Op, r: &[f64], types: &[&TensorType], out: &TensorType, env: &Env) -> f64 {
+pub(crate) fn grow(op: &Op, r: &[f64], types: &[&TensorType], out: &TensorType, env: &Env) -> f64 {
     let u = unit_roundoff(out.dtype);
     let most = r.iter().copied().fold(0.0, f64::max);
     let all: f64 = r.iter().sum();

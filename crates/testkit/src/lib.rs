@@ -30,6 +30,7 @@
 //! assert!(!differs(&g), "{}", shrink::shrink(&g, differs));
 //! ```
 
+pub mod bound;
 pub mod budget;
 pub mod compare;
 pub mod data;

@@ -23,6 +23,7 @@
 
 mod builder;
 mod cursor;
+mod in_place;
 mod ir;
 mod parse;
 mod print;
@@ -30,6 +31,7 @@ mod schedule;
 mod verify;
 
 pub use builder::KernelBuilder;
+pub use in_place::may_overwrite;
 pub use ir::{
     Access, Block, Compare, For, GridAxis, If, Kernel, Operand, Param, ParamId, ReduceKind, Stmt,
     TileId, TileInfo, TileOp, TileType,

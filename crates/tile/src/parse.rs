@@ -70,6 +70,15 @@ impl Schedule {
                 "vector" => &mut cpu.vector_bits,
                 "unroll" => &mut cpu.unroll_k,
                 "chains" => &mut cpu.reduce_chains,
+                "stream" | "ahead" => {
+                    let set = match value.text {
+                        "0" => false,
+                        "1" => true,
+                        _ => return Err(cursor.error_on(value, "not 0 or 1")),
+                    };
+                    *(if key.text == "stream" { &mut cpu.stream } else { &mut cpu.ahead }) = set;
+                    continue;
+                }
                 "mma" => {
                     let sizes = value.text.split_once('x');
                     let sizes = sizes.and_then(|(m, n)| Some((m.parse().ok()?, n.parse().ok()?)));

@@ -63,7 +63,13 @@ impl fmt::Display for Schedule {
             f,
             "vector={} mma={}x{} unroll={} chains={}",
             c.vector_bits, c.mma_rows, c.mma_vectors, c.unroll_k, c.reduce_chains
-        )
+        )?;
+        for (name, set) in [("stream", c.stream), ("ahead", c.ahead)] {
+            if set {
+                write!(f, " {name}=1")?;
+            }
+        }
+        Ok(())
     }
 }
 

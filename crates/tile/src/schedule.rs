@@ -26,18 +26,31 @@ pub struct CpuKnobs {
     pub unroll_k: u32,
     /// Independent accumulators in vector reductions.
     pub reduce_chains: u32,
+    /// Results go past the caches: for those that no cache holds until somebody reads them.
+    pub stream: bool,
+    /// When a block reads an operand for the second time, it asks memory for the same part of the
+    /// next block's.
+    pub ahead: bool,
 }
 
 impl Default for CpuKnobs {
     /// AVX2: a 6x2-vector micro-kernel (12 accumulators of 16 registers).
     fn default() -> CpuKnobs {
-        CpuKnobs { vector_bits: 256, mma_rows: 6, mma_vectors: 2, unroll_k: 2, reduce_chains: 4 }
+        CpuKnobs {
+            vector_bits: 256,
+            mma_rows: 6,
+            mma_vectors: 2,
+            unroll_k: 2,
+            reduce_chains: 4,
+            stream: false,
+            ahead: false,
+        }
     }
 }
 
 impl CpuKnobs {
     /// AVX-512: a 14x2-vector micro-kernel (28 accumulators of 32 registers).
     pub fn avx512() -> CpuKnobs {
-        CpuKnobs { vector_bits: 512, mma_rows: 14, mma_vectors: 2, unroll_k: 2, reduce_chains: 4 }
+        CpuKnobs { vector_bits: 512, mma_rows: 14, ..CpuKnobs::default() }
     }
 }

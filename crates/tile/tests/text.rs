@@ -121,7 +121,21 @@ fn a_schedule_comes_back() {
     assert_eq!(schedule.to_string(), text);
     assert_eq!(Schedule::parse("<test>", text).unwrap(), schedule);
     assert_eq!(Schedule::parse("<test>", "").unwrap(), Schedule::default());
-    for bad in ["BM", "BM=", "BM=x", "4=4", "mma=6", "mma=6x", "vector=-1", "BM=1 BM=2", "BM=1,"] {
+    (schedule.cpu.stream, schedule.cpu.ahead) = (true, true);
+    assert_eq!(schedule.to_string(), format!("{text} stream=1 ahead=1"));
+    assert_eq!(Schedule::parse("<test>", &schedule.to_string()).unwrap(), schedule);
+    for bad in [
+        "stream=2",
+        "BM",
+        "BM=",
+        "BM=x",
+        "4=4",
+        "mma=6",
+        "mma=6x",
+        "vector=-1",
+        "BM=1 BM=2",
+        "BM=1,",
+    ] {
         assert!(Schedule::parse("<test>", bad).is_err(), "{bad}");
     }
 }

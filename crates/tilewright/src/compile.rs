@@ -29,6 +29,9 @@ pub struct Compiler {
     pub cache: Option<PathBuf>,
     /// Fuse operators into groups; off for finding what a fusion breaks.
     pub fusion: bool,
+    /// Let kernels write results over operands that nobody reads again; off for finding what that
+    /// breaks.
+    pub in_place: bool,
     pool: Arc<Pool>,
 }
 
@@ -83,7 +86,7 @@ impl Compiler {
     /// For this machine as described by `cpu`, on `cpu.threads` threads.
     pub fn for_cpu(cpu: Cpu, cache: Option<PathBuf>) -> Compiler {
         let pool = Arc::new(Pool::new(cpu.threads));
-        Compiler { cpu, precision: Precision::F32, cache, fusion: true, pool }
+        Compiler { cpu, precision: Precision::F32, cache, fusion: true, in_place: true, pool }
     }
 
     /// Compiles a model.
@@ -143,7 +146,8 @@ impl Compiler {
         let Generated { code, cache_hits, warnings } =
             self.generate(&plan, observe, &mut stages)?;
         lap(&mut stages, "codegen (all)");
-        let exe = Arc::new(Executable::new(plan, code, self.pool.clone())?);
+        let exe =
+            Arc::new(Executable::new(plan, code, self.pool.clone())?.with_in_place(self.in_place));
         lap(&mut stages, "pack-weights");
         Ok(Compiled { graph, fusion, exe, stages, cpu: self.cpu.clone(), cache_hits, warnings })
     }

@@ -76,6 +76,8 @@ pub struct KernelReport {
 pub struct MemoryReport {
     /// The one block that holds all intermediates.
     pub arena_bytes: usize,
+    /// What it would take if no kernel wrote its result over an operand.
+    pub apart_bytes: usize,
     /// What one allocation per intermediate would take.
     pub naive_bytes: usize,
     /// Weights used in place.
@@ -193,6 +195,7 @@ pub fn explain(
         distinct_kernels: plan.kernels.len(),
         memory: MemoryReport {
             arena_bytes: memory.arena_bytes,
+            apart_bytes: memory.apart_bytes,
             naive_bytes: memory.naive_bytes,
             shared_constant_bytes: memory.shared_constant_bytes,
             packed_constant_bytes: memory.packed_constant_bytes,
@@ -264,8 +267,9 @@ impl Explanation {
         let m = &self.memory;
         let _ = writeln!(
             out,
-            "memory: arena {} (one allocation per intermediate would take {}), weights {} in place and {} packed, scratch {}",
+            "memory: arena {} ({} without writing over operands, {} with one allocation per intermediate), weights {} in place and {} packed, scratch {}",
             bytes_text(m.arena_bytes as f64),
+            bytes_text(m.apart_bytes as f64),
             bytes_text(m.naive_bytes as f64),
             bytes_text(m.shared_constant_bytes as f64),
             bytes_text(m.packed_constant_bytes as f64),

@@ -8,7 +8,7 @@ use std::path::Path;
 use tilewright::{Compiler, Cpu};
 use tilewright_base::DType;
 use tilewright_graph::Graph;
-use tilewright_interp::{Mode, Options};
+use tilewright_interp::{Mode, Options as Run};
 use tilewright_testkit as kit;
 
 /// What is wrong with the compiled form of this graph, if anything.
@@ -16,9 +16,13 @@ fn wrong(graph: &Graph, seed: u64, compiler: &Compiler) -> Option<String> {
     let mut rng = kit::data::Rng::new(seed);
     let env = kit::data::random_env(graph, &mut rng);
     let inputs = kit::data::random_inputs(graph, &env, &mut rng);
-    let options = Options { env: env.clone(), ..Options::new(Mode::F64) };
     // What the oracle itself refuses is no case.
-    let want = tilewright_interp::run_with(graph, &inputs, &options).ok()?.outputs;
+    let options = Run { env: env.clone(), ..Run::new(Mode::F64) };
+    tilewright_interp::run_with(graph, &inputs, &options).ok()?;
+    let want = match kit::bound::run(graph, &inputs, &env) {
+        Ok(want) => want,
+        Err(e) => return Some(format!("no bounds: {e:?}")),
+    };
     let got = catch_unwind(AssertUnwindSafe(|| {
         compiler.compile_observed(graph.clone(), &mut |_| {})?.session()?.run(&inputs)
     }));
@@ -27,13 +31,8 @@ fn wrong(graph: &Graph, seed: u64, compiler: &Compiler) -> Option<String> {
         Ok(Err(e)) => return Some(format!("{e:?}")),
         Err(_) => return Some("panic".to_string()),
     };
-    let budgets = kit::budget::of_outputs_at(graph, &env);
-    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-        // A difference or an extreme may be much smaller than what it was made from; its error is
-        // not. The numbers here are of size 1.
-        let mut budget = budgets[i];
-        budget.absolute = budget.absolute.max(4.0 * budget.relative);
-        let comparison = kit::compare::compare(got, want, &budget);
+    for (i, (got, want)) in got.iter().zip(want.outputs.iter().zip(&want.errors)).enumerate() {
+        let comparison = kit::bound::check(got, want.0, want.1);
         if !comparison.passed() {
             return Some(format!("output {i}: {comparison}"));
         }

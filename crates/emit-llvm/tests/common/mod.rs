@@ -47,7 +47,7 @@ pub(crate) fn knobs() -> Vec<CpuKnobs> {
     all
 }
 
-/// Memory aligned to 64 bytes with untouchable-by-contract bytes behind it.
+/// Memory at a distance from a multiple of 64 bytes, with untouchable-by-contract bytes behind it.
 struct Memory {
     bytes: Vec<u8>,
     start: usize,
@@ -57,9 +57,9 @@ struct Memory {
 const CANARY: u8 = 0xA5;
 
 impl Memory {
-    fn new(from: &[u8]) -> Memory {
-        let mut bytes = vec![CANARY; from.len() + 4096 + 64];
-        let start = bytes.as_ptr().align_offset(64);
+    fn new(from: &[u8], shift: usize) -> Memory {
+        let mut bytes = vec![CANARY; from.len() + 4096 + 128];
+        let start = bytes.as_ptr().align_offset(64) + shift;
         bytes[start..start + from.len()].copy_from_slice(from);
         Memory { bytes, start, len: from.len() }
     }
@@ -101,13 +101,28 @@ pub(crate) fn check(kernel: &Kernel, schedule: &Schedule, sizes: &[(&str, i64)],
     check_with(kernel, schedule, sizes, tolerance, buffers);
 }
 
-/// As [`check`], on given bytes.
+/// As [`check`], on given bytes. What goes past the caches is also run on buffers that start in the
+/// middle of a cache line.
 pub(crate) fn check_with(
     kernel: &Kernel,
     schedule: &Schedule,
     sizes: &[(&str, i64)],
     tolerance: f64,
     buffers: Vec<Vec<u8>>,
+) {
+    if schedule.cpu.stream {
+        check_at(kernel, schedule, sizes, tolerance, buffers.clone(), 8);
+    }
+    check_at(kernel, schedule, sizes, tolerance, buffers, 0);
+}
+
+fn check_at(
+    kernel: &Kernel,
+    schedule: &Schedule,
+    sizes: &[(&str, i64)],
+    tolerance: f64,
+    buffers: Vec<Vec<u8>>,
+    shift: usize,
 ) {
     let what =
         format!("{} {:?} {sizes:?} {}", kernel.name, schedule.tiles, schedule.cpu.vector_bits);
@@ -119,7 +134,7 @@ pub(crate) fn check_with(
     let build = jit
         .build(std::slice::from_ref(&source))
         .unwrap_or_else(|e| panic!("{what}: {e}\n{}", source.text));
-    let mut memory: Vec<Memory> = buffers.iter().map(|b| Memory::new(b)).collect();
+    let mut memory: Vec<Memory> = buffers.iter().map(|b| Memory::new(b, shift)).collect();
     let ptrs: Vec<*mut u8> = memory.iter_mut().map(|m| m.bytes[m.start..].as_mut_ptr()).collect();
     let values: Vec<i64> =
         kernel.symbols.iter().map(|s| env.get(&s.name).copied().unwrap()).collect();
