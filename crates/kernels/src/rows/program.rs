@@ -4,7 +4,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
-use tilewright_lower_gpu::{GpuSchedule, WHOLE_ROW};
+use tilewright_lower_gpu::GpuSchedule;
 use tilewright_tile::{
     Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
 };
@@ -362,8 +362,11 @@ impl RowSpec {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
-        let n = size("N").ok_or_else(|| Error::bug("no value for N"))?;
-        let kernel = self.program(name, n <= WHOLE_ROW);
+        let whole = self.program(name, true);
+        if let Some(schedule) = GpuSchedule::lines_for(&whole, arch, size)? {
+            return Ok((whole, schedule));
+        }
+        let kernel = self.program(name, false);
         let schedule = GpuSchedule::lines_for(&kernel, arch, size)?
             .ok_or_else(|| Error::bug("a row in pieces has a schedule"))?;
         Ok((kernel, schedule))
