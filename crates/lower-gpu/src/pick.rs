@@ -249,14 +249,16 @@ impl GpuSchedule {
         schedule.arch = arch;
         schedule.persistent = false;
         schedule.vector = s.aligned.min(s.vector) as u32;
+        // Lines that start anywhere are read element by element, neighbours by neighbouring threads.
         schedule.lines =
-            LinesKnobs { threads: threads as u32, lanes: lanes as u32, vector: s.vector as u32 };
+            LinesKnobs { threads: threads as u32, lanes: lanes as u32, vector: schedule.vector };
         // Blocks that a multiprocessor holds follow from registers: each plane that is alive, sums that
         // loops keep, vectors that come late, and addresses of single elements.
         let registers = |runs_each: i64| {
             let each = rows_each * runs_each * s.vector;
             let planes = if s.whole { planes.min(2) } else { planes };
-            let addresses = if s.aligned < s.vector { 24 } else { 0 };
+            let single = each * planes + runs_each * s.vector * vectors;
+            let addresses = if s.aligned < s.vector { 24 + single } else { 0 };
             32 + each * (planes + s.folds) + vectors * 8 + addresses
         };
         let file = 65536 / threads;
