@@ -21,7 +21,6 @@ mod schedule;
 mod specialise;
 mod streams;
 
-pub use pick::WHOLE_ROW;
 pub use schedule::{GpuSchedule, LinesKnobs, Mode, StoreKind};
 pub use streams::tf32_round;
 

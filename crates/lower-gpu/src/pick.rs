@@ -4,7 +4,7 @@
 //! bytes before it uses the first, and as many blocks share a multiprocessor as registers allow. A row
 //! belongs to as few threads as that permits, since a reduction within a warp needs no barrier.
 
-use crate::axes::{Direction, directions};
+use crate::axes::{Direction, Directions, directions};
 use crate::schedule::{GpuSchedule, LinesKnobs};
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
@@ -19,8 +19,8 @@ const BLOCKS: i64 = 264;
 /// Elements of one row that a thread keeps.
 const KEEP: i64 = 32;
 
-/// The longest row that a tile can hold whole.
-pub const WHOLE_ROW: i64 = 1024 * KEEP;
+/// The longest row that a tile can hold whole, when nothing else takes registers.
+const WHOLE_ROW: i64 = 1024 * KEEP;
 
 /// What the picker knows of a program.
 struct Shape {
@@ -37,6 +37,11 @@ struct Shape {
     /// Reductions outside loops: the tile must hold the row.
     whole: bool,
     reduces: bool,
+    /// Loads of tiles that vary along columns: of the plane, and of columns alone.
+    planes: i64,
+    vectors: i64,
+    /// The most reductions in one loop: each keeps its own sums in registers.
+    folds: i64,
 }
 
 fn reduces_outside_loops(block: &Block) -> bool {
@@ -47,6 +52,44 @@ fn reduces_outside_loops(block: &Block) -> bool {
         Stmt::If(f) => reduces_outside_loops(&f.then) || reduces_outside_loops(&f.otherwise),
         _ => false,
     })
+}
+
+/// The most reductions that one loop's body has.
+fn reductions_in_loops(block: &Block) -> i64 {
+    let inside = |s: &Stmt| match s {
+        Stmt::For(f) => {
+            let here = f.body.stmts.iter().filter(|s| matches!(s, Stmt::Let(_, TileOp::Reduce { .. })));
+            (here.count() as i64).max(reductions_in_loops(&f.body))
+        }
+        Stmt::If(f) => reductions_in_loops(&f.then).max(reductions_in_loops(&f.otherwise)),
+        _ => 0,
+    };
+    block.stmts.iter().map(inside).max().unwrap_or(0)
+}
+
+/// The most loads of tiles that one block of steps starts, over the plane and over columns alone.
+fn loads(kernel: &Kernel, directions: &Directions, block: &Block) -> (i64, i64) {
+    let (mut planes, mut vectors) = (0, 0);
+    let mut inner = (0, 0);
+    for stmt in &block.stmts {
+        match stmt {
+            Stmt::Let(id, TileOp::Load { .. }) => {
+                let row = directions.axis(*id, Direction::Row).is_some();
+                match (row, directions.axis(*id, Direction::Col).is_some()) {
+                    (true, true) => planes += 1,
+                    (_, true) => vectors += 1,
+                    _ => {}
+                }
+            }
+            Stmt::For(f) => inner = inner.max(loads(kernel, directions, &f.body)),
+            Stmt::If(f) => {
+                inner = inner.max(loads(kernel, directions, &f.then));
+                inner = inner.max(loads(kernel, directions, &f.otherwise));
+            }
+            _ => {}
+        }
+    }
+    (planes, vectors).max(inner)
 }
 
 fn accesses<'a>(block: &'a Block, f: &mut dyn FnMut(tilewright_tile::ParamId, tilewright_tile::TileId, &'a [Dim])) {
@@ -78,7 +121,11 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>) -> Result<Shape> {
         aligned: 16,
         whole: reduces_outside_loops(&kernel.body),
         reduces: directions.reduces,
+        planes: 1,
+        vectors: 0,
+        folds: reductions_in_loops(&kernel.body),
     };
+    (out.planes, out.vectors) = loads(kernel, &directions, &kernel.body);
     let mut failed = None;
     accesses(&kernel.body, &mut |param, tile, _| {
         let p = &kernel.params[param];
@@ -130,7 +177,8 @@ fn power_of_two_from(x: i64) -> i64 {
 impl GpuSchedule {
     /// A schedule for a program without products; `size` gives the values of its size symbols. Base
     /// addresses are taken to be multiples of 16 bytes. `None` when a row that the tile must hold has
-    /// more than [`WHOLE_ROW`] elements.
+    /// more elements than the
+    /// registers of a block hold.
     ///
     /// # Errors
     /// A size without a value; a program that has no rows and columns.
@@ -141,13 +189,15 @@ impl GpuSchedule {
     ) -> Result<Option<GpuSchedule>> {
         let s = shape(kernel, size)?;
         let runs = (s.cols + s.vector - 1) / s.vector;
-        let (lanes, runs_each, rows_each, threads);
+        // With a single row, what varies along columns alone is as large as the rest.
+        let (planes, vectors) = if s.rows == 1 { (s.planes + s.vectors, 0) } else { (s.planes, s.vectors) };
+        let in_flight = (IN_FLIGHT / planes.max(1)).max(1);
+        let (lanes, mut runs_each, rows_each, threads);
         if s.whole {
             if s.cols > WHOLE_ROW {
                 return Ok(None);
             }
             let keep = (KEEP / s.vector).max(1);
-            // Within a warp up to twice as much: it saves the barriers.
             lanes = match runs {
                 r if r <= 32 => power_of_two_from(r),
                 r if r <= 32 * keep => 32,
@@ -155,32 +205,35 @@ impl GpuSchedule {
             };
             runs_each = (runs + lanes - 1) / lanes;
             threads = lanes.max(128);
-            rows_each = (IN_FLIGHT / runs_each).max(1);
+            rows_each = (in_flight / runs_each).max(1);
         } else if s.reduces {
             // In pieces: as many threads a row as keep all multiprocessors busy.
             let wanted = power_of_two_from(BLOCKS * 256 / s.rows.max(1));
             let useful = power_of_two_from(runs / IN_FLIGHT);
-            lanes = wanted.clamp(32, 1024).min(useful.max(32));
-            runs_each = IN_FLIGHT.min((runs + lanes - 1) / lanes);
+            lanes = wanted.clamp(32, 512).min(useful.max(32));
+            runs_each = in_flight.min((runs + lanes - 1) / lanes);
             threads = lanes.max(128);
             rows_each = 1;
         } else {
             threads = 256;
             // Lanes that waste little of the last run of blocks along a row.
-            let waste = |lanes: i64| (s.cols + lanes * s.vector - 1) / (lanes * s.vector) * lanes * s.vector;
+            let covered = |lanes: i64| {
+                let step = lanes * s.vector;
+                (s.cols + step - 1) / step * step
+            };
             let most = power_of_two_from(runs).min(256);
             let mut best = most;
             let mut at = most;
-            while at > 8 && waste(best) * 8 > s.cols * 9 {
+            while at > 8 && covered(best) * 8 > s.cols * 9 {
                 at /= 2;
-                if waste(at) < waste(best) {
+                if covered(at) < covered(best) {
                     best = at;
                 }
             }
             lanes = best;
             let lines = threads / lanes;
-            rows_each = ((s.rows + lines - 1) / lines).clamp(1, IN_FLIGHT);
-            runs_each = (IN_FLIGHT / rows_each).min((runs + lanes - 1) / lanes).max(1);
+            rows_each = power_of_two_from((s.rows + lines - 1) / lines).clamp(1, in_flight);
+            runs_each = (in_flight / rows_each).min((runs + lanes - 1) / lanes).max(1);
         }
         // Fewer rows a block when there are few blocks.
         let lines = threads / lanes;
@@ -196,10 +249,27 @@ impl GpuSchedule {
         schedule.arch = arch;
         schedule.persistent = false;
         schedule.vector = s.aligned.min(s.vector) as u32;
+        // Lines that start anywhere are read element by element, neighbours by neighbouring threads.
         schedule.lines =
-            LinesKnobs { threads: threads as u32, lanes: lanes as u32, vector: s.vector as u32 };
-        // Registers for two blocks of 1024 threads would not hold a row's share.
-        schedule.blocks_per_sm = (1024 / threads).clamp(1, 4) as u32;
+            LinesKnobs { threads: threads as u32, lanes: lanes as u32, vector: schedule.vector };
+        // Blocks that a multiprocessor holds follow from registers: each plane that is alive, sums that
+        // loops keep, vectors that come late, and addresses of single elements.
+        let registers = |runs_each: i64| {
+            let each = rows_each * runs_each * s.vector;
+            let planes = if s.whole { planes.min(2) } else { planes };
+            let single = each * planes + runs_each * s.vector * vectors;
+            let addresses = if s.aligned < s.vector { 24 + single } else { 0 };
+            32 + each * (planes + s.folds) + vectors * 8 + addresses
+        };
+        let file = 65536 / threads;
+        while !s.whole && runs_each > 1 && registers(runs_each) > file.min(160) {
+            runs_each = (runs_each + 1) / 2;
+        }
+        if s.whole && registers(runs_each) > file.min(255) {
+            return Ok(None);
+        }
+        let blocks = (file / registers(runs_each)).clamp(1, (1024 / threads).clamp(1, 4));
+        schedule.blocks_per_sm = blocks as u32;
         for name in &kernel.tiles {
             let extent = if Some(name) == s.row.as_ref() {
                 lines * rows_each

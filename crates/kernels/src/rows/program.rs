@@ -4,7 +4,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
-use tilewright_lower_gpu::{GpuSchedule, WHOLE_ROW};
+use tilewright_lower_gpu::GpuSchedule;
 use tilewright_tile::{
     Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
 };
@@ -81,6 +81,7 @@ struct Rows<'a> {
     bm: Dim,
     bn: Dim,
     row0: Dim,
+    loops: usize,
 }
 
 /// What a pass computes from a piece of a row, for [`Rows::reduce`].
@@ -167,7 +168,7 @@ impl Rows<'_> {
         let start = if kind == ReduceKind::Max { f64::NEG_INFINITY } else { 0.0 };
         let ty = TileType::new(DType::F32, [self.bm.clone()]);
         let init = self.k.full(Value::Float(start), ty);
-        let name = format!("piece{}", self.k_loops());
+        let name = self.loop_name();
         let (var, carried) = self.k.begin_for(&name, Dim::new(0), n.ceil_div(&self.bn), &[init]);
         let col = var * &self.bn;
         let x = self.row(&col, first);
@@ -179,10 +180,10 @@ impl Rows<'_> {
         self.k.end_for(&[next])[0]
     }
 
-    /// A number that makes loop names distinct: the count of tiles so far.
-    fn k_loops(&mut self) -> usize {
-        let ty = TileType::new(DType::F32, [self.bm.clone()]);
-        self.k.full(Value::Float(0.0), ty).index()
+    /// A new name for a loop variable.
+    fn loop_name(&mut self) -> String {
+        self.loops += 1;
+        format!("piece{}", self.loops)
     }
 
     /// A per-row map.
@@ -298,7 +299,7 @@ impl Rows<'_> {
         match x {
             Some(x) => self.finish_piece(&last, x, &stats, &zero),
             None => {
-                let name = format!("piece{}", self.k_loops());
+                let name = self.loop_name();
                 let pieces = Dim::sym("N").ceil_div(&self.bn);
                 let (var, _) = self.k.begin_for(&name, Dim::new(0), pieces, &[]);
                 let col = var * &self.bn;
@@ -347,7 +348,7 @@ impl RowSpec {
         let y = k.param("Y", self.dtype, lines("M", "N", "ldy"), Access::Out);
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&bm));
         let row0 = pm * &bm;
-        let mut rows = Rows { spec: self, k, x, r, h, y, scale, shift, bm, bn, row0 };
+        let mut rows = Rows { spec: self, k, x, r, h, y, scale, shift, bm, bn, row0, loops: 0 };
         rows.body(whole);
         rows.k.finish()
     }
@@ -362,8 +363,11 @@ impl RowSpec {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
-        let n = size("N").ok_or_else(|| Error::bug("no value for N"))?;
-        let kernel = self.program(name, n <= WHOLE_ROW);
+        let whole = self.program(name, true);
+        if let Some(schedule) = GpuSchedule::lines_for(&whole, arch, size)? {
+            return Ok((whole, schedule));
+        }
+        let kernel = self.program(name, false);
         let schedule = GpuSchedule::lines_for(&kernel, arch, size)?
             .ok_or_else(|| Error::bug("a row in pieces has a schedule"))?;
         Ok((kernel, schedule))

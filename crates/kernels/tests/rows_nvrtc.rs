@@ -1,0 +1,97 @@
+//! Row and elementwise kernels compile for every architecture and keep their tiles in registers.
+//! Without NVRTC the test says that it was skipped; with `TILEWRIGHT_REQUIRE_NVRTC=1` it fails instead.
+
+use std::sync::Arc;
+use tilewright_base::{DType, Result};
+use tilewright_cuda::{CompileRequest, Nvrtc};
+use tilewright_device::Arch;
+use tilewright_kernels::map::MapSpec;
+use tilewright_kernels::rows::{GemvSpec, RowOp, RowSpec};
+use tilewright_layout::Env;
+use tilewright_lower_gpu::{GpuSchedule, lower};
+use tilewright_tile::Kernel;
+
+/// Row lengths: short ones, odd ones, the longest that registers hold, and longer ones.
+const LENGTHS: [i64; 10] = [1, 33, 128, 1000, 1024, 4096, 8192, 32767, 32768, 262_144];
+
+fn kernels(arch: Arch) -> Vec<(String, Kernel, GpuSchedule)> {
+    let mut out = Vec::new();
+    for n in LENGTHS {
+        for m in [1, 16384] {
+            let mut env = Env::new();
+            for (name, v) in [("M", m), ("N", n), ("ldx", n), ("ldy", n), ("ld0", n), ("ld1", n)] {
+                env.insert(Arc::from(name), v);
+            }
+            let mut add = |name: String, built: Result<(Kernel, GpuSchedule)>| {
+                let (kernel, schedule) = built.unwrap_or_else(|e| panic!("{name}: {e}"));
+                out.push((format!("{name} of {m} x {n}"), kernel, schedule));
+            };
+            let size = |name: &str| env.get(name).copied();
+            let norm = RowOp::LayerNorm { eps: 1e-5 };
+            let rms = RowOp::RmsNorm { eps: 1e-6 };
+            for (op, dtype, residual) in [
+                (RowOp::Softmax, DType::F32, false),
+                (RowOp::Softmax, DType::BF16, false),
+                (RowOp::LogSoftmax, DType::F16, false),
+                (norm, DType::BF16, false),
+                (norm, DType::F32, true),
+                (rms, DType::BF16, true),
+            ] {
+                let spec = RowSpec { op, dtype, residual };
+                add(format!("{spec:?}"), spec.kernel("rows", arch, &size));
+            }
+            for spec in [
+                MapSpec::bias_gelu(DType::BF16),
+                MapSpec::swiglu(DType::F16),
+                MapSpec::scale_shift_relu_add(DType::F32),
+                MapSpec::copy(DType::F32, DType::BF16),
+            ] {
+                add(format!("map {}", spec.func), spec.kernel("map", arch, &size));
+            }
+            for vectors in [1, 4] {
+                let mut env = env.clone();
+                for (name, v) in [("N", m), ("K", n), ("ldw", n), ("ldx", n), ("ldy", m)] {
+                    env.insert(Arc::from(name), v);
+                }
+                let spec = GemvSpec { dtype: DType::BF16, vectors };
+                add(format!("{spec:?}"), spec.kernel("gemv", arch, &|name| env.get(name).copied()));
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn rows_compile_without_spills() {
+    let nvrtc = match Nvrtc::open(None) {
+        Ok(nvrtc) => nvrtc,
+        Err(error) => {
+            let required = std::env::var("TILEWRIGHT_REQUIRE_NVRTC").is_ok_and(|v| v == "1");
+            assert!(!required, "{error:?}");
+            eprintln!("skipped: no NVRTC");
+            return;
+        }
+    };
+    for (arch, major, minor) in [(Arch::Sm80, 8, 0), (Arch::Sm90a, 9, 0)] {
+        let mut seen = std::collections::BTreeSet::new();
+        for (name, kernel, schedule) in kernels(arch) {
+            let program = lower(&kernel, &schedule).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let source = tilewright_emit_cuda::emit(&program).unwrap_or_else(|e| panic!("{name}: {e}"));
+            if !seen.insert(source.text.clone()) {
+                continue;
+            }
+            let target = tilewright_cuda::Arch::of_device(major, minor);
+            let mut request = CompileRequest::new("rows", source.text, target);
+            for (header, text) in tilewright_emit_cuda::headers() {
+                request = request.header(*header, *text);
+            }
+            let compiled = nvrtc
+                .compile(&request.option("-std=c++17").option("-default-device"))
+                .unwrap_or_else(|e| panic!("{name}: {e}\n{:#?}", e.notes()));
+            let used = compiled.resources(&source.entry).unwrap_or_else(|| panic!("{name}: no figures"));
+            let spilled = used.spill_store_bytes + used.spill_load_bytes + used.stack_bytes;
+            assert_eq!(spilled, 0, "{name} for {arch:?}: {used:?} under {schedule}");
+        }
+        assert!(seen.len() > 100, "{} different kernels", seen.len());
+    }
+}
