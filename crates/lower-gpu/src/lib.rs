@@ -11,6 +11,7 @@
 //! Nothing here knows what a kernel is for: pipelining and warp specialisation are transformations of a
 //! loop that loads tiles and multiplies them. Programs without a product go to `lines.rs`.
 
+mod ampere;
 mod epilogue;
 mod hopper;
 mod raster;
@@ -18,8 +19,8 @@ mod schedule;
 mod specialise;
 mod streams;
 
+pub use schedule::{GpuSchedule, Mode, ProductKind, StoreKind};
 pub use streams::tf32_round;
-pub use schedule::{GpuSchedule, Mode, StoreKind};
 
 use tilewright_base::Result;
 use tilewright_device::Program;
@@ -31,5 +32,8 @@ use tilewright_tile::Kernel;
 /// Unsupported, naming the step, when the program has no form under this schedule.
 pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     let kernel = specialise::specialise(kernel, schedule)?;
-    hopper::lower(&kernel, schedule)
+    match schedule.product {
+        ProductKind::Wgmma => hopper::lower(&kernel, schedule),
+        ProductKind::MmaSync | ProductKind::Fma => ampere::lower(&kernel, schedule),
+    }
 }
