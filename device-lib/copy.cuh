@@ -19,24 +19,50 @@ template <int BYTES> TW_INLINE void copy_async(smem_t to, const void* from, int 
   }
 }
 
+// VECTOR elements, or zeros when not `inside`.
+template <typename T, int VECTOR> TW_INLINE void copy_run(smem_t to, const T* from, bool inside) {
+  constexpr int BYTES = VECTOR * (int)sizeof(T);
+  if constexpr (BYTES >= 4) {
+    copy_async<BYTES>(to, from, inside ? BYTES : 0);
+  } else {
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) smem_store<T>(to + k * (int)sizeof(T), inside ? from[k] : T{});
+  }
+}
+
 // A box of LINES x ALONG elements into a tile of BUFFER_LINES lines, by THREADS threads with VECTOR elements an
 // access; zero outside the tensor. (line, along) is the box's first coordinate in the tensor, (line0, along0) in
 // the tile. Neighbours along the contiguous axis are `along_stride` apart (1 when VECTOR is more than 1).
 template <typename T, int VECTOR, int THREADS, int LINES, int ALONG, int SPAN, int BUFFER_LINES>
 TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int line, int along, int lines,
                          int alongs, i64 line_stride, i64 along_stride) {
-  constexpr int BYTES = VECTOR * (int)sizeof(T), RUNS = ALONG / VECTOR;
-#pragma unroll 4
-  for (int i = (int)threadIdx.x % THREADS; i < LINES * RUNS; i += THREADS) {
-    const int l = i / RUNS, a = i % RUNS * VECTOR;
-    const bool inside = line + l < lines && along + a < alongs;
-    const T* p = from + (inside ? (i64)(line + l) * line_stride + (i64)(along + a) * along_stride : 0);
-    const smem_t to = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a);
-    if constexpr (BYTES >= 4) {
-      copy_async<BYTES>(to, p, inside ? BYTES : 0);
-    } else {
-      smem_store<T>(to, inside ? *p : T{});
+  constexpr int RUNS = ALONG / VECTOR, TOTAL = LINES * RUNS;
+  const int me = (int)threadIdx.x % THREADS;
+  if constexpr (THREADS % RUNS == 0 && TOTAL % THREADS == 0) {
+    // Nothing lies outside: a thread keeps to its place along the lines.
+    if (line >= 0 && along >= 0 && line + LINES <= lines && along + ALONG <= alongs) {
+      constexpr int STEP = THREADS / RUNS;
+      const int l = me / RUNS, a = me % RUNS * VECTOR;
+      const T* p = from + (i64)(line + l) * line_stride + (i64)(along + a) * (VECTOR > 1 ? 1 : along_stride);
+      const i64 next = STEP * line_stride;
+      const smem_t to = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a);
+#pragma unroll
+      for (int j = 0; j < TOTAL / THREADS; ++j) {
+        // The pattern of the swizzle repeats every 8 lines.
+        const smem_t at = STEP % 8 == 0 ? to + j * STEP * SPAN
+                                        : smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l + j * STEP, along0 + a);
+        copy_run<T, VECTOR>(at, p, true);
+        p += next;
+      }
+      return;
     }
+  }
+#pragma unroll 2
+  for (int i = me; i < TOTAL; i += THREADS) {
+    const int l = i / RUNS, a = i % RUNS * VECTOR;
+    const bool inside = (u32)(line + l) < (u32)lines && (u32)(along + a) < (u32)alongs;
+    const T* p = from + (inside ? (i64)(line + l) * line_stride + (i64)(along + a) * along_stride : 0);
+    copy_run<T, VECTOR>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a), p, inside);
   }
 }
 

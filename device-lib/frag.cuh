@@ -33,18 +33,40 @@ template <int ROWS, int COLS> struct WgmmaSpread {
   static TW_INLINE int col_of(int j) { return j / 2 * 8 + col0() + j % 2; }
 };
 
-// Accumulators of mma.sync.m16n8 over WM x WN warps (PTX ISA, "Matrix fragments for mma.m16n8k16").
+// Accumulators of mma.sync.m16n8 over WM x WN warps (PTX ISA, "Matrix fragments for mma.m16n8k16"). Warps
+// take turns along both axes in slabs of 16, so that any range of 16 WN columns is spread over all of them.
 template <int ROWS, int COLS, int WM, int WN> struct MmaSpread {
   static constexpr int MT = ROWS / WM / 16, NT = COLS / WN / 8;
   static constexpr int TILE = MT * NT * 4, PER_ROW = MT * 2, PER_COL = NT * 2;
-  static TW_INLINE int warp_row() { return (int)(threadIdx.x >> 5) % (WM * WN) / WN * (ROWS / WM); }
-  static TW_INLINE int warp_col() { return (int)(threadIdx.x >> 5) % WN * (COLS / WN); }
-  static TW_INLINE int row(int i) { return warp_row() + i / (NT * 4) * 16 + lane() / 4 + i % 4 / 2 * 8; }
-  static TW_INLINE int col(int i) { return warp_col() + i / 4 % NT * 8 + lane() % 4 * 2 + i % 2; }
+  static TW_INLINE int warp_m() { return (int)(threadIdx.x >> 5) % (WM * WN) / WN; }
+  static TW_INLINE int warp_n() { return (int)(threadIdx.x >> 5) % WN; }
+  // First row of block t of 16 rows, first column of block t of 8 columns.
+  static TW_INLINE int block_row(int t) { return (t * WM + warp_m()) * 16; }
+  static TW_INLINE int block_col(int t) { return (t / 2 * WN + warp_n()) * 16 + t % 2 * 8; }
+  static TW_INLINE int row(int i) { return block_row(i / (NT * 4)) + lane() / 4 + i % 4 / 2 * 8; }
+  static TW_INLINE int col(int i) { return block_col(i / 4 % NT) + lane() % 4 * 2 + i % 2; }
   static TW_INLINE constexpr int per_row(int i) { return i / (NT * 4) * 2 + i % 4 / 2; }
   static TW_INLINE constexpr int per_col(int i) { return i / 4 % NT * 2 + i % 2; }
-  static TW_INLINE int row_of(int j) { return warp_row() + j / 2 * 16 + lane() / 4 + j % 2 * 8; }
-  static TW_INLINE int col_of(int j) { return warp_col() + j / 2 * 8 + lane() % 4 * 2 + j % 2; }
+  static TW_INLINE int row_of(int j) { return block_row(j / 2) + lane() / 4 + j % 2 * 8; }
+  static TW_INLINE int col_of(int j) { return block_col(j / 2) + lane() % 4 * 2 + j % 2; }
+};
+
+// Outer products over TM x TN threads, each with blocks of BM x BN that repeat every TM BM rows and TN BN
+// columns. A warp is 8 x 4 of these threads; its lanes are numbered so that of two neighbours, or of two that
+// are two apart, both read the same part of one operand: 128-bit loads then take half the passes.
+template <int ROWS, int COLS, int TM, int TN, int BM, int BN> struct OuterSpread {
+  static_assert(TM % 8 == 0 && TN % 4 == 0, "warps of 8 x 4 threads");
+  static constexpr int RM = ROWS / TM, CN = COLS / TN;
+  static constexpr int TILE = RM * CN, PER_ROW = RM, PER_COL = CN;
+  static TW_INLINE int warp_of() { return (int)(threadIdx.x >> 5) % (TM * TN / 32); }
+  static TW_INLINE int thread_m() { return warp_of() / (TN / 4) * 8 + (lane() >> 1 & 1) + (lane() >> 3) * 2; }
+  static TW_INLINE int thread_n() { return warp_of() % (TN / 4) * 4 + (lane() & 1) + (lane() >> 2 & 1) * 2; }
+  static TW_INLINE int row_of(int j) { return j / BM * (TM * BM) + thread_m() * BM + j % BM; }
+  static TW_INLINE int col_of(int j) { return j / BN * (TN * BN) + thread_n() * BN + j % BN; }
+  static TW_INLINE constexpr int per_row(int i) { return i / CN; }
+  static TW_INLINE constexpr int per_col(int i) { return i % CN; }
+  static TW_INLINE int row(int i) { return row_of(per_row(i)); }
+  static TW_INLINE int col(int i) { return col_of(per_col(i)); }
 };
 
 // Plain threads: LANES neighbours share a row in vectors of VECTOR columns.
@@ -160,6 +182,38 @@ template <typename T> TW_INLINE void smem_store(smem_t at, T v) {
   } else {
     asm volatile("st.shared.b8 [%0], %1;" ::"r"(at), "r"((u32) * (const u8*)&v) : "memory");
   }
+}
+
+// N neighbouring elements by one access; they lie within 16 bytes of a line and are aligned.
+template <typename T, int N> TW_INLINE void smem_store_run(smem_t at, const Run<T, N>& v) {
+  const u32* w = reinterpret_cast<const u32*>(&v);
+  if constexpr (sizeof(v) == 16) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
+  } else if constexpr (sizeof(v) == 8) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(w[0]), "r"(w[1]) : "memory");
+  } else if constexpr (sizeof(v) == 4) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(w[0]) : "memory");
+  } else if constexpr (sizeof(v) == 2) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(*reinterpret_cast<const u16*>(&v)) : "memory");
+  } else {
+    asm volatile("st.shared.b8 [%0], %1;" ::"r"(at), "r"((u32) * reinterpret_cast<const u8*>(&v)) : "memory");
+  }
+}
+template <typename T, int N> TW_INLINE Run<T, N> smem_load_run(smem_t at) {
+  Run<T, N> v;
+  u32* w = reinterpret_cast<u32*>(&v);
+  if constexpr (sizeof(v) == 16) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(at) : "memory");
+  } else if constexpr (sizeof(v) == 8) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at) : "memory");
+  } else {
+    static_assert(N == 1 || sizeof(v) == 4, "runs of 4, 8 or 16 bytes");
+    if constexpr (N == 1) v.at[0] = smem_load<T>(at);
+    else asm volatile("ld.shared.b32 %0, [%1];" : "=r"(w[0]) : "r"(at) : "memory");
+  }
+  return v;
 }
 
 // Combines over the LANES neighbouring threads (a power of two, within a warp) that share a row.

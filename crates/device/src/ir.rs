@@ -186,8 +186,9 @@ pub enum Spread {
     /// Accumulators of `wgmma` over the 4 warps of a warpgroup; `rows` is a multiple of 64.
     /// (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16".)
     Wgmma,
-    /// Accumulators of `mma.sync.m16n8`, over `warps_m x warps_n` warps: each warp holds
-    /// `[rows / warps_m, cols / warps_n]`.
+    /// Accumulators of `mma.sync.m16n8`, over `warps_m x warps_n` warps, which take turns along both
+    /// axes in slabs of 16: each warp holds `[rows / warps_m, cols / warps_n]`, and any range of
+    /// `16 * warps_n` columns is spread as a tile of its own.
     MmaSync {
         /// Warps along rows.
         warps_m: u32,
@@ -205,12 +206,19 @@ pub enum Spread {
         threads: u32,
     },
     /// Outer-product accumulators for plain multiply-adds: `[rows, cols]` over a grid of
-    /// `threads_m x threads_n` threads, each with blocks of 4 x 4.
+    /// `threads_m x threads_n` threads, each with blocks of `block_m x block_n` that repeat every
+    /// `threads_m * block_m` rows and `threads_n * block_n` columns. A warp is 8 x 4 threads of the
+    /// grid. Blocks of 4 suit an operand that is contiguous along the axis, 1 one that is
+    /// contiguous along the depth.
     Outer {
-        /// Threads along rows.
+        /// Threads along rows; a multiple of 8.
         threads_m: u32,
-        /// Threads along columns.
+        /// Threads along columns; a multiple of 4.
         threads_n: u32,
+        /// Neighbouring rows of a thread: 1 or 4.
+        block_m: u32,
+        /// Neighbouring columns of a thread: 1 or 4.
+        block_n: u32,
     },
 }
 

@@ -154,8 +154,8 @@ impl Display for Frag {
             Spread::Lines { lanes, vector, threads } => {
                 write!(f, " lines of {lanes} lanes x{vector} over {threads} threads")
             }
-            Spread::Outer { threads_m, threads_n } => {
-                write!(f, " outer {threads_m}x{threads_n} threads")
+            Spread::Outer { threads_m, threads_n, block_m, block_n } => {
+                write!(f, " outer {threads_m}x{threads_n} threads of {block_m}x{block_n}")
             }
         }
     }

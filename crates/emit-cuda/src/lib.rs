@@ -59,6 +59,7 @@ pub fn headers() -> &'static [(&'static str, &'static str)] {
         ("tw/frag.cuh", include_str!("../../../device-lib/frag.cuh")),
         ("tw/copy.cuh", include_str!("../../../device-lib/copy.cuh")),
         ("tw/mma.cuh", include_str!("../../../device-lib/mma.cuh")),
+        ("tw/fma.cuh", include_str!("../../../device-lib/fma.cuh")),
     ]
 }
 

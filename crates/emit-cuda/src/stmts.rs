@@ -188,9 +188,10 @@ impl<'a> Printer<'a> {
             Spread::Lines { lanes, vector, threads } => {
                 format!("tw::LineSpread<{}, {cols}, {lanes}, {vector}, {threads}>", frag.rows)
             }
-            Spread::Outer { threads_m, threads_n } => {
-                format!("tw::OuterSpread<{}, {cols}, {threads_m}, {threads_n}>", frag.rows)
-            }
+            Spread::Outer { threads_m, threads_n, block_m, block_n } => format!(
+                "tw::OuterSpread<{}, {cols}, {threads_m}, {threads_n}, {block_m}, {block_n}>",
+                frag.rows
+            ),
         }
     }
 
@@ -223,6 +224,19 @@ impl<'a> Printer<'a> {
                 format!("({i}) / {half} * {} + {col} / 2 + ({i}) % {half}", frag.cols / 2)
             }
             (Extent::PerCol, Spread::Wgmma) => format!("{col} / 4 + {i}"),
+            // Ranges of whole slabs: every warp holds a share of each.
+            (Extent::Tile, Spread::MmaSync { warps_n, .. }) => {
+                let (part, all) = (width / warps_n / 2, frag.cols / warps_n / 2);
+                format!("({i}) / {part} * {all} + {col} / {} + ({i}) % {part}", 2 * warps_n)
+            }
+            (Extent::PerCol, Spread::MmaSync { warps_n, .. }) => {
+                format!("{col} / {} + {i}", 4 * warps_n)
+            }
+            (Extent::Tile, Spread::Outer { threads_n, .. }) => {
+                let (part, all) = (width / threads_n, frag.cols / threads_n);
+                format!("({i}) / {part} * {all} + {col} / {threads_n} + ({i}) % {part}")
+            }
+            (Extent::PerCol, Spread::Outer { threads_n, .. }) => format!("{col} / {threads_n} + {i}"),
             _ => {
                 return Err(Error::unsupported(format!(
                     "columns {} of {} in this spread cannot be taken apart",
@@ -836,7 +850,7 @@ impl<'a> Printer<'a> {
         let vector = match frag.spread {
             Spread::Wgmma | Spread::MmaSync { .. } => vector.min(2),
             Spread::Lines { .. } => 1,
-            Spread::Outer { .. } => vector.min(4),
+            Spread::Outer { block_n, .. } => vector.min(block_n),
         };
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
         // A store of a vector fragment is made by every thread that holds the element: same value.
@@ -908,9 +922,14 @@ impl<'a> Printer<'a> {
                 } else {
                     (format!("{col} + {spread}::col(i)"), format!("{row} + {spread}::row(i)"))
                 };
+                let run = if smem.contiguous == 1 { neighbours(&frag, smem.dtype) } else { 1 };
+                let values = (0..run)
+                    .map(|k| Ok(format!("tw::narrow_to<{ty}>::from({})", self.register(src, &format!("i + {k}"))?)))
+                    .collect::<Result<Vec<_>>>()?;
                 self.line("#pragma unroll");
                 self.line(&format!(
-                    "for (int i = 0; i < {spread}::TILE; ++i) tw::smem_store<{ty}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along}), tw::narrow_to<{ty}>::from({register}));"
+                    "for (int i = 0; i < {spread}::TILE; i += {run}) tw::smem_store_run<{ty}, {run}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along}), tw::Run<{ty}, {run}>{{{{{}}}}});",
+                    values.join(", ")
                 ));
             }
         }
@@ -921,7 +940,6 @@ impl<'a> Printer<'a> {
         let smem = self.program.smem[from.smem].clone();
         let frag = self.program.frags[dst.frag].clone();
         let spread = Self::spread(&frag, self.cols(dst));
-        let register = self.register(dst, "i")?;
         let span = smem.swizzle.span_bytes();
         let lines = if smem.contiguous == 1 { smem.rows } else { smem.cols };
         let (row, col) = (self.scope.text(&from.row), self.scope.text(&from.col));
@@ -933,12 +951,34 @@ impl<'a> Printer<'a> {
         } else {
             (format!("{col} + {spread}::col(i)"), format!("{row} + {spread}::row(i)"))
         };
+        let run = if smem.contiguous == 1 { neighbours(&frag, smem.dtype) } else { 1 };
         self.line("#pragma unroll");
+        self.line(&format!("for (int i = 0; i < {spread}::TILE; i += {run}) {{"));
         self.line(&format!(
-            "for (int i = 0; i < {spread}::TILE; ++i) {register} = tw::widen(tw::smem_load<{ty}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along})));"
+            "  const tw::Run<{ty}, {run}> run = tw::smem_load_run<{ty}, {run}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along}));"
         ));
+        for k in 0..run {
+            let register = self.register(dst, &format!("i + {k}"))?;
+            self.line(&format!("  {register} = tw::widen(run.at[{k}]);"));
+        }
+        self.line("}");
         Ok(())
     }
+}
+
+/// How many neighbouring columns one access to shared memory takes: those that neighbouring registers
+/// hold, 4 to 16 bytes of them, or one element.
+fn neighbours(frag: &Frag, dtype: DType) -> u32 {
+    let held = match frag.spread {
+        Spread::Wgmma | Spread::MmaSync { .. } => 2,
+        Spread::Lines { vector, .. } => vector,
+        Spread::Outer { block_n, .. } => block_n,
+    };
+    let size = dtype.bits() / 8;
+    (1..=held.min(16 / size))
+        .rev()
+        .find(|run| held.is_multiple_of(*run) && (run * size).is_power_of_two() && run * size >= 4)
+        .unwrap_or(1)
 }
 
 /// A constant as a fragment holds it.

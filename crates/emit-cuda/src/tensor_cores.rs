@@ -3,7 +3,7 @@
 use crate::stmts::Printer;
 use std::fmt::Write;
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::{Cond, FragRef, Smem, SmemTile, Spread, WgmmaA};
+use tilewright_device::{Arch, Cond, FragRef, Smem, SmemTile, Spread, WgmmaA};
 
 /// Types of one `wgmma`: `(operand, accumulator)` to PTX names, depth, and whether operands have
 /// transpose bits. (PTX ISA, "wgmma.mma_async", tables of shapes and types.)
@@ -16,6 +16,19 @@ const WGMMA: &[(DType, DType, &str, u32, bool)] = &[
     (DType::F8E5M2, DType::F32, ".f32.e5m2.e5m2", 32, false),
     (DType::I8,     DType::I32, ".s32.s8.s8",     32, false),
     (DType::U8,     DType::I32, ".s32.u8.u8",     32, false),
+];
+
+/// Types of one `mma.sync`: operand, accumulator, and the first architecture that has it. (PTX ISA,
+/// "mma", tables of shapes and types.)
+#[rustfmt::skip] // One row per instruction.
+const MMA: &[(DType, DType, Arch)] = &[
+    (DType::BF16,   DType::F32, Arch::Sm80),
+    (DType::F16,    DType::F32, Arch::Sm80),
+    (DType::F32,    DType::F32, Arch::Sm80),
+    (DType::I8,     DType::I32, Arch::Sm80),
+    (DType::U8,     DType::I32, Arch::Sm80),
+    (DType::F8E4M3, DType::F32, Arch::Sm89),
+    (DType::F8E5M2, DType::F32, Arch::Sm89),
 ];
 
 /// How an operand lies: its first byte for depth step `k` and the strides of its descriptor.
@@ -196,14 +209,44 @@ impl Printer<'_> {
     pub(crate) fn mma(&mut self, acc: &FragRef, a: &SmemTile, b: &SmemTile) -> Result<()> {
         let frag = self.program.frags[acc.frag].clone();
         let (sa, sb) = (self.program.smem[a.smem].clone(), self.program.smem[b.smem].clone());
-        let Spread::MmaSync { warps_m, warps_n } = frag.spread else {
-            return Err(Error::unsupported("mma into this spread has no CUDA form"));
-        };
+        if acc.cols.is_some_and(|cols| cols != frag.cols) {
+            return Err(Error::unsupported("a product into part of its accumulators"));
+        }
         let lines = |s: &Smem| if s.contiguous == 1 { s.rows } else { s.cols };
+        let pair = (sa.dtype, frag.dtype);
+        let (tile, grid) = match frag.spread {
+            Spread::MmaSync { warps_m, warps_n } => {
+                let Some(row) = MMA.iter().find(|row| (row.0, row.1) == pair && sb.dtype == sa.dtype) else {
+                    return Err(Error::unsupported(format!(
+                        "mma.sync of {} and {} into {} has no instruction",
+                        sa.dtype, sb.dtype, frag.dtype
+                    )));
+                };
+                if self.program.arch < row.2 {
+                    return Err(Error::unsupported(format!(
+                        "mma.sync of {} on {}",
+                        sa.dtype,
+                        self.program.arch.name()
+                    )));
+                }
+                let (operand, sum) = (crate::memory_type(pair.0), crate::memory_type(pair.1));
+                (format!("tw::mma_tile<{operand}, {sum}, "), format!("{warps_m}, {warps_n}"))
+            }
+            Spread::Outer { threads_m, threads_n, block_m, block_n } => {
+                if pair != (DType::F32, DType::F32) || sb.dtype != DType::F32 {
+                    return Err(Error::unsupported(format!(
+                        "plain multiply-adds of {} and {} into {}",
+                        sa.dtype, sb.dtype, frag.dtype
+                    )));
+                }
+                ("tw::fma_tile<".to_owned(), format!("{threads_m}, {threads_n}, {block_m}, {block_n}"))
+            }
+            Spread::Wgmma | Spread::Lines { .. } => {
+                return Err(Error::unsupported("mma into this spread has no CUDA form"));
+            }
+        };
         self.line(&format!(
-            "tw::mma_tile<{}, {}, {}, {}, {}, {warps_m}, {warps_n}, {}, {}, {}, {}, {}, {}>({}, {}, {}, {}, {}, {}, {});",
-            crate::memory_type(sa.dtype),
-            if frag.dtype == DType::I32 { "int" } else { "float" },
+            "{tile}{}, {}, {}, {grid}, {}, {}, {}, {}, {}, {}>({}, {}, {}, {}, {}, {}, {});",
             frag.rows,
             frag.cols,
             a.cols,

@@ -6,10 +6,10 @@
 
 use std::fmt::Write;
 use tilewright_base::DType;
-use tilewright_device::{Program, Swizzle};
+use tilewright_device::{Arch, Program, Swizzle};
 use tilewright_emit_cuda::{Argument, Source};
 use tilewright_kernels::gemm::{GemmSpec, Math, Order};
-use tilewright_lower_gpu::{GpuSchedule, Mode, StoreKind, lower};
+use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind, lower};
 
 fn build(args: &[String]) -> Result<(Program, Source), String> {
     let dtype: DType = args[0].parse().map_err(|_| format!("{} is not a type", args[0]))?;
@@ -56,6 +56,25 @@ fn build(args: &[String]) -> Result<(Program, Source), String> {
                 }
             }
             "swap" => {}
+            "arch" => {
+                s.arch = match value {
+                    "80" => Arch::Sm80,
+                    "89" => Arch::Sm89,
+                    "90" => Arch::Sm90a,
+                    _ => return Err(format!("{arg}: 80, 89 or 90")),
+                }
+            }
+            // Warps along rows and columns, for example `fma=2x4`.
+            "fma" | "mma" => {
+                let (m, n) = value.split_once('x').ok_or(format!("{arg}: 2x4, for example"))?;
+                let parse = |t: &str| t.parse::<u32>().map_err(|e| format!("{arg}: {e}"));
+                let product = if key == "fma" { ProductKind::Fma } else { ProductKind::MmaSync };
+                let tiles: Vec<(&str, i64)> = ["BM", "BN", "BK"].into_iter().zip(sizes.clone()).collect();
+                s = GpuSchedule::pipelined(s.arch, product, (parse(m)?, parse(n)?), &tiles);
+                s.vector = 16 * 8 / dtype.bits();
+            }
+            "staged" if number()? == 1 => s.store = StoreKind::Staged,
+            "staged" => s.store = StoreKind::Direct,
             "batched" => spec.batched = number()? == 1,
             _ => return Err(format!("unknown key {key}")),
         }

@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::DType;
+use tilewright_device::Arch;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, orders, run};
 use tilewright_kernels::gemm::{Epilogue, GemmSpec, Math, Order};
 use tilewright_layout::Env;
-use tilewright_lower_gpu::{GpuSchedule, Mode as Sharing, StoreKind, lower};
+use tilewright_lower_gpu::{GpuSchedule, Mode as Sharing, ProductKind, StoreKind, lower};
 use tilewright_tile::Schedule;
 
 /// A small product and its schedule.
@@ -71,7 +72,48 @@ fn cases() -> Vec<Case> {
     let mut batched = spec(DType::BF16, rrr);
     batched.batched = true;
     add("batched", batched, tiles(64, 32, 64).with_consumers(1), (70, 40, 72));
+    pipelined_cases(&mut add);
     out
+}
+
+/// Without the copy engine: `mma.sync` and plain multiply-adds.
+fn pipelined_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64, i64, i64))) {
+    use Order::{Col, Row};
+    let rrr = (Row, Row, Row);
+    let pipelined = |arch, product, warps, (bm, bn, bk), vector| {
+        let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
+        GpuSchedule { vector, ..GpuSchedule::pipelined(arch, product, warps, &tiles) }
+    };
+    let mma = |arch, warps, tile, vector| pipelined(arch, ProductKind::MmaSync, warps, tile, vector);
+    let fma = |warps, tile, vector| pipelined(Arch::Sm80, ProductKind::Fma, warps, tile, vector);
+    let s = mma(Arch::Sm80, (2, 2), (64, 64, 32), 8);
+    add("mma bf16", spec(DType::BF16, rrr), s.clone(), (130, 72, 200));
+    add("mma bf16, few steps", spec(DType::BF16, (Col, Col, Col)), s.clone(), (65, 72, 24));
+    let staged = GpuSchedule { stages: 5, store: StoreKind::Staged, persistent: true, ..s.clone() };
+    add("mma staged", spec(DType::F16, (Row, Col, Row)), staged, (130, 136, 200));
+    add("mma odd", spec(DType::BF16, rrr), GpuSchedule { vector: 1, ..s }, (67, 33, 45));
+    let mut bias = spec(DType::BF16, rrr);
+    bias.epilogue = Epilogue::bias(None, DType::F32, DType::BF16);
+    let s = mma(Arch::Sm80, (1, 4), (32, 128, 32), 4);
+    add("mma bias", bias, GpuSchedule { store: StoreKind::Staged, ..s }, (40, 136, 72));
+    let s = mma(Arch::Sm80, (2, 1), (32, 32, 64), 16);
+    add("mma i8", spec(DType::I8, (Row, Col, Row)), s, (40, 36, 144));
+    let mut eight = spec(DType::F8E4M3, (Row, Col, Row));
+    (eight.result, eight.epilogue) = (DType::BF16, Epilogue::cast(DType::F32, DType::BF16));
+    eight.math = Math::Promoted;
+    add("mma f8 promoted", eight, mma(Arch::Sm89, (2, 2), (64, 64, 64), 16), (70, 40, 144));
+    let mut tf32 = spec(DType::F32, rrr);
+    tf32.math = Math::Tf32;
+    add("mma tf32", tf32, mma(Arch::Sm90a, (2, 2), (64, 64, 16), 4), (70, 40, 72));
+    let s = fma((2, 2), (64, 64, 16), 4);
+    add("fma", spec(DType::F32, rrr), s.clone(), (70, 72, 40));
+    add("fma, both along the depth", spec(DType::F32, (Row, Col, Row)), s.clone(), (70, 72, 40));
+    add("fma, neither", spec(DType::F32, (Col, Row, Col)), s.clone(), (70, 72, 44));
+    add("fma odd", spec(DType::F32, rrr), GpuSchedule { vector: 1, ..s.clone() }, (67, 33, 45));
+    let mut batched = spec(DType::F32, rrr);
+    batched.batched = true;
+    let staged = GpuSchedule { store: StoreKind::Staged, persistent: true, stages: 2, ..s };
+    add("fma staged", batched, staged, (70, 72, 40));
 }
 
 trait WithConsumers {

@@ -5,12 +5,13 @@
 //! chunks. Stores through the copy engine are staged in a small ring of tiles per consumer, and drain
 //! while the next tile is multiplied.
 
-use crate::hopper::{Builder, STORE_BARRIER, CONSUMER, stores_by_tma};
+use crate::hopper::{Builder, CONSUMER, STORE_BARRIER};
+use crate::schedule::StoreKind;
 use crate::streams::{Defs, definitions, extents};
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{
-    Extent, FragId, FragRef, MapId, Ring, RingId, Slot, Smem, SmemId, SmemTile, Stmt, Swizzle,
+    Extent, Frag, FragId, FragRef, MapId, Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt, Swizzle,
     TensorMap,
 };
 use tilewright_layout::Dim;
@@ -58,7 +59,15 @@ pub(crate) fn store_results(
     for (param, _, _) in &stores {
         chunk = chunk.min(chunk_columns(b, *param, tile_cols));
     }
-    let by_tma = stores_by_tma(b.schedule);
+    let by_tma = b.schedule.store == StoreKind::Tma;
+    // What goes through shared memory without the copy engine, and how it comes back.
+    let mut lines = Vec::new();
+    for (param, _, value) in &stores {
+        lines.push(match b.schedule.store {
+            StoreKind::Staged => stage_lines(b, &defs, *param, *value, chunk)?,
+            StoreKind::Tma | StoreKind::Direct => None,
+        });
+    }
     let mut staging = Vec::new();
     if by_tma {
         for (param, _, value) in &stores {
@@ -127,6 +136,28 @@ pub(crate) fn store_results(
             store.push(Stmt::TmaCommit);
             e.steps.push(Stmt::Once(store));
             e.steps.push(Stmt::Advance { ring: s.ring, by: Dim::new(1) });
+        } else if let Some((smem, line)) = lines[i] {
+            let tile = SmemTile {
+                smem,
+                slot: Slot::At(Dim::new(0)),
+                row: Dim::new(0),
+                col: Dim::new(0),
+                rows: e.b.rows,
+                cols: chunk,
+            };
+            let Spread::Lines { vector, .. } = e.b.frags[line].spread else { unreachable!() };
+            // The chunk before was read by everyone.
+            e.steps.push(Stmt::SyncBlock);
+            e.steps.push(Stmt::ToSmem { to: tile.clone(), src: frag });
+            e.steps.push(Stmt::SyncBlock);
+            e.steps.push(Stmt::FromSmem { dst: whole(line), from: tile });
+            e.steps.push(Stmt::Store {
+                param: *param,
+                at,
+                axes: (Some(axes.0), Some(axes.1)),
+                src: whole(line),
+                vector,
+            });
         } else {
             let vector = vector_along(e.b, *param, axes.1);
             e.steps.push(Stmt::Store {
@@ -151,18 +182,73 @@ pub(crate) fn store_results(
 
 /// Elements per access along an axis of a tensor: the schedule's when it is the contiguous one.
 fn vector_along(b: &Builder<'_>, param: ParamId, axis: usize) -> u32 {
-    if b.kernel.params[param].layout.axes[axis].stride.is(1) { b.schedule.vector.max(1) } else { 1 }
+    access_elements(b, param, axis)
 }
 
-/// Columns of one chunk: the widest swizzle span of the output that cuts the tile into equal chunks.
-/// Wider chunks would keep more values in registers at once.
+/// Elements of at most 16 bytes that one plain access along an axis of a tensor may take.
+pub(crate) fn access_elements(b: &Builder<'_>, param: ParamId, axis: usize) -> u32 {
+    let p = &b.kernel.params[param];
+    let most = (128 / p.dtype.bits()).max(1);
+    if p.layout.axes[axis].stride.is(1) { b.schedule.vector.clamp(1, most) } else { 1 }
+}
+
+/// Columns of one chunk: the widest swizzle span of the output that cuts the tile into equal chunks and
+/// gives every warp a share. Wider chunks would keep more values in registers at once.
 fn chunk_columns(b: &Builder<'_>, param: ParamId, tile_cols: u32) -> u32 {
+    let share = match b.spread {
+        Spread::Wgmma => 8,
+        Spread::MmaSync { warps_n, .. } => 16 * warps_n,
+        Spread::Outer { threads_n, block_n, .. } => threads_n * block_n,
+        Spread::Lines { lanes, vector, .. } => lanes * vector,
+    };
     let size = b.kernel.params[param].dtype.bits().div_ceil(8);
-    [128, 64, 32]
-        .into_iter()
-        .map(|bytes| (bytes / size).min(64))
-        .find(|c| tile_cols.is_multiple_of(*c) && c.is_multiple_of(8))
+    let widest = [128, 64, 32].into_iter().map(|bytes| (bytes / size).min(64));
+    let least = (b.spread != Spread::Wgmma).then_some(share);
+    widest
+        .chain(least)
+        .find(|c| tile_cols.is_multiple_of(*c) && c.is_multiple_of(share))
         .unwrap_or(tile_cols)
+}
+
+/// A buffer for one chunk and the spread in which it leaves: vectors along the contiguous axis, lines
+/// round the threads. `None` when a tensor is not contiguous along columns, or the chunk does not come
+/// out even: registers are stored as they are.
+fn stage_lines(
+    b: &mut Builder<'_>,
+    defs: &Defs<'_>,
+    param: ParamId,
+    value: TileId,
+    chunk: u32,
+) -> Result<Option<(SmemId, FragId)>> {
+    let axes = store_axes(b, defs, param, value)?.1;
+    let p = &b.kernel.params[param];
+    let vector = access_elements(b, param, axes.1);
+    let threads = b.schedule.warps.0 * b.schedule.warps.1 * 32;
+    let lanes = chunk / vector;
+    let even = lanes.is_power_of_two() && lanes <= threads && b.rows.is_multiple_of(threads / lanes);
+    if !p.layout.axes[axes.1].stride.is(1) || !chunk.is_multiple_of(vector) || !even {
+        return Ok(None);
+    }
+    let (name, dtype) = (p.name.clone(), p.dtype);
+    let swizzle = swizzle_for(chunk * dtype.bits() / 8)?;
+    let smem = b.smem.push(Smem {
+        name: format!("s{name}"),
+        dtype,
+        rows: b.rows,
+        cols: chunk,
+        contiguous: 1,
+        swizzle,
+        slots: 1,
+    });
+    let line = b.frags.push(Frag {
+        name: format!("line_{name}"),
+        dtype,
+        rows: b.rows,
+        cols: chunk,
+        spread: Spread::Lines { lanes, vector, threads },
+        extent: Extent::Tile,
+    });
+    Ok(Some((smem, line)))
 }
 
 fn swizzle_for(bytes: u32) -> Result<Swizzle> {
@@ -321,7 +407,7 @@ impl Evaluator<'_, '_> {
                 let arg = self.operand(&operand)?;
                 self.steps.push(Stmt::Map { dst: frag.clone(), func, args: vec![arg] });
             }
-            _ => return Err(Error::unsupported("this step after the products of a Hopper program")),
+            _ => return Err(Error::unsupported("this step after the products")),
         }
         self.columns_done.insert((tile, true), frag.clone());
         Ok(frag)

@@ -33,14 +33,17 @@ pub(crate) struct Builder<'a> {
     pub(crate) smem: IdVec<SmemId, Smem>,
     pub(crate) rings: IdVec<RingId, Ring>,
     pub(crate) frags: IdVec<FragId, Frag>,
-    /// Rows of the tile that one consumer holds.
+    /// Rows of the tile that one instance of the multiplying role holds.
     pub(crate) rows: u32,
+    /// How accumulators are spread over an instance.
+    pub(crate) spread: Spread,
 }
 
 impl Builder<'_> {
     /// First row of this consumer within the tile.
     pub(crate) fn row0(&self) -> Dim {
         match self.schedule.mode {
+            _ if self.spread != Spread::Wgmma => Dim::new(0),
             Mode::Cooperative => Dim::sym(CONSUMER) * &Dim::new(i64::from(self.rows)),
             Mode::PingPong => Dim::new(0),
         }
@@ -55,12 +58,14 @@ impl Builder<'_> {
     pub(crate) fn frag(&mut self, name: &str, dtype: DType, cols: u32, extent: Extent) -> FragId {
         let taken = self.frags.iter().filter(|(_, f)| f.name.trim_end_matches(char::is_numeric) == name).count();
         let name = if taken == 0 { name.to_owned() } else { format!("{name}{taken}") };
-        self.frags.push(Frag { name, dtype, rows: self.rows, cols, spread: Spread::Wgmma, extent })
+        self.frags.push(Frag { name, dtype, rows: self.rows, cols, spread: self.spread, extent })
     }
 }
 
 /// The loop over products, and what stands before and after it.
-fn main_loop(kernel: &Kernel) -> Result<(&[tilewright_tile::Stmt], &For, &[tilewright_tile::Stmt])> {
+pub(crate) fn main_loop(
+    kernel: &Kernel,
+) -> Result<(&[tilewright_tile::Stmt], &For, &[tilewright_tile::Stmt])> {
     let stmts = &kernel.body.stmts;
     let loops: Vec<usize> = stmts
         .iter()
@@ -69,7 +74,7 @@ fn main_loop(kernel: &Kernel) -> Result<(&[tilewright_tile::Stmt], &For, &[tilew
         .map(|(i, _)| i)
         .collect();
     let [at] = loops[..] else {
-        return Err(Error::unsupported(format!("a Hopper program with {} loops", loops.len())));
+        return Err(Error::unsupported(format!("a product kernel with {} loops", loops.len())));
     };
     let tilewright_tile::Stmt::For(body) = &stmts[at] else { unreachable!() };
     Ok((&stmts[..at], body, &stmts[at + 1..]))
@@ -78,7 +83,7 @@ fn main_loop(kernel: &Kernel) -> Result<(&[tilewright_tile::Stmt], &For, &[tilew
 /// Schedules a kernel with one loop over products.
 pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     let (before, body, after) = main_loop(kernel)?;
-    let pipeline = pipeline(kernel, before, body)?;
+    let pipeline = pipeline(kernel, before, body, schedule.product)?;
     let rows_of = |step: &Step| match step {
         Step::Product { a, .. } => Some(pipeline.streams[*a].rows),
         Step::Map { .. } => None,
@@ -97,6 +102,9 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             "{tile_rows} rows over {consumers} consumers: each needs a multiple of 64"
         )));
     }
+    if schedule.store == StoreKind::Staged {
+        return Err(Error::unsupported("staged stores of warp-specialised kernels: use the copy engine"));
+    }
     if schedule.mode == Mode::PingPong && (consumers != 2 || !schedule.persistent) {
         return Err(Error::unsupported("ping-pong needs two consumers and a persistent grid"));
     }
@@ -108,6 +116,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         rings: IdVec::new(),
         frags: IdVec::new(),
         rows,
+        spread: Spread::Wgmma,
     };
     // Shared memory and tensor maps of the streams.
     let cluster_symbol = cluster_symbol(kernel, schedule);
@@ -154,23 +163,11 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     let producer_body = over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), produce);
 
     // Consumers.
-    let tiles = RegisterTiles {
-        carried: body
-            .carry
-            .iter()
-            .map(|(tile, _)| tile_frag(&mut b, "acc", *tile))
-            .collect::<Result<_>>()?,
-        scratch: pipeline
-            .scratch
-            .iter()
-            .map(|tile| tile_frag(&mut b, "part", *tile))
-            .collect::<Result<_>>()?,
-    };
+    let tiles = RegisterTiles::new(&mut b, &pipeline, body)?;
     let depth = body.hi.clone() - &body.lo;
-    let start = initial_values(before, &pipeline, body, &tiles)?;
+    let start = initial_values(before, &pipeline, body, &tiles, true)?;
     let products = multiply(&b, &pipeline, &stages, &tiles, body, ring, full, empty, multicast);
-    let results: Vec<_> =
-        body.results.iter().copied().zip(tiles.carried.iter().copied()).collect();
+    let results = tiles.results(body);
     let finish = epilogue::store_results(&mut b, before, after, &results)?;
     let other = Dim::new(1) - &Dim::sym(CONSUMER);
     let turn = |of: Dim| of + &Dim::new(TURN_BARRIER);
@@ -280,7 +277,7 @@ fn mentions(dim: &Dim, symbol: &Arc<str>) -> bool {
     found
 }
 
-fn over_items(schedule: &GpuSchedule, items: &Dim, start: Dim, step: Dim, body: Vec<Stmt>) -> Vec<Stmt> {
+pub(crate) fn over_items(schedule: &GpuSchedule, items: &Dim, start: Dim, step: Dim, body: Vec<Stmt>) -> Vec<Stmt> {
     let item: Arc<str> = "item".into();
     if schedule.persistent {
         let name: Arc<str> = "items".into();
@@ -397,13 +394,34 @@ struct Products {
 }
 
 /// The fragments of a loop's register tiles.
-struct RegisterTiles {
+pub(crate) struct RegisterTiles {
     carried: Vec<FragId>,
     scratch: Vec<FragId>,
 }
 
 impl RegisterTiles {
-    fn of(&self, value: Value) -> FragRef {
+    /// A fragment for every register tile of the loop.
+    pub(crate) fn new(b: &mut Builder<'_>, pipeline: &Pipeline, body: &For) -> Result<RegisterTiles> {
+        Ok(RegisterTiles {
+            carried: body
+                .carry
+                .iter()
+                .map(|(tile, _)| tile_frag(b, "acc", *tile))
+                .collect::<Result<_>>()?,
+            scratch: pipeline
+                .scratch
+                .iter()
+                .map(|tile| tile_frag(b, "part", *tile))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    /// What the loop leaves behind.
+    pub(crate) fn results(&self, body: &For) -> Vec<(TileId, FragId)> {
+        body.results.iter().copied().zip(self.carried.iter().copied()).collect()
+    }
+
+    pub(crate) fn of(&self, value: Value) -> FragRef {
         let frag = match value {
             Value::Carried(i) => self.carried[i],
             Value::Scratch(i) => self.scratch[i],
@@ -418,12 +436,13 @@ fn tile_frag(b: &mut Builder<'_>, name: &str, tile: TileId) -> Result<FragId> {
     Ok(b.frag(name, dtype, cols, Extent::Tile))
 }
 
-/// Fills carried tiles that no product starts from zero.
-fn initial_values(
+/// Fills carried tiles, unless the first product `starts_itself` from zero.
+pub(crate) fn initial_values(
     before: &[tilewright_tile::Stmt],
     pipeline: &Pipeline,
     body: &For,
     tiles: &RegisterTiles,
+    starts_itself: bool,
 ) -> Result<Vec<Stmt>> {
     let defs = definitions(before);
     let mut out = Vec::new();
@@ -433,7 +452,7 @@ fn initial_values(
             Step::Product { acc, .. } => *acc == carried,
             Step::Map { args, .. } => args.contains(&carried),
         });
-        if matches!(first, Some(Step::Product { starts: true, .. })) {
+        if starts_itself && matches!(first, Some(Step::Product { starts: true, .. })) {
             continue;
         }
         let Some(TileOp::Full(value)) = defs.get(init) else {
@@ -551,9 +570,4 @@ fn multiply(
         }],
         drain,
     }
-}
-
-/// Whether results may go through the copy engine.
-pub(crate) fn stores_by_tma(schedule: &GpuSchedule) -> bool {
-    schedule.store == StoreKind::Tma
 }

@@ -11,6 +11,7 @@
 //! Nothing here knows what a kernel is for: pipelining and warp specialisation are transformations of a
 //! loop that loads tiles and multiplies them. Programs without a product go to `lines.rs`.
 
+mod ampere;
 mod axes;
 mod epilogue;
 mod hopper;
@@ -21,7 +22,7 @@ mod schedule;
 mod specialise;
 mod streams;
 
-pub use schedule::{GpuSchedule, LinesKnobs, Mode, StoreKind};
+pub use schedule::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind};
 pub use streams::tf32_round;
 
 use tilewright_base::Result;
@@ -34,9 +35,11 @@ use tilewright_tile::Kernel;
 /// Unsupported, naming the step, when the program has no form under this schedule.
 pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     let kernel = specialise::specialise(kernel, schedule)?;
-    if lines::has_product(&kernel.body) {
-        hopper::lower(&kernel, schedule)
-    } else {
-        lines::lower(&kernel, schedule)
+    if !lines::has_product(&kernel.body) {
+        return lines::lower(&kernel, schedule);
+    }
+    match schedule.product {
+        ProductKind::Wgmma => hopper::lower(&kernel, schedule),
+        ProductKind::MmaSync | ProductKind::Fma => ampere::lower(&kernel, schedule),
     }
 }

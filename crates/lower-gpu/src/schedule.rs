@@ -14,6 +14,18 @@ pub enum Mode {
     PingPong,
 }
 
+/// Which instructions multiply. The first overlaps copies and products by giving them to different
+/// warps, the others by starting the copies of later steps before the products of this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ProductKind {
+    /// `wgmma`, fed by the copy engine: Hopper.
+    Wgmma,
+    /// `mma.sync`, fed by plain asynchronous copies: from Ampere on, any alignment and layout.
+    MmaSync,
+    /// Plain multiply-adds: f32 sums of f32 products, nothing rounded on the way in.
+    Fma,
+}
+
 /// How results reach global memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StoreKind {
@@ -22,6 +34,8 @@ pub enum StoreKind {
     Tma,
     /// From registers.
     Direct,
+    /// Through shared memory, so that neighbouring threads write neighbouring addresses.
+    Staged,
 }
 
 /// How threads share a tile of a program without products.
@@ -49,6 +63,10 @@ pub struct GpuSchedule {
     pub arch: Arch,
     /// A value for each of the kernel's tile sizes.
     pub tiles: BTreeMap<Arc<str>, i64>,
+    /// Which instructions multiply.
+    pub product: ProductKind,
+    /// Warps along the rows and the columns of a tile, for `MmaSync` and `Fma`.
+    pub warps: (u32, u32),
     /// How consumers share work.
     pub mode: Mode,
     /// Consumer warpgroups.
@@ -84,6 +102,8 @@ impl GpuSchedule {
         GpuSchedule {
             arch: Arch::Sm90a,
             tiles: tiles.iter().map(|(name, size)| (Arc::from(*name), *size)).collect(),
+            product: ProductKind::Wgmma,
+            warps: (4, 1),
             mode: Mode::Cooperative,
             consumers: 2,
             stages: 4,
@@ -99,6 +119,21 @@ impl GpuSchedule {
             lines: LinesKnobs::default(),
         }
     }
+
+    /// A schedule without a copy engine: all warps copy, then multiply. 3 stages, results straight
+    /// from registers.
+    pub fn pipelined(arch: Arch, product: ProductKind, warps: (u32, u32), tiles: &[(&str, i64)]) -> GpuSchedule {
+        GpuSchedule {
+            arch,
+            product,
+            warps,
+            stages: 3,
+            persistent: false,
+            store: StoreKind::Direct,
+            store_slots: 1,
+            ..GpuSchedule::hopper(tiles)
+        }
+    }
 }
 
 impl fmt::Display for GpuSchedule {
@@ -111,14 +146,20 @@ impl fmt::Display for GpuSchedule {
             Mode::Cooperative => "cooperative",
             Mode::PingPong => "ping-pong",
         };
+        let (wm, wn) = self.warps;
+        let who = match self.product {
+            ProductKind::Wgmma => format!("wgmma {mode} consumers={}", self.consumers),
+            ProductKind::MmaSync => format!("mma.sync warps={wm}x{wn}"),
+            ProductKind::Fma => format!("fma warps={wm}x{wn}"),
+        };
         let store = match self.store {
             StoreKind::Tma => "tma",
             StoreKind::Direct => "direct",
+            StoreKind::Staged => "staged",
         };
         write!(
             f,
-            "{mode} consumers={} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}",
-            self.consumers,
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,

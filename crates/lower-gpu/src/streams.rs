@@ -4,6 +4,7 @@
 //! transposition or after dropping axes of extent 1. Its tiles go through a ring in shared memory,
 //! in the orientation in which the product reads them; nothing is moved to transpose.
 
+use crate::schedule::ProductKind;
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::Swizzle;
@@ -157,8 +158,14 @@ pub fn tf32_round() -> Func {
     b.finish(high)
 }
 
-/// Takes a loop apart, or says what does not fit. `before` defines what the loop may use from outside.
-pub(crate) fn pipeline(kernel: &Kernel, before: &[Stmt], body: &For) -> Result<Pipeline> {
+/// Takes a loop apart, or says what does not fit `product`. `before` defines what the loop may use from
+/// outside.
+pub(crate) fn pipeline(
+    kernel: &Kernel,
+    before: &[Stmt],
+    body: &For,
+    product: ProductKind,
+) -> Result<Pipeline> {
     let outer = definitions(before);
     let mut defs = definitions(&body.body.stmts);
     defs.extend(outer.iter().map(|(id, op)| (*id, *op)));
@@ -196,7 +203,7 @@ pub(crate) fn pipeline(kernel: &Kernel, before: &[Stmt], body: &For) -> Result<P
                         return Ok(i);
                     }
                     let shape = extents(kernel, tile)?;
-                    let stream = stream(kernel, view, shape[0], shape[1], rounded)?;
+                    let stream = stream(kernel, view, (shape[0], shape[1]), rounded, product)?;
                     out.streams.push(stream);
                     Ok(out.streams.len() - 1)
                 };
@@ -272,9 +279,18 @@ fn check_limit(kernel: &Kernel, view: &LoadView, axis: usize, limit: Option<&Dim
     }
 }
 
-fn stream(kernel: &Kernel, view: LoadView, rows: u32, cols: u32, tf32: bool) -> Result<Stream> {
+fn stream(
+    kernel: &Kernel,
+    view: LoadView,
+    (rows, cols): (u32, u32),
+    tf32: bool,
+    product: ProductKind,
+) -> Result<Stream> {
     let param = &kernel.params[view.param];
-    if param.dtype == DType::F32 && !tf32 {
+    if tf32 && product == ProductKind::Fma {
+        return Err(Error::unsupported(format!("{}: plain multiply-adds do not round to TF32", param.name)));
+    }
+    if param.dtype == DType::F32 && !tf32 && product != ProductKind::Fma {
         return Err(Error::unsupported(format!(
             "{}: tensor cores multiply f32 only after rounding to TF32",
             param.name
@@ -287,6 +303,8 @@ fn stream(kernel: &Kernel, view: LoadView, rows: u32, cols: u32, tf32: bool) -> 
     let contiguous = match (unit(view.axes[0]), unit(view.axes[1])) {
         (_, true) => 1,
         (true, false) => 0,
+        // Plain copies follow any stride.
+        _ if product != ProductKind::Wgmma => 1,
         _ => {
             return Err(Error::unsupported(format!(
                 "tensor {} has no contiguous axis among those of the product",

@@ -162,15 +162,17 @@ impl Checker<'_> {
         let fits = match f.spread {
             Spread::Wgmma => f.rows.is_multiple_of(64) && f.cols.is_multiple_of(8),
             Spread::MmaSync { warps_m, warps_n } => {
-                let (m, n) = (warps_m.saturating_mul(16), warps_n.saturating_mul(8));
+                let (m, n) = (warps_m.saturating_mul(16), warps_n.saturating_mul(16));
                 m > 0 && n > 0 && f.rows.is_multiple_of(m) && f.cols.is_multiple_of(n)
             }
             Spread::Lines { lanes, vector, threads } => {
                 lanes.is_power_of_two() && vector >= 1 && threads > 0 && threads % lanes == 0
             }
-            Spread::Outer { threads_m, threads_n } => {
-                let (m, n) = (threads_m.saturating_mul(4), threads_n.saturating_mul(4));
-                m > 0 && n > 0 && f.rows.is_multiple_of(m) && f.cols.is_multiple_of(n)
+            Spread::Outer { threads_m, threads_n, block_m, block_n } => {
+                let warps = threads_m.is_multiple_of(8) && threads_n.is_multiple_of(4);
+                let blocks = [block_m, block_n].iter().all(|b| matches!(b, 1 | 4));
+                let (m, n) = (threads_m.saturating_mul(block_m), threads_n.saturating_mul(block_n));
+                warps && blocks && m > 0 && n > 0 && f.rows.is_multiple_of(m) && f.cols.is_multiple_of(n)
             }
         };
         let some = f.rows > 0 && f.cols > 0;

@@ -86,7 +86,7 @@ impl Checker<'_> {
                 Spread::Wgmma => 128,
                 Spread::MmaSync { warps_m, warps_n } => warps_m * warps_n * 32,
                 Spread::Lines { threads, .. } => threads,
-                Spread::Outer { threads_m, threads_n } => threads_m * threads_n,
+                Spread::Outer { threads_m, threads_n, .. } => threads_m * threads_n,
             };
             let fits = threads == role.warps * 32;
             self.step(stmt, fits, "the fragment is not spread over the threads of the role");

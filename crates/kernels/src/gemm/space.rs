@@ -69,6 +69,8 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                     for slots in [2, 1] {
                         let staging = match store {
                             StoreKind::Direct if slots == 1 => continue,
+                            // For kernels without the copy engine.
+                            StoreKind::Staged => continue,
                             StoreKind::Direct => 0,
                             StoreKind::Tma => match staging_bytes(all_rows, bn, spec.result, slots) {
                                 Some(bytes) => bytes,

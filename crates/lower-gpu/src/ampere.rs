@@ -1,0 +1,268 @@
+//! Software-pipelined kernels for every architecture: all warps copy operand tiles into a ring with plain
+//! asynchronous copies, and multiply what came `stages - 1` steps ago.
+//!
+//! ```text
+//! copy steps 0 .. stages-2
+//! for k:  wait until step k came; meet     (everyone has also left step k-1)
+//!         copy step k + stages-1 into the slot of step k-1
+//!         multiply step k
+//! ```
+//!
+//! One group of copies is closed per step, empty or not, so that the number of open groups tells which
+//! step came. The products are `mma.sync` or plain multiply-adds, by the spread of the accumulators.
+
+use crate::epilogue::{self, access_elements};
+use crate::hopper::{Builder, RegisterTiles, initial_values, main_loop, over_items};
+use crate::raster::raster;
+use crate::schedule::{GpuSchedule, ProductKind, StoreKind};
+use crate::streams::{Step, Stream, Value, pipeline};
+use std::sync::Arc;
+use tilewright_base::{Error, IdVec, Result};
+use tilewright_device::{
+    Arch, CLUSTER, CLUSTERS, Cond, Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread,
+    Stmt,
+};
+use tilewright_expr::Value as Constant;
+use tilewright_layout::Dim;
+use tilewright_tile::{Compare, Kernel};
+
+/// Schedules a kernel with one loop over products.
+pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
+    let (before, body, after) = main_loop(kernel)?;
+    let pipeline = pipeline(kernel, before, body, schedule.product)?;
+    let (warps_m, warps_n) = schedule.warps;
+    let warps = warps_m * warps_n;
+    if !(1..=32).contains(&warps) || !(2..=16).contains(&schedule.stages) {
+        return Err(Error::unsupported(format!("{warps} warps, {} stages", schedule.stages)));
+    }
+    if schedule.cluster != 1 || schedule.store == StoreKind::Tma {
+        return Err(Error::unsupported("clusters and copy-engine stores of a pipelined kernel"));
+    }
+    if schedule.dependent && schedule.arch < Arch::Sm90a {
+        return Err(Error::unsupported("dependent launches before sm_90"));
+    }
+    let products = || {
+        pipeline.steps.iter().filter_map(|step| match step {
+            Step::Product { a, b, .. } => Some((&pipeline.streams[*a], &pipeline.streams[*b])),
+            Step::Map { .. } => None,
+        })
+    };
+    let Some((first_a, first_b)) = products().next() else {
+        return Err(Error::unsupported("a loop without products"));
+    };
+    let rows = first_a.rows;
+    let spread = spread(schedule, first_a, first_b)?;
+    for (a, b) in products() {
+        let bits = kernel.params[a.view.param].dtype.bits();
+        check_shape(a, b, bits, rows, schedule, spread)?;
+    }
+    let mut b = Builder {
+        kernel,
+        schedule,
+        maps: IdVec::new(),
+        smem: IdVec::new(),
+        rings: IdVec::new(),
+        frags: IdVec::new(),
+        rows,
+        spread,
+    };
+    let buffers: Vec<SmemId> = pipeline.streams.iter().map(|s| buffer(&mut b, s)).collect();
+    // Two positions in the same ring: where the next step is read, and where the next one is written.
+    let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
+    let ahead = b.rings.push(Ring { name: "ahead".into(), stages: schedule.stages });
+
+    let tiles = RegisterTiles::new(&mut b, &pipeline, body)?;
+    let mut item = initial_values(before, &pipeline, body, &tiles, false)?;
+
+    // The loop, with copies `stages - 1` steps early.
+    let early = i64::from(schedule.stages) - 1;
+    let warm_up: Arc<str> = "first".into();
+    let at_step = |step: Dim| -> Vec<Stmt> {
+        let mut copies: Vec<Stmt> = pipeline
+            .streams
+            .iter()
+            .zip(&buffers)
+            .map(|(stream, smem)| copy(&b, stream, *smem, ahead, &body.var, &step))
+            .collect();
+        copies.push(Stmt::Advance { ring: ahead, by: Dim::new(1) });
+        let cond = Cond { lhs: step, compare: Compare::Lt, rhs: body.hi.clone() };
+        vec![Stmt::If { cond, then: copies, otherwise: Vec::new() }, Stmt::CopyCommit]
+    };
+    item.push(Stmt::For {
+        var: warm_up.clone(),
+        lo: body.lo.clone(),
+        hi: body.lo.clone() + &Dim::new(early),
+        step: Dim::new(1),
+        body: at_step(Dim::sym(warm_up)),
+    });
+    let mut step = vec![Stmt::CopyWait { pending: schedule.stages - 2 }, Stmt::SyncBlock];
+    step.extend(at_step(Dim::sym(body.var.clone()) + &Dim::new(early)));
+    let operand = |stream: usize| operand(&pipeline.streams[stream], buffers[stream], ring);
+    for s in &pipeline.steps {
+        match s {
+            Step::Product { acc, a: left, b: right, starts } => {
+                if let (Value::Scratch(_), true) = (acc, starts) {
+                    let dst = tiles.of(*acc);
+                    let is_float = b.frags[dst.frag].dtype.is_float();
+                    let value = if is_float { Constant::Float(0.0) } else { Constant::Int(0) };
+                    step.push(Stmt::Fill { dst, value });
+                }
+                step.push(Stmt::Mma { acc: tiles.of(*acc), a: operand(*left), b: operand(*right) });
+            }
+            Step::Map { dst, func, args } => step.push(Stmt::Map {
+                dst: tiles.of(*dst),
+                func: func.clone(),
+                args: args.iter().map(|a| tiles.of(*a)).collect(),
+            }),
+        }
+    }
+    step.push(Stmt::Advance { ring, by: Dim::new(1) });
+    item.push(Stmt::For {
+        var: body.var.clone(),
+        lo: body.lo.clone(),
+        hi: body.hi.clone(),
+        step: Dim::new(1),
+        body: step,
+    });
+    // Only empty groups are left open.
+    item.push(Stmt::CopyWait { pending: 0 });
+    let results = tiles.results(body);
+    let finish = epilogue::store_results(&mut b, before, after, &results)?;
+    item.extend(finish.stmts);
+    if schedule.persistent {
+        // The next item's copies go where the slowest warp may still be reading.
+        item.push(Stmt::SyncBlock);
+    }
+
+    let index = Dim::sym("item");
+    let (items, mut each) = raster(kernel, schedule, &index);
+    each.extend(item);
+    let mut role = over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), each);
+    role.extend(finish.last);
+    let setup = if schedule.dependent { vec![Stmt::GridRelease, Stmt::GridWait] } else { Vec::new() };
+    Ok(Program {
+        name: kernel.name.clone(),
+        arch: schedule.arch,
+        params: kernel.params.clone(),
+        symbols: kernel.symbols.clone(),
+        maps: b.maps,
+        cluster: 1,
+        threads: warps * 32,
+        items,
+        persistent: schedule.persistent,
+        blocks_per_sm: schedule.blocks_per_sm,
+        smem: b.smem,
+        barriers: IdVec::new(),
+        rings: b.rings,
+        frags: b.frags,
+        setup,
+        roles: vec![Role {
+            name: "all".into(),
+            first_warp: 0,
+            warps,
+            instances: 1,
+            instance: "all".into(),
+            single_thread: false,
+            registers: None,
+            body: role,
+        }],
+        teardown: Vec::new(),
+    })
+}
+
+/// Blocks of 4 along an axis whose neighbours are neighbours in shared memory, so that one load takes
+/// a block; single elements where lines run along the depth, so that neighbouring threads read
+/// neighbouring lines.
+fn spread(schedule: &GpuSchedule, a: &Stream, b: &Stream) -> Result<Spread> {
+    let (warps_m, warps_n) = schedule.warps;
+    match schedule.product {
+        ProductKind::MmaSync => Ok(Spread::MmaSync { warps_m, warps_n }),
+        ProductKind::Fma => {
+            let block = |along_depth: bool| if along_depth { 1 } else { 4 };
+            Ok(Spread::Outer {
+                threads_m: warps_m * 8,
+                threads_n: warps_n * 4,
+                block_m: block(a.contiguous == 1),
+                block_n: block(b.contiguous == 0),
+            })
+        }
+        ProductKind::Wgmma => Err(Error::bug("wgmma in a pipelined kernel")),
+    }
+}
+
+/// Whether whole instructions cover a product.
+fn check_shape(
+    a: &Stream,
+    b: &Stream,
+    bits: u32,
+    rows: u32,
+    schedule: &GpuSchedule,
+    spread: Spread,
+) -> Result<()> {
+    let (unit_m, unit_n) = match spread {
+        Spread::Outer { threads_m, threads_n, block_m, block_n } => {
+            (threads_m * block_m, threads_n * block_n)
+        }
+        _ => (16 * schedule.warps.0, 16 * schedule.warps.1),
+    };
+    // Instructions of the tensor cores take 32 bytes of depth, plain sums are unrolled by 8.
+    let unit_k = match spread {
+        Spread::Outer { .. } => 8,
+        _ => 256 / bits,
+    };
+    let fits = a.rows == rows
+        && rows.is_multiple_of(unit_m)
+        && b.cols.is_multiple_of(unit_n)
+        && a.cols == b.rows
+        && a.cols.is_multiple_of(unit_k);
+    if fits {
+        Ok(())
+    } else {
+        Err(Error::unsupported(format!(
+            "products of {}x{}x{} over {}x{} warps",
+            a.rows, b.cols, a.cols, schedule.warps.0, schedule.warps.1
+        )))
+    }
+}
+
+/// The ring's tiles of one stream.
+fn buffer(b: &mut Builder<'_>, stream: &Stream) -> SmemId {
+    let param = &b.kernel.params[stream.view.param];
+    let same = b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == &*param.name).count();
+    let suffix = if same == 0 { String::new() } else { format!("_{same}") };
+    let smem = Smem {
+        name: format!("s{}{suffix}", param.name),
+        dtype: param.dtype,
+        rows: stream.rows,
+        cols: stream.cols,
+        contiguous: stream.contiguous,
+        swizzle: stream.swizzle,
+        slots: b.schedule.stages,
+    };
+    b.smem.push(smem)
+}
+
+/// Starts copying a stream's tile of one step.
+fn copy(b: &Builder<'_>, stream: &Stream, smem: SmemId, ring: RingId, var: &Arc<str>, step: &Dim) -> Stmt {
+    let axes = (stream.view.axes[0], stream.view.axes[1]);
+    let along = if stream.contiguous == 1 { axes.1 } else { axes.0 };
+    let lookup = |name: &str| (name == &**var).then(|| step.clone());
+    Stmt::CopyIn {
+        param: stream.view.param,
+        at: stream.view.index.iter().map(|d| d.substitute(&lookup)).collect(),
+        axes,
+        to: operand(stream, smem, ring),
+        vector: access_elements(b, stream.view.param, along),
+    }
+}
+
+fn operand(stream: &Stream, smem: SmemId, ring: RingId) -> SmemTile {
+    SmemTile {
+        smem,
+        slot: Slot::Ring(ring),
+        row: Dim::new(0),
+        col: Dim::new(0),
+        rows: stream.rows,
+        cols: stream.cols,
+    }
+}
