@@ -4,7 +4,7 @@
 use tilewright_base::DType;
 use tilewright_cuda::{Gpu, Nvrtc, Stream};
 use tilewright_data::Tensor;
-use tilewright_kernels::gemm::{GemmSpec, Order};
+use tilewright_kernels::gemm::{GemmSpec, Math, Order};
 use tilewright_launch::{Loader, Operand};
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
@@ -82,7 +82,9 @@ fn check(
     cluster: u32,
 ) {
     let (sum, result) = sums_of(operand);
-    let spec = GemmSpec { a: orders[0], b: orders[1], c: orders[2], ..GemmSpec::plain(operand, sum, result) };
+    let math = if operand == DType::F32 { Math::Tf32 } else { Math::Exact };
+    let [a, b, c] = orders;
+    let spec = GemmSpec { math, a, b, c, ..GemmSpec::plain(operand, sum, result) };
     let bk = 128 / operand.size() as i64;
     let mut schedule = GpuSchedule::hopper(&[("BM", 128), ("BN", 128), ("BK", bk)]);
     (schedule.store, schedule.cluster) = (store, cluster);

@@ -3,7 +3,7 @@
 use super::*;
 use tilewright_base::{DType, Kind};
 use tilewright_emit_cuda::emit;
-use tilewright_kernels::gemm::{GemmSpec, Order};
+use tilewright_kernels::gemm::{GemmSpec, Math, Order};
 use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
 
 fn program(spec: &GemmSpec, store: StoreKind) -> Program {
@@ -74,9 +74,9 @@ fn a_column_major_operand_has_its_rows_innermost() {
 
 #[test]
 fn f32_operands_are_rounded_to_tf32_and_results_are_not() {
-    let program = program(&GemmSpec::plain(DType::F32, DType::F32, DType::F32), StoreKind::Tma);
+    let plain = GemmSpec::plain(DType::F32, DType::F32, DType::F32);
+    let program = program(&GemmSpec { math: Math::Tf32, b: Order::Col, ..plain }, StoreKind::Tma);
     let sizes = sizes(&[("M", 8), ("N", 8), ("K", 8), ("lda", 8), ("ldb", 8), ("ldc", 8)]);
-    // The tensor cores take TF32 from depth-contiguous tiles only; a row-major B has none.
     let bound = bind(&program, &sizes, &at(&[0x1000, 0x2000, 0x3000])).unwrap();
     let elements: Vec<_> = maps(&bound).iter().map(|m| m.element).collect();
     assert_eq!(elements, [MapElement::TF32, MapElement::TF32, MapElement::F32]);
