@@ -9,7 +9,7 @@
 //! A tile that nothing defines prints as `%?7`, a parameter that does not exist as `%?p7`.
 
 use crate::ir::*;
-use crate::schedule::Schedule;
+use crate::schedule::{MatrixUnit, Schedule};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use tilewright_base::DType;
@@ -63,7 +63,11 @@ impl fmt::Display for Schedule {
             f,
             "vector={} mma={}x{} unroll={} chains={}",
             c.vector_bits, c.mma_rows, c.mma_vectors, c.unroll_k, c.reduce_chains
-        )
+        )?;
+        match c.unit {
+            MatrixUnit::Fma => Ok(()),
+            unit => write!(f, " unit={}", unit.name()),
+        }
     }
 }
 

@@ -13,6 +13,47 @@ pub struct Schedule {
     pub cpu: CpuKnobs,
 }
 
+/// The instruction that matrix products use, where their operand types fit it; all others use
+/// fused multiply-adds (integers: multiply and add). Prints and parses as its short name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum MatrixUnit {
+    /// Multiply-adds on vectors, one step of the depth at a time.
+    #[default]
+    Fma,
+    /// AVX512-BF16 `vdpbf16ps`: `bf16` operands, two steps at a time, sums in `f32`.
+    Bf16Dot,
+    /// AMX `tdpbf16ps`: `bf16` operands in 16x32 tiles, sums in `f32`.
+    Bf16Tile,
+    /// AVX512-VNNI `vpdpbusd`: 8-bit operands, four steps at a time, sums in `i32`.
+    I8Dot,
+}
+
+impl MatrixUnit {
+    /// All of them.
+    pub const ALL: [MatrixUnit; 4] =
+        [MatrixUnit::Fma, MatrixUnit::Bf16Dot, MatrixUnit::Bf16Tile, MatrixUnit::I8Dot];
+
+    /// Short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            MatrixUnit::Fma => "fma",
+            MatrixUnit::Bf16Dot => "bf16dot",
+            MatrixUnit::Bf16Tile => "bf16tile",
+            MatrixUnit::I8Dot => "i8dot",
+        }
+    }
+
+    /// Steps of the depth that one instruction takes for each result, and that therefore lie next
+    /// to each other in both operands.
+    pub fn depth_group(self) -> i64 {
+        match self {
+            MatrixUnit::Fma => 1,
+            MatrixUnit::Bf16Dot | MatrixUnit::Bf16Tile => 2,
+            MatrixUnit::I8Dot => 4,
+        }
+    }
+}
+
 /// How the CPU emitter runs a tile program.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct CpuKnobs {
@@ -26,18 +67,32 @@ pub struct CpuKnobs {
     pub unroll_k: u32,
     /// Independent accumulators in vector reductions.
     pub reduce_chains: u32,
+    /// Instruction of matrix products whose operand types fit it.
+    pub unit: MatrixUnit,
 }
 
 impl Default for CpuKnobs {
     /// AVX2: a 6x2-vector micro-kernel (12 accumulators of 16 registers).
     fn default() -> CpuKnobs {
-        CpuKnobs { vector_bits: 256, mma_rows: 6, mma_vectors: 2, unroll_k: 2, reduce_chains: 4 }
+        CpuKnobs {
+            vector_bits: 256,
+            mma_rows: 6,
+            mma_vectors: 2,
+            unroll_k: 2,
+            reduce_chains: 4,
+            unit: MatrixUnit::Fma,
+        }
     }
 }
 
 impl CpuKnobs {
+    /// AMX for `bf16`: 2x2 tiles of results, two of each operand.
+    pub fn amx() -> CpuKnobs {
+        CpuKnobs { mma_rows: 32, unit: MatrixUnit::Bf16Tile, ..CpuKnobs::avx512() }
+    }
+
     /// AVX-512: a 14x2-vector micro-kernel (28 accumulators of 32 registers).
     pub fn avx512() -> CpuKnobs {
-        CpuKnobs { vector_bits: 512, mma_rows: 14, mma_vectors: 2, unroll_k: 2, reduce_chains: 4 }
+        CpuKnobs { vector_bits: 512, mma_rows: 14, ..CpuKnobs::default() }
     }
 }

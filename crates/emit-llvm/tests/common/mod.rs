@@ -9,7 +9,7 @@ use tilewright_emit_llvm::emit_kernel;
 use tilewright_interp::Mode;
 use tilewright_jit::{Jit, Options, Source};
 use tilewright_layout::Env;
-use tilewright_tile::{CpuKnobs, Kernel, Schedule};
+use tilewright_tile::{CpuKnobs, Kernel, MatrixUnit, Schedule};
 
 type KernelFn = unsafe extern "C" fn(*const *mut u8, *const i64, i64, i64, *mut u8);
 
@@ -37,6 +37,17 @@ pub(crate) fn knobs() -> Vec<CpuKnobs> {
         all.push(CpuKnobs::avx512());
     }
     all
+}
+
+/// Knobs for a matrix unit, when this machine has it.
+pub(crate) fn unit_knobs(unit: MatrixUnit) -> Option<CpuKnobs> {
+    let here = match unit {
+        MatrixUnit::Fma => true,
+        MatrixUnit::Bf16Dot => std::is_x86_feature_detected!("avx512bf16"),
+        MatrixUnit::I8Dot => std::is_x86_feature_detected!("avx512vnni"),
+        MatrixUnit::Bf16Tile => false,
+    };
+    here.then(|| CpuKnobs { unit, ..CpuKnobs::avx512() })
 }
 
 /// Memory aligned to 64 bytes with untouchable-by-contract bytes behind it.
@@ -104,7 +115,7 @@ pub(crate) fn check_with(
     let what =
         format!("{} {:?} {sizes:?} {}", kernel.name, schedule.tiles, schedule.cpu.vector_bits);
     let env: Env = sizes.iter().map(|(n, v)| ((*n).into(), *v)).collect();
-    let emitted = emit_kernel(kernel, schedule).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let emitted = emit_kernel(kernel, schedule).unwrap_or_else(|e| panic!("{what}: {e}\n{kernel}"));
     assert_eq!(emitted.llvm_ir, emit_kernel(kernel, schedule).unwrap().llvm_ir, "{what}: text");
     let jit = Jit::new(Options::default()).unwrap();
     let source = Source { symbol: emitted.name.clone(), text: emitted.llvm_ir };
