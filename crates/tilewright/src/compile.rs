@@ -5,7 +5,7 @@ use crate::model::Model;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tilewright_base::{Error, Result, ResultExt};
+use tilewright_base::{Result, ResultExt};
 use tilewright_data::Tensor;
 use tilewright_emit_llvm::emit_kernel;
 use tilewright_graph::{Graph, NodeId, Op, Value};
@@ -96,10 +96,6 @@ impl Compiler {
         mut graph: Graph,
         observe: &mut dyn FnMut(Stage<'_>),
     ) -> Result<Compiled> {
-        if self.precision != Precision::F32 {
-            return Err(Error::unsupported(format!("precision {} on the CPU", self.precision))
-                .with_hint("leave out --precision: f32 models run in f32"));
-        }
         let mut stages = Vec::new();
         let mut clock = Instant::now();
         let mut lap = |stages: &mut Vec<StageTime>, name: &str| {
@@ -129,7 +125,7 @@ impl Compiler {
 
         let layouts = tilewright_passes::choose_layouts(&graph, &context);
         lap(&mut stages, "layout");
-        let options = tilewright_lower::Options { fusion: self.fusion };
+        let options = tilewright_lower::Options { fusion: self.fusion, precision: self.precision };
         let (plan, fusion) =
             tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
         observe(Stage::Fusion(&fusion));
@@ -193,7 +189,10 @@ impl Compiler {
 
     /// The numbers that lowering reads.
     fn target(&self) -> CpuTarget {
+        let units = tilewright_lower::matrix_units(self.cpu.vector_bits, |f| self.cpu.has(f));
         CpuTarget {
+            bf16_unit: units.0,
+            int8_unit: units.1,
             lanes: self.cpu.f32_lanes() as i64,
             l1_bytes: self.cpu.l1_bytes as i64,
             l2_bytes: self.cpu.l2_bytes as i64,
