@@ -111,7 +111,8 @@ impl Emitter<'_> {
             self.counted(&whole, &mut |e, g| {
                 let first = e.facts.simplify(&(g * group));
                 // Named, so that they are known to lie below the depth.
-                let neighbours: Vec<Dim> = (0..group).map(|i| e.depth_at(&first + i, depth)).collect();
+                let neighbours: Vec<Dim> =
+                    (0..group).map(|i| e.depth_at(&first + i, depth)).collect();
                 e.vectors(cols, lanes, &mut |e, x| {
                     let mut parts = Vec::new();
                     for k in &neighbours {

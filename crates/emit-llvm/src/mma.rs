@@ -21,19 +21,19 @@ use tilewright_tile::{MatrixUnit, Stmt, TileId, TileOp};
 
 /// Shape of the micro-kernel for a product.
 #[derive(Clone, Copy, Debug)]
-struct Geometry {
+pub(crate) struct Geometry {
     lanes: u32,
     /// Vectors per row.
-    vectors: u32,
+    pub(crate) vectors: u32,
     /// Columns of a panel.
-    width: i64,
+    pub(crate) width: i64,
     /// Most rows.
     rows: i64,
 }
 
 /// A stride: known now, or an argument of the micro-kernel.
 #[derive(Clone, Debug)]
-enum Stride {
+pub(crate) enum Stride {
     Known(i64),
     Given(String),
 }
@@ -77,16 +77,16 @@ impl MicroKind {
 
 /// Everything that one micro-kernel text depends on, but for its number of rows.
 #[derive(Clone, Debug)]
-struct Micro {
+pub(crate) struct Micro {
     kind: MicroKind,
-    geometry: Geometry,
+    pub(crate) geometry: Geometry,
     acc: DType,
-    a: DType,
-    b: DType,
+    pub(crate) a: DType,
+    pub(crate) b: DType,
     /// Rows of `a`, depth of `a` and of `b`, then their blocks.
-    a_row: Stride,
+    pub(crate) a_row: Stride,
     a_depth: Stride,
-    b_depth: Stride,
+    pub(crate) b_depth: Stride,
     a_block: Stride,
     b_block: Stride,
     /// Depth comes in blocks of this size.
@@ -97,14 +97,14 @@ struct Micro {
 impl<'a> Emitter<'a> {
     /// The instruction for these operands; every other pair multiplies and adds.
     fn micro_kind(&self, acc: DType, a: DType, b: DType) -> MicroKind {
-        let bf16 = (acc, a, b) == (DType::F32, DType::BF16, DType::BF16);
-        let bytes = (acc, b) == (DType::I32, DType::I8) && matches!(a, DType::I8 | DType::U8);
         match self.knobs.unit {
-            MatrixUnit::Bf16Dot if bf16 => MicroKind::Bf16Dot,
-            MatrixUnit::Bf16Tile if bf16 => MicroKind::Bf16Tile,
-            MatrixUnit::I8Dot if bytes => MicroKind::I8Dot { shifted: a == DType::I8 },
-            _ if acc.is_float() => MicroKind::Fma,
-            _ => MicroKind::MulAdd,
+            unit if !unit.takes(a, b, acc) || unit == MatrixUnit::Fma => match acc.is_float() {
+                true => MicroKind::Fma,
+                false => MicroKind::MulAdd,
+            },
+            MatrixUnit::Bf16Dot | MatrixUnit::Fma => MicroKind::Bf16Dot,
+            MatrixUnit::Bf16Tile => MicroKind::Bf16Tile,
+            MatrixUnit::I8Dot => MicroKind::I8Dot { shifted: a == DType::I8 },
         }
     }
 
@@ -244,8 +244,7 @@ impl<'a> Emitter<'a> {
         let whole_groups = self.facts.simplify(&depth.modulo(&Dim::new(group))).is(0);
         let mut a_access = self
             .row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks)
-            .filter(|a| group == 1 || (whole_groups && a.1.inner.is(1) && a.4.is_none()))
-            .filter(|_| kind != MicroKind::Bf16Tile);
+            .filter(|a| group == 1 || (whole_groups && a.1.inner.is(1) && a.4.is_none()));
         let crowded = a_access.as_ref().is_some_and(|(place, _, row, ..)| {
             rows_max >= 4 && cols_max > 2 * g.width && crowds(place, row)
         });
@@ -286,12 +285,13 @@ impl<'a> Emitter<'a> {
             group == 1 && rows_max >= 3 * g.rows && crowds(place, &depth_access.inner)
         });
         let mut tail = None;
-        let over_read = even
-            || self.may_over_read(b_tile, b_access.as_ref().map(|b| &b.0), width, group);
+        let over_read =
+            even || self.may_over_read(b_tile, b_access.as_ref().map(|b| &b.0), width, group);
         if group > 1 {
             if b_access.is_none() || !over_read {
                 self.c.t.comment("right operand copied in groups");
-                let kept = self.keep_right(b_tile, kind, [&depth, &n], [depth_max, cols_max], width)?;
+                let kept =
+                    self.keep_right(b_tile, kind, [&depth, &n], [depth_max, cols_max], width)?;
                 self.loc[b_tile.index()] = Loc::Buffer(kept);
                 self.forget_values();
                 b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &[group], group);
@@ -384,7 +384,11 @@ impl<'a> Emitter<'a> {
         let mut functions = Vec::new();
         for &rows in &variants {
             let name = format!("{}.mma{}.r{rows}", self.k.name, self.functions.len());
-            let (text, code) = micro_kernel(&micro, rows, &name, &names, self.knobs.vector_bits);
+            let bits = self.knobs.vector_bits;
+            let (text, code) = match kind {
+                MicroKind::Bf16Tile => crate::amx::micro_kernel(&micro, rows, &name, &names, bits),
+                _ => micro_kernel(&micro, rows, &name, &names, bits),
+            };
             functions.push((rows, name));
             self.functions.push(text);
             self.c.helpers.extend(code.helpers);
@@ -591,7 +595,7 @@ impl<'a> Emitter<'a> {
         }
         let most = self.facts.bounds(m).max;
         let mut all: Vec<i64> = Vec::new();
-        for r in [rows, 8, 4, 2, 1] {
+        for r in [rows, 16, 8, 4, 2, 1] {
             if r <= rows && !all.contains(&r) && (r <= most || all.is_empty()) {
                 all.push(r.min(most.max(1)));
             }
@@ -667,23 +671,16 @@ impl<'a> Emitter<'a> {
     }
 
     /// Reading whole panels past the last column stays inside the operand's memory.
-    fn may_over_read(
-        &self,
-        _tile: TileId,
-        place: Option<&Place>,
-        width: i64,
-        group: i64,
-    ) -> bool {
+    fn may_over_read(&self, _tile: TileId, place: Option<&Place>, width: i64, group: i64) -> bool {
         let Some(place) = place else { return false };
         let Some(param) = place.base.strip_prefix("%p").and_then(|p| p.parse::<u32>().ok()) else {
             // Scratch memory: only panels are wide enough.
             return false;
         };
         let layout = &self.k.params[tilewright_tile::ParamId(param)].layout;
-        layout
-            .axes
-            .iter()
-            .any(|axis| axis.block.as_ref().is_some_and(|b| b.stride.is(group) && b.size % width == 0))
+        layout.axes.iter().any(|axis| {
+            axis.block.as_ref().is_some_and(|b| b.stride.is(group) && b.size % width == 0)
+        })
     }
 }
 

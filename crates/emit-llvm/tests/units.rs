@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{check, schedule, unit_knobs};
+use common::{Rng, check, check_with, fill, schedule, unit_knobs};
 use tilewright_base::DType;
 use tilewright_expr::{Func, Value};
 use tilewright_layout::{Dim, Layout, Range, Symbol};
@@ -62,15 +62,16 @@ fn gemm(dims: [Dim; 3], symbols: &[&str], places: [Place; 2], types: &Types) -> 
     let zero = if float { Value::Float(0.0) } else { Value::Int(0) };
     let zero = b.full(zero, TileType::new(types.acc, vec![bm.clone(), bn.clone()]));
     let (i, carried) = b.begin_for("k", d(0), k.ceil_div(&bk), &[zero]);
-    let operand = |b: &mut KernelBuilder, p, index: Vec<Dim>, shape: Vec<Dim>, to: DType| -> TileId {
-        let tile = b.load(p, index, shape.clone());
-        let from = b.param_info(p).dtype;
-        if from == to {
-            return tile;
-        }
-        let args = vec![b.plain(tile)];
-        b.map(Func::cast(from, to), args, shape)
-    };
+    let operand =
+        |b: &mut KernelBuilder, p, index: Vec<Dim>, shape: Vec<Dim>, to: DType| -> TileId {
+            let tile = b.load(p, index, shape.clone());
+            let from = b.param_info(p).dtype;
+            if from == to {
+                return tile;
+            }
+            let args = vec![b.plain(tile)];
+            b.map(Func::cast(from, to), args, shape)
+        };
     let at = [&pm * &bm, &i * &bk, &pn * &bn];
     let index = vec![at[0].clone(), at[1].clone()];
     let ta = operand(&mut b, a, index, vec![bm.clone(), bk.clone()], types.product[0]);
@@ -90,7 +91,8 @@ fn every_shape(knobs: &CpuKnobs, types: &Types, tolerance: f64) {
         [Place::Transposed, Place::Transposed],
         [Place::Row, Place::Panels],
     ];
-    for (m, n, k) in [(1, 1, 1), (5, 7, 3), (16, 32, 16), (37, 50, 41), (64, 96, 128), (30, 33, 65)] {
+    for (m, n, k) in [(1, 1, 1), (5, 7, 3), (16, 32, 16), (37, 50, 41), (64, 96, 128), (30, 33, 65)]
+    {
         for (bm, bn, bk) in [(16, 32, 16), (28, 64, 64)] {
             let s = schedule(&[("BM", bm), ("BN", bn), ("BK", bk)], knobs.clone());
             for places in places {
@@ -120,4 +122,27 @@ fn bf16_products_of_every_shape() {
         every_shape(&knobs, &stored, 2e-5);
     }
     every_shape(&CpuKnobs::default(), &BF16, 2e-5);
+}
+
+/// Bytes of every kind: exact, also where four products of the largest magnitudes meet.
+#[test]
+fn byte_products_are_exact() {
+    let Some(knobs) = unit_knobs(MatrixUnit::I8Dot) else { return };
+    for left in [DType::U8, DType::I8] {
+        let types =
+            Types { memory: [left, DType::I8], product: [left, DType::I8], acc: DType::I32 };
+        every_shape(&knobs, &types, 0.0);
+        let kernel = gemm([d(33), d(70), d(101)], &[], [Place::Row, Place::Grouped(4)], &types);
+        let s = schedule(&[("BM", 28), ("BN", 64), ("BK", 64)], knobs.clone());
+        let bytes = |p: usize, n: usize| -> Vec<u8> {
+            let mut rng = Rng(p as u64 + 5);
+            let extremes = [0u8, 1, 127, 128, 255];
+            (0..n).map(|_| extremes[(rng.next() % 5) as usize]).collect()
+        };
+        let mut buffers = fill(&kernel, &Default::default(), &mut Rng(3));
+        for (i, b) in buffers.iter_mut().enumerate().take(2) {
+            *b = bytes(i, b.len());
+        }
+        check_with(&kernel, &s, &[], 0.0, buffers);
+    }
 }

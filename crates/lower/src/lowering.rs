@@ -140,11 +140,9 @@ impl Lowering<'_> {
 
     /// Knobs of a product of operands of these types: with the unit that takes them.
     pub(crate) fn product_knobs(&self, a: DType, b: DType, acc: DType) -> CpuKnobs {
-        let unit = match (a, b, acc) {
-            (DType::BF16, DType::BF16, DType::F32) => self.target.bf16_unit,
-            (DType::I8 | DType::U8, DType::I8, DType::I32) => self.target.int8_unit,
-            _ => MatrixUnit::Fma,
-        };
+        let here = [self.target.bf16_unit, self.target.int8_unit];
+        let unit = here.into_iter().find(|u| *u != MatrixUnit::Fma && u.takes(a, b, acc));
+        let unit = unit.unwrap_or_default();
         match unit {
             MatrixUnit::Bf16Tile => CpuKnobs::amx(),
             unit => CpuKnobs { unit, ..self.knobs() },

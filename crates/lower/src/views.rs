@@ -36,9 +36,9 @@ fn merge_group(layout: &Layout, group: &[usize]) -> Option<Axis> {
                 None => Some(a.extent.clone()),
                 Some(b) => a.extent.exact_div(&Dim::new(b.size)),
             };
-            let affine = many.windows(2).all(|w| {
-                steps(w[1]).is_some_and(|steps| w[0].stride == &w[1].stride * &steps)
-            });
+            let affine = many
+                .windows(2)
+                .all(|w| steps(w[1]).is_some_and(|steps| w[0].stride == &w[1].stride * &steps));
             (plain && affine).then(|| Axis { extent, ..last.clone() })
         }
     }

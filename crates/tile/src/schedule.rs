@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use tilewright_base::DType;
 
 /// Tile sizes and the knobs of each kind of target. Any legal schedule gives the same result up to
 /// the order of floating-point sums.
@@ -40,6 +41,19 @@ impl MatrixUnit {
             MatrixUnit::Bf16Dot => "bf16dot",
             MatrixUnit::Bf16Tile => "bf16tile",
             MatrixUnit::I8Dot => "i8dot",
+        }
+    }
+
+    /// Whether it multiplies operands of types `a` and `b` with sums in `acc`.
+    pub fn takes(self, a: DType, b: DType, acc: DType) -> bool {
+        match self {
+            MatrixUnit::Fma => true,
+            MatrixUnit::Bf16Dot | MatrixUnit::Bf16Tile => {
+                (a, b, acc) == (DType::BF16, DType::BF16, DType::F32)
+            }
+            MatrixUnit::I8Dot => {
+                matches!(a, DType::I8 | DType::U8) && (b, acc) == (DType::I8, DType::I32)
+            }
         }
     }
 

@@ -60,6 +60,7 @@ pub struct Compiled {
     exe: Arc<Executable>,
     stages: Vec<StageTime>,
     cpu: Cpu,
+    precision: Precision,
     /// Kernels that came out of the cache, and kernels in all.
     cache_hits: (usize, usize),
     warnings: Vec<String>,
@@ -140,7 +141,8 @@ impl Compiler {
         lap(&mut stages, "codegen (all)");
         let exe = Arc::new(Executable::new(plan, code, self.pool.clone())?);
         lap(&mut stages, "pack-weights");
-        Ok(Compiled { graph, fusion, exe, stages, cpu: self.cpu.clone(), cache_hits, warnings })
+        let (cpu, precision) = (self.cpu.clone(), self.precision);
+        Ok(Compiled { graph, fusion, exe, stages, cpu, precision, cache_hits, warnings })
     }
 
     /// Machine code for each kernel of the plan, and how many came out of the cache.
@@ -254,6 +256,11 @@ impl Compiled {
     /// The machine it is compiled for.
     pub fn cpu(&self) -> &Cpu {
         &self.cpu
+    }
+
+    /// The arithmetic of its contractions.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// How long each stage of compilation took.

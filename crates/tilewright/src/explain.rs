@@ -8,8 +8,8 @@ use tilewright_base::Result;
 use tilewright_data::Tensor;
 use tilewright_graph::{Graph, ValueId};
 use tilewright_layout::{Dim, Env};
-use tilewright_plan::{BufferId, Note, Step, Storage};
-use tilewright_tile::Access;
+use tilewright_plan::{BufferId, Note, PlanKernel, Step, Storage};
+use tilewright_tile::{Access, Block, Kernel, MatrixUnit, Schedule, Stmt, TileOp};
 
 /// Which ceiling of the machine limits a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -44,6 +44,8 @@ pub struct KernelReport {
     pub kernel: String,
     /// What the group is built around.
     pub anchor: String,
+    /// Its products: types of the operands and of the sum, and the matrix unit; empty without any.
+    pub products: Vec<String>,
     /// Graph nodes fused here.
     pub nodes: Vec<String>,
     /// Buffers read, by name.
@@ -128,10 +130,12 @@ pub fn explain(
     // Steps that write a buffer, so far.
     let mut writer: BTreeMap<BufferId, Vec<usize>> = BTreeMap::new();
     for (i, step) in plan.steps.iter().enumerate() {
+        let mut products = Vec::new();
         let (note, kernel, reads, writes): (&Note, String, Vec<BufferId>, Vec<BufferId>) =
             match step {
                 Step::Launch { kernel, args, note, .. } => {
-                    let kernel = &plan.kernels[*kernel].kernel;
+                    let PlanKernel { kernel, schedule } = &plan.kernels[*kernel];
+                    products = products_of(kernel, schedule);
                     let side = |wanted: bool| {
                         let params = kernel.params.as_slice().iter().zip(args);
                         let side = params.filter(|(p, _)| (p.access == Access::In) == wanted);
@@ -167,6 +171,7 @@ pub fn explain(
             label: note.label.clone(),
             kernel,
             anchor: note.anchor.clone(),
+            products,
             nodes: note.nodes.clone(),
             reads,
             writes,
@@ -273,8 +278,8 @@ impl Explanation {
         );
         let _ = writeln!(
             out,
-            "{:>5} {:<10} {:<44} {:>9} {:>9} {:>10} {:>6} {:>8} {:>5}",
-            "step", "anchor", "kernel", "MFLOP", "bytes", "time", "share", "roof", "of it"
+            "{:>5} {:<10} {:<5} {:<44} {:>9} {:>9} {:>10} {:>6} {:>8} {:>5}",
+            "step", "anchor", "in", "kernel", "MFLOP", "bytes", "time", "share", "roof", "of it"
         );
         let mut order: Vec<&KernelReport> = self.kernels.iter().collect();
         if most > 0 && order.len() > most {
@@ -285,9 +290,10 @@ impl Explanation {
             let label: String = k.label.chars().take(44).collect();
             let _ = writeln!(
                 out,
-                "{:>5} {:<10} {:<44} {:>9.2} {:>9} {:>10} {:>5.1}% {:>8} {:>4.0}%",
+                "{:>5} {:<10} {:<5} {:<44} {:>9.2} {:>9} {:>10} {:>5.1}% {:>8} {:>4.0}%",
                 k.step,
                 k.anchor,
+                k.products.first().and_then(|p| p.split(' ').next()).unwrap_or("-"),
                 label,
                 k.flops * 1e-6,
                 bytes_text(k.bytes),
@@ -299,6 +305,33 @@ impl Explanation {
         }
         out
     }
+}
+
+/// The products of a kernel: `bf16 x bf16 -> f32 (bf16dot)`, each kind once.
+fn products_of(kernel: &Kernel, schedule: &Schedule) -> Vec<String> {
+    fn walk(kernel: &Kernel, unit: MatrixUnit, block: &Block, found: &mut Vec<String>) {
+        for stmt in &block.stmts {
+            match stmt {
+                Stmt::Let(_, TileOp::Mma { acc, a, b, .. }) => {
+                    let [acc, a, b] = [acc, a, b].map(|t| kernel.ty(*t).dtype);
+                    let unit = if unit.takes(a, b, acc) { unit } else { MatrixUnit::Fma };
+                    let text = format!("{a} x {b} -> {acc} ({})", unit.name());
+                    if !found.contains(&text) {
+                        found.push(text);
+                    }
+                }
+                Stmt::For(f) => walk(kernel, unit, &f.body, found),
+                Stmt::If(i) => {
+                    walk(kernel, unit, &i.then, found);
+                    walk(kernel, unit, &i.otherwise, found);
+                }
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(kernel, schedule.cpu.unit, &kernel.body, &mut found);
+    found
 }
 
 /// Which graph values each buffer of the plan holds, for drawing.

@@ -112,13 +112,37 @@ pub(crate) fn check_with(
     tolerance: f64,
     buffers: Vec<Vec<u8>>,
 ) {
+    check_all(kernel, schedule, sizes, tolerance, buffers, &str::to_owned);
+}
+
+/// As [`check`], with the generated text changed before it is compiled.
+pub(crate) fn check_text(
+    kernel: &Kernel,
+    schedule: &Schedule,
+    sizes: &[(&str, i64)],
+    tolerance: f64,
+    change: &dyn Fn(&str) -> String,
+) {
+    let env: Env = sizes.iter().map(|(n, v)| ((*n).into(), *v)).collect();
+    let buffers = fill(kernel, &env, &mut Rng(17));
+    check_all(kernel, schedule, sizes, tolerance, buffers, change);
+}
+
+fn check_all(
+    kernel: &Kernel,
+    schedule: &Schedule,
+    sizes: &[(&str, i64)],
+    tolerance: f64,
+    buffers: Vec<Vec<u8>>,
+    change: &dyn Fn(&str) -> String,
+) {
     let what =
         format!("{} {:?} {sizes:?} {}", kernel.name, schedule.tiles, schedule.cpu.vector_bits);
     let env: Env = sizes.iter().map(|(n, v)| ((*n).into(), *v)).collect();
     let emitted = emit_kernel(kernel, schedule).unwrap_or_else(|e| panic!("{what}: {e}\n{kernel}"));
     assert_eq!(emitted.llvm_ir, emit_kernel(kernel, schedule).unwrap().llvm_ir, "{what}: text");
     let jit = Jit::new(Options::default()).unwrap();
-    let source = Source { symbol: emitted.name.clone(), text: emitted.llvm_ir };
+    let source = Source { symbol: emitted.name.clone(), text: change(&emitted.llvm_ir) };
     let build = jit
         .build(std::slice::from_ref(&source))
         .unwrap_or_else(|e| panic!("{what}: {e}\n{}", source.text));
