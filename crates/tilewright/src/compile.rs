@@ -16,6 +16,7 @@ use tilewright_passes::PassContext;
 use tilewright_plan::{HostCall, Plan};
 use tilewright_runtime::{Code, Executable, KernelFn, Pool, Session};
 use tilewright_target::{Cpu, Precision};
+use tilewright_tile::MatrixUnit;
 
 /// How models are compiled.
 #[derive(Clone, Debug)]
@@ -81,7 +82,11 @@ impl Compiler {
     }
 
     /// For this machine as described by `cpu`, on `cpu.threads` threads.
-    pub fn for_cpu(cpu: Cpu, cache: Option<PathBuf>) -> Compiler {
+    pub fn for_cpu(mut cpu: Cpu, cache: Option<PathBuf>) -> Compiler {
+        // Without the system's permission the first tile instruction would end the process.
+        if cpu.has("amx-tile") && !tilewright_runtime::request_tiles() {
+            cpu.features.retain(|f| !f.starts_with("amx"));
+        }
         let pool = Arc::new(Pool::new(cpu.threads));
         Compiler { cpu, precision: Precision::F32, cache, fusion: true, pool }
     }
@@ -136,8 +141,15 @@ impl Compiler {
         tilewright_lower::verify_plan(&plan)?;
         lap(&mut stages, "verify-tile");
 
-        let Generated { code, cache_hits, warnings } =
+        let Generated { code, cache_hits, mut warnings } =
             self.generate(&plan, observe, &mut stages)?;
+        if self.precision == Precision::Bf16 && self.target().bf16_unit == MatrixUnit::Fma {
+            warnings.push(
+                "this processor has no bf16 instructions that are used here (AVX512-BF16, AMX): \
+                 operands are rounded to bf16 and multiplied in f32, which is no faster than f32"
+                    .into(),
+            );
+        }
         lap(&mut stages, "codegen (all)");
         let exe = Arc::new(Executable::new(plan, code, self.pool.clone())?);
         lap(&mut stages, "pack-weights");

@@ -9,6 +9,7 @@ use tilewright_data::Tensor;
 use tilewright_graph::{Graph, ValueId};
 use tilewright_layout::{Dim, Env};
 use tilewright_plan::{BufferId, Note, PlanKernel, Step, Storage};
+use tilewright_target::Ceilings;
 use tilewright_tile::{Access, Block, Kernel, MatrixUnit, Schedule, Stmt, TileOp};
 
 /// Which ceiling of the machine limits a kernel.
@@ -160,7 +161,7 @@ pub fn explain(
         let (flops, bytes) = (number(&note.flops), number(&note.bytes));
         let seconds = times[i].as_secs_f64();
         let limits = [
-            (Roof::Compute, flops / cpu.ceilings.f32_flops_per_s),
+            (Roof::Compute, flops / compute_ceiling(&cpu.ceilings, &products)),
             (Roof::Memory, bytes / cpu.ceilings.memory_read_bytes_per_s),
             (Roof::Launch, cpu.ceilings.launch_s),
         ];
@@ -304,6 +305,18 @@ impl Explanation {
             );
         }
         out
+    }
+}
+
+/// Operations per second of the unit that most of a kernel's work is for: its first product's.
+fn compute_ceiling(ceilings: &Ceilings, products: &[String]) -> f64 {
+    let uses = |unit: MatrixUnit| products.first().is_some_and(|p| p.contains(unit.name()));
+    if uses(MatrixUnit::Bf16Dot) && ceilings.bf16_flops_per_s > 0.0 {
+        ceilings.bf16_flops_per_s
+    } else if uses(MatrixUnit::I8Dot) && ceilings.int8_ops_per_s > 0.0 {
+        ceilings.int8_ops_per_s
+    } else {
+        ceilings.f32_flops_per_s
     }
 }
 

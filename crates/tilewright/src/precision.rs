@@ -185,10 +185,10 @@ mod tests {
         let d = |n: i64| Dim::new(n);
         let x = b.input("x", TensorType::new(DType::F32, vec![d(1), d(2)]));
         let w = b.constant("w", Tensor::from_f64s(DType::F32, &[2, 1], &[3.0, 4.0]).unwrap());
-        let y = b.matmul(x, w).unwrap();
-        let z = b.add(y, y).unwrap();
+        let y = b.contract("mk,kn->mn", x, w).unwrap();
+        let z = b.binary(tilewright_expr::Op::Add, y, y).unwrap();
         b.output("z", z);
-        let graph = b.finish().unwrap();
+        let graph = b.finish();
         let input = Tensor::from_f64s(DType::F32, &[1, 2], &[1.0, 2.0]).unwrap();
         let options = Options { trace: true, ..Options::new(Mode::F64) };
         let run = run_with(&graph, &[input], &options).unwrap();
