@@ -12,12 +12,12 @@
 //! What a last, partial group lacks is zero on the left. On the right it only has to be finite:
 //! constants are packed with zeros, and copies made here write zeros too.
 
-use crate::emitter::{Buf, Emitter, uppers};
+use crate::emitter::{Buf, Emitter};
 use crate::mma::MicroKind;
 use crate::ops::{mem_elem, vector};
 use crate::stmts::ScratchType;
 use tilewright_base::{DType, Error, Result};
-use tilewright_layout::{Axis, Block, Dim, Layout};
+use tilewright_layout::{Axis, Block, Dim, Layout, linear_in, uppers};
 use tilewright_tile::TileId;
 
 impl Emitter<'_> {
@@ -171,7 +171,7 @@ impl Emitter<'_> {
         group: i64,
     ) -> Result<()> {
         let place = self.buffer_place(buf, &[depth.clone(), columns.clone()]);
-        let start = crate::dims::linear_in(&place.offset, crate::emitter::LANE)
+        let start = linear_in(&place.offset, crate::emitter::LANE)
             .filter(|(step, _)| step.is(group))
             .map(|(_, start)| start)
             .ok_or_else(|| Error::bug(format!("groups of columns lie apart: {}", place.offset)))?;

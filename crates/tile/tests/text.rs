@@ -121,7 +121,13 @@ fn a_schedule_comes_back() {
     assert_eq!(schedule.to_string(), text);
     assert_eq!(Schedule::parse("<test>", text).unwrap(), schedule);
     assert_eq!(Schedule::parse("<test>", "").unwrap(), Schedule::default());
-    for bad in ["BM", "BM=", "BM=x", "4=4", "mma=6", "mma=6x", "vector=-1", "BM=1 BM=2", "BM=1,"] {
+    for unit in MatrixUnit::ALL {
+        schedule.cpu.unit = unit;
+        let text = schedule.to_string();
+        assert_eq!(text.contains("unit="), unit != MatrixUnit::Fma, "{text}");
+        assert_eq!(Schedule::parse("<test>", &text).unwrap(), schedule);
+    }
+    for bad in ["unit=", "unit=4", "unit=best", "BM", "BM=", "BM=x", "4=4", "mma=6", "mma=6x", "vector=-1", "BM=1 BM=2", "BM=1,"] {
         assert!(Schedule::parse("<test>", bad).is_err(), "{bad}");
     }
 }
