@@ -71,13 +71,32 @@ fn put_nibble(bytes: &mut [u8], i: usize, value: u8) {
     bytes[i / 2] = (bytes[i / 2] & !(15 << shift)) | ((value & 15) << shift);
 }
 
+/// `value` in `f32`, an inexact one as the neighbour whose last bit is set: rounding that further, to
+/// a type of far fewer bits, gives what rounding `value` once gives. (The conversions of the crate
+/// `half` from `f64` look at the upper 32 bits only, and take what is just above a tie for one.)
+fn round_odd(value: f64) -> f32 {
+    let near = value as f32;
+    let back = f64::from(near);
+    if back == value || !near.is_finite() || near.to_bits() & 1 == 1 {
+        return near;
+    }
+    // The other neighbour is odd: towards the value, away from or to zero.
+    let outward = value.abs() > back.abs();
+    let bits = near.to_bits();
+    f32::from_bits(match (near == 0.0, outward) {
+        (true, _) => (if value < 0.0 { 1 << 31 } else { 0 }) | 1,
+        (false, true) => bits + 1,
+        (false, false) => bits - 1,
+    })
+}
+
 /// Writes element `i`, rounded to `dtype`.
 pub fn from_f64(dtype: DType, bytes: &mut [u8], i: usize, value: f64) {
     match dtype {
         DType::F64 => put(bytes, i, value.to_le_bytes()),
         DType::F32 => put(bytes, i, (value as f32).to_le_bytes()),
-        DType::F16 => put(bytes, i, f16::from_f64(value).to_le_bytes()),
-        DType::BF16 => put(bytes, i, bf16::from_f64(value).to_le_bytes()),
+        DType::F16 => put(bytes, i, f16::from_f32(round_odd(value)).to_le_bytes()),
+        DType::BF16 => put(bytes, i, bf16::from_f32(round_odd(value)).to_le_bytes()),
         DType::F8E4M3 => bytes[i] = f64_to_f8(value, 4, 3, true),
         DType::F8E5M2 => bytes[i] = f64_to_f8(value, 5, 2, false),
         DType::I64 => put(bytes, i, (value as i64).to_le_bytes()),
@@ -159,6 +178,32 @@ fn f64_to_f8(value: f64, exp_bits: u32, man_bits: u32, fn_form: bool) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Just above and just below a tie, and on it; the distance is far below the upper 32 bits.
+    #[test]
+    fn halves_round_once() {
+        let rounded = |dtype: DType, x: f64| {
+            let mut bytes = [0u8; 2];
+            from_f64(dtype, &mut bytes, 0, x);
+            read_f64(dtype, &bytes, 0)
+        };
+        for (dtype, bits) in [(DType::BF16, 8), (DType::F16, 11)] {
+            let step = 2f64.powi(1 - bits);
+            for tiny in [2f64.powi(-23), 2f64.powi(-40), 2f64.powi(-52)] {
+                let tie = 1.0 + step / 2.0;
+                assert_eq!(rounded(dtype, tie), 1.0);
+                assert_eq!(rounded(dtype, tie + tiny), 1.0 + step, "{dtype} {tiny}");
+                assert_eq!(rounded(dtype, -(tie + tiny)), -1.0 - step, "{dtype} {tiny}");
+                let upper = 1.0 + step * 1.5;
+                assert_eq!(rounded(dtype, upper), 1.0 + 2.0 * step);
+                assert_eq!(rounded(dtype, upper - tiny), 1.0 + step, "{dtype} {tiny}");
+            }
+            assert_eq!(rounded(dtype, 1e-300), 0.0);
+            assert!(rounded(dtype, -1e-300).is_sign_negative());
+            assert_eq!(rounded(dtype, 1e300), f64::INFINITY);
+            assert!(rounded(dtype, f64::NAN).is_nan());
+        }
+    }
 
     #[test]
     fn every_f8_code_round_trips() {

@@ -236,6 +236,30 @@ impl Tensor {
         (0..self.len()).map(|i| self.get_i64(i)).collect()
     }
 
+    /// The same values rounded to another float type, to nearest with ties to even. Errors when either
+    /// type is no float, or out of memory.
+    pub fn rounded(&self, dtype: DType) -> Result<Tensor> {
+        if dtype == self.dtype {
+            return Ok(self.clone());
+        }
+        if !(dtype.is_float() && self.dtype.is_float()) {
+            return Err(Error::bug(format!("rounding {} to {dtype}", self.dtype)));
+        }
+        let mut out = Tensor::zeros(dtype, self.shape.clone())?;
+        let bytes = out.bytes.make_mut();
+        if (self.dtype, dtype) == (DType::F32, DType::BF16) {
+            for (to, from) in bytes.chunks_exact_mut(2).zip(self.bytes.chunks_exact(4)) {
+                let x = f32::from_le_bytes([from[0], from[1], from[2], from[3]]);
+                to.copy_from_slice(&half::bf16::from_f32(x).to_le_bytes());
+            }
+        } else {
+            for i in 0..self.len() {
+                from_f64(dtype, bytes, i, self.get_f64(i));
+            }
+        }
+        Ok(out)
+    }
+
     /// The same bytes under another shape. Errors when the element counts differ.
     pub fn reshaped(&self, shape: impl Into<Vec<usize>>) -> Result<Tensor> {
         let shape = shape.into();

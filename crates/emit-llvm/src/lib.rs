@@ -19,15 +19,19 @@
 //! | `eval.rs` | elements of virtual tiles |
 //! | `stmts.rs` | stores, loops, branches, which stores fuse into a product |
 //! | `mma.rs` | products: micro-kernels and the loops around them |
+//! | `amx.rs` | the micro-kernel of AMX |
+//! | `groups.rs` | operands of products whose instruction takes several steps of the depth at once |
 //! | `reduce.rs` | reductions and scans |
 //! | `ops.rs`, `math.rs` | scalar operations on vectors, elementary functions |
 //! | `array.rs` | a scalar function over arrays |
 //! | `text.rs` | the text of a function |
 
+mod amx;
 mod analyze;
 mod array;
 mod emitter;
 mod eval;
+mod groups;
 #[allow(
     clippy::approx_constant,
     reason = "parts of split constants stand as their source prints them"

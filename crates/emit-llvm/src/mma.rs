@@ -17,23 +17,23 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_expr::Value;
 use tilewright_layout::{Dim, Range, linear_in, mentions, uppers};
-use tilewright_tile::{Stmt, TileId, TileOp};
+use tilewright_tile::{MatrixUnit, Stmt, TileId, TileOp};
 
 /// Shape of the micro-kernel for a product.
 #[derive(Clone, Copy, Debug)]
-struct Geometry {
+pub(crate) struct Geometry {
     lanes: u32,
     /// Vectors per row.
-    vectors: u32,
+    pub(crate) vectors: u32,
     /// Columns of a panel.
-    width: i64,
+    pub(crate) width: i64,
     /// Most rows.
     rows: i64,
 }
 
 /// A stride: known now, or an argument of the micro-kernel.
 #[derive(Clone, Debug)]
-enum Stride {
+pub(crate) enum Stride {
     Known(i64),
     Given(String),
 }
@@ -47,28 +47,46 @@ struct DepthAccess {
     outer: Dim,
 }
 
-/// How the micro-kernel multiplies. One variant per instruction family; chosen from the operand
-/// types (and later from the target's matrix instructions).
+/// How the micro-kernel multiplies. One variant per instruction family; chosen by the schedule's
+/// unit where the operand types fit it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum MicroKind {
+pub(crate) enum MicroKind {
     /// Float fused multiply-add; narrow operands are widened when loaded.
     Fma,
     /// Integer multiply and add.
     MulAdd,
+    /// `vdpbf16ps`: two neighbours of the depth at once.
+    Bf16Dot,
+    /// `tdpbf16ps`: see `amx.rs`.
+    Bf16Tile,
+    /// `vpdpbusd`: four neighbours of the depth at once, unsigned times signed. A signed left
+    /// operand is moved up by 128, which `shifted` says; its share is taken off at the end.
+    I8Dot { shifted: bool },
+}
+
+impl MicroKind {
+    /// Neighbours of the depth that lie together in both operands.
+    pub(crate) fn group(self) -> i64 {
+        match self {
+            MicroKind::Fma | MicroKind::MulAdd => 1,
+            MicroKind::Bf16Dot | MicroKind::Bf16Tile => 2,
+            MicroKind::I8Dot { .. } => 4,
+        }
+    }
 }
 
 /// Everything that one micro-kernel text depends on, but for its number of rows.
 #[derive(Clone, Debug)]
-struct Micro {
+pub(crate) struct Micro {
     kind: MicroKind,
-    geometry: Geometry,
+    pub(crate) geometry: Geometry,
     acc: DType,
-    a: DType,
-    b: DType,
+    pub(crate) a: DType,
+    pub(crate) b: DType,
     /// Rows of `a`, depth of `a` and of `b`, then their blocks.
-    a_row: Stride,
+    pub(crate) a_row: Stride,
     a_depth: Stride,
-    b_depth: Stride,
+    pub(crate) b_depth: Stride,
     a_block: Stride,
     b_block: Stride,
     /// Depth comes in blocks of this size.
@@ -77,6 +95,19 @@ struct Micro {
 }
 
 impl<'a> Emitter<'a> {
+    /// The instruction for these operands; every other pair multiplies and adds.
+    fn micro_kind(&self, acc: DType, a: DType, b: DType) -> MicroKind {
+        match self.knobs.unit {
+            unit if !unit.takes(a, b, acc) || unit == MatrixUnit::Fma => match acc.is_float() {
+                true => MicroKind::Fma,
+                false => MicroKind::MulAdd,
+            },
+            MatrixUnit::Bf16Dot | MatrixUnit::Fma => MicroKind::Bf16Dot,
+            MatrixUnit::Bf16Tile => MicroKind::Bf16Tile,
+            MatrixUnit::I8Dot => MicroKind::I8Dot { shifted: a == DType::I8 },
+        }
+    }
+
     fn geometry(&self, dtype: DType, cols: i64) -> Geometry {
         let lanes = self.lanes_for(dtype);
         let w = i64::from(lanes);
@@ -130,8 +161,6 @@ impl<'a> Emitter<'a> {
             e.declare("$ki", Range { min: 0, max: size - 1 }, vec![]);
             let split = Dim::sym("$kb") * size + Dim::sym("$ki");
             // Guards were checked with the plain symbol; only the address is split.
-            let param: usize = place.base.strip_prefix("%p")?.parse().ok()?;
-            let _ = param;
             let offset =
                 e.simplify(&place.offset.substitute(&|s| (s == depth).then(|| split.clone())));
             if let Some((outer, rest)) = linear_in(&offset, "$kb")
@@ -209,19 +238,25 @@ impl<'a> Emitter<'a> {
         let i_dim = Dim::sym(i_sym.clone());
         let rows_of = |k: Dim| vec![i_dim.clone(), k];
         let a_tile = *a;
-        let mut a_access = self.row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks);
+        let narrow = |e: &Self, t: TileId| e.operand_type(t);
+        let kind = self.micro_kind(dtype, narrow(self, a_tile), narrow(self, *b));
+        let group = kind.group();
+        let whole_groups = self.facts.simplify(&depth.modulo(&Dim::new(group))).is(0);
+        let mut a_access = self
+            .row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks)
+            .filter(|a| group == 1 || (whole_groups && a.1.inner.is(1) && a.4.is_none()));
         let crowded = a_access.as_ref().is_some_and(|(place, _, row, ..)| {
             rows_max >= 4 && cols_max > 2 * g.width && crowds(place, row)
         });
         if a_access.is_none() || crowded {
             self.c.t.comment("left operand copied");
-            let kept = self.keep(a_tile)?;
+            let kept = self.keep_left(a_tile, kind, &depth)?;
             self.loc[a_tile.index()] = Loc::Buffer(kept);
             self.forget_values();
             a_access = self.row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks);
         }
         let Some((a_place, a_depth, a_row, a_rest, a_block)) = a_access else {
-            return Err(Error::bug("a copied operand has no address"));
+            return Err(Error::bug("a copied left operand has no address"));
         };
         // Panels of b.
         let width = g.width;
@@ -236,9 +271,10 @@ impl<'a> Emitter<'a> {
         self.facts.define(&n_sym, uppers(&n), spot);
         let b_tile = *b;
         let even = self.facts.simplify(&n.modulo(&Dim::new(width))).is(0);
-        let mut b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &blocks);
+        let mut b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &blocks, group);
         // A block of the depth must be one for both.
         if let Some(access) = &b_access
+            && group == 1
             && access.4 != a_block
             && access.4.is_some()
             && a_block.is_some()
@@ -246,10 +282,21 @@ impl<'a> Emitter<'a> {
             b_access = None;
         }
         let crowded = b_access.as_ref().is_some_and(|(place, depth_access, ..)| {
-            rows_max >= 3 * g.rows && crowds(place, &depth_access.inner)
+            group == 1 && rows_max >= 3 * g.rows && crowds(place, &depth_access.inner)
         });
         let mut tail = None;
-        if b_access.is_none() || crowded {
+        let over_read =
+            even || self.may_over_read(b_tile, b_access.as_ref().map(|b| &b.0), width, group);
+        if group > 1 {
+            if b_access.is_none() || !over_read {
+                self.c.t.comment("right operand copied in groups");
+                let kept =
+                    self.keep_right(b_tile, kind, [&depth, &n], [depth_max, cols_max], width)?;
+                self.loc[b_tile.index()] = Loc::Buffer(kept);
+                self.forget_values();
+                b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &[group], group);
+            }
+        } else if b_access.is_none() || crowded {
             self.c.t.comment("right operand copied");
             let kept =
                 self.new_panels(self.k.ty(b_tile).dtype.size_aligned(), depth_max, cols_max, width);
@@ -257,8 +304,8 @@ impl<'a> Emitter<'a> {
             self.fill_buffer(&kept, b_tile, &counts)?;
             self.loc[b_tile.index()] = Loc::Buffer(kept);
             self.forget_values();
-            b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &blocks);
-        } else if !even && !self.may_over_read(b_tile, b_access.as_ref().map(|b| &b.0), width) {
+            b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &blocks, 1);
+        } else if !over_read {
             // The last panel is copied, so that whole vectors can be read.
             self.c.t.comment("last panel of the right operand copied");
             let kept =
@@ -275,8 +322,17 @@ impl<'a> Emitter<'a> {
             tail = Some((kept, whole));
         }
         let Some((b_place, b_depth, _, b_rest, b_block)) = b_access else {
-            return Err(Error::bug("a copied operand has no address"));
+            return Err(Error::bug("a copied right operand has no address"));
         };
+        // Groups are steps of the depth; their neighbours are one instruction's affair.
+        let (a_depth, b_depth, b_block) = match group {
+            1 => (a_depth, b_depth, b_block),
+            _ => {
+                let step = |inner: Dim| DepthAccess { inner, outer: Dim::new(0) };
+                (step(Dim::new(group)), step(b_depth.outer), None)
+            }
+        };
+        let depth = self.facts.simplify(&depth.ceil_div(&Dim::new(group)));
         let block = a_block.or(b_block);
         let unblocked = |access: &DepthAccess, own: Option<i64>| match (block, own) {
             (Some(size), None) => &access.inner * size,
@@ -297,7 +353,7 @@ impl<'a> Emitter<'a> {
             }
         };
         let mut micro = Micro {
-            kind: if dtype.is_float() { MicroKind::Fma } else { MicroKind::MulAdd },
+            kind,
             geometry: g,
             acc: dtype,
             a: a_place.dtype,
@@ -328,7 +384,11 @@ impl<'a> Emitter<'a> {
         let mut functions = Vec::new();
         for &rows in &variants {
             let name = format!("{}.mma{}.r{rows}", self.k.name, self.functions.len());
-            let (text, code) = micro_kernel(&micro, rows, &name, &names, self.knobs.vector_bits);
+            let bits = self.knobs.vector_bits;
+            let (text, code) = match kind {
+                MicroKind::Bf16Tile => crate::amx::micro_kernel(&micro, rows, &name, &names, bits),
+                _ => micro_kernel(&micro, rows, &name, &names, bits),
+            };
             functions.push((rows, name));
             self.functions.push(text);
             self.c.helpers.extend(code.helpers);
@@ -535,7 +595,7 @@ impl<'a> Emitter<'a> {
         }
         let most = self.facts.bounds(m).max;
         let mut all: Vec<i64> = Vec::new();
-        for r in [rows, 8, 4, 2, 1] {
+        for r in [rows, 16, 8, 4, 2, 1] {
             if r <= rows && !all.contains(&r) && (r <= most || all.is_empty()) {
                 all.push(r.min(most.max(1)));
             }
@@ -592,29 +652,35 @@ impl<'a> Emitter<'a> {
         col: &Arc<str>,
         depth: &Arc<str>,
         blocks: &[i64],
+        group: i64,
     ) -> Option<(Place, DepthAccess, Dim, Dim, Option<i64>)> {
         let at = Dim::sym(column.clone());
         let coords = |k: Dim| vec![k, at.clone()];
         let (place, access, rest, block) = self.depth_access(tile, &coords, depth, blocks)?;
         let (stride, rest) = linear_in(&rest, col)?;
-        if !stride.is(1) || [&access.inner, &access.outer].iter().any(|d| mentions(d, col)) {
+        // Within a group, neighbours of the depth lie together, and columns a group apart.
+        let one_group = block.is_none()
+            && self.facts.proves_non_negative(&(Dim::new(group - 1) - Dim::sym(depth.clone())));
+        if group > 1 && !one_group && (block != Some(group) || !access.inner.is(1)) {
+            return None;
+        }
+        if !stride.is(group) || [&access.inner, &access.outer].iter().any(|d| mentions(d, col)) {
             return None;
         }
         Some((place, access, stride, rest, block))
     }
 
     /// Reading whole panels past the last column stays inside the operand's memory.
-    fn may_over_read(&self, _tile: TileId, place: Option<&Place>, width: i64) -> bool {
+    fn may_over_read(&self, _tile: TileId, place: Option<&Place>, width: i64, group: i64) -> bool {
         let Some(place) = place else { return false };
         let Some(param) = place.base.strip_prefix("%p").and_then(|p| p.parse::<u32>().ok()) else {
             // Scratch memory: only panels are wide enough.
             return false;
         };
         let layout = &self.k.params[tilewright_tile::ParamId(param)].layout;
-        layout
-            .axes
-            .iter()
-            .any(|axis| axis.block.as_ref().is_some_and(|b| b.stride.is(1) && b.size % width == 0))
+        layout.axes.iter().any(|axis| {
+            axis.block.as_ref().is_some_and(|b| b.stride.is(group) && b.size % width == 0)
+        })
     }
 }
 
@@ -643,6 +709,11 @@ fn micro_kernel(
         Stride::Known(v) => v.to_string(),
         Stride::Given(n) => n.clone(),
     };
+    // What the 128 added to a signed left operand contribute, per column.
+    let mut shares = Vec::new();
+    if micro.kind == (MicroKind::I8Dot { shifted: true }) {
+        shares.extend((0..vecs).map(|_| c.t.alloca(&v)));
+    }
     // Rows of a from its first.
     let mut row_offsets: Vec<String> = Vec::new();
     for r in 0..rows {
@@ -655,6 +726,9 @@ fn micro_kernel(
         let at = r as i64 * g.width + j as i64 * i64::from(g.lanes);
         c.t.ins(format_args!("getelementptr inbounds {c_elem}, ptr %c, i64 {at}"))
     };
+    for share in &shares {
+        c.t.stmt(format_args!("store {v} zeroinitializer, ptr {share}"));
+    }
     c.t.br_if("%zero", "fresh", "old");
     c.t.place("fresh");
     let nothing =
@@ -694,6 +768,9 @@ fn micro_kernel(
         let (ae, be) = (mem_elem(micro.a), mem_elem(micro.b));
         let pa = at(c, ae, a, &micro.a_depth);
         let pb = at(c, be, b, &micro.b_depth);
+        if micro.kind.group() > 1 {
+            return dot_step(c, micro, [&pa, &pb], &row_offsets, &accs, &shares);
+        }
         let mut bs = Vec::new();
         for j in 0..g.vectors {
             let off = j * g.lanes;
@@ -720,6 +797,7 @@ fn micro_kernel(
                         let p = c.bin("mul", acc_elem, g.lanes, &x, bj);
                         c.bin("add", acc_elem, g.lanes, &p, &old)
                     }
+                    _ => unreachable!("groups were multiplied above"),
                 };
                 c.t.stmt(format_args!("store {v} {new}, ptr {slot}"));
             }
@@ -769,7 +847,11 @@ fn micro_kernel(
     for r in 0..rows_n {
         for j in 0..vecs {
             let p = c_at(&mut c, r, j);
-            let x = c.t.ins(format_args!("load {v}, ptr {}", accs[r * vecs + j]));
+            let mut x = c.t.ins(format_args!("load {v}, ptr {}", accs[r * vecs + j]));
+            if let Some(share) = shares.get(j) {
+                let share = c.t.ins(format_args!("load {v}, ptr {share}"));
+                x = c.bin("sub", acc_elem, g.lanes, &x, &share);
+            }
             let x = c.round(micro.acc, g.lanes, &x);
             let x = c.narrow(micro.acc, g.lanes, &x);
             c.t.stmt(format_args!("store {cv} {x}, ptr {p}, align {align}"));
@@ -787,6 +869,57 @@ fn micro_kernel(
     out.push_str("}\n");
     (out, c)
 }
+
+/// One step of a micro-kernel over groups: each 32-bit element holds the group of one row or column.
+fn dot_step(
+    c: &mut Code,
+    micro: &Micro,
+    [pa, pb]: [&str; 2],
+    row_offsets: &[String],
+    accs: &[String],
+    shares: &[String],
+) {
+    let g = micro.geometry;
+    let (ae, be) = (mem_elem(micro.a), mem_elem(micro.b));
+    let words = vector("i32", g.lanes);
+    let dot = |c: &mut Code, slot: &str, a: &str, b: &str| {
+        let (acc, narrow, name) = match micro.kind {
+            MicroKind::Bf16Dot => {
+                ("float", vector("bfloat", g.lanes * 2), "llvm.x86.avx512bf16.dpbf16ps.512")
+            }
+            _ => ("i32", vector("i8", g.lanes * 4), "llvm.x86.avx512.vpdpbusd.512"),
+        };
+        let acc = vector(acc, g.lanes);
+        let old = c.t.ins(format_args!("load {acc}, ptr {slot}"));
+        let a = c.t.ins(format_args!("bitcast {words} {a} to {narrow}"));
+        let b = c.t.ins(format_args!("bitcast {words} {b} to {narrow}"));
+        let new = c.t.intrinsic(&acc, name, &[(&acc, &old), (&narrow, &a), (&narrow, &b)]);
+        c.t.stmt(format_args!("store {acc} {new}, ptr {slot}"));
+    };
+    let mut bs = Vec::new();
+    for j in 0..g.vectors {
+        let off = i64::from(j * g.lanes) * micro.kind.group();
+        let p = c.t.ins(format_args!("getelementptr inbounds {be}, ptr {pb}, i64 {off}"));
+        bs.push(c.t.ins(format_args!("load {words}, ptr {p}, align {}", micro.b.size())));
+    }
+    for (share, b) in shares.iter().zip(&bs) {
+        dot(c, share, &splat_lit("i32", SHIFT, g.lanes), b);
+    }
+    for (r, offset) in row_offsets.iter().enumerate() {
+        let p = c.t.ins(format_args!("getelementptr inbounds {ae}, ptr {pa}, i64 {offset}"));
+        let mut x = c.t.ins(format_args!("load i32, ptr {p}, align {}", micro.a.size()));
+        if !shares.is_empty() {
+            x = c.bin("xor", "i32", 1, &x, SHIFT);
+        }
+        let x = c.splat("i32", &x, g.lanes);
+        for (j, b) in bs.iter().enumerate() {
+            dot(c, &accs[r * bs.len() + j], &x, b);
+        }
+    }
+}
+
+/// Four bytes of 128: added to signed bytes without carry, it makes them unsigned.
+const SHIFT: &str = "-2139062144";
 
 /// True when neighbours at this distance fall into the same few sets of the first-level cache (64
 /// sets of 64 bytes), so that a handful of them evict each other. Copying then pays.

@@ -21,6 +21,8 @@ pub(crate) struct Code {
     pub(crate) helpers: BTreeMap<String, String>,
     /// Width of a vector register in bits.
     pub(crate) vector_bits: u32,
+    /// Round to `bf16` with the instruction of AVX512-BF16 (subnormal numbers become zero).
+    pub(crate) native_bf16: bool,
 }
 
 /// `T` or `<lanes x T>`.
@@ -106,6 +108,32 @@ impl Code {
         self.t.ins(format_args!(
             "shufflevector {v} {first}, {v} poison, <{lanes} x i32> zeroinitializer"
         ))
+    }
+
+    /// The first elements of all parts, then the second ones, and so on: one vector of all elements.
+    pub(crate) fn interleave(&mut self, elem: &str, lanes: u32, parts: &[String]) -> String {
+        let mask = |order: &mut dyn Iterator<Item = u32>| {
+            let list: Vec<String> = order.map(|i| format!("i32 {i}")).collect();
+            format!("<{} x i32> <{}>", list.len(), list.join(", "))
+        };
+        let mut joined = parts.to_vec();
+        let mut width = lanes;
+        while joined.len() > 2 {
+            let v = vector(elem, width);
+            let order = mask(&mut (0..2 * width));
+            joined = joined
+                .chunks(2)
+                .map(|p| {
+                    self.t.ins(format_args!("shufflevector {v} {}, {v} {}, {order}", p[0], p[1]))
+                })
+                .collect();
+            width *= 2;
+        }
+        let [a, b] = joined.as_slice() else { return joined.concat() };
+        let count = parts.len() as u32;
+        let order = mask(&mut (0..lanes).flat_map(|l| (0..count).map(move |i| i * lanes + l)));
+        let v = vector(elem, width);
+        self.t.ins(format_args!("shufflevector {v} {a}, {v} {b}, {order}"))
     }
 
     /// Calls an LLVM intrinsic on values of one type.
@@ -220,6 +248,13 @@ impl Code {
             DType::F16 => {
                 let half = self.conv("fptrunc", "float", "half", lanes, x);
                 self.conv("fpext", "half", "float", lanes, &half)
+            }
+            DType::BF16 if self.native_bf16 && lanes == 16 => {
+                let (wide, half) = (vector("float", 16), vector("bfloat", 16));
+                let name = "llvm.x86.avx512bf16.cvtneps2bf16.512";
+                let y = self.t.intrinsic(&half, name, &[(&wide, x)]);
+                let bits = self.conv("bitcast", "bfloat", "i16", lanes, &y);
+                self.widen(dtype, lanes, &bits)
             }
             DType::BF16 => {
                 let bits = self.conv("bitcast", "float", "i32", lanes, x);

@@ -32,7 +32,11 @@ pub fn run(plan: &Plan, inputs: &[Tensor], known: &Env, mode: Mode) -> Result<Ve
             _ => None,
         };
         if let Some(tensor) = tensor {
-            memory[id] = Some(pack(tensor, &buffer.layout, &env)?);
+            let packed = match tensor.dtype() == buffer.dtype {
+                true => pack(tensor, &buffer.layout, &env)?,
+                false => pack(&tensor.rounded(buffer.dtype)?, &buffer.layout, &env)?,
+            };
+            memory[id] = Some(packed);
         }
     }
     for (number, step) in plan.steps.iter().enumerate() {

@@ -46,8 +46,6 @@ pub(crate) fn round_to(dtype: DType, value: f64) -> f64 {
     match dtype {
         DType::F64 => value,
         DType::F32 => f64::from(value as f32),
-        DType::F16 => half::f16::from_f64(value).to_f64(),
-        DType::BF16 => half::bf16::from_f64(value).to_f64(),
         other => {
             let mut bytes = [0u8; 8];
             from_f64(other, &mut bytes, 0, value);

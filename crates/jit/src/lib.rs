@@ -150,6 +150,15 @@ impl Jit {
         String::from_utf8(bytes).map_err(|_| Error::bug("assembly that is not text"))
     }
 
+    /// As [`Jit::assembly`], for a machine that also has these features (`+amx-tile,+amx-bf16`).
+    pub fn assembly_with(&self, source: &Source, features: &str) -> Result<String> {
+        let mut host = self.host.clone();
+        host.features = format!("{},{features}", host.features);
+        let passes = &self.options.passes;
+        let bytes = llvm::compile(&host, &source.text, passes, llvm::Output::Assembly)?;
+        String::from_utf8(bytes).map_err(|_| Error::bug("assembly that is not text"))
+    }
+
     fn object(&self, source: &Source, key: &str) -> Result<Vec<u8>> {
         // Each function gets a name of its own, so that any set of kernels can be loaded together.
         let text = rename(&source.text, &source.symbol, &symbol_of(key));

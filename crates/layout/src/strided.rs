@@ -120,6 +120,31 @@ impl Layout {
         layout
     }
 
+    /// As [`Layout::panels`], with `group` neighbours along the axis `depth` next to each other: how
+    /// an instruction that multiplies pairs or quadruples of the depth wants its right operand
+    /// (`bf16[K,N]` in panels of 16 and pairs: `((K/2,2),(N/16,16)):((32,1),(16*K,2))`). Both axes are
+    /// allocated in whole blocks.
+    pub fn grouped_panels(
+        shape: &[Dim],
+        axis: usize,
+        size: i64,
+        depth: usize,
+        group: i64,
+    ) -> Layout {
+        let mut layout = Layout::row_major(shape);
+        let mut stride = Dim::new(size * group);
+        layout.axes[depth].block = Some(Block { size: group, stride: Dim::new(1) });
+        layout.axes[depth].stride = stride.clone();
+        stride = stride * shape[depth].ceil_div(&Dim::new(group));
+        for i in (0..shape.len()).rev().filter(|&i| i != axis && i != depth) {
+            layout.axes[i].stride = stride.clone();
+            stride = stride * &shape[i];
+        }
+        layout.axes[axis].block = Some(Block { size, stride: Dim::new(group) });
+        layout.axes[axis].stride = stride;
+        layout
+    }
+
     /// Logical extents.
     pub fn shape(&self) -> Vec<Dim> {
         self.axes.iter().map(|a| a.extent.clone()).collect()

@@ -64,8 +64,10 @@ impl Lowering<'_> {
         let places: Vec<Place> =
             [0, 1, 2].iter().map(|&i| self.place(node.inputs[i])).collect::<Result<_>>()?;
         let batches = nominal(&(&q_shape[0] * &q_shape[1]), symbols);
-        let t =
-            attention_tiles(self.target, batches, nominal(&rows, symbols), nominal(&keys, symbols));
+        let operand = self.operand_type(dtype);
+        let knobs = self.product_knobs(operand, operand, acc_type);
+        let sizes = [&rows, &keys].map(|d| nominal(d, symbols));
+        let t = attention_tiles(self.target, &knobs, batches, sizes[0], sizes[1]);
 
         let mut k = KernelParts::new(self.kernel_name(group), symbols);
         let (bq, bq_name) = k.tile("BQ");
@@ -86,7 +88,8 @@ impl Lowering<'_> {
             let index = vec![b.clone(), head.clone(), row.clone(), Dim::new(0)];
             let shape = vec![Dim::new(1), Dim::new(1), n.clone(), w.clone()];
             let tile = k.b.load(params[i], index, shape);
-            k.b.reshape(tile, vec![n.clone(), w.clone()])
+            let tile = k.b.reshape(tile, vec![n.clone(), w.clone()]);
+            finish_acc(k, tile, dtype, operand)
         };
         let q = matrix(&mut k, 0, &h, &q0, &bq, &depth);
         let row_type = TileType::new(acc_type, vec![bq.clone()]);
@@ -160,7 +163,12 @@ impl Lowering<'_> {
         let args = vec![k.b.plain(acc), Operand { tile: rescale, along: vec![0] }];
         let shape = vec![bq.clone(), width.clone()];
         let scaled = k.b.map(Func::binary(ExprOp::Mul, acc_type), args, shape.clone());
-        let new_acc = k.b.mma(scaled, p, values_tile, limit);
+        // The sum above takes the weights as they are; the product takes them as its unit does.
+        let weights = match operand == dtype {
+            true => p,
+            false => finish_acc(&mut k, p, acc_type, operand),
+        };
+        let new_acc = k.b.mma(scaled, weights, values_tile, limit);
         let results = k.b.end_for(&[new_max, new_sum, new_acc]);
         let divide = func(&[acc_type; 2], |f, a| {
             let y = f.op(ExprOp::Div, &[a[0], a[1]]);
@@ -174,7 +182,7 @@ impl Lowering<'_> {
         let mut emit = Emit::new(&dag, &canon, pos);
         give_anchor(&mut emit, out);
         emit.store_all(&mut k);
-        let (knobs, note) = (self.knobs(), self.note(group));
+        let note = self.note(group);
         self.launch(k, tiles, knobs, note)
     }
 

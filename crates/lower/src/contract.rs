@@ -19,7 +19,7 @@ use crate::lowering::Lowering;
 use crate::map::{block_of, extent};
 use crate::place::Place;
 use crate::rows::func;
-use crate::schedule::{even, gemm_tiles, panel_for, round_up};
+use crate::schedule::{depth_unit, even, gemm_tiles, panel_for, round_up};
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
 use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Op, ValueId};
@@ -43,8 +43,16 @@ pub(crate) struct Product {
     pub(crate) result_axes: usize,
     pub(crate) lhs: Side,
     pub(crate) rhs: Side,
-    pub(crate) acc: DType,
+    pub(crate) operands: Operands,
     pub(crate) dtype: DType,
+}
+
+/// In which types a product multiplies and sums.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operands {
+    pub(crate) left: DType,
+    pub(crate) right: DType,
+    pub(crate) acc: DType,
 }
 
 /// Size of every letter: the first extent that is not 1.
@@ -108,6 +116,18 @@ impl Lowering<'_> {
             && near.is_some_and(|a| lhs.contains(space[a]));
         let (right, right_letters) = if swapped { (0, lhs) } else { (1, rhs) };
         let n_letter = near.map(|a| space[a]);
+        // What the sum has in common with the right operand, innermost; a sum over nothing gains
+        // nothing from narrow operands.
+        let depth = right_letters.chars().rev().position(|l| !out.contains(l));
+        let depth = depth.map(|from_end| right_letters.chars().count() - 1 - from_end);
+        let single = sizes[out.chars().count()..].iter().all(|d| d.is(1));
+        let types = [0, 1].map(|i| graph.dtype(node.inputs[i]));
+        let operands = match (single, *acc) {
+            (false, DType::F32) => types.map(|t| self.operand_type(t)),
+            _ => types,
+        };
+        let operands = if right == 0 { [operands[1], operands[0]] } else { operands };
+        let operands = Operands { left: operands[0], right: operands[1], acc: *acc };
         let mut sides = Vec::new();
         for (i, letters) in [(0, lhs), (1, rhs)] {
             let v = node.inputs[i];
@@ -115,12 +135,13 @@ impl Lowering<'_> {
             if i == right
                 && let Some(axis) =
                     n_letter.and_then(|n| right_letters.chars().position(|l| l == n))
-                && let Some(packed) = self.packed_weight(v, axis)
+                && let Some(packed) = self.packed_weight(v, axis, depth, operands)
             {
                 place = packed;
             }
             let layout = over_letters(&place.layout, letters, &space, &sizes);
-            sides.push(Side { buffer: place.buffer, dtype: graph.dtype(v), layout });
+            let dtype = self.plan.buffers[place.buffer].dtype;
+            sides.push(Side { buffer: place.buffer, dtype, layout });
         }
         let rhs_side = sides.pop().ok_or_else(|| Error::bug("an operand"))?;
         let lhs_side = sides.pop().ok_or_else(|| Error::bug("an operand"))?;
@@ -131,7 +152,7 @@ impl Lowering<'_> {
             result_axes: out.chars().count(),
             lhs: lhs_side,
             rhs: rhs_side,
-            acc: *acc,
+            operands,
             dtype: *dtype,
         };
         let (name, note) = (self.kernel_name(group), self.note(group));
@@ -147,16 +168,36 @@ impl Lowering<'_> {
             .rfind(|&a| !is_broadcast(&layout.axes[a]))
     }
 
-    /// A constant weight in panels along `axis`, unless the layouts already say how it lies.
-    fn packed_weight(&mut self, v: ValueId, axis: usize) -> Option<Place> {
+    /// A constant weight in panels along `axis`, in the type and the groups (along `depth`) that the
+    /// product's unit wants; unless the layouts already say how it lies.
+    fn packed_weight(
+        &mut self,
+        v: ValueId,
+        axis: usize,
+        depth: Option<usize>,
+        operands: Operands,
+    ) -> Option<Place> {
         let shape = self.graph.shape(v).to_vec();
         let narrow = shape[axis].as_const().is_none_or(|n| n < self.target.lanes);
+        let group = self.depth_group(operands);
+        let dtype = operands.right;
+        let own = group > 1 || dtype != self.graph.dtype(v);
         let matrix = shape.iter().filter(|d| !d.is(1)).count() == 2;
-        if self.graph.as_const(v).is_none() || self.layouts.contains_key(&v) || narrow || !matrix {
+        let known = self.layouts.contains_key(&v) || !matrix;
+        if self.graph.as_const(v).is_none() || (known && !own) || narrow {
             return None;
         }
         let width = panel_for(self.target, shape[axis].as_const().unwrap_or(1));
-        Some(self.const_place(v, Layout::panels(&shape, axis, width)))
+        let layout = match depth {
+            Some(depth) if group > 1 => Layout::grouped_panels(&shape, axis, width, depth, group),
+            _ => Layout::panels(&shape, axis, width),
+        };
+        Some(self.const_place_as(v, dtype, layout))
+    }
+
+    /// Neighbours of the depth that the unit of such a product takes at once.
+    pub(crate) fn depth_group(&self, o: Operands) -> i64 {
+        self.product_knobs(o.left, o.right, o.acc).unit.depth_group()
     }
 
     /// Writes the kernel of a product with its epilogue.
@@ -216,7 +257,12 @@ impl Lowering<'_> {
         let space = &space;
         let size = |c: usize| nominal(&extent(space, &canon[c]), symbols);
         let batch_size = (0..units).map(size).product();
-        let mut t = gemm_tiles(self.target, batch_size, size(units), size(units + 1), size(last));
+        let Operands { left, right, acc: acc_type } = product.operands;
+        let knobs = self.product_knobs(left, right, acc_type);
+        let depth_unit = depth_unit(knobs.unit);
+        let bytes = left.size().max(right.size()) as i64;
+        let sizes = [size(units), size(units + 1), size(last)];
+        let mut t = gemm_tiles(self.target, &knobs, bytes, batch_size, sizes);
         // A tile of a blocked axis is one block, so that it stays affine; packed panels are made
         // for the micro-kernel and may be several side by side.
         let operand_block = |c: usize, l: &Layout| block_of(&[l], &canon[c]);
@@ -224,7 +270,7 @@ impl Lowering<'_> {
             t.bm = b;
         }
         if let Some(b) = operand_block(last, lhs).or(operand_block(last, rhs)) {
-            t.bk = even(size(last), t.bk, b);
+            t.bk = even(size(last), t.bk, b.max(depth_unit));
         }
         let outs: Vec<&Layout> = dag.layouts();
         if let Some(b) = block_of(&outs, &canon[units]) {
@@ -262,8 +308,8 @@ impl Lowering<'_> {
 
         let a_param = side_param(&mut k, &sides[0], &canon, &[units, last]);
         let b_param = side_param(&mut k, &sides[1], &canon, &[units + 1, last]);
-        let acc_ty = TileType::new(product.acc, vec![bm.clone(), bn.clone()]);
-        let zero = crate::block::zero(product.acc);
+        let acc_ty = TileType::new(acc_type, vec![bm.clone(), bn.clone()]);
+        let zero = crate::block::zero(acc_type);
         let mut acc = vec![k.b.full(zero, acc_ty)];
         // Loops over the sums.
         for (c, axes) in canon.iter().enumerate().skip(first_k) {
@@ -277,8 +323,8 @@ impl Lowering<'_> {
             });
             acc = inner;
         }
-        let a = side_tile(&mut k, &a_param, &pos, [units, last]);
-        let b = side_tile(&mut k, &b_param, &pos, [last, units + 1]);
+        let a = side_tile(&mut k, &a_param, left, &pos, [units, last]);
+        let b = side_tile(&mut k, &b_param, right, &pos, [last, units + 1]);
         let k_extent = extent(space, &canon[last]);
         let divides = k_extent.as_const().is_some_and(|e| e % t.bk == 0);
         let limit = (!divides).then(|| k_extent - &pos[last].start);
@@ -286,7 +332,7 @@ impl Lowering<'_> {
         for _ in first_k..=last {
             sum = k.b.end_for(&sum);
         }
-        let result = finish_acc(&mut k, sum[0], product.acc, product.dtype);
+        let result = finish_acc(&mut k, sum[0], acc_type, product.dtype);
         // The epilogue stands at the tile; sums are over.
         for p in &mut pos[first_k..] {
             *p = Pos::unit(Dim::new(0));
@@ -294,7 +340,6 @@ impl Lowering<'_> {
         let mut emit = Emit::new(dag, &canon, pos);
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
-        let knobs = self.knobs();
         self.launch(k, tiles, knobs, note)
     }
 }
@@ -322,7 +367,7 @@ fn extend_dag(dag: &mut Dag, space: &[Dim], extra: usize) {
     dag.stores.iter_mut().for_each(|s| widen(&mut s.layout, space));
 }
 
-/// Rounds the accumulator to the result's type.
+/// Rounds a tile (an accumulator, an operand) from one type to another.
 pub(crate) fn finish_acc(k: &mut KernelParts, acc: TileId, from: DType, to: DType) -> TileId {
     if from == to {
         return acc;
@@ -358,10 +403,11 @@ fn side_param(
     (k.input(side.buffer, side.dtype, layout), kept)
 }
 
-/// Loads an operand's tile as a matrix whose axes are the canonical axes `want`.
+/// Loads an operand's tile as a matrix whose axes are the canonical axes `want`, in type `dtype`.
 fn side_tile(
     k: &mut KernelParts,
     (param, kept): &(ParamId, Vec<usize>),
+    dtype: DType,
     pos: &[Pos],
     want: [usize; 2],
 ) -> TileId {
@@ -374,5 +420,7 @@ fn side_tile(
     let have: Vec<usize> = kept.iter().copied().filter(|&c| pos[c].tile.is_some()).collect();
     let flat: Vec<Dim> = have.iter().filter_map(|&c| pos[c].tile.clone()).collect();
     let tile = k.b.reshape(tile, flat);
+    let from = k.b.ty(tile).dtype;
+    let tile = finish_acc(k, tile, from, dtype);
     if have == want { tile } else { k.b.permute(tile, &[1, 0]) }
 }

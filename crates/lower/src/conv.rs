@@ -16,7 +16,7 @@
 //! next.
 
 use crate::block::{Dag, Emit, KernelParts, Pos};
-use crate::contract::{Product, Side, finish_acc, give_anchor};
+use crate::contract::{Operands, Product, Side, finish_acc, give_anchor};
 use crate::fuse::Group;
 use crate::lowering::Lowering;
 use crate::map::block_of;
@@ -26,7 +26,7 @@ use crate::schedule::{conv_tiles, panel_for};
 use crate::taps::{Geometry, Stand};
 use crate::views::{broadcast_axis, nominal};
 use crate::window::{canon, stand};
-use tilewright_base::{Error, Result};
+use tilewright_base::{DType, Error, Result};
 use tilewright_expr::{Op as ExprOp, Value};
 use tilewright_graph::{ConvAttrs, Node, Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout};
@@ -71,13 +71,27 @@ impl Lowering<'_> {
 
     /// The weights as a constant in panels of output channels, with the input channels next to
     /// them and the taps outside; or as they are when they are not constant.
-    fn conv_weights(&mut self, v: ValueId, width: i64, taps_inside: bool) -> Result<Place> {
+    fn conv_weights(
+        &mut self,
+        v: ValueId,
+        width: i64,
+        taps_inside: bool,
+        operands: Operands,
+    ) -> Result<Place> {
         if self.graph.as_const(v).is_none() {
             return self.place(v);
         }
         let shape = self.graph.shape(v).to_vec();
-        let layout = if taps_inside {
+        let group = self.depth_group(operands);
+        let panels = |shape: &[Dim], depth: usize| match group {
+            1 => Layout::panels(shape, 0, width),
+            _ => Layout::grouped_panels(shape, 0, width, depth, group),
+        };
+        let layout = if taps_inside && shape[2..].iter().any(|d| !d.is(1)) {
+            // The sum runs over channels and taps: no axis of the weights is its depth.
             Layout::panels(&shape, 0, width)
+        } else if taps_inside {
+            panels(&shape, 1)
         } else {
             // [O, taps..., C] in panels, seen as [O, C, taps...].
             let rank = shape.len();
@@ -85,9 +99,15 @@ impl Lowering<'_> {
             let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
             let mut inverse = vec![0; rank];
             order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
-            Layout::panels(&permuted, 0, width).permute(&inverse)
+            panels(&permuted, rank - 1).permute(&inverse)
         };
-        Ok(self.const_place(v, layout))
+        Ok(self.const_place_as(v, operands.right, layout))
+    }
+
+    /// In which types a convolution of this element type multiplies and sums.
+    fn conv_operands(&self, dtype: DType) -> Operands {
+        let operand = self.operand_type(dtype);
+        Operands { left: operand, right: operand, acc: dtype.compute() }
     }
 
     /// One tap: `X[n, c, s * i] * W[o, c]`.
@@ -103,8 +123,10 @@ impl Lowering<'_> {
         let graph = self.graph;
         let (x, w) = (self.place(node.inputs[0])?, node.inputs[1]);
         let outputs = graph.shape(w)[0].as_const().unwrap_or(1);
-        let wp = self.conv_weights(w, panel_for(self.target, outputs), true)?;
         let dtype = graph.dtype(w);
+        let operands = self.conv_operands(dtype);
+        let wp = self.conv_weights(w, panel_for(self.target, outputs), true, operands)?;
+        let types = [dtype, self.plan.buffers[wp.buffer].dtype];
         let channels = graph.shape(w)[1].clone();
         // The space: the result's axes, then the input channels.
         let mut space = group.shape.clone();
@@ -123,16 +145,16 @@ impl Lowering<'_> {
         rhs[1] = wp.layout.axes[0].clone();
         let last = rhs.len() - 1;
         rhs[last] = wp.layout.axes[1].clone();
-        let side = |place: &Place, axes: Vec<Axis>| Side {
+        let side = |place: &Place, dtype: DType, axes: Vec<Axis>| Side {
             buffer: place.buffer,
             dtype,
             layout: Layout { axes, offset: place.layout.offset.clone() },
         };
         let product = Product {
             result_axes: group.shape.len(),
-            lhs: side(&x, lhs),
-            rhs: side(&wp, rhs),
-            acc: dtype.compute(),
+            lhs: side(&x, types[0], lhs),
+            rhs: side(&wp, types[1], rhs),
+            operands,
             dtype,
             space,
         };
@@ -269,8 +291,10 @@ impl Lowering<'_> {
         let x = if taps_inside { self.padded(conv)? } else { self.place(conv.node.inputs[0])? };
         let dtype = graph.dtype(conv.node.inputs[1]);
         let acc_type = dtype.compute();
-        let w_place =
-            self.conv_weights(conv.node.inputs[1], panel_for(self.target, og), taps_inside)?;
+        let operands = self.conv_operands(dtype);
+        let knobs = self.product_knobs(operands.left, operands.right, acc_type);
+        let width = panel_for(self.target, og);
+        let w_place = self.conv_weights(conv.node.inputs[1], width, taps_inside, operands)?;
         let shape = conv.shape;
         let rank = shape.len();
         let size = |d: &Dim| nominal(d, symbols);
@@ -282,7 +306,7 @@ impl Lowering<'_> {
         let others: i64 =
             size(&shape[0]) * shape[2..rank - 1].iter().map(size).product::<i64>() / oh.max(1);
         let depth_taps = if taps_inside { conv.geometry.taps() } else { 1 };
-        let t = conv_tiles(self.target, others.max(1) * groups, oh, ow, og, cg, depth_taps);
+        let t = conv_tiles(self.target, &knobs, others.max(1) * groups, oh, ow, og, cg, depth_taps);
         let out_block = block_of(&dag.layouts(), &[1]);
         let divisor = |n: i64, most: i64| (1..=most.min(n)).rev().find(|d| n % d == 0).unwrap_or(1);
         let mut bo = t.bo;
@@ -346,7 +370,8 @@ impl Lowering<'_> {
         let whole = taps_inside.then(|| conv.geometry.taps());
         let x_layout = if taps_inside { conv.overlapping(&x.layout) } else { x.layout.clone() };
         let xp = k.input(x.buffer, dtype, x_layout);
-        let wp = k.input(w_place.buffer, dtype, w_place.layout);
+        let w_type = self.plan.buffers[w_place.buffer].dtype;
+        let wp = k.input(w_place.buffer, w_type, w_place.layout);
         // Loops over taps, then over input channels.
         let mut tap: Vec<Dim> = Vec::new();
         let mut opened = 0;
@@ -374,12 +399,14 @@ impl Lowering<'_> {
             let zero = crate::block::zero(dtype);
             stand.load(&mut k, xp, &conv.geometry, &tap, &channel, zero)
         };
+        let xt = finish_acc(&mut k, xt, dtype, operands.left);
         let xt = k.b.reshape(xt, vec![rows, depth.clone()]);
         let mut index = vec![first_channel, c0.clone()];
         index.extend(tap);
         let mut load = vec![bo_dim.clone(), bc_dim.clone()];
         load.extend(conv.geometry.kernel.iter().map(|&e| Dim::new(whole.map_or(1, |_| e))));
         let wt = k.b.load(wp, index, load);
+        let wt = finish_acc(&mut k, wt, w_type, operands.right);
         let wt = k.b.reshape(wt, vec![bo_dim.clone(), depth]);
         let wt = k.b.permute(wt, &[1, 0]);
         let limit = (cg % bc != 0).then(|| (Dim::new(cg) - c0) * whole.unwrap_or(1));
@@ -394,7 +421,6 @@ impl Lowering<'_> {
         let mut emit = Emit::new(dag, &canon, stand.pos.clone());
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
-        let knobs = self.knobs();
         self.launch(k, tiles, knobs, note)
     }
 }

@@ -33,7 +33,9 @@ mod window;
 
 pub use fuse::{Anchor, FusionPlan, Group, fuse};
 pub use lowering::{lower, lower_with, verify_plan};
-pub use target::CpuTarget;
+pub use target::{CpuTarget, matrix_units};
+
+use tilewright_target::Precision;
 
 /// Layouts that differ from row-major, by value: packed constants, blocked activations.
 pub type Layouts = std::collections::BTreeMap<tilewright_graph::ValueId, tilewright_layout::Layout>;
@@ -43,10 +45,12 @@ pub type Layouts = std::collections::BTreeMap<tilewright_graph::ValueId, tilewri
 pub struct Options {
     /// Fuse; otherwise every node is a kernel of its own (to find what a fusion breaks).
     pub fusion: bool,
+    /// Arithmetic of `f32` contractions and convolutions.
+    pub precision: Precision,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { fusion: true }
+        Options { fusion: true, precision: Precision::F32 }
     }
 }

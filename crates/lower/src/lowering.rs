@@ -11,7 +11,8 @@ use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_graph::{Graph, NodeId, Op, PadMode, ValueId};
 use tilewright_layout::{Axis, Dim, Layout};
 use tilewright_plan::{BufferId, HostCall, KernelId, Note, Plan, PlanKernel, Step, Storage};
-use tilewright_tile::{CpuKnobs, ReduceKind, Schedule};
+use tilewright_target::Precision;
+use tilewright_tile::{CpuKnobs, MatrixUnit, ReduceKind, Schedule};
 
 /// State of one lowering.
 pub(crate) struct Lowering<'a> {
@@ -23,7 +24,8 @@ pub(crate) struct Lowering<'a> {
     pub(crate) plan: Plan,
     pub(crate) places: BTreeMap<ValueId, Place>,
     pub(crate) copies: BTreeMap<ValueId, Place>,
-    pub(crate) consts: BTreeMap<(ValueId, Layout), BufferId>,
+    pub(crate) consts: BTreeMap<(ValueId, DType, Layout), BufferId>,
+    pub(crate) precision: Precision,
     /// Model outputs that some step writes.
     pub(crate) written: BTreeSet<usize>,
 }
@@ -65,6 +67,7 @@ pub fn lower_with(
         places: BTreeMap::new(),
         copies: BTreeMap::new(),
         consts: BTreeMap::new(),
+        precision: options.precision,
         written: BTreeSet::new(),
     };
     // Inputs have their buffers whether anybody reads them or not.
@@ -124,6 +127,26 @@ impl Lowering<'_> {
     /// Vector knobs of the target.
     pub(crate) fn knobs(&self) -> CpuKnobs {
         crate::schedule::knobs(self.target)
+    }
+
+    /// The type in which an operand of a product is multiplied: `f32` becomes `bf16` when the user
+    /// allows it.
+    pub(crate) fn operand_type(&self, dtype: DType) -> DType {
+        match (self.precision, dtype) {
+            (Precision::Bf16, DType::F32) => DType::BF16,
+            _ => dtype,
+        }
+    }
+
+    /// Knobs of a product of operands of these types: with the unit that takes them.
+    pub(crate) fn product_knobs(&self, a: DType, b: DType, acc: DType) -> CpuKnobs {
+        let here = [self.target.bf16_unit, self.target.int8_unit];
+        let unit = here.into_iter().find(|u| *u != MatrixUnit::Fma && u.takes(a, b, acc));
+        let unit = unit.unwrap_or_default();
+        match unit {
+            MatrixUnit::Bf16Tile => CpuKnobs::amx(),
+            unit => CpuKnobs { unit, ..self.knobs() },
+        }
     }
 
     /// One group to steps.

@@ -8,7 +8,7 @@
 
 use crate::fuse::is_view;
 use crate::lowering::Lowering;
-use tilewright_base::{Error, Result};
+use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Def, Op, ValueId};
 use tilewright_layout::{Dim, Layout};
 use tilewright_plan::{Buffer, BufferId, Storage};
@@ -121,14 +121,21 @@ impl Lowering<'_> {
 
     /// A constant under a layout of its own; the same constant under the same layout is one buffer.
     pub(crate) fn const_place(&mut self, v: ValueId, layout: Layout) -> Place {
-        let known = self.consts.get(&(v, layout.clone())).copied();
+        self.const_place_as(v, self.graph.dtype(v), layout)
+    }
+
+    /// As [`Lowering::const_place`], rounded to a type when it is packed.
+    pub(crate) fn const_place_as(&mut self, v: ValueId, dtype: DType, layout: Layout) -> Place {
+        let key = (v, dtype, layout.clone());
+        let known = self.consts.get(&key).copied();
         let buffer = known.unwrap_or_else(|| {
             let Def::Const(tensor) = &self.graph.values[v].def else {
                 unreachable!("asked for constants only")
             };
             let storage = Storage::Const(tensor.clone());
             let buffer = self.new_buffer(v, layout.clone(), storage);
-            self.consts.insert((v, layout.clone()), buffer);
+            self.plan.buffers[buffer].dtype = dtype;
+            self.consts.insert(key, buffer);
             buffer
         });
         Place { buffer, layout }

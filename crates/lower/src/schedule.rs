@@ -8,7 +8,7 @@
 //! * contractions: see [`gemm_tiles`].
 
 use crate::target::CpuTarget;
-use tilewright_tile::CpuKnobs;
+use tilewright_tile::{CpuKnobs, MatrixUnit};
 
 /// Vector knobs for the target's lanes.
 pub(crate) fn knobs(target: &CpuTarget) -> CpuKnobs {
@@ -65,6 +65,14 @@ pub(crate) struct GemmTiles {
     pub(crate) bk: i64,
 }
 
+/// What the depth of a tile is a multiple of, so that a unit never stands inside a group.
+pub(crate) fn depth_unit(unit: MatrixUnit) -> i64 {
+    match unit {
+        MatrixUnit::Bf16Tile => 32,
+        unit => unit.depth_group(),
+    }
+}
+
 /// Columns of one panel of the right operand: what the micro-kernel holds in registers.
 pub(crate) fn panel(target: &CpuTarget) -> i64 {
     let knobs = knobs(target);
@@ -94,8 +102,10 @@ pub(crate) struct ConvTiles {
 /// * The weights of one step, `bc * taps * bo * 4`, take at most half of the second-level cache, a
 ///   panel of them an eighth; few steps, because each loads and stores all accumulators.
 /// * Enough blocks for the threads, as for contractions.
+#[allow(clippy::too_many_arguments, reason = "the sizes of one convolution")]
 pub(crate) fn conv_tiles(
     target: &CpuTarget,
+    knobs: &CpuKnobs,
     others: i64,
     oh: i64,
     ow: i64,
@@ -103,10 +113,10 @@ pub(crate) fn conv_tiles(
     c: i64,
     taps: i64,
 ) -> ConvTiles {
-    let knobs = knobs(target);
     let rows = i64::from(knobs.mma_rows);
     let panel = panel_for(target, o);
-    let bc = even(c, (target.l2_bytes / 8 / 4 / panel / taps).clamp(16, 1024), 1);
+    let most = (target.l2_bytes / 8 / 4 / panel / taps).clamp(16, 1024);
+    let bc = even(c, most, if taps == 1 { depth_unit(knobs.unit) } else { 1 });
     let most = 4 * rows;
     let bw = even(ow, most, 1);
     let mut bh = if bw >= 2 * rows { 1 } else { even(oh, (most / bw).max(1), 1) };
@@ -133,11 +143,12 @@ pub(crate) fn conv_tiles(
 /// blocks for the threads.
 pub(crate) fn attention_tiles(
     target: &CpuTarget,
+    knobs: &CpuKnobs,
     batches: i64,
     rows: i64,
     keys: i64,
 ) -> (i64, i64) {
-    let unit = i64::from(knobs(target).mma_rows);
+    let unit = i64::from(knobs.mma_rows);
     let mut most = 4 * unit;
     while most > unit && batches * ((rows + most - 1) / most) < target.threads * 3 {
         most -= unit;
@@ -157,17 +168,25 @@ pub(crate) fn attention_tiles(
 /// * `bn` is whole panels.
 /// * There are at least three blocks per thread where the problem has that much, so that the last
 ///   one to finish is not alone for long; blocks shrink along the longer side first.
-pub(crate) fn gemm_tiles(target: &CpuTarget, batch: i64, m: i64, n: i64, k: i64) -> GemmTiles {
-    let knobs = knobs(target);
+///
+/// `bytes` is the size of an operand's element.
+pub(crate) fn gemm_tiles(
+    target: &CpuTarget,
+    knobs: &CpuKnobs,
+    bytes: i64,
+    batch: i64,
+    [m, n, k]: [i64; 3],
+) -> GemmTiles {
     let (rows, panel) = (i64::from(knobs.mma_rows), panel(target));
-    let bk = even(k, (target.l2_bytes / 8 / 4 / panel).clamp(64, 1024), 1);
+    let most = (target.l2_bytes / 8 / bytes / panel).clamp(64, 4096 / bytes);
+    let bk = even(k, most, depth_unit(knobs.unit));
     if m <= 4 {
         // A matrix times few vectors reads the matrix once: wide blocks, no blocking of rows.
         let want = (target.threads * 4).max(1);
         let share = round_up((n.max(1) + want - 1) / want, panel);
         return GemmTiles { bm: m.max(1), bn: share.clamp(panel, 16 * panel), bk };
     }
-    let bm_most = (target.l2_bytes / 2 / 4 / bk / rows).max(1) * rows;
+    let bm_most = (target.l2_bytes / 2 / bytes / bk / rows).max(1) * rows;
     let mut bm = even(m, bm_most.min(16 * rows), rows);
     let mut bn = even(n, 12 * panel, panel);
     let want = target.threads * 3;
@@ -195,7 +214,7 @@ mod tests {
     fn blocks_are_whole_micro_tiles_and_enough_for_the_threads() {
         let target = CpuTarget::avx512();
         for (m, n, k) in [(128, 768, 768), (128, 3072, 768), (1024, 1024, 1024), (17, 40, 9)] {
-            let t = gemm_tiles(&target, 1, m, n, k);
+            let t = gemm_tiles(&target, &knobs(&target), 4, 1, [m, n, k]);
             assert_eq!((t.bm % 14, t.bn % 32), (0, 0), "{t:?}");
             let blocks = (m + t.bm - 1) / t.bm * ((n + t.bn - 1) / t.bn);
             assert!(blocks >= 6 || (t.bm == 14 && t.bn == 32), "{m} {n} {k}: {t:?}");

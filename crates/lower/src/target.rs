@@ -1,5 +1,7 @@
 //! [`CpuTarget`]: the numbers of a machine that fusion and schedules read.
 
+use tilewright_tile::MatrixUnit;
+
 /// A CPU as data. The rates are measured once per machine by whoever calls lowering.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CpuTarget {
@@ -19,6 +21,26 @@ pub struct CpuTarget {
     pub bytes_per_second: f64,
     /// Time to start one kernel on all threads, in nanoseconds.
     pub launch_ns: f64,
+    /// What multiplies `bf16` operands with sums in `f32`.
+    pub bf16_unit: MatrixUnit,
+    /// What multiplies 8-bit operands with sums in `i32`.
+    pub int8_unit: MatrixUnit,
+}
+
+/// The units of a machine with these extensions (by LLVM's names): for `bf16` and for 8-bit operands.
+pub fn matrix_units(vector_bits: u32, has: impl Fn(&str) -> bool) -> (MatrixUnit, MatrixUnit) {
+    if vector_bits < 512 {
+        return (MatrixUnit::Fma, MatrixUnit::Fma);
+    }
+    let bf16 = if has("amx-tile") && has("amx-bf16") {
+        MatrixUnit::Bf16Tile
+    } else if has("avx512bf16") {
+        MatrixUnit::Bf16Dot
+    } else {
+        MatrixUnit::Fma
+    };
+    let int8 = if has("avx512vnni") { MatrixUnit::I8Dot } else { MatrixUnit::Fma };
+    (bf16, int8)
 }
 
 impl CpuTarget {
@@ -33,6 +55,8 @@ impl CpuTarget {
             flops_per_second: 1.0e11,
             bytes_per_second: 2.0e10,
             launch_ns: 2000.0,
+            bf16_unit: MatrixUnit::Fma,
+            int8_unit: MatrixUnit::Fma,
         }
     }
 
@@ -45,7 +69,10 @@ impl CpuTarget {
 impl From<&tilewright_target::Cpu> for CpuTarget {
     fn from(cpu: &tilewright_target::Cpu) -> CpuTarget {
         let bytes = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let (bf16_unit, int8_unit) = matrix_units(cpu.vector_bits, |f| cpu.has(f));
         CpuTarget {
+            bf16_unit,
+            int8_unit,
             lanes: i64::from(cpu.vector_bits / 32),
             l1_bytes: bytes(cpu.l1_bytes),
             l2_bytes: bytes(cpu.l2_bytes),

@@ -29,13 +29,17 @@ fn merge_group(layout: &Layout, group: &[usize]) -> Option<Axis> {
         [] => Some(broadcast_axis(extent)),
         [one] => Some((*one).clone()),
         many => {
-            let plain = many.iter().all(|a| a.block.is_none());
-            let affine = many.windows(2).all(|w| w[0].stride == &w[1].stride * &w[1].extent);
-            (plain && affine).then(|| Axis {
-                extent,
-                stride: many[many.len() - 1].stride.clone(),
-                block: None,
-            })
+            // The last may be blocked, in whole blocks.
+            let last = many[many.len() - 1];
+            let plain = many[..many.len() - 1].iter().all(|a| a.block.is_none());
+            let steps = |a: &Axis| match &a.block {
+                None => Some(a.extent.clone()),
+                Some(b) => a.extent.exact_div(&Dim::new(b.size)),
+            };
+            let affine = many
+                .windows(2)
+                .all(|w| steps(w[1]).is_some_and(|steps| w[0].stride == &w[1].stride * &steps));
+            (plain && affine).then(|| Axis { extent, ..last.clone() })
         }
     }
 }

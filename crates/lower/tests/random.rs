@@ -32,8 +32,9 @@ fn wrong(graph: &Graph, seed: u64, fusion: bool, blocked: bool) -> Option<String
         (target.lanes, target.l1_bytes, target.l2_bytes) = (4, 256, 1024);
     }
     let got = catch_unwind(AssertUnwindSafe(|| {
-        let (plan, fused) = lower_with(graph, &target, &layouts, &host, &Options { fusion })
-            .map_err(|e| e.to_string())?;
+        let (plan, fused) =
+            lower_with(graph, &target, &layouts, &host, &Options { fusion, ..Options::default() })
+                .map_err(|e| e.to_string())?;
         tilewright_interp::plan::run(&plan, &inputs, &env, Mode::Exact)
             .map_err(|e| format!("{e}\n{fused}"))
     }));

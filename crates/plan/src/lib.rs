@@ -29,7 +29,7 @@ pub enum Storage {
     /// Output number `i` of the model, row-major, given by the caller.
     Output(usize),
     /// Known data in row-major order. With a layout other than row-major the runtime packs it once,
-    /// when the plan is loaded.
+    /// when the plan is loaded, and rounds it to the buffer's element type when that is another.
     Const(Tensor),
     /// Part of the arena; lives from its first writer to its last reader.
     Arena,

@@ -10,6 +10,7 @@ mod array;
 mod machine;
 mod memory;
 mod pack;
+mod permission;
 mod pool;
 mod session;
 
@@ -18,5 +19,6 @@ pub use array::ArrayCode;
 pub use machine::measure;
 pub use memory::{AlignedBuffer, check_memory};
 pub use pack::pack;
+pub use permission::request_tiles;
 pub use pool::Pool;
 pub use session::{Code, Executable, MemoryReport, Session, StepTime};

@@ -18,6 +18,14 @@ pub fn measure(cpu: &Cpu, pool: &Pool) -> Result<Ceilings> {
     let one = Pool::new(1);
     let f32_1 = best(5, || fma_rate(cpu, &one));
     let f32_all = best(5, || fma_rate(cpu, pool));
+    let has = |feature: &str| cpu.vector_bits == 512 && cpu.has(feature);
+    let rate = |here: bool, chains: Chains, work: f64| match here {
+        true => best(5, || chain_rate(pool, work, chains)),
+        false => 0.0,
+    };
+    // Sixteen sums per instruction, of two or four products.
+    let bf16 = rate(has("avx512bf16"), bf16_chains, 64.0);
+    let int8 = rate(has("avx512vnni"), int8_chains, 128.0);
     let bytes = (cpu.l3_bytes * BEYOND_CACHE).clamp(64 << 20, 512 << 20);
     let mut from = AlignedBuffer::new(bytes, "the memory test")?;
     let mut to = AlignedBuffer::new(bytes, "the memory test")?;
@@ -36,6 +44,8 @@ pub fn measure(cpu: &Cpu, pool: &Pool) -> Result<Ceilings> {
         memory_copy_bytes_per_s: copy,
         l2_read_bytes_per_s: l2,
         launch_s: launch_seconds(pool),
+        bf16_flops_per_s: bf16,
+        int8_ops_per_s: int8,
     })
 }
 
@@ -54,6 +64,79 @@ fn fma_rate(cpu: &Cpu, pool: &Pool) -> f64 {
     let lanes = cpu.f32_lanes() as f64;
     let work = ITERATIONS as f64 * CHAINS as f64 * lanes * 2.0 * pool.threads() as f64;
     work / start.elapsed().as_secs_f64()
+}
+
+/// Runs so many rounds of [`CHAINS`] instructions.
+type Chains = fn(u64) -> f32;
+
+/// Operations per second when an instruction does `work` of them.
+fn chain_rate(pool: &Pool, work: f64, chains: Chains) -> f64 {
+    const ITERATIONS: u64 = 2_000_000;
+    let start = Instant::now();
+    pool.run(pool.threads() as i64 * 8, &|first, last, _| {
+        for _ in first..last {
+            black_box(chains(ITERATIONS / 8));
+        }
+    });
+    let all = ITERATIONS as f64 * CHAINS as f64 * work * pool.threads() as f64;
+    all / start.elapsed().as_secs_f64()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn bf16_chains(iterations: u64) -> f32 {
+    if !std::arch::is_x86_feature_detected!("avx512bf16") {
+        return 0.0;
+    }
+    // SAFETY: the feature that the function needs was just found present; it implies AVX-512F.
+    unsafe { bf16_chains_avx512(iterations) }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn int8_chains(iterations: u64) -> f32 {
+    if !std::arch::is_x86_feature_detected!("avx512vnni") {
+        return 0.0;
+    }
+    // SAFETY: as above.
+    unsafe { int8_chains_avx512(iterations) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn bf16_chains_avx512(iterations: u64) -> f32 {
+    use std::arch::x86_64::*;
+    let half = _mm512_set1_ps(black_box(0.5));
+    let pairs = _mm512_cvtne2ps_pbh(half, half);
+    let mut acc = [_mm512_set1_ps(1.0); CHAINS];
+    for _ in 0..iterations {
+        for a in &mut acc {
+            *a = _mm512_dpbf16_ps(*a, pairs, pairs);
+        }
+    }
+    acc.iter().map(|a| _mm512_reduce_add_ps(*a)).sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn int8_chains_avx512(iterations: u64) -> f32 {
+    use std::arch::x86_64::*;
+    let bytes = _mm512_set1_epi8(black_box(3));
+    let mut acc = [_mm512_set1_epi32(1); CHAINS];
+    for _ in 0..iterations {
+        for a in &mut acc {
+            *a = _mm512_dpbusd_epi32(*a, bytes, bytes);
+        }
+    }
+    acc.iter().map(|a| _mm512_reduce_add_epi32(*a) as f32).sum()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn bf16_chains(_iterations: u64) -> f32 {
+    0.0
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn int8_chains(_iterations: u64) -> f32 {
+    0.0
 }
 
 /// Independent multiply-adds in flight: more than latency times ports (4 x 2).

@@ -181,6 +181,8 @@ mod tests {
             Layout::blocked(&dims, 1, 4),
             Layout::panels(&dims, 0, 2),
             Layout::panels(&dims, 2, 16),
+            Layout::grouped_panels(&dims, 1, 4, 0, 2),
+            Layout::grouped_panels(&dims, 0, 2, 2, 4),
         ] {
             let out = pack(&tensor, &layout).unwrap();
             let mut sum = 0i64;

@@ -150,6 +150,13 @@ fn shareable(kernel: &Kernel) -> Vec<(ParamId, ParamId)> {
 
 fn constant(buffer: &Buffer) -> Result<Option<Constant>> {
     let Storage::Const(tensor) = &buffer.storage else { return Ok(None) };
+    let rounded;
+    let tensor = if tensor.dtype() == buffer.dtype {
+        tensor
+    } else {
+        rounded = tensor.rounded(buffer.dtype).context(|| format!("rounding `{}`", buffer.name))?;
+        &rounded
+    };
     if buffer.layout.is_row_major() {
         return Ok(Some(Constant::Shared(tensor.shared_bytes().clone())));
     }
@@ -473,7 +480,7 @@ impl Session {
         for (id, buffer) in plan.buffers.iter() {
             tensors[id.index()] = match &buffer.storage {
                 Storage::Input(i) => Some(inputs[*i].clone()),
-                Storage::Const(t) if buffer.layout.is_row_major() => Some(t.clone()),
+                Storage::Const(t) if buffer.layout.is_row_major() => Some(t.rounded(buffer.dtype)?),
                 _ => None,
             };
         }

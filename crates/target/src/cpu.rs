@@ -52,6 +52,14 @@ pub struct Ceilings {
     pub l2_read_bytes_per_s: f64,
     /// Starting a kernel on all threads and waiting for its end, in seconds.
     pub launch_s: f64,
+    /// `bf16` products with sums in `f32` (AVX512-BF16), all threads, in FLOP/s; 0 where there are
+    /// none. AMX has no measurement yet.
+    #[serde(default)]
+    pub bf16_flops_per_s: f64,
+    /// 8-bit products with sums in `i32` (AVX512-VNNI), all threads, in operations/s (two per
+    /// multiply-add); 0 where there are none.
+    #[serde(default)]
+    pub int8_ops_per_s: f64,
 }
 
 /// An x86 machine.
@@ -108,6 +116,8 @@ impl Cpu {
                 memory_copy_bytes_per_s: 12e9,
                 l2_read_bytes_per_s: 60e9,
                 launch_s: 2e-6,
+                bf16_flops_per_s: 0.0,
+                int8_ops_per_s: 0.0,
             },
         })
     }
@@ -115,6 +125,16 @@ impl Cpu {
     /// Whether it has an instruction set extension, by LLVM's name.
     pub fn has(&self, feature: &str) -> bool {
         self.features.iter().any(|f| f == feature)
+    }
+
+    /// Whether everything that it has was measured.
+    pub fn is_measured(&self) -> bool {
+        let c = &self.ceilings;
+        let missing = |feature: &str, rate: f64| self.has(feature) && rate == 0.0;
+        let wide = self.vector_bits == 512;
+        c.measured
+            && !(wide && missing("avx512bf16", c.bf16_flops_per_s))
+            && !(wide && missing("avx512vnni", c.int8_ops_per_s))
     }
 
     /// `f32` lanes of a vector register.

@@ -36,5 +36,5 @@ pub use ir::{
     Access, Block, Compare, For, GridAxis, If, Kernel, Operand, Param, ParamId, ReduceKind, Stmt,
     TileId, TileInfo, TileOp, TileType,
 };
-pub use schedule::{CpuKnobs, Schedule};
+pub use schedule::{CpuKnobs, MatrixUnit, Schedule};
 pub use verify::{verify, verify_schedule};

@@ -14,7 +14,7 @@
 
 use crate::cursor::{Cursor, Piece};
 use crate::ir::*;
-use crate::schedule::Schedule;
+use crate::schedule::{MatrixUnit, Schedule};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
@@ -64,6 +64,15 @@ impl Schedule {
             }
             seen.push(key.text);
             cursor.need("=")?;
+            if key.text == "unit" {
+                let unit = cursor.identifier("a matrix unit")?;
+                let known = MatrixUnit::ALL.into_iter().find(|u| u.name() == unit.text);
+                schedule.cpu.unit = known.ok_or_else(|| {
+                    let names = MatrixUnit::ALL.map(MatrixUnit::name).join(", ");
+                    cursor.error_on(unit, format!("not a matrix unit: {names}"))
+                })?;
+                continue;
+            }
             let value = cursor.number("a number")?;
             let cpu = &mut schedule.cpu;
             let knob = match key.text {

@@ -9,7 +9,7 @@
 //! A tile that nothing defines prints as `%?7`, a parameter that does not exist as `%?p7`.
 
 use crate::ir::*;
-use crate::schedule::Schedule;
+use crate::schedule::{MatrixUnit, Schedule};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use tilewright_base::DType;
@@ -69,7 +69,10 @@ impl fmt::Display for Schedule {
                 write!(f, " {name}=1")?;
             }
         }
-        Ok(())
+        match c.unit {
+            MatrixUnit::Fma => Ok(()),
+            unit => write!(f, " unit={}", unit.name()),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use tilewright_base::DType;
 
 /// Tile sizes and the knobs of each kind of target. Any legal schedule gives the same result up to
 /// the order of floating-point sums.
@@ -11,6 +12,60 @@ pub struct Schedule {
     pub tiles: BTreeMap<Arc<str>, i64>,
     /// Knobs that the CPU reads.
     pub cpu: CpuKnobs,
+}
+
+/// The instruction that matrix products use, where their operand types fit it; all others use
+/// fused multiply-adds (integers: multiply and add). Prints and parses as its short name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum MatrixUnit {
+    /// Multiply-adds on vectors, one step of the depth at a time.
+    #[default]
+    Fma,
+    /// AVX512-BF16 `vdpbf16ps`: `bf16` operands, two steps at a time, sums in `f32`.
+    Bf16Dot,
+    /// AMX `tdpbf16ps`: `bf16` operands in 16x32 tiles, sums in `f32`.
+    Bf16Tile,
+    /// AVX512-VNNI `vpdpbusd`: 8-bit operands, four steps at a time, sums in `i32`.
+    I8Dot,
+}
+
+impl MatrixUnit {
+    /// All of them.
+    pub const ALL: [MatrixUnit; 4] =
+        [MatrixUnit::Fma, MatrixUnit::Bf16Dot, MatrixUnit::Bf16Tile, MatrixUnit::I8Dot];
+
+    /// Short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            MatrixUnit::Fma => "fma",
+            MatrixUnit::Bf16Dot => "bf16dot",
+            MatrixUnit::Bf16Tile => "bf16tile",
+            MatrixUnit::I8Dot => "i8dot",
+        }
+    }
+
+    /// Whether it multiplies operands of types `a` and `b` with sums in `acc`.
+    pub fn takes(self, a: DType, b: DType, acc: DType) -> bool {
+        match self {
+            MatrixUnit::Fma => true,
+            MatrixUnit::Bf16Dot | MatrixUnit::Bf16Tile => {
+                (a, b, acc) == (DType::BF16, DType::BF16, DType::F32)
+            }
+            MatrixUnit::I8Dot => {
+                matches!(a, DType::I8 | DType::U8) && (b, acc) == (DType::I8, DType::I32)
+            }
+        }
+    }
+
+    /// Steps of the depth that one instruction takes for each result, and that therefore lie next
+    /// to each other in both operands.
+    pub fn depth_group(self) -> i64 {
+        match self {
+            MatrixUnit::Fma => 1,
+            MatrixUnit::Bf16Dot | MatrixUnit::Bf16Tile => 2,
+            MatrixUnit::I8Dot => 4,
+        }
+    }
 }
 
 /// How the CPU emitter runs a tile program.
@@ -31,6 +86,8 @@ pub struct CpuKnobs {
     /// When a block reads an operand for the second time, it asks memory for the same part of the
     /// next block's.
     pub ahead: bool,
+    /// Instruction of matrix products whose operand types fit it.
+    pub unit: MatrixUnit,
 }
 
 impl Default for CpuKnobs {
@@ -44,11 +101,17 @@ impl Default for CpuKnobs {
             reduce_chains: 4,
             stream: false,
             ahead: false,
+            unit: MatrixUnit::Fma,
         }
     }
 }
 
 impl CpuKnobs {
+    /// AMX for `bf16`: 2x2 tiles of results, two of each operand.
+    pub fn amx() -> CpuKnobs {
+        CpuKnobs { mma_rows: 32, unit: MatrixUnit::Bf16Tile, ..CpuKnobs::avx512() }
+    }
+
     /// AVX-512: a 14x2-vector micro-kernel (28 accumulators of 32 registers).
     pub fn avx512() -> CpuKnobs {
         CpuKnobs { vector_bits: 512, mma_rows: 14, ..CpuKnobs::default() }

@@ -31,13 +31,14 @@
 //! A schedule is legal for a kernel when it has a positive size for each tile size and for nothing
 //! else, under which every tile has elements and every reshape keeps their number; vectors have 256
 //! or 512 bits; the other knobs are at least 1; and the accumulators of the matrix micro-kernel,
-//! a row of vectors and one more fit the registers (16 of 256 bits, 32 of 512).
+//! a row of vectors and one more fit the registers (16 of 256 bits, 32 of 512). A matrix unit other
+//! than `fma` goes with vectors of 512 bits; for `bf16tile` results and operands fit 8 tiles of 16 rows.
 //!
 //! To add a rule: a sentence above, its check here, and a row in the table of `tests/verify.rs`.
 
 use crate::ir::*;
 use crate::print::tile_names;
-use crate::schedule::Schedule;
+use crate::schedule::{MatrixUnit, Schedule};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
@@ -45,7 +46,7 @@ use tilewright_expr::Value;
 use tilewright_layout::{Dim, Env, numel};
 
 /// Knobs that stand beside tile sizes in the text form of a schedule.
-const KNOBS: [&str; 4] = ["vector", "mma", "unroll", "chains"];
+const KNOBS: [&str; 5] = ["vector", "mma", "unroll", "chains", "unit"];
 
 /// Checks every promise in the module's head. The error is our bug (kernels are made by lowering)
 /// and notes every violation.
@@ -102,10 +103,20 @@ pub fn verify_schedule(kernel: &Kernel, schedule: &Schedule) -> Result<()> {
             None
         }
     };
+    if c.unit != MatrixUnit::Fma && c.vector_bits != 512 {
+        found.push(format!("unit={} with vectors of {} bits", c.unit.name(), c.vector_bits));
+    }
     let vectors = u64::from(c.mma_vectors);
     let used = u64::from(c.mma_rows).saturating_mul(vectors).saturating_add(vectors + 1);
-    if let Some(registers) = registers.filter(|&r| used > r) {
-        let (rows, vectors) = (c.mma_rows, c.mma_vectors);
+    let (rows, vectors) = (c.mma_rows, c.mma_vectors);
+    if c.unit == MatrixUnit::Bf16Tile {
+        // Results, left and right operands in tiles of 16 rows.
+        let (tall, wide) = (u64::from(rows).div_ceil(16), u64::from(vectors));
+        let used = tall.saturating_mul(wide).saturating_add(tall + wide);
+        if used > 8 {
+            found.push(format!("mma={rows}x{vectors} uses {used} of 8 tile registers"));
+        }
+    } else if let Some(registers) = registers.filter(|&r| used > r) {
         found.push(format!("mma={rows}x{vectors} uses {used} of {registers} registers"));
     }
     report(format!("the schedule of kernel `{}` is not legal", kernel.name), found)

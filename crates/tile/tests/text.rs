@@ -124,8 +124,17 @@ fn a_schedule_comes_back() {
     (schedule.cpu.stream, schedule.cpu.ahead) = (true, true);
     assert_eq!(schedule.to_string(), format!("{text} stream=1 ahead=1"));
     assert_eq!(Schedule::parse("<test>", &schedule.to_string()).unwrap(), schedule);
+    for unit in MatrixUnit::ALL {
+        schedule.cpu.unit = unit;
+        let text = schedule.to_string();
+        assert_eq!(text.contains("unit="), unit != MatrixUnit::Fma, "{text}");
+        assert_eq!(Schedule::parse("<test>", &text).unwrap(), schedule);
+    }
     for bad in [
         "stream=2",
+        "unit=",
+        "unit=4",
+        "unit=best",
         "BM",
         "BM=",
         "BM=x",

@@ -266,6 +266,8 @@ fn schedules_that_are_not_legal_are_reported() {
         ("S=4 T=8 vector=128", "vectors of 128 bits: 256 or 512 are known"),
         ("S=4 T=8 unroll=0", "unroll is 0"),
         ("S=4 T=8 chains=0", "chains is 0"),
+        ("S=4 T=8 unit=bf16dot", "unit=bf16dot with vectors of 256 bits"),
+        ("S=4 T=8 vector=512 mma=48x2 unit=bf16tile", "mma=48x2 uses 11 of 8 tile registers"),
         ("S=4 T=8 mma=0x2", "mma rows is 0"),
         ("S=4 T=8 mma=6x0", "mma vectors is 0"),
         ("S=4 T=8 mma=14x2", "mma=14x2 uses 31 of 16 registers"),

@@ -5,7 +5,7 @@ use crate::model::Model;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tilewright_base::{Error, Result, ResultExt};
+use tilewright_base::{Result, ResultExt};
 use tilewright_data::Tensor;
 use tilewright_emit_llvm::emit_kernel;
 use tilewright_graph::{Graph, NodeId, Op, Value};
@@ -17,6 +17,7 @@ use tilewright_passes::PassContext;
 use tilewright_plan::{HostCall, Plan};
 use tilewright_runtime::{Code, Executable, Pool, Session};
 use tilewright_target::{Cpu, Precision};
+use tilewright_tile::MatrixUnit;
 
 /// How models are compiled.
 #[derive(Clone, Debug)]
@@ -64,6 +65,7 @@ pub struct Compiled {
     exe: Arc<Executable>,
     stages: Vec<StageTime>,
     cpu: Cpu,
+    precision: Precision,
     /// Kernels that came out of the cache, and kernels in all.
     cache_hits: (usize, usize),
     warnings: Vec<String>,
@@ -84,7 +86,11 @@ impl Compiler {
     }
 
     /// For this machine as described by `cpu`, on `cpu.threads` threads.
-    pub fn for_cpu(cpu: Cpu, cache: Option<PathBuf>) -> Compiler {
+    pub fn for_cpu(mut cpu: Cpu, cache: Option<PathBuf>) -> Compiler {
+        // Without the system's permission the first tile instruction would end the process.
+        if cpu.has("amx-tile") && !tilewright_runtime::request_tiles() {
+            cpu.features.retain(|f| !f.starts_with("amx"));
+        }
         let pool = Arc::new(Pool::new(cpu.threads));
         Compiler { cpu, precision: Precision::F32, cache, fusion: true, in_place: true, pool }
     }
@@ -100,10 +106,6 @@ impl Compiler {
         mut graph: Graph,
         observe: &mut dyn FnMut(Stage<'_>),
     ) -> Result<Compiled> {
-        if self.precision != Precision::F32 {
-            return Err(Error::unsupported(format!("precision {} on the CPU", self.precision))
-                .with_hint("leave out --precision: f32 models run in f32"));
-        }
         let mut stages = Vec::new();
         let mut clock = Instant::now();
         let mut lap = |stages: &mut Vec<StageTime>, name: &str| {
@@ -133,7 +135,7 @@ impl Compiler {
 
         let layouts = tilewright_passes::choose_layouts(&graph, &context);
         lap(&mut stages, "layout");
-        let options = tilewright_lower::Options { fusion: self.fusion };
+        let options = tilewright_lower::Options { fusion: self.fusion, precision: self.precision };
         let (plan, fusion) =
             tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
         observe(Stage::Fusion(&fusion));
@@ -143,13 +145,21 @@ impl Compiler {
         tilewright_lower::verify_plan(&plan)?;
         lap(&mut stages, "verify-tile");
 
-        let Generated { code, cache_hits, warnings } =
+        let Generated { code, cache_hits, mut warnings } =
             self.generate(&plan, observe, &mut stages)?;
+        if self.precision == Precision::Bf16 && self.target().bf16_unit == MatrixUnit::Fma {
+            warnings.push(
+                "this processor has no bf16 instructions that are used here (AVX512-BF16, AMX): \
+                 operands are rounded to bf16 and multiplied in f32, which is no faster than f32"
+                    .into(),
+            );
+        }
         lap(&mut stages, "codegen (all)");
         let exe =
             Arc::new(Executable::new(plan, code, self.pool.clone())?.with_in_place(self.in_place));
         lap(&mut stages, "pack-weights");
-        Ok(Compiled { graph, fusion, exe, stages, cpu: self.cpu.clone(), cache_hits, warnings })
+        let (cpu, precision) = (self.cpu.clone(), self.precision);
+        Ok(Compiled { graph, fusion, exe, stages, cpu, precision, cache_hits, warnings })
     }
 
     /// Machine code for each kernel of the plan, and how many came out of the cache.
@@ -190,7 +200,10 @@ impl Compiler {
 
     /// The numbers that lowering reads.
     fn target(&self) -> CpuTarget {
+        let units = tilewright_lower::matrix_units(self.cpu.vector_bits, |f| self.cpu.has(f));
         CpuTarget {
+            bf16_unit: units.0,
+            int8_unit: units.1,
             lanes: self.cpu.f32_lanes() as i64,
             l1_bytes: self.cpu.l1_bytes as i64,
             l2_bytes: self.cpu.l2_bytes as i64,
@@ -256,6 +269,11 @@ impl Compiled {
     /// The machine it is compiled for.
     pub fn cpu(&self) -> &Cpu {
         &self.cpu
+    }
+
+    /// The arithmetic of its contractions.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// How long each stage of compilation took.

@@ -8,8 +8,9 @@ use tilewright_base::Result;
 use tilewright_data::Tensor;
 use tilewright_graph::{Graph, ValueId};
 use tilewright_layout::{Dim, Env};
-use tilewright_plan::{BufferId, Note, Step, Storage};
-use tilewright_tile::Access;
+use tilewright_plan::{BufferId, Note, PlanKernel, Step, Storage};
+use tilewright_target::Ceilings;
+use tilewright_tile::{Access, Block, Kernel, MatrixUnit, Schedule, Stmt, TileOp};
 
 /// Which ceiling of the machine limits a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -44,6 +45,8 @@ pub struct KernelReport {
     pub kernel: String,
     /// What the group is built around.
     pub anchor: String,
+    /// Its products: types of the operands and of the sum, and the matrix unit; empty without any.
+    pub products: Vec<String>,
     /// Graph nodes fused here.
     pub nodes: Vec<String>,
     /// Buffers read, by name.
@@ -130,10 +133,12 @@ pub fn explain(
     // Steps that write a buffer, so far.
     let mut writer: BTreeMap<BufferId, Vec<usize>> = BTreeMap::new();
     for (i, step) in plan.steps.iter().enumerate() {
+        let mut products = Vec::new();
         let (note, kernel, reads, writes): (&Note, String, Vec<BufferId>, Vec<BufferId>) =
             match step {
                 Step::Launch { kernel, args, note, .. } => {
-                    let kernel = &plan.kernels[*kernel].kernel;
+                    let PlanKernel { kernel, schedule } = &plan.kernels[*kernel];
+                    products = products_of(kernel, schedule);
                     let side = |wanted: bool| {
                         let params = kernel.params.as_slice().iter().zip(args);
                         let side = params.filter(|(p, _)| (p.access == Access::In) == wanted);
@@ -158,7 +163,7 @@ pub fn explain(
         let (flops, bytes) = (number(&note.flops), number(&note.bytes));
         let seconds = times[i].as_secs_f64();
         let limits = [
-            (Roof::Compute, flops / cpu.ceilings.f32_flops_per_s),
+            (Roof::Compute, flops / compute_ceiling(&cpu.ceilings, &products)),
             (Roof::Memory, bytes / cpu.ceilings.memory_read_bytes_per_s),
             (Roof::Launch, cpu.ceilings.launch_s),
         ];
@@ -169,6 +174,7 @@ pub fn explain(
             label: note.label.clone(),
             kernel,
             anchor: note.anchor.clone(),
+            products,
             nodes: note.nodes.clone(),
             reads,
             writes,
@@ -277,8 +283,8 @@ impl Explanation {
         );
         let _ = writeln!(
             out,
-            "{:>5} {:<10} {:<44} {:>9} {:>9} {:>10} {:>6} {:>8} {:>5}",
-            "step", "anchor", "kernel", "MFLOP", "bytes", "time", "share", "roof", "of it"
+            "{:>5} {:<10} {:<5} {:<44} {:>9} {:>9} {:>10} {:>6} {:>8} {:>5}",
+            "step", "anchor", "in", "kernel", "MFLOP", "bytes", "time", "share", "roof", "of it"
         );
         let mut order: Vec<&KernelReport> = self.kernels.iter().collect();
         if most > 0 && order.len() > most {
@@ -289,9 +295,10 @@ impl Explanation {
             let label: String = k.label.chars().take(44).collect();
             let _ = writeln!(
                 out,
-                "{:>5} {:<10} {:<44} {:>9.2} {:>9} {:>10} {:>5.1}% {:>8} {:>4.0}%",
+                "{:>5} {:<10} {:<5} {:<44} {:>9.2} {:>9} {:>10} {:>5.1}% {:>8} {:>4.0}%",
                 k.step,
                 k.anchor,
+                k.products.first().and_then(|p| p.split(' ').next()).unwrap_or("-"),
                 label,
                 k.flops * 1e-6,
                 bytes_text(k.bytes),
@@ -303,6 +310,45 @@ impl Explanation {
         }
         out
     }
+}
+
+/// Operations per second of the unit that most of a kernel's work is for: its first product's.
+fn compute_ceiling(ceilings: &Ceilings, products: &[String]) -> f64 {
+    let uses = |unit: MatrixUnit| products.first().is_some_and(|p| p.contains(unit.name()));
+    if uses(MatrixUnit::Bf16Dot) && ceilings.bf16_flops_per_s > 0.0 {
+        ceilings.bf16_flops_per_s
+    } else if uses(MatrixUnit::I8Dot) && ceilings.int8_ops_per_s > 0.0 {
+        ceilings.int8_ops_per_s
+    } else {
+        ceilings.f32_flops_per_s
+    }
+}
+
+/// The products of a kernel: `bf16 x bf16 -> f32 (bf16dot)`, each kind once.
+fn products_of(kernel: &Kernel, schedule: &Schedule) -> Vec<String> {
+    fn walk(kernel: &Kernel, unit: MatrixUnit, block: &Block, found: &mut Vec<String>) {
+        for stmt in &block.stmts {
+            match stmt {
+                Stmt::Let(_, TileOp::Mma { acc, a, b, .. }) => {
+                    let [acc, a, b] = [acc, a, b].map(|t| kernel.ty(*t).dtype);
+                    let unit = if unit.takes(a, b, acc) { unit } else { MatrixUnit::Fma };
+                    let text = format!("{a} x {b} -> {acc} ({})", unit.name());
+                    if !found.contains(&text) {
+                        found.push(text);
+                    }
+                }
+                Stmt::For(f) => walk(kernel, unit, &f.body, found),
+                Stmt::If(i) => {
+                    walk(kernel, unit, &i.then, found);
+                    walk(kernel, unit, &i.otherwise, found);
+                }
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(kernel, schedule.cpu.unit, &kernel.body, &mut found);
+    found
 }
 
 /// Which graph values each buffer of the plan holds, for drawing.

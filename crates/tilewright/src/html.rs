@@ -449,6 +449,7 @@ mod tests {
             label: label.to_string(),
             kernel: "k<b>".into(),
             anchor: ["contract", "rows", "host", "new kind"][step % 4].into(),
+            products: vec!["f32 x f32 -> f32 (fma)".into()],
             nodes: vec![format!("/layer.{}/Mul", step / 5), "\"quoted\" & <i>".into()],
             reads: vec!["a".into()],
             writes: vec!["b".into()],

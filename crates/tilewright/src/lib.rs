@@ -24,6 +24,7 @@ pub mod html;
 pub mod inputs;
 mod machine;
 mod model;
+mod precision;
 pub mod verify;
 
 pub use compile::{Compiled, Compiler, Stage, StageTime};

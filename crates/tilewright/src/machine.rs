@@ -38,7 +38,7 @@ pub fn host_cpu(threads: usize, cache: Option<&Path>) -> Result<Cpu> {
 /// and caching the result. A cache that cannot be written is done without.
 pub fn measured_cpu(threads: usize, cache: Option<&Path>, again: bool) -> Result<Cpu> {
     let mut cpu = host_cpu(threads, cache)?;
-    if cpu.ceilings.measured && !again {
+    if cpu.is_measured() && !again {
         return Ok(cpu);
     }
     cpu.ceilings = measure(&cpu, &Pool::new(cpu.threads))?;

@@ -4,7 +4,7 @@
 //! with a little room: `4 * |exact - f64|` (largest over the value) plus 8 units in the last place
 //! of the value's largest magnitude. PyTorch's compiler judges the same way (its accuracy gate
 //! compares with a float64 run and takes eager's own error as the measure). Values without floats
-//! must be equal.
+//! must be equal. Under `--precision bf16` the module `precision` adds what rounded operands cost.
 
 use crate::compile::Compiled;
 use std::collections::BTreeMap;
@@ -13,6 +13,7 @@ use tilewright_data::Tensor;
 use tilewright_graph::{Graph, ValueId};
 use tilewright_interp::{Mode, Options, run_with};
 use tilewright_plan::Step;
+use tilewright_target::Precision;
 
 /// How far a value is from the oracle.
 #[derive(Clone, Debug)]
@@ -61,8 +62,16 @@ pub fn verify(compiled: &Compiled, original: &Graph, inputs: &[Tensor]) -> Resul
         }
     })?;
     // Outputs against the graph as imported: passes are verified along with everything else.
+    let graph = compiled.graph();
     let wide = run_with(original, inputs, &Options::new(Mode::F64))?;
     let exact = run_with(original, inputs, &Options::new(Mode::Exact))?;
+    let trace = |mode| run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) });
+    let inside = trace(Mode::F64)?;
+    let shares = match compiled.precision() {
+        Precision::F32 => BTreeMap::new(),
+        Precision::Bf16 => crate::precision::bf16_shares(graph, &inside.trace, &inside.env)?,
+    };
+    let share = |v: ValueId| shares.get(&v).copied().unwrap_or(0.0);
     let mut report = Report { outputs: Vec::new(), kernels: Vec::new() };
     for (i, (name, _)) in original.outputs.iter().enumerate() {
         report.outputs.push(deviation(
@@ -70,13 +79,12 @@ pub fn verify(compiled: &Compiled, original: &Graph, inputs: &[Tensor]) -> Resul
             &outputs[i],
             &wide.outputs[i],
             &exact.outputs[i],
+            share(graph.outputs[i].1),
         )?);
     }
     drop((wide, exact));
     // Kernels against the graph after the passes, whose values the plan's buffers hold.
-    let graph = compiled.graph();
-    let trace = |mode| run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) });
-    let (wide, exact) = (trace(Mode::F64)?.trace, trace(Mode::Exact)?.trace);
+    let (wide, exact) = (inside.trace, trace(Mode::Exact)?.trace);
     let mut order: Vec<(usize, ValueId)> =
         observed.iter().map(|(v, (step, _))| (*step, *v)).collect();
     order.sort_unstable();
@@ -86,12 +94,19 @@ pub fn verify(compiled: &Compiled, original: &Graph, inputs: &[Tensor]) -> Resul
             Step::Launch { note, .. } | Step::Host { note, .. } => note.label.clone(),
         };
         let got = &observed[&value].1;
-        report.kernels.push(deviation(format!("{step}: {label}"), got, wide, exact)?);
+        report.kernels.push(deviation(format!("{step}: {label}"), got, wide, exact, share(value))?);
     }
     Ok(report)
 }
 
-fn deviation(name: String, got: &Tensor, wide: &Tensor, exact: &Tensor) -> Result<Deviation> {
+/// `share` is what narrow operands may cost, relative to the largest magnitude.
+fn deviation(
+    name: String,
+    got: &Tensor,
+    wide: &Tensor,
+    exact: &Tensor,
+    share: f64,
+) -> Result<Deviation> {
     if got.shape() != wide.shape() {
         return Err(Error::bug(format!(
             "`{name}` has shape {:?}, the oracle's is {:?}",
@@ -120,7 +135,8 @@ fn deviation(name: String, got: &Tensor, wide: &Tensor, exact: &Tensor) -> Resul
             largest = largest.max(w.abs());
         }
     }
-    let budget = ROOM * reference + 8.0 * epsilon(got.dtype()) * largest + f64::MIN_POSITIVE;
+    let own = ROOM * reference + 8.0 * epsilon(got.dtype()) * largest + f64::MIN_POSITIVE;
+    let budget = own + share * largest;
     let (mut max_error, mut broken, mut first_bad) = (0.0f64, false, None);
     for i in 0..count {
         let (g, w) = (got.get_f64(i), wide.get_f64(i));

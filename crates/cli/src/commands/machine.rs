@@ -31,6 +31,21 @@ pub(crate) fn run(args: &MachineArgs, output: &Output) -> Result<()> {
         c.l2_read_bytes_per_s * giga,
         c.launch_s * 1e6,
     );
+    // Matrix instructions, as far as the processor has them.
+    for (feature, name, unit, rate) in [
+        ("avx512bf16", "bf16 AVX-512", "GFLOP/s", Some(c.bf16_flops_per_s)),
+        ("avx512vnni", "int8 VNNI", "GOP/s", Some(c.int8_ops_per_s)),
+        ("amx-bf16", "bf16 AMX", "GFLOP/s", None),
+        ("amx-int8", "int8 AMX", "GOP/s", None),
+    ] {
+        let _ = match rate {
+            _ if !cpu.has(feature) => Ok(()),
+            Some(rate) if rate > 0.0 => {
+                write!(text, "\n  {name:<16} {:.0} {unit} on {}", rate * giga, cpu.threads)
+            }
+            _ => write!(text, "\n  {name:<16} present, not measured"),
+        };
+    }
     let value = serde_json::to_value(&cpu).map_err(|e| Error::bug(e.to_string()))?;
     output.result(&text, &value);
     Ok(())

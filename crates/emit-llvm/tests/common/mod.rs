@@ -10,7 +10,7 @@ use tilewright_emit_llvm::emit_kernel;
 use tilewright_interp::Mode;
 use tilewright_jit::{Jit, Options, Source};
 use tilewright_layout::Env;
-use tilewright_tile::{CpuKnobs, Kernel, Schedule};
+use tilewright_tile::{CpuKnobs, Kernel, MatrixUnit, Schedule};
 
 type KernelFn = unsafe extern "C" fn(*const *mut u8, *const i64, i64, i64, *mut u8);
 
@@ -45,6 +45,17 @@ pub(crate) fn knobs() -> Vec<CpuKnobs> {
         all.push(CpuKnobs::avx512());
     }
     all
+}
+
+/// Knobs for a matrix unit, when this machine has it.
+pub(crate) fn unit_knobs(unit: MatrixUnit) -> Option<CpuKnobs> {
+    let here = match unit {
+        MatrixUnit::Fma => true,
+        MatrixUnit::Bf16Dot => std::is_x86_feature_detected!("avx512bf16"),
+        MatrixUnit::I8Dot => std::is_x86_feature_detected!("avx512vnni"),
+        MatrixUnit::Bf16Tile => false,
+    };
+    here.then(|| CpuKnobs { unit, ..CpuKnobs::avx512() })
 }
 
 /// Memory at a distance from a multiple of 64 bytes, with untouchable-by-contract bytes behind it.
@@ -110,10 +121,34 @@ pub(crate) fn check_with(
     tolerance: f64,
     buffers: Vec<Vec<u8>>,
 ) {
+    check_all(kernel, schedule, sizes, tolerance, buffers, &str::to_owned);
+}
+
+/// As [`check`], with the generated text changed before it is compiled.
+pub(crate) fn check_text(
+    kernel: &Kernel,
+    schedule: &Schedule,
+    sizes: &[(&str, i64)],
+    tolerance: f64,
+    change: &dyn Fn(&str) -> String,
+) {
+    let env: Env = sizes.iter().map(|(n, v)| ((*n).into(), *v)).collect();
+    let buffers = fill(kernel, &env, &mut Rng(17));
+    check_all(kernel, schedule, sizes, tolerance, buffers, change);
+}
+
+fn check_all(
+    kernel: &Kernel,
+    schedule: &Schedule,
+    sizes: &[(&str, i64)],
+    tolerance: f64,
+    buffers: Vec<Vec<u8>>,
+    change: &dyn Fn(&str) -> String,
+) {
     if schedule.cpu.stream {
-        check_at(kernel, schedule, sizes, tolerance, buffers.clone(), 8);
+        check_at(kernel, schedule, sizes, tolerance, buffers.clone(), 8, change);
     }
-    check_at(kernel, schedule, sizes, tolerance, buffers, 0);
+    check_at(kernel, schedule, sizes, tolerance, buffers, 0, change);
 }
 
 fn check_at(
@@ -123,14 +158,15 @@ fn check_at(
     tolerance: f64,
     buffers: Vec<Vec<u8>>,
     shift: usize,
+    change: &dyn Fn(&str) -> String,
 ) {
     let what =
         format!("{} {:?} {sizes:?} {}", kernel.name, schedule.tiles, schedule.cpu.vector_bits);
     let env: Env = sizes.iter().map(|(n, v)| ((*n).into(), *v)).collect();
-    let emitted = emit_kernel(kernel, schedule).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let emitted = emit_kernel(kernel, schedule).unwrap_or_else(|e| panic!("{what}: {e}\n{kernel}"));
     assert_eq!(emitted.llvm_ir, emit_kernel(kernel, schedule).unwrap().llvm_ir, "{what}: text");
     let jit = jit();
-    let source = Source { symbol: emitted.name.clone(), text: emitted.llvm_ir };
+    let source = Source { symbol: emitted.name.clone(), text: change(&emitted.llvm_ir) };
     let build = jit
         .build(std::slice::from_ref(&source))
         .unwrap_or_else(|e| panic!("{what}: {e}\n{}", source.text));

@@ -106,7 +106,7 @@ pub(crate) fn check_with(
 
 /// With and without fusion, on both vector widths; gives the fused AVX2 plan.
 pub(crate) fn check_layouts(graph: &Graph, inputs: &[Tensor], layouts: &Layouts) -> Plan {
-    let apart = Options { fusion: false };
+    let apart = Options { fusion: false, ..Options::default() };
     check_with(graph, inputs, layouts, &CpuTarget::avx2(), &apart);
     check_with(graph, inputs, layouts, &CpuTarget::avx512(), &Options::default());
     check_with(graph, inputs, layouts, &CpuTarget::avx2(), &Options::default())

@@ -4,11 +4,19 @@ use super::super::cx::Cx;
 use super::super::node::{N, Val, one};
 use super::quant;
 use tilewright_base::{DType, Error, Result};
+use tilewright_data::Tensor;
 use tilewright_graph::{Op, ReduceKind, ValueId};
 use tilewright_layout::Dim;
 
 /// `a @ b` under NumPy's rules, batch axes broadcast.
 pub(crate) fn product(cx: &mut Cx, a: ValueId, b: ValueId) -> Result<ValueId> {
+    cx.same_dtype(&[a, b])?;
+    let dtype = cx.dtype(a);
+    product_in(cx, a, b, dtype)
+}
+
+/// As [`product`], with a result of type `dtype`, in whose compute form it sums.
+fn product_in(cx: &mut Cx, a: ValueId, b: ValueId, dtype: DType) -> Result<ValueId> {
     let (ra, rb) = (cx.rank(a), cx.rank(b));
     if ra == 0 || rb == 0 || ra > 20 || rb > 20 {
         return Err(Error::user(format!("a matrix product of {} and {}", cx.ty(a), cx.ty(b))));
@@ -32,7 +40,8 @@ pub(crate) fn product(cx: &mut Cx, a: ValueId, b: ValueId) -> Result<ValueId> {
     } else if rb == 1 {
         out = batch(ra) + "m";
     }
-    cx.contract(&format!("{lhs},{rhs}->{out}"), a, b)
+    let acc = dtype.compute();
+    cx.op(Op::Contract { lhs, rhs, out, acc, dtype }, &[a, b])
 }
 
 pub(crate) fn matmul(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
@@ -91,20 +100,93 @@ fn centred(cx: &mut Cx, x: ValueId, zero: Option<ValueId>, axis: usize) -> Resul
     cx.sub(wide, zero)
 }
 
-pub(crate) fn matmul_integer(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
-    let (a, b) = (n.x(0)?, n.x(1)?);
+/// A zero point as `i32` beside the data, less `shift`; `None` when it is known to be 0.
+fn offset(
+    cx: &mut Cx,
+    zero: Option<ValueId>,
+    shift: i64,
+    axis: usize,
+    rank: usize,
+) -> Result<Option<ValueId>> {
+    let known = match zero {
+        None => Some(vec![0]),
+        Some(z) => cx.as_const(z).map(Tensor::to_i64s),
+    };
+    if known.is_some_and(|all| all.iter().all(|&z| z == shift)) {
+        return Ok(None);
+    }
+    let shift = cx.scalar(DType::I32, shift as f64);
+    let none = cx.scalar(DType::I32, 0.0);
+    let zero = match zero {
+        None => none,
+        Some(zero) => {
+            let zero = cx.cast(zero, DType::I32)?;
+            match cx.rank(zero) {
+                1 if cx.shape(zero)[0].is(1) => cx.reshape(zero, &[])?,
+                1 => cx.along(zero, axis, rank)?,
+                _ => zero,
+            }
+        }
+    };
+    cx.sub(zero, shift).map(Some)
+}
+
+/// The product of 8-bit matrices less their zero points, in `i32`. The bytes are multiplied as they
+/// are, which matrix units do, and what the zero points contribute is taken off:
+///
+/// ```text
+/// sum (a - za) * (b - zb) = sum a * b  -  za * sum b  -  zb * sum (a - za)
+/// ```
+///
+/// All of it wraps in 32 bits, so the two sides are equal, not only near. Constant unsigned weights
+/// become signed ones with another zero point.
+fn byte_product(
+    cx: &mut Cx,
+    a: ValueId,
+    za: Option<ValueId>,
+    b: ValueId,
+    zb: Option<ValueId>,
+) -> Result<ValueId> {
     let (ra, rb) = (cx.rank(a), cx.rank(b));
-    let a = centred(cx, a, n.opt(2)?, ra.saturating_sub(2))?;
-    let b = centred(cx, b, n.opt(3)?, rb.saturating_sub(1))?;
-    one(product(cx, a, b)?)
+    let bytes = |d: DType| matches!(d, DType::I8 | DType::U8);
+    let turns = cx.dtype(b) == DType::U8;
+    let turned = cx.as_const(b).filter(|_| turns).cloned();
+    let direct = bytes(cx.dtype(a)) && bytes(cx.dtype(b)) && ra >= 2 && rb >= 2;
+    if !direct || (turns && turned.is_none()) {
+        let a = centred(cx, a, za, ra.saturating_sub(2))?;
+        let b = centred(cx, b, zb, rb.saturating_sub(1))?;
+        return product(cx, a, b);
+    }
+    let (b, shift) = match turned {
+        None => (b, 0),
+        Some(tensor) => {
+            let values: Vec<i64> = tensor.to_i64s().iter().map(|v| v - 128).collect();
+            (cx.constant(Tensor::from_i64s(DType::I8, tensor.shape(), &values)?), 128)
+        }
+    };
+    let mut v = product_in(cx, a, b, DType::I32)?;
+    if let Some(zero) = offset(cx, za, 0, ra - 2, ra)? {
+        let wide = cx.cast(b, DType::I32)?;
+        let sums = cx.reduce(ReduceKind::Sum, wide, &[rb - 2], true)?;
+        let part = cx.mul(zero, sums)?;
+        v = cx.sub(v, part)?;
+    }
+    if let Some(zero) = offset(cx, zb, shift, rb - 1, rb)? {
+        let centred = centred(cx, a, za, ra - 2)?;
+        let sums = cx.reduce(ReduceKind::Sum, centred, &[ra - 1], true)?;
+        let part = cx.mul(sums, zero)?;
+        v = cx.sub(v, part)?;
+    }
+    Ok(v)
+}
+
+pub(crate) fn matmul_integer(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
+    let v = byte_product(cx, n.x(0)?, n.opt(2)?, n.x(1)?, n.opt(3)?)?;
+    one(v)
 }
 
 pub(crate) fn qlinear_matmul(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
-    let (a, b) = (n.x(0)?, n.x(3)?);
-    let (ra, rb) = (cx.rank(a), cx.rank(b));
-    let wide_a = centred(cx, a, Some(n.x(2)?), ra.saturating_sub(2))?;
-    let wide_b = centred(cx, b, Some(n.x(5)?), rb.saturating_sub(1))?;
-    let v = product(cx, wide_a, wide_b)?;
+    let v = byte_product(cx, n.x(0)?, Some(n.x(2)?), n.x(3)?, Some(n.x(5)?))?;
     let (sa, sb, sy) = (n.x(1)?, n.x(4)?, n.x(6)?);
     let rank = cx.rank(v);
     let sa = per_axis(cx, sa, rank.saturating_sub(2), rank)?;

@@ -1,0 +1,163 @@
+//! The micro-kernel of AMX: up to 2x2 tiles of 16x16 results, over operands in pairs.
+//!
+//! Tiles 0 to 3 hold the results, 4 and 5 the rows of the left operand (16 rows of 16 pairs), 6 and 7
+//! the columns of the right one (16 pairs deep, 16 columns wide, the pair of a column together), which
+//! is how `groups.rs` lays them out. One `tdpbf16ps` adds 16 pairs of the depth to 16x16 results.
+//!
+//! The tiles are configured once per call of the micro-kernel, which runs over the whole depth of a
+//! tile program's step; its number of rows is known, so no row is computed in vain. What is left of
+//! the depth after whole tiles runs once more, with tiles that are that much shorter. At the end the
+//! tiles are released, so that a thread that waits has no tile state to save.
+//!
+//! The text is compiled and its meaning tested against a software model of the seven instructions
+//! (`tests/amx.rs`); it has not run on a processor with AMX.
+
+use crate::mma::{Micro, Stride};
+use crate::ops::{Code, mem_elem};
+use std::fmt::Write;
+
+/// Rows, columns and pairs of a tile.
+const SIDE: i64 = 16;
+/// First tile of the left and of the right operand.
+const LEFT: i64 = 4;
+const RIGHT: i64 = 6;
+
+/// As `mma::micro_kernel`: `c[r][..] (+)= a[r][..] * b[..][..]`.
+pub(crate) fn micro_kernel(
+    micro: &Micro,
+    rows: i64,
+    name: &str,
+    names: &[String],
+    vector_bits: u32,
+) -> (String, Code) {
+    let mut c = Code { vector_bits, ..Code::default() };
+    c.t = crate::text::Text::new();
+    let heights: Vec<i64> = (0..rows).step_by(16).map(|r| (rows - r).min(SIDE)).collect();
+    let wide = i64::from(micro.geometry.vectors);
+    let results = |r: usize, j: i64| r as i64 * 2 + j;
+    // The configuration: palette 1, bytes per row from byte 16, rows from byte 48.
+    let config = c.t.alloca("[64 x i8], align 64");
+    let mut whole = [0u8; 64];
+    whole[0] = 1;
+    let mut shape = |tile: i64, rows: i64| {
+        whole[16 + 2 * tile as usize] = 64;
+        whole[48 + tile as usize] = rows as u8;
+    };
+    for (r, &height) in heights.iter().enumerate() {
+        (0..wide).for_each(|j| shape(results(r, j), height));
+        shape(LEFT + r as i64, height);
+    }
+    (0..wide).for_each(|j| shape(RIGHT + j, SIDE));
+    for (at, word) in whole.chunks_exact(8).enumerate() {
+        let value = i64::from_le_bytes([
+            word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7],
+        ]);
+        let p = c.t.ins(format_args!("getelementptr inbounds i64, ptr {config}, i64 {at}"));
+        c.t.stmt(format_args!("store i64 {value}, ptr {p}, align 8"));
+    }
+    c.t.intrinsic("void", "llvm.x86.ldtilecfg", &[("ptr", &config)]);
+    let (a_elem, b_elem) = (mem_elem(micro.a), mem_elem(micro.b));
+    let scaled = |c: &mut Code, stride: &Stride, by: i64| match stride {
+        Stride::Known(s) => (s * by).to_string(),
+        Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {s}, {by}")),
+    };
+    // Distances of rows in bytes.
+    let a_bytes = scaled(&mut c, &micro.a_row, micro.a.size() as i64);
+    let b_bytes = scaled(&mut c, &micro.b_depth, micro.b.size() as i64);
+    let c_bytes = (micro.geometry.width * 4).to_string();
+    let each_result = |c: &mut Code, what: &str| {
+        for r in 0..heights.len() {
+            for j in 0..wide {
+                let tile = results(r, j).to_string();
+                let at = r as i64 * SIDE * micro.geometry.width + j * SIDE;
+                let p = c.t.ins(format_args!("getelementptr inbounds float, ptr %c, i64 {at}"));
+                let args = [("i8", tile.as_str()), ("ptr", &p), ("i64", &c_bytes)];
+                c.t.intrinsic("void", what, &args);
+            }
+        }
+    };
+    c.t.br_if("%zero", "fresh", "old");
+    c.t.place("fresh");
+    for r in 0..heights.len() {
+        for j in 0..wide {
+            c.t.intrinsic("void", "llvm.x86.tilezero", &[("i8", &results(r, j).to_string())]);
+        }
+    }
+    c.t.br("go");
+    c.t.place("old");
+    each_result(&mut c, "llvm.x86.tileloadd64");
+    c.t.br("go");
+    c.t.place("go");
+    // Sixteen pairs from pair `k` on.
+    let step = |c: &mut Code, k: &str| {
+        let pairs = c.t.ins(format_args!("mul nsw i64 {k}, 2"));
+        for r in 0..heights.len() {
+            let row = scaled(c, &micro.a_row, r as i64 * SIDE);
+            let at = c.t.ins(format_args!("add nsw i64 {row}, {pairs}"));
+            let p = c.t.ins(format_args!("getelementptr inbounds {a_elem}, ptr %a, i64 {at}"));
+            let tile = (LEFT + r as i64).to_string();
+            let args = [("i8", tile.as_str()), ("ptr", &p), ("i64", &a_bytes)];
+            c.t.intrinsic("void", "llvm.x86.tileloadd64", &args);
+        }
+        let depth = match &micro.b_depth {
+            Stride::Known(s) => c.t.ins(format_args!("mul nsw i64 {k}, {s}")),
+            Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {k}, {s}")),
+        };
+        for j in 0..wide {
+            let at = c.t.ins(format_args!("add nsw i64 {depth}, {}", j * SIDE * 2));
+            let p = c.t.ins(format_args!("getelementptr inbounds {b_elem}, ptr %b, i64 {at}"));
+            let tile = (RIGHT + j).to_string();
+            let args = [("i8", tile.as_str()), ("ptr", &p), ("i64", &b_bytes)];
+            c.t.intrinsic("void", "llvm.x86.tileloadd64", &args);
+        }
+        for r in 0..heights.len() {
+            for j in 0..wide {
+                let tiles = [results(r, j), LEFT + r as i64, RIGHT + j].map(|t| t.to_string());
+                let args = tiles.each_ref().map(|t| ("i8", t.as_str()));
+                c.t.intrinsic("void", "llvm.x86.tdpbf16ps", &args);
+            }
+        }
+    };
+    let rest = c.t.ins("urem i64 %depth, 16");
+    let full = c.t.ins(format_args!("sub nsw i64 %depth, {rest}"));
+    let open = c.t.begin_loop("0", &full, "16");
+    let k = open.iv.clone();
+    step(&mut c, &k);
+    c.t.end_loop(open);
+    each_result(&mut c, "llvm.x86.tilestored64");
+    let some = c.t.ins(format_args!("icmp ne i64 {rest}, 0"));
+    c.t.br_if(&some, "rest", "done");
+    c.t.place("rest");
+    // Shorter tiles: configuring clears them all, so the results come back from memory.
+    let row_bytes = c.t.ins(format_args!("mul nsw i64 {rest}, 4"));
+    let row_bytes = c.t.ins(format_args!("trunc i64 {row_bytes} to i16"));
+    let rest_rows = c.t.ins(format_args!("trunc i64 {rest} to i8"));
+    for r in 0..heights.len() as i64 {
+        let at = 16 + 2 * (LEFT + r);
+        let p = c.t.ins(format_args!("getelementptr inbounds i8, ptr {config}, i64 {at}"));
+        c.t.stmt(format_args!("store i16 {row_bytes}, ptr {p}, align 2"));
+    }
+    for j in 0..wide {
+        let at = 48 + RIGHT + j;
+        let p = c.t.ins(format_args!("getelementptr inbounds i8, ptr {config}, i64 {at}"));
+        c.t.stmt(format_args!("store i8 {rest_rows}, ptr {p}, align 1"));
+    }
+    c.t.intrinsic("void", "llvm.x86.ldtilecfg", &[("ptr", &config)]);
+    each_result(&mut c, "llvm.x86.tileloadd64");
+    step(&mut c, &full);
+    each_result(&mut c, "llvm.x86.tilestored64");
+    c.t.br("done");
+    c.t.place("done");
+    c.t.intrinsic("void", "llvm.x86.tilerelease", &[]);
+    c.t.stmt("ret void");
+    let mut params =
+        "ptr noalias %a, ptr noalias %b, ptr noalias %c, i64 %depth, i1 %zero".to_owned();
+    for n in names {
+        let _ = write!(params, ", i64 %{n}");
+    }
+    let mut out = format!("define internal void @{name}({params}) #1 {{\nstart:\n");
+    out.push_str(&c.t.allocas);
+    out.push_str(&c.t.body);
+    out.push_str("}\n");
+    (out, c)
+}
