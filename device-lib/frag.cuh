@@ -74,13 +74,16 @@ template <int ROWS, int COLS, int LANES, int VECTOR, int THREADS> struct LineSpr
   static constexpr int LINES = THREADS / LANES, EACH = COLS / LANES;
   static constexpr int TILE = ROWS / LINES * EACH, PER_ROW = ROWS / LINES, PER_COL = EACH;
   static TW_INLINE int me() { return (int)threadIdx.x % THREADS; }
-  static TW_INLINE int row(int i) { return i / EACH * LINES + me() / LANES; }
-  static TW_INLINE int col(int i) {
-    return i % EACH / VECTOR * (LANES * VECTOR) + me() % LANES * VECTOR + i % VECTOR;
-  }
+  // Where register 0 is, and how far register i is from it: a constant, so that addresses are one base and offsets.
+  static TW_INLINE int row0() { return me() / LANES; }
+  static TW_INLINE int col0() { return me() % LANES * VECTOR; }
+  static TW_INLINE constexpr int row_step(int i) { return i / EACH * LINES; }
+  static TW_INLINE constexpr int col_step(int i) { return i % EACH / VECTOR * (LANES * VECTOR) + i % VECTOR; }
+  static TW_INLINE int row(int i) { return row_step(i) + row0(); }
+  static TW_INLINE int col(int i) { return col_step(i) + col0(); }
   static TW_INLINE constexpr int per_row(int i) { return i / EACH; }
   static TW_INLINE constexpr int per_col(int i) { return i % EACH; }
-  static TW_INLINE int row_of(int j) { return j * LINES + me() / LANES; }
+  static TW_INLINE int row_of(int j) { return j * LINES + row0(); }
   static TW_INLINE int col_of(int j) { return col(j); }
 };
 

@@ -30,13 +30,16 @@ impl Printer<'_> {
         let count = Self::count(&frag, cols);
         let ty = memory_type(p.dtype);
         let (row, col) = match frag.extent {
-            Extent::Tile => (Some("row(i)"), Some("col(i)")),
-            Extent::PerRow => (Some("row_of(i)"), None),
-            Extent::PerCol => (None, Some("col_of(i)")),
+            Extent::Tile => (Some(("row0()", "row_step(i)")), Some(("col0()", "col_step(i)"))),
+            Extent::PerRow => (Some(("row0()", "row_step(i * spread_t::EACH)")), None),
+            Extent::PerCol => (None, Some(("col0()", "col_step(i)"))),
         };
-        let mut offset = if p.layout.offset.is(0) { "0".to_owned() } else { self.scope.wide(&p.layout.offset) };
+        // One base address, and distances of the registers from it: constants along contiguous axes.
+        let mut base =
+            if p.layout.offset.is(0) { "0".to_owned() } else { self.scope.wide(&p.layout.offset) };
+        let mut offset = String::new();
         let mut inside = Vec::new();
-        let mut lets = Vec::new();
+        let mut lets = vec![format!("using spread_t = {spread};")];
         for (axis, coordinate) in at.iter().enumerate() {
             let a = &p.layout.axes[axis];
             if a.block.is_some() {
@@ -47,28 +50,39 @@ impl Printer<'_> {
                 (_, true) => col,
                 _ => None,
             };
-            let name = format!("x{axis}");
-            let value = match part {
-                Some(text) => format!("{} + {spread}::{text}", self.scope.text(coordinate)),
-                None => self.scope.text(coordinate),
+            let name = format!("at_{axis}");
+            let start = self.scope.text(coordinate);
+            let stride = self.scope.wide(&a.stride);
+            let here = match part {
+                Some((first, step)) => {
+                    lets.push(format!("const int {name} = {start} + spread_t::{first};"));
+                    let _ = write!(offset, " + (tw::i64)spread_t::{step} * {stride}");
+                    format!("{name} + spread_t::{step}")
+                }
+                None => {
+                    lets.push(format!("const int {name} = {start};"));
+                    name.clone()
+                }
             };
-            lets.push(format!("const int {name} = {value};"));
-            let _ = write!(offset, " + (tw::i64){name} * {}", self.scope.wide(&a.stride));
+            let _ = write!(base, " + (tw::i64){name} * {stride}");
             if self.scope.bounds(coordinate).min < 0 {
-                inside.push(format!("{name} >= 0"));
+                inside.push(format!("{here} >= 0"));
             }
-            inside.push(format!("{name} < {}", self.scope.text(&a.extent)));
+            inside.push(format!("{here} < {}", self.scope.text(&a.extent)));
         }
+        let constant_pointer = if fill.is_some() { "const " } else { "" };
+        lets.push(format!("{constant_pointer}{ty}* const first_at = p_{} + ({base});", p.name));
         let inside = if inside.is_empty() { "true".to_owned() } else { inside.join(" && ") };
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
-        let pointer = format!("p_{} + ({offset})", p.name);
+        let pointer = format!("first_at{offset}");
         let Some(fill) = fill else {
             let registers = (0..vector)
                 .map(|k| self.register(frag_ref, &format!("i + {k}")))
                 .collect::<Result<Vec<_>>>()?;
+            self.line("{");
+            lets.iter().for_each(|text| self.line(&format!("  {text}")));
             self.line("#pragma unroll");
             self.line(&format!("for (int i = 0; i < {count}; i += {vector}) {{"));
-            lets.iter().for_each(|text| self.line(&format!("  {text}")));
             self.line(&format!("  tw::Run<{ty}, {vector}> run;"));
             if vector == 1 {
                 self.line(&format!("  run.at[0] = tw::narrow_to<{ty}>::from({});", registers[0]));
@@ -84,15 +98,16 @@ impl Printer<'_> {
             }
             self.line(&format!("  tw::store_run_if<{ty}, {vector}>({inside}, {pointer}, run);"));
             self.line("}");
+            self.line("}");
             return Ok(());
         };
         let register = self.register(frag_ref, "i")?;
         let value = constant(fill, frag.dtype);
         self.line("{");
+        lets.iter().for_each(|text| self.line(&format!("  {text}")));
         self.line(&format!("  tw::Run<{ty}, {vector}> runs[{count} / {vector}];"));
         self.line("#pragma unroll");
         self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
-        lets.iter().for_each(|text| self.line(&format!("    {text}")));
         self.line(&format!(
             "    runs[i / {vector}] = tw::load_run_if<{ty}, {vector}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
         ));

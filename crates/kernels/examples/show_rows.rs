@@ -124,7 +124,9 @@ fn json(line: &str, shown: &Shown) -> String {
         .iter()
         .map(|a| match a {
             Argument::Map(m) => format!("{{\"map\": {}}}", quoted(&program.maps[*m].name)),
-            Argument::Pointer(p) => format!("{{\"pointer\": {}}}", quoted(&program.params[*p].name)),
+            Argument::Pointer(p) => {
+                format!("{{\"pointer\": {}}}", quoted(&program.params[*p].name))
+            }
             Argument::Size(s) => format!("{{\"size\": {}}}", quoted(s)),
         })
         .collect();
@@ -157,7 +159,8 @@ fn main() -> Result<(), String> {
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
         match build(&words) {
             Ok(shown) => {
-                let _ = write!(out, "{}{}", if out.len() > 1 { ",\n" } else { "" }, json(line, &shown));
+                let _ =
+                    write!(out, "{}{}", if out.len() > 1 { ",\n" } else { "" }, json(line, &shown));
             }
             Err(error) => eprintln!("{line}: {error}"),
         }

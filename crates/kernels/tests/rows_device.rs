@@ -37,12 +37,13 @@ fn env(sizes: Sizes) -> Env {
 
 fn cases() -> Vec<Case> {
     let mut out = Vec::new();
-    let mut add = |name: &str, sizes: Sizes, build: &dyn Fn(&dyn Fn(&str) -> Option<i64>) -> Built| {
-        let env = env(sizes);
-        let (kernel, schedule) =
-            build(&|s| env.get(s).copied()).unwrap_or_else(|e| panic!("{name}: {e}"));
-        out.push(Case { name: format!("{name} {sizes:?}"), kernel, schedule, env });
-    };
+    let mut add =
+        |name: &str, sizes: Sizes, build: &dyn Fn(&dyn Fn(&str) -> Option<i64>) -> Built| {
+            let env = env(sizes);
+            let (kernel, schedule) =
+                build(&|s| env.get(s).copied()).unwrap_or_else(|e| panic!("{name}: {e}"));
+            out.push(Case { name: format!("{name} {sizes:?}"), kernel, schedule, env });
+        };
     let norm = RowOp::LayerNorm { eps: 1e-5 };
     let rms = RowOp::RmsNorm { eps: 1e-6 };
     let rows: [(RowOp, DType, bool, Sizes); 12] = [
@@ -65,12 +66,21 @@ fn cases() -> Vec<Case> {
     }
     let maps: [(&str, MapSpec, Sizes); 7] = [
         ("copy", MapSpec::copy(DType::BF16, DType::F32), &[("M", 5), ("N", 72)]),
-        ("transpose", MapSpec { transposed: true, ..MapSpec::copy(DType::F32, DType::F32) },
-            &[("M", 9), ("N", 40), ("ld0", 9)]),
-        ("pad", MapSpec::pad(DType::F32, DType::BF16),
-            &[("M", 8), ("N", 64), ("P", 7), ("Q", 61), ("ld0", 61)]),
-        ("cut", MapSpec::pad(DType::BF16, DType::BF16),
-            &[("M", 5), ("N", 48), ("P", 7), ("Q", 64), ("ld0", 64)]),
+        (
+            "transpose",
+            MapSpec { transposed: true, ..MapSpec::copy(DType::F32, DType::F32) },
+            &[("M", 9), ("N", 40), ("ld0", 9)],
+        ),
+        (
+            "pad",
+            MapSpec::pad(DType::F32, DType::BF16),
+            &[("M", 8), ("N", 64), ("P", 7), ("Q", 61), ("ld0", 61)],
+        ),
+        (
+            "cut",
+            MapSpec::pad(DType::BF16, DType::BF16),
+            &[("M", 5), ("N", 48), ("P", 7), ("Q", 64), ("ld0", 64)],
+        ),
         ("bias gelu", MapSpec::bias_gelu(DType::F32), &[("M", 17), ("N", 65)]),
         ("swiglu", MapSpec::swiglu(DType::BF16), &[("M", 1), ("N", 1000)]),
         ("fused", MapSpec::scale_shift_relu_add(DType::F16), &[("M", 13), ("N", 24)]),

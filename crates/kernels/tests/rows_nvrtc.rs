@@ -76,7 +76,8 @@ fn rows_compile_without_spills() {
         let mut seen = std::collections::BTreeSet::new();
         for (name, kernel, schedule) in kernels(arch) {
             let program = lower(&kernel, &schedule).unwrap_or_else(|e| panic!("{name}: {e}"));
-            let source = tilewright_emit_cuda::emit(&program).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let source =
+                tilewright_emit_cuda::emit(&program).unwrap_or_else(|e| panic!("{name}: {e}"));
             if !seen.insert(source.text.clone()) {
                 continue;
             }
@@ -88,7 +89,8 @@ fn rows_compile_without_spills() {
             let compiled = nvrtc
                 .compile(&request.option("-std=c++17").option("-default-device"))
                 .unwrap_or_else(|e| panic!("{name}: {e}\n{:#?}", e.notes()));
-            let used = compiled.resources(&source.entry).unwrap_or_else(|| panic!("{name}: no figures"));
+            let used =
+                compiled.resources(&source.entry).unwrap_or_else(|| panic!("{name}: no figures"));
             let spilled = used.spill_store_bytes + used.spill_load_bytes + used.stack_bytes;
             assert_eq!(spilled, 0, "{name} for {arch:?}: {used:?} under {schedule}");
         }

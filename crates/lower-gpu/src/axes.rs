@@ -208,14 +208,17 @@ pub(crate) fn directions(kernel: &Kernel) -> Result<Directions> {
     }
     let mut colour: Vec<Option<Direction>> = vec![None; total];
     let reduced: Vec<usize> = classes.reduced.iter().map(|x| classes.find(*x)).collect();
-    let [stored, loaded] = classes.near.clone().map(|v| v.into_iter().map(|x| classes.find(x)).collect::<Vec<_>>());
+    let [stored, loaded] =
+        classes.near.clone().map(|v| v.into_iter().map(|x| classes.find(x)).collect::<Vec<_>>());
     // Each list is only asked for parts of the program that the lists before left open.
     for (i, seeds) in [&reduced, &stored, &loaded, &last].into_iter().enumerate() {
         for seed in seeds {
             if colour[*seed].is_none() {
                 paint(&mut colour, &edges, *seed)?;
             } else if i == 0 && colour[*seed] != Some(Direction::Col) {
-                return Err(Error::unsupported("reductions along both axes of tiles in one program"));
+                return Err(Error::unsupported(
+                    "reductions along both axes of tiles in one program",
+                ));
             }
         }
     }

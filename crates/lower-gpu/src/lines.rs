@@ -399,14 +399,11 @@ impl Lines<'_> {
             _ => return None,
         };
         let TileOp::Reduce { kind, x, .. } = definition(reduce)? else { return None };
-        let once = |tile| uses(&f.body, tile) + f.yields.iter().filter(|y| **y == tile).count() == 1;
+        let once =
+            |tile| uses(&f.body, tile) + f.yields.iter().filter(|y| **y == tile).count() == 1;
         let plane = self.extent(*x) == Extent::Tile && self.extent(reduce) == Extent::PerRow;
-        (op == combine(*kind) && plane && once(inner) && once(reduce) && once(next)).then(|| Folded {
-            reduce,
-            next,
-            kind: *kind,
-            x: *x,
-        })
+        (op == combine(*kind) && plane && once(inner) && once(reduce) && once(next))
+            .then(|| Folded { reduce, next, kind: *kind, x: *x })
     }
 
     fn branch(&mut self, f: &If, out: &mut Vec<Stmt>) -> Result<()> {
@@ -430,7 +427,13 @@ impl Lines<'_> {
         Ok(())
     }
 
-    fn map(&mut self, id: TileId, func: &Func, args: &[Operand], out: &mut Vec<Stmt>) -> Result<()> {
+    fn map(
+        &mut self,
+        id: TileId,
+        func: &Func,
+        args: &[Operand],
+        out: &mut Vec<Stmt>,
+    ) -> Result<()> {
         let mut operands = Vec::new();
         let extent = self.extent(id);
         for arg in args {
@@ -451,13 +454,7 @@ impl Lines<'_> {
     }
 
     /// The tile with the identity from `limit` on along columns.
-    fn below(
-        &mut self,
-        x: FragId,
-        kind: ReduceKind,
-        limit: &Dim,
-        out: &mut Vec<Stmt>,
-    ) -> FragId {
+    fn below(&mut self, x: FragId, kind: ReduceKind, limit: &Dim, out: &mut Vec<Stmt>) -> FragId {
         let key = limit.to_string();
         let mask = match self.masks.get(&key) {
             Some(mask) => *mask,
@@ -502,7 +499,8 @@ impl Lines<'_> {
             frag = dst;
         }
         let all = &self.kernel.ty(x).shape[axis];
-        let counts_all = |l: &Dim| l == all || l.as_const().zip(all.as_const()).is_some_and(|(l, a)| l >= a);
+        let counts_all =
+            |l: &Dim| l == all || l.as_const().zip(all.as_const()).is_some_and(|(l, a)| l >= a);
         match limit {
             Some(limit) if !counts_all(limit) => Ok(self.below(frag, kind, limit, out)),
             _ => Ok(frag),
@@ -575,7 +573,8 @@ impl Lines<'_> {
                 self.tiles.insert(id, frag);
             }
             TileOp::Iota { axis, start } => {
-                let row = self.directions.of(id).get(*axis).copied().flatten() == Some(Direction::Row);
+                let row =
+                    self.directions.of(id).get(*axis).copied().flatten() == Some(Direction::Row);
                 let single = self.directions.of(id).get(*axis).copied().flatten().is_none();
                 if single {
                     return self.scalar(id, start, out);

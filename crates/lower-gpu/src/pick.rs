@@ -58,7 +58,8 @@ fn reduces_outside_loops(block: &Block) -> bool {
 fn reductions_in_loops(block: &Block) -> i64 {
     let inside = |s: &Stmt| match s {
         Stmt::For(f) => {
-            let here = f.body.stmts.iter().filter(|s| matches!(s, Stmt::Let(_, TileOp::Reduce { .. })));
+            let here =
+                f.body.stmts.iter().filter(|s| matches!(s, Stmt::Let(_, TileOp::Reduce { .. })));
             (here.count() as i64).max(reductions_in_loops(&f.body))
         }
         Stmt::If(f) => reductions_in_loops(&f.then).max(reductions_in_loops(&f.otherwise)),
@@ -92,7 +93,10 @@ fn loads(kernel: &Kernel, directions: &Directions, block: &Block) -> (i64, i64) 
     (planes, vectors).max(inner)
 }
 
-fn accesses<'a>(block: &'a Block, f: &mut dyn FnMut(tilewright_tile::ParamId, tilewright_tile::TileId, &'a [Dim])) {
+fn accesses<'a>(
+    block: &'a Block,
+    f: &mut dyn FnMut(tilewright_tile::ParamId, tilewright_tile::TileId, &'a [Dim]),
+) {
     for stmt in &block.stmts {
         match stmt {
             Stmt::Let(id, TileOp::Load { param, index, .. }) => f(*param, *id, index),
@@ -190,7 +194,8 @@ impl GpuSchedule {
         let s = shape(kernel, size)?;
         let runs = (s.cols + s.vector - 1) / s.vector;
         // With a single row, what varies along columns alone is as large as the rest.
-        let (planes, vectors) = if s.rows == 1 { (s.planes + s.vectors, 0) } else { (s.planes, s.vectors) };
+        let (planes, vectors) =
+            if s.rows == 1 { (s.planes + s.vectors, 0) } else { (s.planes, s.vectors) };
         let in_flight = (IN_FLIGHT / planes.max(1)).max(1);
         let (lanes, mut runs_each, rows_each, threads);
         if s.whole {
@@ -239,7 +244,8 @@ impl GpuSchedule {
         let lines = threads / lanes;
         let mut rows_each = rows_each;
         let blocks = |rows_each: i64| {
-            let along = if s.reduces { 1 } else { (runs + lanes * runs_each - 1) / (lanes * runs_each) };
+            let along =
+                if s.reduces { 1 } else { (runs + lanes * runs_each - 1) / (lanes * runs_each) };
             (s.rows + lines * rows_each - 1) / (lines * rows_each) * along
         };
         while rows_each > 1 && blocks(rows_each) < BLOCKS {

@@ -38,7 +38,11 @@ pub struct MapSpec {
     pub transposed: bool,
 }
 
-fn function(params: &[DType], to: DType, f: impl FnOnce(&mut FuncBuilder, &[ExprId]) -> ExprId) -> Func {
+fn function(
+    params: &[DType],
+    to: DType,
+    f: impl FnOnce(&mut FuncBuilder, &[ExprId]) -> ExprId,
+) -> Func {
     let mut b = FuncBuilder::new();
     let ids: Vec<ExprId> = params
         .iter()
@@ -129,7 +133,8 @@ impl MapSpec {
         }
         let (bm, bn) = (k.tile("BM"), k.tile("BN"));
         let (rows, cols) = if self.bounds { ("P", "Q") } else { ("M", "N") };
-        let axis = |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
+        let axis =
+            |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
         let one = || Dim::new(1);
         let params: Vec<_> = self
             .operands

@@ -43,7 +43,10 @@ pub struct RowSpec {
     pub residual: bool,
 }
 
-pub(super) fn func(params: &[DType], f: impl FnOnce(&mut FuncBuilder, &[ExprId]) -> ExprId) -> Func {
+pub(super) fn func(
+    params: &[DType],
+    f: impl FnOnce(&mut FuncBuilder, &[ExprId]) -> ExprId,
+) -> Func {
     let mut b = FuncBuilder::new();
     let ids: Vec<ExprId> =
         params.iter().enumerate().map(|(i, t)| b.param(&format!("a{i}"), *t)).collect();
@@ -53,7 +56,10 @@ pub(super) fn func(params: &[DType], f: impl FnOnce(&mut FuncBuilder, &[ExprId])
 
 pub(super) fn lines(rows: &str, cols: &str, leading: &str) -> Layout {
     let axis = |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
-    Layout { axes: vec![axis(rows, Dim::sym(leading)), axis(cols, Dim::new(1))], offset: Dim::new(0) }
+    Layout {
+        axes: vec![axis(rows, Dim::sym(leading)), axis(cols, Dim::new(1))],
+        offset: Dim::new(0),
+    }
 }
 
 pub(super) fn sizes(k: &mut KernelBuilder, names: &[&str]) {
@@ -157,7 +163,13 @@ impl Rows<'_> {
     }
 
     /// Combines a row: of the tile that is there, or in pieces.
-    fn reduce(&mut self, kind: ReduceKind, piece: &Piece, whole: Option<TileId>, first: bool) -> TileId {
+    fn reduce(
+        &mut self,
+        kind: ReduceKind,
+        piece: &Piece,
+        whole: Option<TileId>,
+        first: bool,
+    ) -> TileId {
         let n = Dim::sym("N");
         // What lies behind the row adds nothing, except where a mean was taken off.
         let limited = matches!(piece, Piece::SquaredDistance(_));
@@ -344,7 +356,8 @@ impl RowSpec {
         let scale = scales.then(|| k.param("scale", self.dtype, vector(), Access::In));
         let shifts = matches!(self.op, RowOp::LayerNorm { .. });
         let shift = shifts.then(|| k.param("shift", self.dtype, vector(), Access::In));
-        let h = self.residual.then(|| k.param("H", self.dtype, lines("M", "N", "ldx"), Access::Out));
+        let h =
+            self.residual.then(|| k.param("H", self.dtype, lines("M", "N", "ldx"), Access::Out));
         let y = k.param("Y", self.dtype, lines("M", "N", "ldy"), Access::Out);
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&bm));
         let row0 = pm * &bm;
