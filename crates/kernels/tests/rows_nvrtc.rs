@@ -12,7 +12,7 @@ use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_tile::Kernel;
 
 /// Row lengths: short ones, odd ones, the longest that registers hold, and longer ones.
-const LENGTHS: [i64; 10] = [1, 33, 128, 1000, 1024, 4096, 8192, 32767, 32768, 262_144];
+const LENGTHS: [i64; 11] = [1, 33, 128, 777, 1000, 1024, 4096, 8192, 32767, 32768, 262_144];
 
 fn kernels(arch: Arch) -> Vec<(String, Kernel, GpuSchedule)> {
     let mut out = Vec::new();

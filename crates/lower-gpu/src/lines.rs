@@ -403,7 +403,7 @@ impl Lines<'_> {
             |tile| uses(&f.body, tile) + f.yields.iter().filter(|y| **y == tile).count() == 1;
         let plane = self.extent(*x) == Extent::Tile && self.extent(reduce) == Extent::PerRow;
         (op == combine(*kind) && plane && once(inner) && once(reduce) && once(next))
-            .then(|| Folded { reduce, next, kind: *kind, x: *x })
+            .then_some(Folded { reduce, next, kind: *kind, x: *x })
     }
 
     fn branch(&mut self, f: &If, out: &mut Vec<Stmt>) -> Result<()> {

@@ -69,7 +69,7 @@ fn reductions_in_loops(block: &Block) -> i64 {
 }
 
 /// The most loads of tiles that one block of steps starts, over the plane and over columns alone.
-fn loads(kernel: &Kernel, directions: &Directions, block: &Block) -> (i64, i64) {
+fn loads(directions: &Directions, block: &Block) -> (i64, i64) {
     let (mut planes, mut vectors) = (0, 0);
     let mut inner = (0, 0);
     for stmt in &block.stmts {
@@ -82,10 +82,10 @@ fn loads(kernel: &Kernel, directions: &Directions, block: &Block) -> (i64, i64) 
                     _ => {}
                 }
             }
-            Stmt::For(f) => inner = inner.max(loads(kernel, directions, &f.body)),
+            Stmt::For(f) => inner = inner.max(loads(directions, &f.body)),
             Stmt::If(f) => {
-                inner = inner.max(loads(kernel, directions, &f.then));
-                inner = inner.max(loads(kernel, directions, &f.otherwise));
+                inner = inner.max(loads(directions, &f.then));
+                inner = inner.max(loads(directions, &f.otherwise));
             }
             _ => {}
         }
@@ -129,7 +129,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>) -> Result<Shape> {
         vectors: 0,
         folds: reductions_in_loops(&kernel.body),
     };
-    (out.planes, out.vectors) = loads(kernel, &directions, &kernel.body);
+    (out.planes, out.vectors) = loads(&directions, &kernel.body);
     let mut failed = None;
     accesses(&kernel.body, &mut |param, tile, _| {
         let p = &kernel.params[param];
@@ -264,7 +264,7 @@ impl GpuSchedule {
             let each = rows_each * runs_each * s.vector;
             let planes = if s.whole { planes.min(2) } else { planes };
             let single = each * planes + runs_each * s.vector * vectors;
-            let addresses = if s.aligned < s.vector { 24 + single } else { 0 };
+            let addresses = if s.aligned < s.vector { 48 + single } else { 0 };
             32 + each * (planes + s.folds) + vectors * 8 + addresses
         };
         let file = 65536 / threads;
