@@ -13,6 +13,7 @@ use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_tile::{Access, Kernel, Schedule};
 
 type Sizes = &'static [(&'static str, i64)];
+type Lookup<'a> = &'a dyn Fn(&str) -> Option<i64>;
 type Built = Result<(Kernel, GpuSchedule)>;
 
 struct Case {
@@ -37,13 +38,12 @@ fn env(sizes: Sizes) -> Env {
 
 fn cases() -> Vec<Case> {
     let mut out = Vec::new();
-    let mut add =
-        |name: &str, sizes: Sizes, build: &dyn Fn(&dyn Fn(&str) -> Option<i64>) -> Built| {
-            let env = env(sizes);
-            let (kernel, schedule) =
-                build(&|s| env.get(s).copied()).unwrap_or_else(|e| panic!("{name}: {e}"));
-            out.push(Case { name: format!("{name} {sizes:?}"), kernel, schedule, env });
-        };
+    let mut add = |name: &str, sizes: Sizes, build: &dyn Fn(Lookup<'_>) -> Built| {
+        let env = env(sizes);
+        let (kernel, schedule) =
+            build(&|s| env.get(s).copied()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        out.push(Case { name: format!("{name} {sizes:?}"), kernel, schedule, env });
+    };
     let norm = RowOp::LayerNorm { eps: 1e-5 };
     let rms = RowOp::RmsNorm { eps: 1e-6 };
     let rows: [(RowOp, DType, bool, Sizes); 12] = [
