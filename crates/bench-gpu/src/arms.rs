@@ -77,7 +77,8 @@ impl Ours {
     pub fn load(loader: &Loader, stream: &Stream, candidate: &Candidate) -> Result<Ours> {
         let context = |e: Error| e.with_context(format!("schedule {}", describe(candidate)));
         let programs = programs(candidate).map_err(context)?;
-        let kernels = loader.load_all(&programs).into_iter().collect::<Result<_>>().map_err(context)?;
+        let kernels =
+            loader.load_all(&programs).into_iter().collect::<Result<_>>().map_err(context)?;
         let workspace = stream.alloc(candidate.workspace_bytes as usize)?;
         Ok(Ours { candidate: candidate.clone(), kernels, workspace })
     }
@@ -105,7 +106,9 @@ impl Ours {
                     Place::Workspace { offset, bytes } => {
                         let whole = self.workspace.len() as u64;
                         if offset.checked_add(*bytes).is_none_or(|end| end > whole) {
-                            return Err(Error::bug(format!("{place:?} in {whole} bytes of workspace")));
+                            return Err(Error::bug(format!(
+                                "{place:?} in {whole} bytes of workspace"
+                            )));
                         }
                         Ok(Operand { address: self.workspace.address() + offset, bytes: *bytes })
                     }

@@ -167,7 +167,13 @@ impl Case {
     pub fn problem(&self) -> Problem {
         let numbers = self.numbers;
         let size = |v: u64| v as i64;
-        let dense = Problem::dense(size(self.m), size(self.n), size(self.k), numbers.operand, numbers.result);
+        let dense = Problem::dense(
+            size(self.m),
+            size(self.n),
+            size(self.k),
+            numbers.operand,
+            numbers.result,
+        );
         let each = |f: &dyn Fn(&Place) -> i64| (f(&self.a), f(&self.b), f(&self.c));
         Problem {
             batch: size(self.batch),
@@ -239,7 +245,9 @@ pub fn orders(text: &str) -> Option<[Order; 3]> {
 /// The user's, with the line.
 pub fn read_list(name: &str, text: &str, types: &[String]) -> Result<Vec<Case>> {
     if let Some(unknown) = types.iter().find(|t| Numbers::named(t).is_none()) {
-        return Err(Error::user(format!("there is no kind of numbers `{unknown}`")).with_hint(known()));
+        return Err(
+            Error::user(format!("there is no kind of numbers `{unknown}`")).with_hint(known())
+        );
     }
     let mut cases = Vec::new();
     for (index, line) in text.lines().enumerate() {
@@ -284,7 +292,9 @@ fn read_line(words: &[&str], types: &[String], cases: &mut Vec<Case>) -> Result<
         "all" => NUMBERS.iter().filter(|n| n.in_all).collect(),
         list => list
             .split(',')
-            .map(|name| Numbers::named(name).ok_or(format!("no kind of numbers `{name}`; {}", known())))
+            .map(|name| {
+                Numbers::named(name).ok_or(format!("no kind of numbers `{name}`; {}", known()))
+            })
             .collect::<Result<_, _>>()?,
     };
     for numbers in kinds {
@@ -319,7 +329,8 @@ mod tests {
 
     #[test]
     fn the_committed_list_has_what_it_promises() {
-        let cases = read_list("bench", include_str!("../../../bench/gemm_shapes.txt"), &[]).unwrap();
+        let cases =
+            read_list("bench", include_str!("../../../bench/gemm_shapes.txt"), &[]).unwrap();
         let bf16 = cases.iter().filter(|c| c.numbers.name == "bf16");
         let mut shapes: Vec<String> = bf16.map(Case::shape_text).collect();
         let wanted = [

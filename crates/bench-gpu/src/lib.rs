@@ -7,6 +7,7 @@
 //! | [`arms`] | the two ways to multiply: a plan of our kernels, and cuBLASLt's best algorithm |
 //! | [`measure`] | samples that alternate between the arms, cold caches, quartiles |
 //! | [`record`] | the JSON record and the table |
+//! | [`suite`], [`check`] | the products that are tested, and what is checked of each |
 //! | `bin/bench.rs` | `tw-gpu-bench` |
 //! | `bin/test.rs` | `tw-gpu-test` |
 //!
@@ -15,6 +16,8 @@
 
 pub mod arms;
 pub mod case;
+pub mod check;
 pub mod measure;
 pub mod record;
+pub mod suite;
 pub mod support;

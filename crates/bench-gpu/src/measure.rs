@@ -126,7 +126,11 @@ impl Sets {
 }
 
 /// A recorded pass: `count` products, each on the next set.
-fn record(stream: &Stream, count: usize, launch: impl Fn(usize) -> Result<()>) -> Result<GraphExec> {
+fn record(
+    stream: &Stream,
+    count: usize,
+    launch: impl Fn(usize) -> Result<()>,
+) -> Result<GraphExec> {
     stream.capture(|_| (0..count).try_for_each(&launch))?.instantiate()
 }
 
@@ -288,11 +292,13 @@ fn choose(
     let mut failure = None;
     for algorithm in 0..peer.algorithms() {
         // SAFETY: as in `measure`.
-        let run = |i: usize| unsafe {
-            peer.launch(algorithm, stream, &sets.case, &sets.sets[i % count])
-        };
+        let run =
+            |i: usize| unsafe { peer.launch(algorithm, stream, &sets.case, &sets.sets[i % count]) };
         // A first run outside a recording: kernels are loaded when they are first used.
-        match run(0).and_then(|()| stream.synchronize()).and_then(|()| brief(stream, count, run, events)) {
+        match run(0)
+            .and_then(|()| stream.synchronize())
+            .and_then(|()| brief(stream, count, run, events))
+        {
             Ok(us) => times.push((us, algorithm)),
             Err(error) => failure = Some(error),
         }
@@ -301,8 +307,7 @@ fn choose(
         return Err(failure.unwrap_or_else(|| Error::bug("no algorithm of cuBLASLt ran")));
     };
     // SAFETY: as in `measure`.
-    let run =
-        |i: usize| unsafe { peer.launch(chosen, stream, &sets.case, &sets.sets[i % count]) };
+    let run = |i: usize| unsafe { peer.launch(chosen, stream, &sets.case, &sets.sets[i % count]) };
     let before = check(stream, support, sets, 0, || run(0))?;
     let mut ready = Ready { pass: record(stream, count, run)?, products: count, passes: 1 };
     ready.fit(best_us);
@@ -318,7 +323,8 @@ fn brief(
     run: impl Fn(usize) -> Result<()>,
     events: &[Event; 2],
 ) -> Result<f64> {
-    let mut ready = Ready { pass: record(stream, sets.min(2), &run)?, products: sets.min(2), passes: 1 };
+    let mut ready =
+        Ready { pass: record(stream, sets.min(2), &run)?, products: sets.min(2), passes: 1 };
     ready.sample(stream, events)?;
     let rough = ready.sample(stream, events)?;
     let products = ((2000.0 / rough.max(0.1)) as usize).clamp(1, sets);

@@ -2,7 +2,9 @@
 
 use crate::case::{Case, Place};
 use tilewright_base::{Error, Result};
-use tilewright_cuda::{Arch, Args, Buffer, CompileRequest, Gpu, LaunchShape, Module, Nvrtc, Stream};
+use tilewright_cuda::{
+    Arch, Args, Buffer, CompileRequest, Gpu, LaunchShape, Module, Nvrtc, Stream,
+};
 
 /// A row of a result: which matrix of the batch, and which row.
 pub type Sample = (u64, u64);
@@ -60,8 +62,11 @@ impl Support {
             return Ok(());
         }
         let (rows, cols) = place.shape;
-        let args = strides(Args::new().value(start(buffer, place)).value(place.batch).value(rows).value(cols), place)
-            .value(seed);
+        let args = strides(
+            Args::new().value(start(buffer, place)).value(place.batch).value(rows).value(cols),
+            place,
+        )
+        .value(seed);
         let name = format!("fill_{}", place.dtype);
         self.launch(stream, &name, self.wide(place.batch * rows * cols), &args)
     }
@@ -93,7 +98,13 @@ impl Support {
     }
 
     /// Rows of a result, in float64.
-    pub fn gather(&self, stream: &Stream, case: &Case, c: &Buffer, samples: &[Sample]) -> Result<Vec<f64>> {
+    pub fn gather(
+        &self,
+        stream: &Stream,
+        case: &Case,
+        c: &Buffer,
+        samples: &[Sample],
+    ) -> Result<Vec<f64>> {
         needs(c, &case.c)?;
         in_range(case, samples)?;
         let rows = upload(stream, samples)?;
@@ -125,7 +136,9 @@ impl Support {
 pub fn spread_samples(case: &Case, most: u64) -> Vec<Sample> {
     let rows = case.m * case.batch;
     let count = rows.min(most);
-    let at = |i: u64| if count == 1 { 0 } else { (i as u128 * (rows - 1) as u128 / (count - 1) as u128) as u64 };
+    let at = |i: u64| {
+        if count == 1 { 0 } else { (i as u128 * (rows - 1) as u128 / (count - 1) as u128) as u64 }
+    };
     (0..count).map(|i| (at(i) / case.m, at(i) % case.m)).collect()
 }
 
@@ -158,7 +171,9 @@ fn needs(buffer: &Buffer, place: &Place) -> Result<()> {
 
 fn in_range(case: &Case, samples: &[Sample]) -> Result<()> {
     let grid_limit = 65535;
-    if samples.iter().all(|(l, row)| *l < case.batch && *row < case.m) && samples.len() <= grid_limit {
+    if samples.iter().all(|(l, row)| *l < case.batch && *row < case.m)
+        && samples.len() <= grid_limit
+    {
         return Ok(());
     }
     Err(Error::bug(format!("{} samples, or one outside the result", samples.len())))

@@ -59,7 +59,8 @@ pub fn arguments(
     sizes: &Env,
     operands: &[Operand],
 ) -> Result<Arguments> {
-    let wrong = |message: String| Error::bug(message).with_context(format!("binding {}", program.name));
+    let wrong =
+        |message: String| Error::bug(message).with_context(format!("binding {}", program.name));
     for symbol in &program.symbols {
         let Some(value) = sizes.get(&symbol.name) else {
             return Err(wrong(format!("no value for the size {}", symbol.name)));
@@ -163,7 +164,7 @@ fn concrete<'a>(
     if bytes > i128::from(operand.bytes) {
         return Err(format!("{name} takes {bytes} bytes, its operand has {}", operand.bytes));
     }
-    if tensor.address % element as u64 != 0 {
+    if !tensor.address.is_multiple_of(element as u64) {
         return Err(format!("{name} is at {:#x}, which splits its elements", tensor.address));
     }
     Ok(tensor)
@@ -180,7 +181,9 @@ fn spec(map: &TensorMap, tensor: &Concrete<'_>) -> std::result::Result<TensorMap
     }
     if tensor.extents[contiguous] > 1 && tensor.strides[contiguous] != 1 {
         let stride = tensor.strides[contiguous];
-        return Err(format!("axis {contiguous} of {name} has a stride of {stride} elements, not 1"));
+        return Err(format!(
+            "axis {contiguous} of {name} has a stride of {stride} elements, not 1"
+        ));
     }
     if !tensor.address.is_multiple_of(16) {
         return Err(format!(

@@ -45,7 +45,9 @@ mod tests {
 
     #[test]
     fn the_first_that_works_is_taken_and_the_failures_are_kept() {
-        let even = |n: u32| if n.is_multiple_of(2) { Ok(n) } else { Err(Error::bug(format!("{n} is odd"))) };
+        let even = |n: u32| {
+            if n.is_multiple_of(2) { Ok(n) } else { Err(Error::bug(format!("{n} is odd"))) }
+        };
         let taken = first_that_works([3, 5, 6, 7], even).unwrap();
         assert_eq!((taken.index, taken.value), (2, 6));
         let messages: Vec<_> = taken.failures.iter().map(Error::message).collect();

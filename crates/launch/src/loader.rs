@@ -7,8 +7,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use tilewright_base::{Error, Result};
 use tilewright_cuda::{
-    Args, CompileRequest, Compiled, Function, Gpu, LaunchShape, Nvrtc, PreparedLaunch, Stream,
-    TensorMap,
+    Arch, Args, CompileRequest, Compiled, Function, Gpu, LaunchShape, Nvrtc, PreparedLaunch,
+    Stream, TensorMap,
 };
 use tilewright_device::{Program, Stmt};
 use tilewright_emit_cuda::{Source, emit, headers};
@@ -61,7 +61,9 @@ impl Loader {
         }
         let requests: Vec<CompileRequest> = fresh
             .iter()
-            .filter_map(|(program, source)| source.as_ref().ok().map(|s| self.request(program, s)))
+            .filter_map(|(program, source)| {
+                source.as_ref().ok().map(|s| request(program, s, self.gpu.arch()))
+            })
             .collect();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let mut compiled = self.nvrtc.compile_all(&requests, threads).into_iter();
@@ -92,18 +94,12 @@ impl Loader {
         first_that_works(programs, |program| attempt(&self.load(&program?)?))
     }
 
-    fn request(&self, program: &Program, source: &Source) -> CompileRequest {
-        let mut request =
-            CompileRequest::new(program.name.clone(), source.text.clone(), self.gpu.arch())
-                .option("-std=c++17")
-                .option("-default-device");
-        for (name, text) in headers() {
-            request = request.header(*name, *text);
-        }
-        request
-    }
-
-    fn finish(&self, program: &Program, source: Source, compiled: Compiled) -> Result<LoadedKernel> {
+    fn finish(
+        &self,
+        program: &Program,
+        source: Source,
+        compiled: Compiled,
+    ) -> Result<LoadedKernel> {
         let function = self.gpu.load(&compiled)?.function(&source.entry)?;
         let shape = LaunchShape {
             grid: [1; 3],
@@ -135,6 +131,14 @@ impl fmt::Debug for Loader {
     }
 }
 
+/// What the compiler is asked for.
+fn request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
+    let request = CompileRequest::new(program.name.clone(), source.text.clone(), arch)
+        .option("-std=c++17")
+        .option("-default-device");
+    headers().iter().fold(request, |request, (name, text)| request.header(*name, *text))
+}
+
 /// Whether a program is made to start beside the tail of the kernel before it.
 fn waits_for_the_grid_before(program: &Program) -> bool {
     fn any(stmts: &[Stmt]) -> bool {
@@ -145,7 +149,9 @@ fn waits_for_the_grid_before(program: &Program) -> bool {
             _ => false,
         })
     }
-    any(&program.setup) || program.roles.iter().any(|role| any(&role.body)) || any(&program.teardown)
+    any(&program.setup)
+        || program.roles.iter().any(|role| any(&role.body))
+        || any(&program.teardown)
 }
 
 /// A program on a device. Cheap to clone.
@@ -204,7 +210,10 @@ impl LoadedKernel {
         }
         let blocks = program.grid_blocks(bound.items, u64::from(*clusters_at_once));
         let blocks = u32::try_from(blocks).map_err(|_| {
-            Error::unsupported(format!("{} needs {blocks} blocks: more than a grid has", program.name))
+            Error::unsupported(format!(
+                "{} needs {blocks} blocks: more than a grid has",
+                program.name
+            ))
         })?;
         let shape = LaunchShape { grid: [blocks, 1, 1], ..*shape };
         Ok(BoundKernel { launch: Some(function.prepare(&shape, &args)?) })
@@ -252,6 +261,26 @@ mod tests {
     use tilewright_base::DType;
     use tilewright_kernels::gemm::GemmSpec;
     use tilewright_lower_gpu::{GpuSchedule, lower};
+
+    #[test]
+    fn what_the_compiler_is_asked_for_compiles_as_it_is_passed() {
+        let nvrtc = match Nvrtc::open(None) {
+            Ok(nvrtc) => nvrtc,
+            Err(error) => {
+                let required = std::env::var("TILEWRIGHT_REQUIRE_NVRTC").is_ok_and(|v| v == "1");
+                assert!(!required, "{error:?}");
+                println!("skipped: no NVRTC");
+                return;
+            }
+        };
+        let kernel = GemmSpec::plain(DType::BF16, DType::F32, DType::BF16).program("gemm");
+        let schedule = GpuSchedule::hopper(&[("BM", 128), ("BN", 128), ("BK", 64)]);
+        let program = lower(&kernel, &schedule).unwrap();
+        let source = emit(&program).unwrap();
+        let compiled = nvrtc.compile(&request(&program, &source, Arch::SM_90A)).unwrap();
+        let kernel = compiled.resources("gemm").unwrap();
+        assert!(kernel.is_kernel, "{kernel:?}");
+    }
 
     #[test]
     fn only_dependent_programs_start_early() {

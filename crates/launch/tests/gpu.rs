@@ -98,7 +98,8 @@ fn check(
     let device_b = stream.upload(host_b.bytes()).unwrap();
     let device_c = stream.alloc(c.len() * result.size()).unwrap();
     device_c.poison(stream).unwrap();
-    let list = [("M", m), ("N", n), ("K", k), ("lda", a.leading), ("ldb", b.leading), ("ldc", c.leading)];
+    let list =
+        [("M", m), ("N", n), ("K", k), ("lda", a.leading), ("ldb", b.leading), ("ldc", c.leading)];
     let sizes: Env = list.iter().map(|(name, v)| ((*name).into(), *v as i64)).collect();
     let buffers = [&device_a, &device_b, &device_c];
     let operands = buffers.map(|b| Operand { address: b.address(), bytes: b.len() as u64 });

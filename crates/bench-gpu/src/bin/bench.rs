@@ -123,7 +123,13 @@ fn run(options: &Options) -> Result<bool> {
     let mut rows = Vec::new();
     for (index, (case, candidates)) in cases.iter().zip(plans).enumerate() {
         let row = bench.shape(case, candidates);
-        eprint!("[{:>3}/{}, {:>4.0} s] {}", index + 1, cases.len(), begin.elapsed().as_secs_f64(), progress(&row));
+        eprint!(
+            "[{:>3}/{}, {:>4.0} s] {}",
+            index + 1,
+            cases.len(),
+            begin.elapsed().as_secs_f64(),
+            progress(&row)
+        );
         rows.push(row);
         // A fault of a kernel ends everything: the device is of no use to this process any more.
         if stream.synchronize().is_err() {
@@ -137,7 +143,10 @@ fn run(options: &Options) -> Result<bool> {
     let not_measured = rows.iter().filter(|r| r.outcome.is_err()).count();
     let wrong = rows.iter().filter(|r| r.problem().is_some()).count();
     let fell_back = rows.iter().filter(|r| !r.failures.is_empty()).count();
-    println!("{} shapes, {not_measured} not measured, {wrong} wrong, {fell_back} after a failed candidate", rows.len());
+    println!(
+        "{} shapes, {not_measured} not measured, {wrong} wrong, {fell_back} after a failed candidate",
+        rows.len()
+    );
     if !options.no_record {
         write(options, &record::record(head, &rows))?;
     }
@@ -146,7 +155,10 @@ fn run(options: &Options) -> Result<bool> {
 
 fn cases(options: &Options) -> Result<Vec<Case>> {
     let (name, text) = match &options.shapes {
-        None => ("bench/gemm_shapes.txt".into(), include_str!("../../../../bench/gemm_shapes.txt").to_owned()),
+        None => (
+            "bench/gemm_shapes.txt".into(),
+            include_str!("../../../../bench/gemm_shapes.txt").to_owned(),
+        ),
         Some(path) => {
             let text = std::fs::read_to_string(path);
             let name = path.display().to_string();
@@ -168,8 +180,10 @@ fn cases(options: &Options) -> Result<Vec<Case>> {
 fn plans(loader: &Loader, cases: &[Case], wanted: usize) -> Result<Vec<Result<Vec<Candidate>>>> {
     let target = planner_gpu(loader.gpu());
     let begin = Instant::now();
-    let plans: Vec<Result<Vec<Candidate>>> =
-        cases.iter().map(|c| plan(&c.problem(), &target, wanted.max(1) + SPARE_CANDIDATES)).collect();
+    let plans: Vec<Result<Vec<Candidate>>> = cases
+        .iter()
+        .map(|c| plan(&c.problem(), &target, wanted.max(1) + SPARE_CANDIDATES))
+        .collect();
     let mut all = Vec::new();
     for candidates in plans.iter().flatten() {
         for candidate in candidates.iter().take(wanted.max(1)) {

@@ -179,7 +179,11 @@ impl Function {
         let code = unsafe {
             (self.gpu().0.api.occupancy_max_active_clusters)(&mut clusters, self.raw, &config)
         };
-        if code == 0 { Ok(clusters.unsigned_abs()) } else { Err(self.error(code, "fitting clusters of")) }
+        if code == 0 {
+            Ok(clusters.unsigned_abs())
+        } else {
+            Err(self.error(code, "fitting clusters of"))
+        }
     }
 }
 

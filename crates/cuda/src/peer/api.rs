@@ -146,7 +146,8 @@ impl Api {
             if name.is_null() { "unknown".into() } else { CStr::from_ptr(name).to_string_lossy() }
         };
         let message = format!("cuBLASLt: {name} ({code})");
-        let error = if code == NOT_SUPPORTED { Error::unsupported(message) } else { Error::bug(message) };
+        let error =
+            if code == NOT_SUPPORTED { Error::unsupported(message) } else { Error::bug(message) };
         Err(error.with_context(doing.to_owned()))
     }
 }

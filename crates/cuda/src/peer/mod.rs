@@ -134,7 +134,12 @@ impl CublasLt {
     ///
     /// # Errors
     /// Unsupported when it has none for these types, layouts and alignments.
-    pub fn matmul(&self, spec: &MatmulSpec, workspace_bytes: usize, at_most: usize) -> Result<Matmul<'_>> {
+    pub fn matmul(
+        &self,
+        spec: &MatmulSpec,
+        workspace_bytes: usize,
+        at_most: usize,
+    ) -> Result<Matmul<'_>> {
         let api = self.api;
         self.gpu.make_current()?;
         let (compute_type, scale_type) = match spec.operand {
@@ -146,7 +151,8 @@ impl CublasLt {
         let fp8 = matches!(spec.operand, DType::F8E4M3 | DType::F8E5M2);
         let mut descriptor = null_mut();
         // SAFETY: a place for the descriptor.
-        let code = unsafe { (api.matmul_create)(&mut descriptor, compute_type, data_type(scale_type)?) };
+        let code =
+            unsafe { (api.matmul_create)(&mut descriptor, compute_type, data_type(scale_type)?) };
         api.check(code, "describing a product")?;
         let descriptor = Owned { handle: descriptor, destroy: api.matmul_destroy };
         let set = |attribute, bytes: &[u8]| {
@@ -242,7 +248,8 @@ impl CublasLt {
         let layout = Owned { handle, destroy: api.matrix_destroy };
         let set = |attribute, bytes: &[u8]| {
             // SAFETY: a layout, and as many bytes as said.
-            let code = unsafe { (api.matrix_set)(handle, attribute, bytes.as_ptr().cast(), bytes.len()) };
+            let code =
+                unsafe { (api.matrix_set)(handle, attribute, bytes.as_ptr().cast(), bytes.len()) };
             api.check(code, "describing a matrix")
         };
         set(matrix::BATCH_COUNT, &batch.cast_signed().to_ne_bytes())?;
@@ -410,15 +417,14 @@ mod tests {
             let mut out = vec![0.0; rows * cols];
             for i in 0..rows {
                 for j in 0..cols {
-                    out[if row_major { i * cols + j } else { i + j * rows }] = (10 * i + j + 1) as f64;
+                    out[if row_major { i * cols + j } else { i + j * rows }] =
+                        (10 * i + j + 1) as f64;
                 }
             }
             out
         };
-        let flags = [false, true];
-        for (a, b, c) in flags.iter().flat_map(|a| {
-            flags.iter().flat_map(move |b| flags.iter().map(move |c| (*a, *b, *c)))
-        }) {
+        for bits in 0..8 {
+            let [a, b, c] = [bits & 1 != 0, bits & 2 != 0, bits & 4 != 0];
             let spec = spec(a, b, c);
             let mut got = vec![0.0; 6];
             multiply(&Plan::of(&spec), spec.k, &memory(2, 4, a), &memory(4, 3, b), &mut got);

@@ -26,7 +26,11 @@ fn at(addresses: &[u64]) -> Vec<Operand> {
 }
 
 fn maps(arguments: &Arguments) -> Vec<&TensorMapSpec> {
-    arguments.values.iter().filter_map(|v| if let Value::Map(spec) = v { Some(spec) } else { None }).collect()
+    arguments
+        .values
+        .iter()
+        .filter_map(|v| if let Value::Map(spec) = v { Some(spec) } else { None })
+        .collect()
 }
 
 fn bf16() -> GemmSpec {
@@ -65,8 +69,7 @@ fn a_row_major_product_by_hand() {
 fn a_column_major_operand_has_its_rows_innermost() {
     let spec = GemmSpec { b: Order::Col, ..bf16() };
     let program = program(&spec, StoreKind::Tma);
-    let sizes =
-        sizes(&[("M", 8), ("N", 24), ("K", 16), ("lda", 16), ("ldb", 32), ("ldc", 24)]);
+    let sizes = sizes(&[("M", 8), ("N", 24), ("K", 16), ("lda", 16), ("ldb", 32), ("ldc", 24)]);
     let bound = bind(&program, &sizes, &at(&[0x1000, 0x2000, 0x3000])).unwrap();
     let b = maps(&bound)[1];
     assert_eq!((b.sizes.clone(), b.strides_bytes.clone()), (vec![16, 24], vec![64]));
