@@ -26,35 +26,48 @@ pub struct Gpu {
     pub model: GpuModel,
 }
 
-/// Constants of the time model; clocks are those of a multiprocessor.
+/// Constants of the time model; clocks are those of a multiprocessor. See the kernels' `model.rs` for the
+/// formula.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GpuModel {
     /// Sustained clock under tensor-core load, GHz.
     pub clock_ghz: f64,
-    /// Issue inefficiency of products.
-    pub product_factor: f64,
+    /// Tensor-core time over its ideal.
+    pub tensor_factor: f64,
+    /// Time of shared-memory traffic over its ideal of 128 bytes per clock.
+    pub shared_factor: f64,
+    /// Share of that time which filling a stage costs beside reading it.
+    pub shared_write_share: f64,
     /// Clocks per step of the depth loop that no product hides.
     pub step_clocks: f64,
     /// Further clocks per step with a single consumer.
     pub lone_consumer_clocks: f64,
-    /// Bytes per clock that one multiprocessor gets from the second-level cache.
+    /// Bytes per clock that one multiprocessor gets from the second-level cache when all ask.
     pub l2_bytes_per_clock: f64,
     /// Share of a multicast load that is saved.
     pub multicast_saving: f64,
     /// Clocks from a load to its data, divided among the stages of the ring.
     pub load_latency_clocks: f64,
+    /// Share of load times that adds to a step even when products take longer.
+    pub load_share: f64,
     /// Clocks of an epilogue, apart from its bytes.
     pub epilogue_clocks: f64,
     /// Bytes of result per clock of an epilogue.
     pub epilogue_bytes_per_clock: f64,
     /// Microseconds of a launch.
     pub launch_us: f64,
+    /// Share of them that is left when the launch overlaps the kernel before.
+    pub dependent_share: f64,
     /// Further microseconds with clusters.
     pub cluster_us: f64,
     /// Device memory in a product whose operands are cold, bytes per second.
     pub stream_bytes_per_s: f64,
     /// Microseconds until device memory streams.
     pub stream_start_us: f64,
+    /// Bytes in flight from which on device memory streams at full rate.
+    pub stream_bytes_in_flight: f64,
+    /// Clusters of 1, 2 and 4 blocks that run at once.
+    pub clusters_at_once: [u32; 3],
 }
 
 impl Gpu {
@@ -69,19 +82,25 @@ impl Gpu {
             tensor_flops_per_clock: 4096.0,
             f32_flops_per_clock: 256.0,
             model: GpuModel {
-                clock_ghz: 1.959,
-                product_factor: 1.216,
-                step_clocks: 65.8,
-                lone_consumer_clocks: 11.1,
-                l2_bytes_per_clock: 39.7,
-                multicast_saving: 0.933,
-                load_latency_clocks: 2492.0,
-                epilogue_clocks: 954.0,
-                epilogue_bytes_per_clock: 12.2,
-                launch_us: 0.995,
-                cluster_us: 0.887,
-                stream_bytes_per_s: 3.28e12,
-                stream_start_us: 0.344,
+                clock_ghz: 1.75,
+                tensor_factor: 1.0,
+                shared_factor: 1.079,
+                shared_write_share: 0.3,
+                step_clocks: 0.0,
+                lone_consumer_clocks: 0.0,
+                l2_bytes_per_clock: 80.5,
+                multicast_saving: 0.824,
+                load_latency_clocks: 2107.0,
+                load_share: 0.203,
+                epilogue_clocks: 200.0,
+                epilogue_bytes_per_clock: 17.6,
+                launch_us: 2.15,
+                dependent_share: 0.77,
+                cluster_us: 0.085,
+                stream_bytes_per_s: 3.78e12,
+                stream_start_us: 2.5,
+                stream_bytes_in_flight: 1.85e6,
+                clusters_at_once: [132, 66, 30],
             },
         }
     }

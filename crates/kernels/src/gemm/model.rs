@@ -54,40 +54,51 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         tiles_n = ceil(tiles_n, cluster);
     }
     let items = tiles_m * tiles_n * shape.batch * shape.splits;
-    let slots = (i64::from(gpu.sms) / cluster).max(1);
+    let slots = i64::from(p.clusters_at_once[match cluster { 1 => 0, 2 => 1, _ => 2 }]).max(1);
     let per_block = ceil(items, slots) as f64;
+    let active = (items.min(slots) * cluster) as f64;
     let steps = ceil(ceil(shape.k, bk), shape.splits) as f64;
     let products = shape.products as f64;
-    let tensor = (bm * bn * bk) as f64 * 2.0 / rate * products;
-    let shared = ((bm * bk) as f64 + (bm as f64 / 64.0) * (bn * bk) as f64) * size / 128.0 * products;
-    let lone = s.consumers == 1;
-    let compute = tensor.max(shared) * p.product_factor
-        + p.step_clocks
-        + if lone { p.lone_consumer_clocks } else { 0.0 };
+    let (a_elements, b_elements) = ((bm * bk) as f64, (bn * bk) as f64);
     let tensors = if shape.products > 1 { 2.0 } else { 1.0 };
-    let mut bytes_a = (bm * bk) as f64 * size * tensors;
-    let mut bytes_b = (bn * bk) as f64 * size * tensors;
+    let tensor = (bm * bn * bk) as f64 * 2.0 / rate * products;
+    // Every warpgroup's instruction reads its 64 rows of A and all of B; the copy engine writes both.
+    let read = (a_elements + (bm as f64 / 64.0) * b_elements) * size * products;
+    let written = (a_elements + b_elements) * size * tensors;
+    let shared = (read + p.shared_write_share * written) / 128.0;
+    let compute = (tensor * p.tensor_factor).max(shared * p.shared_factor)
+        + p.step_clocks
+        + if s.consumers == 1 { p.lone_consumer_clocks } else { 0.0 };
+    let (mut bytes_a, mut bytes_b) = (a_elements * size * tensors, b_elements * size * tensors);
     if cluster > 1 {
         let saved = cluster as f64 * p.multicast_saving + (1.0 - p.multicast_saving);
         if s.cluster_axis == 0 { bytes_b /= saved } else { bytes_a /= saved }
     }
-    let fill = (bytes_a + bytes_b) / p.l2_bytes_per_clock;
+    let fill = (bytes_a + bytes_b) / p.l2_bytes_per_clock * (active / f64::from(gpu.sms)).max(1.0);
     let latency = p.load_latency_clocks / f64::from(s.stages);
-    let step = compute.max(fill).max(latency);
+    let step = compute.max(fill).max(latency) + p.load_share * (fill + latency);
     let loop_clocks = steps * step;
     let result = if shape.splits > 1 { 4.0 } else { shape.result_bytes as f64 };
     let epilogue = p.epilogue_clocks + (bm * bn) as f64 * result / p.epilogue_bytes_per_clock;
     let clocks = match s.mode {
         Mode::Cooperative => per_block * (loop_clocks + epilogue),
-        Mode::PingPong => {
-            per_block * loop_clocks.max((loop_clocks + epilogue) / 2.0) + epilogue
-        }
+        Mode::PingPong => per_block * loop_clocks.max((loop_clocks + epilogue) / 2.0) + epilogue,
     };
-    let busy = clocks / p.clock_ghz / 1e3 + p.launch_us + if cluster > 1 { p.cluster_us } else { 0.0 };
+    let launch = p.launch_us * if s.dependent { p.dependent_share } else { 1.0 };
+    let busy = clocks / p.clock_ghz / 1e3 + launch + if cluster > 1 { p.cluster_us } else { 0.0 };
     let operands = (shape.m * shape.k + shape.k * shape.n) as f64 * size * tensors;
     let results = (shape.m * shape.n) as f64 * result * shape.splits as f64;
     let bytes = (operands + results) * shape.batch as f64;
-    let memory = bytes / p.stream_bytes_per_s * 1e6 + p.launch_us + p.stream_start_us;
-    // Walking order only breaks ties: wider groups for deep caches are a matter for measurement.
-    busy.max(memory) + 1e-6 * (f64::from(s.raster) - 8.0).abs()
+    // Device memory streams at full rate only while enough of it is asked for.
+    let useful = |tile: i64, extent: i64| tile.min(extent) as f64;
+    let in_flight = active
+        * f64::from(s.stages).min(steps)
+        * (useful(bm, shape.m) + useful(bn, shape.n))
+        * bk as f64
+        * size;
+    let slow = (p.stream_bytes_in_flight / in_flight.max(1.0)).max(1.0);
+    let memory = (bytes / p.stream_bytes_per_s * 1e6 + p.launch_us + p.stream_start_us) * slow;
+    // The shorter of the two counts a little, so that among schedules that memory bounds the lighter one is
+    // taken; walking order is a matter for measurement.
+    busy.max(memory) + 1e-3 * busy.min(memory) + 1e-6 * (f64::from(s.raster) - 8.0).abs()
 }

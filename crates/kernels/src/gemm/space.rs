@@ -62,8 +62,8 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                     if cluster > 1 && shared_lines % (8 * cluster) != 0 {
                         continue;
                     }
-                    // N-contiguous operands lie in panels of a whole swizzle span.
-                    if spec.b == crate::gemm::Order::Row && bn * size % 32 != 0 {
+                    // N-contiguous operands lie in panels of a swizzle span; spans of 32 bytes are slow to read.
+                    if spec.b == crate::gemm::Order::Row && bn * size % 64 != 0 {
                         continue;
                     }
                     for slots in [2, 1] {
