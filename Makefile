@@ -1,11 +1,11 @@
 # The project's commands. Each installs what it needs (scripts/setup.sh) and works from a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint fuzz bench setup docs clean
+.PHONY: help demo test build lint fuzz bench gpu-bundle setup docs clean
 
 SECONDS_PER_TARGET ?= 60
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Run a real sentence encoder: compile, verify, embed, search, compare with ONNX Runtime
 	@./demo/demo.sh
@@ -27,6 +27,10 @@ fuzz: ## Fuzz the parsers and random graphs for SECONDS_PER_TARGET each (default
 
 bench: ## Compare with ONNX Runtime on exported models; writes a record under records/
 	@./scripts/bench.sh
+
+gpu-bundle: ## Pack the GPU tests and benchmarks, built, into one archive for a machine with a GPU
+	@./scripts/setup.sh system
+	@./scripts/gpu_bundle.sh
 
 setup: ## Install everything the other commands need, and nothing else
 	@./scripts/setup.sh system test triton

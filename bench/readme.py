@@ -1,7 +1,8 @@
-"""Write the benchmark section of README.md, and its graph, from the newest record under `records/`.
+"""Write the benchmark sections of README.md, and their graphs, from the newest records under `records/`.
 
-The section lies between two comment lines (`BEGIN`, `END`); nothing between them is typed by hand. With no
-record it says so. `--check` changes nothing and fails when the section or the graph is out of date.
+Each section lies between two comment lines; nothing between them is typed by hand. With no record it says
+so. `--check` changes nothing and fails when a section or a graph is out of date. To add a section: its lines
+in README.md, and its row in `SECTIONS`.
 
 Usage:  python bench/readme.py [--check]        (standard library only)
 """
@@ -9,15 +10,17 @@ Usage:  python bench/readme.py [--check]        (standard library only)
 from __future__ import annotations
 
 import json
+import math
 import pathlib
+import statistics
 import sys
 from xml.sax.saxutils import escape
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-GRAPH = ROOT / "docs" / "src" / "images" / "cpu-peers.svg"
-BEGIN = "<!-- bench/readme.py: begin -->"
-END = "<!-- bench/readme.py: end -->"
+IMAGES = ROOT / "docs" / "src" / "images"
+GRAPH = IMAGES / "cpu-peers.svg"
+GPU_GRAPH = IMAGES / "gpu-gemm.svg"
 
 TITLES = {
     "sgemm1024": "SGEMM 1024 x 1024 x 1024",
@@ -30,13 +33,12 @@ TITLES = {
 }
 
 
-def newest_record() -> tuple[pathlib.Path, dict] | None:
-    """The newest record of a comparison that measured both engines."""
+def newest_record(kind: str) -> tuple[pathlib.Path, dict] | None:
+    """The newest record of a comparison that measured both sides."""
     found = []
     for path in sorted((ROOT / "records").glob("*.json")):
         record = json.loads(path.read_text())
-        is_comparison = record.get("kind") == "cpu-peers"
-        if is_comparison and any("latency_ratio" in row for row in record["rows"]):
+        if record.get("kind") == kind and any("latency_ratio" in row for row in record["rows"]):
             found.append((record["date"], path, record))
     if not found:
         return None
@@ -82,11 +84,116 @@ def section(path: pathlib.Path, record: dict) -> str:
 
 
 def graph(record: dict) -> str:
-    """Horizontal bars of the ratio, a line at 1, whiskers for the quartiles."""
-    rows = [row for row in record["rows"] if "latency_ratio" in row]
+    """The ratio of each model."""
+    rows = [(title(row), row["latency_ratio"]) for row in record["rows"] if "latency_ratio" in row]
+    note = f"{record['machine']['cpu']}, {record['threads']} threads, {record['date'][:10]}"
+    return bars("Latency relative to ONNX Runtime", "Latency of Tilewright relative to ONNX Runtime, per model", note, rows)
+
+
+GPU_KINDS = {
+    "bf16": "bf16",
+    "f16": "f16",
+    "tf32": "f32 as TF32",
+    "f32": "f32",
+    "f32x3": "f32 in three TF32 products",
+    "i8": "int8 to int32",
+    "f8": "fp8 (e4m3) to bf16",
+}
+# The shapes that the README shows; the record has all.
+GPU_SHAPES = [
+    (1024, 1024, 1024, 1),
+    (4096, 4096, 4096, 1),
+    (8192, 8192, 8192, 1),
+    (16384, 16384, 16384, 1),
+    (4096, 14336, 4096, 1),
+    (8192, 1024, 8192, 1),
+    (64, 8192, 8192, 1),
+    (1, 8192, 28672, 1),
+    (5000, 3333, 2222, 1),
+    (512, 64, 512, 64),
+]
+
+
+def gpu_counted(row: dict) -> bool:
+    """Measured on both sides, with a right result."""
+    return "latency_ratio" in row and "problem" not in row
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def gpu_kinds(record: dict) -> list[tuple[str, list[float]]]:
+    """Kinds of numbers in the order of their first row, with the ratios of their rows."""
+    kinds: dict[str, list[float]] = {}
+    for row in record["rows"]:
+        ratios = kinds.setdefault(row["type"], [])
+        if gpu_counted(row):
+            ratios.append(row["latency_ratio"][1])
+    return list(kinds.items())
+
+
+def gpu_section(path: pathlib.Path, record: dict) -> str:
+    machine = record["machine"]
+    picks = record["protocol"]["candidates_timed"]
+    how = "what the planner picks, nothing tuned" if picks == 1 else f"the fastest of the planner's first {picks} picks"
+    lines = [
+        f"Matrix products, measured {record['date'][:10]} at commit `{record['commit']}` on {machine['gpu']} (driver"
+        f" {machine['driver']}) against cuBLASLt {machine['cublaslt']}, the fastest of the algorithms it proposes. Ours:"
+        f" {how}. The record: [{path.name}](records/{path.name}).",
+        "",
+        "| numbers | shapes | geometric mean of ratios | at most 1 | not counted |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for kind, ratios in gpu_kinds(record):
+        total = sum(row["type"] == kind for row in record["rows"])
+        mean = f"{geometric_mean(ratios):.2f}" if ratios else "-"
+        ahead = sum(ratio <= 1 for ratio in ratios)
+        lines.append(f"| {GPU_KINDS.get(kind, kind)} | {len(ratios)} | {mean} | {ahead} | {total - len(ratios)} |")
+    lines += [
+        "",
+        "Ratio: our time over cuBLASLt's, so below 1 is faster. Not counted: one side has no kernel, or the result was wrong.",
+        "",
+        "| bf16, M x N x K | Tilewright, us | cuBLASLt, us | TFLOP/s | ratio (quartiles) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        if row["type"] != "bf16" or (row["m"], row["n"], row["k"], row["batch"]) not in GPU_SHAPES:
+            continue
+        shape = gpu_shape(row)
+        if gpu_counted(row):
+            low, middle, high = row["latency_ratio"]
+            lines.append(
+                f"| {shape} | {row['tilewright_us'][1]:.1f} | {row['cublaslt_us'][1]:.1f} | {row['tilewright_tflops']:.0f}"
+                f" | {middle:.2f} ({low:.2f} to {high:.2f}) |"
+            )
+        else:
+            lines.append(f"| {shape} | - | - | - | see the record |")
+    lines += ["", f"![Time relative to cuBLASLt]({GPU_GRAPH.relative_to(ROOT).as_posix()})"]
+    return "\n".join(lines)
+
+
+def gpu_shape(row: dict) -> str:
+    shape = f"{row['m']} x {row['n']} x {row['k']}"
+    return shape if row["batch"] == 1 else f"{row['batch']} of {shape}"
+
+
+def gpu_graph(record: dict) -> str:
+    """The ratios of each kind of numbers: geometric mean, whiskers for the quartiles over its shapes."""
+    rows = []
+    for kind, ratios in gpu_kinds(record):
+        if ratios:
+            low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            rows.append((f"{GPU_KINDS.get(kind, kind)}, {len(ratios)} shapes", [low, geometric_mean(ratios), high]))
+    note = f"{record['machine']['gpu']}, {record['date'][:10]}; geometric means, quartiles over shapes"
+    return bars("Time relative to cuBLASLt", "Time of matrix products relative to cuBLASLt, per kind of numbers", note, rows)
+
+
+def bars(heading: str, description: str, note: str, rows: list[tuple[str, list[float]]]) -> str:
+    """Horizontal bars of ratios, a line at 1, whiskers for the quartiles."""
     left, right, top, pitch, bar = 240, 90, 66, 38, 20
     width, height = 820, top + pitch * len(rows) + 44
-    largest = max(1.25, *(row["latency_ratio"][2] for row in rows)) * 1.05
+    largest = max(1.25, *(ratio[2] for _, ratio in rows)) * 1.05
     scale = (width - left - right) / largest
 
     def x(value: float) -> str:
@@ -97,28 +204,26 @@ def graph(record: dict) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         ' role="img" aria-labelledby="title" font-family="system-ui, -apple-system, \'Segoe UI\', Helvetica, Arial,'
         ' sans-serif">',
-        '<title id="title">Latency of Tilewright relative to ONNX Runtime, per model</title>',
+        f'<title id="title">{escape(description)}</title>',
         "<style>.card{fill:#fff;stroke:#e5e7eb}.name{font-size:15px;font-weight:600;fill:#111827}"
         ".note{font-size:12px;fill:#4b5563}.label{font-size:13px;fill:#111827}.faster{fill:#0d9488}"
         ".slower{fill:#d97706}.one{stroke:#111827;stroke-width:1.5}.grid{stroke:#e5e7eb}"
         ".spread{stroke:#111827;stroke-width:1.5}</style>",
         f'<rect class="card" x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="14"/>',
-        '<text class="name" x="24" y="32">Latency relative to ONNX Runtime</text>',
-        f'<text class="note" x="24" y="50">shorter is faster; {escape(record["machine"]["cpu"])},'
-        f" {record['threads']} threads, {record['date'][:10]}</text>",
+        f'<text class="name" x="24" y="32">{escape(heading)}</text>',
+        f'<text class="note" x="24" y="50">shorter is faster; {escape(note)}</text>',
     ]
     step = 0.25 if largest <= 2 else 0.5 if largest <= 4 else 1.0 if largest <= 9 else 5.0
     ticks = [step * i for i in range(int(largest / step) + 1)]
     for tick in ticks:
         out.append(f'<path class="grid" d="M{x(tick)} {top}V{bottom}"/>')
         out.append(f'<text class="note" x="{x(tick)}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
-    for index, row in enumerate(rows):
-        low, middle, high = row["latency_ratio"]
+    for index, (name, (low, middle, high)) in enumerate(rows):
         y = top + index * pitch + (pitch - bar) / 2
         kind = "faster" if middle <= 1 else "slower"
         centre = y + bar / 2
         out += [
-            f'<text class="label" x="{left - 12}" y="{centre + 4:g}" text-anchor="end">{escape(title(row))}</text>',
+            f'<text class="label" x="{left - 12}" y="{centre + 4:g}" text-anchor="end">{escape(name)}</text>',
             f'<rect class="{kind}" x="{left}" y="{y:g}" width="{middle * scale:.1f}" height="{bar}" rx="3"/>',
             f'<path class="spread" d="M{x(low)} {centre:g}H{x(high)}"/>',
             f'<text class="label" x="{float(x(high)) + 8:.1f}" y="{centre + 4:g}">{middle:.2f}</text>',
@@ -127,32 +232,40 @@ def graph(record: dict) -> str:
     return "\n".join(out) + "\n"
 
 
+# Name of the section in its comment lines, kind of record, text, graph and its file, what to do without a record.
+SECTIONS = [
+    ("", "cpu-peers", section, graph, GRAPH, "`make bench` writes a record"),
+    ("gpu ", "gpu-gemm", gpu_section, gpu_graph, GPU_GRAPH, "`gpu/run.sh` of `make gpu-bundle` writes a record"),
+]
+
+
 def main() -> int:
-    found = newest_record()
-    if found is None:
-        body, picture = "Not measured yet: `make bench` writes a record, and this section is made from it.", None
-    else:
-        body, picture = section(*found), graph(found[1])
-
+    check = "--check" in sys.argv[1:]
     text = README.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"README.md must hold one '{BEGIN}' and one '{END}'", file=sys.stderr)
-        return 2
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    new_text = f"{before}{BEGIN}\n{body}\n{END}{after}"
-
-    old_picture = GRAPH.read_text() if GRAPH.exists() else None
-    if "--check" in sys.argv[1:]:
-        if new_text != text or picture != old_picture:
-            print("README.md's benchmark section is out of date: python bench/readme.py", file=sys.stderr)
+    new_text = text
+    pictures = {}
+    for name, kind, write, draw, path, hint in SECTIONS:
+        found = newest_record(kind)
+        body = f"Not measured yet: {hint}, and this section is made from it." if found is None else write(*found)
+        pictures[path] = None if found is None else draw(found[1])
+        begin, end = f"<!-- bench/readme.py: {name}begin -->", f"<!-- bench/readme.py: {name}end -->"
+        if new_text.count(begin) != 1 or new_text.count(end) != 1:
+            print(f"README.md must hold one '{begin}' and one '{end}'", file=sys.stderr)
+            return 2
+        before, rest = new_text.split(begin)
+        new_text = f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+    old_pictures = {path: path.read_text() if path.exists() else None for path in pictures}
+    if check:
+        if new_text != text or pictures != old_pictures:
+            print("README.md's benchmark sections are out of date: python bench/readme.py", file=sys.stderr)
             return 1
         return 0
     README.write_text(new_text)
-    if picture is not None:
-        GRAPH.write_text(picture)
-    elif old_picture is not None:
-        GRAPH.unlink()
+    for path, picture in pictures.items():
+        if picture is not None:
+            path.write_text(picture)
+        elif old_pictures[path] is not None:
+            path.unlink()
     return 0
 
 

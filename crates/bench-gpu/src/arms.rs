@@ -1,9 +1,16 @@
-//! The two ways to multiply: [`Ours`], a plan of our kernels, and [`Peer`], cuBLASLt.
+//! The two ways to multiply: [`Ours`], a plan of our kernels, and [`Peer`], cuBLASLt; and [`Pass`], a
+//! recording of either.
+//!
+//! Launches are safe here because of what is borrowed: whatever is bound to matrices borrows them, and
+//! buffers are freed in the order of their stream, which is the one that the launches go to. So what a
+//! launch touches is there until it has run, even if the borrow has ended.
 
 use crate::case::Case;
+use std::marker::PhantomData;
+use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_cuda::peer::{CublasLt, Matmul};
-use tilewright_cuda::{Buffer, Gpu, Stream};
+use tilewright_cuda::peer::{CublasLt, Matmul, MatmulSpec};
+use tilewright_cuda::{Buffer, Gpu, GraphExec, Stream};
 use tilewright_device::Program;
 use tilewright_kernels::gemm::{Candidate, Place};
 use tilewright_launch::{BoundKernel, LoadedKernel, Loader, Operand};
@@ -69,7 +76,7 @@ pub fn describe(candidate: &Candidate) -> String {
 pub struct Ours {
     candidate: Candidate,
     kernels: Vec<LoadedKernel>,
-    workspace: Buffer,
+    workspace: Arc<Buffer>,
 }
 
 impl Ours {
@@ -79,7 +86,7 @@ impl Ours {
         let programs = programs(candidate).map_err(context)?;
         let kernels =
             loader.load_all(&programs).into_iter().collect::<Result<_>>().map_err(context)?;
-        let workspace = stream.alloc(candidate.workspace_bytes as usize)?;
+        let workspace = Arc::new(stream.alloc(candidate.workspace_bytes as usize)?);
         Ok(Ours { candidate: candidate.clone(), kernels, workspace })
     }
 
@@ -89,7 +96,7 @@ impl Ours {
     }
 
     /// Binds a set of matrices.
-    pub fn bind(&self, case: &Case, matrices: &Matrices) -> Result<Vec<BoundKernel>> {
+    pub fn bind<'a>(&self, case: &Case, matrices: &'a Matrices) -> Result<BoundOurs<'a>> {
         let [a, b, c] = matrices.addresses(case);
         let rest = |buffer: &Buffer, start: u64| Operand {
             address: start,
@@ -117,25 +124,62 @@ impl Ours {
                 .collect::<Result<Vec<_>>>()?;
             kernel.bind(&step.sizes, &operands)
         };
-        self.candidate.steps.iter().zip(&self.kernels).map(bind).collect()
+        let steps =
+            self.candidate.steps.iter().zip(&self.kernels).map(bind).collect::<Result<_>>()?;
+        Ok(BoundOurs { steps, _workspace: self.workspace.clone(), _matrices: PhantomData })
     }
 }
 
-/// Puts the steps of a bound plan into the stream.
-///
-/// # Safety
-/// As for [`BoundKernel::launch`], of every step; the plan's [`Ours`] lives as long.
-pub unsafe fn launch_all(steps: &[BoundKernel], stream: &Stream) -> Result<()> {
-    for step in steps {
-        // SAFETY: the caller's promise.
-        unsafe { step.launch(stream)? };
+/// A plan, bound to a set of matrices.
+#[derive(Debug)]
+pub struct BoundOurs<'a> {
+    steps: Vec<BoundKernel>,
+    _workspace: Arc<Buffer>,
+    _matrices: PhantomData<&'a Matrices>,
+}
+
+impl BoundOurs<'_> {
+    /// Puts the steps into the stream, the one that the matrices were allocated on.
+    pub fn launch(&self, stream: &Stream) -> Result<()> {
+        for step in &self.steps {
+            // SAFETY: matrices and workspace are there until this has run (the module's head).
+            unsafe { step.launch(stream)? };
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+/// Products in a row, recorded, so that the host's launches cost nothing. What was launched while
+/// recording is borrowed.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    graph: GraphExec,
+    _recorded: PhantomData<&'a ()>,
+}
+
+impl<'a> Pass<'a> {
+    /// Records `launch(0)`, `launch(1)`, ... `launch(count - 1)`.
+    pub fn record(
+        stream: &Stream,
+        count: usize,
+        launch: impl Fn(usize) -> Result<()> + 'a,
+    ) -> Result<Pass<'a>> {
+        let graph = stream.capture(|_| (0..count).try_for_each(&launch))?.instantiate()?;
+        Ok(Pass { graph, _recorded: PhantomData })
+    }
+
+    /// Runs them.
+    pub fn launch(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: what was recorded came from `BoundOurs::launch` and `Peer::launch`, whose matrices,
+        // workspaces and kernels are borrowed as long as this is there (and see the module's head).
+        unsafe { self.graph.launch(stream) }
+    }
 }
 
 /// cuBLASLt with its algorithms for a case, and its workspace.
 #[derive(Debug)]
 pub struct Peer<'a> {
+    spec: MatmulSpec,
     matmul: Matmul<'a>,
     workspace: &'a Buffer,
 }
@@ -146,8 +190,9 @@ impl<'a> Peer<'a> {
     /// # Errors
     /// Unsupported when cuBLASLt has none.
     pub fn new(peer: &'a CublasLt, case: &Case, workspace: &'a Buffer) -> Result<Peer<'a>> {
-        let matmul = peer.matmul(&case.of_peer(), workspace.len(), PEER_ALGORITHMS)?;
-        Ok(Peer { matmul, workspace })
+        let spec = case.of_peer();
+        let matmul = peer.matmul(&spec, workspace.len(), PEER_ALGORITHMS)?;
+        Ok(Peer { spec, matmul, workspace })
     }
 
     /// How many algorithms there are.
@@ -160,19 +205,27 @@ impl<'a> Peer<'a> {
         self.matmul.algorithm(algorithm).map_or(0, |(bytes, _)| bytes)
     }
 
-    /// Puts a product into the stream.
+    /// Puts a product into the stream, the one that the matrices were allocated on.
     ///
-    /// # Safety
-    /// The matrices live, and are used in no other order than the stream's, until it has run.
-    pub unsafe fn launch(
+    /// # Errors
+    /// A bug when the matrices are too short.
+    pub fn launch(
         &self,
         algorithm: usize,
         stream: &Stream,
         case: &Case,
         matrices: &Matrices,
     ) -> Result<()> {
+        let long_enough = case.of_peer() == self.spec
+            && matrices.a.len() >= case.a.bytes()
+            && matrices.b.len() >= case.b.bytes()
+            && matrices.c.len() >= case.c.bytes();
+        if !long_enough {
+            return Err(Error::bug("matrices of another product"));
+        }
         // SAFETY: the matrices lie in their buffers as the case says, which was what cuBLASLt was
-        // told; all work goes to one stream, so that the workspace has one user at a time.
+        // told, and are there until this has run (the module's head); all work goes to one stream, so
+        // that the workspace has one user at a time.
         unsafe { self.matmul.run(algorithm, stream, matrices.addresses(case), self.workspace) }
     }
 }

@@ -6,7 +6,7 @@
 //! is more; integers are exact. cuBLASLt gets the same values in a layout of its liking: sizes rounded up
 //! to 16 with zeros, operands contiguous along the depth.
 
-use crate::arms::{Matrices, Ours, Peer, describe, launch_all, planner_gpu};
+use crate::arms::{BoundOurs, Matrices, Ours, Peer, describe, planner_gpu};
 use crate::case::{Case, Place};
 use crate::record::ERROR_RATIO_MAX;
 use crate::support::{Digest, Support, relative_error, spread_samples};
@@ -15,7 +15,7 @@ use tilewright_base::{Error, Kind, Result};
 use tilewright_cuda::peer::CublasLt;
 use tilewright_cuda::{Buffer, Stream};
 use tilewright_kernels::gemm::{Candidate, Order, plan};
-use tilewright_launch::{BoundKernel, Loader, first_that_works};
+use tilewright_launch::{Loader, first_that_works};
 
 /// Rows that are compared at most; all of smaller results.
 const SAMPLES: u64 = 4096;
@@ -114,12 +114,12 @@ impl<'a> Checker<'a> {
     }
 
     /// The first candidate that loads and binds.
-    fn bind(
+    fn bind<'m>(
         &self,
         case: &Case,
-        matrices: &Matrices,
+        matrices: &'m Matrices,
         candidates: &[Candidate],
-    ) -> Result<(Ours, Vec<BoundKernel>, Vec<String>)> {
+    ) -> Result<(Ours, BoundOurs<'m>, Vec<String>)> {
         let taken = first_that_works(candidates, |candidate| {
             let ours = Ours::load(self.loader, self.stream, candidate)?;
             let bound = ours.bind(case, matrices)?;
@@ -138,8 +138,7 @@ impl<'a> Checker<'a> {
         let matrices = filled(stream, self.support, case)?;
         let (ours, bound, failures) = self.bind(case, &matrices, candidates)?;
         let how = describe(ours.candidate());
-        // SAFETY: matrices and plan live to the end of this function, which reads the result.
-        unsafe { launch_all(&bound, stream)? };
+        bound.launch(stream)?;
         let first = matrices.c.to_vec(stream)?;
         if let Some(wrong) = outside(case, &first, 0xff) {
             return Ok(Err(format!("{wrong}; {how}")));
@@ -155,8 +154,7 @@ impl<'a> Checker<'a> {
         }
         // Once more over other contents: what is not written, or added to what was there, differs.
         matrices.c.zero(stream)?;
-        // SAFETY: as above.
-        unsafe { launch_all(&bound, stream)? };
+        bound.launch(stream)?;
         let second = matrices.c.to_vec(stream)?;
         if let Some(wrong) = outside(case, &second, 0) {
             return Ok(Err(format!("{wrong}; {how}")));
@@ -217,8 +215,7 @@ impl<'a> Checker<'a> {
             Err(error) if error.kind() == Kind::Unsupported => return Ok(None),
             Err(error) => return Err(error),
         };
-        // SAFETY: the matrices live to the end of this function, which reads the result.
-        unsafe { arm.launch(0, self.stream, &whole, &matrices)? };
+        arm.launch(0, self.stream, &whole, &matrices)?;
         let samples = spread_samples(case, SAMPLES);
         let got = self.support.gather(self.stream, &part, &matrices.c, &samples)?;
         Ok(Some(relative_error(&got, exact)))
@@ -239,8 +236,7 @@ impl<'a> Checker<'a> {
             let mut digest: Option<Digest> = None;
             for time in 0..times {
                 matrices.c.poison(self.stream)?;
-                // SAFETY: matrices and plan outlive this loop, which waits for each run.
-                unsafe { launch_all(&bound, self.stream)? };
+                bound.launch(self.stream)?;
                 let next = self.support.digest(self.stream, &case.c, &matrices.c)?;
                 if digest.is_some_and(|first| first != next) {
                     let how = describe(ours.candidate());
@@ -269,8 +265,7 @@ impl<'a> Checker<'a> {
             let matrices = filled(self.stream, self.support, case)?;
             let (ours, bound, failures) = self.bind(case, &matrices, &candidates)?;
             let how = describe(ours.candidate());
-            // SAFETY: matrices and plan outlive this closure, which reads the result.
-            unsafe { launch_all(&bound, self.stream)? };
+            bound.launch(self.stream)?;
             let samples = spread_samples(case, 64);
             let exact =
                 self.support.reference(self.stream, case, [&matrices.a, &matrices.b], &samples)?;
@@ -281,8 +276,7 @@ impl<'a> Checker<'a> {
             }
             let first = self.support.digest(self.stream, &case.c, &matrices.c)?;
             matrices.c.zero(self.stream)?;
-            // SAFETY: as above.
-            unsafe { launch_all(&bound, self.stream)? };
+            bound.launch(self.stream)?;
             let second = self.support.digest(self.stream, &case.c, &matrices.c)?;
             Ok(if first == second {
                 Outcome::Passed(failures)

@@ -6,13 +6,12 @@
 //! the start and the end of a pass (or of several in a row, for short ones), divided by the products.
 //! Samples alternate A B, B A, ...; neighbours make a ratio.
 
-use crate::arms::{Matrices, Ours, Peer, launch_all};
+use crate::arms::{BoundOurs, Matrices, Ours, Pass, Peer};
 use crate::case::Case;
 use crate::support::{Support, relative_error, spread_samples};
 use std::time::{Duration, Instant};
 use tilewright_base::{Error, Result};
-use tilewright_cuda::{Event, GraphExec, Stream};
-use tilewright_launch::BoundKernel;
+use tilewright_cuda::{Event, Stream};
 
 /// Rows of a result that are compared with float64.
 const SAMPLES: u64 = 8;
@@ -125,30 +124,19 @@ impl Sets {
     }
 }
 
-/// A recorded pass: `count` products, each on the next set.
-fn record(
-    stream: &Stream,
-    count: usize,
-    launch: impl Fn(usize) -> Result<()>,
-) -> Result<GraphExec> {
-    stream.capture(|_| (0..count).try_for_each(&launch))?.instantiate()
-}
-
 /// An arm ready to be timed.
-struct Ready {
-    pass: GraphExec,
+struct Ready<'a> {
+    pass: Pass<'a>,
     products: usize,
     passes: usize,
 }
 
-impl Ready {
+impl Ready<'_> {
     /// Microseconds per product.
     fn sample(&self, stream: &Stream, events: &[Event; 2]) -> Result<f64> {
         events[0].record(stream)?;
         for _ in 0..self.passes {
-            // SAFETY: sets, plan and workspaces live longer than the graphs (`measure`), and all
-            // work goes to this stream.
-            unsafe { self.pass.launch(stream)? };
+            self.pass.launch(stream)?;
         }
         events[1].record(stream)?;
         events[1].synchronize()?;
@@ -194,15 +182,14 @@ pub fn measure(
     let case = &sets.case;
     let count = sets.sets.len();
     let events = [Event::new(stream.gpu())?, Event::new(stream.gpu())?];
-    let bound: Vec<Vec<BoundKernel>> =
+    let bound: Vec<BoundOurs<'_>> =
         sets.sets.iter().map(|set| ours.bind(case, set)).collect::<Result<_>>()?;
-    // SAFETY: sets, plan and workspaces live to the end of this function, which waits for its
-    // samples; all work goes to one stream.
-    let run_ours = |i: usize| unsafe { launch_all(&bound[i % count], stream) };
+    let run_ours = |i: usize| bound[i % count].launch(stream);
     let last = count - 1;
     let before = check(stream, support, sets, 0, || run_ours(0))?;
 
-    let mut our_pass = Ready { pass: record(stream, count, run_ours)?, products: count, passes: 1 };
+    let mut our_pass =
+        Ready { pass: Pass::record(stream, count, run_ours)?, products: count, passes: 1 };
     our_pass.sample(stream, &events)?;
     let first = our_pass.sample(stream, &events)?;
     our_pass.fit(first);
@@ -229,8 +216,7 @@ pub fn measure(
         }
     }
     let pass = &our_pass.pass;
-    // SAFETY: as above.
-    let after = check(stream, support, sets, last, || unsafe { pass.launch(stream) })?;
+    let after = check(stream, support, sets, last, || pass.launch(stream))?;
     let accuracy = |before: (f64, u64), after: (f64, u64)| Accuracy {
         errors: [before.0, after.0],
         unwritten: [before.1, after.1],
@@ -238,8 +224,7 @@ pub fn measure(
     let peer_measured = match (their, peer) {
         (Some(their), Some(peer)) => {
             let pass = &their.ready.pass;
-            // SAFETY: as above.
-            let after = check(stream, support, sets, last, || unsafe { pass.launch(stream) })?;
+            let after = check(stream, support, sets, last, || pass.launch(stream))?;
             Some(PeerMeasured {
                 arm: Arm { us: quartiles(&their_us), accuracy: accuracy(their.before, after) },
                 algorithms: peer.algorithms(),
@@ -264,36 +249,33 @@ pub fn measure(
 /// Time of our plan alone, per product: what a choice among plans needs.
 pub fn time_ours(stream: &Stream, sets: &Sets, ours: &Ours) -> Result<f64> {
     let count = sets.sets.len();
-    let bound: Vec<Vec<BoundKernel>> =
+    let bound: Vec<BoundOurs<'_>> =
         sets.sets.iter().map(|set| ours.bind(&sets.case, set)).collect::<Result<_>>()?;
-    // SAFETY: sets and plan outlive this function, which waits for its samples.
-    let run = |i: usize| unsafe { launch_all(&bound[i % count], stream) };
+    let run = |i: usize| bound[i % count].launch(stream);
     brief(stream, count, run, &[Event::new(stream.gpu())?, Event::new(stream.gpu())?])
 }
 
 /// The peer's best algorithm, ready.
-struct Chosen {
-    ready: Ready,
+struct Chosen<'a> {
+    ready: Ready<'a>,
     chosen: usize,
     favourite_us: f64,
     before: (f64, u64),
 }
 
 /// Times every algorithm that the peer proposes and keeps the best.
-fn choose(
-    stream: &Stream,
+fn choose<'a>(
+    stream: &'a Stream,
     support: &Support,
-    sets: &Sets,
-    peer: &Peer<'_>,
+    sets: &'a Sets,
+    peer: &'a Peer<'_>,
     events: &[Event; 2],
-) -> Result<Chosen> {
+) -> Result<Chosen<'a>> {
     let count = sets.sets.len();
     let mut times = Vec::new();
     let mut failure = None;
     for algorithm in 0..peer.algorithms() {
-        // SAFETY: as in `measure`.
-        let run =
-            |i: usize| unsafe { peer.launch(algorithm, stream, &sets.case, &sets.sets[i % count]) };
+        let run = |i: usize| peer.launch(algorithm, stream, &sets.case, &sets.sets[i % count]);
         // A first run outside a recording: kernels are loaded when they are first used.
         match run(0)
             .and_then(|()| stream.synchronize())
@@ -306,10 +288,9 @@ fn choose(
     let Some(&(best_us, chosen)) = times.iter().min_by(|a, b| a.0.total_cmp(&b.0)) else {
         return Err(failure.unwrap_or_else(|| Error::bug("no algorithm of cuBLASLt ran")));
     };
-    // SAFETY: as in `measure`.
-    let run = |i: usize| unsafe { peer.launch(chosen, stream, &sets.case, &sets.sets[i % count]) };
+    let run = move |i: usize| peer.launch(chosen, stream, &sets.case, &sets.sets[i % count]);
     let before = check(stream, support, sets, 0, || run(0))?;
-    let mut ready = Ready { pass: record(stream, count, run)?, products: count, passes: 1 };
+    let mut ready = Ready { pass: Pass::record(stream, count, run)?, products: count, passes: 1 };
     ready.fit(best_us);
     ready.sample(stream, events)?;
     let favourite_us = times.iter().find(|(_, a)| *a == 0).map_or(f64::NAN, |(us, _)| *us);
@@ -324,11 +305,11 @@ fn brief(
     events: &[Event; 2],
 ) -> Result<f64> {
     let mut ready =
-        Ready { pass: record(stream, sets.min(2), &run)?, products: sets.min(2), passes: 1 };
+        Ready { pass: Pass::record(stream, sets.min(2), &run)?, products: sets.min(2), passes: 1 };
     ready.sample(stream, events)?;
     let rough = ready.sample(stream, events)?;
     let products = ((2000.0 / rough.max(0.1)) as usize).clamp(1, sets);
-    ready = Ready { pass: record(stream, products, &run)?, products, passes: 1 };
+    ready = Ready { pass: Pass::record(stream, products, &run)?, products, passes: 1 };
     ready.fit(rough);
     let mut best = f64::INFINITY;
     for _ in 0..3 {

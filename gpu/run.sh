@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Tests, then measures, on this machine's GPU. From an unpacked archive of `make gpu-bundle`: no Rust needed.
+#
+#   gpu/run.sh [tests|triton|bench|all] [arguments for tw-gpu-test or tw-gpu-bench]      default: all
+#
+# tests:  the driver, launches, and matrix products of every kind, order, odd size, stride and batch
+# triton: the modules of gpu/triton, where PyTorch and Triton are installed
+# bench:  matrix products against cuBLASLt; a record under $RECORDS (default: records)
+#
+# Every part runs, whatever came of the one before; the exit code says whether all passed. Kernels are
+# compiled once and kept in $TILEWRIGHT_CACHE (default: .cache).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+part="${1:-all}"
+[ $# -eq 0 ] || shift
+case "$part" in tests | triton | bench | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
+
+for program in tw-gpu-bench tw-gpu-test cuda-gpu-tests launch-gpu-tests; do
+  [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
+done
+records="${RECORDS:-records}"
+cache="${TILEWRIGHT_CACHE:-$PWD/.cache}"
+mkdir -p "$records" "$cache"
+export TILEWRIGHT_COMMIT="${TILEWRIGHT_COMMIT:-$(cat COMMIT)}"
+# What is missing is a failure here, not a reason to skip.
+export TILEWRIGHT_REQUIRE_GPU=1 TILEWRIGHT_REQUIRE_NVRTC=1
+
+failed=()
+step() { # name, command...
+  local name="$1" start=$SECONDS
+  shift
+  printf '\n== %s\n' "$name"
+  if "$@"; then
+    printf '== %s: ok, %d s\n' "$name" $((SECONDS - start))
+  else
+    printf '== %s: FAILED after %d s\n' "$name" $((SECONDS - start))
+    failed+=("$name")
+  fi
+}
+
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,noheader || true
+if [ "$part" = tests ] || [ "$part" = all ]; then
+  step "driver" bin/cuda-gpu-tests --test-threads 1
+  step "launches" bin/launch-gpu-tests --test-threads 1
+  if [ "$part" = tests ]; then
+    step "products" bin/tw-gpu-test --cache "$cache" "$@"
+  else
+    step "products" bin/tw-gpu-test --cache "$cache"
+  fi
+fi
+if [ "$part" = triton ] || [ "$part" = all ]; then
+  if python3 -c 'import torch, triton' 2>/dev/null; then
+    step "Triton modules" python3 gpu/test_triton.py
+  else
+    printf '\n== Triton modules: not run, python3 has no torch with triton\n'
+  fi
+fi
+if [ "$part" = bench ] || [ "$part" = all ]; then
+  step "bench" bin/tw-gpu-bench --cache "$cache" --out "$records" "$@"
+fi
+if [ ${#failed[@]} -gt 0 ]; then
+  printf '\nfailed: %s\n' "$(IFS=,; echo "${failed[*]}")"
+  exit 1
+fi
+printf '\nall passed in %d s\n' "$SECONDS"
