@@ -22,7 +22,7 @@ const SCHEDULES: &[Row] = &[
     (DType::F32,    Math::Tf32,  ProductKind::MmaSync, (2, 2), [128,  64, 32],  4),
     (DType::F32,    Math::Tf32,  ProductKind::MmaSync, (2, 2), [ 64,  64, 16],  1),
     (DType::I8,     Math::Exact, ProductKind::MmaSync, (2, 2), [128, 128, 64], 16),
-    (DType::F8E4M3, Math::Exact, ProductKind::MmaSync, (2, 4), [128, 128, 64], 16),
+    (DType::F8E4M3, Math::Exact, ProductKind::MmaSync, (2, 2), [ 64,  64, 64], 16),
     (DType::F32,    Math::Exact, ProductKind::Fma,     (2, 4), [128, 128, 16],  4),
     (DType::F32,    Math::Exact, ProductKind::Fma,     (2, 4), [128, 256, 16],  4),
     (DType::F32,    Math::Exact, ProductKind::Fma,     (4, 2), [256, 128,  8],  4),
