@@ -19,8 +19,8 @@ use crate::streams::{Step, Stream, Value, pipeline};
 use std::sync::Arc;
 use tilewright_base::{Error, IdVec, Result};
 use tilewright_device::{
-    Arch, CLUSTER, CLUSTERS, Cond, Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread,
-    Stmt,
+    Arch, CLUSTER, CLUSTERS, Cond, Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile,
+    Spread, Stmt,
 };
 use tilewright_expr::Value as Constant;
 use tilewright_layout::Dim;
@@ -139,8 +139,9 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     each.extend(item);
     let mut role = over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), each);
     role.extend(finish.last);
-    let setup = if schedule.dependent { vec![Stmt::GridRelease, Stmt::GridWait] } else { Vec::new() };
-    Ok(Program {
+    let setup =
+        if schedule.dependent { vec![Stmt::GridRelease, Stmt::GridWait] } else { Vec::new() };
+    let program = Program {
         name: kernel.name.clone(),
         arch: schedule.arch,
         params: kernel.params.clone(),
@@ -167,7 +168,14 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             body: role,
         }],
         teardown: Vec::new(),
-    })
+    };
+    let (needs, has) = (program.smem_bytes(), schedule.arch.smem_bytes());
+    if needs > has {
+        return Err(Error::unsupported(format!(
+            "{needs} bytes of shared memory where a block has {has}"
+        )));
+    }
+    Ok(program)
 }
 
 /// Blocks of 4 along an axis whose neighbours are neighbours in shared memory, so that one load takes
@@ -210,6 +218,17 @@ fn check_shape(
         Spread::Outer { .. } => 8,
         _ => 256 / bits,
     };
+    // What a thread of plain multiply-adds holds: sums, and operands for 4 steps of lines along the
+    // depth, or for 2 steps otherwise.
+    if let Spread::Outer { threads_m, threads_n, .. } = spread {
+        let (m, n) = (rows / threads_m, b.cols / threads_n);
+        let registers = m * n
+            + m * if a.contiguous == 1 { 4 } else { 2 }
+            + n * if b.contiguous == 0 { 4 } else { 2 };
+        if registers > 210 {
+            return Err(Error::unsupported(format!("{registers} numbers per thread of a product")));
+        }
+    }
     let fits = a.rows == rows
         && rows.is_multiple_of(unit_m)
         && b.cols.is_multiple_of(unit_n)
@@ -228,7 +247,8 @@ fn check_shape(
 /// The ring's tiles of one stream.
 fn buffer(b: &mut Builder<'_>, stream: &Stream) -> SmemId {
     let param = &b.kernel.params[stream.view.param];
-    let same = b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == &*param.name).count();
+    let same =
+        b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == &*param.name).count();
     let suffix = if same == 0 { String::new() } else { format!("_{same}") };
     let smem = Smem {
         name: format!("s{}{suffix}", param.name),
@@ -243,7 +263,14 @@ fn buffer(b: &mut Builder<'_>, stream: &Stream) -> SmemId {
 }
 
 /// Starts copying a stream's tile of one step.
-fn copy(b: &Builder<'_>, stream: &Stream, smem: SmemId, ring: RingId, var: &Arc<str>, step: &Dim) -> Stmt {
+fn copy(
+    b: &Builder<'_>,
+    stream: &Stream,
+    smem: SmemId,
+    ring: RingId,
+    var: &Arc<str>,
+    step: &Dim,
+) -> Stmt {
     let axes = (stream.view.axes[0], stream.view.axes[1]);
     let along = if stream.contiguous == 1 { axes.1 } else { axes.0 };
     let lookup = |name: &str| (name == &**var).then(|| step.clone());

@@ -1,0 +1,127 @@
+//! Pipelined products compile for every architecture, keep their tiles in registers, and use no
+//! instruction that is newer than their architecture. Without NVRTC the first test says that it was
+//! skipped; with `TILEWRIGHT_REQUIRE_NVRTC=1` it fails instead.
+
+use tilewright_base::DType;
+use tilewright_cuda::{CompileRequest, Nvrtc};
+use tilewright_device::Arch;
+use tilewright_emit_cuda::Source;
+use tilewright_kernels::gemm::{GemmSpec, Math, Order};
+use tilewright_lower_gpu::{GpuSchedule, ProductKind, StoreKind, lower};
+
+/// Operand, arithmetic, warps, tile, elements of an access.
+type Row = (DType, Math, ProductKind, (u32, u32), [i64; 3], u32);
+
+#[rustfmt::skip] // One row per schedule.
+const SCHEDULES: &[Row] = &[
+    (DType::BF16,   Math::Exact, ProductKind::MmaSync, (2, 2), [128, 128, 32],  8),
+    (DType::BF16,   Math::Exact, ProductKind::MmaSync, (2, 4), [128, 256, 32],  8),
+    (DType::BF16,   Math::Exact, ProductKind::MmaSync, (1, 4), [ 16, 128, 64],  8),
+    (DType::BF16,   Math::Exact, ProductKind::MmaSync, (2, 2), [ 64,  64, 32],  1),
+    (DType::F16,    Math::Exact, ProductKind::MmaSync, (4, 1), [128,  64, 64],  8),
+    (DType::F32,    Math::Tf32,  ProductKind::MmaSync, (2, 2), [128,  64, 32],  4),
+    (DType::F32,    Math::Tf32,  ProductKind::MmaSync, (2, 2), [ 64,  64, 16],  1),
+    (DType::I8,     Math::Exact, ProductKind::MmaSync, (2, 2), [128, 128, 64], 16),
+    (DType::F8E4M3, Math::Exact, ProductKind::MmaSync, (2, 2), [ 64,  64, 64], 16),
+    (DType::F32,    Math::Exact, ProductKind::Fma,     (2, 4), [128, 128, 16],  4),
+    (DType::F32,    Math::Exact, ProductKind::Fma,     (2, 4), [128, 256, 16],  4),
+    (DType::F32,    Math::Exact, ProductKind::Fma,     (4, 2), [256, 128,  8],  4),
+    (DType::F32,    Math::Exact, ProductKind::Fma,     (2, 2), [ 64,  64,  8],  1),
+];
+
+fn sources(arch: Arch) -> Vec<(String, Source)> {
+    let mut out = Vec::new();
+    for &(dtype, math, product, warps, [bm, bn, bk], vector) in SCHEDULES {
+        if dtype.is_float() && dtype.bits() == 8 && arch < Arch::Sm89 {
+            continue;
+        }
+        for (a, b) in [(Order::Row, Order::Row), (Order::Row, Order::Col), (Order::Col, Order::Row)]
+        {
+            for store in [StoreKind::Direct, StoreKind::Staged] {
+                let sum = if dtype.is_float() { DType::F32 } else { DType::I32 };
+                let result = if dtype.bits() == 8 { sum } else { dtype };
+                let spec = GemmSpec { a, b, math, ..GemmSpec::plain(dtype, sum, result) };
+                let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
+                let stages = if arch == Arch::Sm89 { 2 } else { 3 };
+                let plain = GpuSchedule::pipelined(arch, product, warps, &tiles);
+                let schedule = GpuSchedule { store, vector, stages, ..plain };
+                let name = format!("{dtype} {a:?} {b:?} for {} under {schedule}", arch.name());
+                let lowered = lower(&spec.program("gemm"), &schedule);
+                // Wide blocks of plain multiply-adds with both operands along the depth need more
+                // registers than there are.
+                let wide = product == ProductKind::Fma
+                    && bm * bn > 128 * 128
+                    && (a, b) == (Order::Row, Order::Col);
+                assert_eq!(lowered.is_err(), wide, "{name}");
+                let Ok(program) = lowered else { continue };
+                tilewright_device::verify(&program).unwrap_or_else(|e| panic!("{name}: {e}"));
+                let source =
+                    tilewright_emit_cuda::emit(&program).unwrap_or_else(|e| panic!("{name}: {e}"));
+                out.push((name, source));
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn pipelined_products_compile_without_spills() {
+    let nvrtc = match Nvrtc::open(None) {
+        Ok(nvrtc) => nvrtc,
+        Err(error) => {
+            let required = std::env::var("TILEWRIGHT_REQUIRE_NVRTC").is_ok_and(|v| v == "1");
+            assert!(!required, "{error:?}");
+            eprintln!("skipped: no NVRTC");
+            return;
+        }
+    };
+    for (arch, major, minor) in [(Arch::Sm80, 8, 0), (Arch::Sm89, 8, 9), (Arch::Sm90a, 9, 0)] {
+        for (name, source) in sources(arch) {
+            let target = tilewright_cuda::Arch::of_device(major, minor);
+            let mut request = CompileRequest::new("gemm", source.text, target);
+            for (header, text) in tilewright_emit_cuda::headers() {
+                request = request.header(*header, *text);
+            }
+            let compiled = nvrtc
+                .compile(&request.option("-std=c++17").option("-default-device"))
+                .unwrap_or_else(|e| panic!("{name}: {e}\n{:#?}", e.notes()));
+            let used =
+                compiled.resources(&source.entry).unwrap_or_else(|| panic!("{name}: no figures"));
+            let spilled = used.spill_store_bytes + used.spill_load_bytes + used.stack_bytes;
+            assert_eq!(spilled, 0, "{name}: {used:?}");
+        }
+    }
+}
+
+/// The device library hides what sm_80 lacks; the kernel's own text must not ask for it.
+#[test]
+fn ampere_text_calls_nothing_of_hopper() {
+    for (name, source) in sources(Arch::Sm80) {
+        for call in
+            ["mbarrier", "tma_", "wgmma", "cluster_", "grid_wait", "grid_release", "registers_"]
+        {
+            assert!(!source.text.contains(&format!("tw::{call}")), "{name}: {call}");
+        }
+        assert!(source.text.contains("tw::copy_tile<"), "{name}");
+    }
+}
+
+/// FP8 came with sm_89, and plain multiply-adds do not round to TF32.
+#[test]
+fn what_an_architecture_lacks_is_refused() {
+    let tiles = [("BM", 64), ("BN", 64), ("BK", 64)];
+    let try_it = |spec: GemmSpec, product| {
+        let schedule = GpuSchedule::pipelined(Arch::Sm80, product, (2, 2), &tiles);
+        lower(&spec.program("gemm"), &schedule)
+            .and_then(|p| tilewright_emit_cuda::emit(&p))
+            .map(|_| ())
+    };
+    let f8 = GemmSpec::plain(DType::F8E4M3, DType::F32, DType::F32);
+    assert!(try_it(f8, ProductKind::MmaSync).is_err());
+    let exact = GemmSpec::plain(DType::F32, DType::F32, DType::F32);
+    let tf32 = GemmSpec { math: Math::Tf32, ..exact.clone() };
+    assert!(try_it(exact.clone(), ProductKind::MmaSync).is_err());
+    assert!(try_it(tf32.clone(), ProductKind::Fma).is_err());
+    assert!(try_it(tf32, ProductKind::MmaSync).is_ok());
+    assert!(try_it(exact, ProductKind::Fma).is_ok());
+}
