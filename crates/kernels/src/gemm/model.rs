@@ -102,3 +102,29 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     // taken; walking order is a matter for measurement.
     busy.max(memory) + 1e-3 * busy.min(memory) + 1e-6 * (f64::from(s.raster) - 8.0).abs()
 }
+
+/// Microseconds of plain multiply-adds: the arithmetic units at full rate but for what each step of the depth
+/// exposes, in whole waves of blocks.
+pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
+    let p = &gpu.model;
+    let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
+    let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
+    let threads = f64::from(s.warps.0 * s.warps.1 * 32);
+    let sums = (bm * bn) as f64 / threads;
+    // Blocks that registers let live on one multiprocessor.
+    let together = (65536.0 / threads / (sums + 90.0).min(255.0)).floor().clamp(1.0, 8.0);
+    let tiles = ceil(shape.m, bm) * ceil(shape.n, bn) * shape.batch;
+    let per_sm = ceil(tiles, i64::from(gpu.sms)) as f64;
+    let steps = ceil(shape.k, bk) as f64;
+    let flops = (bm * bn * bk) as f64 * 2.0;
+    // Small register tiles read shared memory more often than they multiply.
+    let side = sums.sqrt();
+    let issue = flops / gpu.f32_flops_per_clock * (1.0 + 1.2 / side);
+    let exposed = (p.load_latency_clocks / f64::from(s.stages * 4) + 150.0) / together.min(per_sm).max(1.0);
+    let clocks = per_sm * steps * (issue + exposed);
+    let bytes = ((shape.m * shape.k + shape.k * shape.n) * shape.operand_bytes
+        + shape.m * shape.n * shape.result_bytes) as f64
+        * shape.batch as f64;
+    let memory = bytes / p.stream_bytes_per_s * 1e6;
+    (clocks / 1.9e3).max(memory) + p.launch_us + p.stream_start_us
+}

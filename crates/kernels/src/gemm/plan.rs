@@ -1,9 +1,9 @@
 //! From a problem to steps.
 
-use crate::gemm::model::{Shape, estimate};
+use crate::gemm::model::{Shape, estimate, estimate_multiply_add};
 use crate::gemm::problem::Problem;
 use crate::gemm::program::{GemmSpec, Math, Order, copy_program};
-use crate::gemm::space::space;
+use crate::gemm::space::{multiply_add_space, space};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_layout::Env;
@@ -148,6 +148,22 @@ struct Choice {
     schedule: GpuSchedule,
 }
 
+/// Elements of one plain access that every operand's alignment allows: 1, 2 or 4.
+fn access_vector(p: &Problem, o: &Oriented) -> u32 {
+    let fits = |n: i64, size: i64, leading: i64, stride: i64, align: i64| {
+        align % (n * size) == 0 && leading % n == 0 && (p.batch == 1 || stride % n == 0)
+    };
+    let (size, out) = (p.operand_bytes(), p.result_bytes());
+    [4, 2]
+        .into_iter()
+        .find(|n| {
+            fits(*n, size, o.leading.0, o.stride.0, o.align.0)
+                && fits(*n, size, o.leading.1, o.stride.1, o.align.1)
+                && fits(*n, out, o.leading.2, o.stride.2, o.align.2)
+        })
+        .map_or(1, |n| n as u32)
+}
+
 /// Ways to compute `problem`, best first by the time model, at most `most` of them.
 ///
 /// # Errors
@@ -159,9 +175,6 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
     }
     if problem.k == 0 {
         return Err(Error::unsupported("a product over an empty sum (k = 0)"));
-    }
-    if problem.operand == DType::F32 && problem.precision == crate::gemm::Precision::F32 {
-        return Err(Error::unsupported("f32 products by plain multiply-adds"));
     }
     let orientations = [orient(problem, false), orient(problem, true)];
     let mut ranked = Vec::new();
@@ -198,6 +211,24 @@ fn needs_copy(p: &Problem, o: &Oriented, operand: usize) -> bool {
 /// Scores every schedule of one orientation.
 fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Choice>) {
     let size = p.operand_bytes();
+    if p.operand == DType::F32 && o.spec.math == Math::Exact {
+        // Plain multiply-adds read any layout.
+        let shape = Shape {
+            m: o.m,
+            n: o.n,
+            k: p.k,
+            batch: p.batch,
+            splits: 1,
+            products: 1,
+            operand_bytes: size,
+            result_bytes: p.result_bytes(),
+        };
+        for schedule in multiply_add_space(access_vector(p, o)) {
+            let estimate_us = estimate_multiply_add(gpu, &schedule, &shape);
+            ranked.push(Choice { estimate_us, orientation: index, splits: 1, schedule });
+        }
+        return;
+    }
     let parts = if o.spec.math == Math::Tf32x3 { 2 } else { 1 };
     let mut copies_us = 0.0;
     let mut spec = o.spec.clone();

@@ -3,7 +3,8 @@
 
 use crate::gemm::program::GemmSpec;
 use tilewright_base::DType;
-use tilewright_lower_gpu::{GpuSchedule, Mode, StoreKind};
+use tilewright_device::Arch;
+use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind};
 
 /// Shared memory that a block may use on Hopper, less what barriers take.
 const SMEM_BYTES: i64 = (227 << 10) - 256;
@@ -98,6 +99,35 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                         }
                     }
                 }
+            }
+        }
+    }
+    out
+}
+
+/// Schedules of plain f32 multiply-adds, for operands in any layout. `vector` is how many elements one access
+/// may take.
+pub(super) fn multiply_add_space(vector: u32) -> Vec<GpuSchedule> {
+    let mut out = Vec::new();
+    // Tile, warps. Each thread holds 8 x 16, 8 x 8 or 4 x 4 sums.
+    let shapes = [
+        (128, 256, (2, 4)),
+        (128, 128, (2, 4)),
+        (128, 128, (4, 2)),
+        (64, 128, (2, 4)),
+        (64, 64, (2, 4)),
+        (64, 64, (2, 2)),
+        (32, 64, (2, 2)),
+    ];
+    for (bm, bn, warps) in shapes {
+        for bk in [16, 32] {
+            for stages in [3, 2] {
+                let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
+                let mut s = GpuSchedule::pipelined(Arch::Sm90a, ProductKind::Fma, warps, &tiles);
+                s.stages = stages;
+                s.vector = vector;
+                s.raster = 8;
+                out.push(s);
             }
         }
     }
