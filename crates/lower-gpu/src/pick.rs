@@ -111,7 +111,7 @@ fn accesses<'a>(
     }
 }
 
-fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>) -> Result<Shape> {
+fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> Result<Shape> {
     let directions = directions(kernel)?;
     let value = |d: &Dim| {
         d.eval_with(size).ok_or_else(|| Error::bug(format!("{d} of {} has no value", kernel.name)))
@@ -122,7 +122,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>) -> Result<Shape> {
         rows: 1,
         cols: 1,
         vector: 16,
-        aligned: 16,
+        aligned,
         whole: reduces_outside_loops(&kernel.body),
         reduces: directions.reduces,
         planes: 1,
@@ -179,10 +179,7 @@ fn power_of_two_from(x: i64) -> i64 {
 }
 
 impl GpuSchedule {
-    /// A schedule for a program without products; `size` gives the values of its size symbols. Base
-    /// addresses are taken to be multiples of 16 bytes. `None` when a row that the tile must hold has
-    /// more elements than the
-    /// registers of a block hold.
+    /// As [`GpuSchedule::lines_for_addresses`], for tensors that start at multiples of 16 bytes.
     ///
     /// # Errors
     /// A size without a value; a program that has no rows and columns.
@@ -191,7 +188,22 @@ impl GpuSchedule {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<Option<GpuSchedule>> {
-        let s = shape(kernel, size)?;
+        GpuSchedule::lines_for_addresses(kernel, arch, size, 16)
+    }
+
+    /// A schedule for a program without products; `size` gives the values of its size symbols. Every tensor
+    /// starts at a multiple of `aligned` of its elements (a power of two), or of 16 bytes. `None` when a row
+    /// that the tile must hold has more elements than the registers of a block hold.
+    ///
+    /// # Errors
+    /// A size without a value; a program that has no rows and columns.
+    pub fn lines_for_addresses(
+        kernel: &Kernel,
+        arch: Arch,
+        size: &dyn Fn(&str) -> Option<i64>,
+        aligned: i64,
+    ) -> Result<Option<GpuSchedule>> {
+        let s = shape(kernel, size, aligned)?;
         let runs = (s.cols + s.vector - 1) / s.vector;
         // With a single row, what varies along columns alone is as large as the rest.
         let (planes, vectors) =

@@ -100,11 +100,52 @@ fn addressable(p: &Problem, size: i64, leading: i64, stride: i64, align: i64) ->
     align % 16 == 0 && leading * size % 16 == 0 && (p.batch == 1 || stride * size % 16 == 0)
 }
 
-/// Elements of the result that one plain store may take: 1 or 2.
+/// The contiguous extents and the strides of a matrix: what runs of elements must divide.
+struct Line {
+    size: i64,
+    extent: i64,
+    leading: i64,
+    stride: i64,
+    align: i64,
+}
+
+impl Line {
+    /// Whether accesses of `n` elements stay aligned and end with the line.
+    fn takes(&self, n: i64, batch: i64) -> bool {
+        self.align % (n * self.size) == 0
+            && self.extent % n == 0
+            && self.leading % n == 0
+            && (batch == 1 || self.stride % n == 0)
+    }
+}
+
+/// Lines of `A`, `B` and `C`.
+fn lines_of(p: &Problem, o: &Oriented) -> [Line; 3] {
+    let pick = |order: Order, rows: i64, cols: i64| if order == Order::Row { cols } else { rows };
+    let (size, out) = (p.operand_bytes(), p.result_bytes());
+    let line = |size, extent, leading, stride, align| Line { size, extent, leading, stride, align };
+    [
+        line(size, pick(o.spec.a, o.m, p.k), o.leading.0, o.stride.0, o.align.0),
+        line(size, pick(o.spec.b, p.k, o.n), o.leading.1, o.stride.1, o.align.1),
+        line(out, pick(o.spec.c, o.m, o.n), o.leading.2, o.stride.2, o.align.2),
+    ]
+}
+
+/// Elements of the result (and of vectors along its columns) that one plain access may take: 1 or 2.
 fn result_vector(p: &Problem, o: &Oriented) -> u32 {
-    let bytes = p.result_bytes();
-    let even = o.leading.2 % 2 == 0 && (p.batch == 1 || o.stride.2 % 2 == 0);
-    u32::from(even && o.align.2 % (2 * bytes) == 0) + 1
+    u32::from(lines_of(p, o)[2].takes(2, p.batch) && o.n % 2 == 0) + 1
+}
+
+/// Elements of one plain access that every matrix allows: 1, 2 or 4.
+fn access_vector(p: &Problem, o: &Oriented) -> u32 {
+    let lines = lines_of(p, o);
+    let fits = |n: &i64| lines.iter().all(|l| l.takes(*n, p.batch)) && o.n % n == 0;
+    [4, 2].into_iter().find(fits).map_or(1, |n| n as u32)
+}
+
+/// Elements, a power of two up to 16, of which an address with this alignment is a multiple.
+fn aligned_elements(align: i64, size: i64) -> i64 {
+    [16, 8, 4, 2].into_iter().find(|n| align % (n * size) == 0).unwrap_or(1)
 }
 
 /// Parts that the depth may be cut into.
@@ -146,22 +187,6 @@ struct Choice {
     orientation: usize,
     splits: i64,
     schedule: GpuSchedule,
-}
-
-/// Elements of one plain access that every operand's alignment allows: 1, 2 or 4.
-fn access_vector(p: &Problem, o: &Oriented) -> u32 {
-    let fits = |n: i64, size: i64, leading: i64, stride: i64, align: i64| {
-        align % (n * size) == 0 && leading % n == 0 && (p.batch == 1 || stride % n == 0)
-    };
-    let (size, out) = (p.operand_bytes(), p.result_bytes());
-    [4, 2]
-        .into_iter()
-        .find(|n| {
-            fits(*n, size, o.leading.0, o.stride.0, o.align.0)
-                && fits(*n, size, o.leading.1, o.stride.1, o.align.1)
-                && fits(*n, out, o.leading.2, o.stride.2, o.align.2)
-        })
-        .map_or(1, |n| n as u32)
 }
 
 /// Ways to compute `problem`, best first by the time model, at most `most` of them.
@@ -292,9 +317,9 @@ fn sizes(pairs: &[(&str, i64)]) -> Env {
 }
 
 /// A step without products.
-fn lines(kernel: Kernel, sizes: Env, operands: Vec<Place>) -> Result<Step> {
+fn lines(kernel: Kernel, sizes: Env, operands: Vec<Place>, aligned: i64) -> Result<Step> {
     let lookup = |name: &str| sizes.get(name).copied();
-    let schedule = GpuSchedule::lines_for(&kernel, Arch::Sm90a, &lookup)?
+    let schedule = GpuSchedule::lines_for_addresses(&kernel, Arch::Sm90a, &lookup, aligned)?
         .ok_or_else(|| Error::bug(format!("no schedule for {}", kernel.name)))?;
     Ok(Step { kernel, schedule, sizes, operands })
 }
@@ -333,7 +358,8 @@ fn prepare(
     }
     let mut operands = vec![place, high];
     operands.extend(low);
-    steps.push(lines(kernel, sizes(&values), operands)?);
+    let aligned = aligned_elements(pick(o.align), size);
+    steps.push(lines(kernel, sizes(&values), operands, aligned)?);
     Ok(Ready { place: high, low, order: to, leading: padded, stride: matrix })
 }
 
@@ -397,7 +423,8 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
             view.epilogue = spec.epilogue.transposed();
         }
         operands.extend(extras(&view, o.swapped != column_major));
-        steps.push(lines(kernel, sizes(&values), operands)?);
+        let aligned = aligned_elements(o.align.2, p.result_bytes());
+        steps.push(lines(kernel, sizes(&values), operands, aligned)?);
     }
     Ok(Candidate { steps, workspace_bytes: workspace.bytes, estimate_us: choice.estimate_us })
 }

@@ -44,7 +44,8 @@ pub struct Problem {
     pub leading: (i64, i64, i64),
     /// Distances between the batches of `A`, `B`, `C`.
     pub stride: (i64, i64, i64),
-    /// Alignment of the addresses of `A`, `B`, `C`, in bytes.
+    /// Alignment of the addresses of `A`, `B`, `C`, in bytes. What the epilogue reads is aligned as `C`, and
+    /// a residual has its strides.
     pub align: (i64, i64, i64),
     /// What happens to the sums.
     pub epilogue: Epilogue,
