@@ -170,6 +170,42 @@ mod tests {
     }
 
     #[test]
+    fn what_is_planned_for_the_benchmark_can_be_emitted() {
+        use crate::{arms, case};
+        let gpu = tilewright_target::Gpu::h200();
+        let text = include_str!("../../../bench/gemm_shapes.txt");
+        let cases = case::read_list("bench", text, &[]).unwrap();
+        let mut planned = 0;
+        for case in &cases {
+            let what = format!("{} {}", case.numbers.name, case.shape_text());
+            match tilewright_kernels::gemm::plan(&case.problem(), &gpu, 5) {
+                Ok(candidates) => {
+                    let emit = |candidate| -> tilewright_base::Result<()> {
+                        let programs = arms::programs(candidate)?;
+                        programs.iter().try_for_each(|p| tilewright_emit_cuda::emit(p).map(|_| ()))
+                    };
+                    let taken = tilewright_launch::first_that_works(&candidates, emit)
+                        .unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                    for (failure, candidate) in taken.failures.iter().zip(&candidates) {
+                        println!("{what} gave way: {failure}; {}", arms::describe(candidate));
+                    }
+                    planned += 1;
+                }
+                Err(error) => {
+                    assert_eq!(
+                        error.kind(),
+                        tilewright_base::Kind::Unsupported,
+                        "{what}: {error:?}"
+                    );
+                    println!("{what} {}: {}", case.orders_text(), error.message());
+                }
+            }
+        }
+        println!("{planned} of {} planned", cases.len());
+        assert!(planned * 2 > cases.len(), "{planned} of {} planned", cases.len());
+    }
+
+    #[test]
     fn the_planner_takes_every_case_or_says_why_not() {
         let gpu = tilewright_target::Gpu::h200();
         for name in ["bf16", "i8"] {

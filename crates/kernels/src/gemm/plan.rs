@@ -5,10 +5,10 @@ use crate::gemm::problem::Problem;
 use crate::gemm::program::{GemmSpec, Math, Order, copy_program};
 use crate::gemm::space::{multiply_add_space, space};
 use std::sync::Arc;
-use tilewright_base::{DType, Error, Result};
+use tilewright_base::{DType, Error, Kind, Result};
 use tilewright_layout::Env;
 use tilewright_device::Arch;
-use tilewright_lower_gpu::{GpuSchedule, StoreKind};
+use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
 use tilewright_target::Gpu;
 use tilewright_tile::Kernel;
 
@@ -211,11 +211,19 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
         let time = a.estimate_us.total_cmp(&b.estimate_us);
         time.then_with(|| key(a).cmp(&key(b))).then_with(|| a.schedule.cmp(&b.schedule))
     });
-    let out: Vec<Candidate> = ranked
-        .into_iter()
-        .take(most)
-        .map(|choice| build(problem, &orientations[choice.orientation], choice))
-        .collect::<Result<_>>()?;
+    let mut out = Vec::new();
+    for choice in ranked {
+        if out.len() >= most {
+            break;
+        }
+        let candidate = build(problem, &orientations[choice.orientation], choice)?;
+        // The space is a list of what should be legal; the lowering has the last word.
+        match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
+            Ok(()) => out.push(candidate),
+            Err(e) if e.kind() == Kind::Unsupported => {}
+            Err(e) => return Err(e),
+        }
+    }
     if out.is_empty() {
         return Err(Error::unsupported(format!("{} products of this form", problem.operand)));
     }
