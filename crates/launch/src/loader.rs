@@ -135,7 +135,10 @@ impl fmt::Debug for Loader {
 fn request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
     let request = CompileRequest::new(program.name.clone(), source.text.clone(), arch)
         .option("-std=c++17")
-        .option("-default-device");
+        .option("-default-device")
+        // Scalar functions are printed for arithmetic without contraction: splitting a number into parts
+        // (TF32) and the numerics contract depend on it. Products are written as fma.
+        .option("-fmad=false");
     headers().iter().fold(request, |request, (name, text)| request.header(*name, *text))
 }
 

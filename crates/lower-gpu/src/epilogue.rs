@@ -11,8 +11,8 @@ use crate::streams::{Defs, definitions, extents};
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{
-    Extent, Frag, FragId, FragRef, MapId, Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt, Swizzle,
-    TensorMap,
+    Extent, Frag, FragId, FragRef, MapId, Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
+    Swizzle, TensorMap,
 };
 use tilewright_layout::Dim;
 use tilewright_tile::{ParamId, TileId, TileOp};
@@ -207,6 +207,9 @@ fn chunk_columns(b: &Builder<'_>, param: ParamId, tile_cols: u32) -> u32 {
     widest
         .chain(least)
         .find(|c| tile_cols.is_multiple_of(*c) && c.is_multiple_of(share))
+        .or_else(|| {
+            (1..=64).rev().find(|c| tile_cols.is_multiple_of(*c) && c.is_multiple_of(share))
+        })
         .unwrap_or(tile_cols)
 }
 
@@ -225,7 +228,8 @@ fn stage_lines(
     let vector = access_elements(b, param, axes.1);
     let threads = b.schedule.warps.0 * b.schedule.warps.1 * 32;
     let lanes = chunk / vector;
-    let even = lanes.is_power_of_two() && lanes <= threads && b.rows.is_multiple_of(threads / lanes);
+    let even =
+        lanes.is_power_of_two() && lanes <= threads && b.rows.is_multiple_of(threads / lanes);
     if !p.layout.axes[axes.1].stride.is(1) || !chunk.is_multiple_of(vector) || !even {
         return Ok(None);
     }
@@ -272,7 +276,9 @@ fn stage(
     let contiguous = match (unit(axes.0), unit(axes.1)) {
         (_, true) => 1,
         (true, _) => 0,
-        _ => return Err(Error::unsupported(format!("{name} has no contiguous axis to store along"))),
+        _ => {
+            return Err(Error::unsupported(format!("{name} has no contiguous axis to store along")));
+        }
     };
     let size = dtype.bits() / 8;
     let (swizzle, box_rows) = if contiguous == 1 {
@@ -301,7 +307,8 @@ fn stage(
         swizzle,
         slots: b.schedule.store_slots.max(1),
     });
-    let ring = b.rings.push(Ring { name: format!("out_{name}"), stages: b.schedule.store_slots.max(1) });
+    let ring =
+        b.rings.push(Ring { name: format!("out_{name}"), stages: b.schedule.store_slots.max(1) });
     Ok(Staging { smem, map, ring, box_rows })
 }
 
@@ -314,7 +321,8 @@ fn store_axes(
 ) -> Result<(TileId, (usize, usize))> {
     let shape = extents(b.kernel, value)?;
     let name = &b.kernel.params[param].name;
-    let fail = || Error::unsupported(format!("a store to {name} that is not of a tile of two axes"));
+    let fail =
+        || Error::unsupported(format!("a store to {name} that is not of a tile of two axes"));
     let kept: Vec<usize> = (0..shape.len()).filter(|i| shape[*i] != 1).collect();
     let tile = match defs.get(&value) {
         Some(TileOp::Reshape(x)) if extents(b.kernel, *x)?.len() == 2 => *x,
@@ -434,9 +442,8 @@ impl Evaluator<'_, '_> {
     /// An operand of an elementwise step on a tile of two axes.
     fn operand(&mut self, arg: &tilewright_tile::Operand) -> Result<FragRef> {
         let shape = extents(self.b.kernel, arg.tile)?;
-        let along = |axis: usize| {
-            arg.along.iter().position(|a| *a == axis).filter(|i| shape[*i] != 1)
-        };
+        let along =
+            |axis: usize| arg.along.iter().position(|a| *a == axis).filter(|i| shape[*i] != 1);
         match (along(0), along(1)) {
             (Some(_), Some(_)) => self.tile(arg.tile),
             (rows, None) => self.vector(arg.tile, rows, Extent::PerRow),
@@ -472,7 +479,10 @@ impl Evaluator<'_, '_> {
             TileOp::Full(value) => self.push(extent, Stmt::Fill { dst: frag.clone(), value }),
             TileOp::Iota { start, .. } => {
                 let n = usize::from(extent == Extent::PerCol);
-                self.push(extent, Stmt::Iota { dst: frag.clone(), axis: n, start: start + &offset });
+                self.push(
+                    extent,
+                    Stmt::Iota { dst: frag.clone(), axis: n, start: start + &offset },
+                );
             }
             TileOp::Map { func, args } => {
                 let mut operands = Vec::new();

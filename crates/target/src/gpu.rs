@@ -87,7 +87,7 @@ impl Gpu {
                 shared_factor: 1.191,
                 shared_write_share: 0.3,
                 step_clocks: 0.0,
-                lone_consumer_clocks: 0.0,
+                lone_consumer_clocks: 15.0,
                 l2_bytes_per_clock: 75.6,
                 multicast_saving: 0.317,
                 load_latency_clocks: 2540.0,

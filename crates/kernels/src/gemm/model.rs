@@ -54,7 +54,14 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         tiles_n = ceil(tiles_n, cluster);
     }
     let items = tiles_m * tiles_n * shape.batch * shape.splits;
-    let slots = i64::from(p.clusters_at_once[match cluster { 1 => 0, 2 => 1, _ => 2 }]).max(1);
+    let slots = i64::from(
+        p.clusters_at_once[match cluster {
+            1 => 0,
+            2 => 1,
+            _ => 2,
+        }],
+    )
+    .max(1);
     let per_block = ceil(items, slots) as f64;
     let active = (items.min(slots) * cluster) as f64;
     let steps = ceil(ceil(shape.k, bk), shape.splits) as f64;
@@ -113,14 +120,15 @@ pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -
     let sums = (bm * bn) as f64 / threads;
     // Blocks that registers let live on one multiprocessor.
     let together = (65536.0 / threads / (sums + 90.0).min(255.0)).floor().clamp(1.0, 8.0);
-    let tiles = ceil(shape.m, bm) * ceil(shape.n, bn) * shape.batch;
+    let tiles = ceil(shape.m, bm) * ceil(shape.n, bn) * shape.batch * shape.splits;
     let per_sm = ceil(tiles, i64::from(gpu.sms)) as f64;
-    let steps = ceil(shape.k, bk) as f64;
+    let steps = ceil(ceil(shape.k, bk), shape.splits) as f64;
     let flops = (bm * bn * bk) as f64 * 2.0;
     // Small register tiles read shared memory more often than they multiply.
     let side = sums.sqrt();
     let issue = flops / gpu.f32_flops_per_clock * (1.0 + 1.2 / side);
-    let exposed = (p.load_latency_clocks / f64::from(s.stages * 4) + 150.0) / together.min(per_sm).max(1.0);
+    // What a block exposes between steps, other blocks of the multiprocessor hide in part.
+    let exposed = 300.0 / together.min(per_sm).max(1.0);
     let clocks = per_sm * steps * (issue + exposed);
     let bytes = ((shape.m * shape.k + shape.k * shape.n) * shape.operand_bytes
         + shape.m * shape.n * shape.result_bytes) as f64

@@ -6,8 +6,8 @@ use crate::gemm::program::{GemmSpec, Math, Order, copy_program};
 use crate::gemm::space::{multiply_add_space, space};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Kind, Result};
-use tilewright_layout::Env;
 use tilewright_device::Arch;
+use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
 use tilewright_target::Gpu;
 use tilewright_tile::Kernel;
@@ -100,6 +100,13 @@ fn addressable(p: &Problem, size: i64, leading: i64, stride: i64, align: i64) ->
     align % 16 == 0 && leading * size % 16 == 0 && (p.batch == 1 || stride * size % 16 == 0)
 }
 
+/// Whether the copy engine can store the result: it writes whole units of 16 bytes, so lines must end with one.
+fn stores_by_engine(p: &Problem, o: &Oriented) -> bool {
+    let size = p.result_bytes();
+    let line = if o.spec.c == Order::Row { o.n } else { o.m };
+    line * size % 16 == 0 && addressable(p, size, o.leading.2, o.stride.2, o.align.2)
+}
+
 /// The contiguous extents and the strides of a matrix: what runs of elements must divide.
 struct Line {
     size: i64,
@@ -149,7 +156,7 @@ fn aligned_elements(align: i64, size: i64) -> i64 {
 }
 
 /// Parts that the depth may be cut into.
-const SPLITS: [i64; 9] = [2, 3, 4, 5, 6, 8, 12, 16, 24];
+const SPLITS: [i64; 12] = [2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64];
 /// Time of a further small launch, in microseconds.
 const EXTRA_LAUNCH_US: f64 = 2.0;
 /// Workspace regions start at multiples of this.
@@ -235,10 +242,20 @@ fn needs_copy(p: &Problem, o: &Oriented, operand: usize) -> bool {
     let pick = |t: (i64, i64, i64)| if operand == 0 { t.0 } else { t.1 };
     let size = p.operand_bytes();
     let k_major = if operand == 0 { o.spec.a == Order::Row } else { o.spec.b == Order::Col };
+    if p.operand == DType::F32 && o.spec.math == Math::Exact {
+        // Plain multiply-adds read any layout.
+        return false;
+    }
     // Only 16-bit types may have their depth along the strided axis.
     o.spec.math == Math::Tf32x3
         || !(k_major || p.operand.bits() == 16)
         || !addressable(p, size, pick(o.leading), pick(o.stride), pick(o.align))
+}
+
+/// Time of adding up the parts of the depth; parts of this size stay in the second-level cache.
+fn sum_us(p: &Problem, gpu: &Gpu, o: &Oriented, splits: i64) -> f64 {
+    let bytes = (o.m * o.n) as f64 * (4.0 * splits as f64 + p.result_bytes() as f64);
+    bytes / (2.0 * gpu.copy_bytes_per_s) * 1e6 + EXTRA_LAUNCH_US
 }
 
 /// Scores every schedule of one orientation.
@@ -258,6 +275,21 @@ fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Cho
         };
         for schedule in multiply_add_space(access_vector(p, o)) {
             let estimate_us = estimate_multiply_add(gpu, &schedule, &shape);
+            let tile = |name: &str| schedule.tiles.get(name).copied().unwrap_or(1);
+            let tiles =
+                ((o.m + tile("BM") - 1) / tile("BM")) * ((o.n + tile("BN") - 1) / tile("BN"));
+            let steps = (p.k + tile("BK") - 1) / tile("BK");
+            for splits in SPLITS {
+                let few = tiles * splits <= 4 * i64::from(gpu.sms);
+                if p.batch != 1 || splits * 8 > steps || !few {
+                    break;
+                }
+                let part = Shape { splits, ..shape };
+                let estimate_us =
+                    estimate_multiply_add(gpu, &schedule, &part) + sum_us(p, gpu, o, splits);
+                let schedule = schedule.clone();
+                ranked.push(Choice { estimate_us, orientation: index, splits, schedule });
+            }
             ranked.push(Choice { estimate_us, orientation: index, splits: 1, schedule });
         }
         return;
@@ -272,8 +304,7 @@ fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Cho
             if operand == 0 { spec.a = Order::Row } else { spec.b = Order::Col }
         }
     }
-    let tma = addressable(p, p.result_bytes(), o.leading.2, o.stride.2, o.align.2);
-    let store = if tma { StoreKind::Tma } else { StoreKind::Direct };
+    let store = if stores_by_engine(p, o) { StoreKind::Tma } else { StoreKind::Direct };
     let shape = |splits| Shape {
         m: o.m,
         n: o.n,
@@ -304,7 +335,10 @@ fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Cho
         let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
         let tiles = ((o.m + bm - 1) / bm) * ((o.n + bn - 1) / bn);
         let steps = (p.k + bk - 1) / bk;
-        if schedule.raster != 8 || tiles * 2 > i64::from(gpu.sms) || schedule.mode != tilewright_lower_gpu::Mode::Cooperative {
+        if schedule.raster != 8
+            || tiles * 2 > i64::from(gpu.sms)
+            || schedule.mode != tilewright_lower_gpu::Mode::Cooperative
+        {
             continue;
         }
         for splits in SPLITS {
@@ -312,10 +346,7 @@ fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Cho
             if splits * 4 > steps || tiles * splits > 2 * i64::from(gpu.sms) {
                 break;
             }
-            let bytes = (o.m * o.n) as f64 * (4.0 * splits as f64 + p.result_bytes() as f64);
-            // Parts of this size stay in the second-level cache.
-            let sum_us = bytes / (2.0 * gpu.copy_bytes_per_s) * 1e6 + EXTRA_LAUNCH_US;
-            add(splits, schedule.clone(), sum_us);
+            add(splits, schedule.clone(), sum_us(p, gpu, o, splits));
         }
     }
 }
@@ -358,7 +389,8 @@ fn prepare(
     let high = workspace.take(bytes);
     let low = parts.then(|| workspace.take(bytes));
     // Lines are contiguous in the copy: for the right operand that is the transposed view.
-    let (r, c, from) = if to == Order::Row { (rows, cols, order) } else { (cols, rows, flip(order)) };
+    let (r, c, from) =
+        if to == Order::Row { (rows, cols, order) } else { (cols, rows, flip(order)) };
     let kernel = copy_program("copy", p.operand, from, Order::Row, p.batch != 1, parts);
     let mut values = vec![("R", r), ("C", c), ("ldx", leading), ("ldy", padded)];
     if p.batch != 1 {

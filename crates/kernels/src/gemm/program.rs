@@ -182,8 +182,10 @@ impl GemmSpec {
         let (bm, bn, bk) = (k.tile("BM"), k.tile("BN"), k.tile("BK"));
         let (m, n, depth) = (Dim::sym("M"), Dim::sym("N"), Dim::sym("K"));
         let batch = |s: &'static str| self.batched.then_some(s);
-        let a = k.param("A", self.operand, matrix("M", "K", self.a, "lda", batch("sa")), Access::In);
-        let b = k.param("B", self.operand, matrix("K", "N", self.b, "ldb", batch("sb")), Access::In);
+        let a =
+            k.param("A", self.operand, matrix("M", "K", self.a, "lda", batch("sa")), Access::In);
+        let b =
+            k.param("B", self.operand, matrix("K", "N", self.b, "ldb", batch("sb")), Access::In);
         let low = (self.math == Math::Tf32x3).then(|| {
             let a = matrix("M", "K", self.a, "lda", batch("sa"));
             let b = matrix("K", "N", self.b, "ldb", batch("sb"));
@@ -301,7 +303,8 @@ impl GemmSpec {
     /// `BR` (lines) and `BC` (along lines). For a column-major result the program is that of the
     /// transposed one, so that lines are contiguous either way.
     pub fn sum_program(&self, name: &str) -> Kernel {
-        let e = if self.c == Order::Row { self.epilogue.clone() } else { self.epilogue.transposed() };
+        let e =
+            if self.c == Order::Row { self.epilogue.clone() } else { self.epilogue.transposed() };
         let mut k = KernelBuilder::new(name);
         for size in ["M", "N", "S", "ldp", "ldc", "sp"] {
             k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
@@ -322,7 +325,11 @@ impl GemmSpec {
         let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let init = k.full(zero, TileType::new(self.sum, [br.clone(), bc.clone()]));
         let (s, carried) = k.begin_for("s", Dim::new(0), Dim::sym("S"), &[init]);
-        let t = k.load(p, vec![s, row0.clone(), col0.clone()], vec![Dim::new(1), br.clone(), bc.clone()]);
+        let t = k.load(
+            p,
+            vec![s, row0.clone(), col0.clone()],
+            vec![Dim::new(1), br.clone(), bc.clone()],
+        );
         let t = k.reshape(t, vec![br.clone(), bc.clone()]);
         let args = vec![k.plain(carried[0]), k.plain(t)];
         let next = k.map(Func::binary(Op::Add, self.sum), args, vec![br.clone(), bc.clone()]);
@@ -363,7 +370,9 @@ pub(super) fn copy_program(
         sizes = vec!["L", "R", "C", "ldx", "ldy", "sx", "sy"];
     }
     for size in sizes {
-        k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
+        // One matrix may serve all batches.
+        let min = if size.starts_with('s') { 0 } else { 1 };
+        k.symbol(Symbol { name: size.into(), range: Range { min, max: i32::MAX.into() } });
     }
     let (br, bc) = (k.tile("BR"), k.tile("BC"));
     let batch = |s: &'static str| batched.then_some(s);

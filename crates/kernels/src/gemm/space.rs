@@ -1,7 +1,7 @@
 //! The schedule space of tensor-core products on Hopper: every legal schedule, declared once. The
 //! picker, the tuner and the tests enumerate this.
 
-use crate::gemm::program::GemmSpec;
+use crate::gemm::program::{GemmSpec, Order};
 use tilewright_base::DType;
 use tilewright_device::Arch;
 use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind};
@@ -9,12 +9,26 @@ use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind};
 /// Shared memory that a block may use on Hopper, less what barriers take.
 const SMEM_BYTES: i64 = (227 << 10) - 256;
 
-/// Bytes of staging tiles for results, as `lower-gpu` lays them out: chunks of columns of up to a swizzle
-/// span.
-fn staging_bytes(rows: i64, bn: i64, result: DType, slots: i64) -> Option<i64> {
+/// Columns of one chunk of the epilogue, as `lower-gpu` cuts them. Along lines of a row-major result a chunk is a
+/// swizzle span of 64 or 128 bytes, or the whole of a narrow tile; `None` when there would be many small ones.
+fn chunk_columns(bn: i64, result: DType, order: Order) -> Option<i64> {
     let size = i64::from(result.bits()) / 8;
-    let chunk = [128, 64, 32].into_iter().map(|b| (b / size).min(64)).find(|c| bn % c == 0).unwrap_or(bn);
-    (chunk % 8 == 0).then(|| {
+    let spans = [128, 64].into_iter().map(|bytes| (bytes / size).min(64)).find(|c| bn % c == 0);
+    if spans.is_some() {
+        return spans;
+    }
+    match order {
+        Order::Row => [16, 32, 64, 128].contains(&(bn * size)).then_some(bn),
+        Order::Col => {
+            (8..=64).rev().step_by(8).find(|c| bn % c == 0).filter(|c| *c >= 32 || *c == bn)
+        }
+    }
+}
+
+/// Bytes of staging tiles for results.
+fn staging_bytes(rows: i64, bn: i64, result: DType, order: Order, slots: i64) -> Option<i64> {
+    let size = i64::from(result.bits()) / 8;
+    chunk_columns(bn, result, order).map(|chunk| {
         let bytes = rows * chunk * size;
         (bytes + 1023) / 1024 * 1024 * slots
     })
@@ -54,8 +68,8 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                 for (cluster, axis) in [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1)] {
                     // A shared tile is loaded in equal parts of whole groups of 8 lines.
                     let shared_lines = if axis == 0 {
-                        if spec.b == crate::gemm::Order::Row { bk } else { bn }
-                    } else if spec.a == crate::gemm::Order::Row {
+                        if spec.b == Order::Row { bk } else { bn }
+                    } else if spec.a == Order::Row {
                         bm
                     } else {
                         bk
@@ -64,25 +78,30 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                         continue;
                     }
                     // N-contiguous operands lie in panels of a swizzle span; spans of 32 bytes are slow to read.
-                    if spec.b == crate::gemm::Order::Row && bn * size % 64 != 0 {
+                    if spec.b == Order::Row && bn * size % 64 != 0 {
                         continue;
                     }
+                    let mut before = 0;
                     for slots in [2, 1] {
                         let staging = match store {
                             StoreKind::Direct if slots == 1 => continue,
                             // For kernels without the copy engine.
                             StoreKind::Staged => continue,
                             StoreKind::Direct => 0,
-                            StoreKind::Tma => match staging_bytes(all_rows, bn, spec.result, slots) {
-                                Some(bytes) => bytes,
-                                None => continue,
-                            },
+                            StoreKind::Tma => {
+                                match staging_bytes(all_rows, bn, spec.result, spec.c, slots) {
+                                    Some(bytes) => bytes,
+                                    None => continue,
+                                }
+                            }
                         };
                         let stage = tensors * (bm + bn) * bk * size;
                         let stages = ((SMEM_BYTES - staging) / stage).min(8);
-                        if stages < 2 {
+                        // One staging tile only where it makes room for a stage.
+                        if stages < 2 || stages == before {
                             continue;
                         }
+                        before = stages;
                         for raster in [8, 16, 4] {
                             let mut s = GpuSchedule::hopper(&[("BM", bm), ("BN", bn), ("BK", bk)]);
                             s.mode = mode;
