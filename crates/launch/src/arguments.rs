@@ -191,6 +191,12 @@ fn spec(map: &TensorMap, tensor: &Concrete<'_>) -> std::result::Result<TensorMap
             tensor.address
         ));
     }
+    let line_bytes = tensor.extents[contiguous] * element;
+    if tensor.param.access != Access::In && !line_bytes.is_multiple_of(16) {
+        return Err(format!(
+            "lines of {name} have {line_bytes} bytes, and the copy engine writes whole units of 16"
+        ));
+    }
     let order: Vec<usize> = std::iter::once(contiguous)
         .chain((0..rank).rev().filter(|axis| *axis != contiguous))
         .collect();

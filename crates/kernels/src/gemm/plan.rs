@@ -330,7 +330,9 @@ fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Cho
     }
     let mut partial = spec.clone();
     partial.result = spec.sum;
-    for schedule in space(&partial, StoreKind::Tma, 1) {
+    let line = if spec.c == Order::Row { o.n } else { o.m };
+    let store = if line % 4 == 0 { StoreKind::Tma } else { StoreKind::Direct };
+    for schedule in space(&partial, store, 1) {
         let tile = |name: &str| schedule.tiles.get(name).copied().unwrap_or(1);
         let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
         let tiles = ((o.m + bm - 1) / bm) * ((o.n + bn - 1) / bn);
