@@ -221,7 +221,6 @@ fn spec(map: &TensorMap, tensor: &Concrete<'_>) -> std::result::Result<TensorMap
         element: if map.tf32 { MapElement::TF32 } else { of_type },
         address: tensor.address,
         sizes: order.iter().map(|axis| tensor.extents[*axis]).collect(),
-        strides_bytes,
         box_sizes: order.iter().map(|axis| map.box_shape[*axis]).collect(),
         element_strides: vec![1; rank],
         swizzle: match map.swizzle {
@@ -230,10 +229,20 @@ fn spec(map: &TensorMap, tensor: &Concrete<'_>) -> std::result::Result<TensorMap
             device::Swizzle::B64 => Swizzle::B64,
             device::Swizzle::B128 => Swizzle::B128,
         },
-        l2_promotion: L2Promotion::B256,
+        // Fetching wider than lines are aligned reads what no box needs (1000 x 1000 bf16: 7% of the time).
+        l2_promotion: match strides_bytes.iter().fold(256, |a: u64, b| gcd(a, *b)) {
+            256 => L2Promotion::B256,
+            128 => L2Promotion::B128,
+            _ => L2Promotion::B64,
+        },
         oob_fill: OobFill::Zero,
+        strides_bytes,
     };
     spec.problem().map_or(Ok(spec), |problem| Err(format!("{name}: {problem}")))
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 #[cfg(test)]

@@ -138,7 +138,7 @@ fn products_of_every_type_are_exact_on_small_integers() {
     for operand in [DType::BF16, DType::F16, DType::F32, DType::I8, DType::F8E4M3] {
         let stores = [StoreKind::Tma, StoreKind::Direct];
         for (store, cluster) in stores.iter().flat_map(|s| [(*s, 1), (*s, 2)]) {
-            for [m, n, k] in [[128, 128, 64], [129, 127, 65], [1, 1, 1], [257, 130, 200]] {
+            for [m, n, k] in [[128_usize, 128, 64], [129, 127, 65], [1, 1, 1], [257, 130, 200]] {
                 // The copy engine stores whole units of 16 bytes.
                 let n = if store == StoreKind::Tma { n.next_multiple_of(16) } else { n };
                 let shape = [m, n, k];

@@ -69,7 +69,7 @@ impl CompileRequest {
         self
     }
 
-    /// Options as NVRTC gets them.
+    /// Options that decide what comes out.
     fn all_options(&self) -> Vec<String> {
         // `-v` makes the assembler count registers and spills.
         let mut options =
@@ -190,6 +190,17 @@ impl Nvrtc {
         self.api.version
     }
 
+    /// Options as NVRTC gets them. Its own cache answers without the assembler's report, on machines with a
+    /// driver, so it is turned off where it can be: ours keeps the report.
+    fn compiler_options(&self, request: &CompileRequest) -> Vec<String> {
+        let mut options = request.all_options();
+        if self.version() >= (13, 0) {
+            options.push("--no-cache".to_owned());
+        }
+        options
+    }
+
+
     /// Compiles one module, or finds it in the cache. A text that does not compile is our bug: the
     /// kernels are ours. The error has the log and the folder where the text is.
     pub fn compile(&self, request: &CompileRequest) -> Result<Compiled> {
@@ -265,7 +276,7 @@ impl Nvrtc {
         let context = || format!("compiling {} for {}", request.name, request.arch);
         let result = self
             .api
-            .compile(&name, &request.source, &headers, &request.all_options())
+            .compile(&name, &request.source, &headers, &self.compiler_options(request))
             .map_err(|e| Error::bug(format!("NVRTC: {e}")).with_context(context()))?;
         let log = log::without_times(&result.log);
         match result.code {

@@ -257,10 +257,13 @@ impl GemmSpec {
                 }
                 let (ha, hb) = (round(&mut k, ta), round(&mut k, tb));
                 let (la, lb) = (round(&mut k, la), round(&mut k, lb));
-                // Small terms first.
-                let x = k.mma(carried[0], la, hb, Some(limit.clone()));
+                // Small terms first. The tensor cores drop the low digits of their sums, so sums of one tile depth
+                // are added in f32.
+                let x = k.mma(init, la, hb, Some(limit.clone()));
                 let x = k.mma(x, ha, lb, Some(limit.clone()));
-                k.mma(x, ha, hb, Some(limit))
+                let part = k.mma(x, ha, hb, Some(limit));
+                let args = vec![k.plain(carried[0]), k.plain(part)];
+                k.map(Func::binary(Op::Add, self.sum), args, vec![bm.clone(), bn.clone()])
             }
             Math::Promoted => {
                 let part = k.mma(init, ta, tb, Some(limit));

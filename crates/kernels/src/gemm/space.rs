@@ -1,7 +1,7 @@
 //! The schedule space of tensor-core products on Hopper: every legal schedule, declared once. The
 //! picker, the tuner and the tests enumerate this.
 
-use crate::gemm::program::{GemmSpec, Order};
+use crate::gemm::program::{GemmSpec, Math, Order};
 use tilewright_base::DType;
 use tilewright_device::Arch;
 use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind};
@@ -38,8 +38,9 @@ fn staging_bytes(rows: i64, bn: i64, result: DType, order: Order, slots: i64) ->
 /// alignment of the result.
 pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule> {
     let size = i64::from(spec.operand.bits()) / 8;
-    let tensors = if spec.math == crate::gemm::Math::Tf32x3 { 2 } else { 1 };
-    let scratch = if spec.math == crate::gemm::Math::Promoted { 2 } else { 1 };
+    let tensors = if spec.math == Math::Tf32x3 { 2 } else { 1 };
+    let two_sums = matches!(spec.math, Math::Promoted | Math::Tf32x3);
+    let scratch = if two_sums { 2 } else { 1 };
     let mut out = Vec::new();
     // (rows, consumers, mode)
     let shapes = [
