@@ -76,10 +76,10 @@ impl Problem {
     /// The same with other orders, densely packed.
     #[must_use]
     pub fn ordered(mut self, a: Order, b: Order, c: Order) -> Problem {
-        let pick = |order: Order, rows: i64, cols: i64| if order == Order::Row { cols } else { rows };
+        let pick =
+            |order: Order, rows: i64, cols: i64| if order == Order::Row { cols } else { rows };
         self.order = (a, b, c);
-        self.leading =
-            (pick(a, self.m, self.k), pick(b, self.k, self.n), pick(c, self.m, self.n));
+        self.leading = (pick(a, self.m, self.k), pick(b, self.k, self.n), pick(c, self.m, self.n));
         self
     }
 
@@ -120,7 +120,9 @@ impl Problem {
         let sizes = [("m", self.m), ("n", self.n), ("k", self.k), ("batch", self.batch)];
         for (name, size) in sizes {
             if !(0..=i64::from(i32::MAX)).contains(&size) {
-                return Err(Error::user(format!("{name} = {size} is not a size from 0 to 2^31 - 1")));
+                return Err(Error::user(format!(
+                    "{name} = {size} is not a size from 0 to 2^31 - 1"
+                )));
             }
         }
         let lines = [
