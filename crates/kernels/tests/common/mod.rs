@@ -7,7 +7,7 @@ use tilewright_emit_cuda::Source;
 
 /// Opens NVRTC. Without it the test says that it was skipped (`None`); with
 /// `TILEWRIGHT_REQUIRE_NVRTC=1` it fails instead.
-pub fn nvrtc() -> Option<Nvrtc> {
+pub(crate) fn nvrtc() -> Option<Nvrtc> {
     match Nvrtc::open(Some(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("nvrtc"))) {
         Ok(nvrtc) => Some(nvrtc),
         Err(error) => {
@@ -20,7 +20,7 @@ pub fn nvrtc() -> Option<Nvrtc> {
 }
 
 /// Each source, with the name that failures give it, compiles and keeps its tiles in registers.
-pub fn compile_without_spills(nvrtc: &Nvrtc, arch: Arch, sources: &[(String, Source)]) {
+pub(crate) fn compile_without_spills(nvrtc: &Nvrtc, arch: Arch, sources: &[(String, Source)]) {
     let requests: Vec<CompileRequest> = sources
         .iter()
         .map(|(_, source)| {
