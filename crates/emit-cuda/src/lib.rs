@@ -8,11 +8,12 @@
 //! by value, pointers, sizes as `int`. What a program may contain is checked by
 //! `tilewright_device::verify` before; what the printer cannot say is an error that names it.
 //!
-//! To add a step: its arm in `stmts.rs`, and what it calls in `device-lib/`.
+//! To add a step: its arm in `stmts.rs` (`memory.rs` has those that move tiles), and what it calls in `device-lib/`.
 
 mod dims;
 mod funcs;
 mod lines;
+mod memory;
 mod stmts;
 mod tensor_cores;
 
@@ -93,7 +94,12 @@ pub fn emit(program: &Program) -> Result<Source> {
     let body = printer.kernel_body()?;
     let arguments = printer.arguments();
     let mut text = String::new();
-    let _ = writeln!(text, "// {}: printed from a device program for {}.", program.name, program.arch.name());
+    let _ = writeln!(
+        text,
+        "// {}: printed from a device program for {}.",
+        program.name,
+        program.arch.name()
+    );
     for (name, _) in headers() {
         let _ = writeln!(text, "#include \"{name}\"");
     }
@@ -101,10 +107,13 @@ pub fn emit(program: &Program) -> Result<Source> {
     let parameters: Vec<String> = arguments
         .iter()
         .map(|a| match a {
-            Argument::Map(m) => format!("const __grid_constant__ tw::TensorMap map_{}", program.maps[*m].name),
+            Argument::Map(m) => {
+                format!("const __grid_constant__ tw::TensorMap map_{}", program.maps[*m].name)
+            }
             Argument::Pointer(p) => {
                 let param = &program.params[*p];
-                let constant = if param.access == tilewright_tile::Access::In { "const " } else { "" };
+                let constant =
+                    if param.access == tilewright_tile::Access::In { "const " } else { "" };
                 format!("{constant}{}* __restrict__ p_{}", memory_type(param.dtype), param.name)
             }
             Argument::Size(s) => format!("const int {s}"),

@@ -26,13 +26,13 @@ pub(crate) struct Printer<'a> {
     pub(crate) scope: Scope,
     funcs: Funcs,
     defines: BTreeSet<String>,
-    pointers: BTreeSet<ParamId>,
+    pub(crate) pointers: BTreeSet<ParamId>,
     /// Fragments whose last rounding is left to the store.
     unrounded: BTreeSet<FragId>,
     out: String,
     indent: usize,
     /// The role whose body is being printed.
-    role: Option<&'a Role>,
+    pub(crate) role: Option<&'a Role>,
     /// Inside [`Stmt::Once`]: one thread runs already.
     once: bool,
     smem_offsets: Vec<u32>,
@@ -236,7 +236,9 @@ impl<'a> Printer<'a> {
                 let (part, all) = (width / threads_n, frag.cols / threads_n);
                 format!("({i}) / {part} * {all} + {col} / {threads_n} + ({i}) % {part}")
             }
-            (Extent::PerCol, Spread::Outer { threads_n, .. }) => format!("{col} / {threads_n} + {i}"),
+            (Extent::PerCol, Spread::Outer { threads_n, .. }) => {
+                format!("{col} / {threads_n} + {i}")
+            }
             _ => {
                 return Err(Error::unsupported(format!(
                     "columns {} of {} in this spread cannot be taken apart",
@@ -256,7 +258,10 @@ impl<'a> Printer<'a> {
             (Extent::Tile, Extent::PerRow) => format!("{spread}::per_row({i})"),
             (Extent::Tile, Extent::PerCol) => format!("{spread}::per_col({i})"),
             _ => {
-                return Err(Error::unsupported(format!("{} does not spread over {}", a.name, d.name)));
+                return Err(Error::unsupported(format!(
+                    "{} does not spread over {}",
+                    a.name, d.name
+                )));
             }
         };
         self.register(arg, &index)
@@ -275,7 +280,9 @@ impl<'a> Printer<'a> {
     fn slot(&self, slot: &Slot) -> String {
         match slot {
             Slot::Ring(ring) => format!("{}.slot", identifier(&self.program.rings[*ring].name)),
-            Slot::Before(ring) => format!("{}.before()", identifier(&self.program.rings[*ring].name)),
+            Slot::Before(ring) => {
+                format!("{}.before()", identifier(&self.program.rings[*ring].name))
+            }
             Slot::At(dim) => self.scope.text(dim),
         }
     }
@@ -304,7 +311,8 @@ impl<'a> Printer<'a> {
         };
         let mut text = self.slot_address(tile);
         if !along.is(0) {
-            let _ = write!(text, " + {} * {size} / {span} * {}", self.scope.text(along), lines * span);
+            let _ =
+                write!(text, " + {} * {size} / {span} * {}", self.scope.text(along), lines * span);
         }
         if !line.is(0) {
             let _ = write!(text, " + {} * {span}", self.scope.text(line));
@@ -396,10 +404,7 @@ impl<'a> Printer<'a> {
 
     fn role_body(&mut self, role: &'a Role) -> Result<()> {
         let name = identifier(&role.instance);
-        self.line(&format!(
-            "const int {name} = (warp - {}) / {};",
-            role.first_warp, role.warps
-        ));
+        self.line(&format!("const int {name} = (warp - {}) / {};", role.first_warp, role.warps));
         self.line(&format!("(void){name};"));
         let saved = self.scope.clone();
         let max = i64::from(role.instances) - 1;
@@ -509,9 +514,13 @@ impl<'a> Printer<'a> {
                 };
                 let saved = self.scope.clone();
                 let var = self.bind(var, range);
-                let next = if step.is(1) { format!("++{var}") } else { format!("{var} += {step_text}") };
+                let next =
+                    if step.is(1) { format!("++{var}") } else { format!("{var} += {step_text}") };
                 self.line("#pragma unroll 1");
-                self.braced(&format!("for (int {var} = {lo_text}; {var} < {hi_text}; {next})"), body)?;
+                self.braced(
+                    &format!("for (int {var} = {lo_text}; {var} < {hi_text}; {next})"),
+                    body,
+                )?;
                 self.scope = saved;
             }
             Stmt::Unroll { var, count, body } => {
@@ -539,7 +548,8 @@ impl<'a> Printer<'a> {
                 done?;
             }
             Stmt::BarrierInit => {
-                let barriers: Vec<_> = self.program.barriers.iter().map(|(_, b)| b.clone()).collect();
+                let barriers: Vec<_> =
+                    self.program.barriers.iter().map(|(_, b)| b.clone()).collect();
                 self.line("if (threadIdx.x == 0) {");
                 for bar in barriers {
                     self.line(&format!(
@@ -564,7 +574,8 @@ impl<'a> Printer<'a> {
                 self.line(&format!("tw::named_arrive({id}, {threads});"));
             }
             Stmt::Wait { barrier, phase } => {
-                let text = format!("tw::mbarrier_wait({}, {});", self.barrier(barrier), self.phase(phase));
+                let text =
+                    format!("tw::mbarrier_wait({}, {});", self.barrier(barrier), self.phase(phase));
                 self.line(&text);
             }
             Stmt::Arrive { barrier, reach } => {
@@ -584,7 +595,8 @@ impl<'a> Printer<'a> {
                 }
             }
             Stmt::ExpectBytes { barrier, bytes } => {
-                let text = format!("tw::mbarrier_expect_bytes({}, {bytes});", self.barrier(barrier));
+                let text =
+                    format!("tw::mbarrier_expect_bytes({}, {bytes});", self.barrier(barrier));
                 self.leader_line(&text);
             }
             Stmt::Advance { ring, by } => {
@@ -610,8 +622,11 @@ impl<'a> Printer<'a> {
             Stmt::TmaStore { map, at, from, add } => {
                 let verb = if *add { "tma_store_add" } else { "tma_store" };
                 let name = identifier(&format!("map_{}", self.program.maps[*map].name));
-                let text =
-                    format!("tw::{verb}({name}, {}, {});", self.box_address(from), self.coordinates(*map, at));
+                let text = format!(
+                    "tw::{verb}({name}, {}, {});",
+                    self.box_address(from),
+                    self.coordinates(*map, at)
+                );
                 self.leader_line(&text);
             }
             Stmt::TmaCommit => self.leader_line("tw::tma_commit();"),
@@ -620,7 +635,9 @@ impl<'a> Printer<'a> {
                 self.leader_line(&format!("tw::{verb}<{pending}>();"));
             }
             Stmt::FenceAsync => self.line("tw::fence_async();"),
-            Stmt::CopyIn { param, at, axes, to, vector } => self.copy_in(*param, at, *axes, to, *vector)?,
+            Stmt::CopyIn { param, at, axes, to, vector } => {
+                self.copy_in(*param, at, *axes, to, *vector)?
+            }
             Stmt::CopyCommit => self.line("tw::copy_commit();"),
             Stmt::CopyWait { pending } => self.line(&format!("tw::copy_wait<{pending}>();")),
             Stmt::WgmmaFence => {
@@ -675,69 +692,30 @@ impl<'a> Printer<'a> {
                     "for (int i = 0; i < {count}; ++i) {register} = (tw::value<{held}>)({start} + {spread}::{at});"
                 ));
             }
-            Stmt::Reduce { dst, kind, src, accumulate } => self.reduce(dst, *kind, src, *accumulate)?,
+            Stmt::Reduce { dst, kind, src, accumulate } => {
+                self.reduce(dst, *kind, src, *accumulate)?
+            }
             Stmt::Load { dst, param, at, axes, fill, vector } => {
                 self.global(dst, *param, at, *axes, *vector, Some(*fill))?;
             }
             Stmt::Store { param, at, axes, src, vector } => {
                 self.global(src, *param, at, *axes, *vector, None)?;
             }
-            Stmt::ToSmem { to, src } => self.to_smem(to, src)?,
-            Stmt::FromSmem { dst, from } => self.from_smem(dst, from)?,
+            Stmt::ToSmem { to, src } => self.store_smem(to, src)?,
+            Stmt::FromSmem { dst, from } => self.load_smem(dst, from)?,
             Stmt::GridWait => self.line("tw::grid_wait();"),
             Stmt::GridRelease => self.line("tw::grid_release();"),
         }
         Ok(())
     }
 
-    fn copy_in(
+    fn reduce(
         &mut self,
-        param: ParamId,
-        at: &[Dim],
-        axes: (usize, usize),
-        to: &SmemTile,
-        vector: u32,
+        dst: &FragRef,
+        kind: ReduceKind,
+        src: &FragRef,
+        accumulate: bool,
     ) -> Result<()> {
-        self.pointers.insert(param);
-        let p = self.program.params[param].clone();
-        let smem = self.program.smem[to.smem].clone();
-        let threads = self.role.map_or(self.program.threads, |r| r.warps * 32);
-        let along_cols = smem.contiguous == 1;
-        let (line_axis, along_axis) = if along_cols { axes } else { (axes.1, axes.0) };
-        let (lines, along) = if along_cols { (to.rows, to.cols) } else { (to.cols, to.rows) };
-        let buffer_lines = if along_cols { smem.rows } else { smem.cols };
-        let (line0, along0) = if along_cols { (&to.row, &to.col) } else { (&to.col, &to.row) };
-        let mut fixed = self.scope.wide(&p.layout.offset);
-        for (axis, coordinate) in at.iter().enumerate() {
-            if axis != axes.0 && axis != axes.1 {
-                let _ = write!(
-                    fixed,
-                    " + {} * {}",
-                    self.scope.wide(coordinate),
-                    self.scope.wide(&p.layout.axes[axis].stride)
-                );
-            }
-        }
-        let text = format!(
-            "tw::copy_tile<{}, {vector}, {threads}, {lines}, {along}, {}, {buffer_lines}>({}, {}, {}, p_{} + {fixed}, {}, {}, {}, {}, {}, {});",
-            memory_type(p.dtype),
-            smem.swizzle.span_bytes(),
-            self.slot_address(to),
-            self.scope.text(line0),
-            self.scope.text(along0),
-            p.name,
-            self.scope.text(&at[line_axis]),
-            self.scope.text(&at[along_axis]),
-            self.scope.text(&p.layout.axes[line_axis].extent),
-            self.scope.text(&p.layout.axes[along_axis].extent),
-            self.scope.wide(&p.layout.axes[line_axis].stride),
-            self.scope.wide(&p.layout.axes[along_axis].stride),
-        );
-        self.line(&text);
-        Ok(())
-    }
-
-    fn reduce(&mut self, dst: &FragRef, kind: ReduceKind, src: &FragRef, accumulate: bool) -> Result<()> {
         let d = self.program.frags[dst.frag].clone();
         let s = self.program.frags[src.frag].clone();
         let spread = Self::spread(&s, self.cols(src));
@@ -754,9 +732,13 @@ impl<'a> Printer<'a> {
             return Err(Error::unsupported("reduction over rows of a fragment"));
         }
         let across = match s.spread {
-            Spread::Wgmma | Spread::MmaSync { warps_n: 1, .. } => Some("tw::across_lanes<4>(x, combine)".to_owned()),
+            Spread::Wgmma | Spread::MmaSync { warps_n: 1, .. } => {
+                Some("tw::across_lanes<4>(x, combine)".to_owned())
+            }
             Spread::Lines { lanes: 1, .. } => None,
-            Spread::Lines { lanes, .. } if lanes <= 32 => Some(format!("tw::across_lanes<{lanes}>(x, combine)")),
+            Spread::Lines { lanes, .. } if lanes <= 32 => {
+                Some(format!("tw::across_lanes<{lanes}>(x, combine)"))
+            }
             Spread::Lines { lanes, threads, .. } => {
                 Some(format!("tw::across_warps<{lanes}, {threads}>(x, scratch, combine)"))
             }
@@ -793,192 +775,6 @@ impl<'a> Printer<'a> {
         self.line("}");
         Ok(())
     }
-
-    /// A load (with `fill`) or a store between a fragment and global memory.
-    fn global(
-        &mut self,
-        frag_ref: &FragRef,
-        param: ParamId,
-        at: &[Dim],
-        axes: (Option<usize>, Option<usize>),
-        vector: u32,
-        fill: Option<Value>,
-    ) -> Result<()> {
-        self.pointers.insert(param);
-        let p = self.program.params[param].clone();
-        let frag = self.program.frags[frag_ref.frag].clone();
-        if matches!(frag.spread, Spread::Lines { .. }) {
-            return self.global_lines(frag_ref, param, at, axes, vector, fill);
-        }
-        let cols = self.cols(frag_ref);
-        let spread = Self::spread(&frag, cols);
-        let count = Self::count(&frag, cols);
-        let ty = memory_type(p.dtype);
-        let store = fill.is_none();
-        let (row, col) = match frag.extent {
-            Extent::Tile => ("row(i)", "col(i)"),
-            Extent::PerRow => ("row_of(i)", "0"),
-            Extent::PerCol => ("0", "col_of(i)"),
-        };
-        let mut wide_at = self.scope.wide(&p.layout.offset);
-        let mut inside = Vec::new();
-        let mut lets = Vec::new();
-        for (axis, coordinate) in at.iter().enumerate() {
-            let a = &p.layout.axes[axis];
-            if a.block.is_some() {
-                return Err(Error::unsupported(format!("{} has a blocked axis", p.name)));
-            }
-            let offset = if axes.0 == Some(axis) && frag.extent != Extent::PerCol {
-                Some(row)
-            } else if axes.1 == Some(axis) && frag.extent != Extent::PerRow {
-                Some(col)
-            } else {
-                None
-            };
-            let name = format!("x{axis}");
-            let value = match offset {
-                Some(text) if text != "0" => format!("{} + {spread}::{text}", self.scope.text(coordinate)),
-                _ => self.scope.text(coordinate),
-            };
-            lets.push(format!("const int {name} = {value};"));
-            let _ = write!(wide_at, " + (tw::i64){name} * {}", self.scope.wide(&a.stride));
-            if self.scope.bounds(coordinate).min < 0 {
-                inside.push(format!("{name} >= 0"));
-            }
-            inside.push(format!("{name} < {}", self.scope.text(&a.extent)));
-        }
-        let vector = match frag.spread {
-            Spread::Wgmma | Spread::MmaSync { .. } => vector.min(2),
-            Spread::Lines { .. } => 1,
-            Spread::Outer { block_n, .. } => vector.min(block_n),
-        };
-        let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
-        // A store of a vector fragment is made by every thread that holds the element: same value.
-        let registers = (0..vector)
-            .map(|k| self.register(frag_ref, &if k == 0 { "i".to_owned() } else { format!("i + {k}") }))
-            .collect::<Result<Vec<_>>>()?;
-        self.line("#pragma unroll");
-        self.line(&format!("for (int i = 0; i < {count}; i += {vector}) {{"));
-        for text in lets {
-            self.line(&format!("  {text}"));
-        }
-        self.line(&format!("  if ({}) {{", inside.join(" && ")));
-        if store {
-            if vector == 2 {
-                self.line(&format!(
-                    "    *reinterpret_cast<tw::Pair<{ty}>*>(p_{} + {wide_at}) = tw::narrow_pair<{ty}>({}, {});",
-                    p.name, registers[0], registers[1]
-                ));
-            } else {
-                let values: Vec<String> =
-                    registers.iter().map(|r| format!("tw::narrow_to<{ty}>::from({r})")).collect();
-                self.line(&format!(
-                    "    tw::store_run<{ty}, {vector}>(p_{} + {wide_at}, tw::Run<{ty}, {vector}>{{{{{}}}}});",
-                    p.name,
-                    values.join(", ")
-                ));
-            }
-            self.line("  }");
-        } else {
-            self.line(&format!(
-                "    const tw::Run<{ty}, {vector}> run = tw::load_run<{ty}, {vector}>(p_{} + {wide_at});",
-                p.name
-            ));
-            for (k, r) in registers.iter().enumerate() {
-                self.line(&format!("    {r} = tw::widen(run.at[{k}]);"));
-            }
-            let value = constant(fill.unwrap_or(Value::Int(0)), frag.dtype);
-            self.line("  } else {");
-            for r in &registers {
-                self.line(&format!("    {r} = {value};"));
-            }
-            self.line("  }");
-        }
-        self.line("}");
-        Ok(())
-    }
-
-    fn to_smem(&mut self, to: &SmemTile, src: &FragRef) -> Result<()> {
-        let smem = self.program.smem[to.smem].clone();
-        let frag = self.program.frags[src.frag].clone();
-        let cols = self.cols(src);
-        let register = self.register(src, "i")?;
-        let span = smem.swizzle.span_bytes();
-        let lines = if smem.contiguous == 1 { smem.rows } else { smem.cols };
-        let (row, col) = (self.scope.text(&to.row), self.scope.text(&to.col));
-        let slot = self.slot_address(to);
-        let ty = memory_type(smem.dtype);
-        match frag.spread {
-            Spread::Wgmma if frag.extent == Extent::Tile => self.line(&format!(
-                "tw::wgmma_to_smem<{ty}, {}, {cols}, {span}, {lines}, {}>({slot}, {row}, {col}, [&](int i) {{ return {register}; }});",
-                frag.rows,
-                smem.contiguous == 1
-            )),
-            _ => {
-                let spread = Self::spread(&frag, cols);
-                let size = smem.dtype.bits() / 8;
-                let (line, along) = if smem.contiguous == 1 {
-                    (format!("{row} + {spread}::row(i)"), format!("{col} + {spread}::col(i)"))
-                } else {
-                    (format!("{col} + {spread}::col(i)"), format!("{row} + {spread}::row(i)"))
-                };
-                let run = if smem.contiguous == 1 { neighbours(&frag, smem.dtype) } else { 1 };
-                let values = (0..run)
-                    .map(|k| Ok(format!("tw::narrow_to<{ty}>::from({})", self.register(src, &format!("i + {k}"))?)))
-                    .collect::<Result<Vec<_>>>()?;
-                self.line("#pragma unroll");
-                self.line(&format!(
-                    "for (int i = 0; i < {spread}::TILE; i += {run}) tw::smem_store_run<{ty}, {run}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along}), tw::Run<{ty}, {run}>{{{{{}}}}});",
-                    values.join(", ")
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn from_smem(&mut self, dst: &FragRef, from: &SmemTile) -> Result<()> {
-        let smem = self.program.smem[from.smem].clone();
-        let frag = self.program.frags[dst.frag].clone();
-        let spread = Self::spread(&frag, self.cols(dst));
-        let span = smem.swizzle.span_bytes();
-        let lines = if smem.contiguous == 1 { smem.rows } else { smem.cols };
-        let (row, col) = (self.scope.text(&from.row), self.scope.text(&from.col));
-        let slot = self.slot_address(from);
-        let size = smem.dtype.bits() / 8;
-        let ty = memory_type(smem.dtype);
-        let (line, along) = if smem.contiguous == 1 {
-            (format!("{row} + {spread}::row(i)"), format!("{col} + {spread}::col(i)"))
-        } else {
-            (format!("{col} + {spread}::col(i)"), format!("{row} + {spread}::row(i)"))
-        };
-        let run = if smem.contiguous == 1 { neighbours(&frag, smem.dtype) } else { 1 };
-        self.line("#pragma unroll");
-        self.line(&format!("for (int i = 0; i < {spread}::TILE; i += {run}) {{"));
-        self.line(&format!(
-            "  const tw::Run<{ty}, {run}> run = tw::smem_load_run<{ty}, {run}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along}));"
-        ));
-        for k in 0..run {
-            let register = self.register(dst, &format!("i + {k}"))?;
-            self.line(&format!("  {register} = tw::widen(run.at[{k}]);"));
-        }
-        self.line("}");
-        Ok(())
-    }
-}
-
-/// How many neighbouring columns one access to shared memory takes: those that neighbouring registers
-/// hold, 4 to 16 bytes of them, or one element.
-fn neighbours(frag: &Frag, dtype: DType) -> u32 {
-    let held = match frag.spread {
-        Spread::Wgmma | Spread::MmaSync { .. } => 2,
-        Spread::Lines { vector, .. } => vector,
-        Spread::Outer { block_n, .. } => block_n,
-    };
-    let size = dtype.bits() / 8;
-    (1..=held.min(16 / size))
-        .rev()
-        .find(|run| held.is_multiple_of(*run) && (run * size).is_power_of_two() && run * size >= 4)
-        .unwrap_or(1)
 }
 
 /// A constant as a fragment holds it.

@@ -64,13 +64,24 @@ impl Printer<'_> {
             let per_panel = span / (k * size);
             let mut base = format!("{slot} + {other} * {span}");
             if depth != "0" {
-                let _ = write!(base, " + ({depth} * {size} / {span}) * {} + {depth} * {size} % {span}", lines * span);
+                let _ = write!(
+                    base,
+                    " + ({depth} * {size} / {span}) * {} + {depth} * {size} % {span}",
+                    lines * span
+                );
             }
-            Walk { base, step: k * size, panel: Some((per_panel, lines * span)), leading: 16, stride: 8 * span }
+            Walk {
+                base,
+                step: k * size,
+                panel: Some((per_panel, lines * span)),
+                leading: 16,
+                stride: 8 * span,
+            }
         } else {
             // Lines are depth; the other axis runs within the span, then from panel to panel.
             let per_span = span / size;
-            let base = format!("{slot} + ({other} / {per_span}) * {} + {depth} * {span}", lines * span);
+            let base =
+                format!("{slot} + ({other} / {per_span}) * {} + {depth} * {span}", lines * span);
             Walk { base, step: k * span, panel: None, leading: lines * span, stride: 8 * span }
         }
     }
@@ -167,7 +178,10 @@ impl Printer<'_> {
             WgmmaA::Frag(a) => {
                 let a_frag = self.program.frags[a.frag].clone();
                 if a_frag.dtype.bits() != 16 {
-                    return Err(Error::unsupported(format!("wgmma with A of {} in registers", a_frag.dtype)));
+                    return Err(Error::unsupported(format!(
+                        "wgmma with A of {} in registers",
+                        a_frag.dtype
+                    )));
                 }
                 let name = format!("wgmma_{short}_n{n}_rs_t{b_transposed}");
                 self.define(format!(
@@ -186,12 +200,19 @@ impl Printer<'_> {
                 for block in 0..blocks {
                     // Accumulator registers 8k..8k+7 of 16 columns are the A fragment of one step.
                     let at = |i: u32| {
-                        let base = format!("{block} * {} + {first} / 2 + k * 8 + {}", a_frag.cols / 2, i * 2);
+                        let base = format!(
+                            "{block} * {} + {first} / 2 + k * 8 + {}",
+                            a_frag.cols / 2,
+                            i * 2
+                        );
                         format!("tw::pack_pair<{pack}>({source}[{base}], {source}[{base} + 1])")
                     };
                     self.line(&format!(
                         "    const tw::u32 a{block}[4] = {{{}, {}, {}, {}}};",
-                        at(0), at(1), at(2), at(3)
+                        at(0),
+                        at(1),
+                        at(2),
+                        at(3)
                     ));
                     self.line(&format!(
                         "    {name}({}, a{block}, b + {}, {keep});",
@@ -216,7 +237,9 @@ impl Printer<'_> {
         let pair = (sa.dtype, frag.dtype);
         let (tile, grid) = match frag.spread {
             Spread::MmaSync { warps_m, warps_n } => {
-                let Some(row) = MMA.iter().find(|row| (row.0, row.1) == pair && sb.dtype == sa.dtype) else {
+                let Some(row) =
+                    MMA.iter().find(|row| (row.0, row.1) == pair && sb.dtype == sa.dtype)
+                else {
                     return Err(Error::unsupported(format!(
                         "mma.sync of {} and {} into {} has no instruction",
                         sa.dtype, sb.dtype, frag.dtype
@@ -239,7 +262,10 @@ impl Printer<'_> {
                         sa.dtype, sb.dtype, frag.dtype
                     )));
                 }
-                ("tw::fma_tile<".to_owned(), format!("{threads_m}, {threads_n}, {block_m}, {block_n}"))
+                (
+                    "tw::fma_tile<".to_owned(),
+                    format!("{threads_m}, {threads_n}, {block_m}, {block_n}"),
+                )
             }
             Spread::Wgmma | Spread::Lines { .. } => {
                 return Err(Error::unsupported("mma into this spread has no CUDA form"));

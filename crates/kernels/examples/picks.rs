@@ -16,8 +16,11 @@ fn main() -> Result<(), String> {
     };
     let order = |c: u8| if c == b'c' { Order::Col } else { Order::Row };
     let o = args[4].as_bytes();
-    let mut p = Problem::dense(number(0)?, number(1)?, number(2)?, dtype, result)
-        .ordered(order(o[0]), order(o[1]), order(o[2]));
+    let mut p = Problem::dense(number(0)?, number(1)?, number(2)?, dtype, result).ordered(
+        order(o[0]),
+        order(o[1]),
+        order(o[2]),
+    );
     if dtype == DType::F32 {
         p.precision = Precision::Tf32;
     }
@@ -47,8 +50,16 @@ fn main() -> Result<(), String> {
             s.consumers,
             orders,
             if s.mode == Mode::PingPong { " pingpong=1" } else { "" },
-            if s.cluster > 1 { format!(" cluster={} axis={}", s.cluster, s.cluster_axis) } else { String::new() },
-            if s.store == StoreKind::Direct { format!(" direct=1 vector={}", s.vector) } else { String::new() },
+            if s.cluster > 1 {
+                format!(" cluster={} axis={}", s.cluster, s.cluster_axis)
+            } else {
+                String::new()
+            },
+            if s.store == StoreKind::Direct {
+                format!(" direct=1 vector={}", s.vector)
+            } else {
+                String::new()
+            },
             if swapped { " swap=1" } else { "" },
             c.estimate_us,
             c.steps.len(),

@@ -13,8 +13,10 @@ use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind, lower};
 
 fn build(args: &[String]) -> Result<(Program, Source), String> {
     let dtype: DType = args[0].parse().map_err(|_| format!("{} is not a type", args[0]))?;
-    let sizes: Vec<i64> =
-        args[1..4].iter().map(|a| a.parse().map_err(|e| format!("{a}: {e}"))).collect::<Result<_, _>>()?;
+    let sizes: Vec<i64> = args[1..4]
+        .iter()
+        .map(|a| a.parse().map_err(|e| format!("{a}: {e}")))
+        .collect::<Result<_, _>>()?;
     let (sum, result) = match dtype {
         DType::I8 => (DType::I32, DType::I32),
         DType::F8E4M3 => (DType::F32, DType::BF16),
@@ -69,7 +71,8 @@ fn build(args: &[String]) -> Result<(Program, Source), String> {
                 let (m, n) = value.split_once('x').ok_or(format!("{arg}: 2x4, for example"))?;
                 let parse = |t: &str| t.parse::<u32>().map_err(|e| format!("{arg}: {e}"));
                 let product = if key == "fma" { ProductKind::Fma } else { ProductKind::MmaSync };
-                let tiles: Vec<(&str, i64)> = ["BM", "BN", "BK"].into_iter().zip(sizes.clone()).collect();
+                let tiles: Vec<(&str, i64)> =
+                    ["BM", "BN", "BK"].into_iter().zip(sizes.clone()).collect();
                 s = GpuSchedule::pipelined(s.arch, product, (parse(m)?, parse(n)?), &tiles);
                 s.vector = 16 * 8 / dtype.bits();
             }
@@ -149,7 +152,12 @@ fn main() -> Result<(), String> {
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
         match build(&words) {
             Ok((program, source)) => {
-                let _ = write!(out, "{}{}", if out.len() > 1 { ",\n" } else { "" }, json(line, &program, &source));
+                let _ = write!(
+                    out,
+                    "{}{}",
+                    if out.len() > 1 { ",\n" } else { "" },
+                    json(line, &program, &source)
+                );
             }
             Err(error) => eprintln!("{line}: {error}"),
         }

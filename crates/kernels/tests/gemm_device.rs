@@ -84,7 +84,8 @@ fn pipelined_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64
         let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
         GpuSchedule { vector, ..GpuSchedule::pipelined(arch, product, warps, &tiles) }
     };
-    let mma = |arch, warps, tile, vector| pipelined(arch, ProductKind::MmaSync, warps, tile, vector);
+    let mma =
+        |arch, warps, tile, vector| pipelined(arch, ProductKind::MmaSync, warps, tile, vector);
     let fma = |warps, tile, vector| pipelined(Arch::Sm80, ProductKind::Fma, warps, tile, vector);
     let s = mma(Arch::Sm80, (2, 2), (64, 64, 32), 8);
     add("mma bf16", spec(DType::BF16, rrr), s.clone(), (130, 72, 200));
@@ -140,8 +141,7 @@ fn sizes(case: &Case) -> Env {
     put("M", m);
     put("N", n);
     put("K", k);
-    let (a, b, c) =
-        (line(case.spec.a, m, k), line(case.spec.b, k, n), line(case.spec.c, m, n));
+    let (a, b, c) = (line(case.spec.a, m, k), line(case.spec.b, k, n), line(case.spec.c, m, n));
     put("lda", a);
     put("ldb", b);
     put("ldc", c);
@@ -180,7 +180,8 @@ fn buffers(kernel: &tilewright_tile::Kernel, env: &Env) -> Vec<Vec<u8>> {
 fn scheduled_products_keep_the_rules() {
     for case in cases() {
         let kernel = case.spec.program("gemm");
-        let program = lower(&kernel, &case.schedule).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        let program =
+            lower(&kernel, &case.schedule).unwrap_or_else(|e| panic!("{}: {e}", case.name));
         if let Err(e) = tilewright_device::verify(&program) {
             panic!("{}: {e}\n{:#?}\n{program}", case.name, e.notes());
         }
@@ -206,7 +207,8 @@ fn scheduled_products_compute_what_the_tile_program_says() {
         for order in orders().into_iter().step_by(7) {
             let mut got = buffers(&kernel, &env);
             let options = Options { clusters: 2, order, mode: Mode::Exact, ..Options::default() };
-            run(&program, &env, &mut got, &options).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+            run(&program, &env, &mut got, &options)
+                .unwrap_or_else(|e| panic!("{}: {e}", case.name));
             let out = kernel.params.iter().count() - 1;
             assert!(got[out] == expected[out], "{}: other values ({order})", case.name);
         }

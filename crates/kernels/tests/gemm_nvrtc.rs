@@ -1,9 +1,10 @@
 //! Pipelined products compile for every architecture, keep their tiles in registers, and use no
-//! instruction that is newer than their architecture. Without NVRTC the first test says that it was
-//! skipped; with `TILEWRIGHT_REQUIRE_NVRTC=1` it fails instead.
+//! instruction that is newer than their architecture. Without NVRTC the first test is skipped, unless it is
+//! required (`common`).
+
+mod common;
 
 use tilewright_base::DType;
-use tilewright_cuda::{CompileRequest, Nvrtc};
 use tilewright_device::Arch;
 use tilewright_emit_cuda::Source;
 use tilewright_kernels::gemm::{GemmSpec, Math, Order};
@@ -66,30 +67,10 @@ fn sources(arch: Arch) -> Vec<(String, Source)> {
 
 #[test]
 fn pipelined_products_compile_without_spills() {
-    let nvrtc = match Nvrtc::open(None) {
-        Ok(nvrtc) => nvrtc,
-        Err(error) => {
-            let required = std::env::var("TILEWRIGHT_REQUIRE_NVRTC").is_ok_and(|v| v == "1");
-            assert!(!required, "{error:?}");
-            eprintln!("skipped: no NVRTC");
-            return;
-        }
-    };
+    let Some(nvrtc) = common::nvrtc() else { return };
     for (arch, major, minor) in [(Arch::Sm80, 8, 0), (Arch::Sm89, 8, 9), (Arch::Sm90a, 9, 0)] {
-        for (name, source) in sources(arch) {
-            let target = tilewright_cuda::Arch::of_device(major, minor);
-            let mut request = CompileRequest::new("gemm", source.text, target);
-            for (header, text) in tilewright_emit_cuda::headers() {
-                request = request.header(*header, *text);
-            }
-            let compiled = nvrtc
-                .compile(&request.option("-std=c++17").option("-default-device"))
-                .unwrap_or_else(|e| panic!("{name}: {e}\n{:#?}", e.notes()));
-            let used =
-                compiled.resources(&source.entry).unwrap_or_else(|| panic!("{name}: no figures"));
-            let spilled = used.spill_store_bytes + used.spill_load_bytes + used.stack_bytes;
-            assert_eq!(spilled, 0, "{name}: {used:?}");
-        }
+        let target = tilewright_cuda::Arch::of_device(major, minor);
+        common::compile_without_spills(&nvrtc, target, &sources(arch));
     }
 }
 

@@ -117,7 +117,8 @@ fn plans_compute_the_product() {
         for candidate in candidates.iter().step_by(2) {
             let c = execute(name, &p, candidate);
             let at = |order: Order, row: i64, col: i64, leading: i64| {
-                (if order == Order::Row { row * leading + col } else { col * leading + row }) as usize
+                (if order == Order::Row { row * leading + col } else { col * leading + row })
+                    as usize
             };
             let a = fill(p.operand, (p.m.max(p.k) * p.leading.0.max(1) * p.batch) as usize + 8, 1);
             let b = fill(p.operand, (p.n.max(p.k) * p.leading.1.max(1) * p.batch) as usize + 8, 2);
@@ -127,15 +128,18 @@ fn plans_compute_the_product() {
                     for col in 0..p.n {
                         let mut sum: f64 = (0..p.k)
                             .map(|k| {
-                                let x = (batch * p.stride.0) as usize + at(p.order.0, row, k, p.leading.0);
-                                let y = (batch * p.stride.1) as usize + at(p.order.1, k, col, p.leading.1);
+                                let x = (batch * p.stride.0) as usize
+                                    + at(p.order.0, row, k, p.leading.0);
+                                let y = (batch * p.stride.1) as usize
+                                    + at(p.order.1, k, col, p.leading.1);
                                 read(p.operand, &a, x) * read(p.operand, &b, y)
                             })
                             .sum();
                         if p.epilogue.col_vector.is_some() {
                             sum += read(DType::F32, &bias, col as usize);
                         }
-                        let z = (batch * p.stride.2) as usize + at(p.order.2, row, col, p.leading.2);
+                        let z =
+                            (batch * p.stride.2) as usize + at(p.order.2, row, col, p.leading.2);
                         let got = read(p.result, &c, z);
                         let near = if p.result.bits() == 16 { sum.abs() / 128.0 } else { 0.0 };
                         assert!(

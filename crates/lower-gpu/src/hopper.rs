@@ -56,7 +56,11 @@ impl Builder<'_> {
 
     /// A new fragment in the accumulators' spread.
     pub(crate) fn frag(&mut self, name: &str, dtype: DType, cols: u32, extent: Extent) -> FragId {
-        let taken = self.frags.iter().filter(|(_, f)| f.name.trim_end_matches(char::is_numeric) == name).count();
+        let taken = self
+            .frags
+            .iter()
+            .filter(|(_, f)| f.name.trim_end_matches(char::is_numeric) == name)
+            .count();
         let name = if taken == 0 { name.to_owned() } else { format!("{name}{taken}") };
         self.frags.push(Frag { name, dtype, rows: self.rows, cols, spread: self.spread, extent })
     }
@@ -97,13 +101,18 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         Mode::Cooperative => tile_rows / consumers.max(1),
         Mode::PingPong => tile_rows,
     };
-    if rows == 0 || !rows.is_multiple_of(64) || (schedule.mode == Mode::Cooperative && rows * consumers != tile_rows) {
+    if rows == 0
+        || !rows.is_multiple_of(64)
+        || (schedule.mode == Mode::Cooperative && rows * consumers != tile_rows)
+    {
         return Err(Error::unsupported(format!(
             "{tile_rows} rows over {consumers} consumers: each needs a multiple of 64"
         )));
     }
     if schedule.store == StoreKind::Staged {
-        return Err(Error::unsupported("staged stores of warp-specialised kernels: use the copy engine"));
+        return Err(Error::unsupported(
+            "staged stores of warp-specialised kernels: use the copy engine",
+        ));
     }
     if schedule.mode == Mode::PingPong && (consumers != 2 || !schedule.persistent) {
         return Err(Error::unsupported("ping-pong needs two consumers and a persistent grid"));
@@ -160,7 +169,8 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     };
     let mut produce = decode.clone();
     produce.push(fill_loop);
-    let producer_body = over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), produce);
+    let producer_body =
+        over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), produce);
 
     // Consumers.
     let tiles = RegisterTiles::new(&mut b, &pipeline, body)?;
@@ -277,7 +287,13 @@ fn mentions(dim: &Dim, symbol: &Arc<str>) -> bool {
     found
 }
 
-pub(crate) fn over_items(schedule: &GpuSchedule, items: &Dim, start: Dim, step: Dim, body: Vec<Stmt>) -> Vec<Stmt> {
+pub(crate) fn over_items(
+    schedule: &GpuSchedule,
+    items: &Dim,
+    start: Dim,
+    step: Dim,
+    body: Vec<Stmt>,
+) -> Vec<Stmt> {
     let item: Arc<str> = "item".into();
     if schedule.persistent {
         let name: Arc<str> = "items".into();
@@ -323,7 +339,8 @@ fn stage(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<Stage> {
     };
     box_shape[line_axis] = box_lines;
     box_shape[along_axis] = span;
-    let same = b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == &*param.name).count();
+    let same =
+        b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == &*param.name).count();
     let suffix = if same == 0 { String::new() } else { format!("_{same}") };
     let map = b.maps.push(TensorMap {
         name: format!("{}{suffix}", param.name),
@@ -363,8 +380,7 @@ fn loads(
             if stage.shared {
                 line = line + &(Dim::sym(CTA) * &Dim::new(i64::from(lines_each)));
             }
-            let (row, col) =
-                if stream.contiguous == 1 { (line, along) } else { (along, line) };
+            let (row, col) = if stream.contiguous == 1 { (line, along) } else { (along, line) };
             let (rows, cols) = if stream.contiguous == 1 {
                 (stage.box_lines, stage.box_along)
             } else {
@@ -401,7 +417,11 @@ pub(crate) struct RegisterTiles {
 
 impl RegisterTiles {
     /// A fragment for every register tile of the loop.
-    pub(crate) fn new(b: &mut Builder<'_>, pipeline: &Pipeline, body: &For) -> Result<RegisterTiles> {
+    pub(crate) fn new(
+        b: &mut Builder<'_>,
+        pipeline: &Pipeline,
+        body: &For,
+    ) -> Result<RegisterTiles> {
         Ok(RegisterTiles {
             carried: body
                 .carry
@@ -456,7 +476,9 @@ pub(crate) fn initial_values(
             continue;
         }
         let Some(TileOp::Full(value)) = defs.get(init) else {
-            return Err(Error::unsupported("a loop that carries a tile that is not a constant at first"));
+            return Err(Error::unsupported(
+                "a loop that carries a tile that is not a constant at first",
+            ));
         };
         out.push(Stmt::Fill { dst: tiles.of(carried), value: *value });
     }

@@ -122,7 +122,12 @@ impl GpuSchedule {
 
     /// A schedule without a copy engine: all warps copy, then multiply. 3 stages, results straight
     /// from registers.
-    pub fn pipelined(arch: Arch, product: ProductKind, warps: (u32, u32), tiles: &[(&str, i64)]) -> GpuSchedule {
+    pub fn pipelined(
+        arch: Arch,
+        product: ProductKind,
+        warps: (u32, u32),
+        tiles: &[(&str, i64)],
+    ) -> GpuSchedule {
         GpuSchedule {
             arch,
             product,

@@ -56,7 +56,9 @@ fn operation(op: &mut TileOp, sub: &dyn Fn(&Dim) -> Dim) {
         TileOp::Load { index, .. } | TileOp::Gather { index, .. } => {
             index.iter_mut().for_each(|d| *d = sub(d));
         }
-        TileOp::Reduce { limit, .. } | TileOp::ArgReduce { limit, .. } | TileOp::Mma { limit, .. } => {
+        TileOp::Reduce { limit, .. }
+        | TileOp::ArgReduce { limit, .. }
+        | TileOp::Mma { limit, .. } => {
             if let Some(limit) = limit {
                 *limit = sub(limit);
             }

@@ -76,7 +76,8 @@ pub(crate) fn load_view(kernel: &Kernel, defs: &Defs<'_>, tile: TileId) -> Optio
             let kept: Vec<usize> = (0..from.len()).filter(|i| from[*i] != 1).collect();
             let wanted: Vec<u32> = to.iter().copied().filter(|e| *e != 1).collect();
             // Only unit axes vanish; none appear.
-            if kept.iter().map(|i| from[*i]).ne(wanted.iter().copied()) || wanted.len() != to.len() {
+            if kept.iter().map(|i| from[*i]).ne(wanted.iter().copied()) || wanted.len() != to.len()
+            {
                 return None;
             }
             let axes = kept.iter().map(|i| inner.axes[*i]).collect();
@@ -219,7 +220,9 @@ pub(crate) fn pipeline(
                         (Value::Scratch(out.scratch.len() - 1), true)
                     }
                     None => {
-                        return Err(Error::unsupported("a product that adds to a tile from outside its loop"));
+                        return Err(Error::unsupported(
+                            "a product that adds to a tile from outside its loop",
+                        ));
                     }
                 };
                 values.insert(*id, acc);
@@ -234,7 +237,9 @@ pub(crate) fn pipeline(
                     })
                     .collect::<Option<Vec<_>>>()
                     .ok_or_else(|| {
-                        Error::unsupported("elementwise steps between products on other than whole tiles")
+                        Error::unsupported(
+                            "elementwise steps between products on other than whole tiles",
+                        )
                     })?;
                 let dst = match body.yields.iter().position(|y| y == id) {
                     Some(i) => Value::Carried(i),
@@ -288,7 +293,10 @@ fn stream(
 ) -> Result<Stream> {
     let param = &kernel.params[view.param];
     if tf32 && product == ProductKind::Fma {
-        return Err(Error::unsupported(format!("{}: plain multiply-adds do not round to TF32", param.name)));
+        return Err(Error::unsupported(format!(
+            "{}: plain multiply-adds do not round to TF32",
+            param.name
+        )));
     }
     if param.dtype == DType::F32 && !tf32 && product != ProductKind::Fma {
         return Err(Error::unsupported(format!(

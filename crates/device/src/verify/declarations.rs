@@ -172,7 +172,12 @@ impl Checker<'_> {
                 let warps = threads_m.is_multiple_of(8) && threads_n.is_multiple_of(4);
                 let blocks = [block_m, block_n].iter().all(|b| matches!(b, 1 | 4));
                 let (m, n) = (threads_m.saturating_mul(block_m), threads_n.saturating_mul(block_n));
-                warps && blocks && m > 0 && n > 0 && f.rows.is_multiple_of(m) && f.cols.is_multiple_of(n)
+                warps
+                    && blocks
+                    && m > 0
+                    && n > 0
+                    && f.rows.is_multiple_of(m)
+                    && f.cols.is_multiple_of(n)
             }
         };
         let some = f.rows > 0 && f.cols > 0;
