@@ -59,6 +59,10 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
             if spec.operand == DType::I8 && bn > 32 && bn % 16 != 0 {
                 continue;
             }
+            // Wide tiles are cut into chunks of whole 16 columns.
+            if bn > 64 && bn % 16 != 0 {
+                continue;
+            }
             // Registers of accumulators per thread; the rest is for addresses and the epilogue.
             let most = if consumers == 3 { 96 } else { 200 };
             if scratch * rows * bn / 128 > most {
