@@ -59,13 +59,13 @@ fn program(name: &str, warps: u32, symbols: &[&str], items: Dim, body: Vec<Stmt>
     }
 }
 
-/// `C[M,N] = A[M,K] * B[K,N]` in tiles of 32 x 16, two stages of depth 16.
+/// `C[M,N] = A[M,K] * B[K,N]` in tiles of 32 x 32, two stages of depth 16.
 fn gemm() -> Program {
     let [a, b, c] = [0, 1, 2].map(ParamId);
     let [sa, sb] = [0, 1].map(SmemId);
     let (acc, stage) = (FragId(0), RingId(0));
-    let tiles_n = sym("N").ceil_div(&num(16));
-    let (row, col) = (sym("pm") * 32, sym("pn") * 16);
+    let tiles_n = sym("N").ceil_div(&num(32));
+    let (row, col) = (sym("pm") * 32, sym("pn") * 32);
     let tile =
         |smem, rows, cols, slot| SmemTile { smem, slot, row: num(0), col: num(0), rows, cols };
     // The copy of step `k` into the stage of the ring.
@@ -83,7 +83,7 @@ fn gemm() -> Program {
                 param: b,
                 at: vec![k * 16, col.clone()],
                 axes: (0, 1),
-                to: tile(sb, 16, 16, slot()),
+                to: tile(sb, 16, 32, slot()),
                 vector: 4,
             },
             Stmt::CopyCommit,
@@ -99,7 +99,7 @@ fn gemm() -> Program {
         Stmt::Mma {
             acc: whole(acc),
             a: tile(sa, 32, 16, Slot::Ring(stage)),
-            b: tile(sb, 16, 16, Slot::Ring(stage)),
+            b: tile(sb, 16, 32, Slot::Ring(stage)),
         },
         Stmt::SyncBlock,
     ]);
@@ -119,7 +119,7 @@ fn gemm() -> Program {
         },
         Stmt::CopyWait { pending: 0 },
         Stmt::SyncBlock,
-        Stmt::Mma { acc: whole(acc), a: tile(sa, 32, 16, before()), b: tile(sb, 16, 16, before()) },
+        Stmt::Mma { acc: whole(acc), a: tile(sa, 32, 16, before()), b: tile(sb, 16, 32, before()) },
         Stmt::Store {
             param: c,
             at: vec![row.clone(), col.clone()],
@@ -133,16 +133,16 @@ fn gemm() -> Program {
     p.params.push(param("A", "M", "K", Access::In));
     p.params.push(param("B", "K", "N", Access::In));
     p.params.push(param("C", "M", "N", Access::Out));
-    for (name, rows, swizzle) in [("a", 32, Swizzle::B64), ("b", 16, Swizzle::B64)] {
+    for (name, rows, cols, swizzle) in [("a", 32, 16, Swizzle::B64), ("b", 16, 32, Swizzle::B128)] {
         let (name, dtype, slots) = (name.to_string(), DType::F32, 2);
-        p.smem.push(Smem { name, dtype, rows, cols: 16, contiguous: 1, swizzle, slots });
+        p.smem.push(Smem { name, dtype, rows, cols, contiguous: 1, swizzle, slots });
     }
     p.rings.push(Ring { name: "stage".to_string(), stages: 2 });
     p.frags.push(Frag {
         name: "acc".to_string(),
         dtype: DType::F32,
         rows: 32,
-        cols: 16,
+        cols: 32,
         spread: Spread::MmaSync { warps_m: 2, warps_n: 2 },
         extent: Extent::Tile,
     });
@@ -218,7 +218,7 @@ fn right(program: &Program, sizes: &Env) {
 
 #[test]
 fn a_matrix_product_with_plain_copies() {
-    let (m, n, k) = (50, 20, 56);
+    let (m, n, k) = (50, 44, 56);
     let (a, b) = (numbers(m * k, 0.7), numbers(k * n, 1.3));
     let (program, sizes) = (gemm(), env(&[("M", m), ("N", n), ("K", k)]));
     right(&program, &sizes);
@@ -284,11 +284,13 @@ fn without(block: &[Stmt]) -> Vec<(Stmt, Vec<Stmt>)> {
 #[test]
 fn a_step_less_is_caught() {
     let sizes = [
-        (gemm(), env(&[("M", 50), ("N", 20), ("K", 80)])),
+        (gemm(), env(&[("M", 50), ("N", 44), ("K", 80)])),
         (softmax(), env(&[("R", 9), ("C", 50)])),
     ];
     let mut count = 0;
     for (program, sizes) in sizes {
+        // Nothing else may be what is caught.
+        right(&program, &sizes);
         for (gone, body) in without(&program.roles[0].body) {
             let mut mutant = program.clone();
             mutant.roles[0].body = body;

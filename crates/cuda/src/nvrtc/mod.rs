@@ -200,7 +200,6 @@ impl Nvrtc {
         options
     }
 
-
     /// Compiles one module, or finds it in the cache. A text that does not compile is our bug: the
     /// kernels are ours. The error has the log and the folder where the text is.
     pub fn compile(&self, request: &CompileRequest) -> Result<Compiled> {
