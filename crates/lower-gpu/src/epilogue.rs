@@ -277,7 +277,9 @@ fn stage(
         (_, true) => 1,
         (true, _) => 0,
         _ => {
-            return Err(Error::unsupported(format!("{name} has no contiguous axis to store along")));
+            return Err(Error::unsupported(format!(
+                "{name} has no contiguous axis to store along"
+            )));
         }
     };
     let size = dtype.bits() / 8;

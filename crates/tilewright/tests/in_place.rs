@@ -4,6 +4,7 @@
 //! an operand that dies, and the proof alone (`tilewright_tile::may_overwrite`) decides: elementwise
 //! work and rows beside products, turned and mirrored operands, running sums and sums over columns.
 
+use std::path::Path;
 use tilewright::{Compiler, Cpu};
 use tilewright_base::{DType, Error, Result};
 use tilewright_expr::Op as ExprOp;
@@ -76,6 +77,7 @@ fn chain(rng: &mut data::Rng, steps: usize) -> Result<Graph> {
 #[test]
 fn results_over_operands_change_nothing() {
     let Ok(cpu) = Cpu::detect(2) else { return };
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
     let (mut smaller, mut steps) = (0, 0);
     for seed in 0..40 {
         let mut rng = data::Rng::new(seed);
@@ -84,7 +86,7 @@ fn results_over_operands_change_nothing() {
         let env = data::random_env(&graph, &mut rng);
         let inputs = data::random_inputs(&graph, &env, &mut rng);
         let run = |in_place: bool| {
-            let mut compiler = Compiler::for_cpu(cpu.clone(), None);
+            let mut compiler = Compiler::for_cpu(cpu.clone(), Some(cache.clone()));
             // Apart, operators have more intermediates to share.
             compiler.fusion = seed % 2 == 0;
             compiler.in_place = in_place;

@@ -2,6 +2,7 @@
 //! tile programs say where operands are rounded. Once with this machine's matrix units, once without
 //! any (the same rounding, multiplied in `f32`).
 
+use std::path::Path;
 use tilewright::{Compiled, Compiler, Precision, host_cpu};
 use tilewright_base::DType;
 use tilewright_data::Tensor;
@@ -38,10 +39,11 @@ fn compilers() -> Vec<Compiler> {
     plain.features.retain(|f| !f.starts_with("amx") && f != "avx512bf16" && f != "avx512vnni");
     let mut narrow = plain.clone();
     narrow.vector_bits = 256;
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
     [cpu, plain, narrow]
         .into_iter()
         .map(|cpu| {
-            let mut compiler = Compiler::for_cpu(cpu, None);
+            let mut compiler = Compiler::for_cpu(cpu, Some(cache.clone()));
             compiler.precision = Precision::Bf16;
             compiler
         })
