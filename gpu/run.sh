@@ -12,6 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+export TILEWRIGHT_COMMAND="gpu/run.sh${*:+ $*}"
 part="${1:-all}"
 [ $# -eq 0 ] || shift
 case "$part" in tests | triton | bench | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac

@@ -92,7 +92,10 @@ fn run(options: &Options) -> Result<bool> {
     let mut head = Map::new();
     head.insert("date".into(), json!(record::now()));
     head.insert("commit".into(), json!(record::commit()));
-    head.insert("command".into(), json!(std::env::args().collect::<Vec<_>>().join(" ")));
+    // A script that starts this says how it was started itself: its folders are of no interest.
+    let command = std::env::var("TILEWRIGHT_COMMAND")
+        .unwrap_or_else(|_| std::env::args().collect::<Vec<_>>().join(" "));
+    head.insert("command".into(), json!(command));
     head.insert("machine".into(), record::machine(&gpu, &nvrtc, peer.as_ref()));
     head.insert("clocks_before".into(), json!(record::clocks()));
     head.insert(
