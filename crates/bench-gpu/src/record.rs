@@ -186,6 +186,22 @@ fn line(row: &Row) -> String {
     text
 }
 
+/// The command line as a record gives it: a path from the root of this machine's files says nothing
+/// elsewhere, so of such a one only the last part stays.
+pub fn command(args: impl Iterator<Item = String>) -> String {
+    let short = |arg: String| {
+        let last = arg.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();
+        if !arg.starts_with('/') {
+            arg
+        } else if last.is_empty() {
+            "ROOT".to_owned()
+        } else {
+            last
+        }
+    };
+    args.map(short).collect::<Vec<_>>().join(" ")
+}
+
 /// A query of `nvidia-smi`: names and values; empty when it is not there.
 pub fn nvidia_smi(fields: &[&str]) -> Map<String, Value> {
     let query = format!("--query-gpu={}", fields.join(","));
@@ -342,5 +358,14 @@ mod tests {
         let record = record(Map::new(), &rows);
         assert_eq!(record["geometric_means"]["bf16"]["shapes"], 2);
         assert!(record["rows"][1]["problem"].is_string());
+    }
+
+    #[test]
+    fn commands_name_no_folder_of_one_machine() {
+        let command = |text: &str| command(text.split(' ').map(str::to_owned));
+        assert_eq!(
+            command("/srv/x/tw-gpu-bench --out /srv/out/ --cache .cache/k --filter /"),
+            "tw-gpu-bench --out out --cache .cache/k --filter ROOT"
+        );
     }
 }

@@ -93,8 +93,8 @@ fn run(options: &Options) -> Result<bool> {
     head.insert("date".into(), json!(record::now()));
     head.insert("commit".into(), json!(record::commit()));
     // A script that starts this says how it was started itself: its folders are of no interest.
-    let command = std::env::var("TILEWRIGHT_COMMAND")
-        .unwrap_or_else(|_| std::env::args().collect::<Vec<_>>().join(" "));
+    let command =
+        std::env::var("TILEWRIGHT_COMMAND").unwrap_or_else(|_| record::command(std::env::args()));
     head.insert("command".into(), json!(command));
     head.insert("machine".into(), record::machine(&gpu, &nvrtc, peer.as_ref()));
     head.insert("clocks_before".into(), json!(record::clocks()));
