@@ -228,9 +228,9 @@ template <int LANES, typename T, typename F> TW_INLINE T across_lanes(T x, F com
 
 // Combines over LANES threads of several warps through `scratch` (one element a warp); all threads of the
 // block take part and get the result.
-template <int LANES, int THREADS, typename T, typename F>
+template <int LANES, typename T, typename F>
 TW_INLINE T across_warps(T x, T* scratch, F combine) {
-  constexpr int WARPS = LANES / 32, GROUPS = THREADS / LANES;
+  constexpr int WARPS = LANES / 32;
   x = across_lanes<32>(x, combine);
   const int w = (int)threadIdx.x / 32;
   __syncthreads();
@@ -239,7 +239,6 @@ TW_INLINE T across_warps(T x, T* scratch, F combine) {
   T r = scratch[w / WARPS * WARPS];
 #pragma unroll
   for (int k = 1; k < WARPS; ++k) r = combine(r, scratch[w / WARPS * WARPS + k]);
-  (void)GROUPS;
   return r;
 }
 

@@ -739,14 +739,13 @@ impl<'a> Printer<'a> {
             Spread::Lines { lanes, .. } if lanes <= 32 => {
                 Some(format!("tw::across_lanes<{lanes}>(x, combine)"))
             }
-            Spread::Lines { lanes, threads, .. } => {
-                Some(format!("tw::across_warps<{lanes}, {threads}>(x, scratch, combine)"))
+            Spread::Lines { lanes, .. } => {
+                Some(format!("tw::across_warps<{lanes}>(x, scratch, combine)"))
             }
             _ => return Err(Error::unsupported("reduction in this spread")),
         };
         let from = self.register(src, "i")?;
         let to = self.register(dst, "j")?;
-        let per = format!("({spread}::TILE / {spread}::PER_ROW)");
         self.line("{");
         if across.as_deref().is_some_and(|a| a.contains("scratch")) {
             self.line(&format!("  __shared__ tw::value<{held}> scratch[32];"));
@@ -762,7 +761,6 @@ impl<'a> Printer<'a> {
         self.line(&format!(
             "    for (int i = 0; i < {spread}::TILE; ++i) if ({spread}::per_row(i) == j) {{ x = first ? (tw::value<{held}>){from} : combine(x, {from}); first = false; }}"
         ));
-        let _ = per;
         if let Some(across) = across {
             self.line(&format!("    x = {across};"));
         }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// A GPU as data. Counts come from the driver, rates were measured; the last group are the constants
-/// of the time model of tensor-core kernels, fitted to measured times of about 2000 pairs of shape and
+/// of the time model of tensor-core kernels, fitted to measured times of 3576 pairs of shape and
 /// schedule (docs/src/facts.md).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Gpu {
