@@ -50,7 +50,7 @@ pub fn lower_with(
     host: &dyn Fn(&Graph, NodeId) -> HostCall,
     options: &Options,
 ) -> Result<(Plan, FusionPlan)> {
-    let mut fusion = fuse(graph, target, options.fusion);
+    let fusion = fuse(graph, target, options.fusion);
     let mut low = Lowering {
         graph,
         target,
@@ -74,7 +74,7 @@ pub fn lower_with(
     for &v in &graph.inputs {
         low.place(v)?;
     }
-    for group in &mut fusion.groups {
+    for group in &fusion.groups {
         if group.outputs.is_empty() {
             continue;
         }
@@ -150,8 +150,7 @@ impl Lowering<'_> {
     }
 
     /// One group to steps.
-    fn group(&mut self, group: &mut Group) -> Result<()> {
-        group.estimate_ns = cost::estimate_ns(self.graph, self.target, group);
+    fn group(&mut self, group: &Group) -> Result<()> {
         match group.anchor {
             Anchor::Map => self.map_group(group),
             Anchor::Rows => self.rows_group(group),

@@ -201,6 +201,7 @@ impl Compiler {
     /// The numbers that lowering reads.
     fn target(&self) -> CpuTarget {
         let units = tilewright_lower::matrix_units(self.cpu.vector_bits, |f| self.cpu.has(f));
+        let threads = self.pool.threads();
         CpuTarget {
             bf16_unit: units.0,
             int8_unit: units.1,
@@ -208,9 +209,10 @@ impl Compiler {
             l1_bytes: self.cpu.l1_bytes as i64,
             l2_bytes: self.cpu.l2_bytes as i64,
             l3_bytes: self.cpu.l3_bytes as i64,
-            threads: self.pool.threads() as i64,
+            threads: threads as i64,
             flops_per_second: self.cpu.ceilings.f32_flops_per_s,
             bytes_per_second: self.cpu.ceilings.memory_read_bytes_per_s,
+            l2_bytes_per_second: self.cpu.ceilings.l2_read_bytes_per_s * threads as f64,
             launch_ns: self.cpu.ceilings.launch_s * 1e9,
         }
     }
