@@ -1,4 +1,4 @@
-//! The time model: the slower of memory and arithmetic, plus the launch.
+//! The time model: the slower of memory and arithmetic, a part of the other, plus the launch.
 //!
 //! * Memory: every operand from outside and every stored result, over the bandwidth of the level
 //!   that holds what the kernel touches; rows that are walked in pieces read their operands once
@@ -13,6 +13,7 @@ use crate::block::func_cost;
 use crate::fuse::{Anchor, Group, WHOLE_ROW, row_axes, see_through};
 use crate::schedule::{map_tiles, row_tile};
 use crate::survey::Survey;
+use crate::target::CpuTarget;
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_graph::{Graph, Node, NodeId, Op, ValueId};
 use tilewright_layout::{Dim, numel};
@@ -103,6 +104,12 @@ fn totals(graph: &Graph, group: &Group) -> (Dim, Dim, Dim) {
 /// Elements of the result that one block of a product computes along an axis, about.
 const PRODUCT_BLOCK: f64 = 64.0;
 
+/// Part of the peak that maps reach: it counts a multiply-add as two, they do one operation.
+const MAP_SHARE: f64 = 0.5;
+
+/// Part of the shorter of memory and arithmetic that the longer does not hide.
+const NOT_HIDDEN: f64 = 0.25;
+
 /// Work below this many elements is not worth a second thread.
 const SHARE_ELEMENTS: f64 = 1024.0;
 
@@ -115,11 +122,17 @@ pub(crate) fn estimate_ns(s: &Survey<'_>, group: &Group) -> f64 {
     let busy = (widest / SHARE_ELEMENTS).ceil().clamp(1.0, threads) / threads;
     let compute = arithmetic(s, group, &walks) / s.target.flops_per_second / busy;
     let memory = traffic(s, group, &walks) / busy.sqrt();
-    compute.max(memory) * 1e9 + s.target.launch_ns
+    let (long, short) = (compute.max(memory), compute.min(memory));
+    (long + NOT_HIDDEN * short) * 1e9 + s.target.launch_ns
 }
 
-/// Flops, weighted so that the peak does them in their time: matrix work comes near the peak,
-/// elementwise chains to about a quarter.
+/// Estimated time of a copy of this many bytes, read and written, in nanoseconds.
+pub(crate) fn copy_ns(target: &CpuTarget, bytes: f64) -> f64 {
+    bytes / Level::holding(target, bytes).rate(target) * 1e9 + target.launch_ns
+}
+
+/// Flops, weighted so that the peak does them in their time: matrix work comes near the peak, maps
+/// do one operation where a multiply-add counts as two, and rows and depthwise taps less.
 fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
     let mut flops = 0.0;
     for &n in &group.nodes {
@@ -128,6 +141,8 @@ fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
             Op::Contract { .. } => 0.8,
             Op::Conv(attrs) if attrs.groups == 1 => 0.8,
             Op::Attention(_) => 0.5,
+            Op::Conv(_) => 0.12,
+            Op::Map(_) => MAP_SHARE,
             _ if s.anchor(n) == Some(Anchor::Host) => 0.002,
             _ => 0.25,
         };
@@ -139,7 +154,7 @@ fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
     }
     let spilled = crowded(s, group) * group.shape.iter().map(|d| s.extent(d)).product::<f64>();
     // A value that does not fit the registers is stored and loaded again.
-    flops + spilled * 2.0 / 0.25
+    flops + spilled * 2.0 / MAP_SHARE
 }
 
 /// In how many blocks a value is computed again because it does not vary along an axis that is cut
@@ -219,8 +234,8 @@ fn traffic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
     let stored: f64 = group.outputs.iter().map(|&v| s.bytes(v)).sum();
     let touched = stored + read.values().map(|r| r.0).sum::<f64>();
     let t = s.target;
-    let rate = Level::holding(s, touched).rate(s);
-    let weights = Level::holding(s, s.constant_bytes.max(touched)).rate(s);
+    let rate = Level::holding(t, touched).rate(t);
+    let weights = Level::holding(t, s.constant_bytes.max(touched)).rate(t);
     let mut seconds = stored / rate;
     for (v, (bytes, walked)) in read {
         seconds += bytes / if s.is_constant(v) { weights } else { rate };
@@ -240,8 +255,7 @@ enum Level {
 
 impl Level {
     /// The nearest level of which this many bytes take half at most.
-    fn holding(s: &Survey<'_>, bytes: f64) -> Level {
-        let t = s.target;
+    fn holding(t: &CpuTarget, bytes: f64) -> Level {
         if bytes * 2.0 <= (t.l2_bytes * t.threads.max(1)) as f64 {
             Level::Second
         } else if bytes * 2.0 <= t.l3_bytes as f64 {
@@ -253,8 +267,8 @@ impl Level {
 
     /// Its bandwidth for all threads. The last-level cache is not measured: it lies between its
     /// neighbours.
-    fn rate(self, s: &Survey<'_>) -> f64 {
-        let (near, far) = (s.target.l2_bytes_per_second, s.target.bytes_per_second);
+    fn rate(self, t: &CpuTarget) -> f64 {
+        let (near, far) = (t.l2_bytes_per_second, t.bytes_per_second);
         match self {
             Level::Second => near,
             Level::Last => (near * far).sqrt(),

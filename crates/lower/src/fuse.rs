@@ -68,6 +68,20 @@ impl Anchor {
     }
 }
 
+/// Which grouping is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// Every node is a kernel of its own (to find what a fusion breaks).
+    Apart,
+    /// Fused whenever it can be, as the program comes: where the search starts.
+    Greedy,
+    /// The one of least estimated time.
+    #[default]
+    Fastest,
+    /// Some legal one, by this number: for tests.
+    Any(u64),
+}
+
 /// For each axis of a value the reference axis along which it runs; `None` for extent 1 and for
 /// stretched axes.
 pub(crate) type AxisMap = Vec<Option<usize>>;
@@ -295,12 +309,15 @@ pub(crate) fn label(node: &Node) -> String {
 }
 
 /// Groups the nodes of a graph; see the module's head.
-pub fn fuse(graph: &Graph, target: &CpuTarget, enabled: bool) -> FusionPlan {
+pub fn fuse(graph: &Graph, target: &CpuTarget, choice: Choice) -> FusionPlan {
     let survey = Survey::new(graph, target);
-    let mut planner = Planner::new(&survey, greedy(graph, target, enabled));
+    let first = greedy(graph, target, choice != Choice::Apart);
+    let mut planner = Planner::new(&survey, first);
     let greedy_ns = planner.total_ns();
-    if enabled {
-        planner.search();
+    match choice {
+        Choice::Apart | Choice::Greedy => {}
+        Choice::Fastest => planner.search(),
+        Choice::Any(seed) => planner.scramble(seed),
     }
     finish(&planner, greedy_ns)
 }

@@ -4,7 +4,7 @@ use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
 use crate::fuse::{Anchor, AxisMap, FusionPlan, Group, fuse, label, see_through};
 use crate::place::Place;
 use crate::target::CpuTarget;
-use crate::views::broadcast_axis;
+use crate::views::{broadcast_axis, nominal};
 use crate::{Layouts, Options, cost};
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_base::{DType, Error, IdVec, Result};
@@ -369,6 +369,7 @@ impl Lowering<'_> {
             label: "copy".to_string(),
             anchor: "map".to_string(),
             nodes: vec![name.to_string()],
+            estimate_ns: cost::copy_ns(self.target, nominal(&bytes, &self.graph.symbols) as f64),
             bytes,
             ..Note::default()
         };

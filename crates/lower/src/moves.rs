@@ -108,6 +108,15 @@ fn after(p: &Planner<'_>, group: &Group, node: NodeId) -> BTreeSet<NodeId> {
     found
 }
 
+/// Whether the group that stores a value also reads it itself.
+fn kept_inside(p: &Planner<'_>, value: ValueId) -> bool {
+    let owner = p.graph().producer(value).and_then(|n| p.owner(n)).and_then(|slot| p.get(slot));
+    owner.is_some_and(|owner| {
+        let mut inputs = owner.group.nodes.iter().flat_map(|&n| &p.graph().nodes[n].inputs);
+        inputs.any(|&v| p.s.seen(v).0 == value)
+    })
+}
+
 /// Members of a group: its nodes, and those that it only computes again.
 fn members(group: &Group) -> (BTreeSet<NodeId>, BTreeSet<NodeId>) {
     (group.nodes.iter().copied().collect(), group.copies.clone())
@@ -225,12 +234,13 @@ impl Move {
         match self {
             Move::Recompute { value, readers, deep } => {
                 let maker = graph.producer(*value).as_ref().map_or(String::new(), name);
-                let all = readers.len() == p.readers(*value).len();
+                let all = readers.len() == p.readers(*value).len() && !p.s.is_asked(*value);
                 let chain = if *deep { " and the maps before it" } else { "" };
-                match (all, readers.len()) {
+                match (all && !kept_inside(p, *value), readers.len()) {
                     (true, 1) => format!("move {maker}{chain} into its only reader"),
                     (true, n) => format!("compute {maker}{chain} in each of its {n} readers"),
-                    (false, _) => format!("compute {maker}{chain} here too"),
+                    (false, 1) => format!("compute {maker}{chain} here too"),
+                    (false, n) => format!("compute {maker}{chain} in {n} readers too"),
                 }
             }
             Move::Store { node, .. } => format!("store {}", name(node)),

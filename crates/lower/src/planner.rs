@@ -343,6 +343,26 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// Makes legal moves as a number says, whatever they cost: groupings that a test would not see
+    /// otherwise.
+    pub(crate) fn scramble(&mut self, seed: u64) {
+        let mut state = seed;
+        let mut next = move |below: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % below.max(1)
+        };
+        for _ in 0..4 * self.slots.len() {
+            let slot = next(self.slots.len());
+            let moves = moves_of(self, slot);
+            if let Some(step) = moves.get(next(moves.len()))
+                && self.make(step).is_some()
+            {
+                self.considered += 1;
+                self.journal.clear();
+            }
+        }
+    }
+
     /// Makes the best move at a group; false when none is worth it.
     fn improve(&mut self, slot: usize) -> bool {
         let mut best: Option<(f64, Move, Trial)> = None;

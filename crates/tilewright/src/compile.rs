@@ -12,7 +12,7 @@ use tilewright_graph::{Graph, NodeId, Op, Value};
 use tilewright_interp::graph::{Mode, Options, run_with};
 use tilewright_jit::{Jit, Source};
 use tilewright_layout::Env;
-use tilewright_lower::{CpuTarget, FusionPlan};
+use tilewright_lower::{Choice, CpuTarget, FusionPlan};
 use tilewright_passes::PassContext;
 use tilewright_plan::{HostCall, Plan};
 use tilewright_runtime::{Code, Executable, Pool, Session};
@@ -135,7 +135,8 @@ impl Compiler {
 
         let layouts = tilewright_passes::choose_layouts(&graph, &context);
         lap(&mut stages, "layout");
-        let options = tilewright_lower::Options { fusion: self.fusion, precision: self.precision };
+        let fusion = if self.fusion { Choice::Fastest } else { Choice::Apart };
+        let options = tilewright_lower::Options { fusion, precision: self.precision };
         let (plan, fusion) =
             tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
         observe(Stage::Fusion(&fusion));
