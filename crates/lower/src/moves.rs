@@ -194,10 +194,11 @@ impl Move {
                     return Some(false);
                 }
                 let (mut there, there_copies) = members(&home.group);
-                there.extend(&end);
                 // Owned where it was, owned where it goes.
+                let owned = minus(&there, &there_copies);
                 let mut again = minus(&there_copies, &minus(&end, &copies));
-                again.extend(end.intersection(&copies));
+                again.extend(minus(&end, &owned).intersection(&copies));
+                there.extend(&end);
                 let rest = minus(&nodes, &end);
                 return Some(p.regroup(*from, &rest, &copies) && p.regroup(*to, &there, &again));
             }

@@ -195,6 +195,7 @@ impl<'a> Planner<'a> {
             for n in &old.group.nodes {
                 if self.owner[n.index()] == Some(slot) {
                     self.owner[n.index()] = None;
+                    self.stale.extend(&self.s.graph.nodes[*n].outputs);
                 }
             }
         }
@@ -211,14 +212,17 @@ impl<'a> Planner<'a> {
         old
     }
 
-    /// Brings outputs, dead nodes and estimates up to date; false when a group cannot store what
-    /// others read.
+    /// Brings outputs, dead nodes and estimates up to date; false when nobody stores what somebody
+    /// reads.
     fn settle(&mut self) -> bool {
         let s = self.s;
         loop {
             for v in std::mem::take(&mut self.stale) {
-                let maker = s.graph.producer(v).and_then(|n| self.owner[n.index()]);
-                self.dirty.extend(maker);
+                match s.graph.producer(v).and_then(|n| self.owner[n.index()]) {
+                    Some(maker) => self.dirty.extend([maker]),
+                    None if s.is_asked(v) || !self.readers[v.index()].is_empty() => return false,
+                    None => {}
+                }
             }
             let Some(slot) = self.dirty.pop_first() else { return true };
             let Some(piece) = self.slots[slot].clone() else { continue };
