@@ -49,6 +49,7 @@ fn wrong(
         let (plan, fused) =
             lower_with(graph, &target, &layouts, &host, &Options { fusion, ..Options::default() })
                 .map_err(|e| e.to_string())?;
+        tilewright_lower::verify_plan(&plan).map_err(|e| format!("{e}\n{fused}"))?;
         let moves = match fusion {
             Choice::Any(_) => fused.considered,
             _ => fused.decisions.len(),

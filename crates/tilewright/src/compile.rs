@@ -28,8 +28,8 @@ pub struct Compiler {
     pub precision: Precision,
     /// Folder for compiled kernels; `None` compiles anew every time.
     pub cache: Option<PathBuf>,
-    /// Fuse operators into groups; off for finding what a fusion breaks.
-    pub fusion: bool,
+    /// Which operators become one kernel; [`Choice::Apart`] for finding what a fusion breaks.
+    pub fusion: Choice,
     /// Let kernels write results over operands that nobody reads again; off for finding what that
     /// breaks.
     pub in_place: bool,
@@ -92,7 +92,14 @@ impl Compiler {
             cpu.features.retain(|f| !f.starts_with("amx"));
         }
         let pool = Arc::new(Pool::new(cpu.threads));
-        Compiler { cpu, precision: Precision::F32, cache, fusion: true, in_place: true, pool }
+        Compiler {
+            cpu,
+            precision: Precision::F32,
+            cache,
+            fusion: Choice::Fastest,
+            in_place: true,
+            pool,
+        }
     }
 
     /// Compiles a model.
@@ -135,8 +142,7 @@ impl Compiler {
 
         let layouts = tilewright_passes::choose_layouts(&graph, &context);
         lap(&mut stages, "layout");
-        let fusion = if self.fusion { Choice::Fastest } else { Choice::Apart };
-        let options = tilewright_lower::Options { fusion, precision: self.precision };
+        let options = tilewright_lower::Options { fusion: self.fusion, precision: self.precision };
         let (plan, fusion) =
             tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
         observe(Stage::Fusion(&fusion));
