@@ -122,12 +122,14 @@ pub struct FusionPlan {
     pub considered: usize,
     /// What is different from the greedy grouping, one line each.
     pub decisions: Vec<String>,
+    /// Transposed operands: copied or read as they lie, one line each, with the estimated times.
+    pub views: Vec<String>,
     lines: Vec<String>,
 }
 
 impl fmt::Display for FusionPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.lines.iter().try_for_each(|line| writeln!(f, "{line}"))
+        self.lines.iter().chain(&self.views).try_for_each(|line| writeln!(f, "{line}"))
     }
 }
 

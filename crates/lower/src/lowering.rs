@@ -23,9 +23,11 @@ pub(crate) struct Lowering<'a> {
     pub(crate) users: IdVec<ValueId, Vec<NodeId>>,
     pub(crate) plan: Plan,
     pub(crate) places: BTreeMap<ValueId, Place>,
-    pub(crate) copies: BTreeMap<ValueId, Place>,
+    pub(crate) copies: BTreeMap<(ValueId, Layout), Place>,
     pub(crate) consts: BTreeMap<(ValueId, DType, Layout), BufferId>,
     pub(crate) precision: Precision,
+    /// Which views are copied rather than read, and why.
+    pub(crate) views: Vec<String>,
     /// Model outputs that some step writes.
     pub(crate) written: BTreeSet<usize>,
 }
@@ -50,7 +52,7 @@ pub fn lower_with(
     host: &dyn Fn(&Graph, NodeId) -> HostCall,
     options: &Options,
 ) -> Result<(Plan, FusionPlan)> {
-    let fusion = fuse(graph, target, options.fusion);
+    let mut fusion = fuse(graph, target, options.fusion);
     let mut low = Lowering {
         graph,
         target,
@@ -68,6 +70,7 @@ pub fn lower_with(
         copies: BTreeMap::new(),
         consts: BTreeMap::new(),
         precision: options.precision,
+        views: Vec::new(),
         written: BTreeSet::new(),
     };
     // Inputs have their buffers whether anybody reads them or not.
@@ -84,6 +87,7 @@ pub fn lower_with(
         })?;
     }
     low.outputs()?;
+    fusion.views = low.views;
     if cfg!(debug_assertions) {
         verify_plan(&low.plan)?;
     }

@@ -130,3 +130,26 @@ fn the_text_says_what_was_considered() {
     let (_, fusion) = plan(&graph, &inputs, &slow_arithmetic());
     assert!(fusion.to_string().contains("not: compute exp"), "{fusion}");
 }
+
+#[test]
+fn a_transposed_right_operand_is_copied_when_many_blocks_would_gather_it() {
+    // `x y^T` with rows in `y`: how many blocks of rows read it decides.
+    let graph = |rows: i64| {
+        let mut b = GraphBuilder::new("transposed");
+        let (x, y) = (b.input("x", f32s(&[rows, 64])), b.input("y", f32s(&[48, 64])));
+        let z = b.contract("mk,nk->mn", x, y).unwrap();
+        b.output("z", z);
+        b.finish()
+    };
+    let launch_free = CpuTarget { launch_ns: 10.0, ..CpuTarget::avx2() };
+    let inputs =
+        |rows: usize| [tensor(DType::F32, &[rows, 64], 1), tensor(DType::F32, &[48, 64], 2)];
+    let (few, fusion) = plan(&graph(3), &inputs(3), &launch_free);
+    assert_eq!(few, ["contract"], "{fusion}");
+    assert!(fusion.to_string().contains("not: copy y transposed"), "{fusion}");
+    let (many, fusion) = plan(&graph(300), &inputs(300), &launch_free);
+    assert_eq!(many, ["copy", "contract"], "{fusion}");
+    assert!(fusion.to_string().contains("taken: copy y transposed"), "{fusion}");
+    // A copy through slow memory costs more than gathering again.
+    assert_eq!(plan(&graph(300), &inputs(300), &slow_memory()).0, ["contract"]);
+}
