@@ -127,6 +127,13 @@ pub struct FusionPlan {
     lines: Vec<String>,
 }
 
+impl FusionPlan {
+    /// In one line: estimated time, that of the greedy grouping, how much was considered.
+    pub fn summary(&self) -> &str {
+        self.lines.first().map_or("", String::as_str)
+    }
+}
+
 impl fmt::Display for FusionPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.lines.iter().chain(&self.views).try_for_each(|line| writeln!(f, "{line}"))
