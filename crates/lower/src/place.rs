@@ -143,15 +143,20 @@ impl Lowering<'_> {
 
     /// A row-major copy of a value in the arena, made once.
     pub(crate) fn row_major_copy(&mut self, v: ValueId, from: &Place) -> Result<Place> {
-        if let Some(copy) = self.copies.get(&v) {
+        self.copy_as(v, from, Layout::row_major(self.graph.shape(v)))
+    }
+
+    /// A copy of a value in the arena under a layout, made once.
+    pub(crate) fn copy_as(&mut self, v: ValueId, from: &Place, layout: Layout) -> Result<Place> {
+        let key = (v, layout.clone());
+        if let Some(copy) = self.copies.get(&key) {
             return Ok(copy.clone());
         }
-        let layout = Layout::row_major(self.graph.shape(v));
         let name = self.value_name(v);
         let buffer = self.new_buffer(v, layout.clone(), Storage::Arena);
         let to = Place { buffer, layout };
         self.copy_step(self.graph.dtype(v), from, &to, &name)?;
-        self.copies.insert(v, to.clone());
+        self.copies.insert(key, to.clone());
         Ok(to)
     }
 

@@ -32,5 +32,6 @@ pub use machine::{cache_dir, host_cpu, measured_cpu};
 pub use model::{Model, Source};
 pub use tilewright_base::{DType, Error, Kind, Result};
 pub use tilewright_data::Tensor;
+pub use tilewright_lower::Choice;
 pub use tilewright_runtime::Session;
 pub use tilewright_target::{Cpu, Precision};
