@@ -74,8 +74,11 @@ pub(super) struct Access<'p> {
 pub(super) enum Conflict<'p> {
     /// Nothing orders it after this one.
     Race(Access<'p>),
-    /// It is ordered, but a plain write is not visible to it.
+    /// It is ordered, but it is the copy engine's or the tensor cores', and no fence stands behind this plain
+    /// access.
     Fence(Access<'p>),
+    /// It is the copy engine's, after a plain access to global memory, which no step orders it after.
+    Proxy(Access<'p>),
     /// It reads what nobody has written.
     Unwritten,
 }
@@ -116,7 +119,7 @@ impl<'p> SmemSlot<'p> {
                 return Err(Conflict::Race(*other));
             }
             let crosses = (access.proxy, other.proxy) == (Proxy::Async, Proxy::Generic);
-            if crosses && other.kind != Kind::Read && !clock.sees(other.component, other.stamp) {
+            if crosses && !clock.sees(other.component, other.stamp) {
                 return Err(Conflict::Fence(*other));
             }
         }
@@ -209,6 +212,10 @@ impl<'p> Global<'p> {
             if !both_add && !ordered(old) {
                 return Err(Conflict::Race(old.access));
             }
+            // The fence that there is (`fence.proxy.async.shared::cta`) is one of shared memory.
+            if (new.access.proxy, old.access.proxy) == (Proxy::Async, Proxy::Generic) {
+                return Err(Conflict::Proxy(old.access));
+            }
         }
         if kind == Kind::Read {
             element.reads.retain(|r| {
@@ -240,6 +247,9 @@ pub(super) struct Column {
     pub(super) accumulated: u32,
     /// The last `wgmma` group that reads it as an operand.
     pub(super) operand: u32,
+    /// First and last column and bits of an operand's element of the `wgmma` that have accumulated into it since
+    /// the last fence.
+    pub(super) shape: Option<(usize, usize, u32)>,
 }
 
 /// A fragment of one instance.
@@ -254,8 +264,14 @@ pub(super) struct FragState {
 
 impl FragState {
     pub(super) fn new(rows: usize, cols: usize, dtype: DType, compute: bool) -> FragState {
-        let column =
-            Column { written: false, touched: true, changed: true, accumulated: 0, operand: 0 };
+        let column = Column {
+            written: false,
+            touched: true,
+            changed: true,
+            accumulated: 0,
+            operand: 0,
+            shape: None,
+        };
         let data = zeros(dtype, if compute { rows * cols } else { 0 });
         FragState { rows, cols, columns: vec![column; cols], data }
     }

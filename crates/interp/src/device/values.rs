@@ -466,12 +466,19 @@ impl<'p> Machine<'p, '_> {
         let view = self.view(agent, stmt, acc)?;
         let columns = &mut self.agents[agent].frags[view.frag].columns;
         let columns = &mut columns[view.rect.c0..view.rect.c1];
+        let bits = self.program.smem[right.smem].dtype.bits();
+        let shape = (view.rect.c0, view.rect.c1, bits);
         let wrong = if columns.iter().any(|c| c.touched) {
             Some("follows other accesses to its accumulators without a fence")
+        } else if columns.iter().any(|c| c.shape.is_some_and(|s| s != shape)) {
+            // Only products of one shape are ordered by themselves (PTX ISA, "wgmma.fence").
+            Some("follows products of another shape on its accumulators without a fence")
         } else if !zero && columns.iter().any(|c| !c.written) {
             Some("adds to accumulators that nothing has written")
         } else {
-            columns.iter_mut().for_each(|c| (c.written, c.accumulated) = (true, stamp));
+            for c in columns {
+                (c.written, c.accumulated, c.shape) = (true, stamp, Some(shape));
+            }
             None
         };
         if let Some(what) = wrong {
