@@ -232,7 +232,8 @@ fn plain_reads_need_a_fence_before_the_next_copy() {
 /// within a block.
 #[test]
 fn an_arrival_in_another_block_orders_no_plain_accesses() {
-    let parts = ["tma load b[stage]", "of block 1 is not ordered after the read by block 1 consumer"];
+    let parts =
+        ["tma load b[stage]", "of block 1 is not ordered after the read by block 1 consumer"];
     found(&report(&with_plain_reads(1, true)), &parts);
 }
 

@@ -18,7 +18,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use tilewright_cuda::{Arch, CompileRequest, Compiled, Nvrtc};
 use tilewright_device::{self as device, Program, Spread};
-use tilewright_emit_cuda::Source;
+use tilewright_emit_cuda::{COMPILER_OPTIONS, Source, headers};
 use tilewright_lower_gpu::GpuSchedule;
 
 /// A kernel under the name that it has in the file.
@@ -150,9 +150,8 @@ fn request(entry: &Entry) -> CompileRequest {
         device::Arch::Sm90a => Arch::SM_90A,
     };
     let request = CompileRequest::new(&source.entry, source.text.clone(), arch);
-    let with_header = |r: CompileRequest, (name, text): &(&str, &str)| r.header(*name, *text);
-    let request = tilewright_emit_cuda::headers().iter().fold(request, with_header);
-    request.option("-std=c++17").option("-default-device")
+    let request = COMPILER_OPTIONS.iter().fold(request, |r, option| r.option(*option));
+    headers().iter().fold(request, |r, (name, text)| r.header(*name, *text))
 }
 
 fn print(version: &str, rows: &Rows) -> String {
