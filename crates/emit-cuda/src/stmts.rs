@@ -462,6 +462,10 @@ impl<'a> Printer<'a> {
         if role.single_thread {
             self.indent -= 1;
             self.line("}");
+            // Barriers of whole warps (`.aligned`) follow.
+            if !self.program.teardown.is_empty() {
+                self.line("__syncwarp();");
+            }
         }
         self.role = None;
         self.scope = saved;
