@@ -46,7 +46,8 @@ rust() {
   step "build" cargo build --release --locked --workspace --quiet
   # The official ONNX cases come with the `onnx` package; the conformance test reads them as files.
   step "ONNX backend cases" .venv/bin/python tests/onnx_backend/dump.py target/onnx_backend
-  step "Rust tests" cargo test --release --locked --workspace --quiet
+  # As `cargo test --release --workspace`, with several test programs at a time.
+  step "Rust tests" cargo xtask test
 }
 
 python() {

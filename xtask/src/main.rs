@@ -1,8 +1,9 @@
 //! The repository's own commands, run as `cargo xtask <command>`.
 //!
 //! `tidy` reads every committed text file and reports what breaks the project's rules about its own
-//! shape. To add a command: one arm in [`main`] and one line in [`USAGE`].
+//! shape; `test` runs the tests. To add a command: one arm in [`main`] and one line in [`USAGE`].
 
+mod test;
 mod tidy;
 
 use std::process::ExitCode;
@@ -10,6 +11,7 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 usage: cargo xtask <command>
 
+  test    build and run all Rust tests, several programs at a time
   tidy    check crate arrows, file heads, docs lists, links and words
 ";
 
@@ -17,6 +19,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
+        ["test"] => test::run(),
         ["tidy"] => run_tidy(),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");

@@ -138,6 +138,7 @@ const BROKEN: &[(&str, Change)] = &[
     ("a phase takes 1 to 2^20 - 1 bytes", |p| each(p, |s| if let Stmt::ExpectBytes { bytes, .. } = s { *bytes = 1 << 20 })),
     ("barrier full is waited for, and nothing arrives at it", |p| each(p, |s| if let Stmt::ExpectBytes { barrier, .. } = s { barrier.barrier = BarrierId(1) })),
     ("barriers are never initialised", |p| p.setup.clear()),
+    ("the phase is not that of the barrier's slot", |p| each(p, |s| if let Stmt::Wait { barrier, .. } = s { barrier.slot = Slot::Before(RingId(0)) })),
     ("the barrier does not exist", |p| each(p, |s| if let Stmt::Wait { barrier, .. } = s { barrier.barrier = BarrierId(7) })),
     ("the cluster has no such block", |p| each(p, |s| if let Stmt::Arrive { reach, .. } = s { *reach = Reach::Cta(Dim::new(2)) })),
     ("a copy reaches its own block or all", |p| each(p, |s| if let Stmt::TmaLoad { reach, .. } = s { *reach = Reach::Cta(Dim::new(1)) })),

@@ -50,6 +50,11 @@ pub struct Source {
     pub cluster: u32,
 }
 
+/// What the compiler is asked for, besides the architecture. Scalar functions are printed for arithmetic without
+/// contraction: splitting a number into parts (TF32) and the numerics contract depend on it. Products are
+/// written as fma.
+pub const COMPILER_OPTIONS: [&str; 3] = ["-std=c++17", "-default-device", "-fmad=false"];
+
 /// The device library: names as programs include them, and text.
 pub fn headers() -> &'static [(&'static str, &'static str)] {
     &[

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{
     BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase, Program,
-    Reach, Role, Slot, SmemTile, Spread, Stmt, THREAD,
+    Reach, RingId, Role, Slot, SmemTile, Spread, Stmt, THREAD,
 };
 use tilewright_expr::Value;
 use tilewright_layout::{Dim, Range};
@@ -37,6 +37,9 @@ pub(crate) struct Printer<'a> {
     once: bool,
     smem_offsets: Vec<u32>,
     barrier_offsets: Vec<u32>,
+    /// What rings and fragments are called: by their names, unless sizes or loops have them.
+    ring_names: Vec<String>,
+    frag_names: Vec<String>,
 }
 
 const ANY: Range = Range { min: 0, max: i32::MAX as i64 };
@@ -79,6 +82,16 @@ impl<'a> Printer<'a> {
         scope.bind(&CLUSTER.into(), "cluster".into(), ANY);
         scope.bind(&CLUSTERS.into(), "clusters".into(), ANY);
         scope.bind(&THREAD.into(), "(int)threadIdx.x".into(), ANY);
+        let mut taken = names_of_integers(program);
+        let mut fresh = |name: &str| {
+            let mut name = identifier(name);
+            while !taken.insert(name.clone()) {
+                name.push('_');
+            }
+            name
+        };
+        let ring_names = program.rings.iter().map(|(_, r)| fresh(&r.name)).collect();
+        let frag_names = program.frags.iter().map(|(_, f)| fresh(&f.name)).collect();
         let mut printer = Printer {
             program,
             scope,
@@ -92,6 +105,8 @@ impl<'a> Printer<'a> {
             once: false,
             smem_offsets,
             barrier_offsets,
+            ring_names,
+            frag_names,
         };
         printer.unrounded = printer.find_unrounded();
         printer
@@ -175,7 +190,11 @@ impl<'a> Printer<'a> {
     }
 
     pub(crate) fn frag_name(&self, frag: FragId) -> String {
-        identifier(&self.program.frags[frag].name)
+        self.frag_names[frag.index()].clone()
+    }
+
+    fn ring_name(&self, ring: RingId) -> String {
+        self.ring_names[ring.index()].clone()
     }
 
     /// The spread of a fragment's columns `[0, cols)`, as a C++ type.
@@ -279,9 +298,9 @@ impl<'a> Printer<'a> {
 
     fn slot(&self, slot: &Slot) -> String {
         match slot {
-            Slot::Ring(ring) => format!("{}.slot", identifier(&self.program.rings[*ring].name)),
+            Slot::Ring(ring) => format!("{}.slot", self.ring_name(*ring)),
             Slot::Before(ring) => {
-                format!("{}.before()", identifier(&self.program.rings[*ring].name))
+                format!("{}.before()", self.ring_name(*ring))
             }
             Slot::At(dim) => self.scope.text(dim),
         }
@@ -330,9 +349,9 @@ impl<'a> Printer<'a> {
 
     fn phase(&self, phase: &Phase) -> String {
         match phase {
-            Phase::Of(ring) => format!("{}.phase", identifier(&self.program.rings[*ring].name)),
+            Phase::Of(ring) => format!("{}.phase", self.ring_name(*ring)),
             Phase::Before(ring) => {
-                format!("{}.phase ^ 1", identifier(&self.program.rings[*ring].name))
+                format!("{}.phase ^ 1", self.ring_name(*ring))
             }
             Phase::Parity(dim) => format!("(tw::u32)({})", self.scope.text(dim)),
         }
@@ -427,8 +446,8 @@ impl<'a> Printer<'a> {
             self.line("(void)leader;");
         }
         for ring in used_rings {
-            let ring = &self.program.rings[ring];
-            self.line(&format!("tw::Ring<{}> {};", ring.stages, identifier(&ring.name)));
+            let stages = self.program.rings[ring].stages;
+            self.line(&format!("tw::Ring<{stages}> {};", self.ring_name(ring)));
         }
         for id in used_frags {
             let frag = &self.program.frags[id];
@@ -436,13 +455,17 @@ impl<'a> Printer<'a> {
             self.line(&format!(
                 "tw::value<{}> {}[{count}];",
                 memory_type(frag.dtype),
-                identifier(&frag.name)
+                self.frag_name(id)
             ));
         }
         self.block(&role.body)?;
         if role.single_thread {
             self.indent -= 1;
             self.line("}");
+            // Barriers of whole warps (`.aligned`) follow.
+            if !self.program.teardown.is_empty() {
+                self.line("__syncwarp();");
+            }
         }
         self.role = None;
         self.scope = saved;
@@ -600,7 +623,7 @@ impl<'a> Printer<'a> {
                 self.leader_line(&text);
             }
             Stmt::Advance { ring, by } => {
-                let name = identifier(&self.program.rings[*ring].name);
+                let name = self.ring_name(*ring);
                 let by = if by.is(1) { String::new() } else { self.scope.text(by) };
                 self.line(&format!("{name}.advance({by});"));
             }
@@ -802,6 +825,24 @@ fn visit(stmts: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
             _ => {}
         }
     }
+}
+
+/// Identifiers that sizes, loops, roles' indices, buffers and barriers have.
+fn names_of_integers(program: &Program) -> BTreeSet<String> {
+    let mut names: BTreeSet<String> = program.symbols.iter().map(|s| s.name.to_string()).collect();
+    names.extend([CTA, CLUSTER, CLUSTERS].map(str::to_owned));
+    names.extend(program.roles.iter().map(|r| identifier(&r.instance)));
+    names.extend(program.smem.iter().map(|(_, s)| identifier(&s.name)));
+    names.extend(program.barriers.iter().map(|(_, b)| identifier(&b.name)));
+    let bodies = program.roles.iter().map(|r| &r.body);
+    for body in bodies.chain([&program.setup, &program.teardown]) {
+        visit(body, &mut |stmt| match stmt {
+            Stmt::Let { name, .. } => drop(names.insert(identifier(name))),
+            Stmt::For { var, .. } | Stmt::Unroll { var, .. } => drop(names.insert(identifier(var))),
+            _ => {}
+        });
+    }
+    names
 }
 
 /// Rings and fragments that one step names.

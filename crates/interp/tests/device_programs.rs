@@ -4,10 +4,12 @@ mod common;
 
 use half_bits::{from_bf16, to_bf16};
 use std::sync::Arc;
-use tilewright_device::{BarrierRef, Program, Slot, Stmt};
+use tilewright_device::*;
+use tilewright_expr::Value;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, orders, run};
 use tilewright_layout::{Dim, Env};
+use tilewright_tile::ParamId;
 
 /// bf16 by hand, so that the test depends on nothing it tests.
 mod half_bits {
@@ -77,6 +79,24 @@ fn tile_loop(program: &mut Program) -> &mut Vec<Stmt> {
     }
 }
 
+/// The steps of the consumer's loop over the depth.
+fn depth_loop(program: &mut Program) -> &mut Vec<Stmt> {
+    let is_loop = |s: &&mut Stmt| matches!(s, Stmt::For { .. });
+    match tile_loop(program).iter_mut().find(is_loop) {
+        Some(Stmt::For { body, .. }) => body,
+        _ => panic!("the consumer loops over the depth"),
+    }
+}
+
+fn right(program: &Program) {
+    check(program, &[sizes(512, 48, 192)], &[2]).unwrap_or_else(|e| panic!("{e:?}"));
+}
+
+/// All warps of a consumer meet.
+fn own_threads() -> Stmt {
+    Stmt::NamedSync { id: Dim::sym("w") + 1, threads: 128 }
+}
+
 fn found(text: &str, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "`{part}` is not in\n{text}");
@@ -100,7 +120,10 @@ fn races_and_missing_fences_name_both_sides() {
     let mut program = common::gemm(2);
     tile_loop(&mut program).retain(|s| !matches!(s, Stmt::FenceAsync));
     let store = "`tma store map_c[128*cta + 256*pm + 64*w, 16*pn] <- c[w][0 +64, 0 +16]`";
-    found(&report(&program), &[store, "does not see the write by block", "<- out`: no fence"]);
+    found(
+        &report(&program),
+        &[store, "does not see the write by block", "<- out`: no fence by its thread"],
+    );
     let mut program = common::gemm(2);
     tile_loop(&mut program).retain(|s| !matches!(s, Stmt::NamedSync { .. }));
     found(&report(&program), &["is not ordered after the", "c[0]"]);
@@ -122,7 +145,7 @@ fn clusters_that_write_the_same_elements_race() {
     {
         *add = true;
     }
-    check(&program, &[sizes(512, 48, 192)], &[2]).unwrap_or_else(|e| panic!("{e:?}"));
+    right(&program);
 }
 
 #[test]
@@ -132,7 +155,7 @@ fn tensors_are_used_after_the_grid_wait() {
     program.roles[1].body.insert(0, Stmt::GridWait);
     found(&report(&program), &["producer 0", "uses a tensor before the grid wait"]);
     program.roles[0].body.insert(0, Stmt::GridWait);
-    check(&program, &[sizes(512, 48, 192)], &[2]).unwrap_or_else(|e| panic!("{e:?}"));
+    right(&program);
 }
 
 #[test]
@@ -167,4 +190,112 @@ fn too_many_arrivals_are_an_error() {
         body.insert(2, arrive);
     }
     found(&report(&program), &["arrives at slot 0", "had its 1 arrivals and lacks 18432 bytes"]);
+}
+
+/// The product with stages that consumers also read as plain memory, 16 of the columns of `from`, before they let
+/// go of them.
+fn with_plain_reads(from: u32, fence: bool) -> Program {
+    let mut program = common::gemm(2);
+    let row = if from == 0 { Dim::sym("w") * 64 } else { Dim::new(0) };
+    let stage = Slot::Ring(RingId(0));
+    let from = SmemTile {
+        smem: SmemId(from),
+        slot: stage.clone(),
+        row,
+        col: Dim::new(0),
+        rows: 64,
+        cols: 16,
+    };
+    let dst = FragRef { frag: FragId(1), col: Dim::new(0), cols: None };
+    let barrier = BarrierRef { barrier: BarrierId(1), slot: stage };
+    let body = depth_loop(&mut program);
+    // From the wait for the products on.
+    let advance = body.pop().expect("a step");
+    body.truncate(4);
+    body.extend([Stmt::WgmmaWait { pending: 0 }, Stmt::FromSmem { dst, from }]);
+    if fence {
+        body.push(Stmt::FenceAsync);
+    }
+    body.extend([own_threads(), Stmt::Arrive { barrier, reach: Reach::All }, advance]);
+    tile_loop(&mut program).retain(|s| !matches!(s, Stmt::Arrive { .. }));
+    program
+}
+
+#[test]
+fn plain_reads_need_a_fence_before_the_next_copy() {
+    right(&with_plain_reads(0, true));
+    let parts = ["tma load a[stage]", "does not see the read by block", "no fence by its thread"];
+    found(&report(&with_plain_reads(0, false)), &parts);
+}
+
+/// The other block fills the right operand's stage, too, and only hears of plain reads by an arrival that releases
+/// within a block.
+#[test]
+fn an_arrival_in_another_block_orders_no_plain_accesses() {
+    let parts =
+        ["tma load b[stage]", "of block 1 is not ordered after the read by block 1 consumer"];
+    found(&report(&with_plain_reads(1, true)), &parts);
+}
+
+#[test]
+fn the_copy_engine_is_not_ordered_after_plain_stores_to_global_memory() {
+    let mut program = common::gemm(2);
+    let body = tile_loop(&mut program);
+    let fence = body.iter().position(|s| matches!(s, Stmt::FenceAsync)).expect("a fence");
+    let Some(Stmt::Once(stores)) = body.last() else { panic!("a store") };
+    let Stmt::TmaStore { at, .. } = &stores[0] else { panic!("a store") };
+    let store = Stmt::Store {
+        param: ParamId(2),
+        at: at.clone(),
+        axes: (Some(0), Some(1)),
+        src: FragRef { frag: FragId(1), col: Dim::new(0), cols: None },
+        vector: 1,
+    };
+    body.insert(fence, store);
+    found(&report(&program), &["tma store", "of C does not see the write", "no work of the copy"]);
+}
+
+#[test]
+fn products_of_two_shapes_need_a_fence_between() {
+    let two_shapes = |fence: bool| {
+        let mut program = common::gemm(2);
+        let body = depth_loop(&mut program);
+        let mut half = body[2].clone();
+        if let Stmt::Wgmma { acc, b, zero_if, .. } = &mut half {
+            (acc.cols, b.cols, *zero_if) = (Some(8), 8, None);
+        }
+        body.insert(3, half);
+        if fence {
+            body.insert(3, Stmt::WgmmaFence);
+        }
+        program
+    };
+    right(&two_shapes(true));
+    let parts = ["follows products of another shape on its accumulators without a fence"];
+    found(&report(&two_shapes(false)), &parts);
+}
+
+/// A warp that is slow to look at a barrier must not meet a later phase of the same parity: here the first
+/// warp lets go of a stage while the others may not have seen that it was full.
+#[test]
+fn a_stage_is_let_go_when_all_warps_have_seen_it() {
+    let unread = |meet: bool| {
+        let mut program = common::gemm(2);
+        let body = depth_loop(&mut program);
+        let advance = body.pop().expect("a step");
+        body.truncate(1);
+        if meet {
+            body.push(own_threads());
+        }
+        let barrier = BarrierRef { barrier: BarrierId(1), slot: Slot::Ring(RingId(0)) };
+        body.extend([Stmt::Arrive { barrier, reach: Reach::All }, advance]);
+        let tile = tile_loop(&mut program);
+        tile.retain(|s| !matches!(s, Stmt::Arrive { .. } | Stmt::WgmmaWait { .. }));
+        let dst = FragRef { frag: FragId(0), col: Dim::new(0), cols: None };
+        tile.insert(0, Stmt::Fill { dst, value: Value::Float(0.0) });
+        program
+    };
+    right(&unread(true));
+    let parts = ["completes phase 1 of slot 0", "may still look for the phase before"];
+    found(&report(&unread(false)), &parts);
 }

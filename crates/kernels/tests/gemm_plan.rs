@@ -35,7 +35,20 @@ fn problems() -> Vec<(&'static str, Problem)> {
     out.push(("three-part tf32", tf32));
     let mut batched = bf16(70, 40, 72);
     batched.batch = 3;
-    out.push(("batched", batched));
+    out.push(("batched", batched.clone()));
+    // Empty sums: the epilogue of zeros.
+    out.push(("empty sum", bf16(70, 33, 0)));
+    let bias = |mut p: Problem| {
+        p.epilogue = Epilogue::bias(None, DType::F32, DType::BF16);
+        p
+    };
+    out.push(("empty sum with bias", bias(bf16(40, 136, 0))));
+    out.push(("empty sum, transposed, with bias", bias(bf16(40, 72, 0).ordered(Col, Row, Col))));
+    batched.k = 0;
+    out.push(("batched empty sum with bias", bias(batched.clone().ordered(Row, Row, Row))));
+    out.push(("batched empty sum, transposed", batched.ordered(Row, Row, Col)));
+    out.push(("empty sum in i8", Problem::dense(40, 48, 0, DType::I8, DType::I32)));
+    out.push(("empty sum in f32", Problem::dense(7, 9, 0, DType::F32, DType::F32)));
     out
 }
 
@@ -163,6 +176,14 @@ fn impossible_problems_are_the_users_mistake() {
     assert_eq!(plan(&p, &gpu, 1).unwrap_err().exit_code(), 2);
     let p = Problem::dense(-1, 8, 8, DType::BF16, DType::BF16);
     assert_eq!(plan(&p, &gpu, 1).unwrap_err().exit_code(), 2);
-    let p = Problem::dense(0, 8, 8, DType::BF16, DType::BF16);
-    assert!(plan(&p, &gpu, 1).unwrap()[0].steps.is_empty());
+}
+
+#[test]
+fn an_empty_result_needs_no_launch() {
+    for (m, n, k, batch) in [(0, 8, 8, 1), (8, 0, 8, 1), (8, 8, 8, 0), (0, 8, 0, 1), (8, 0, 0, 3)] {
+        let mut p = Problem::dense(m, n, k, DType::BF16, DType::BF16);
+        p.batch = batch;
+        let candidates = plan(&p, &Gpu::h200(), 3).unwrap();
+        assert!(candidates.len() == 1 && candidates[0].steps.is_empty(), "{m} {n} {k} {batch}");
+    }
 }

@@ -11,7 +11,7 @@ use tilewright_cuda::{
     Stream, TensorMap,
 };
 use tilewright_device::{Program, Stmt};
-use tilewright_emit_cuda::{Source, emit, headers};
+use tilewright_emit_cuda::{COMPILER_OPTIONS, Source, emit, headers};
 use tilewright_layout::Env;
 
 /// Compiles and loads programs for one device, and remembers what came of each.
@@ -133,12 +133,8 @@ impl fmt::Debug for Loader {
 
 /// What the compiler is asked for.
 fn request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
-    let request = CompileRequest::new(program.name.clone(), source.text.clone(), arch)
-        .option("-std=c++17")
-        .option("-default-device")
-        // Scalar functions are printed for arithmetic without contraction: splitting a number into parts
-        // (TF32) and the numerics contract depend on it. Products are written as fma.
-        .option("-fmad=false");
+    let request = CompileRequest::new(program.name.clone(), source.text.clone(), arch);
+    let request = COMPILER_OPTIONS.iter().fold(request, |request, option| request.option(*option));
     headers().iter().fold(request, |request, (name, text)| request.header(*name, *text))
 }
 

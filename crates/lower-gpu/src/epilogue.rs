@@ -15,7 +15,7 @@ use tilewright_device::{
     Swizzle, TensorMap,
 };
 use tilewright_layout::Dim;
-use tilewright_tile::{ParamId, TileId, TileOp};
+use tilewright_tile::{Kernel, ParamId, TileId, TileOp};
 
 /// The steps after the loop.
 pub(crate) struct Finish {
@@ -56,8 +56,11 @@ pub(crate) fn store_results(
     };
     let tile_cols = b.frags[*acc].cols;
     let mut chunk = tile_cols;
+    // Beside many accumulators and a loaded tile, a chunk takes at most 16 registers per thread.
+    let full = b.rows * tile_cols / 128 > 96 && loads_tile(b.kernel, after);
+    let most = if full { (16 * 128 / b.rows).max(8) } else { 64 };
     for (param, _, _) in &stores {
-        chunk = chunk.min(chunk_columns(b, *param, tile_cols));
+        chunk = chunk.min(chunk_columns(b, *param, tile_cols, most));
     }
     let by_tma = b.schedule.store == StoreKind::Tma;
     // What goes through shared memory without the copy engine, and how it comes back.
@@ -193,8 +196,9 @@ pub(crate) fn access_elements(b: &Builder<'_>, param: ParamId, axis: usize) -> u
 }
 
 /// Columns of one chunk: the widest swizzle span of the output that cuts the tile into equal chunks and
-/// gives every warp a share. Wider chunks would keep more values in registers at once.
-fn chunk_columns(b: &Builder<'_>, param: ParamId, tile_cols: u32) -> u32 {
+/// gives every warp a share, of at most `most` columns. Wider chunks would keep more values in registers at
+/// once.
+fn chunk_columns(b: &Builder<'_>, param: ParamId, tile_cols: u32, most: u32) -> u32 {
     let share = match b.spread {
         Spread::Wgmma => 8,
         Spread::MmaSync { warps_n, .. } => 16 * warps_n,
@@ -202,7 +206,8 @@ fn chunk_columns(b: &Builder<'_>, param: ParamId, tile_cols: u32) -> u32 {
         Spread::Lines { lanes, vector, .. } => lanes * vector,
     };
     let size = b.kernel.params[param].dtype.bits().div_ceil(8);
-    let widest = [128, 64, 32].into_iter().map(|bytes| (bytes / size).min(64));
+    let spans = [128, 64, 32].into_iter().map(|bytes| (bytes / size).min(64));
+    let widest = spans.filter(|columns| *columns <= most);
     let least = (b.spread != Spread::Wgmma).then_some(share);
     widest
         .chain(least)
@@ -211,6 +216,15 @@ fn chunk_columns(b: &Builder<'_>, param: ParamId, tile_cols: u32) -> u32 {
             (1..=64).rev().find(|c| tile_cols.is_multiple_of(*c) && c.is_multiple_of(share))
         })
         .unwrap_or(tile_cols)
+}
+
+/// Whether the steps after the loop load a whole tile: a residual.
+fn loads_tile(kernel: &Kernel, after: &[tilewright_tile::Stmt]) -> bool {
+    let long = |tile: TileId| {
+        extents(kernel, tile).is_ok_and(|shape| shape.iter().filter(|e| **e != 1).count() > 1)
+    };
+    let loads = |(id, op): (&TileId, &&TileOp)| matches!(op, TileOp::Load { .. }) && long(*id);
+    definitions(after).iter().any(loads)
 }
 
 /// A buffer for one chunk and the spread in which it leaves: vectors along the contiguous axis, lines

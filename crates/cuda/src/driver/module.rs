@@ -95,7 +95,12 @@ fn too_new(error: Error, compiler: Option<(u32, u32)>, driver: (u32, u32)) -> Er
             driver.0, driver.1, compiler.0, compiler.1
         ))
         .with_note(error.message().to_owned())
-        .with_hint("install a newer driver, or an older NVRTC"),
+        .with_hint(format!(
+            "install a newer driver, or name an NVRTC of CUDA {}.{} or earlier in {}",
+            driver.0,
+            driver.1,
+            crate::find::NVRTC_VARIABLE
+        )),
         _ => error,
     }
 }

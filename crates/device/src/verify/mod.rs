@@ -19,7 +19,7 @@
 //!    Shared Memory Matrix Layouts"); buffers are swizzled; the role is an aligned warpgroup.
 //! 8. Columns of fragments are numbers once unrolled, and inside; spreads fit the role; operands of a step agree in extent, spread and type.
 //! 9. Barriers take 1 to 2^20 - 1 arrivals ("mbarrier: Contents of the mbarrier object"); who is waited for, arrives somewhere. Announced bytes are those of the
-//!    copies in the same straight run of steps.
+//!    copies in the same straight run of steps. A wait for the phase of a ring position is at the slot of that position.
 //! 10. Copies, their groups and what starts them belong to one thread; registers, `wgmma` and
 //!     barriers of threads to all of them; hardware barriers are 1 to 15, for whole warps ("bar").
 //! 11. Before `sm_90a` there are no tensor maps, mbarriers, clusters, `wgmma`, `setmaxnreg` and dependent launches.

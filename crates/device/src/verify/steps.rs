@@ -234,6 +234,8 @@ impl Checker<'_> {
                     Phase::Of(ring) | Phase::Before(ring) => {
                         let exists = self.program.rings.get(*ring).is_some();
                         self.step(stmt, exists, "the ring does not exist");
+                        let same = barrier.slot == Slot::Ring(*ring);
+                        self.step(stmt, same, "the phase is not that of the barrier's slot");
                     }
                     Phase::Parity(parity) => self.known(stmt, parity),
                 }

@@ -27,10 +27,18 @@ pub(super) enum Part {
     StoreWrite,
     /// `wgmma` groups.
     Wgmma,
+    /// Arrivals at barriers of other blocks.
+    Remote,
+    /// Waits of the other threads at mbarriers.
+    Waits,
 }
 
 /// Number of [`Part`]s.
-pub(super) const PARTS: usize = 7;
+pub(super) const PARTS: usize = 9;
+
+/// The parts that are plain accesses.
+pub(super) const PLAIN: [Part; 4] =
+    [Part::Leader, Part::Others, Part::LeaderCopy, Part::OthersCopy];
 
 /// The component of an instance's part.
 pub(super) fn component(agent: usize, part: Part) -> u32 {
@@ -62,6 +70,18 @@ impl Clock {
     pub(super) fn clear(&mut self) {
         self.hb.fill(0);
         self.fenced.fill(0);
+    }
+
+    /// Without what is known of plain accesses by these instances.
+    pub(super) fn without_plain(&self, agents: impl Iterator<Item = usize>) -> Clock {
+        let mut cut = self.clone();
+        for agent in agents {
+            for part in PLAIN {
+                let at = component(agent, part) as usize;
+                (cut.hb[at], cut.fenced[at]) = (0, 0);
+            }
+        }
+        cut
     }
 
     pub(super) fn raise(&mut self, component: u32, stamp: u32) {
@@ -122,6 +142,11 @@ pub(super) struct Threads {
     /// after they meet.
     others_fenced: u32,
     others_copy_fenced: u32,
+    /// Arrivals of the leader at barriers of other blocks.
+    remote: u32,
+    /// Waits of the other threads at mbarriers, all of which they know; the leader knows those that a barrier
+    /// or a complete `wgmma` group stands behind.
+    waits: u32,
     pub(super) leader_copy: Groups,
     pub(super) others_copy: Groups,
 }
@@ -136,6 +161,8 @@ impl Threads {
             others_stamp: 1,
             others_fenced: 0,
             others_copy_fenced: 0,
+            remote: 0,
+            waits: 0,
             leader_copy: Groups::default(),
             others_copy: Groups::default(),
         };
@@ -181,6 +208,25 @@ impl Threads {
         if !solo {
             self.others.raise(component, stamp);
         }
+    }
+
+    /// The leader arrives in another block: component and stamp.
+    pub(super) fn arrive_remotely(&mut self) -> (u32, u32) {
+        self.remote += 1;
+        self.raise(Part::Remote, self.remote, true);
+        (component(self.agent, Part::Remote), self.remote)
+    }
+
+    /// All threads have waited at an mbarrier: component and stamp.
+    pub(super) fn waited(&mut self) -> (u32, u32) {
+        self.waits += 1;
+        self.others.raise(component(self.agent, Part::Waits), self.waits);
+        (component(self.agent, Part::Waits), self.waits)
+    }
+
+    /// How often the other threads have waited.
+    pub(super) fn waits(&self) -> u32 {
+        self.waits
     }
 
     /// `fence.proxy.async`, by the leader or by every thread.

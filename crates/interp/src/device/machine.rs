@@ -65,6 +65,8 @@ pub(super) struct Agent<'p> {
     pub(super) clocks: Threads,
     pub(super) stores: Groups,
     pub(super) wgmma: Groups,
+    /// How often the threads had waited at mbarriers when each group was closed.
+    pub(super) wgmma_waits: Vec<u32>,
     /// Stands at a barrier of threads.
     pub(super) waiting: bool,
 }
@@ -91,6 +93,8 @@ pub(super) struct Mbarrier {
     pub(super) gathering: Clock,
     /// What all completed phases hand to who waits for them.
     pub(super) released: Clock,
+    /// Threads of an instance that need not all have seen the last completed phase yet: component, stamp, who.
+    pub(super) seeing: Vec<(u32, u32, usize)>,
 }
 
 /// A barrier of threads.
@@ -286,6 +290,7 @@ impl<'p, 'g> Machine<'p, 'g> {
                     clocks: Threads::new(machine.agents.len(), n),
                     stores: Groups::default(),
                     wgmma: Groups::default(),
+                    wgmma_waits: Vec::new(),
                     waiting: false,
                 });
             }
@@ -301,6 +306,7 @@ impl<'p, 'g> Machine<'p, 'g> {
                         component: next - 1,
                         gathering: Clock::new(n),
                         released: Clock::new(n),
+                        seeing: Vec::new(),
                     }
                 });
                 slots.collect()
@@ -557,7 +563,13 @@ impl<'p, 'g> Machine<'p, 'g> {
         let what = match conflict {
             Conflict::Race(a) => format!("on {memory} is not ordered after {}", other(&a)),
             Conflict::Fence(a) => {
-                format!("on {memory} does not see {}: no fence by its writer", other(&a))
+                format!("on {memory} does not see {}: no fence by its thread", other(&a))
+            }
+            Conflict::Proxy(a) => {
+                format!(
+                    "on {memory} does not see {}, which is no work of the copy engine",
+                    other(&a)
+                )
             }
             Conflict::Unwritten => format!("reads {memory}, part of which nobody has written"),
         };

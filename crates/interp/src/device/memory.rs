@@ -74,8 +74,11 @@ pub(super) struct Access<'p> {
 pub(super) enum Conflict<'p> {
     /// Nothing orders it after this one.
     Race(Access<'p>),
-    /// It is ordered, but a plain write is not visible to it.
+    /// It is ordered, but it is the copy engine's or the tensor cores', and no fence stands behind this plain
+    /// access.
     Fence(Access<'p>),
+    /// It is the copy engine's, after a plain access to global memory, which no step orders it after.
+    Proxy(Access<'p>),
     /// It reads what nobody has written.
     Unwritten,
 }
@@ -116,7 +119,7 @@ impl<'p> SmemSlot<'p> {
                 return Err(Conflict::Race(*other));
             }
             let crosses = (access.proxy, other.proxy) == (Proxy::Async, Proxy::Generic);
-            if crosses && other.kind != Kind::Read && !clock.sees(other.component, other.stamp) {
+            if crosses && !clock.sees(other.component, other.stamp) {
                 return Err(Conflict::Fence(*other));
             }
         }
@@ -158,30 +161,82 @@ pub(super) struct GlobalAccess<'p> {
     pub(super) access: Access<'p>,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Element<'p> {
+/// Numbers of accesses: mostly none or one.
+#[derive(Debug, Default)]
+enum Numbers {
+    #[default]
+    None,
+    One(u32),
+    Several(Vec<u32>),
+}
+
+impl Numbers {
+    fn list(&self) -> &[u32] {
+        match self {
+            Numbers::None => &[],
+            Numbers::One(one) => std::slice::from_ref(one),
+            Numbers::Several(all) => all,
+        }
+    }
+
+    fn retain(&mut self, keep: impl Fn(u32) -> bool) {
+        match self {
+            Numbers::Several(all) => all.retain(|n| keep(*n)),
+            Numbers::One(one) if !keep(*one) => *self = Numbers::None,
+            _ => {}
+        }
+    }
+
+    fn push(&mut self, number: u32) {
+        match self {
+            Numbers::None => *self = Numbers::One(number),
+            Numbers::One(one) => *self = Numbers::Several(vec![*one, number]),
+            Numbers::Several(all) => all.push(number),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Element {
     /// Writes that are not ordered among each other only when they all add.
-    writes: Vec<GlobalAccess<'p>>,
-    reads: Vec<GlobalAccess<'p>>,
+    writes: Numbers,
+    reads: Numbers,
 }
 
 /// Accesses to global tensors, from all clusters.
 #[derive(Debug, Default)]
 pub(super) struct Global<'p> {
     /// By parameter and element offset.
-    elements: Vec<Vec<Element<'p>>>,
+    elements: Vec<Vec<Element>>,
+    /// One for all elements of a tile.
+    accesses: Vec<GlobalAccess<'p>>,
     mappings: BTreeMap<String, u32>,
 }
 
 impl<'p> Global<'p> {
     pub(super) fn new(params: usize) -> Global<'p> {
-        Global { elements: vec![Vec::new(); params], mappings: BTreeMap::new() }
+        let elements = (0..params).map(|_| Vec::new()).collect();
+        Global { elements, accesses: Vec::new(), mappings: BTreeMap::new() }
     }
 
     /// A number for a distribution over threads.
     pub(super) fn mapping(&mut self, description: String) -> u32 {
         let next = self.mappings.len() as u32 + 1;
         *self.mappings.entry(description).or_insert(next)
+    }
+
+    /// The number of an access; that of the last one if it is the same.
+    fn number(&mut self, new: GlobalAccess<'p>) -> u32 {
+        let same = self.accesses.last().is_some_and(|old| {
+            let (x, y) = (&old.access, &new.access);
+            (old.cluster, old.mapping, x.component, x.stamp, x.kind, x.proxy)
+                == (new.cluster, new.mapping, y.component, y.stamp, y.kind, y.proxy)
+                && std::ptr::eq(x.stmt, y.stmt)
+        });
+        if !same {
+            self.accesses.push(new);
+        }
+        self.accesses.len() as u32 - 1
     }
 
     /// Compares an access to an element with those before it and records it.
@@ -192,9 +247,11 @@ impl<'p> Global<'p> {
         new: GlobalAccess<'p>,
         clock: &Clock,
     ) -> Result<(), Conflict<'p>> {
+        let number = self.number(new);
+        let accesses = &self.accesses;
         let list = &mut self.elements[param];
         if list.len() <= offset {
-            list.resize(offset + 1, Element::default());
+            list.resize_with(offset + 1, Element::default);
         }
         let element = &mut list[offset];
         let ordered = |old: &GlobalAccess<'p>| {
@@ -204,26 +261,35 @@ impl<'p> Global<'p> {
                 && (same_thread || clock.knows(old.access.component, old.access.stamp))
         };
         let kind = new.access.kind;
-        for old in &element.writes {
+        for old in element.writes.list().iter().map(|n| &accesses[*n as usize]) {
             let both_add = (kind, old.access.kind) == (Kind::Add, Kind::Add);
             if !both_add && !ordered(old) {
                 return Err(Conflict::Race(old.access));
             }
+            // The fence that there is (`fence.proxy.async.shared::cta`) is one of shared memory.
+            if (new.access.proxy, old.access.proxy) == (Proxy::Async, Proxy::Generic) {
+                return Err(Conflict::Proxy(old.access));
+            }
         }
         if kind == Kind::Read {
-            element.reads.retain(|r| {
+            element.reads.retain(|n| {
+                let r = &accesses[n as usize];
                 (r.cluster, r.access.component, r.mapping)
                     != (new.cluster, new.access.component, new.mapping)
             });
-            element.reads.push(new);
+            element.reads.push(number);
             return Ok(());
         }
-        if let Some(old) = element.reads.iter().find(|r| !ordered(r)) {
+        let mut reads = element.reads.list().iter().map(|n| &accesses[*n as usize]);
+        if let Some(old) = reads.find(|r| !ordered(r)) {
             return Err(Conflict::Race(old.access));
         }
-        element.reads.clear();
-        element.writes.retain(|w| kind == Kind::Add && w.access.kind == Kind::Add && !ordered(w));
-        element.writes.push(new);
+        element.reads = Numbers::None;
+        element.writes.retain(|n| {
+            let w = &accesses[n as usize];
+            kind == Kind::Add && w.access.kind == Kind::Add && !ordered(w)
+        });
+        element.writes.push(number);
         Ok(())
     }
 }
@@ -240,6 +306,9 @@ pub(super) struct Column {
     pub(super) accumulated: u32,
     /// The last `wgmma` group that reads it as an operand.
     pub(super) operand: u32,
+    /// First and last column and bits of an operand's element of the `wgmma` that have accumulated into it since
+    /// the last fence.
+    pub(super) shape: Option<(usize, usize, u32)>,
 }
 
 /// A fragment of one instance.
@@ -254,8 +323,14 @@ pub(super) struct FragState {
 
 impl FragState {
     pub(super) fn new(rows: usize, cols: usize, dtype: DType, compute: bool) -> FragState {
-        let column =
-            Column { written: false, touched: true, changed: true, accumulated: 0, operand: 0 };
+        let column = Column {
+            written: false,
+            touched: true,
+            changed: true,
+            accumulated: 0,
+            operand: 0,
+            shape: None,
+        };
         let data = zeros(dtype, if compute { rows * cols } else { 0 });
         FragState { rows, cols, columns: vec![column; cols], data }
     }

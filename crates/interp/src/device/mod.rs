@@ -7,12 +7,18 @@
 //! therefore runs several that are as unfair as can be.
 //!
 //! What is an error: two accesses of which nothing orders one after the other (shared and global memory; a
-//! write between), a plain write that the copy engine or the tensor cores read without a fence by the
-//! writer, shared memory or registers read before they are written, accumulators touched while a
-//! `wgmma` group is open or used by `wgmma` without its fence, a barrier used before all know of its
-//! initialisation, more arrivals or bytes than a phase takes, a wait that meets another pass of its
-//! ring, tiles and slots outside of their buffers, blocks that may be gone when another one
-//! touches their memory, operations left open at the end, and deadlock.
+//! write between), plain accesses before those of the copy engine or the tensor cores to the same memory without a fence
+//! by their thread (in global memory: at all), shared memory or registers read before they are written,
+//! accumulators touched while a `wgmma` group is open, used by `wgmma` without its fence or by products of two shapes,
+//! a barrier used before all know of its initialisation, more arrivals or bytes than a phase takes, a
+//! wait that meets another pass of its ring, a phase that completes while warps may still look for the one before,
+//! plain accesses that only an arrival in another block would order, tiles and slots outside of their buffers, blocks that may
+//! be gone when another one touches their memory, operations left open at the end, and deadlock.
+//!
+//! What is taken for granted: the warps of an instance do what is one step for all of them side by side, but for what the
+//! clocks tell apart (their memory accesses, their waits at mbarriers); a `wgmma` group that one warp has
+//! waited for is complete for the four, and all of them had issued it (as CUTLASS does, whose consumers let go of a stage by
+//! one thread). A wait for a computed parity is not compared with the pass that is meant.
 //!
 //! | file | what it holds |
 //! |---|---|

@@ -282,13 +282,25 @@ impl<'p> Machine<'p, '_> {
             }
             Stmt::WgmmaFence => {
                 let columns = self.agents[agent].frags.iter_mut().flat_map(|f| &mut f.columns);
-                columns.for_each(|c| (c.touched, c.changed) = (false, false));
+                columns.for_each(|c| (c.touched, c.changed, c.shape) = (false, false, None));
             }
-            Stmt::WgmmaCommit => self.agents[agent].wgmma.commit(),
+            Stmt::WgmmaCommit => {
+                let a = &mut self.agents[agent];
+                // An empty group is complete with the one before.
+                let waits = match a.wgmma.open {
+                    0 => a.wgmma_waits.last().copied().unwrap_or(0),
+                    _ => a.clocks.waits(),
+                };
+                a.wgmma_waits.push(waits);
+                a.wgmma.commit();
+            }
             Stmt::WgmmaWait { pending } => {
                 let a = &mut self.agents[agent];
                 let done = a.wgmma.wait(*pending);
                 a.clocks.raise(Part::Wgmma, done, false);
+                // All warps of the group had issued it, and waited for what stands before it.
+                let waits = (done as usize).checked_sub(1).and_then(|i| a.wgmma_waits.get(i));
+                a.clocks.raise(Part::Waits, waits.copied().unwrap_or(0), true);
             }
             Stmt::GridWait => {
                 let solo = self.agents[agent].solo();
@@ -462,7 +474,7 @@ impl<'p> Machine<'p, '_> {
             Phase::Before(ring) => (pass(ring) - 1, Some(*ring)),
             Phase::Parity(parity) => (self.dim(agent, stmt, parity)?, None),
         };
-        let b = &self.blocks[block].barriers[array][slot];
+        let b = &mut self.blocks[block].barriers[array][slot];
         let completed = i64::from(b.completed);
         if completed.rem_euclid(2) == wanted.rem_euclid(2) {
             return Ok(false);
@@ -475,8 +487,13 @@ impl<'p> Machine<'p, '_> {
             );
             return Err(self.fail(agent, stmt, &what));
         }
-        let solo = self.agents[agent].solo();
-        self.agents[agent].clocks.acquire(&b.released, solo);
+        let a = &mut self.agents[agent];
+        let solo = a.solo();
+        a.clocks.acquire(&b.released, solo);
+        if !solo {
+            let (component, stamp) = a.clocks.waited();
+            b.seeing.push((component, stamp, agent));
+        }
         Ok(true)
     }
 
@@ -497,10 +514,14 @@ impl<'p> Machine<'p, '_> {
             let together = a.clocks.together();
             a.clocks.meet(&together);
         }
+        // An arrival in another block is a release within the own block only (`device-lib/sync.cuh`): it hands over
+        // what the copy engine and the tensor cores have completed, and no plain accesses.
+        let staff = self.agents.iter().enumerate().filter(|(_, a)| a.block == own);
+        let abroad = self.agents[agent].clocks.leader.without_plain(staff.map(|(index, _)| index));
         for &block in blocks {
-            let (component, stamp) = self.agents[agent].clocks.stamp(true);
             let state = &mut self.blocks[block];
             if block != own {
+                let (component, stamp) = self.agents[agent].clocks.arrive_remotely();
                 state.until_exit.insert(component, (stamp, agent, stmt));
             }
             let b = &mut state.barriers[array][slot];
@@ -515,7 +536,11 @@ impl<'p> Machine<'p, '_> {
             }
             b.pending -= 1;
             b.bytes += bytes;
-            b.gathering.join(&self.agents[agent].clocks.leader);
+            if block == own {
+                b.gathering.join(&self.agents[agent].clocks.leader);
+            } else {
+                b.gathering.join(&abroad);
+            }
             self.complete(agent, stmt, block, (array, slot))?;
         }
         self.agents[agent].clocks.tick();
@@ -542,6 +567,16 @@ impl<'p> Machine<'p, '_> {
             return Err(self.fail(agent, stmt, &what));
         }
         if b.bytes == 0 {
+            let late = b.seeing.iter().find(|(c, stamp, _)| !b.gathering.knows(*c, *stamp));
+            if let Some(&(_, _, who)) = late {
+                let what = format!(
+                    "completes phase {} of slot {slot} of block {block} while warps of {} may still look for \
+                     the phase before: a parity does not tell them apart",
+                    b.completed, self.agents[who].name
+                );
+                return Err(self.fail(agent, stmt, &what));
+            }
+            b.seeing.clear();
             b.completed += 1;
             b.pending = b.arrivals;
             b.gathering.raise(b.component, b.completed);

@@ -250,10 +250,11 @@ impl<'p> Machine<'p, '_> {
                 let access = self.access(agent, stmt, component, stamp, Kind::Write);
                 let data = self.reg_get(agent, view);
                 let cols = view.rect.cols();
+                let mut here = at.clone();
                 for i in 0..view.rect.rows() * cols {
-                    let at = along(&at, *axes, i / cols, i % cols);
+                    along(&mut here, &at, *axes, i / cols, i % cols);
                     let value = data.as_ref().map(|d| value_at(d, i));
-                    self.element_write(*param, &at, access, mapping, value)?;
+                    self.element_write(*param, &here, access, mapping, value)?;
                 }
             }
             Stmt::ToSmem { to, src } => {
@@ -466,12 +467,19 @@ impl<'p> Machine<'p, '_> {
         let view = self.view(agent, stmt, acc)?;
         let columns = &mut self.agents[agent].frags[view.frag].columns;
         let columns = &mut columns[view.rect.c0..view.rect.c1];
+        let bits = self.program.smem[right.smem].dtype.bits();
+        let shape = (view.rect.c0, view.rect.c1, bits);
         let wrong = if columns.iter().any(|c| c.touched) {
             Some("follows other accesses to its accumulators without a fence")
+        } else if columns.iter().any(|c| c.shape.is_some_and(|s| s != shape)) {
+            // Only products of one shape are ordered by themselves (PTX ISA, "wgmma.fence").
+            Some("follows products of another shape on its accumulators without a fence")
         } else if !zero && columns.iter().any(|c| !c.written) {
             Some("adds to accumulators that nothing has written")
         } else {
-            columns.iter_mut().for_each(|c| (c.written, c.accumulated) = (true, stamp));
+            for c in columns {
+                (c.written, c.accumulated, c.shape) = (true, stamp, Some(shape));
+            }
             None
         };
         if let Some(what) = wrong {
@@ -642,38 +650,38 @@ impl<'p> Machine<'p, '_> {
         };
         let access = self.access(agent, stmt, component, stamp, Kind::Read);
         let mut out = zeros(self.program.params[param].dtype, rows * cols);
+        let mut here = at.to_vec();
         for i in 0..rows * cols {
-            let at = along(at, axes, i / cols, i % cols);
-            set(&mut out, i, self.element_read(param, &at, fill, access, mapping)?);
+            along(&mut here, at, axes, i / cols, i % cols);
+            set(&mut out, i, self.element_read(param, &here, fill, access, mapping)?);
         }
         Ok(self.buffers.is_some().then_some(out))
     }
 
-    /// The coordinates of a box's elements, in the order of a tile `[rows, cols]` of `smem`.
-    fn box_coords(&self, map: MapId, at: &[i64], smem: &Smem, rect: Rect) -> Vec<Vec<i64>> {
+    /// The coordinates of a box's elements one after another, in the order of a tile `[rows, cols]` of `smem`.
+    fn box_coords(&self, map: MapId, at: &[i64], smem: &Smem, rect: Rect) -> Vec<i64> {
         let map = &self.program.maps[map];
-        let coords = |line: usize, position: usize| {
-            let mut at = at.to_vec();
+        let (rows, cols) = (rect.rows(), rect.cols());
+        let mut out = Vec::with_capacity(rows * cols * at.len());
+        for i in 0..rows * cols {
+            let (line, position) = match smem.contiguous {
+                1 => (i / cols, i % cols),
+                _ => (i % cols, i / cols),
+            };
+            let first = out.len();
+            out.extend_from_slice(at);
             let mut rest = line;
             for axis in (0..at.len()).rev() {
                 let extent = map.box_shape[axis].max(1) as usize;
                 if axis == map.contiguous {
-                    at[axis] += position as i64;
+                    out[first + axis] += position as i64;
                 } else {
-                    at[axis] += (rest % extent) as i64;
+                    out[first + axis] += (rest % extent) as i64;
                     rest /= extent;
                 }
             }
-            at
-        };
-        let (rows, cols) = (rect.rows(), rect.cols());
-        let row_major = smem.contiguous == 1;
-        (0..rows * cols)
-            .map(|i| match row_major {
-                true => coords(i / cols, i % cols),
-                false => coords(i % cols, i / cols),
-            })
-            .collect()
+        }
+        out
     }
 
     /// The elements of a box, zero outside of the tensor.
@@ -698,7 +706,8 @@ impl<'p> Machine<'p, '_> {
         access.proxy = Proxy::Async;
         let zero = if info.dtype.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let mut out = zeros(info.dtype, rect.rows() * rect.cols());
-        for (i, at) in self.box_coords(map, at, smem, rect).iter().enumerate() {
+        let coords = self.box_coords(map, at, smem, rect);
+        for (i, at) in coords.chunks(at.len()).enumerate() {
             let value = match self.element_read(param, at, zero, access, 0)? {
                 Value::Float(v) if round => Value::Float(tf32(v)),
                 value => value,
@@ -720,7 +729,8 @@ impl<'p> Machine<'p, '_> {
         let param = self.program.maps[map].param;
         let data = self.smem_get(agent, smem, rect);
         let info = &self.program.smem[SmemId(smem.0 as u32)];
-        for (i, at) in self.box_coords(map, at, info, rect).iter().enumerate() {
+        let coords = self.box_coords(map, at, info, rect);
+        for (i, at) in coords.chunks(at.len()).enumerate() {
             let value = data.as_ref().map(|d| value_at(d, i));
             self.element_write(param, at, access, 0, value)?;
         }
@@ -739,12 +749,17 @@ fn tf32(value: f64) -> f64 {
 }
 
 /// The coordinate `row`, `col` away from `at`.
-fn along(at: &[i64], axes: (Option<usize>, Option<usize>), row: usize, col: usize) -> Vec<i64> {
-    let mut at = at.to_vec();
+fn along(
+    here: &mut [i64],
+    at: &[i64],
+    axes: (Option<usize>, Option<usize>),
+    row: usize,
+    col: usize,
+) {
+    here.copy_from_slice(at);
     for (axis, by) in [(axes.0, row), (axes.1, col)] {
-        if let Some(x) = axis.and_then(|a| at.get_mut(a)) {
+        if let Some(x) = axis.and_then(|a| here.get_mut(a)) {
             *x += by as i64;
         }
     }
-    at
 }

@@ -205,10 +205,10 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
     if problem.m == 0 || problem.n == 0 || problem.batch == 0 {
         return Ok(vec![Candidate { steps: Vec::new(), workspace_bytes: 0, estimate_us: 0.0 }]);
     }
-    if problem.k == 0 {
-        return Err(Error::unsupported("a product over an empty sum (k = 0)"));
-    }
     let orientations = [orient(problem, false), orient(problem, true)];
+    if problem.k == 0 {
+        return Ok(vec![empty_sum(problem, gpu, &orientations[0])?]);
+    }
     let mut ranked = Vec::new();
     for (index, o) in orientations.iter().enumerate() {
         rank(problem, gpu, index, o, &mut ranked);
@@ -405,6 +405,40 @@ fn prepare(
     Ok(Ready { place: high, low, order: to, leading: padded, stride: matrix })
 }
 
+/// What the epilogue reads and writes.
+fn extras(spec: &GemmSpec, swapped: bool) -> Vec<Place> {
+    let e = &spec.epilogue;
+    let (cols, rows) =
+        if swapped { (Place::Rows, Place::Cols) } else { (Place::Cols, Place::Rows) };
+    let mut out = Vec::new();
+    out.extend(e.col_vector.map(|_| cols));
+    out.extend(e.row_vector.map(|_| rows));
+    out.extend(e.residual.map(|_| Place::Residual));
+    out.push(Place::C);
+    out
+}
+
+/// A product over an empty sum: the epilogue of zeros, along the lines of the result.
+fn empty_sum(p: &Problem, gpu: &Gpu, o: &Oriented) -> Result<Candidate> {
+    let mut along = o.spec.clone();
+    let column_major = along.c == Order::Col;
+    let (mut m, mut n) = (o.m, o.n);
+    if column_major {
+        along.epilogue = o.spec.epilogue.transposed();
+        (m, n) = (n, m);
+    }
+    let mut values = vec![("M", m), ("N", n), ("ldc", o.leading.2)];
+    if p.batch != 1 {
+        values.extend([("L", p.batch), ("sc", o.stride.2)]);
+    }
+    let kernel = o.spec.empty_program("gemm_empty");
+    let aligned = aligned_elements(o.align.2, p.result_bytes());
+    let step = lines(kernel, sizes(&values), extras(&along, column_major), aligned)?;
+    let bytes = (m * n * p.batch * p.result_bytes()) as f64;
+    let estimate_us = bytes / gpu.copy_bytes_per_s * 1e6 + EXTRA_LAUNCH_US;
+    Ok(Candidate { steps: vec![step], workspace_bytes: 0, estimate_us })
+}
+
 /// The steps of a choice.
 fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     let mut workspace = Workspace::default();
@@ -419,17 +453,6 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     if let (Some(a), Some(b)) = (a.low, b.low) {
         operands.extend([a, b]);
     }
-    let extras = |spec: &GemmSpec, swapped: bool| {
-        let e = &spec.epilogue;
-        let (cols, rows) =
-            if swapped { (Place::Rows, Place::Cols) } else { (Place::Cols, Place::Rows) };
-        let mut out = Vec::new();
-        out.extend(e.col_vector.map(|_| cols));
-        out.extend(e.row_vector.map(|_| rows));
-        out.extend(e.residual.map(|_| Place::Residual));
-        out.push(Place::C);
-        out
-    };
     if choice.splits == 1 {
         values.push(("ldc", o.leading.2));
         if p.batch != 1 {

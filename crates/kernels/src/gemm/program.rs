@@ -306,8 +306,7 @@ impl GemmSpec {
     /// `BR` (lines) and `BC` (along lines). For a column-major result the program is that of the
     /// transposed one, so that lines are contiguous either way.
     pub fn sum_program(&self, name: &str) -> Kernel {
-        let e =
-            if self.c == Order::Row { self.epilogue.clone() } else { self.epilogue.transposed() };
+        let e = self.epilogue_along_lines();
         let mut k = KernelBuilder::new(name);
         for size in ["M", "N", "S", "ldp", "ldc", "sp"] {
             k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
@@ -353,6 +352,59 @@ impl GemmSpec {
         let out = k.map(e.func.clone(), args, vec![br, bc]);
         k.store(c, vec![row0, col0], out);
         k.finish()
+    }
+
+    /// A product over an empty sum: the epilogue of zeros. Sizes, tile sizes and the transposition of a column-major
+    /// result are those of [`GemmSpec::sum_program`], less what parts need; with `batched` there are `L` matrices.
+    pub fn empty_program(&self, name: &str) -> Kernel {
+        let e = self.epilogue_along_lines();
+        let mut k = KernelBuilder::new(name);
+        let sizes: &[&str] =
+            if self.batched { &["L", "M", "N", "ldc", "sc"] } else { &["M", "N", "ldc"] };
+        for size in sizes {
+            let min = i64::from(!size.starts_with('s'));
+            k.symbol(Symbol { name: (*size).into(), range: Range { min, max: i32::MAX.into() } });
+        }
+        let (br, bc) = (k.tile("BR"), k.tile("BC"));
+        let batch = self.batched.then_some("sc");
+        let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
+        let c_layout = || matrix("M", "N", Order::Row, "ldc", batch);
+        let col = e.col_vector.map(|t| k.param("cols", t, vector("N"), Access::In));
+        let row = e.row_vector.map(|t| k.param("rows", t, vector("M"), Access::In));
+        let residual = e.residual.map(|t| k.param("R", t, c_layout(), Access::In));
+        let c = k.param("C", self.result, c_layout(), Access::Out);
+        let pl = self.batched.then(|| k.grid("pl", Dim::sym("L")));
+        let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
+        let pn = k.grid("pn", Dim::sym("N").ceil_div(&bc));
+        let (row0, col0) = (pm * &br, pn * &bc);
+        let mut at = vec![row0.clone(), col0.clone()];
+        let mut shape = vec![br.clone(), bc.clone()];
+        if let Some(pl) = pl {
+            at.insert(0, pl);
+            shape.insert(0, Dim::new(1));
+        }
+        let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
+        let sums = k.full(zero, TileType::new(self.sum, shape.clone()));
+        let mut args = vec![k.plain(sums)];
+        let lines = shape.len() - 2;
+        for (param, start, extent, axis) in [(col, col0, bc, lines + 1), (row, row0, br, lines)] {
+            if let Some(p) = param {
+                let v = k.load(p, vec![start], vec![extent]);
+                args.push(Operand { tile: v, along: vec![axis] });
+            }
+        }
+        if let Some(p) = residual {
+            let t = k.load(p, at.clone(), shape.clone());
+            args.push(k.plain(t));
+        }
+        let out = k.map(e.func.clone(), args, shape);
+        k.store(c, at, out);
+        k.finish()
+    }
+
+    /// The epilogue of the result or, where that is column-major, of its transposed view.
+    fn epilogue_along_lines(&self) -> Epilogue {
+        if self.c == Order::Row { self.epilogue.clone() } else { self.epilogue.transposed() }
     }
 }
 

@@ -63,8 +63,10 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
             if bn > 64 && bn % 16 != 0 {
                 continue;
             }
-            // Registers of accumulators per thread; the rest is for addresses and the epilogue.
-            let most = if consumers == 3 { 96 } else { 200 };
+            // Registers of accumulators per thread; the rest is for addresses and the epilogue. A residual takes
+            // addresses, too: for each element of a column-major tile, for twice the rows in tall ones.
+            let addresses = spec.epilogue.residual.is_some() && (spec.c == Order::Col || rows > 64);
+            let most = if consumers == 3 || addresses { 96 } else { 200 };
             if scratch * rows * bn / 128 > most {
                 continue;
             }

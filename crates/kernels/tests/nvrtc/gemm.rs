@@ -1,12 +1,9 @@
 //! Pipelined products compile for every architecture, keep their tiles in registers, and use no
-//! instruction that is newer than their architecture. Without NVRTC the first test is skipped, unless it is
-//! required (`common`).
+//! instruction that is newer than their architecture.
 
-mod common;
-
+use crate::ratchet::{self, Entry};
 use tilewright_base::DType;
 use tilewright_device::Arch;
-use tilewright_emit_cuda::Source;
 use tilewright_kernels::gemm::{GemmSpec, Math, Order};
 use tilewright_lower_gpu::{GpuSchedule, ProductKind, StoreKind, lower};
 
@@ -30,7 +27,7 @@ const SCHEDULES: &[Row] = &[
     (DType::F32,    Math::Exact, ProductKind::Fma,     (2, 2), [ 64,  64,  8],  1),
 ];
 
-fn sources(arch: Arch) -> Vec<(String, Source)> {
+fn entries(arch: Arch) -> Vec<Entry> {
     let mut out = Vec::new();
     for &(dtype, math, product, warps, [bm, bn, bk], vector) in SCHEDULES {
         if dtype.is_float() && dtype.bits() == 8 && arch < Arch::Sm89 {
@@ -46,7 +43,7 @@ fn sources(arch: Arch) -> Vec<(String, Source)> {
                 let stages = if arch == Arch::Sm89 { 2 } else { 3 };
                 let plain = GpuSchedule::pipelined(arch, product, warps, &tiles);
                 let schedule = GpuSchedule { store, vector, stages, ..plain };
-                let name = format!("{dtype} {a:?} {b:?} for {} under {schedule}", arch.name());
+                let name = format!("{dtype} {a:?} {b:?}: {schedule}");
                 let lowered = lower(&spec.program("gemm"), &schedule);
                 // Wide blocks of plain multiply-adds with both operands along the depth need more
                 // registers than there are.
@@ -55,10 +52,7 @@ fn sources(arch: Arch) -> Vec<(String, Source)> {
                     && (a, b) == (Order::Row, Order::Col);
                 assert_eq!(lowered.is_err(), wide, "{name}");
                 let Ok(program) = lowered else { continue };
-                tilewright_device::verify(&program).unwrap_or_else(|e| panic!("{name}: {e}"));
-                let source =
-                    tilewright_emit_cuda::emit(&program).unwrap_or_else(|e| panic!("{name}: {e}"));
-                out.push((name, source));
+                out.push(Entry::new(name, &program));
             }
         }
     }
@@ -66,18 +60,16 @@ fn sources(arch: Arch) -> Vec<(String, Source)> {
 }
 
 #[test]
-fn pipelined_products_compile_without_spills() {
-    let Some(nvrtc) = common::nvrtc() else { return };
-    for (arch, major, minor) in [(Arch::Sm80, 8, 0), (Arch::Sm89, 8, 9), (Arch::Sm90a, 9, 0)] {
-        let target = tilewright_cuda::Arch::of_device(major, minor);
-        common::compile_without_spills(&nvrtc, target, &sources(arch));
-    }
+fn pipelined_products_keep_to_their_resources() {
+    let all: Vec<Entry> =
+        [Arch::Sm80, Arch::Sm89, Arch::Sm90a].into_iter().flat_map(entries).collect();
+    ratchet::keep_to("gemm", &all);
 }
 
 /// The device library hides what sm_80 lacks; the kernel's own text must not ask for it.
 #[test]
 fn ampere_text_calls_nothing_of_hopper() {
-    for (name, source) in sources(Arch::Sm80) {
+    for Entry { name, source, .. } in entries(Arch::Sm80) {
         for call in
             ["mbarrier", "tma_", "wgmma", "cluster_", "grid_wait", "grid_release", "registers_"]
         {
