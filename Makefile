@@ -1,6 +1,6 @@
 # The project's commands. Each installs what it needs (scripts/setup.sh) and works from a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint fuzz bench gpu-bundle setup docs clean
+.PHONY: help demo test test-torch build wheel lint fuzz bench gpu-bundle setup docs clean
 
 SECONDS_PER_TARGET ?= 60
 
@@ -16,6 +16,14 @@ test: ## Format, lints, structure checks, Rust and Python tests, bounded fuzzing
 build: ## Build the command: target/release/tw
 	@./scripts/setup.sh system
 	cargo build --release --locked --workspace --bin tw
+
+wheel: ## Build the Python wheel into target/wheels (BUNDLE=1: with LLVM inside, for other machines)
+	@./scripts/setup.sh system wheel
+	@./scripts/wheel.sh $(if $(BUNDLE),--bundle)
+
+test-torch: ## The tests of the PyTorch backend; installs PyTorch (several GB) into .venv-torch
+	@./scripts/setup.sh system test wheel torch
+	@./scripts/test.sh --only torch
 
 lint: ## Format check, clippy and `cargo xtask tidy` only
 	@./scripts/setup.sh system
@@ -41,4 +49,4 @@ docs: ## Build the book and the API documentation; the first time installs mdboo
 	cargo doc --release --locked --no-deps --workspace
 
 clean: ## Remove build output and the virtual environment
-	rm -rf target .venv .venv-triton bench/models docs/book
+	rm -rf target .venv .venv-triton .venv-torch bench/models docs/book

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Installs what the commands need. Nothing happens when everything is there already.
 #
-#   scripts/setup.sh [system] [test] [demo] [bench] [triton] [browser] [docs]     default: system
+#   scripts/setup.sh [system] [test] [wheel] [torch] [demo] [bench] [triton] [browser] [docs]     default: system
 #
 # system: LLVM 22 with its static libraries, a C compiler for linking, Python's venv module.
 #         Through apt-get where its sources offer llvm-22-dev (Debian 12 and later); elsewhere this
 #         says what to install. LLVM in another place: set LLVM_SYS_221_PREFIX to its prefix.
 # test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv. `test` also takes
 #         requirements-gpu-check.txt: the CUDA compiler, which needs no GPU.
+# wheel: maturin, which builds the wheel, in .venv.
+# torch: PyTorch and the models of the backend's tests, in .venv-torch. On Linux the registry's PyTorch brings
+#         CUDA's libraries with it (several GB); TILEWRIGHT_TORCH_PYTHON names an interpreter that has all of
+#         requirements-torch.txt already, and nothing is installed.
 # triton: those of python/requirements-triton.txt, in .venv-triton; only on Linux, where Triton exists.
 # browser: Chromium, for the test that looks at HTML reports.
 # docs: mdbook, built with cargo. Only for `make docs`: it takes a minute to build, and what can break in
@@ -134,10 +138,11 @@ for part in "$@"; do
       setup_python test .venv
       setup_python gpu-check .venv
       ;;
-    demo | bench) setup_python "$part" .venv ;;
+    torch) [ -n "${TILEWRIGHT_TORCH_PYTHON:-}" ] || setup_python torch .venv-torch ;;
+    demo | bench | wheel) setup_python "$part" .venv ;;
     triton) [ "$(uname -s)" != Linux ] || setup_python triton .venv-triton ;;
     browser) setup_browser ;;
     docs) setup_docs ;;
-    *) fail "unknown part '$part' (system, test, demo, bench, triton, browser, docs)" ;;
+    *) fail "unknown part '$part' (system, test, wheel, torch, demo, bench, triton, browser, docs)" ;;
   esac
 done

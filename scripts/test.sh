@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make test`. Runs every check in order and stops at the first that fails; prints how long each took.
 #
-#   scripts/test.sh [--only lint|rust|python|fuzz]
+#   scripts/test.sh [--only lint|rust|python|fuzz|torch]
 #
 # To add a Rust test: `cargo test` finds it. To add a Python-driven test: tests/python/README.md.
 # To add a fuzz target: a test named fuzz_* in crates/testkit/tests/fuzz/; each runs for
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 only=all
 if [ "${1:-}" = --only ]; then only="${2:?--only needs a name}"; fi
-case "$only" in all | lint | rust | python | fuzz) ;; *) echo "unknown part '$only'" >&2; exit 2 ;; esac
+case "$only" in all | lint | rust | python | fuzz | torch) ;; *) echo "unknown part '$only'" >&2; exit 2 ;; esac
 
 export CARGO_TERM_PROGRESS_WHEN=never
 # setup.sh installed NVRTC, so a test that does not find it fails instead of being skipped.
@@ -56,7 +56,7 @@ python() {
   for test in tests/python/test_*.py; do
     [ -e "$test" ] || continue
     interpreter=.venv/bin/python
-    case "$test" in *triton*)
+    case "$test" in *test_torch*) continue ;; *triton*)
       interpreter=.venv-triton/bin/python
       if ! [ -x "$interpreter" ]; then
         printf '\n== %s: not run, no .venv-triton (scripts/setup.sh triton, on Linux)\n' "$test"
@@ -68,13 +68,22 @@ python() {
   done
 }
 
+# The PyTorch backend. Not part of "all": PyTorch's packages are several GB (`make test-torch`).
+torch() {
+  local test interpreter="${TILEWRIGHT_TORCH_PYTHON:-.venv-torch/bin/python}"
+  step "build" cargo build --release --locked --workspace --quiet
+  for test in tests/python/test_torch_*.py; do
+    step "$test" "$interpreter" "$test"
+  done
+}
+
 fuzz() {
   step "fuzzing" cargo test --release --locked --workspace --quiet --test fuzz --test onnx_damage
 }
 
 start_of_all=$SECONDS
 if [ "$only" = all ]; then
-  parts=(system test)
+  parts=(system test wheel)
   if compgen -G 'tests/python/test_*triton*.py' >/dev/null; then parts+=(triton); fi
   if compgen -G 'tests/python/test_*html*.py' >/dev/null; then parts+=(browser); fi
   step "setup" ./scripts/setup.sh "${parts[@]}"

@@ -3,23 +3,39 @@
     import tilewright
     model = tilewright.load("model.onnx", threads=2)
     outputs = model.run({"input": array})          # names to NumPy arrays
+    result = model(array)                          # or called, with arrays or tensors
+
+With PyTorch (which is imported only by these):
+
+    fast = torch.compile(model, backend="tilewright")
+    print(tilewright.explain(model, *inputs))      # what is ours, what stays PyTorch's, where the time goes
+    print(tilewright.verify(model, *inputs))       # eager, ours and float64
+    program = tilewright.compile(exported_program)  # of torch.export
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _native
 
-__all__ = ["Model", "load"]
+if TYPE_CHECKING:
+    import torch
+
+    from .pytorch.check import Verification
+    from .pytorch.exported import CompiledProgram
+    from .pytorch.report import Explanation
+
+__all__ = ["Model", "compile", "explain", "load", "verify"]
 
 
 class Model:
     """A compiled model; `load` makes one. It may be shared by threads: runs take turns."""
 
-    def __init__(self, native):
+    def __init__(self, native: _native.Native):
         self._native = native
         self.inputs: list[str] = [name for name, _ in native.inputs]
         self.outputs: list[str] = list(native.outputs)
@@ -43,6 +59,26 @@ class Model:
             arrays.append((array.dtype.str, array.shape, array.ctypes.data, array.nbytes, array))
         return dict(zip(self.outputs, map(np.asarray, self._native.run(arrays))))
 
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Run on arrays or PyTorch tensors, in the order of `inputs` or by name.
+
+        Gives one result, or a tuple in the order of `outputs`: tensors if a tensor was given, else arrays.
+        """
+        if len(args) > len(self.inputs):
+            raise ValueError(f"{len(args)} inputs are given; the model takes {self.inputs}")
+        feeds = dict(zip(self.inputs, args))
+        twice = sorted(set(feeds) & set(named))
+        if twice:
+            raise ValueError(f"inputs given twice: {twice}")
+        feeds.update(named)
+        tensors = any(hasattr(value, "detach") for value in feeds.values())
+        arrays = {k: v.detach().numpy() if hasattr(v, "detach") else v for k, v in feeds.items()}
+        results = tuple(self.run(arrays).values())
+        if tensors:
+            torch = _torch("results as tensors")
+            results = tuple(map(torch.from_numpy, results))
+        return results[0] if len(results) == 1 else results
+
 
 def load(path: str | os.PathLike, threads: int = 0, cache: bool = True) -> Model:
     """Read and compile a .onnx file, a Hugging Face directory or a .tw graph text.
@@ -51,3 +87,46 @@ def load(path: str | os.PathLike, threads: int = 0, cache: bool = True) -> Model
     NotImplementedError for an unsupported model.
     """
     return Model(_native.load(os.fspath(path), threads, cache))
+
+
+def explain(model: Any, *inputs: Any, options: dict | None = None, runs: int = 5, **named: Any) -> "Explanation":
+    """Compile `model` with the backend, run it on these inputs, and say what happened.
+
+    The result prints as a report: graph breaks, operators left to PyTorch with the reason, fused groups, and the
+    share of time of each. `options` are the backend's.
+    """
+    _torch("explain")
+    from .pytorch.report import explain as run
+
+    return run(model, inputs, named, options, runs)
+
+
+def verify(model: Any, *inputs: Any, options: dict | None = None, **named: Any) -> "Verification":
+    """Compare `model` run by PyTorch, by Tilewright and in float64 on these inputs.
+
+    The result is true when Tilewright's error against float64 stays within the budget, and prints as a table.
+    """
+    _torch("verify")
+    from .pytorch.check import verify as run
+
+    return run(model, inputs, named, options)
+
+
+def compile(program: "torch.export.ExportedProgram", options: dict | None = None) -> "CompiledProgram":
+    """Compile what `torch.export.export` gives. The result is called like the exported module."""
+    _torch("compile")
+    from .pytorch.exported import compile_exported as run
+
+    return run(program, options)
+
+
+def _torch(what: str) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"tilewright.{what} needs PyTorch 2.11 or later, which is not installed here: pip install torch"
+            if not what.startswith("results")
+            else f"{what} need PyTorch, which is not installed here: pip install torch"
+        ) from error
+    return torch

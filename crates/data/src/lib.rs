@@ -5,9 +5,11 @@
 //! never doubled. This crate does no arithmetic on tensors and knows no devices.
 
 mod convert;
+mod lent;
 mod mapped;
 mod tensor;
 
 pub use convert::{Number, from_f64, from_i64, read_f64, read_i64};
+pub use lent::Lent;
 pub use mapped::MappedFile;
 pub use tensor::{Bytes, Tensor, element_count};

@@ -1,6 +1,7 @@
 //! [`Tensor`] and the [`Bytes`] beneath it.
 
 use crate::convert::{Number, from_f64, read_f64, read_i64};
+use crate::lent::Lent;
 use crate::mapped::MappedFile;
 use std::fmt;
 use std::ops::{Deref, Range};
@@ -15,7 +16,7 @@ pub struct Line([u64; 8]);
 /// Bytes of a [`Line`].
 const LINE_BYTES: usize = 64;
 
-/// Immutable shared bytes: an owned buffer, a part of a memory-mapped file, or borrowed memory.
+/// Shared bytes: an owned buffer, a part of a memory-mapped file, or memory of somebody else.
 #[derive(Clone)]
 pub enum Bytes {
     /// Owned, aligned to 64 bytes. The length in bytes may be less than the lines hold.
@@ -24,6 +25,8 @@ pub enum Bytes {
     Mapped(Arc<MappedFile>, Range<usize>),
     /// Memory of somebody else, who promises that it does not change or move.
     Foreign(Arc<dyn AsRef<[u8]> + Send + Sync>),
+    /// Memory of somebody else, lent for writing.
+    Lent(Arc<Lent>),
 }
 
 impl Bytes {
@@ -51,12 +54,26 @@ impl Bytes {
         })
     }
 
+    /// True for memory that was lent for writing.
+    pub fn is_lent(&self) -> bool {
+        matches!(self, Bytes::Lent(_))
+    }
+
     /// The bytes, for writing; copies first when they are shared or mapped.
     pub fn make_mut(&mut self) -> &mut [u8] {
-        if !matches!(self, Bytes::Owned(..)) {
+        let in_place = match self {
+            Bytes::Owned(..) => true,
+            Bytes::Lent(lent) => Arc::get_mut(lent).is_some(),
+            _ => false,
+        };
+        if !in_place {
             *self = Bytes::copy_from(self);
         }
         match self {
+            Bytes::Lent(lent) => match Arc::get_mut(lent) {
+                Some(lent) => lent.bytes_mut(),
+                None => unreachable!("shared ones were replaced by an owned copy above"),
+            },
             Bytes::Owned(lines, len) => {
                 let lines = Arc::make_mut(lines);
                 &mut bytemuck::cast_slice_mut(lines.as_mut_slice())[..*len]
@@ -73,6 +90,7 @@ impl Deref for Bytes {
             Bytes::Owned(lines, len) => &bytemuck::cast_slice(lines.as_slice())[..*len],
             Bytes::Mapped(map, range) => &map[range.clone()],
             Bytes::Foreign(owner) => (**owner).as_ref(),
+            Bytes::Lent(lent) => lent.bytes(),
         }
     }
 }

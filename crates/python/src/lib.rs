@@ -1,57 +1,33 @@
-//! The native half of the Python package `tilewright`: models that run on NumPy arrays.
+//! The native half of the Python package `tilewright`: models that run on NumPy arrays, and graphs that
+//! other frontends (PyTorch) build and run on their own memory.
 //!
-//! Arrays cross the border without copies and without knowing NumPy: inputs come as addresses that
-//! the Python half (python/tilewright/__init__.py) takes from contiguous arrays, outputs offer
-//! NumPy's array interface (`__array_interface__`, version 3).
+//! Arrays cross the border without copies and without knowing NumPy or PyTorch: inputs come as addresses
+//! that the Python half (python/tilewright/) takes from contiguous arrays ([`memory`]), outputs offer
+//! NumPy's array interface (`__array_interface__`, version 3) or are written where the caller says
+//! ([`program`]). [`builder`] is how Python writes a graph.
+
+mod builder;
+mod memory;
+mod program;
+
+use crate::memory::{Input, input, type_string};
+use crate::program::compiler;
 
 use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use tilewright::{Compiler, Model, Session, Tensor};
-use tilewright_base::{DType, Error, Kind};
-use tilewright_data::Bytes;
+use tilewright::{Model, Session, Tensor};
+use tilewright_base::{Error, Kind};
 
-/// NumPy's type strings for the types that NumPy has.
-const TYPES: [(DType, &str); 12] = [
-    (DType::F64, "<f8"),
-    (DType::F32, "<f4"),
-    (DType::F16, "<f2"),
-    (DType::I64, "<i8"),
-    (DType::I32, "<i4"),
-    (DType::I16, "<i2"),
-    (DType::I8, "|i1"),
-    (DType::U64, "<u8"),
-    (DType::U32, "<u4"),
-    (DType::U16, "<u2"),
-    (DType::U8, "|u1"),
-    (DType::Bool, "|b1"),
-];
-
-fn python_error(error: Error) -> PyErr {
+/// The error in Python's terms, by whose fault it is.
+pub(crate) fn python_error(error: Error) -> PyErr {
     let text = format!("{error:?}");
     match error.kind() {
         Kind::User => PyValueError::new_err(text),
         Kind::Unsupported => PyNotImplementedError::new_err(text),
         Kind::Bug => PyRuntimeError::new_err(text),
-    }
-}
-
-/// Memory of a Python object.
-struct Borrowed {
-    address: usize,
-    bytes: usize,
-    /// Keeps the memory alive.
-    _owner: Py<PyAny>,
-}
-
-impl AsRef<[u8]> for Borrowed {
-    fn as_ref(&self) -> &[u8] {
-        // SAFETY: `input` promises `bytes` readable bytes at `address` while the owner lives, and
-        // the owner lives as long as this struct. The caller of `run` does not write to an input
-        // while it runs (the documented contract of `Model.run`).
-        unsafe { std::slice::from_raw_parts(self.address as *const u8, self.bytes) }
     }
 }
 
@@ -66,10 +42,11 @@ impl Output {
     #[getter(__array_interface__)]
     fn array_interface<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dtype = self.tensor.dtype();
-        let typestr =
-            TYPES.iter().find(|(d, _)| *d == dtype).map(|(_, t)| *t).ok_or_else(|| {
-                PyNotImplementedError::new_err(format!("NumPy has no element type for {dtype}"))
-            })?;
+        let typestr = type_string(dtype);
+        if typestr.is_empty() {
+            let message = format!("NumPy has no element type for {dtype}");
+            return Err(PyNotImplementedError::new_err(message));
+        }
         let shape = pyo3::types::PyTuple::new(py, self.tensor.shape())?;
         let dict = PyDict::new(py);
         dict.set_item("version", 3)?;
@@ -94,9 +71,6 @@ struct State {
     /// Outputs of the last run: their memory is used again when nobody holds them any more.
     last: Vec<Arc<Tensor>>,
 }
-
-/// One input: element type, shape, address, bytes, and the array that owns the memory.
-type Input = (String, Vec<usize>, usize, usize, Py<PyAny>);
 
 #[pymethods]
 impl Native {
@@ -142,34 +116,18 @@ impl Native {
     }
 }
 
-fn input((typestr, shape, address, bytes, owner): Input) -> PyResult<Tensor> {
-    let dtype = TYPES.iter().find(|(_, t)| *t == typestr).map(|(d, _)| *d);
-    let dtype = dtype.ok_or_else(|| PyValueError::new_err(format!("element type {typestr}")))?;
-    let memory = match bytes {
-        0 => Bytes::zeroed(0),
-        _ => Bytes::Foreign(Arc::new(Borrowed { address, bytes, _owner: owner })),
-    };
-    Tensor::new(dtype, shape, memory).map_err(python_error)
-}
-
 /// Reads and compiles a model file or directory.
 #[pyfunction]
 #[pyo3(signature = (path, threads=0, cache=true))]
 fn load(py: Python<'_>, path: PathBuf, threads: usize, cache: bool) -> PyResult<Native> {
     py.detach(|| {
-        let folder = if cache { tilewright::cache_dir() } else { None };
-        let cpu = tilewright::host_cpu(threads, folder.as_deref())?;
         let model = Model::open(&path)?;
-        let compiled = Compiler::for_cpu(cpu, folder).compile(&model)?;
+        let compiled = compiler(threads, cache)?.compile(&model)?;
         let graph = &model.graph;
         let inputs = graph
             .inputs
             .iter()
-            .map(|&v| {
-                let typestr =
-                    TYPES.iter().find(|(d, _)| *d == graph.dtype(v)).map_or("", |(_, t)| *t);
-                (graph.values[v].name.clone(), typestr)
-            })
+            .map(|&v| (graph.values[v].name.clone(), type_string(graph.dtype(v))))
             .collect();
         let outputs = graph.outputs.iter().map(|(name, _)| name.clone()).collect();
         let state = Mutex::new(State { session: compiled.session()?, last: Vec::new() });
@@ -182,5 +140,7 @@ fn load(py: Python<'_>, path: PathBuf, threads: usize, cache: bool) -> PyResult<
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Native>()?;
     module.add_class::<Output>()?;
+    module.add_class::<builder::Builder>()?;
+    module.add_class::<program::Program>()?;
     module.add_function(wrap_pyfunction!(load, module)?)
 }

@@ -372,6 +372,68 @@ impl Session {
         self.execute(at, inputs, outputs, None, None)
     }
 
+    /// The shapes of the outputs for these sizes, which need not follow from the inputs.
+    pub fn output_shapes(&mut self, env: &Env) -> Result<Vec<Vec<usize>>> {
+        let at = self.bind_given(env)?;
+        Ok(self.bound[at].output_shapes.clone())
+    }
+
+    /// As [`Session::run_into`] with the sizes given by the caller, for plans whose symbols do not all
+    /// occur as plain dimensions of an input. Adds the time of each step when `times` is given.
+    pub fn run_sized(
+        &mut self,
+        env: &Env,
+        inputs: &[Tensor],
+        outputs: &mut [Tensor],
+        times: Option<&mut Vec<StepTime>>,
+    ) -> Result<()> {
+        let at = self.bind_given(env)?;
+        let plan = &self.exe.plan;
+        if inputs.len() != plan.inputs.len() || outputs.len() != plan.outputs.len() {
+            return Err(Error::user(format!(
+                "{} inputs and {} outputs are given, the plan has {} and {}",
+                inputs.len(),
+                outputs.len(),
+                plan.inputs.len(),
+                plan.outputs.len()
+            )));
+        }
+        let fits = |t: &Tensor, dtype: DType, dims: &[Dim]| {
+            let same = |(d, &n): (&Dim, &usize)| d.eval(env) == Some(n as i64);
+            t.dtype() == dtype
+                && t.shape().len() == dims.len()
+                && dims.iter().zip(t.shape()).all(same)
+        };
+        let given = inputs.iter().zip(&plan.inputs);
+        let wanted = outputs.iter().zip(&plan.outputs);
+        for (tensor, (name, dtype, dims)) in given.chain(wanted) {
+            if !fits(tensor, *dtype, dims) {
+                return Err(Error::user(format!(
+                    "`{name}` is {}{:?}, which is not what the plan takes for these sizes",
+                    tensor.dtype(),
+                    tensor.shape()
+                )));
+            }
+        }
+        self.execute(at, inputs, outputs, times, None)
+    }
+
+    /// The binding for sizes that a caller gives.
+    fn bind_given(&mut self, env: &Env) -> Result<usize> {
+        for symbol in &self.exe.plan.symbols {
+            let Some(&value) = env.get(&symbol.name) else {
+                return Err(Error::user(format!("size {} is not given", symbol.name)));
+            };
+            if value < symbol.range.min || value > symbol.range.max {
+                return Err(Error::user(format!(
+                    "size {} = {value} is outside the plan's range {}..={}",
+                    symbol.name, symbol.range.min, symbol.range.max
+                )));
+            }
+        }
+        self.bind(env)
+    }
+
     /// Memory that running with these inputs takes.
     pub fn memory(&mut self, inputs: &[Tensor]) -> Result<MemoryReport> {
         let env = bind_symbols(&self.exe.plan, inputs)?;
@@ -649,6 +711,9 @@ fn host_step(
             )));
         }
         match bound.slots[b.index()] {
+            Slot::Output(i) if outputs[i].shared_bytes().is_lent() => {
+                outputs[i].bytes_mut().copy_from_slice(result.bytes());
+            }
             Slot::Output(i) => outputs[i] = result,
             Slot::Arena(offset) => {
                 arena.bytes_mut()[offset..offset + result.bytes().len()]

@@ -102,6 +102,11 @@ impl Compiler {
         }
     }
 
+    /// The same compiler, on the same threads, with another folder for compiled kernels.
+    pub fn with_cache(&self, cache: Option<PathBuf>) -> Compiler {
+        Compiler { cache, ..self.clone() }
+    }
+
     /// Compiles a model.
     pub fn compile(&self, model: &Model) -> Result<Compiled> {
         self.compile_observed(model.graph.clone(), &mut |_| {})

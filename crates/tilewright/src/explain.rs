@@ -211,6 +211,13 @@ pub fn explain(
     })
 }
 
+/// What a step stands for.
+pub fn note_of(step: &Step) -> &Note {
+    match step {
+        Step::Launch { note, .. } | Step::Host { note, .. } => note,
+    }
+}
+
 /// Symbols that the inputs' shapes determine.
 pub fn env_of(graph: &Graph, inputs: &[Tensor]) -> Env {
     let mut env = Env::new();

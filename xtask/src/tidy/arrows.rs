@@ -40,7 +40,7 @@ const CRATES: &[Row] = &[
     Row { name: "runtime",    may_know: &["base", "layout", "data", "target", "tile", "plan", "jit"] },
     Row { name: "tilewright", may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "text", "passes", "lower", "emit-llvm", "jit", "runtime"] },
     Row { name: "cli",        may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "text", "passes", "lower", "emit-llvm", "emit-triton", "jit", "runtime", "tilewright"] },
-    Row { name: "python",     may_know: &["base", "layout", "data", "tilewright"] },
+    Row { name: "python",     may_know: &["base", "layout", "data", "graph", "tilewright"] },
     Row { name: "conformance", may_know: &["base", "data", "graph", "interp", "import", "tilewright"] },
     Row { name: "testkit",    may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "passes", "lower", "emit-llvm", "jit", "runtime", "tilewright"] },
 ];

@@ -24,7 +24,8 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/bench-gpu/src/arms.rs",   "launches of our kernels and cuBLASLt's on matrices that it borrows"),
     ("crates/bench-gpu/src/support.rs", "launches of its own kernels on checked buffers"),
     ("crates/data/src/mapped.rs",      "memory-mapped files"),
-    ("crates/python/src/lib.rs",       "arrays that Python owns: its protocol gives addresses"),
+    ("crates/data/src/lent.rs",        "memory that a caller lends for results"),
+    ("crates/python/src/memory.rs",    "arrays and tensors that Python owns: their addresses are given"),
     ("crates/emit-llvm/tests/",        "kernels called on guarded memory, to see what they touch"),
     ("crates/emit-llvm/examples/",     "a kernel called without the runtime, to time it alone"),
 ];

@@ -29,7 +29,7 @@ mod lex;
 mod parse;
 mod print;
 
-use crate::Graph;
+use crate::{Graph, Op, TensorType};
 use std::collections::BTreeMap;
 use std::fmt;
 use tilewright_base::Result;
@@ -63,6 +63,24 @@ impl Graph {
     /// Reads the text form of a file called `name`.
     pub fn parse_with(name: &str, text: &str, constants: Constants<'_>) -> Result<Graph> {
         parse::parse(name, text, constants)
+    }
+
+    /// Reads an operator with its attributes, as it stands behind `=` in the text form but without
+    /// operands (`reduce sum axes=[1] keep`), over this graph's symbols. `operands` are the types it
+    /// will be applied to, `results` the declared types of its results where the operator does not
+    /// determine them (`iota`).
+    pub fn parse_op(
+        &self,
+        text: &str,
+        operands: &[TensorType],
+        results: &[Option<TensorType>],
+    ) -> Result<Op> {
+        parse::parse_op(self, text, operands, results)
+    }
+
+    /// Reads a type such as `f32[N,4]` over this graph's symbols.
+    pub fn parse_type(&self, text: &str) -> Result<TensorType> {
+        parse::parse_type(self, text)
     }
 
     /// The text, and the data of the constants that it only names, by key.

@@ -28,6 +28,38 @@ pub(super) fn parse(name: &str, text: &str, constants: Constants<'_>) -> Result<
     Ok(parser.graph)
 }
 
+/// An operator as it stands behind `=`, without operands; see [`Graph::parse_op`].
+pub(super) fn parse_op(
+    graph: &Graph,
+    text: &str,
+    operands: &[TensorType],
+    results: &[Option<TensorType>],
+) -> Result<Op> {
+    let mut symbols = Graph::new("");
+    symbols.symbols = graph.symbols.clone();
+    let cursor = Cursor::new("<operator>", text);
+    let mut parser =
+        Parser { cursor, graph: symbols, labels: BTreeMap::new(), constants: Constants::None };
+    let name = parser.cursor.word("an operator")?;
+    let mut attrs = parser.attributes()?;
+    let op = parser.op(name, &mut attrs, operands, results)?;
+    parser.nothing_left(&attrs, name)?;
+    parser.cursor.space();
+    if parser.cursor.rest().is_empty() { Ok(op) } else { Err(parser.cursor.expected("the end")) }
+}
+
+/// A type such as `f32[N,4]`; see [`Graph::parse_type`].
+pub(super) fn parse_type(graph: &Graph, text: &str) -> Result<TensorType> {
+    let mut symbols = Graph::new("");
+    symbols.symbols = graph.symbols.clone();
+    let cursor = Cursor::new("<type>", text);
+    let mut parser =
+        Parser { cursor, graph: symbols, labels: BTreeMap::new(), constants: Constants::None };
+    let ty = parser.tensor_type()?;
+    parser.cursor.space();
+    if parser.cursor.rest().is_empty() { Ok(ty) } else { Err(parser.cursor.expected("the end")) }
+}
+
 /// Literals as a tensor; the error says what is wrong with which one.
 pub(super) fn literal_tensor(
     dtype: DType,

@@ -1,0 +1,16 @@
+"""Tilewright inside PyTorch: `torch.compile(model, backend="tilewright")`.
+
+The way of a model, one module per step:
+
+    backend      Dynamo's graph through AOTAutograd: functional, forward and backward apart
+    partition    which operators we take; the rest stay PyTorch's, operator by operator
+    writer       the operators that we take, as our graph (rules in elementwise, shapes, sums, layers)
+    group        a compiled graph as a function of tensors: no copies, memory of PyTorch's allocator
+    report       `tilewright.explain`;  check: `tilewright.verify`;  exported: `tilewright.compile`
+
+PyTorch is needed for all of it, and imported nowhere else in the package.
+"""
+
+from .backend import compile_fx, tilewright_backend
+
+__all__ = ["compile_fx", "tilewright_backend"]

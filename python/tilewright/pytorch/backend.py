@@ -1,0 +1,260 @@
+"""The backend of `torch.compile`: Dynamo's graph, made functional by AOTAutograd, becomes groups and eager operators.
+
+    torch.compile(model, backend="tilewright")
+    torch.compile(model, backend="tilewright", options={"threads": 2, "freeze": False})
+
+Options: `threads` (0: as many as PyTorch), `cache` (compiled kernels on disk), `precision` ("f32" or "bf16"; see the
+numerics contract), `freeze` (in inference, parameters are known data), `device`.
+
+Composites stay whole where our graphs have them (softmax, layer norm, GELU, attention): the table of decompositions
+leaves them out. In training, attention is taken apart, so that its gradient is made of operators that we have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+
+import torch
+from torch import fx
+from torch._decomp import core_aten_decompositions, decomposition_table
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from .group import Group
+from .partition import divide
+from .sizes import ranges
+
+aten = torch.ops.aten
+
+# Composites that our graphs have whole, and operators that PyTorch runs better as one than in parts.
+KEPT = [
+    aten.gelu,
+    aten.silu,
+    aten.hardswish,
+    aten.hardsigmoid,
+    aten.hardtanh,
+    aten.leaky_relu,
+    aten.elu,
+    aten.mish,
+    aten.softplus,
+    aten._softmax,
+    aten._log_softmax,
+    aten.native_layer_norm,
+    aten.native_group_norm,
+    aten._fused_rms_norm,
+    aten._native_batch_norm_legit_no_training,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._safe_softmax,
+    aten.addmm,
+    aten.addmv,
+    aten.baddbmm,
+    aten.stack,
+    aten.masked_fill,
+    aten.clamp_min,
+    aten.clamp_max,
+    aten.addcmul,
+    aten.addcdiv,
+    aten.rsub,
+    aten.square,
+    aten.embedding_dense_backward,
+    aten.nll_loss_forward,
+    aten.nll_loss_backward,
+    aten.nll_loss2d_forward,
+    aten.nll_loss2d_backward,
+    aten.native_dropout,
+    aten.bernoulli,
+    aten.upsample_bilinear2d,
+    aten.upsample_nearest2d,
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a user may choose."""
+
+    threads: int = 0
+    cache: bool = True
+    precision: str = "f32"
+    freeze: bool = True
+    device: torch.device = torch.device("cpu")
+
+    @staticmethod
+    def of(options) -> "Settings":
+        """From the dictionary that `torch.compile` takes."""
+        known = {f.name for f in dataclasses.fields(Settings)}
+        unknown = sorted(set(options or {}) - known)
+        if unknown:
+            raise ValueError(f"unknown options {unknown}; tilewright takes {sorted(known)}")
+        settings = Settings(**(options or {}))
+        device = torch.device(settings.device)
+        if device.type != "cpu":
+            raise ValueError(f"tilewright compiles for the CPU from here, not for {device}")
+        return dataclasses.replace(settings, device=device)
+
+
+def decompositions() -> dict:
+    """PyTorch's decompositions without the composites that we keep."""
+    table = dict(core_aten_decompositions())
+    for packet in (aten.native_layer_norm_backward, aten._fused_rms_norm_backward, aten.native_group_norm_backward):
+        for overload in packet.overloads():
+            if getattr(packet, overload) in decomposition_table:
+                table[getattr(packet, overload)] = decomposition_table[getattr(packet, overload)]
+    for packet in KEPT:
+        for overload in packet.overloads():
+            table.pop(getattr(packet, overload), None)
+    return table
+
+
+class Compiled:
+    """A compiled FX graph: what is ours in groups, the rest as it was."""
+
+    def __init__(self, kind: str, module: fx.GraphModule, groups: list[Group], reasons):
+        self.kind = kind
+        self.module = module
+        self.groups = groups
+        self.reasons = reasons
+        self.runs = 0
+
+
+# Those who want to know of each compiled graph (`explain`, tests).
+OBSERVERS: list = []
+
+
+def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settings) -> Compiled:
+    """Divides a functional graph and puts our groups in place. `static`: placeholders that do not change."""
+    graph = gm.graph
+    division = divide(graph, settings.device)
+    known = ranges(graph)
+    placeholders = graph.find_nodes(op="placeholder")
+    frozen = {p for i, p in enumerate(placeholders) if i in static} if settings.freeze else set()
+    frozen |= set(graph.find_nodes(op="get_attr"))
+    root, groups = torch.nn.Module(), []
+    for node in graph.find_nodes(op="get_attr"):
+        setattr(root, node.target, getattr(gm, node.target))
+    member = {}
+    for number, nodes in enumerate(division.groups):
+        group = Group(f"{kind}_{number}", nodes, known, frozen, settings)
+        groups.append(group)
+        setattr(root, f"group_{number}", group)
+        member.update(dict.fromkeys(nodes, number))
+    new = _rebuilt(graph, groups, member)
+    module = fx.GraphModule(root, new, f"Tilewright_{kind}")
+    compiled = Compiled(kind, module, groups, division.reasons)
+    for observe in OBSERVERS:
+        observe(compiled)
+    return compiled
+
+
+def _rebuilt(graph: fx.Graph, groups: list[Group], member) -> fx.Graph:
+    """The graph with a call in place of each group's nodes. Groups run as soon as what they read is there."""
+    new, copies = fx.Graph(), {}
+    sizes: dict[str, fx.Node] = {}
+    waiting = {number: {n for node in group.nodes for n in node.all_input_nodes if member.get(n) != number} for number, group in enumerate(groups)}
+    pending = [n for n in graph.nodes if n not in member]
+    done: set[int] = set()
+
+    def size(symbol: str) -> fx.Node:
+        if symbol not in sizes:
+            sizes[symbol] = _symbol_value(new, copies, graph, symbol)
+        return sizes[symbol]
+
+    def run_groups() -> None:
+        for number, group in enumerate(groups):
+            if number in done or not all(n in copies for n in waiting[number]):
+                continue
+            done.add(number)
+            args = [copies[n] for n in group.inputs] + [size(s) for s in group.symbols]
+            call = new.call_module(f"group_{number}", tuple(args))
+            for i, node in enumerate(group.outputs):
+                copies[node] = new.call_function(operator.getitem, (call, i))
+                copies[node].meta = dict(node.meta)
+
+    while pending or len(done) < len(groups):
+        before = (len(pending), len(done))
+        run_groups()
+        later = []
+        for node in pending:
+            # Everything PyTorch's stays in its order, so that effects do.
+            if later or not all(n in copies for n in node.all_input_nodes):
+                later.append(node)
+                continue
+            copies[node] = new.node_copy(node, lambda n: copies[n])
+        pending = later
+        if (len(pending), len(done)) == before:
+            raise RuntimeError("tilewright: a group waits for itself")
+    return new
+
+
+def _symbol_value(new: fx.Graph, copies, graph: fx.Graph, symbol: str) -> fx.Node:
+    """The node that holds a symbol's value: an argument, or a size of one."""
+    placeholders = graph.find_nodes(op="placeholder")
+    for node in placeholders:
+        held = node.meta.get("val")
+        if isinstance(held, torch.SymInt) and str(held.node.expr) == symbol:
+            return copies[node]
+    for node in placeholders:
+        held = node.meta.get("val")
+        for axis, extent in enumerate(held.shape if isinstance(held, torch.Tensor) else ()):
+            if isinstance(extent, torch.SymInt) and str(extent.node.expr) == symbol:
+                return new.call_function(aten.sym_size.int, (copies[node], axis))
+    raise RuntimeError(f"tilewright: nothing has the size {symbol}")
+
+
+def boxed(module: fx.GraphModule):
+    """The form in which AOTAutograd calls: one list, which the callee empties."""
+
+    def run(args):
+        values = list(args)
+        args.clear()
+        return module(*values)
+
+    run._boxed_call = True
+    return run
+
+
+def _static_inputs() -> set[int]:
+    """Arguments of the graph being compiled that are parameters and buffers which nothing writes."""
+    context = torch._guards.TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None)
+    if metadata is None:
+        return set()
+    written = {i for i, info in enumerate(metadata.input_info) if info.mutates_data or info.mutates_metadata}
+    return set(metadata.static_input_indices) - written
+
+
+def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode=None):
+    """The backend itself: what `torch.compile(..., backend="tilewright")` calls."""
+    if mode not in (None, "default"):
+        raise ValueError(f"tilewright has no mode {mode!r}; it takes options")
+    settings = Settings.of(options)
+
+    def forward(graph_module, _inputs):
+        return boxed(compile_fx(graph_module, "forward", set(), settings).module)
+
+    def backward(graph_module, _inputs):
+        return boxed(compile_fx(graph_module, "backward", set(), settings).module)
+
+    def inference(graph_module, _inputs):
+        return boxed(compile_fx(graph_module, "inference", _static_inputs(), settings).module)
+
+    compiler = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=backward,
+        inference_compiler=inference,
+        decompositions=decompositions(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    with _attention_in_parts(example_inputs):
+        return compiler(gm, example_inputs)
+
+
+def _attention_in_parts(example_inputs):
+    """In training, attention as products and a softmax."""
+    trains = torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs
+    )
+    if not trains:
+        return contextlib.nullcontext()
+    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

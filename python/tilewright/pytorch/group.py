@@ -1,0 +1,206 @@
+"""`Group`: a compiled part of a model, as a function of tensors.
+
+Tensors go in and come out as addresses: nothing is copied, except inputs whose memory has gaps or another order
+than the graph was compiled for (they are made contiguous first). Results lie in memory that PyTorch allocates, in
+the order of axes that PyTorch would give them.
+
+A group is compiled when it first runs. Parameters that do not change (inference) are then known data: folded,
+packed for the kernels. Their addresses and version counters are looked at before each run; when one has changed,
+the group is compiled again with the new values (its kernels come out of the cache), and after `REFREEZES_MAX` times
+once more with all parameters as inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+
+import torch
+from torch import fx
+
+from .partition import inputs_of, memory_order, outputs_of
+from .sizes import symbols, tensors_and_sizes
+from .writer import Writer
+
+REFREEZES_MAX = 2
+
+log = logging.getLogger("tilewright")
+
+
+class Group(torch.nn.Module):
+    """See the module's head. Called with its tensors, then with the values of its sizes."""
+
+    def __init__(self, name, nodes, known_ranges, frozen, settings):
+        super().__init__()
+        self.name = name
+        self.nodes = nodes
+        self.settings = settings
+        self.inputs = inputs_of(nodes)
+        self.outputs = outputs_of(nodes)
+        self.orders = [memory_order(n) for n in self.inputs]
+        self.plain = [o == list(range(len(o))) for o in self.orders]
+        self.out_orders = [memory_order(n) for n in self.outputs]
+        self.inverses = [_inverse(o) for o in self.out_orders]
+        self.dtypes = [n.meta["val"].dtype for n in self.outputs]
+        self.device = settings.device
+        used = set()
+        for node in [*nodes, *self.inputs]:
+            held = [node.meta["val"], *(a.meta.get("val") for a in node.all_input_nodes)]
+            for value in (v for h in held for v in tensors_and_sizes(h)):
+                for size in [value] if isinstance(value, torch.SymInt) else value.shape:
+                    used |= symbols(size)
+        self.ranges = {s: known_ranges[s] for s in sorted(used)}
+        self.symbols = list(self.ranges)
+        self.frozen = [i for i, n in enumerate(self.inputs) if n in frozen]
+        self.program = None
+        self.eager = None
+        self.seal: list = []
+        self.refreezes = 0
+        self.shapes: dict = {}
+        self.compile_seconds = 0.0
+        self.failure = None
+
+    def __call__(self, *args):
+        if self.program is None and self.eager is None:
+            self._compile(args)
+        elif self.seal and not self._seal_holds(args):
+            self._refreeze(args)
+        if self.eager is not None:
+            return self.eager(*args)
+        kept, addresses = self._addresses(args)
+        sizes = [int(s) for s in args[len(self.inputs) :]]
+        results = self._results(sizes)
+        self.program.run(addresses, [r.data_ptr() for r in results], sizes)
+        del kept
+        return tuple(r if inv is None else r.permute(inv) for r, inv in zip(results, self.inverses))
+
+    def timed(self, *args):
+        """As a call; also the seconds of each step of the plan."""
+        self(*args)
+        if self.eager is not None:
+            return self.eager(*args), []
+        kept, addresses = self._addresses(args)
+        sizes = [int(s) for s in args[len(self.inputs) :]]
+        results = self._results(sizes)
+        times = self.program.run_timed(addresses, [r.data_ptr() for r in results], sizes)
+        del kept
+        return tuple(r if inv is None else r.permute(inv) for r, inv in zip(results, self.inverses)), times
+
+    def _addresses(self, args):
+        kept, addresses = [], []
+        for i in self.live:
+            tensor = args[i]
+            memory = tensor if self.plain[i] else tensor.permute(self.orders[i])
+            if not memory.is_contiguous():
+                memory = memory.contiguous()
+            kept.append(memory)
+            addresses.append(memory.data_ptr())
+        return kept, addresses
+
+    def _results(self, sizes):
+        key = tuple(sizes)
+        shapes = self.shapes.get(key)
+        if shapes is None:
+            if len(self.shapes) > 64:
+                self.shapes.clear()
+            shapes = self.shapes[key] = self.program.output_shapes(sizes)
+        return [torch.empty(s, dtype=d, device=self.device) for s, d in zip(shapes, self.dtypes)]
+
+    # ---- compiling -----------------------------------------------------------------------------
+
+    def _compile(self, args) -> None:
+        start = time.perf_counter()
+        try:
+            writer = self.write(args)
+            self.program = writer.builder.compile(
+                threads=self.settings.threads or torch.get_num_threads(),
+                cache=self.settings.cache,
+                precision=self.settings.precision,
+            )
+            if self.program.symbols != self.symbols:
+                raise RuntimeError(f"sizes {self.program.symbols} where {self.symbols} are given")
+        except (NotImplementedError, RuntimeError, ValueError) as why:
+            # Whatever our compiler cannot do, PyTorch does.
+            self.failure = str(why).strip()
+            log.warning("%s is left to PyTorch: %s", self.name, self.failure.splitlines()[0])
+            self.program, self.seal = None, []
+            self.eager = self.as_module()
+        self.compile_seconds += time.perf_counter() - start
+
+    def write(self, args) -> Writer:
+        """The graph. With `args`, frozen inputs are known data."""
+        writer = Writer(self.name, self.ranges)
+        values, self.live, self.seal = {}, [], []
+        for i, (node, order) in enumerate(zip(self.inputs, self.orders)):
+            held = node.meta["val"]
+            if i in self.frozen and args is not None and _version(args[i]) is not None:
+                values[node] = writer.constant(node.name, held, args[i], order)
+                self.seal.append((i, args[i].data_ptr(), _version(args[i])))
+            else:
+                values[node] = writer.input(node.name, held, order)
+                self.live.append(i)
+        for node in self.nodes:
+            if node.target is operator.getitem:
+                values[node] = values[node.args[0]][node.args[1]]
+            else:
+                values[node] = writer.node(node, values)
+        for node, order in zip(self.outputs, self.out_orders):
+            writer.builder.output(node.name, writer.in_memory_order(values[node], order).number)
+        return writer
+
+    def _seal_holds(self, args) -> bool:
+        return all(args[i].data_ptr() == address and _version(args[i]) == version for i, address, version in self.seal)
+
+    def _refreeze(self, args) -> None:
+        self.refreezes += 1
+        if self.refreezes > REFREEZES_MAX:
+            self.frozen = []
+        self.program = None
+        self.shapes.clear()
+        self._compile(args)
+
+    def as_module(self) -> fx.GraphModule:
+        """The same nodes, run by PyTorch."""
+        graph, copies = fx.Graph(), {}
+        for node in self.inputs:
+            copies[node] = graph.placeholder(node.name)
+        sizes = {s: graph.placeholder(f"size_{s}") for s in self.symbols}
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, lambda n: _copy_size(graph, copies, sizes, n))
+        graph.output(tuple(copies[n] for n in self.outputs))
+        return fx.GraphModule(torch.nn.Module(), graph)
+
+
+
+
+
+def _copy_size(graph: fx.Graph, copies, sizes, node: fx.Node) -> fx.Node:
+    """A symbolic size made outside of the group, from the symbols' values."""
+    if node not in copies:
+        expression = node.meta["val"].node.expr
+        names = sorted(s.name for s in expression.free_symbols)
+        function = size_function(expression, names)
+        copies[node] = graph.call_function(function, tuple(sizes[n] for n in names))
+    return copies[node]
+
+
+def size_function(expression, names):
+    """A function from the values of symbols to a size."""
+
+    def size(*values):
+        known = dict(zip(names, values))
+        return int(expression.subs({s: known[s.name] for s in expression.free_symbols}))
+
+    return size
+
+
+def _inverse(order):
+    if order == list(range(len(order))):
+        return None
+    return [order.index(axis) for axis in range(len(order))]
+
+
+def _version(tensor):
+    """How often a tensor was written to; `None` where PyTorch does not count."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,182 @@
+"""Rules for the operators of neural networks that our graphs have whole: convolutions, pooling, norms, softmax,
+attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .sizes import Unsupported
+from .sums import mean_over
+from .writer import Value, Writer, rule, used_results, wide
+
+aten = torch.ops.aten
+
+
+def per_axis(value, rank: int) -> list[int]:
+    """A setting for each spatial axis; one number stands for all."""
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    items = items * rank if len(items) == 1 else items
+    if len(items) != rank or not all(isinstance(i, int) for i in items):
+        raise Unsupported(f"the setting {value} for {rank} axes")
+    return items
+
+
+def listed(**lists) -> str:
+    """Attributes that are lists of numbers."""
+    return " ".join(f"{key}=[{','.join(map(str, items))}]" for key, items in lists.items())
+
+
+def ones(w: Writer, shape, dtype) -> Value:
+    """A tensor of ones."""
+    return w.expand(w.number(1, dtype), shape)
+
+
+@rule(aten.convolution.default)
+def convolution(w, node, a, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    if transposed:
+        raise Unsupported("a transposed convolution")
+    if a.rank < 3:
+        raise Unsupported("a convolution of one sample")
+    rank = a.rank - 2
+    pads = per_axis(padding, rank)
+    attributes = listed(strides=per_axis(stride, rank), pads_lo=pads, pads_hi=pads, dilations=per_axis(dilation, rank))
+    y = w.op(f"conv {attributes} groups={groups}", a, weight)
+    if bias is None:
+        return y
+    return w.map("{a} + {b}", y, w.reshape(bias, [bias.shape[0], *[1] * rank]), dtype=a.dtype)
+
+
+@rule(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+def max_pool(w, node, a, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
+    if 1 in used_results(node):
+        raise Unsupported("the positions of the largest elements")
+    if ceil_mode or not a.dtype.is_floating_point:
+        raise Unsupported("pooling of integers, or with sizes rounded up")
+    rank = a.rank - 2 if a.rank in (4, 5) else 0
+    if not rank:
+        raise Unsupported("pooling of one sample")
+    kernel, pads = per_axis(kernel, rank), per_axis(padding, rank)
+    strides = per_axis(stride, rank) if stride else kernel
+    attributes = listed(kernel=kernel, strides=strides, pads_lo=pads, pads_hi=pads, dilations=per_axis(dilation, rank))
+    return w.op(f"window max {attributes}", a), None
+
+
+@rule(aten.avg_pool2d.default)
+def avg_pool(w, node, a, kernel, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor=None):
+    if ceil_mode or divisor is not None or a.rank != 4:
+        raise Unsupported("average pooling with sizes rounded up, a divisor or of one sample")
+    kernel, pads = per_axis(kernel, 2), per_axis(padding, 2)
+    strides = per_axis(stride, 2) if stride else kernel
+    kind = "mean_with_pad" if count_include_pad else "mean"
+    attributes = listed(kernel=kernel, strides=strides, pads_lo=pads, pads_hi=pads, dilations=[1, 1])
+    return w.op(f"window {kind} {attributes}", a)
+
+
+@rule(aten._adaptive_avg_pool2d.default)
+def adaptive_avg_pool(w, node, a, size):
+    height, width = a.shape[-2:]
+    if list(size) == [1, 1] and a.rank == 4:
+        return mean_over(w, a, [2, 3], True)
+    whole = all(isinstance(have, int) and have % want == 0 for have, want in zip((height, width), size))
+    if a.rank != 4 or not whole:
+        raise Unsupported("adaptive pooling in windows of unequal sizes")
+    kernel = [height // size[0], width // size[1]]
+    attributes = listed(kernel=kernel, strides=kernel, pads_lo=[0, 0], pads_hi=[0, 0], dilations=[1, 1])
+    return w.op(f"window mean {attributes}", a)
+
+
+@rule(aten._softmax.default, aten._log_softmax.default, aten.softmax.int, aten.log_softmax.int)
+def softmax(w, node, a, dim, *_, **options):
+    result = node.meta["val"].dtype
+    if a.rank == 0:
+        raise Unsupported("softmax of a scalar")
+    log = " log" if node.target in (aten._log_softmax.default, aten.log_softmax.int) else ""
+    return w.cast(w.op(f"softmax axis={dim % a.rank}{log}", w.cast(a, wide(result))), result)
+
+
+@rule(aten._safe_softmax.default)
+def safe_softmax(w, node, a, dim, dtype=None):
+    """Softmax with zeros where a whole row is minus infinity."""
+    result = node.meta["val"].dtype
+    x = w.cast(a, wide(result))
+    y = w.op(f"softmax axis={dim % a.rank}", x)
+    largest = w.reduce("max", x, [dim], True)
+    return w.cast(w.map("where({a} == -inf, 0, {b})", largest, y, dtype=x.dtype), result)
+
+
+@rule(aten.native_layer_norm.default)
+def layer_norm(w, node, a, shape, weight, bias, eps):
+    axis = a.rank - len(shape)
+    wanted = node.meta["val"]
+    x = w.cast(a, wide(a.dtype))
+    scale = ones(w, shape, x.dtype) if weight is None else w.cast(weight, x.dtype)
+    operands = [x, scale] if bias is None else [x, scale, w.cast(bias, x.dtype)]
+    y = w.cast(w.op(f"layer_norm axis={axis} eps={eps!r}", *operands), a.dtype)
+    used = used_results(node)
+    if not used & {1, 2}:
+        return y, None, None
+    axes = list(range(axis, a.rank))
+    x = Value(x.number, x.dtype, a.shape)
+    mean = mean_over(w, x, axes, True)
+    centred = w.map("{a} - {b}", x, mean, dtype=x.dtype)
+    square = Value(w.map("{a} * {a}", centred, dtype=x.dtype).number, x.dtype, a.shape)
+    variance = mean_over(w, square, axes, True)
+    scale = w.map(f"rsqrt({{a}} + {eps!r})", variance, dtype=x.dtype)
+    return y, w.cast(mean, wanted[1].dtype), w.cast(scale, wanted[2].dtype)
+
+
+@rule(aten._fused_rms_norm.default)
+def rms_norm(w, node, a, shape, weight, eps):
+    wanted = node.meta["val"]
+    x = w.cast(a, wide(a.dtype))
+    eps = torch.finfo(a.dtype).eps if eps is None else eps
+    scale = ones(w, shape, x.dtype) if weight is None else w.cast(weight, x.dtype)
+    axis = a.rank - len(shape)
+    y = w.cast(w.op(f"rms_norm axis={axis} eps={eps!r}", x, scale), a.dtype)
+    if 1 not in used_results(node):
+        return y, None
+    square = Value(w.map("{a} * {a}", x, dtype=x.dtype).number, x.dtype, a.shape)
+    factor = w.map(f"rsqrt({{a}} + {eps!r})", mean_over(w, square, range(axis, a.rank), True), dtype=x.dtype)
+    return y, w.cast(factor, wanted[1].dtype)
+
+
+@rule(aten._native_batch_norm_legit_no_training.default)
+def batch_norm(w, node, a, weight, bias, mean, variance, momentum, eps):
+    if used_results(node) & {1, 2} or a.dtype != mean.dtype:
+        raise Unsupported("batch norm in mixed types, or with its saved results")
+    channels = [a.shape[1]]
+    scale = ones(w, channels, a.dtype) if weight is None else weight
+    shift = w.expand(w.number(0, a.dtype), channels) if bias is None else bias
+    return w.op(f"batch_norm eps={eps!r}", a, scale, shift, mean, variance), None, None
+
+
+@rule(aten.native_group_norm.default)
+def group_norm(w, node, a, weight, bias, n, c, hw, groups, eps):
+    if used_results(node) & {1, 2}:
+        raise Unsupported("the saved results of group norm")
+    x = w.cast(a, wide(a.dtype))
+    scale = ones(w, [a.shape[1]], x.dtype) if weight is None else w.cast(weight, x.dtype)
+    shift = w.expand(w.number(0, x.dtype), [a.shape[1]]) if bias is None else w.cast(bias, x.dtype)
+    return w.cast(w.op(f"group_norm groups={groups} eps={eps!r}", x, scale, shift), a.dtype), None, None
+
+
+@rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+    if dropout_p or 1 in used_results(node):
+        raise Unsupported("attention with dropout, or with its logarithms of sums")
+    if is_causal and q.shape[2] is not k.shape[2] and q.shape[2] != k.shape[2]:
+        raise Unsupported("causal attention over keys of another length")
+    if not isinstance(q.shape[3], int):
+        raise Unsupported("attention over heads of symbolic width")
+    score = wide(q.dtype)
+    name = {torch.float32: "f32", torch.float64: "f64"}[score]
+    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    text, extras = f"{{ s -> s * {name}({factor!r}) }}", []
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            attn_mask = w.map(f"where({{a}}, {name}(0), {name}(-inf))", attn_mask, dtype=score)
+        text, extras = f"{{ s, m -> s * {name}({factor!r}) + m }}", [w.cast(attn_mask, score)]
+    causal = " causal" if is_causal else ""
+    return w.op(f"attention{causal} score={name} {text}", q, k, v, *extras), None

@@ -1,0 +1,211 @@
+"""Divides an FX graph between us and PyTorch.
+
+Each node is tried against the rules, in order, on a graph that is thrown away (`probe`). Then nodes get a depth:
+how often a path to them changes between what is ours and what is PyTorch's. All of our nodes of one depth form one
+group; since a path that leaves a group gets deeper, groups never wait for each other.
+
+What stays PyTorch's, on top of what the rules refuse: nodes on other devices, random numbers (so that they are
+those of eager PyTorch) and other effects, in their order; and views of which only PyTorch reads the result, because
+there they cost nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import elementwise, layers, shapes, sums  # noqa: F401  (they register the rules)
+from .sizes import Unsupported, order_in_memory, ranges, symbols, tensors_and_sizes
+from .writer import NAMES, RULES, Writer
+
+aten = torch.ops.aten
+
+# Operators that PyTorch does without moving anything.
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.alias.default,
+    aten.detach.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+}
+
+# Operators that a group is not worth on their own: less than a copy's work.
+TRIVIAL = VIEWS | {aten.clone.default, aten.lift_fresh_copy.default, aten.full.default, aten.scalar_tensor.default}
+
+
+@dataclasses.dataclass
+class Division:
+    """Which nodes are ours, in which group, and why the others are not."""
+
+    groups: list[list[fx.Node]]
+    reasons: dict[fx.Node, str]
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """A result of a node with several."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def computes_tensors(node: fx.Node) -> bool:
+    """Whether a node is an operator with tensors among its results."""
+    if node.op != "call_function":
+        return False
+    return any(isinstance(v, torch.Tensor) for v in tensors_and_sizes(node.meta.get("val")))
+
+
+def has_effects(node: fx.Node) -> bool:
+    """Random numbers and whatever else must happen in order."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is not operator.getitem and computes_tensors(node)
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def divide(graph: fx.Graph, device: torch.device) -> Division:
+    """Finds our groups."""
+    reasons = probe(graph, device)
+    ours = {n for n in graph.nodes if computes_tensors(n) and n not in reasons}
+    # Views at the end of what is ours, from the last to the first.
+    for node in reversed(graph.nodes):
+        if node in ours and (node.target in VIEWS or is_getitem(node)) and not any(u in ours for u in node.users):
+            base = node.args[0] if is_getitem(node) else node
+            if is_getitem(node) and base.target not in VIEWS:
+                continue
+            ours.discard(node)
+    for node in list(ours):
+        # Results go with what makes them.
+        if is_getitem(node) and node.args[0] not in ours:
+            ours.discard(node)
+        if is_getitem(node) is False and isinstance(node.meta["val"], (tuple, list)):
+            for user in node.users:
+                ours.add(user)
+    groups = by_depth(graph, ours)
+    return Division([g for g in groups if not all(n.target in TRIVIAL or is_getitem(n) for n in g)], reasons)
+
+
+def by_depth(graph: fx.Graph, ours: set[fx.Node]) -> list[list[fx.Node]]:
+    """Our nodes by depth; see the module's head."""
+    depth: dict[fx.Node, int] = {}
+    groups: dict[int, list[fx.Node]] = {}
+    effect_depth = 0
+    for node in graph.nodes:
+        mine = node in ours
+        if node.op in ("placeholder", "get_attr"):
+            depth[node] = -1
+            continue
+        deepest = 0
+        for before in node.all_input_nodes:
+            d = depth[before]
+            crossed = d >= 0 and (before in ours) != mine
+            deepest = max(deepest, d + crossed)
+        if not mine and has_effects(node):
+            deepest = effect_depth = max(deepest, effect_depth)
+        depth[node] = deepest
+        if mine:
+            groups.setdefault(deepest, []).append(node)
+    return [groups[d] for d in sorted(groups)]
+
+
+def probe(graph: fx.Graph, device: torch.device) -> dict[fx.Node, str]:
+    """Tries each node against the rules; those that are refused, with the reason."""
+    reasons: dict[fx.Node, str] = {}
+    known = ranges(graph)
+    given = set()
+    for node in graph.find_nodes(op="placeholder"):
+        for value in tensors_and_sizes(node.meta.get("val")):
+            plain = [value] if isinstance(value, torch.SymInt) else list(value.shape)
+            given |= {str(s.node.expr) for s in plain if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol}
+    writer = Writer("probe", known)
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        held = node.meta.get("val")
+        if node.op in ("placeholder", "get_attr") or not computes_tensors(node):
+            _provide(writer, values, node, device)
+            continue
+        try:
+            if is_getitem(node):
+                source = node.args[0]
+                if source in reasons:
+                    raise Unsupported("a result of an operator that is not ours")
+                values[node] = values[source][node.args[1]]
+                continue
+            _refuse(node, device, given)
+            values[node] = writer.node(node, values)
+        except (Unsupported, NotImplementedError, ValueError, KeyError, TypeError, IndexError) as why:
+            reasons[node] = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
+            if isinstance(held, torch.Tensor):
+                _provide(writer, values, node, device)
+    return reasons
+
+
+def _provide(writer: Writer, values, node: fx.Node, device) -> None:
+    """A node that is not ours, as an input of the graph that is tried."""
+    held = node.meta.get("val")
+    if isinstance(held, torch.Tensor) and held.dtype in NAMES and held.device.type == device.type:
+        try:
+            values[node] = writer.input(node.name, held)
+        except (Unsupported, ValueError):
+            pass
+
+
+def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
+    """What is refused whatever the rules say."""
+    if node.target not in RULES:
+        raise Unsupported("no rule for this operator")
+    if has_effects(node):
+        raise Unsupported("random numbers are PyTorch's" if "nondeterministic" in str(node.target.tags) else "it has effects")
+    tensors = [node.meta["val"], *(a.meta.get("val") for a in node.all_input_nodes)]
+    for tensor in (t for held in tensors for t in tensors_and_sizes(held)):
+        if not isinstance(tensor, torch.Tensor):
+            missing = symbols(tensor) - given
+        else:
+            if tensor.device.type != device.type and tensor.dim() > 0:
+                raise Unsupported(f"tensors on {tensor.device}")
+            if tensor.device.type != device.type:
+                raise Unsupported(f"a scalar on {tensor.device}")
+            if tensor.layout is not torch.strided or tensor.dtype not in NAMES:
+                raise Unsupported(f"tensors of {tensor.dtype}, {tensor.layout}")
+            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(tensor, torch._subclasses.FakeTensor):
+                raise Unsupported(f"tensors of class {type(tensor).__name__}")
+            missing = set().union(*(symbols(s) for s in tensor.shape)) - given
+        if missing:
+            raise Unsupported(f"sizes that are only known while running: {', '.join(sorted(missing))}")
+
+
+def outputs_of(group: list[fx.Node]) -> list[fx.Node]:
+    """The nodes of a group that are read outside of it."""
+    inside = set(group)
+    return [n for n in group if isinstance(n.meta["val"], torch.Tensor) and any(u not in inside for u in n.users)]
+
+
+def inputs_of(group: list[fx.Node]) -> list[fx.Node]:
+    """Tensors that a group reads and does not make, in order of first use."""
+    inside, found = set(group), {}
+    for node in group:
+        for before in node.all_input_nodes:
+            if before not in inside and isinstance(before.meta.get("val"), torch.Tensor):
+                found[before] = None
+    return list(found)
+
+
+def memory_order(node: fx.Node):
+    """The order of a value's axes in memory; row-major where they have gaps or overlap."""
+    held = node.meta["val"]
+    order = order_in_memory(held)
+    return list(range(held.dim())) if order is None else order

@@ -1,0 +1,201 @@
+"""Rules for operators that move elements and do no arithmetic: views, slices, joins, counting, looking up."""
+
+from __future__ import annotations
+
+import torch
+
+from .sizes import Unsupported, text
+from .writer import Value, rule
+
+aten = torch.ops.aten
+
+
+def axis_of(axis: int, rank: int) -> int:
+    """An axis counted from the front."""
+    return axis % rank if rank else 0
+
+
+@rule(
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+def reshape(w, node, a, *_):
+    return w.reshape(a, node.meta["val"].shape)
+
+
+@rule(aten.permute.default)
+def permute(w, node, a, order):
+    return w.permute(a, [axis_of(axis, a.rank) for axis in order])
+
+
+@rule(aten.t.default)
+def transpose_matrix(w, node, a):
+    return w.permute(a, [1, 0]) if a.rank == 2 else a
+
+
+@rule(aten.transpose.int)
+def transpose(w, node, a, first, second):
+    order = list(range(a.rank))
+    first, second = axis_of(first, a.rank), axis_of(second, a.rank)
+    order[first], order[second] = order[second], order[first]
+    return w.permute(a, order)
+
+
+@rule(aten.expand.default)
+def expand(w, node, a, *_, **options):
+    return w.expand(a, node.meta["val"].shape)
+
+
+def first_of_slice(a: Value, axis: int, start):
+    """The first coordinate of a slice, negative starts counted from the end."""
+    size = a.shape[axis]
+    if start is None:
+        return 0
+    if isinstance(start, int):
+        if isinstance(size, int):
+            return max(0, min(start + size if start < 0 else start, size))
+        return f"max(0, {text(size)} - {-start})" if start < 0 else f"min({start}, {text(size)})"
+    if isinstance(start, torch.SymInt) and bool(start.node.expr.is_nonnegative):
+        return f"min({text(start)}, {text(size)})"
+    raise Unsupported(f"a slice from {start}")
+
+
+@rule(aten.slice.Tensor)
+def slice_(w, node, a, dim=0, start=None, end=None, step=1):
+    axis = axis_of(dim, a.rank)
+    if not isinstance(step, int):
+        raise Unsupported("a slice with a symbolic step")
+    return w.slice(a, axis, first_of_slice(a, axis, start), node.meta["val"].shape[axis], step)
+
+
+@rule(aten.select.int)
+def select(w, node, a, dim, index):
+    axis = axis_of(dim, a.rank)
+    if not isinstance(index, int):
+        raise Unsupported("selecting a symbolic index")
+    at = text(index) if index >= 0 else f"{text(a.shape[axis])} - {-index}"
+    return w.reshape(w.slice(a, axis, at, 1), node.meta["val"].shape)
+
+
+@rule(aten.flip.default)
+def flip(w, node, a, dims):
+    for axis in {axis_of(d, a.rank) for d in dims}:
+        a = w.slice(a, axis, f"{text(node.meta['val'].shape[axis])} - 1", node.meta["val"].shape[axis], -1)
+    return a
+
+
+@rule(aten.cat.default)
+def cat(w, node, tensors, dim=0):
+    wanted = node.meta["val"]
+    # PyTorch lets vectors of no elements join anything.
+    parts = [t for t in tensors if not (t.rank == 1 and wanted.dim() > 1)]
+    parts = [w.cast(t, wanted.dtype) for t in parts]
+    axis = axis_of(dim, wanted.dim())
+    return parts[0] if len(parts) == 1 else w.op(f"concat axis={axis}", *parts)
+
+
+@rule(aten.stack.default)
+def stack(w, node, tensors, dim=0):
+    wanted = node.meta["val"]
+    axis = axis_of(dim, wanted.dim())
+    shape = [1 if i == axis else s for i, s in enumerate(wanted.shape)]
+    return w.op(f"concat axis={axis}", *(w.reshape(w.cast(t, wanted.dtype), shape) for t in tensors))
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes.default)
+def split(w, node, a, _sizes, dim=0):
+    axis = axis_of(dim, a.rank)
+    start, parts = "0", []
+    for part in node.meta["val"]:
+        parts.append(w.slice(a, axis, start, part.shape[axis]))
+        start = f"{start} + {text(part.shape[axis])}"
+    return tuple(parts)
+
+
+@rule(aten.unbind.int)
+def unbind(w, node, a, dim=0):
+    axis = axis_of(dim, a.rank)
+    return tuple(
+        w.reshape(w.slice(a, axis, index, 1), part.shape) for index, part in enumerate(node.meta["val"])
+    )
+
+
+@rule(aten.slice_scatter.default)
+def slice_scatter(w, node, a, source, dim=0, start=None, end=None, step=1):
+    axis = axis_of(dim, a.rank)
+    size, part = a.shape[axis], source.shape[axis]
+    if step != 1 or not isinstance(size, int) or not isinstance(part, int):
+        raise Unsupported("writing to part of a tensor with steps or symbolic sizes")
+    first = first_of_slice(a, axis, start)
+    parts = [w.slice(a, axis, 0, first)] if first else []
+    parts.append(w.cast(source, a.dtype))
+    if first + part < size:
+        parts.append(w.slice(a, axis, first + part, size - first - part))
+    return parts[0] if len(parts) == 1 else w.op(f"concat axis={axis}", *parts)
+
+
+@rule(aten.select_scatter.default)
+def select_scatter(w, node, a, source, dim, index):
+    axis = axis_of(dim, a.rank)
+    if not isinstance(a.shape[axis], int) or not isinstance(index, int):
+        raise Unsupported("writing to a symbolic index")
+    shape = [1 if i == axis else s for i, s in enumerate(a.shape)]
+    piece = w.reshape(source, shape)
+    index = axis_of(index, a.shape[axis])
+    return slice_scatter(w, node, a, Value(piece.number, piece.dtype, tuple(shape)), axis, index)
+
+
+@rule(aten.constant_pad_nd.default)
+def constant_pad(w, node, a, pad, value=0):
+    low, high = ["0"] * a.rank, ["0"] * a.rank
+    for i in range(len(pad) // 2):
+        low[a.rank - 1 - i], high[a.rank - 1 - i] = text(pad[2 * i]), text(pad[2 * i + 1])
+    number = float(value) if a.dtype.is_floating_point else int(value)
+    return w.op(f"pad lo=[{','.join(low)}] hi=[{','.join(high)}] constant={number!r}", a)
+
+
+@rule(aten.repeat.default)
+def repeat(w, node, a, repeats):
+    wanted = list(node.meta["val"].shape)
+    shape = [1] * (len(wanted) - a.rank) + list(a.shape)
+    apart = [size for times, size in zip([1] * len(shape), shape) for size in (times, size)]
+    spread = [size for times, size in zip(repeats, shape) for size in (times, size)]
+    return w.reshape(w.expand(w.reshape(a, apart), spread), wanted)
+
+
+@rule(aten.arange.start_step, aten.arange.start, aten.arange.default)
+def arange(w, node, *args, **options):
+    wanted = node.meta["val"]
+    start, step = (0, 1) if len(args) == 1 else (args[0], args[2] if len(args) > 2 else 1)
+    if not all(isinstance(number, (int, torch.SymInt)) for number in (start, step)):
+        raise Unsupported("counting in fractions")
+    count = w.op("iota axis=0", dtype=torch.int64, result=f"i64[{text(wanted.shape[0])}]")
+    if step != 1:
+        count = w.map("{a} * {b}", count, w.number(step, torch.int64), dtype=torch.int64)
+    if start != 0:
+        count = w.map("{a} + {b}", count, w.number(start, torch.int64), dtype=torch.int64)
+    return w.cast(count, wanted.dtype)
+
+
+@rule(aten.embedding.default)
+def embedding(w, node, table, indices, *_, **options):
+    return w.op("gather axis=0", table, indices)
+
+
+@rule(aten.index_select.default)
+def index_select(w, node, a, dim, indices):
+    return w.op(f"gather axis={axis_of(dim, a.rank)}", a, indices)
+
+
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
+def index(w, node, a, indices):
+    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if len(given) != 1 or given[0][1].dtype not in (torch.int64, torch.int32):
+        raise Unsupported("indexing with several tensors, or with a mask")
+    axis, where = given[0]
+    return w.op(f"gather axis={axis}", a, where)

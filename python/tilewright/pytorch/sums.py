@@ -1,0 +1,143 @@
+"""Rules for reductions, scans and matrix products."""
+
+from __future__ import annotations
+
+import torch
+
+from .elementwise import in_result_type
+from .shapes import axis_of
+from .sizes import Unsupported, text
+from .writer import rule, used_results, wide
+
+aten = torch.ops.aten
+
+
+def axes_of(a, dims) -> list[int]:
+    """The axes of a reduction; none given means all."""
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(a.rank))
+    return [axis_of(d, a.rank) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+@rule(aten.sum.default, aten.sum.dim_IntList)
+def sum_(w, node, a, dims=None, keepdim=False, **options):
+    result = node.meta["val"].dtype
+    return w.cast(w.reduce("sum", w.cast(a, wide(result)), axes_of(a, dims), keepdim), result)
+
+
+@rule(aten.mean.default, aten.mean.dim)
+def mean(w, node, a, dims=None, keepdim=False, **options):
+    result = node.meta["val"].dtype
+    axes = axes_of(a, dims)
+    return w.cast(mean_over(w, w.cast(a, wide(result)), axes, keepdim), result)
+
+
+def mean_over(w, a, axes, keep):
+    """The mean over axes, in the operand's type."""
+    total = w.reduce("sum", a, axes, keep)
+    count = "*".join(text(a.shape[axis]) if not isinstance(a.shape[axis], str) else f"({a.shape[axis]})" for axis in axes)
+    if not axes:
+        return a
+    if all(isinstance(a.shape[axis], int) for axis in axes):
+        number = 1
+        for axis in axes:
+            number *= a.shape[axis]
+        return w.map(f"{{a}} / {float(number)!r}", total, dtype=a.dtype)
+    size = w.reshape(w.op(f"dims [{count}]", dtype=torch.int64), [])
+    return w.map("{a} / {b}", total, w.cast(size, a.dtype), dtype=a.dtype)
+
+
+@rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
+def extreme(w, node, a, dims=None, keepdim=False):
+    if node.meta["val"].dtype is torch.bool:
+        raise Unsupported("the largest of truth values")
+    kind = "max" if node.target in (aten.amax.default, aten.max.default) else "min"
+    return w.reduce(kind, a, axes_of(a, dims), keepdim)
+
+
+@rule(aten.max.dim, aten.min.dim)
+def extreme_with_position(w, node, a, dim, keepdim=False):
+    kind = "max" if node.target is aten.max.dim else "min"
+    axis = axis_of(dim, a.rank)
+    if a.rank == 0 or a.dtype is torch.bool:
+        raise Unsupported("positions in a scalar or among truth values")
+    keep = " keep" if keepdim else ""
+    value = w.reduce(kind, a, [axis], keepdim) if 0 in used_results(node) else None
+    position = None
+    if 1 in used_results(node):
+        position = w.op(f"arg_reduce {kind} axis={axis}{keep}", a, dtype=torch.int64)
+    return value, position
+
+
+@rule(aten.argmax.default, aten.argmin.default)
+def position(w, node, a, dim=None, keepdim=False):
+    kind = "max" if node.target is aten.argmax.default else "min"
+    if a.rank == 0 or (dim is None and keepdim) or a.dtype is torch.bool:
+        raise Unsupported("positions in a scalar or among truth values")
+    if dim is None:
+        count = "*".join(f"({text(s)})" for s in a.shape)
+        a, dim = w.op(f"reshape [{count}]", a), 0
+    keep = " keep" if keepdim else ""
+    return w.op(f"arg_reduce {kind} axis={dim % max(a.rank, 1)}{keep}", a, dtype=torch.int64)
+
+
+@rule(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
+def any_or_all(w, node, a, dims=None, keepdim=False):
+    kind = "max" if node.target in (aten.any.default, aten.any.dim, aten.any.dims) else "min"
+    numbers = w.cast(w.cast(a, torch.bool), torch.int32)
+    found = w.reduce(kind, numbers, axes_of(a, dims), keepdim)
+    # Of nothing, the extremes of i32: any is false, all is true.
+    return w.map("{a} > 0", found, dtype=torch.bool)
+
+
+@rule(aten.prod.default, aten.prod.dim_int)
+def prod(w, node, a, dims=None, keepdim=False, **options):
+    result = node.meta["val"].dtype
+    return w.cast(w.reduce("prod", w.cast(a, wide(result)), axes_of(a, dims), keepdim), result)
+
+
+@rule(aten.cumsum.default)
+def cumsum(w, node, a, dim, **options):
+    result = node.meta["val"].dtype
+    if a.rank == 0:
+        return w.cast(a, result)
+    scanned = w.op(f"scan sum axis={axis_of(dim, a.rank)}", w.cast(a, wide(result)))
+    return w.cast(type(scanned)(scanned.number, wide(result), a.shape), result)
+
+
+@rule(aten.mm.default)
+def mm(w, node, a, b):
+    return w.contract("mk,kn->mn", a, b)
+
+
+@rule(aten.bmm.default)
+def bmm(w, node, a, b):
+    return w.contract("bmk,bkn->bmn", a, b)
+
+
+@rule(aten.mv.default)
+def mv(w, node, a, b):
+    return w.contract("mk,k->m", a, b)
+
+
+@rule(aten.dot.default)
+def dot(w, node, a, b):
+    return w.contract("k,k->", a, b)
+
+
+@rule(aten.linear.default)
+def linear(w, node, a, weight, bias=None):
+    letters = "abcdefgh"[: a.rank - 1]
+    product = w.contract(f"{letters}k,nk->{letters}n", a, weight)
+    return product if bias is None else w.map("{a} + {b}", product, bias, dtype=a.dtype)
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def addmm(w, node, bias, a, b, beta=1, alpha=1):
+    spec = "mk,kn->mn" if node.target is aten.addmm.default else "bmk,bkn->bmn"
+    product = w.contract(spec, a, b)
+    if beta == 0:
+        return product if alpha == 1 else in_result_type(w, node, "{a} * {b}", product, alpha)
+    if beta == 1 and alpha == 1:
+        return in_result_type(w, node, "{a} + {b}", product, bias)
+    return in_result_type(w, node, "{a} * {b} + {c} * {d}", product, alpha, bias, beta)
