@@ -197,21 +197,25 @@ impl Lowering<'_> {
             chain.push(user);
             end = node.outputs[0];
         }
+        // The layout that `v` must have for the first `len` views of the chain to end in this one.
+        let before = |len: usize, end: &Layout| {
+            chain[..len].iter().rev().try_fold(end.clone(), |layout, &n| {
+                let node = &graph.nodes[n];
+                unview(&node.op, &layout, graph.shape(node.inputs[0]))
+            })
+        };
         for len in (0..=chain.len()).rev() {
             let last = if len == 0 { v } else { graph.nodes[chain[len - 1]].outputs[0] };
+            let plain = Layout::row_major(graph.shape(last));
+            // Asking for an output's place promises to write it.
+            if graph.is_output(last) && before(len, &plain).is_none() {
+                continue;
+            }
             let target = match self.target_of(last)? {
                 Some(place) => place,
-                None => Place {
-                    buffer: BufferId(u32::MAX),
-                    layout: Layout::row_major(graph.shape(last)),
-                },
+                None => Place { buffer: BufferId(u32::MAX), layout: plain },
             };
-            let mut layout = Some(target.layout.clone());
-            for &n in chain[..len].iter().rev() {
-                let node = &graph.nodes[n];
-                layout = layout.and_then(|l| unview(&node.op, &l, graph.shape(node.inputs[0])));
-            }
-            let Some(layout) = layout else { continue };
+            let Some(layout) = before(len, &target.layout) else { continue };
             if target.buffer != BufferId(u32::MAX) {
                 // The views at the end then lie there too.
                 self.places.insert(last, target.clone());

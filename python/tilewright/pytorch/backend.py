@@ -97,7 +97,13 @@ class Settings:
 def decompositions() -> dict:
     """PyTorch's decompositions without the composites that we keep."""
     table = dict(core_aten_decompositions())
-    for packet in (aten.native_layer_norm_backward, aten._fused_rms_norm_backward, aten.native_group_norm_backward):
+    for packet in (
+        aten._native_batch_norm_legit_functional,
+        aten.native_batch_norm_backward,
+        aten.native_layer_norm_backward,
+        aten._fused_rms_norm_backward,
+        aten.native_group_norm_backward,
+    ):
         for overload in packet.overloads():
             if getattr(packet, overload) in decomposition_table:
                 table[getattr(packet, overload)] = decomposition_table[getattr(packet, overload)]
@@ -115,18 +121,23 @@ class Compiled:
         self.module = module
         self.groups = groups
         self.reasons = reasons
-        self.runs = 0
+        # What AOTAutograd calls: one list, which the callee empties.
+        self.run = boxed(module)
 
 
 # Those who want to know of each compiled graph (`explain`, tests).
 OBSERVERS: list = []
 
 
-def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settings) -> Compiled:
-    """Divides a functional graph and puts our groups in place. `static`: placeholders that do not change."""
+def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settings, bounds=None) -> Compiled:
+    """Divides a functional graph and puts our groups in place.
+
+    `static`: placeholders that do not change; `bounds`: those of symbols, where the user gave others than the
+    graph's.
+    """
     graph = gm.graph
-    division = divide(graph, settings.device)
-    known = ranges(graph)
+    known = {**ranges(graph), **(bounds or {})}
+    division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")
     frozen = {p for i, p in enumerate(placeholders) if i in static} if settings.freeze else set()
     frozen |= set(graph.find_nodes(op="get_attr"))
@@ -135,11 +146,11 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
         setattr(root, node.target, getattr(gm, node.target))
     member = {}
     for number, nodes in enumerate(division.groups):
-        group = Group(f"{kind}_{number}", nodes, known, frozen, settings)
+        group = Group(f"{kind}_{number}", nodes, division.free, known, frozen, settings)
         groups.append(group)
         setattr(root, f"group_{number}", group)
-        member.update(dict.fromkeys(nodes, number))
-    new = _rebuilt(graph, groups, member)
+        member.update({n: number for n in nodes if n not in division.free})
+    new = _rebuilt(graph, groups, member, division.free)
     module = fx.GraphModule(root, new, f"Tilewright_{kind}")
     compiled = Compiled(kind, module, groups, division.reasons)
     for observe in OBSERVERS:
@@ -147,12 +158,17 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     return compiled
 
 
-def _rebuilt(graph: fx.Graph, groups: list[Group], member) -> fx.Graph:
+def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:
     """The graph with a call in place of each group's nodes. Groups run as soon as what they read is there."""
     new, copies = fx.Graph(), {}
     sizes: dict[str, fx.Node] = {}
-    waiting = {number: {n for node in group.nodes for n in node.all_input_nodes if member.get(n) != number} for number, group in enumerate(groups)}
-    pending = [n for n in graph.nodes if n not in member]
+    waiting = {number: {n for node in group.nodes for n in node.all_input_nodes if member.get(n) != number and n not in group.nodes} for number, group in enumerate(groups)}
+    # Views of arguments that only groups read are not needed outside.
+    needless: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in free and all(u in member or u in needless for u in node.users):
+            needless.add(node)
+    pending = [n for n in graph.nodes if n not in member and n not in needless]
     done: set[int] = set()
 
     def size(symbol: str) -> fx.Node:
@@ -202,6 +218,11 @@ def _symbol_value(new: fx.Graph, copies, graph: fx.Graph, symbol: str) -> fx.Nod
     raise RuntimeError(f"tilewright: nothing has the size {symbol}")
 
 
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node of a compiled graph is an operator that PyTorch runs on tensors."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and "sym_" not in str(node.target)
+
+
 def boxed(module: fx.GraphModule):
     """The form in which AOTAutograd calls: one list, which the callee empties."""
 
@@ -231,13 +252,13 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     settings = Settings.of(options)
 
     def forward(graph_module, _inputs):
-        return boxed(compile_fx(graph_module, "forward", set(), settings).module)
+        return compile_fx(graph_module, "forward", set(), settings).run
 
     def backward(graph_module, _inputs):
-        return boxed(compile_fx(graph_module, "backward", set(), settings).module)
+        return compile_fx(graph_module, "backward", set(), settings).run
 
     def inference(graph_module, _inputs):
-        return boxed(compile_fx(graph_module, "inference", _static_inputs(), settings).module)
+        return compile_fx(graph_module, "inference", _static_inputs(), settings).run
 
     compiler = aot_autograd(
         fw_compiler=forward,

@@ -31,13 +31,13 @@ log = logging.getLogger("tilewright")
 class Group(torch.nn.Module):
     """See the module's head. Called with its tensors, then with the values of its sizes."""
 
-    def __init__(self, name, nodes, known_ranges, frozen, settings):
+    def __init__(self, name, nodes, free, known_ranges, frozen, settings):
         super().__init__()
         self.name = name
         self.nodes = nodes
         self.settings = settings
         self.inputs = inputs_of(nodes)
-        self.outputs = outputs_of(nodes)
+        self.outputs = outputs_of(nodes, free)
         self.orders = [memory_order(n) for n in self.inputs]
         self.plain = [o == list(range(len(o))) for o in self.orders]
         self.out_orders = [memory_order(n) for n in self.outputs]

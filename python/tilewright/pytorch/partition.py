@@ -6,7 +6,7 @@ group; since a path that leaves a group gets deeper, groups never wait for each 
 
 What stays PyTorch's, on top of what the rules refuse: nodes on other devices, random numbers (so that they are
 those of eager PyTorch) and other effects, in their order; and views of which only PyTorch reads the result, because
-there they cost nothing.
+there they cost nothing. Views of the arguments are nobody's: each group that reads one has its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from . import elementwise, layers, shapes, sums  # noqa: F401  (they register the rules)
-from .sizes import Unsupported, order_in_memory, ranges, symbols, tensors_and_sizes
+from .sizes import Unsupported, order_in_memory, symbols, tensors_and_sizes
 from .writer import NAMES, RULES, Writer
 
 aten = torch.ops.aten
@@ -55,6 +55,7 @@ class Division:
 
     groups: list[list[fx.Node]]
     reasons: dict[fx.Node, str]
+    free: set[fx.Node]
 
 
 def is_getitem(node: fx.Node) -> bool:
@@ -72,14 +73,17 @@ def computes_tensors(node: fx.Node) -> bool:
 def has_effects(node: fx.Node) -> bool:
     """Random numbers and whatever else must happen in order."""
     target = node.target
+    if target is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        dropout = node.args[3] if len(node.args) > 3 else node.kwargs.get("dropout_p", 0.0)
+        return dropout != 0.0
     if not isinstance(target, torch._ops.OpOverload):
         return target is not operator.getitem and computes_tensors(node)
     return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
 
 
-def divide(graph: fx.Graph, device: torch.device) -> Division:
-    """Finds our groups."""
-    reasons = probe(graph, device)
+def divide(graph: fx.Graph, device: torch.device, known) -> Division:
+    """Finds our groups. `known`: the symbols with their bounds."""
+    reasons = probe(graph, device, known)
     ours = {n for n in graph.nodes if computes_tensors(n) and n not in reasons}
     # Views at the end of what is ours, from the last to the first.
     for node in reversed(graph.nodes):
@@ -95,18 +99,46 @@ def divide(graph: fx.Graph, device: torch.device) -> Division:
         if is_getitem(node) is False and isinstance(node.meta["val"], (tuple, list)):
             for user in node.users:
                 ours.add(user)
-    groups = by_depth(graph, ours)
-    return Division([g for g in groups if not all(n.target in TRIVIAL or is_getitem(n) for n in g)], reasons)
+    free = views_of_arguments(graph, ours)
+    groups = [with_views(group, free) for group in by_depth(graph, ours - free, free)]
+    groups = [g for g in groups if not all(n.target in TRIVIAL or is_getitem(n) for n in g)]
+    return Division(groups, reasons, free)
 
 
-def by_depth(graph: fx.Graph, ours: set[fx.Node]) -> list[list[fx.Node]]:
+def views_of_arguments(graph: fx.Graph, ours: set[fx.Node]) -> set[fx.Node]:
+    """Our views whose tensors are arguments, or other such views."""
+    free: set[fx.Node] = set()
+    for node in graph.nodes:
+        single = node in ours and node.target in VIEWS and isinstance(node.meta["val"], torch.Tensor)
+        before = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if single and all(n.op in ("placeholder", "get_attr") or n in free for n in before):
+            free.add(node)
+    return free
+
+
+def with_views(group: list[fx.Node], free: set[fx.Node]) -> list[fx.Node]:
+    """A group with the views of arguments that it reads, before their readers."""
+    whole: dict[fx.Node, None] = {}
+
+    def add(node: fx.Node) -> None:
+        for before in node.all_input_nodes:
+            if before in free and before not in whole:
+                add(before)
+        whole[node] = None
+
+    for node in group:
+        add(node)
+    return list(whole)
+
+
+def by_depth(graph: fx.Graph, ours: set[fx.Node], free: set[fx.Node]) -> list[list[fx.Node]]:
     """Our nodes by depth; see the module's head."""
     depth: dict[fx.Node, int] = {}
     groups: dict[int, list[fx.Node]] = {}
     effect_depth = 0
     for node in graph.nodes:
         mine = node in ours
-        if node.op in ("placeholder", "get_attr"):
+        if node.op in ("placeholder", "get_attr") or node in free:
             depth[node] = -1
             continue
         deepest = 0
@@ -122,10 +154,9 @@ def by_depth(graph: fx.Graph, ours: set[fx.Node]) -> list[list[fx.Node]]:
     return [groups[d] for d in sorted(groups)]
 
 
-def probe(graph: fx.Graph, device: torch.device) -> dict[fx.Node, str]:
+def probe(graph: fx.Graph, device: torch.device, known) -> dict[fx.Node, str]:
     """Tries each node against the rules; those that are refused, with the reason."""
     reasons: dict[fx.Node, str] = {}
-    known = ranges(graph)
     given = set()
     for node in graph.find_nodes(op="placeholder"):
         for value in tensors_and_sizes(node.meta.get("val")):
@@ -188,10 +219,11 @@ def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
             raise Unsupported(f"sizes that are only known while running: {', '.join(sorted(missing))}")
 
 
-def outputs_of(group: list[fx.Node]) -> list[fx.Node]:
-    """The nodes of a group that are read outside of it."""
+def outputs_of(group: list[fx.Node], free: set[fx.Node]) -> list[fx.Node]:
+    """The nodes of a group that are read outside of it; views of arguments are made again there."""
     inside = set(group)
-    return [n for n in group if isinstance(n.meta["val"], torch.Tensor) and any(u not in inside for u in n.users)]
+    made = [n for n in group if n not in free and isinstance(n.meta["val"], torch.Tensor)]
+    return [n for n in made if any(u not in inside for u in n.users)]
 
 
 def inputs_of(group: list[fx.Node]) -> list[fx.Node]:

@@ -194,8 +194,43 @@ def index_select(w, node, a, dim, indices):
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index(w, node, a, indices):
-    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
-    if len(given) != 1 or given[0][1].dtype not in (torch.int64, torch.int32):
-        raise Unsupported("indexing with several tensors, or with a mask")
-    axis, where = given[0]
-    return w.op(f"gather axis={axis}", a, where)
+    """Lookups by one tensor, or by several for axes that stand side by side."""
+    given = [axis for axis, i in enumerate(indices) if i is not None]
+    tensors = [indices[axis] for axis in given]
+    if not given or given != list(range(given[0], given[-1] + 1)):
+        raise Unsupported("indexing of axes that do not stand side by side")
+    if any(t.dtype not in (torch.int64, torch.int32) for t in tensors):
+        raise Unsupported("indexing with a mask")
+    first = given[0]
+    if len(given) == 1:
+        return w.op(f"gather axis={first}", a, tensors[0])
+    # The axes as one, and the position in it.
+    at = None
+    for axis, tensor in zip(given, tensors):
+        size = w.number(a.shape[axis], torch.int64)
+        tensor = w.map("where({a} < 0, {a} + {b}, {a})", w.cast(tensor, torch.int64), size, dtype=torch.int64)
+        at = tensor if at is None else w.map("{a} * {b} + {c}", at, size, tensor, dtype=torch.int64)
+    joined = "*".join(f"({text(a.shape[axis])})" for axis in given)
+    shape = [text(s) for s in a.shape]
+    flat = w.reshape(a, [*shape[:first], joined, *shape[given[-1] + 1 :]])
+    return w.op(f"gather axis={first}", flat, at)
+
+
+@rule(aten.gather.default)
+def gather(w, node, a, dim, indices, sparse_grad=False):
+    """Each element from where its own index says: a lookup in the tensor as one axis."""
+    if a.rank == 0 or indices.rank != a.rank:
+        raise Unsupported("gathering from a scalar")
+    dim, at, stride = axis_of(dim, a.rank), None, "1"
+    index_shape = ",".join(text(s) for s in indices.shape)
+    for axis in reversed(range(a.rank)):
+        if axis == dim:
+            place = w.cast(indices, torch.int64)
+        else:
+            place = w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{index_shape}]")
+        if stride != "1":
+            step = w.reshape(w.op(f"dims [{stride}]", dtype=torch.int64), [])
+            place = w.map("{a} * {b}", place, step, dtype=torch.int64)
+        at = place if at is None else w.map("{a} + {b}", at, place, dtype=torch.int64)
+        stride = f"{stride}*({text(a.shape[axis])})"
+    return w.op("gather axis=0", w.op(f"reshape [{stride}]", a), at)

@@ -82,13 +82,15 @@ def ranges(graph: torch.fx.Graph) -> dict[str, tuple[int, int | None]]:
             for size in sizes:
                 if not isinstance(size, torch.SymInt):
                     continue
-                bounds = size.node.shape_env.var_to_range
+                known = size.node.shape_env.var_to_range
                 for symbol in size.node.expr.free_symbols:
-                    known = bounds.get(symbol)
-                    low = _bound(known.lower, 0) if known is not None else 0
-                    high = _bound(known.upper, None) if known is not None else None
-                    found[symbol.name] = (max(low or 0, 0), high)
+                    found[symbol.name] = bounds(known[symbol]) if symbol in known else (0, None)
     return found
+
+
+def bounds(interval) -> tuple[int, int | None]:
+    """The ends of an interval of PyTorch's; sizes are not negative."""
+    return max(_bound(interval.lower, 0), 0), _bound(interval.upper, None)
 
 
 def _bound(value, default):

@@ -1,0 +1,186 @@
+"""`tilewright.explain`: what happened to a model, as data that prints as a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import backend
+from .group import Group
+
+
+@dataclasses.dataclass
+class Fallback:
+    """Nodes of one operator that PyTorch runs."""
+
+    operator: str
+    reason: str
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Step:
+    """One kernel (or host step) of a group."""
+
+    label: str
+    anchor: str
+    nodes: list[str]
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class GroupReport:
+    """One group: how many of PyTorch's operators became how many kernels."""
+
+    name: str
+    operators: int
+    kernels: int
+    seconds: float
+    compile_seconds: float
+    failure: str | None
+    steps: list[Step]
+
+
+@dataclasses.dataclass
+class Explanation:
+    """What happened to a model. `str()` of it is the report."""
+
+    model: str
+    graphs: int
+    graph_breaks: list[str]
+    groups: list[GroupReport]
+    fallbacks: list[Fallback]
+    seconds: float
+
+    @property
+    def fallback_share(self) -> float:
+        """The part of the time inside compiled graphs that operators of PyTorch take."""
+        outside = sum(f.seconds for f in self.fallbacks) + sum(g.seconds for g in self.groups if g.failure)
+        return outside / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.graphs} graph(s), {len(self.groups)} group(s), {self.seconds * 1e3:.3f} ms, "
+            f"{100 * self.fallback_share:.1f} % of it in PyTorch"
+        ]
+        lines += [f"graph break: {reason}" for reason in self.graph_breaks] or ["no graph breaks"]
+        if self.fallbacks:
+            lines.append(f"{'left to PyTorch':<52} {'calls':>5} {'time':>10} {'share':>6}  why")
+        for f in sorted(self.fallbacks, key=lambda f: -f.seconds):
+            lines.append(f"  {f.operator:<50} {f.count:>5} {f.seconds * 1e6:>8.0f}us {self._share(f.seconds):>6}  {f.reason}")
+        for g in self.groups:
+            left = f", left to PyTorch: {g.failure.splitlines()[0]}" if g.failure else ""
+            lines.append(
+                f"{g.name}: {g.operators} operators in {g.kernels} kernels, {g.seconds * 1e6:.0f} us "
+                f"({self._share(g.seconds)}), compiled in {g.compile_seconds:.2f} s{left}"
+            )
+            for step in g.steps:
+                lines.append(f"  {step.anchor:<10} {step.label:<40.40} {step.seconds * 1e6:>8.0f}us {self._share(step.seconds):>6}")
+        return "\n".join(lines)
+
+    def _share(self, seconds: float) -> str:
+        return f"{100 * seconds / self.seconds:.1f} %" if self.seconds else "-"
+
+
+class _Profile(fx.Interpreter):
+    """Runs a compiled graph node by node with a clock."""
+
+    def __init__(self, compiled: backend.Compiled):
+        super().__init__(compiled.module)
+        self.seconds: dict[fx.Node, float] = {}
+        self.steps: dict[str, list[float]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and isinstance(group := self.fetch_attr(n.target), Group):
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            group(*args)
+            start = time.perf_counter()
+            result = group(*args)
+            self.seconds[n] = time.perf_counter() - start
+            _, times = group.timed(*args)
+            self.steps[n.target] = [seconds for _, seconds in times]
+            return result
+        start = time.perf_counter()
+        result = super().run_node(n)
+        self.seconds[n] = time.perf_counter() - start
+        return result
+
+
+def explain(model, inputs, named, options, runs: int) -> Explanation:
+    """See `tilewright.explain`."""
+    seen: list[backend.Compiled] = []
+    samples: dict[int, list[_Profile]] = {}
+
+    def observe(compiled: backend.Compiled) -> None:
+        seen.append(compiled)
+        number = len(seen) - 1
+        samples[number] = []
+
+        def profiled(args):
+            values = list(args)
+            args.clear()
+            profile = _Profile(compiled)
+            result = profile.run(*values)
+            samples[number].append(profile)
+            return result
+
+        profiled._boxed_call = True
+        compiled.run = profiled
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    backend.OBSERVERS.append(observe)
+    try:
+        compiled = torch.compile(model, backend=backend.tilewright_backend, options=options)
+        for _ in range(max(runs, 1) + 1):
+            compiled(*inputs, **named)
+        breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    finally:
+        backend.OBSERVERS.remove(observe)
+        torch._dynamo.reset()
+    groups, fallbacks, total = [], {}, 0.0
+    for number, graph in enumerate(seen):
+        profiles = samples[number][1:] or samples[number]
+        if not profiles:
+            continue
+        for node in graph.module.graph.nodes:
+            seconds = _median([p.seconds.get(node, 0.0) for p in profiles])
+            if node.op == "call_module":
+                total += seconds
+                groups.append(_group_report(graph, node, seconds, profiles))
+            elif backend.is_operator(node):
+                total += seconds
+                reason = _reason(graph, node)
+                key = (str(node.target), reason)
+                entry = fallbacks.setdefault(key, Fallback(*key))
+                entry.count += 1
+                entry.seconds += seconds
+    name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", str(model))
+    reasons = [f"{text.splitlines()[0]} ({count} times)" for text, count in sorted(breaks.items())]
+    return Explanation(name, len(seen), reasons, groups, list(fallbacks.values()), total)
+
+
+def _group_report(graph: backend.Compiled, node: fx.Node, seconds: float, profiles) -> GroupReport:
+    group: Group = getattr(graph.module, node.target)
+    steps = []
+    if group.program is not None:
+        for i, (label, anchor, nodes) in enumerate(group.program.steps):
+            taken = _median([p.steps[node.target][i] for p in profiles if i < len(p.steps.get(node.target, []))])
+            steps.append(Step(label, anchor, nodes, taken))
+    kernels = len(steps)
+    return GroupReport(group.name, len(group.nodes), kernels, seconds, group.compile_seconds, group.failure, steps)
+
+
+def _reason(graph: backend.Compiled, node: fx.Node) -> str:
+    by_name = {n.name: why for n, why in graph.reasons.items()}
+    return by_name.get(node.name, "a view, which costs nothing there")
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else 0.0
