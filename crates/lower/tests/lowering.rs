@@ -89,6 +89,20 @@ fn reshape_of_a_permutation_copies_once() {
 }
 
 #[test]
+fn an_output_that_no_layout_of_its_views_reaches_is_copied() {
+    // One axis of the product becomes two that do not lie side by side in the output.
+    let g = build("heads", |b| {
+        let x = b.input("x", f32s(&[2, 5, 8]));
+        let w = b.input("w", f32s(&[8, 12]));
+        let y = b.contract("bak,kn->abn", x, w).unwrap();
+        let y = b.reshape(y, &dims(&[5, 2, 3, 4])).unwrap();
+        let y = b.permute(y, &[2, 0, 1, 3]).unwrap();
+        b.output("y", y);
+    });
+    check(&g, &[tensor(DType::F32, &[2, 5, 8], 1), tensor(DType::F32, &[8, 12], 2)]);
+}
+
+#[test]
 fn concat_is_written_in_place() {
     let g = build("concat", |b| {
         let x = b.input("x", f32s(&[3, 4]));

@@ -23,7 +23,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from .group import Group
-from .partition import divide
+from .partition import divide, has_effects
 from .sizes import ranges
 
 aten = torch.ops.aten
@@ -190,10 +190,15 @@ def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:
     while pending or len(done) < len(groups):
         before = (len(pending), len(done))
         run_groups()
-        later = []
+        later, effects_wait = [], False
         for node in pending:
-            # Everything PyTorch's stays in its order, so that effects do.
-            if later or not all(n in copies for n in node.all_input_nodes):
+            # Effects stay in their order; results are returned last.
+            effects = has_effects(node)
+            if node.op == "output" and (later or len(done) < len(groups)):
+                later.append(node)
+                continue
+            if (effects and effects_wait) or not all(n in copies for n in node.all_input_nodes):
+                effects_wait |= effects
                 later.append(node)
                 continue
             copies[node] = new.node_copy(node, lambda n: copies[n])

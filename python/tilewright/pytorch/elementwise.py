@@ -48,7 +48,6 @@ UNARY = {
     aten.floor: "floor({a})",
     aten.ceil: "ceil({a})",
     aten.trunc: "trunc({a})",
-    aten.sign: "where({a} > 0, 1, where({a} < 0, -1, 0))",
     aten.bitwise_not: "~{a}",
 }
 
@@ -208,6 +207,11 @@ def pow_tensor(w, node, a, b):
     if not node.meta["val"].dtype.is_floating_point:
         raise Unsupported("integer powers")
     return in_result_type(w, node, "{a} ** {b}", a, b)
+
+
+@rule(aten.sign.default)
+def sign(w, node, a):
+    return in_result_type(w, node, "where({a} > {d}, {b}, where({a} < {d}, {c}, {d}))", a, 1, -1, 0)
 
 
 @rule(aten.round.default)

@@ -56,6 +56,7 @@ class Group(torch.nn.Module):
         self.program = None
         self.eager = None
         self.seal: list = []
+        self.positions: list = []
         self.refreezes = 0
         self.shapes: dict = {}
         self.compile_seconds = 0.0
@@ -68,6 +69,8 @@ class Group(torch.nn.Module):
             self._refreeze(args)
         if self.eager is not None:
             return self.eager(*args)
+        for i, size in self.positions:
+            _check_positions(args[i], size)
         kept, addresses = self._addresses(args)
         sizes = [int(s) for s in args[len(self.inputs) :]]
         results = self._results(sizes)
@@ -139,6 +142,7 @@ class Group(torch.nn.Module):
                 self.seal.append((i, args[i].data_ptr(), _version(args[i])))
             else:
                 values[node] = writer.input(node.name, held, order)
+                writer.argument(i, values[node])
                 self.live.append(i)
         for node in self.nodes:
             if node.target is operator.getitem:
@@ -147,6 +151,7 @@ class Group(torch.nn.Module):
                 values[node] = writer.node(node, values)
         for node, order in zip(self.outputs, self.out_orders):
             writer.builder.output(node.name, writer.in_memory_order(values[node], order).number)
+        self.positions = sorted(set(writer.positions))
         return writer
 
     def _seal_holds(self, args) -> bool:
@@ -199,6 +204,12 @@ def _inverse(order):
     if order == list(range(len(order))):
         return None
     return [order.index(axis) for axis in range(len(order))]
+
+
+def _check_positions(positions: torch.Tensor, size: int) -> None:
+    """PyTorch's error for lookups outside of a table."""
+    if positions.numel() and not 0 <= positions.min().item() <= positions.max().item() < size:
+        raise IndexError(f"index out of range in self: positions reach from {positions.min().item()} to {positions.max().item()} in a table of {size}")
 
 
 def _version(tensor):

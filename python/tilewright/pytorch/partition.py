@@ -73,6 +73,8 @@ def computes_tensors(node: fx.Node) -> bool:
 def has_effects(node: fx.Node) -> bool:
     """Random numbers and whatever else must happen in order."""
     target = node.target
+    if node.op != "call_function":
+        return False
     if target is aten._scaled_dot_product_flash_attention_for_cpu.default:
         dropout = node.args[3] if len(node.args) > 3 else node.kwargs.get("dropout_p", 0.0)
         return dropout != 0.0
@@ -197,10 +199,11 @@ def _provide(writer: Writer, values, node: fx.Node, device) -> None:
 
 def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
     """What is refused whatever the rules say."""
+    if has_effects(node):
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        raise Unsupported("random numbers are PyTorch's" if random else "it has effects")
     if node.target not in RULES:
         raise Unsupported("no rule for this operator")
-    if has_effects(node):
-        raise Unsupported("random numbers are PyTorch's" if "nondeterministic" in str(node.target.tags) else "it has effects")
     tensors = [node.meta["val"], *(a.meta.get("val") for a in node.all_input_nodes)]
     for tensor in (t for held in tensors for t in tensors_and_sizes(held)):
         if not isinstance(tensor, torch.Tensor):

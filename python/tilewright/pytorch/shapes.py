@@ -25,7 +25,7 @@ def axis_of(axis: int, rank: int) -> int:
     aten.squeeze.dims,
 )
 def reshape(w, node, a, *_):
-    return w.reshape(a, node.meta["val"].shape)
+    return w.followed(a, w.reshape(a, node.meta["val"].shape))
 
 
 @rule(aten.permute.default)
@@ -184,6 +184,7 @@ def arange(w, node, *args, **options):
 
 @rule(aten.embedding.default)
 def embedding(w, node, table, indices, *_, **options):
+    w.lookup(indices, table.shape[0])
     return w.op("gather axis=0", table, indices)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .elementwise import in_result_type
 from .shapes import axis_of
 from .sizes import Unsupported, text
-from .writer import rule, used_results, wide
+from .writer import Value, rule, used_results, wide
 
 aten = torch.ops.aten
 
@@ -45,6 +47,25 @@ def mean_over(w, a, axes, keep):
         return w.map(f"{{a}} / {float(number)!r}", total, dtype=a.dtype)
     size = w.reshape(w.op(f"dims [{count}]", dtype=torch.int64), [])
     return w.map("{a} / {b}", total, w.cast(size, a.dtype), dtype=a.dtype)
+
+
+@rule(aten.var.correction, aten.var_mean.correction)
+def variance(w, node, a, dims=None, *, correction=1, keepdim=False):
+    result = a.dtype
+    axes = axes_of(a, dims)
+    if not all(isinstance(a.shape[axis], int) for axis in axes):
+        raise Unsupported("the variance over axes of symbolic size")
+    count = math.prod(a.shape[axis] for axis in axes)
+    freedom = max(count - (1 if correction is None else correction), 0)
+    x = w.cast(a, wide(result))
+    mean = mean_over(w, Value(x.number, x.dtype, a.shape), axes, True)
+    square = w.map("({a} - {b}) * ({a} - {b})", x, mean, dtype=x.dtype)
+    total = w.reduce("sum", Value(square.number, x.dtype, a.shape), axes, keepdim)
+    spread = w.cast(w.map(f"{{a}} / {float(freedom)!r}", total, dtype=x.dtype), result)
+    if node.target is aten.var.correction:
+        return spread
+    wanted = node.meta["val"][1]
+    return spread, w.cast(w.reshape(mean, wanted.shape), result)
 
 
 @rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)

@@ -105,6 +105,9 @@ class Writer:
     def __init__(self, name: str, symbols: dict[str, tuple[int, int | None]]):
         self.builder = _native.Builder(name)
         self.origin = ""
+        # Inputs that hold positions, with the size that they must stay below: looked at before each run.
+        self.positions: list[tuple[int, Any]] = []
+        self._sources: dict[int, int] = {}
         for symbol, (low, high) in sorted(symbols.items()):
             self.builder.symbol(symbol, low, high)
 
@@ -122,6 +125,21 @@ class Writer:
         bytes_ = memory.numel() * memory.element_size()
         number = self.builder.constant(name, type_text(like, order), memory.data_ptr(), bytes_, memory)
         return self._in_logical_order(Value(number, like.dtype, tuple(like.shape)), like, order)
+
+    def lookup(self, positions: Value, size) -> None:
+        """Positions must be in `0..size`, as PyTorch demands; checked where they are an argument."""
+        if positions.number in self._sources and isinstance(size, int):
+            self.positions.append((self._sources[positions.number], size))
+
+    def followed(self, value: Value, view: Value) -> Value:
+        """A view holds the same positions as what it is a view of."""
+        if value.number in self._sources:
+            self._sources[view.number] = self._sources[value.number]
+        return view
+
+    def argument(self, number: int, value: Value) -> None:
+        """Says that a value is argument `number`."""
+        self._sources[value.number] = number
 
     def _in_logical_order(self, value: Value, tensor: torch.Tensor, order) -> Value:
         if order is None or list(order) == list(range(len(order))):
@@ -201,6 +219,8 @@ class Writer:
 
     def contract(self, spec: str, a: Value, b: Value) -> Value:
         """An einsum of two operands of one type, summed as PyTorch sums that type."""
+        if a.dtype != b.dtype:
+            raise Unsupported("a product of two types")
         acc = wide(a.dtype)
         return self.op(f'contract "{spec}" acc={dtype_name(acc)}', a, b)
 

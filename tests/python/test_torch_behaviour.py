@@ -1,0 +1,248 @@
+"""What the PyTorch backend does beside computing: fallbacks, random numbers, writes, bad inputs, weights that change."""
+
+import pathlib
+
+import numpy as np
+from torch_models import ROOT, compiled, first, graphs, made, run_all, tilewright, torch
+
+
+class WithSort(torch.nn.Module):
+    """Its middle is an operator that our graphs do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
+
+    def forward(self, x):
+        values, _ = torch.sort(self.first(x).relu(), dim=-1)
+        return self.second(values)
+
+
+def what_is_not_ours_stays_pytorchs_inside_the_plan():
+    torch.manual_seed(0)
+    model, x = WithSort(), torch.randn(3, 8)
+    with graphs() as seen, torch.no_grad():
+        torch.testing.assert_close(compiled(model)(x), model(x))
+    (graph,) = seen
+    assert len(graph.groups) == 2, graph.module.code
+    assert {str(n.target) for n in graph.reasons} >= {"aten.sort.default"}, graph.reasons
+    with torch.no_grad():
+        found = tilewright.explain(model, x)
+    (fallback,) = [f for f in found.fallbacks if f.operator == "aten.sort.default"]
+    assert fallback.count == 1 and fallback.seconds > 0 and "no rule" in fallback.reason, fallback
+    assert not found.graph_breaks and len(found.groups) == 2 and 0 < found.fallback_share < 1
+    assert "aten.sort.default" in str(found) and "no graph breaks" in str(found)
+
+
+def graph_breaks_are_listed():
+    def broken(x):
+        y = x.sin() + 1
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    found = tilewright.explain(broken, torch.randn(100))
+    assert found.graphs == 2 and len(found.graph_breaks) == 1, str(found)
+
+
+def random_numbers_are_those_of_eager():
+    model, arguments = made("bert")
+    model.train()
+    torch.manual_seed(7)
+    expected = first(model(**arguments))
+    with graphs() as seen:
+        torch.manual_seed(7)
+        found = first(compiled(model)(**arguments))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert any("random" in why for g in seen for why in g.reasons.values())
+
+
+def inputs_and_views_are_written_as_in_eager():
+    def writes(x, y):
+        x.mul_(2)
+        part = y[1:, :2]
+        part.add_(x[1:, :2])
+        z = x.t()
+        return z, part, y * 2, x
+
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 5), torch.randn(4, 5)
+    mine, theirs = (a.clone(), b.clone()), (a.clone(), b.clone())
+    with graphs():
+        results, expected = compiled(writes)(*mine), writes(*theirs)
+    for got, want in zip((*results, *mine), (*expected, *theirs)):
+        torch.testing.assert_close(got, want)
+        assert got.stride() == want.stride()
+    assert results[0]._base is not None and results[3] is mine[0]
+
+
+def results_have_the_strides_of_eager():
+    model = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last)
+    with graphs(), torch.no_grad():
+        got, want = compiled(model)(x), model(x)
+    torch.testing.assert_close(got, want)
+    assert got.stride() == want.stride(), (got.stride(), want.stride())
+
+
+def weights_that_change_are_seen():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(6, 4), torch.randn(3, 6)
+    with graphs() as seen, torch.no_grad():
+        run = compiled(model)
+        for step in range(5):
+            torch.testing.assert_close(run(x), model(x), msg=f"step {step}")
+            model.weight.add_(0.5)
+        assert len(seen) == 1
+        (group,) = seen[0].groups
+        assert not group.seal, "after some changes the weights are inputs"
+        model.load_state_dict({k: v * 3 for k, v in model.state_dict().items()})
+        torch.testing.assert_close(run(x), model(x))
+
+
+def bad_inputs_fail_as_in_eager():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Softmax(-1)).eval()
+    with graphs(), torch.no_grad():
+        run = compiled(model)
+        good = torch.randn(3, 8)
+        run(good)
+        for wrong in (good.double(), good.int(), torch.randn(3, 7), torch.randn(()), torch.randn(3, 8, device="meta"), "text"):
+            outcomes = []
+            for function in (model, run):
+                try:
+                    outcomes.append(function(wrong))
+                except Exception as error:  # noqa: BLE001  (whatever eager raises)
+                    outcomes.append(error)
+            eager, ours = outcomes
+            assert isinstance(ours, Exception) == isinstance(eager, Exception), (wrong, eager, ours)
+    embedding = torch.nn.Embedding(10, 4)
+    with graphs(), torch.no_grad():
+        run = compiled(embedding)
+        torch.testing.assert_close(run(torch.tensor([0, 9])), embedding(torch.tensor([0, 9])))
+        for wrong in ([10], [-1]):
+            try:
+                run(torch.tensor(wrong + [0]))
+            except IndexError as error:
+                assert "out of range" in str(error)
+            else:
+                raise AssertionError(f"position {wrong} was taken")
+
+
+def odd_inputs_give_what_eager_gives():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.LayerNorm(16)).eval()
+    x = torch.randn(6, 8)
+    poisoned = x.clone()
+    poisoned[1, 3], poisoned[2, 0] = float("nan"), float("inf")
+    odd = {
+        "a transposed view": torch.randn(8, 6).t(),
+        "every second row": torch.randn(12, 8)[::2],
+        "one row, repeated": torch.randn(1, 8).expand(6, 8),
+        "an odd address": torch.randn(6 * 8 + 1)[1:].view(6, 8),
+        "NaN and infinity": poisoned,
+    }
+    with graphs() as seen, torch.no_grad():
+        run = compiled(model)
+        for name, value in odd.items():
+            torch.testing.assert_close(run(value), model(value), equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        empty = run(torch.randn(0, 8))
+        assert empty.shape == (0, 16)
+    assert seen
+
+
+def other_types_and_devices():
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 4)).eval().to(dtype)
+        x = torch.randn(5, 8).to(dtype)
+        with graphs() as seen, torch.no_grad():
+            got = compiled(model)(x)
+        exact = model.double()(x.double())
+        eps = torch.finfo(dtype).eps
+        assert got.dtype is dtype and (got.double() - exact).abs().max() <= 4 * eps * exact.abs().max(), dtype
+        assert not seen[0].reasons and not seen[0].groups[0].failure
+    for options, word in (({"device": "cuda"}, "CPU"), ({"thread": 2}, "threads")):
+        try:
+            compiled(torch.nn.Linear(2, 2), options=options)(torch.randn(1, 2))
+        except Exception as error:  # noqa: BLE001  (Dynamo wraps it)
+            assert word in str(error), error
+        else:
+            raise AssertionError(f"{options} were taken")
+
+
+def elementwise_rules_agree_with_eager():
+    functions = [
+        torch.abs, torch.neg, torch.exp, torch.expm1, torch.log1p, torch.sqrt, torch.rsqrt, torch.reciprocal, torch.sin,
+        torch.cos, torch.tan, torch.tanh, torch.erf, torch.sigmoid, torch.floor, torch.ceil, torch.round, torch.trunc,
+        torch.sign, torch.isnan, torch.isinf, torch.logical_not,
+        torch.nn.functional.relu, torch.nn.functional.silu, torch.nn.functional.mish, torch.nn.functional.hardswish,
+        torch.nn.functional.hardsigmoid, torch.nn.functional.elu, torch.nn.functional.softplus, torch.nn.functional.relu6,
+        lambda x: torch.nn.functional.gelu(x, approximate="tanh"), lambda x: torch.nn.functional.leaky_relu(x, 0.1),
+        lambda x: x.clamp(-1, 2), lambda x: x.clamp(min=0.5), lambda x: x**3, lambda x: x.abs() ** 1.7, lambda x: 2.0**x,
+        lambda x: torch.fmod(x, 0.75), lambda x: torch.remainder(x, 0.75), lambda x: x.to(torch.int32) // 3,
+        lambda x: x.to(torch.int64) % 3, lambda x: (x > 0) & (x < 1), lambda x: torch.where(x > 0, x, 7),
+        lambda x: x.masked_fill(x < 0, 1), lambda x: x - 0.5 * x.mean(), lambda x: x.amax(-1) - x.amin(-1), lambda x: x.sum((0, 1)),
+        lambda x: x.argmax(-1), lambda x: x.max(-1), lambda x: x.cumsum(1), lambda x: x.softmax(0), lambda x: x.log_softmax(-1),
+        lambda x: x.var(-1), lambda x: (x > 9).any(-1), lambda x: (x < 9).all(), lambda x: x.flip(1), lambda x: x[:, 1:-1:2],
+        lambda x: x[..., -1], lambda x: torch.cat([x, x[:1]]), lambda x: torch.stack([x, -x], 1), lambda x: x.repeat(2, 3),
+        lambda x: x.split(2, 1), lambda x: x.unbind(0), lambda x: torch.nn.functional.pad(x, (1, 2, 0, 1), value=3.0),
+        lambda x: x.t().contiguous(), lambda x: x.tril(), lambda x: x.roll(1, 0), lambda x: x.gather(1, torch.tensor([[1], [0], [3], [6]])),
+        lambda x: x[torch.tensor([2, 0, -1])], lambda x: x[torch.tensor([2, 0]), torch.tensor([1, -1])],
+        lambda x: torch.arange(3, 12, 2) + x[0, 0], lambda x: torch.outer(x[0], x[1]), lambda x: x @ x.t(), lambda x: x.norm(dim=-1),
+    ]
+    torch.manual_seed(0)
+    x = torch.randn(4, 7) * 3
+    x[0, 0], x[1, 1] = 0.0, -0.0
+    left = {}
+    for number, function in enumerate(functions):
+        with graphs() as seen:
+            got, want = compiled(function)(x), function(x)
+        name = getattr(function, "__name__", "") + f" (number {number})"
+        got, want = (t if isinstance(t, (tuple, list)) else (t,) for t in (got, want))
+        for g, w in zip(got, want):
+            torch.testing.assert_close(g, w, rtol=2e-6, atol=2e-6, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        left.update({str(n.target): why for s in seen for n, why in s.reasons.items()})
+    assert not left, left
+
+
+def exported_programs_and_files_are_callables():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+    x = torch.randn(2, 3, 10, 10)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = tilewright.compile(torch.export.export(model, (x,), dynamic_shapes=({0: batch},)))
+    with torch.no_grad():
+        for n in (1, 2, 7):
+            x = torch.randn(n, 3, 10, 10)
+            torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
+    for wrong in (torch.randn(2, 3, 10, 10).double(), torch.randn(2, 3, 10), "text"):
+        try:
+            program(wrong)
+        except (ValueError, TypeError, RuntimeError):  # of torch.export's own checks, or of ours
+            pass
+        else:
+            raise AssertionError(f"took {wrong}")
+    digits = ROOT / "demo" / "digits"
+    images = np.load(pathlib.Path(digits, "test_images.npy"))[:5]
+    loaded = tilewright.load(digits / "digits.onnx", threads=1)
+    result = loaded(torch.from_numpy(images))
+    assert isinstance(result, torch.Tensor)
+    np.testing.assert_array_equal(result.numpy(), loaded(images))
+
+
+if __name__ == "__main__":
+    run_all(
+        (
+            what_is_not_ours_stays_pytorchs_inside_the_plan,
+            graph_breaks_are_listed,
+            random_numbers_are_those_of_eager,
+            inputs_and_views_are_written_as_in_eager,
+            results_have_the_strides_of_eager,
+            weights_that_change_are_seen,
+            bad_inputs_fail_as_in_eager,
+            odd_inputs_give_what_eager_gives,
+            other_types_and_devices,
+            elementwise_rules_agree_with_eager,
+            exported_programs_and_files_are_callables,
+        )
+    )
