@@ -34,6 +34,26 @@ def what_is_not_ours_stays_pytorchs_inside_the_plan():
     assert "aten.sort.default" in str(found) and "no graph breaks" in str(found)
 
 
+def a_group_that_does_not_compile_is_left_to_pytorch():
+    from tilewright.pytorch.group import Group
+
+    def refuse(self, args):
+        raise NotImplementedError("not today")
+
+    torch.manual_seed(0)
+    model = WithSort()
+    write, Group.write = Group.write, refuse
+    try:
+        with graphs() as seen, torch.no_grad():
+            run = compiled(model, dynamic=True)
+            for batch in (3, 5):
+                x = torch.randn(batch, 8)
+                torch.testing.assert_close(run(x), model(x))
+            assert all(g.failure == "not today" for g in seen[0].groups), [g.failure for g in seen[0].groups]
+    finally:
+        Group.write = write
+
+
 def graph_breaks_are_listed():
     def broken(x):
         y = x.sin() + 1
@@ -234,6 +254,7 @@ if __name__ == "__main__":
     run_all(
         (
             what_is_not_ours_stays_pytorchs_inside_the_plan,
+            a_group_that_does_not_compile_is_left_to_pytorch,
             graph_breaks_are_listed,
             random_numbers_are_those_of_eager,
             inputs_and_views_are_written_as_in_eager,

@@ -96,11 +96,9 @@ def in_result_type(w: Writer, node, text: str, *operands) -> Value:
     return formula(w, text, operands, wide(result), result)
 
 
-def promoted(node, *operands) -> torch.dtype:
+def promoted(node) -> torch.dtype:
     """The type that PyTorch promotes a node's first two operands to."""
-    held = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args[:2]]
-    del operands
-    return torch.result_type(*held)
+    return torch.result_type(*(a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args[:2]))
 
 
 def _register() -> None:
@@ -108,7 +106,7 @@ def _register() -> None:
 
         @rule(packet.default)
         def unary(w, node, a, text=text):
-            if packet_is_bool_not(node):
+            if node.target is aten.bitwise_not.default and a.dtype is torch.bool:
                 return w.map("!{a}", a, dtype=torch.bool)
             return in_result_type(w, node, text, a)
 
@@ -129,10 +127,6 @@ def _register() -> None:
                 if common is torch.bool:
                     common = torch.uint8
                 return formula(w, f"{{a}} {sign} {{b}}", (a, b), common, torch.bool)
-
-
-def packet_is_bool_not(node) -> bool:
-    return node.target is aten.bitwise_not.default and node.meta["val"].dtype is torch.bool
 
 
 _register()
