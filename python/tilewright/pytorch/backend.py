@@ -162,13 +162,18 @@ def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:
     """The graph with a call in place of each group's nodes. Groups run as soon as what they read is there."""
     new, copies = fx.Graph(), {}
     sizes: dict[str, fx.Node] = {}
-    waiting = {number: {n for node in group.nodes for n in node.all_input_nodes if member.get(n) != number and n not in group.nodes} for number, group in enumerate(groups)}
+    waiting = []
+    for number, group in enumerate(groups):
+        inside = set(group.nodes)
+        waiting.append({n for node in group.nodes for n in node.all_input_nodes if n not in inside})
     # Views of arguments that only groups read are not needed outside.
     needless: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node in free and all(u in member or u in needless for u in node.users):
             needless.add(node)
-    pending = [n for n in graph.nodes if n not in member and n not in needless]
+    pending = [n for n in graph.nodes if n not in member and n not in needless and n.op != "placeholder"]
+    for node in graph.find_nodes(op="placeholder"):
+        copies[node] = new.node_copy(node)
     done: set[int] = set()
 
     def size(symbol: str) -> fx.Node:
