@@ -29,11 +29,20 @@ impl<'a> Survey<'a> {
     pub(crate) fn new(graph: &'a Graph, target: &'a CpuTarget) -> Survey<'a> {
         let mut position = vec![usize::MAX; graph.nodes.len()];
         graph.order.iter().enumerate().for_each(|(i, n)| position[n.index()] = i);
-        let anchor = |op: &Op, n: NodeId| (!is_view(op)).then(|| anchor_of(graph, &graph.nodes[n]));
+        // Operands of dead nodes may have changed since their types were checked: nobody asks.
+        let live = |n: NodeId| position[n.index()] != usize::MAX;
+        let anchor = |op: &Op, n: NodeId| {
+            (live(n) && !is_view(op)).then(|| anchor_of(graph, &graph.nodes[n]))
+        };
+        let seen = |v: ValueId| match graph.producer(v) {
+            Some(n) if !live(n) => (v, AxisMap::new()),
+            _ => see_through(graph, v),
+        };
         let size = |d: &Dim| nominal(d, &graph.symbols) as f64;
         let elements: Vec<f64> =
             graph.values.ids().map(|v| graph.shape(v).iter().map(size).product()).collect();
         let work = |n: NodeId| match &graph.nodes[n].op {
+            _ if !live(n) => 0.0,
             Op::Map(func) => func_cost(func) as f64,
             _ => size(&node_flops(graph, &graph.nodes[n])),
         };
@@ -52,10 +61,10 @@ impl<'a> Survey<'a> {
         Survey {
             graph,
             target,
-            position,
             anchors: graph.nodes.iter().map(|(n, node)| anchor(&node.op, n)).collect(),
             work: graph.nodes.ids().map(work).collect(),
-            seen: graph.values.ids().map(|v| see_through(graph, v)).collect(),
+            seen: graph.values.ids().map(seen).collect(),
+            position,
             roots,
             bytes,
             elements,
