@@ -103,6 +103,23 @@ fn an_output_that_no_layout_of_its_views_reaches_is_copied() {
 }
 
 #[test]
+fn dead_nodes_are_not_looked_at() {
+    let mut g = build("dead", |b| {
+        let x = b.input("x", f32s(&[3, 4]));
+        b.input("row", f32s(&[4]));
+        let scan = Op::Scan { kind: ReduceKind::Sum, axis: 1, exclusive: false, reverse: false };
+        b.op(scan, &[x]).unwrap();
+        let y = b.unary(E::Neg, x).unwrap();
+        b.output("y", y);
+    });
+    let scan = g.order[0];
+    g.remove_dead();
+    // As a pass leaves it that replaced the operand by one of another shape.
+    g.nodes[scan].inputs = vec![g.inputs[1]];
+    check(&g, &[tensor(DType::F32, &[3, 4], 1), tensor(DType::F32, &[4], 2)]);
+}
+
+#[test]
 fn concat_is_written_in_place() {
     let g = build("concat", |b| {
         let x = b.input("x", f32s(&[3, 4]));
