@@ -1,4 +1,4 @@
-//! Matrix products on a GPU, beside cuBLASLt: how fast, and how exact.
+//! Matrix products on a GPU, beside cuBLASLt, and kernels along rows, beside a copy: how fast, and how exact.
 //!
 //! | part | is for |
 //! |---|---|
@@ -8,7 +8,9 @@
 //! | [`measure`] | samples that alternate between the arms, cold caches, quartiles |
 //! | [`record`] | the JSON record and the table |
 //! | [`suite`], [`check`] | the products that are tested, and what is checked of each |
+//! | [`rows`] | kernels along rows, elementwise kernels and reductions: tensors, launches, what is right |
 //! | `bin/bench.rs` | `tw-gpu-bench` |
+//! | `bin/rows.rs` | `tw-gpu-rows` |
 //! | `bin/test.rs` | `tw-gpu-test` |
 //!
 //! To add a kind of numbers: its row in [`case::NUMBERS`] and, if its types are new there, its lines at
@@ -19,5 +21,6 @@ pub mod case;
 pub mod check;
 pub mod measure;
 pub mod record;
+pub mod rows;
 pub mod suite;
 pub mod support;

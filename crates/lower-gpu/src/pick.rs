@@ -426,7 +426,7 @@ impl Picker<'_> {
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
         let single = each * planes + choice.runs_each * s.vector * s.vectors;
         let addresses = if s.aligned < s.vector { 48 + single } else { 0 };
-        let vectors = s.vectors * if early { choice.runs_each * 4 } else { 8 };
+        let vectors = s.vectors * if early { choice.runs_each * 4 + 12 } else { 8 };
         28 + each * (planes + s.folds) + vectors + addresses
     }
 
@@ -506,7 +506,9 @@ impl Picker<'_> {
         };
         let file = 65536 / choice.threads;
         let blocks = file / self.registers(choice, schedule.lines.early);
-        schedule.blocks_per_sm = blocks.clamp(1, (1024 / choice.threads).clamp(1, 8)) as u32;
+        // Registers are not worth saving for blocks that are not there.
+        let most = up(self.blocks(choice), PROCESSORS).min((1024 / choice.threads).clamp(1, 8));
+        schedule.blocks_per_sm = blocks.clamp(1, most.max(1)) as u32;
         let (rows, cols) = choice.tile(s);
         for name in &self.kernel.tiles {
             let extent = if Some(name) == s.row.as_ref() {

@@ -143,6 +143,21 @@ impl GpuSchedule {
     }
 }
 
+impl GpuSchedule {
+    /// What of a schedule a program without products reads, in a line.
+    pub fn lines_text(&self) -> String {
+        let tiles: Vec<String> = self.tiles.iter().map(|(name, v)| format!("{name}={v}")).collect();
+        let LinesKnobs { threads, lanes, vector, early } = self.lines;
+        format!(
+            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}",
+            tiles.join(" "),
+            self.cluster,
+            self.blocks_per_sm,
+            if early { " early" } else { "" }
+        )
+    }
+}
+
 impl fmt::Display for GpuSchedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, size) in &self.tiles {

@@ -22,6 +22,7 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/launch/",                 "launches of programs: their operands are the caller's promise"),
     ("crates/bench-gpu/src/bin/launch.rs", "launches of empty kernels, to time the call"),
     ("crates/bench-gpu/src/arms.rs",   "launches of our kernels and cuBLASLt's on matrices that it borrows"),
+    ("crates/bench-gpu/src/rows.rs",   "launches of row kernels on tensors that it borrows"),
     ("crates/bench-gpu/src/support.rs", "launches of its own kernels on checked buffers"),
     ("crates/data/src/mapped.rs",      "memory-mapped files"),
     ("crates/data/src/lent.rs",        "memory that a caller lends for results"),

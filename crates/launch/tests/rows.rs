@@ -2,7 +2,7 @@
 //! reductions of whole tensors, against the interpreter. Without a device each test says that it was skipped; with
 //! `TILEWRIGHT_REQUIRE_GPU=1` it fails instead.
 
-#[path = "common/graph.rs"]
+#[path = "../../kernels/tests/common/graph.rs"]
 mod graph;
 
 use graph::{buffers, programs, schedule, unequal};
