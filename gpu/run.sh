@@ -17,7 +17,7 @@ part="${1:-all}"
 [ $# -eq 0 ] || shift
 case "$part" in tests | triton | bench | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
-for program in tw-gpu-bench tw-gpu-launch tw-gpu-test cuda-gpu-tests launch-gpu-tests; do
+for program in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
 done
 records="${RECORDS:-records}"
@@ -44,6 +44,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,no
 if [ "$part" = tests ] || [ "$part" = all ]; then
   step "driver" bin/cuda-gpu-tests --test-threads 1
   step "launches" bin/launch-gpu-tests --test-threads 1
+  step "programs of graphs" bin/launch-rows-tests --test-threads 1
   if [ "$part" = tests ]; then
     step "products" bin/tw-gpu-test --cache "$cache" "$@"
   else
@@ -59,6 +60,7 @@ if [ "$part" = triton ] || [ "$part" = all ]; then
 fi
 if [ "$part" = bench ] || [ "$part" = all ]; then
   step "launch overhead" bin/tw-gpu-launch --out "$records"
+  step "rows" bin/tw-gpu-rows --cache "$cache" --out "$records"
   step "bench" bin/tw-gpu-bench --cache "$cache" --out "$records" "$@"
 fi
 if [ ${#failed[@]} -gt 0 ]; then

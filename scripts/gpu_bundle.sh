@@ -27,17 +27,17 @@ for line in sys.stdin:
 
 cargo build --release --locked --package tilewright-bench-gpu
 mkdir -p "$stage/bin" "$stage/gpu" "$stage/bench" "$stage/records"
-for name in tw-gpu-bench tw-gpu-launch tw-gpu-test; do
+for name in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test; do
   strip -o "$stage/bin/$name" "$target/release/$name"
 done
-for package in cuda launch; do
-  program="$(test_program "tilewright-$package" gpu)"
-  [ -x "$program" ] || { echo "gpu_bundle: the GPU tests of $package were not built" >&2; exit 1; }
-  strip -o "$stage/bin/$package-gpu-tests" "$program"
+for part in cuda-gpu launch-gpu launch-rows; do
+  program="$(test_program "tilewright-${part%-*}" "${part#*-}")"
+  [ -x "$program" ] || { echo "gpu_bundle: the tests of $part were not built" >&2; exit 1; }
+  strip -o "$stage/bin/$part-tests" "$program"
 done
 cp -r gpu/. "$stage/gpu/"
 find "$stage/gpu" -name __pycache__ -prune -exec rm -rf {} +
-cp bench/gemm_shapes.txt "$stage/bench/"
+cp bench/gemm_shapes.txt bench/rows_shapes.txt "$stage/bench/"
 commit="$(git rev-parse --short=12 HEAD)"
 [ -z "$(git status --porcelain --untracked-files=no)" ] || commit="$commit-changed"
 printf '%s\n' "$commit" >"$stage/COMMIT"

@@ -6,8 +6,9 @@ use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, run};
-use tilewright_kernels::map::MapSpec;
-use tilewright_kernels::rows::{GemvSpec, RowOp, RowSpec};
+use tilewright_kernels::map::{ADAMW_NUMBERS, AdamWSpec, MapSpec};
+use tilewright_kernels::reduce::{Over, ReduceSpec};
+use tilewright_kernels::rows::{CrossEntropySpec, GemvSpec, RowOp, RowSpec};
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_tile::{Access, Kernel, Schedule};
@@ -97,6 +98,42 @@ fn cases() -> Vec<Case> {
         let spec = GemvSpec { dtype: DType::F32, vectors };
         add("gemv", sizes, &|size| spec.kernel("gemv", Arch::Sm89, size));
     }
+    let entropy: [(DType, Sizes); 4] = [
+        (DType::F32, &[("M", 5), ("N", 7)]),
+        (DType::BF16, &[("M", 3), ("N", 1000), ("ldx", 1008)]),
+        (DType::BF16, &[("M", 2), ("N", 20000)]),
+        (DType::F16, &[("M", 2), ("N", 40000)]),
+    ];
+    for (dtype, sizes) in entropy {
+        let spec = CrossEntropySpec { dtype };
+        add("cross-entropy", sizes, &|size| spec.kernel("entropy", Arch::Sm90a, size));
+    }
+    let steps: [(AdamWSpec, Sizes); 2] = [
+        (AdamWSpec { gradient: DType::F32, copy: None }, &[("N", 5003)]),
+        (AdamWSpec { gradient: DType::BF16, copy: Some(DType::BF16) }, &[("N", 40000)]),
+    ];
+    for (spec, sizes) in steps {
+        add("adamw", sizes, &|size| spec.kernel("adamw", Arch::Sm80, size));
+    }
+    let sums: [(Over, Sizes); 4] = [
+        (Over::All, &[("N", 70001), ("P", 5), ("C", 2)]),
+        (Over::All, &[("N", 9), ("P", 1), ("C", 1)]),
+        (Over::Rows, &[("M", 300), ("N", 77), ("P", 3), ("C", 2)]),
+        (Over::Rows, &[("M", 33), ("N", 264), ("P", 1), ("C", 1)]),
+    ];
+    for (over, sizes) in sums {
+        let spec = ReduceSpec::sum(over, DType::BF16);
+        add("parts", sizes, &|size| {
+            let kernel = spec.parts("parts");
+            let schedule = GpuSchedule::lines_for(&kernel, Arch::Sm90a, size)?;
+            Ok((kernel, schedule.expect("pieces fit")))
+        });
+        add("finish", sizes, &|size| {
+            let kernel = spec.finish("finish");
+            let schedule = GpuSchedule::lines_for(&kernel, Arch::Sm90a, size)?;
+            Ok((kernel, schedule.expect("pieces fit")))
+        });
+    }
     out
 }
 
@@ -107,8 +144,18 @@ fn buffers(kernel: &Kernel, env: &Env) -> Vec<Vec<u8>> {
         let mut bytes = vec![0u8; elements * param.dtype.bits() as usize / 8];
         for i in 0..elements {
             let mixed = (i * 2_654_435_761 + p * 97 + i / 7) % 1009;
-            let value = if param.access == Access::In { mixed as f64 / 250.0 - 2.0 } else { -99.0 };
-            tilewright_data::from_f64(param.dtype, &mut bytes, i, value);
+            let read = param.access != Access::Out;
+            let value = match &*param.name {
+                // Targets and squares.
+                "T" => (mixed % 9) as f64 - 1.0,
+                "V" | "H" => mixed as f64 / 1009.0,
+                _ if read => mixed as f64 / 250.0 - 2.0,
+                _ => -99.0,
+            };
+            match param.dtype.is_float() {
+                true => tilewright_data::from_f64(param.dtype, &mut bytes, i, value),
+                false => tilewright_data::from_i64(param.dtype, &mut bytes, i, value as i64),
+            }
         }
         bytes
     };
@@ -153,6 +200,65 @@ fn scheduled_rows_compute_what_the_tile_program_says() {
                 let near = (a - b).abs() <= step * b.abs() + 1e-12;
                 assert!(near, "{}: {} at {i} is {a}, not {b}", case.name, param.name);
             }
+        }
+    }
+}
+
+/// One element at a time, from the formulas in the specifications' documentation.
+#[test]
+fn cross_entropy_and_adamw_are_what_their_formulas_say() {
+    let run_tile = |kernel: &Kernel, schedule: &GpuSchedule, env: &Env, bytes: &mut [Vec<u8>]| {
+        let tiles = Schedule { tiles: schedule.tiles.clone(), ..Schedule::default() };
+        tilewright_interp::tile::run(kernel, &tiles, env, bytes, Mode::F64).unwrap();
+    };
+    let doubles = |bytes: &[u8]| -> Vec<f64> {
+        (0..bytes.len() / 4).map(|i| tilewright_data::read_f64(DType::F32, bytes, i)).collect()
+    };
+    let near = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b.abs() + 1e-6;
+
+    let (m, n) = (5, 7);
+    let env = env(&[("M", 5), ("N", 7)]);
+    let spec = CrossEntropySpec { dtype: DType::F32 };
+    let (kernel, schedule) = spec.kernel("entropy", Arch::Sm90a, &|s| env.get(s).copied()).unwrap();
+    let before = buffers(&kernel, &env);
+    let mut after = before.clone();
+    run_tile(&kernel, &schedule, &env, &mut after);
+    let (x, s) = (doubles(&before[0]), doubles(&before[2])[0]);
+    let (gradient, loss) = (doubles(&after[0]), doubles(&after[3]));
+    let mut ignored = 0;
+    for i in 0..m {
+        let t = tilewright_data::read_i64(DType::I64, &before[1], i);
+        let row = &x[i * n..(i + 1) * n];
+        let sum: f64 = row.iter().map(|v| v.exp()).sum();
+        let counts = (0..n as i64).contains(&t);
+        ignored += usize::from(!counts);
+        let want = if counts { sum.ln() - row[t as usize] } else { 0.0 };
+        assert!(near(loss[i], want), "loss {i} is {}, not {want}", loss[i]);
+        for j in 0..n {
+            let hit = if j as i64 == t { 1.0 } else { 0.0 };
+            let want = if counts { (row[j].exp() / sum - hit) * s } else { 0.0 };
+            assert!(near(gradient[i * n + j], want), "gradient {i} {j}");
+        }
+    }
+    assert!(ignored > 0 && ignored < m, "{ignored} rows are ignored");
+
+    let env = Env::from([(Arc::from("N"), 33)]);
+    let spec = AdamWSpec { gradient: DType::F32, copy: None };
+    let (kernel, schedule) = spec.kernel("adamw", Arch::Sm90a, &|s| env.get(s).copied()).unwrap();
+    let before = buffers(&kernel, &env);
+    let mut after = before.clone();
+    run_tile(&kernel, &schedule, &env, &mut after);
+    let [g, h, w, m, v] = [0, 1, 2, 3, 4].map(|p| doubles(&before[p]));
+    assert_eq!(h.len(), ADAMW_NUMBERS.len());
+    let [rate, beta1, beta2, eps, decay, clip, c1, c2]: [f64; 8] = h.try_into().unwrap();
+    for i in 0..33 {
+        let g = g[i] * clip;
+        let m = beta1 * m[i] + (1.0 - beta1) * g;
+        let v = beta2 * v[i] + (1.0 - beta2) * g * g;
+        let w = w[i] - rate * (m * c1 / ((v * c2).sqrt() + eps) + decay * w[i]);
+        for (p, want) in [(2, w), (3, m), (4, v)] {
+            let got = doubles(&after[p])[i];
+            assert!(near(got, want), "{p} at {i} is {got}, not {want}");
         }
     }
 }

@@ -26,8 +26,9 @@ const WHOLE_ROW: i64 = 1024 * KEEP;
 const CLUSTER_MOST: i64 = 8;
 /// Elements of a row below which it is not shared out for want of other rows.
 const SHARE: i64 = 8192;
-/// Threads of a block that has a long row alone; longer ones go to a cluster.
+/// Threads of a block that has a long row alone, and of each block of a cluster that shares a longer one.
 const LANES_ALONE: i64 = 256;
+const LANES_SHARED: i64 = 128;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
 
@@ -187,7 +188,10 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                 } else {
                     out.cols = out.cols.max(extent);
                     out.col = out.col.take().or(name);
-                    out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
+                    // What is stored once per column does not matter when columns are reduced.
+                    if row.is_some() || out.reduces != Some(Direction::Row) {
+                        out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
+                    }
                 }
                 if a.stride.is(1) {
                     let others = p.layout.axes.iter().enumerate().filter(|(i, _)| *i != axis);
@@ -340,7 +344,8 @@ impl Picker<'_> {
             r => power_of_two_from(up(r, keep)),
         };
         // Blocks of few threads stand still less: half of a multiprocessor's rows load while others meet.
-        if lanes > LANES_ALONE && cluster < CLUSTER_MOST && self.clusters_work() {
+        let most = if cluster == 1 { LANES_ALONE } else { LANES_SHARED };
+        if lanes > most && cluster < CLUSTER_MOST && self.clusters_work() {
             return None;
         }
         let runs_each = up(runs, lanes);
@@ -426,8 +431,9 @@ impl Picker<'_> {
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
         let single = each * planes + choice.runs_each * s.vector * s.vectors;
         let addresses = if s.aligned < s.vector { 48 + single } else { 0 };
-        let vectors = s.vectors * if early { choice.runs_each * 4 + 12 } else { 8 };
-        28 + each * (planes + s.folds) + vectors + addresses
+        let vectors = s.vectors * if early { choice.runs_each * 2 + 2 } else { 8 };
+        let rows = if choice.lines() > 1 { 4 } else { 0 };
+        28 + each * (planes + s.folds) + vectors + rows + addresses
     }
 
     /// More blocks for few long rows (or columns), if the device has clusters.
@@ -504,8 +510,9 @@ impl Picker<'_> {
             vector: schedule.vector,
             early: choice.cluster == 1,
         };
-        let file = 65536 / choice.threads;
-        let blocks = file / self.registers(choice, schedule.lines.early);
+        // Registers are given out in steps of 8.
+        let needed = (self.registers(choice, schedule.lines.early) + 7) / 8 * 8;
+        let blocks = 65536 / choice.threads / needed;
         // Registers are not worth saving for blocks that are not there.
         let most = up(self.blocks(choice), PROCESSORS).min((1024 / choice.threads).clamp(1, 8));
         schedule.blocks_per_sm = blocks.clamp(1, most.max(1)) as u32;

@@ -1,6 +1,11 @@
 //! Elementwise kernels on matrices, copies among them: `Y[M, N] = func(operands...)`.
 //!
-//! To add one: a constructor of [`MapSpec`] with its scalar function.
+//! To add one: a constructor of [`MapSpec`] with its scalar function. What stores several results has a file of its own
+//! ([`AdamWSpec`]).
+
+mod adamw;
+
+pub use adamw::{ADAMW_NUMBERS, AdamWSpec};
 
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;

@@ -6,9 +6,11 @@
 //!
 //! To add an operation: a variant of [`RowOp`], its statistics in `program.rs`.
 
+mod cross_entropy;
 mod gemv;
 mod program;
 
+pub use cross_entropy::CrossEntropySpec;
 pub use gemv::GemvSpec;
 pub use program::{RowOp, RowSpec};
 pub(crate) use program::{func, sizes};
