@@ -3,9 +3,9 @@
 #
 #   gpu/run.sh [tests|triton|bench|all] [arguments for tw-gpu-test or tw-gpu-bench]      default: all
 #
-# tests:  the driver, launches, and matrix products of every kind, order, odd size, stride and batch
+# tests:  the driver, launches, programs of graphs, and matrix products of every kind, order, odd size, stride and batch
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
-# bench:  the cost of a launch, matrix products against cuBLASLt; records under $RECORDS (default: records)
+# bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt; records under $RECORDS (default: records)
 #
 # Every part runs, whatever came of the one before; the exit code says whether all passed. Kernels are
 # compiled once and kept in $TILEWRIGHT_CACHE (default: .cache).

@@ -9,9 +9,9 @@ use tilewright_interp::device::{Options, check, run};
 use tilewright_kernels::map::{ADAMW_NUMBERS, AdamWSpec, MapSpec};
 use tilewright_kernels::reduce::{Over, ReduceSpec};
 use tilewright_kernels::rows::{CrossEntropySpec, GemvSpec, RowOp, RowSpec};
-use tilewright_layout::Env;
+use tilewright_layout::{Dim, Env, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, lower};
-use tilewright_tile::{Access, Kernel, Schedule};
+use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, Schedule};
 
 type Sizes = &'static [(&'static str, i64)];
 type Lookup<'a> = &'a dyn Fn(&str) -> Option<i64>;
@@ -115,6 +115,18 @@ fn cases() -> Vec<Case> {
     for (spec, sizes) in steps {
         add("adamw", sizes, &|size| spec.kernel("adamw", Arch::Sm80, size));
     }
+    let additions: [Sizes; 2] = [&[("M", 300), ("N", 77)], &[("M", 5), ("N", 264)]];
+    for sizes in additions {
+        add("additions", sizes, &|size| {
+            let kernel = sums_by_additions();
+            // Tiles of a few rows, so that blocks meet.
+            let mut schedule = GpuSchedule::lines_for(&kernel, Arch::Sm90a, size)?.expect("fits");
+            schedule.cluster = 1;
+            let lines = i64::from(schedule.lines.threads / schedule.lines.lanes);
+            schedule.tiles.insert("BM".into(), lines);
+            Ok((kernel, schedule))
+        });
+    }
     let sums: [(Over, Sizes); 4] = [
         (Over::All, &[("N", 70001), ("P", 5), ("C", 2)]),
         (Over::All, &[("N", 9), ("P", 1), ("C", 1)]),
@@ -135,6 +147,25 @@ fn cases() -> Vec<Case> {
         });
     }
     out
+}
+
+/// Adds each block's sums of columns to what is there.
+fn sums_by_additions() -> Kernel {
+    let mut k = KernelBuilder::new("additions");
+    for name in ["M", "N"] {
+        k.symbol(Symbol { name: name.into(), range: Range { min: 1, max: 1 << 30 } });
+    }
+    let (bm, bn) = (k.tile("BM"), k.tile("BN"));
+    let (m, n) = (Dim::sym("M"), Dim::sym("N"));
+    let x = k.param("X", DType::F32, Layout::row_major(&[m.clone(), n.clone()]), Access::In);
+    let y = k.param("Y", DType::F32, Layout::row_major(&[n.clone()]), Access::InOut);
+    let pm = k.grid("pm", m.ceil_div(&bm));
+    let pn = k.grid("pn", n.ceil_div(&bn));
+    let at = vec![pm * &bm, pn * &bn];
+    let tile = k.load(x, at.clone(), vec![bm, bn]);
+    let sum = k.reduce(ReduceKind::Sum, tile, 0, None);
+    k.atomic_add(y, vec![at[1].clone()], sum);
+    k.finish()
 }
 
 /// Bytes for each parameter: numbers of both signs for what is read, a poison for the rest.

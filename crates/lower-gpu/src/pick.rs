@@ -432,7 +432,8 @@ impl Picker<'_> {
         let single = each * planes + choice.runs_each * s.vector * s.vectors;
         let addresses = if s.aligned < s.vector { 48 + single } else { 0 };
         let vectors = s.vectors * if early { choice.runs_each * 2 + 2 } else { 8 };
-        let rows = if choice.lines() > 1 { 4 } else { 0 };
+        // Vectors of several rows are addressed apart.
+        let rows = if choice.lines() > 1 && s.vectors > 0 { 24 } else { 0 };
         28 + each * (planes + s.folds) + vectors + rows + addresses
     }
 
