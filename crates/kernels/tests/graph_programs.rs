@@ -4,14 +4,16 @@
 //! The programs are those of random graphs, fused and not. What the lowering refuses is counted by its reason;
 //! the list of reasons may only become shorter.
 
-mod common;
 #[path = "common/graph.rs"]
 mod graph;
 
 use graph::{Case, buffers, programs, schedule, unequal};
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use tilewright_cuda::{Arch as Target, CompileRequest, Nvrtc};
 use tilewright_device::Arch;
+use tilewright_emit_cuda::{COMPILER_OPTIONS, headers};
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options as Run, check, run};
 use tilewright_lower_gpu::{GpuSchedule, lower};
@@ -67,10 +69,10 @@ fn programs_of_graphs_have_device_programs_that_compute_the_same() {
 
 #[test]
 fn device_programs_of_graphs_compile_without_spills() {
-    let Some(nvrtc) = common::nvrtc() else { return };
-    for (arch, major, minor) in [(Arch::Sm80, 8, 0), (Arch::Sm90a, 9, 0)] {
+    let Some(nvrtc) = nvrtc() else { return };
+    for (arch, target) in [(Arch::Sm80, Target::SM_80), (Arch::Sm90a, Target::SM_90A)] {
         let mut seen = BTreeSet::new();
-        let mut sources = Vec::new();
+        let (mut names, mut requests) = (Vec::new(), Vec::new());
         // Enough of them to meet every operation in several forms; all would take minutes.
         for case in programs().iter().step_by(11) {
             let Ok(schedule) = schedule(case, arch) else { continue };
@@ -78,10 +80,34 @@ fn device_programs_of_graphs_compile_without_spills() {
             let source = tilewright_emit_cuda::emit(&program)
                 .unwrap_or_else(|e| panic!("{}: {e}\n{program}", case.name));
             if seen.insert(source.text.clone()) {
-                sources.push((format!("{} under {schedule}\n{}", case.name, case.kernel), source));
+                let request = CompileRequest::new(&source.entry, source.text.clone(), target);
+                let request = COMPILER_OPTIONS.iter().fold(request, |r, option| r.option(*option));
+                let request = headers().iter().fold(request, |r, (n, t)| r.header(*n, *t));
+                names.push((source.entry, format!("{} under {schedule}", case.name)));
+                requests.push(request);
             }
         }
-        let target = tilewright_cuda::Arch::of_device(major, minor);
-        common::compile_without_spills(&nvrtc, target, &sources);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        for (compiled, (entry, name)) in nvrtc.compile_all(&requests, threads).iter().zip(names) {
+            let compiled =
+                compiled.as_ref().unwrap_or_else(|e| panic!("{name}: {e}\n{:#?}", e.notes()));
+            let used = compiled.resources(&entry).unwrap_or_else(|| panic!("{name}: no figures"));
+            let spilled = used.spill_store_bytes + used.spill_load_bytes + used.stack_bytes;
+            assert_eq!(spilled, 0, "{name} spills on {}: {used:?}", arch.name());
+        }
+    }
+}
+
+/// Opens NVRTC. Without it the test says that it was skipped (`None`); with `TILEWRIGHT_REQUIRE_NVRTC=1` it
+/// fails instead.
+fn nvrtc() -> Option<Nvrtc> {
+    match Nvrtc::open(Some(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("nvrtc"))) {
+        Ok(nvrtc) => Some(nvrtc),
+        Err(error) => {
+            let required = std::env::var("TILEWRIGHT_REQUIRE_NVRTC").is_ok_and(|v| v == "1");
+            assert!(!required, "{error:?}");
+            eprintln!("skipped: no NVRTC");
+            None
+        }
     }
 }

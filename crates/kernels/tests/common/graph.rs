@@ -8,7 +8,7 @@ use tilewright_device::Arch;
 use tilewright_expr::Op as E;
 use tilewright_graph::{Graph, GraphBuilder, NodeId, Op, ReduceKind, TensorType};
 use tilewright_layout::{Dim, Env};
-use tilewright_lower::{CpuTarget, Layouts, Options, lower_with};
+use tilewright_lower::{Choice, CpuTarget, Layouts, Options, lower_with};
 use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_plan::{HostCall, Step};
 use tilewright_testkit as kit;
@@ -136,6 +136,7 @@ pub(crate) fn programs() -> Vec<Case> {
         let graph = kit::generate::graph(seed, &options);
         let env = kit::data::random_env(&graph, &mut kit::data::Rng::new(seed));
         for fusion in [true, false] {
+            let fusion = if fusion { Choice::Fastest } else { Choice::Apart };
             let options = Options { fusion, ..Options::default() };
             let (plan, _) =
                 lower_with(&graph, &CpuTarget::avx2(), &Layouts::new(), &host, &options)
@@ -156,7 +157,7 @@ pub(crate) fn programs() -> Vec<Case> {
                 let Some(values) = values else { continue };
                 let text = format!("{kernel} {values:?}");
                 if seen.insert(text) {
-                    let name = format!("{} {seed}, fusion {fusion}, {}", graph.name, kernel.name);
+                    let name = format!("{} {seed}, fusion {fusion:?}, {}", graph.name, kernel.name);
                     out.push(Case { name, kernel: (**kernel).clone(), planned, env: values });
                 }
             }
