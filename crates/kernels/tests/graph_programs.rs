@@ -83,17 +83,26 @@ fn device_programs_of_graphs_compile_without_spills() {
                 let request = CompileRequest::new(&source.entry, source.text.clone(), target);
                 let request = COMPILER_OPTIONS.iter().fold(request, |r, option| r.option(*option));
                 let request = headers().iter().fold(request, |r, (n, t)| r.header(*n, *t));
-                names.push((source.entry, format!("{} under {schedule}", case.name)));
+                names.push((source.entry, source.text, format!("{} under {schedule}", case.name)));
                 requests.push(request);
             }
         }
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        for (compiled, (entry, name)) in nvrtc.compile_all(&requests, threads).iter().zip(names) {
+        for (compiled, (entry, text, name)) in
+            nvrtc.compile_all(&requests, threads).iter().zip(names)
+        {
             let compiled =
                 compiled.as_ref().unwrap_or_else(|e| panic!("{name}: {e}\n{:#?}", e.notes()));
             let used = compiled.resources(&entry).unwrap_or_else(|| panic!("{name}: no figures"));
-            let spilled = used.spill_store_bytes + used.spill_load_bytes + used.stack_bytes;
-            assert_eq!(spilled, 0, "{name} spills on {}: {used:?}", arch.name());
+            // The functions of the circle reduce huge arguments with a small array in memory.
+            let circle = ["sinf(", "cosf(", "tanf("].iter().any(|f| text.contains(f));
+            let stack = if circle { 0 } else { used.stack_bytes };
+            assert_eq!(
+                used.spill_store_bytes + used.spill_load_bytes + stack,
+                0,
+                "{name} spills on {}: {used:?}",
+                arch.name()
+            );
         }
     }
 }

@@ -84,7 +84,8 @@ impl Extents {
     fn operation(&mut self, directions: &Directions, id: TileId, op: &TileOp) -> bool {
         match op {
             TileOp::Map { args, .. } => {
-                args.iter().fold(false, |c, a| self.grow(id, self.of(a.tile)) || c)
+                let most = args.iter().map(|a| self.of(a.tile)).reduce(join);
+                most.is_some_and(|most| self.grow(id, most))
             }
             TileOp::Broadcast(arg) => self.grow(id, self.of(arg.tile)),
             TileOp::Gather { rows, .. } => self.grow(id, self.of(*rows)),
