@@ -17,7 +17,7 @@ use tilewright_bench_gpu::record::{self, Row};
 use tilewright_bench_gpu::support::Support;
 use tilewright_cuda::peer::CublasLt;
 use tilewright_cuda::{Buffer, Gpu, Nvrtc, Stream};
-use tilewright_kernels::gemm::{Candidate, plan};
+use tilewright_kernels::gemm::{Candidate, plan_untuned};
 use tilewright_launch::{Loader, first_that_works};
 
 /// Matrix products against cuBLASLt.
@@ -185,7 +185,7 @@ fn plans(loader: &Loader, cases: &[Case], wanted: usize) -> Result<Vec<Result<Ve
     let begin = Instant::now();
     let plans: Vec<Result<Vec<Candidate>>> = cases
         .iter()
-        .map(|c| plan(&c.problem(), &target, wanted.max(1) + SPARE_CANDIDATES))
+        .map(|c| plan_untuned(&c.problem(), &target, wanted.max(1) + SPARE_CANDIDATES))
         .collect();
     let mut all = Vec::new();
     for candidates in plans.iter().flatten() {

@@ -188,48 +188,97 @@ struct Ready {
     stride: i64,
 }
 
-/// A choice for one orientation, before its steps are made.
-struct Choice {
-    estimate_us: f64,
-    orientation: usize,
-    splits: i64,
-    schedule: GpuSchedule,
+/// A point of the space of a problem: how its product is run, before its steps are made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice {
+    /// By the time model.
+    pub estimate_us: f64,
+    /// The transposed product is computed: `C^T = B^T A^T`.
+    pub swapped: bool,
+    /// Parts of the depth that are summed apart.
+    pub splits: i64,
+    /// Of the product's step.
+    pub schedule: GpuSchedule,
 }
 
-/// Ways to compute `problem`, best first by the time model, at most `most` of them.
+/// Which part of the space is enumerated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    /// What the model tells apart: a tuner's other walking orders are left out.
+    Picker,
+    /// Every legal choice.
+    Whole,
+}
+
+/// Every legal choice for a problem, best first by the time model: what a tuner searches. None for an empty product.
+///
+/// # Errors
+/// The user's for impossible sizes.
+pub fn choices(problem: &Problem, gpu: &Gpu) -> Result<Vec<Choice>> {
+    ranked(problem, gpu, Extent::Whole)
+}
+
+/// The choice that the model alone would take, if its first candidate comes from the space.
+///
+/// # Errors
+/// As [`plan`].
+pub fn picked(problem: &Problem, gpu: &Gpu) -> Result<Option<Choice>> {
+    for choice in ranked(problem, gpu, Extent::Picker)? {
+        if candidate(problem, &choice)?.is_some() {
+            return Ok(Some(choice));
+        }
+    }
+    Ok(None)
+}
+
+/// The steps of a choice; none when the lowering, which has the last word, refuses it.
+///
+/// # Errors
+/// Bugs of the lowering.
+pub fn candidate(problem: &Problem, choice: &Choice) -> Result<Option<Candidate>> {
+    let candidate = build(problem, &orient(problem, choice.swapped), choice.clone())?;
+    match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
+        Ok(()) => Ok(Some(candidate)),
+        Err(e) if e.kind() == Kind::Unsupported => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn ranked(problem: &Problem, gpu: &Gpu, extent: Extent) -> Result<Vec<Choice>> {
+    problem.check()?;
+    let mut ranked = Vec::new();
+    if problem.m == 0 || problem.n == 0 || problem.k == 0 || problem.batch == 0 {
+        return Ok(ranked);
+    }
+    for swapped in [false, true] {
+        rank(problem, gpu, &orient(problem, swapped), extent, &mut ranked);
+    }
+    ranked.sort_by(|a, b| {
+        let key = |c: &Choice| (c.swapped, c.splits);
+        let time = a.estimate_us.total_cmp(&b.estimate_us);
+        time.then_with(|| key(a).cmp(&key(b))).then_with(|| a.schedule.cmp(&b.schedule))
+    });
+    Ok(ranked)
+}
+
+/// Ways to compute `problem`, best first by the time model alone, at most `most` of them.
 ///
 /// # Errors
 /// The user's for impossible sizes; unsupported when no kernel of the library fits.
-pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
+pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
     problem.check()?;
     if problem.m == 0 || problem.n == 0 || problem.batch == 0 {
         return Ok(vec![Candidate { steps: Vec::new(), workspace_bytes: 0, estimate_us: 0.0 }]);
     }
-    let orientations = [orient(problem, false), orient(problem, true)];
     if problem.k == 0 {
-        return Ok(vec![empty_sum(problem, gpu, &orientations[0])?]);
+        return Ok(vec![empty_sum(problem, gpu, &orient(problem, false))?]);
     }
-    let mut ranked = Vec::new();
-    for (index, o) in orientations.iter().enumerate() {
-        rank(problem, gpu, index, o, &mut ranked);
-    }
-    ranked.sort_by(|a, b| {
-        let key = |c: &Choice| (c.orientation, c.splits);
-        let time = a.estimate_us.total_cmp(&b.estimate_us);
-        time.then_with(|| key(a).cmp(&key(b))).then_with(|| a.schedule.cmp(&b.schedule))
-    });
     let mut out = Vec::new();
-    for choice in ranked {
+    for choice in ranked(problem, gpu, Extent::Picker)? {
         if out.len() >= most {
             break;
         }
-        let candidate = build(problem, &orientations[choice.orientation], choice)?;
-        // The space is a list of what should be legal; the lowering has the last word.
-        match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
-            Ok(()) => out.push(candidate),
-            Err(e) if e.kind() == Kind::Unsupported => {}
-            Err(e) => return Err(e),
-        }
+        out.extend(candidate(problem, &choice)?);
     }
     if out.is_empty() {
         return Err(Error::unsupported(format!("{} products of this form", problem.operand)));
@@ -258,8 +307,16 @@ fn sum_us(p: &Problem, gpu: &Gpu, o: &Oriented, splits: i64) -> f64 {
     bytes / (2.0 * gpu.copy_bytes_per_s) * 1e6 + EXTRA_LAUNCH_US
 }
 
+/// Whether a schedule walks its tiles in an order of its own: rasters as high as the result are one.
+fn walks_apart(s: &GpuSchedule, m: i64) -> bool {
+    let rows = s.tiles.get("BM").copied().unwrap_or(1);
+    let rows = if s.cluster_axis == 0 { rows * i64::from(s.cluster) } else { rows };
+    s.raster == 8 || (m + rows - 1) / rows > i64::from(s.raster.min(8))
+}
+
 /// Scores every schedule of one orientation.
-fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Choice>) {
+fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<Choice>) {
+    let swapped = o.swapped;
     let size = p.operand_bytes();
     if p.operand == DType::F32 && o.spec.math == Math::Exact {
         // Plain multiply-adds read any layout.
@@ -288,9 +345,9 @@ fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Cho
                 let estimate_us =
                     estimate_multiply_add(gpu, &schedule, &part) + sum_us(p, gpu, o, splits);
                 let schedule = schedule.clone();
-                ranked.push(Choice { estimate_us, orientation: index, splits, schedule });
+                ranked.push(Choice { estimate_us, swapped, splits, schedule });
             }
-            ranked.push(Choice { estimate_us, orientation: index, splits: 1, schedule });
+            ranked.push(Choice { estimate_us, swapped, splits: 1, schedule });
         }
         return;
     }
@@ -317,11 +374,11 @@ fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Cho
     };
     let mut add = |splits: i64, schedule: GpuSchedule, more_us: f64| {
         let estimate_us = estimate(gpu, &schedule, &shape(splits)) + copies_us + more_us;
-        ranked.push(Choice { estimate_us, orientation: index, splits, schedule });
+        ranked.push(Choice { estimate_us, swapped, splits, schedule });
     };
     // Other rasters than the middle one are for the tuner: the model does not tell them apart.
     for schedule in space(&spec, store, result_vector(p, o)) {
-        if schedule.raster == 8 {
+        if schedule.raster == 8 || (extent == Extent::Whole && walks_apart(&schedule, o.m)) {
             add(1, schedule, 0.0);
         }
     }
@@ -337,10 +394,13 @@ fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Cho
         let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
         let tiles = ((o.m + bm - 1) / bm) * ((o.n + bn - 1) / bn);
         let steps = (p.k + bk - 1) / bk;
-        if schedule.raster != 8
-            || tiles * 2 > i64::from(gpu.sms)
-            || schedule.mode != tilewright_lower_gpu::Mode::Cooperative
-        {
+        let cooperative = schedule.mode == tilewright_lower_gpu::Mode::Cooperative;
+        let takes = match extent {
+            Extent::Picker => tiles * 2 <= i64::from(gpu.sms) && cooperative,
+            Extent::Whole => true,
+        };
+        // Parts of few rows of tiles have nothing to walk.
+        if schedule.raster != 8 || !takes {
             continue;
         }
         for splits in SPLITS {
