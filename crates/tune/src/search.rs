@@ -174,6 +174,8 @@ pub struct Options {
     pub rounds: usize,
     /// Of the random choices.
     pub seed: u64,
+    /// Points that are timed first.
+    pub seeds: Vec<usize>,
 }
 
 impl Default for Options {
@@ -186,6 +188,7 @@ impl Default for Options {
             finalists: 8,
             rounds: 5,
             seed: 0,
+            seeds: Vec::new(),
         }
     }
 }
@@ -358,7 +361,14 @@ pub fn search(
     let mut best_us = state.fastest().first().map_or(f64::INFINITY, |(us, _)| *us);
     let mut timed = 0;
     let mut without_gain = 0;
-    let mut next = state.propose(options.batch.min(options.trials));
+    let mut next = Vec::new();
+    for seed in options.seeds.iter().filter(|p| **p < space.len()) {
+        if next.len() < options.batch.min(options.trials) && state.taken.insert(*seed) {
+            next.push(*seed);
+        }
+    }
+    let more = options.batch.min(options.trials) - next.len();
+    next.extend(state.propose(more));
     measure.announce(&next);
     let stop = 'batches: loop {
         if next.is_empty() {

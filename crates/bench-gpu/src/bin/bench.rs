@@ -263,7 +263,7 @@ impl Bench<'_> {
         let mut times = vec![f64::INFINITY; candidates.len()];
         for index in 0..self.candidates.min(candidates.len()) {
             let time = Ours::load(self.loader, self.stream, &candidates[index])
-                .and_then(|ours| time_ours(self.stream, sets, &ours));
+                .and_then(|ours| time_ours(self.stream, sets, &ours, f64::INFINITY));
             match time {
                 Ok(us) => times[index] = us,
                 Err(error) => row.failures.push(format!("{error}")),

@@ -349,6 +349,31 @@ impl Records {
         self.list.values()
     }
 
+    /// Up to `most` records of the same device and kind of product in other sizes, the nearest first.
+    pub fn near(&self, device: &Device, key: &Key, most: usize) -> Vec<&Record> {
+        // The same but for sizes and distances.
+        let kind = |k: &Key| Key {
+            m: 0,
+            n: 0,
+            k: 0,
+            batch: i64::from(k.batch != 1),
+            leading: [0; 3],
+            stride: [0; 3],
+            ..k.clone()
+        };
+        let apart = |a: i64, b: i64| (a.max(1) as f64 / b.max(1) as f64).ln().powi(2);
+        let distance = |r: &Record| {
+            let p = &r.problem;
+            apart(p.m, key.m) + apart(p.n, key.n) + apart(p.k, key.k) + apart(p.batch, key.batch)
+        };
+        let wanted = kind(key);
+        let others = self.list.values().filter(|r| r.device == *device && r.problem != *key);
+        let mut list: Vec<&Record> = others.filter(|r| kind(&r.problem) == wanted).collect();
+        list.sort_by(|a, b| distance(a).total_cmp(&distance(b)));
+        list.truncate(most);
+        list
+    }
+
     /// What was wrong with what was added.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
