@@ -118,6 +118,11 @@ impl Sets {
         Ok(Sets { case: *case, sets })
     }
 
+    /// What they are multiplied for.
+    pub fn case(&self) -> &Case {
+        &self.case
+    }
+
     /// Bytes of all sets.
     pub fn bytes(&self) -> usize {
         self.sets.len() * self.case.bytes()

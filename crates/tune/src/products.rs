@@ -104,7 +104,7 @@ mod tests {
         for (name, problem) in problems() {
             let products = Products::new(&problem, &gpu).unwrap();
             println!("{name}: {} choices", products.choices.len());
-            let least = if name == "f32" { 50 } else { 2000 };
+            let least = if name == "f32" { 50 } else { 1500 };
             assert!(products.space.len() >= least, "{name}: {}", products.space.len());
             let picked = products.picked.unwrap();
             let made = candidate(&problem, &products.choices[picked]).unwrap().unwrap();
