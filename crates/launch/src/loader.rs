@@ -157,8 +157,8 @@ impl fmt::Debug for Loader {
     }
 }
 
-/// What the compiler is asked for.
-fn request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
+/// What the compiler is asked for: the program's text, the device library, and how arithmetic is meant.
+pub fn request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
     let request = CompileRequest::new(program.name.clone(), source.text.clone(), arch);
     let request = COMPILER_OPTIONS.iter().fold(request, |request, option| request.option(*option));
     headers().iter().fold(request, |request, (name, text)| request.header(*name, *text))
