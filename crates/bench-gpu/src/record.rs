@@ -233,7 +233,8 @@ fn line(row: &Row) -> String {
     }
     if let Some(tuned) = &row.tuned {
         let [picked, us] = tuned.us;
-        let over = tuned.measured.ratio.map_or(String::new(), |r| format!(", {:.3} over cuBLASLt", r[1]));
+        let over =
+            tuned.measured.ratio.map_or(String::new(), |r| format!(", {:.3} over cuBLASLt", r[1]));
         let _ = write!(text, "  tuned {us:.1} us ({:.3}{over})", us / picked);
     }
     if row.candidate > 0 {
@@ -313,11 +314,8 @@ pub fn record(head: Map<String, Value>, rows: &[Row]) -> Value {
         .into_iter()
         .map(|(kind, ratios)| {
             let mean = geometric_mean(&ratios);
-            let gains: Vec<f64> = rows
-                .iter()
-                .filter(|r| r.case.numbers.name == kind)
-                .filter_map(Row::gain)
-                .collect();
+            let gains: Vec<f64> =
+                rows.iter().filter(|r| r.case.numbers.name == kind).filter_map(Row::gain).collect();
             let mut row = json!({ "latency_ratio": mean, "shapes": ratios.len() });
             if !gains.is_empty() {
                 row["tuned_over_picked"] = json!(geometric_mean(&gains));

@@ -152,7 +152,8 @@ fn the_file_of_a_user_comes_before_the_programs_and_a_bad_one_does_not_hide_them
     let shipped = record(&problem, &gpu);
     let mut own = shipped.clone();
     own.trials = 9;
-    let temp = Temp(std::env::temp_dir().join(format!("tilewright-records-{}", std::process::id())));
+    let temp =
+        Temp(std::env::temp_dir().join(format!("tilewright-records-{}", std::process::id())));
     let path = Record::path(&temp.0, &own.device, &own.problem);
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     let mut records = Records::none().with_folder(temp.0.clone());

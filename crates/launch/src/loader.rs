@@ -96,8 +96,8 @@ impl Loader {
         for ((program, source), ahead) in fresh.into_iter().zip(&mut ahead) {
             let loaded = source.and_then(|source| {
                 let compiled = ahead.take().or_else(|| compiled.next());
-                let compiled = compiled
-                    .unwrap_or_else(|| Err(Error::bug("a program was not compiled")))?;
+                let compiled =
+                    compiled.unwrap_or_else(|| Err(Error::bug("a program was not compiled")))?;
                 self.finish(program, source, compiled)
             });
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);

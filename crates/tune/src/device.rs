@@ -33,7 +33,11 @@ struct Jobs {
 }
 
 impl<'a> Ahead<'a> {
-    pub(crate) fn new(problem: &'a Problem, products: &'a Products, loader: &'a Loader) -> Ahead<'a> {
+    pub(crate) fn new(
+        problem: &'a Problem,
+        products: &'a Products,
+        loader: &'a Loader,
+    ) -> Ahead<'a> {
         let (jobs, changed) = (Mutex::default(), Condvar::new());
         Ahead { problem, products, loader, jobs, changed }
     }
@@ -228,9 +232,8 @@ impl Measure for OnDevice<'_> {
     }
 
     fn check(&mut self, arm: Arm) -> Result<Timed> {
-        let checked = self.with(arm, |ours| {
-            check_ours(self.stream, self.support, self.sets, ours, self.rows)
-        })?;
+        let checked = self
+            .with(arm, |ours| check_ours(self.stream, self.support, self.sets, ours, self.rows))?;
         Ok(checked.and_then(|(error, unwritten)| match unwritten {
             0 if error <= self.allowed => Ok(error),
             0 => Err(format!("error {error:.2e}, and {:.2e} is allowed", self.allowed)),

@@ -35,9 +35,8 @@ impl Products {
         let ranks: Vec<BTreeSet<&Key>> =
             (0..width).map(|axis| axes.iter().map(|keys| &keys[axis]).collect()).collect();
         let ranks: Vec<Vec<&Key>> = ranks.into_iter().map(|r| r.into_iter().collect()).collect();
-        let level = |axis: usize, key: &Key| {
-            ranks[axis].binary_search(&key).map_or(0, |rank| rank as u32)
-        };
+        let level =
+            |axis: usize, key: &Key| ranks[axis].binary_search(&key).map_or(0, |rank| rank as u32);
         let points = choices.iter().zip(&axes).map(|(choice, keys)| Point {
             estimate: choice.estimate_us,
             levels: keys.iter().enumerate().map(|(axis, key)| level(axis, key)).collect(),

@@ -259,8 +259,7 @@ impl State<'_> {
     /// ln(measured / estimated) of what was timed, and its median.
     fn errors(&self) -> (Vec<(usize, f64)>, f64) {
         let error = |us: f64, p: usize| (us / self.space.points[p].estimate).ln();
-        let mut sorted: Vec<f64> =
-            self.fastest().into_iter().map(|(us, p)| error(us, p)).collect();
+        let mut sorted: Vec<f64> = self.fastest().into_iter().map(|(us, p)| error(us, p)).collect();
         sorted.sort_by(f64::total_cmp);
         let median = sorted.get(sorted.len() / 2).copied().unwrap_or(0.0);
         let all = self.trials.iter().map(|(p, t)| match t {
@@ -395,8 +394,14 @@ pub fn search(
     };
     let fastest = state.fastest().into_iter().map(|(_, p)| p).filter(|p| Some(*p) != baseline);
     let finalists: Vec<usize> = fastest.take(options.finalists).collect();
-    let mut found =
-        Found { best: None, baseline_us: None, trials: state.trials, timed, wrong: Vec::new(), stop };
+    let mut found = Found {
+        best: None,
+        baseline_us: None,
+        trials: state.trials,
+        timed,
+        wrong: Vec::new(),
+        stop,
+    };
     finals(&finalists, baseline_us.is_ok(), measure, options, &mut found)?;
     Ok(found)
 }

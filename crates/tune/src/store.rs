@@ -109,6 +109,24 @@ impl Store {
         lines.map(trial).collect::<Option<_>>().unwrap_or_default()
     }
 
+    /// All timings of the folder with their conditions, in the order of their files: what a time model is fitted to.
+    ///
+    /// # Errors
+    /// The user's, when the folder cannot be read.
+    pub fn all_trials(&self) -> Result<Vec<(Conditions, Vec<(Knobs, Timed)>)>> {
+        let folders = entries(&self.folder)
+            .map_err(|e| Error::user(format!("{} cannot be read: {e}", self.folder.display())))?;
+        let files = folders.iter().flat_map(|f| entries(f).unwrap_or_default());
+        let files = files.filter(|f| f.to_string_lossy().ends_with(".trials.jsonl"));
+        let read = |file: PathBuf| {
+            let text = std::fs::read_to_string(&file).ok()?;
+            let head: Conditions = serde_json::from_str(text.lines().next()?).ok()?;
+            let trials = self.trials_of(&head);
+            Some((head, trials))
+        };
+        Ok(files.filter_map(read).collect())
+    }
+
     fn trials(&self, c: &Conditions) -> PathBuf {
         Record::path(&self.folder, &c.device, &c.problem).with_extension("trials.jsonl")
     }
@@ -180,7 +198,8 @@ mod tests {
     fn what_is_kept_comes_back_and_what_is_damaged_does_not() {
         let (gpu, problem) = (Gpu::h200(), Problem::dense(64, 64, 64, DType::BF16, DType::BF16));
         let products = Products::new(&problem, &gpu).unwrap();
-        let temp = Temp(std::env::temp_dir().join(format!("tilewright-store-{}", std::process::id())));
+        let temp =
+            Temp(std::env::temp_dir().join(format!("tilewright-store-{}", std::process::id())));
         let store = Store::new(temp.0.join("deep/er"));
         assert!(store.all().is_err());
         let conditions = Conditions {
@@ -198,6 +217,7 @@ mod tests {
         assert_eq!(store.trials_of(&conditions), []);
         store.save_trials(&conditions, &trials).unwrap();
         assert_eq!(store.trials_of(&conditions), trials);
+        assert_eq!(store.all_trials().unwrap(), [(conditions.clone(), trials.clone())]);
         let other = Conditions { code: "d".into(), ..conditions.clone() };
         assert_eq!(store.trials_of(&other), []);
         let path = store.trials(&conditions);

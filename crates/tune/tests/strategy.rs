@@ -14,7 +14,11 @@ fn levels() -> impl Iterator<Item = Vec<u32>> {
 
 fn model(l: &[u32]) -> f64 {
     let (b, c, e) = (f64::from(l[1]), f64::from(l[2]), f64::from(l[4]));
-    100.0 + 20.0 * f64::from(l[0]) + 4.0 * (b - 2.0).powi(2) + 0.3 * (c - 14.0).powi(2) + 1.5 * (e - 3.0).powi(2)
+    100.0
+        + 20.0 * f64::from(l[0])
+        + 4.0 * (b - 2.0).powi(2)
+        + 0.3 * (c - 14.0).powi(2)
+        + 1.5 * (e - 3.0).powi(2)
 }
 
 fn truth(l: &[u32]) -> f64 {

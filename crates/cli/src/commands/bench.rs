@@ -14,7 +14,9 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
         return super::gemm::bench(args, output);
     }
     if args.model.model.as_os_str() == NO_MODEL {
-        return Err(Error::user("no model was given").with_hint("tw bench MODEL, or tw bench gemm M N K"));
+        return Err(
+            Error::user("no model was given").with_hint("tw bench MODEL, or tw bench gemm M N K")
+        );
     }
     let start = Instant::now();
     let (model, compiled) = compile(&args.model)?;

@@ -41,7 +41,12 @@ fn cache(args: &TuningArgs) -> Option<PathBuf> {
 }
 
 /// A plan, after the records unless they are not wanted.
-fn planned(case: &Case, gpu: &tilewright_target::Gpu, args: &TuningArgs, most: usize) -> Result<Planned> {
+fn planned(
+    case: &Case,
+    gpu: &tilewright_target::Gpu,
+    args: &TuningArgs,
+    most: usize,
+) -> Result<Planned> {
     let problem = case.problem();
     if args.untuned {
         let candidates = plan_untuned(&problem, gpu, most)?;

@@ -21,7 +21,9 @@ mod record;
 mod space;
 
 pub use model::estimate_us;
-pub use plan::{Candidate, Choice, Place, Step, candidate, choices, picked, plan_untuned};
+pub use plan::{
+    Candidate, Choice, Place, Step, candidate, choices, estimate_choice, picked, plan_untuned,
+};
 pub use problem::{Precision, Problem};
 pub use program::{Epilogue, GemmSpec, Math, Order};
 pub use record::{
