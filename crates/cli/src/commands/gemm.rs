@@ -150,8 +150,7 @@ fn sass(cubin: &[u8]) -> Result<String> {
     let failed = |e: std::io::Error| Error::user(format!("{}: {e}", tool.display()));
     std::fs::write(&file, cubin)
         .map_err(|e| Error::user(format!("{} cannot be written: {e}", file.display())))?;
-    let ran = Command::new(&tool).arg("--print-instruction-encoding").arg(&file).output();
-    let ran = ran.or_else(|_| Command::new(&tool).arg(&file).output());
+    let ran = Command::new(&tool).arg(&file).output();
     let _ = std::fs::remove_file(&file);
     let ran = ran.map_err(failed)?;
     if !ran.status.success() {
