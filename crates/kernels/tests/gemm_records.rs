@@ -80,21 +80,21 @@ fn a_record_comes_before_the_model() {
 fn every_field_of_a_problem_counts() {
     let base = problem();
     let key = Key::of(&base);
-    let changed: Vec<Box<dyn Fn(&mut Problem)>> = vec![
-        Box::new(|p| p.m += 1),
-        Box::new(|p| p.n += 1),
-        Box::new(|p| p.k += 1),
-        Box::new(|p| p.batch = 2),
-        Box::new(|p| p.operand = DType::F16),
-        Box::new(|p| p.result = DType::F32),
-        Box::new(|p| p.promoted = true),
-        Box::new(|p| p.order.1 = tilewright_kernels::gemm::Order::Col),
-        Box::new(|p| p.leading.0 += 8),
-        Box::new(|p| p.align.2 = 8),
-        Box::new(|p| p.precision = tilewright_kernels::gemm::Precision::Tf32),
-        Box::new(|p| {
+    let changed: [fn(&mut Problem); 12] = [
+        |p| p.m += 1,
+        |p| p.n += 1,
+        |p| p.k += 1,
+        |p| p.batch = 2,
+        |p| p.operand = DType::F16,
+        |p| p.result = DType::F32,
+        |p| p.promoted = true,
+        |p| p.order.1 = tilewright_kernels::gemm::Order::Col,
+        |p| p.leading.0 += 8,
+        |p| p.align.2 = 8,
+        |p| p.precision = tilewright_kernels::gemm::Precision::Tf32,
+        |p| {
             p.epilogue = tilewright_kernels::gemm::Epilogue::bias(None, DType::F32, DType::BF16);
-        }),
+        },
     ];
     for (at, change) in changed.iter().enumerate() {
         let mut other = base.clone();

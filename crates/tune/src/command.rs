@@ -199,6 +199,10 @@ pub fn tune_command(
 }
 
 /// A kernel that never ends holds its process until the process ends.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the thread that waits for the device never returns to main"
+)]
 fn hang(schedule: &str) {
     eprintln!("the device does not answer any more, running {schedule}");
     std::process::exit(70);

@@ -28,6 +28,9 @@ pub struct Conditions {
     pub code: String,
 }
 
+/// Choices with what came of them.
+pub type Trials = Vec<(Knobs, Timed)>;
+
 /// One timing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -90,7 +93,7 @@ impl Store {
     }
 
     /// What was timed under the same conditions; nothing when the file is damaged.
-    pub fn trials_of(&self, conditions: &Conditions) -> Vec<(Knobs, Timed)> {
+    pub fn trials_of(&self, conditions: &Conditions) -> Trials {
         let bytes = std::fs::read(self.trials(conditions)).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes);
         let mut lines = text.lines();
@@ -113,7 +116,7 @@ impl Store {
     ///
     /// # Errors
     /// The user's, when the folder cannot be read.
-    pub fn all_trials(&self) -> Result<Vec<(Conditions, Vec<(Knobs, Timed)>)>> {
+    pub fn all_trials(&self) -> Result<Vec<(Conditions, Trials)>> {
         let folders = entries(&self.folder)
             .map_err(|e| Error::user(format!("{} cannot be read: {e}", self.folder.display())))?;
         let files = folders.iter().flat_map(|f| entries(f).unwrap_or_default());
