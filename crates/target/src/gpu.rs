@@ -116,7 +116,7 @@ impl Gpu {
                 direct_sector_clocks: 7.5,
                 walk_share: 0.021,
                 cluster_memory_factor: 1.07,
-                reread_share: 0.113,
+                reread_share: 0.03,
                 overlap_share: 0.067,
                 clusters_at_once: [132, 66, 30],
             },
