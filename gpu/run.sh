@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Tests, then measures, on this machine's GPU. From an unpacked archive of `make gpu-bundle`: no Rust needed.
 #
-#   gpu/run.sh [tests|triton|bench|all] [arguments for tw-gpu-test or tw-gpu-bench]      default: all
+#   gpu/run.sh [tests|triton|bench|tune|all] [arguments for tw-gpu-test, tw-gpu-bench or tw-gpu-tune]      default: all
 #
 # tests:  the driver, launches, programs of graphs, and matrix products of every kind, order, odd size, stride and batch
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt; records under $RECORDS (default: records)
+# tune:   searches for faster schedules; records under $RECORDS/tuned, all in one file $RECORDS/tuned.jsonl. Not part of all
 #
 # Every part runs, whatever came of the one before; the exit code says whether all passed. Kernels are
 # compiled once and kept in $TILEWRIGHT_CACHE (default: .cache).
@@ -15,9 +16,9 @@ cd "$(dirname "$0")/.."
 export TILEWRIGHT_COMMAND="gpu/run.sh${*:+ $*}"
 part="${1:-all}"
 [ $# -eq 0 ] || shift
-case "$part" in tests | triton | bench | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
+case "$part" in tests | triton | bench | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
-for program in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
+for program in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-tune cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
 done
 records="${RECORDS:-records}"
@@ -62,6 +63,10 @@ if [ "$part" = bench ] || [ "$part" = all ]; then
   step "launch overhead" bin/tw-gpu-launch --out "$records"
   step "rows" bin/tw-gpu-rows --cache "$cache" --out "$records"
   step "bench" bin/tw-gpu-bench --cache "$cache" --out "$records" "$@"
+fi
+if [ "$part" = tune ]; then
+  [ $# -gt 0 ] || set -- --shapes bench/gemm_shapes.txt --seconds 300
+  step "tune" bin/tw-gpu-tune --cache "$cache" --records "$records/tuned" --export "$records/tuned.jsonl" "$@"
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\nfailed: %s\n' "$(IFS=,; echo "${failed[*]}")"

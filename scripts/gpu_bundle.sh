@@ -25,9 +25,9 @@ for line in sys.stdin:
 ' "$2"
 }
 
-cargo build --release --locked --package tilewright-bench-gpu
+cargo build --release --locked --package tilewright-bench-gpu --package tilewright-tune
 mkdir -p "$stage/bin" "$stage/gpu" "$stage/bench" "$stage/records"
-for name in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test; do
+for name in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-tune; do
   strip -o "$stage/bin/$name" "$target/release/$name"
 done
 for part in cuda-gpu launch-gpu launch-rows; do

@@ -118,6 +118,11 @@ impl Sets {
         Ok(Sets { case: *case, sets })
     }
 
+    /// What they are multiplied for.
+    pub fn case(&self) -> &Case {
+        &self.case
+    }
+
     /// Bytes of all sets.
     pub fn bytes(&self) -> usize {
         self.sets.len() * self.case.bytes()
@@ -150,16 +155,17 @@ impl Ready<'_> {
     }
 }
 
-/// Checks an arm: poisons the first set's result, runs, compares sampled rows with float64.
+/// Checks an arm: poisons a set's result, runs, compares sampled rows with float64.
 fn check(
     stream: &Stream,
     support: &Support,
     sets: &Sets,
     index: usize,
+    rows: u64,
     run: impl FnOnce() -> Result<()>,
 ) -> Result<(f64, u64)> {
     let (case, set) = (&sets.case, &sets.sets[index]);
-    let samples = spread_samples(case, SAMPLES);
+    let samples = spread_samples(case, rows);
     let want = support.reference(stream, case, [&set.a, &set.b], &samples)?;
     set.c.poison(stream)?;
     run()?;
@@ -186,7 +192,7 @@ pub fn measure(
         sets.sets.iter().map(|set| ours.bind(case, set)).collect::<Result<_>>()?;
     let run_ours = |i: usize| bound[i % count].launch(stream);
     let last = count - 1;
-    let before = check(stream, support, sets, 0, || run_ours(0))?;
+    let before = check(stream, support, sets, 0, SAMPLES, || run_ours(0))?;
 
     let mut our_pass =
         Ready { pass: Pass::record(stream, count, run_ours)?, products: count, passes: 1 };
@@ -216,7 +222,7 @@ pub fn measure(
         }
     }
     let pass = &our_pass.pass;
-    let after = check(stream, support, sets, last, || pass.launch(stream))?;
+    let after = check(stream, support, sets, last, SAMPLES, || pass.launch(stream))?;
     let accuracy = |before: (f64, u64), after: (f64, u64)| Accuracy {
         errors: [before.0, after.0],
         unwritten: [before.1, after.1],
@@ -224,7 +230,7 @@ pub fn measure(
     let peer_measured = match (their, peer) {
         (Some(their), Some(peer)) => {
             let pass = &their.ready.pass;
-            let after = check(stream, support, sets, last, || pass.launch(stream))?;
+            let after = check(stream, support, sets, last, SAMPLES, || pass.launch(stream))?;
             Some(PeerMeasured {
                 arm: Arm { us: quartiles(&their_us), accuracy: accuracy(their.before, after) },
                 algorithms: peer.algorithms(),
@@ -246,13 +252,74 @@ pub fn measure(
     })
 }
 
-/// Time of our plan alone, per product: what a choice among plans needs.
-pub fn time_ours(stream: &Stream, sets: &Sets, ours: &Ours) -> Result<f64> {
+/// Time of our plan alone, per product: what a choice among plans needs. One slower than `give_up_us` is timed only
+/// roughly.
+pub fn time_ours(stream: &Stream, sets: &Sets, ours: &Ours, give_up_us: f64) -> Result<f64> {
     let count = sets.sets.len();
-    let bound: Vec<BoundOurs<'_>> =
-        sets.sets.iter().map(|set| ours.bind(&sets.case, set)).collect::<Result<_>>()?;
+    let bound = bind_all(sets, ours)?;
     let run = |i: usize| bound[i % count].launch(stream);
-    brief(stream, count, run, &[Event::new(stream.gpu())?, Event::new(stream.gpu())?])
+    let events = [Event::new(stream.gpu())?, Event::new(stream.gpu())?];
+    brief(stream, count, run, &events, give_up_us)
+}
+
+fn bind_all<'a>(sets: &'a Sets, ours: &Ours) -> Result<Vec<BoundOurs<'a>>> {
+    sets.sets.iter().map(|set| ours.bind(&sets.case, set)).collect()
+}
+
+/// Times of several plans, per product: `rounds` samples of each, taken in turns, first in one order, then in the other.
+pub fn compare_ours(
+    stream: &Stream,
+    sets: &Sets,
+    plans: &[&Ours],
+    rounds: usize,
+) -> Result<Vec<Quartiles>> {
+    let count = sets.sets.len();
+    let bound: Vec<Vec<BoundOurs<'_>>> =
+        plans.iter().map(|ours| bind_all(sets, ours)).collect::<Result<_>>()?;
+    let events = [Event::new(stream.gpu())?, Event::new(stream.gpu())?];
+    let mut ready = Vec::new();
+    for bound in &bound {
+        let run = |i: usize| bound[i % count].launch(stream);
+        let pass = Pass::record(stream, count, run)?;
+        let mut arm = Ready { pass, products: count, passes: 1 };
+        arm.sample(stream, &events)?;
+        let rough = arm.sample(stream, &events)?;
+        arm.fit(rough);
+        ready.push(arm);
+    }
+    let mut times = vec![Vec::new(); plans.len()];
+    for round in 0..rounds.max(1) {
+        for at in 0..plans.len() {
+            let arm = if round.is_multiple_of(2) { at } else { plans.len() - 1 - at };
+            times[arm].push(ready[arm].sample(stream, &events)?);
+        }
+    }
+    Ok(times.iter().map(|list| quartiles(list)).collect())
+}
+
+/// How exact a plan is on up to `rows` rows: its error relative to float64, and how many elements of the whole result
+/// were not written.
+pub fn check_ours(
+    stream: &Stream,
+    support: &Support,
+    sets: &Sets,
+    ours: &Ours,
+    rows: u64,
+) -> Result<(f64, u64)> {
+    let bound = ours.bind(&sets.case, &sets.sets[0])?;
+    check(stream, support, sets, 0, rows, || bound.launch(stream))
+}
+
+/// The error of cuBLASLt's favourite, as [`check_ours`].
+pub fn check_peer(
+    stream: &Stream,
+    support: &Support,
+    sets: &Sets,
+    peer: &Peer<'_>,
+    rows: u64,
+) -> Result<f64> {
+    let run = || peer.launch(0, stream, &sets.case, &sets.sets[0]);
+    check(stream, support, sets, 0, rows, run).map(|(error, _)| error)
 }
 
 /// The peer's best algorithm, ready.
@@ -279,7 +346,7 @@ fn choose<'a>(
         // A first run outside a recording: kernels are loaded when they are first used.
         match run(0)
             .and_then(|()| stream.synchronize())
-            .and_then(|()| brief(stream, count, run, events))
+            .and_then(|()| brief(stream, count, run, events, f64::INFINITY))
         {
             Ok(us) => times.push((us, algorithm)),
             Err(error) => failure = Some(error),
@@ -289,7 +356,7 @@ fn choose<'a>(
         return Err(failure.unwrap_or_else(|| Error::bug("no algorithm of cuBLASLt ran")));
     };
     let run = move |i: usize| peer.launch(chosen, stream, &sets.case, &sets.sets[i % count]);
-    let before = check(stream, support, sets, 0, || run(0))?;
+    let before = check(stream, support, sets, 0, SAMPLES, || run(0))?;
     let mut ready = Ready { pass: Pass::record(stream, count, run)?, products: count, passes: 1 };
     ready.fit(best_us);
     ready.sample(stream, events)?;
@@ -303,11 +370,16 @@ fn brief(
     sets: usize,
     run: impl Fn(usize) -> Result<()>,
     events: &[Event; 2],
+    give_up_us: f64,
 ) -> Result<f64> {
     let mut ready =
         Ready { pass: Pass::record(stream, sets.min(2), &run)?, products: sets.min(2), passes: 1 };
     ready.sample(stream, events)?;
     let rough = ready.sample(stream, events)?;
+    // Of short products the rough time holds more of the start than of the product.
+    if rough > give_up_us && rough * sets.min(2) as f64 > SAMPLE_US {
+        return Ok(rough);
+    }
     let products = ((2000.0 / rough.max(0.1)) as usize).clamp(1, sets);
     ready = Ready { pass: Pass::record(stream, products, &run)?, products, passes: 1 };
     ready.fit(rough);

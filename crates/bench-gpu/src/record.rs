@@ -26,6 +26,19 @@ pub struct Row {
     pub outcome: Result<Measured, String>,
     /// Why there is no peer, if so.
     pub peer_missing: Option<String>,
+    /// The tuned schedule of a record, beside the planner's.
+    pub tuned: Option<Tuned>,
+}
+
+/// A tuned schedule, measured in the same run.
+#[derive(Clone, Debug)]
+pub struct Tuned {
+    /// The schedule, in a line.
+    pub plan: String,
+    /// Median times of the planner's and of the tuned one, in turns.
+    pub us: [f64; 2],
+    /// The tuned one against cuBLASLt, as `Row::outcome`.
+    pub measured: Measured,
 }
 
 /// An error of ours at most this many times the peer's is accepted.
@@ -34,10 +47,12 @@ pub const ERROR_RATIO_MAX: f64 = 2.0;
 impl Row {
     /// What is wrong with the results, if anything.
     pub fn problem(&self) -> Option<String> {
-        let measured = match &self.outcome {
-            Ok(measured) => measured,
-            Err(_) => return None,
-        };
+        let of_tuned = self.tuned.as_ref().and_then(|t| self.problem_of(&t.measured));
+        let own = self.outcome.as_ref().ok().and_then(|measured| self.problem_of(measured));
+        own.or_else(|| of_tuned.map(|problem| format!("tuned: {problem}")))
+    }
+
+    fn problem_of(&self, measured: &Measured) -> Option<String> {
         let ours = measured.ours.accuracy;
         if ours.unwritten != [0, 0] {
             return Some(format!("{:?} elements were not written", ours.unwritten));
@@ -48,8 +63,7 @@ impl Row {
         let allowed = match (&measured.peer, self.case.numbers.result.is_float()) {
             (_, false) => 0.0,
             (Some(_), true) => (ERROR_RATIO_MAX * peer).max(unit),
-            // Nobody to compare with: TF32 keeps 11 digits, sums of 8-bit floats about 13.
-            (None, true) => 2f64.powi(-8).max(unit),
+            (None, true) => self.case.numbers.lone_error_max(),
         };
         let error = worst(ours.errors);
         (error.is_nan() || error > allowed)
@@ -60,6 +74,21 @@ impl Row {
     pub fn ratio(&self) -> Option<f64> {
         let ratio = self.outcome.as_ref().ok()?.ratio?[1];
         self.problem().is_none().then_some(ratio)
+    }
+
+    /// Our tuned median time over the peer's, under the same conditions; the planner's without a record.
+    fn tuned_ratio(&self) -> Option<f64> {
+        let ratio = match &self.tuned {
+            Some(tuned) => tuned.measured.ratio?[1],
+            None => return self.ratio(),
+        };
+        self.problem().is_none().then_some(ratio)
+    }
+
+    /// The tuned time over the planner's.
+    fn gain(&self) -> Option<f64> {
+        let tuned = self.tuned.as_ref()?;
+        self.problem().is_none().then_some(tuned.us[1] / tuned.us[0])
     }
 
     fn json(&self) -> Value {
@@ -103,6 +132,16 @@ impl Row {
                 }
                 if let Some(ratio) = measured.ratio {
                     put("latency_ratio", json!(ratio));
+                }
+                if let Some(tuned) = &self.tuned {
+                    let Tuned { plan, us, measured } = tuned;
+                    put(
+                        "tuned",
+                        json!({
+                            "plan": plan, "tilewright_us": measured.ours.us, "in_turns_us": us,
+                            "tilewright_error": measured.ours.accuracy.errors, "latency_ratio": measured.ratio,
+                        }),
+                    );
                 }
                 put("sets", json!(measured.sets));
                 put("rotation_bytes", json!(measured.rotation_bytes));
@@ -159,6 +198,16 @@ pub fn table(rows: &[Row]) -> String {
             "{kind:<6} geometric mean of our time over cuBLASLt's {mean}, {} shapes, {ahead} at most 1",
             ratios.len()
         );
+        let of_kind = || rows.iter().filter(|r| r.case.numbers.name == kind);
+        let gains: Vec<f64> = of_kind().filter_map(Row::gain).collect();
+        let tuned: Vec<f64> = of_kind().filter_map(Row::tuned_ratio).collect();
+        if let (Some(gain), Some(tuned)) = (geometric_mean(&gains), geometric_mean(&tuned)) {
+            let _ = writeln!(
+                out,
+                "{kind:<6} tuned over picked {gain:.3} ({} shapes with records); with records, over cuBLASLt {tuned:.3}",
+                gains.len()
+            );
+        }
     }
     out
 }
@@ -181,6 +230,12 @@ fn line(row: &Row) -> String {
     };
     if let Some(problem) = row.problem() {
         let _ = write!(text, "  WRONG: {problem}");
+    }
+    if let Some(tuned) = &row.tuned {
+        let [picked, us] = tuned.us;
+        let over =
+            tuned.measured.ratio.map_or(String::new(), |r| format!(", {:.3} over cuBLASLt", r[1]));
+        let _ = write!(text, "  tuned {us:.1} us ({:.3}{over})", us / picked);
     }
     if row.candidate > 0 {
         let _ = write!(text, "  (candidate {})", row.candidate);
@@ -259,7 +314,14 @@ pub fn record(head: Map<String, Value>, rows: &[Row]) -> Value {
         .into_iter()
         .map(|(kind, ratios)| {
             let mean = geometric_mean(&ratios);
-            (kind.to_owned(), json!({ "latency_ratio": mean, "shapes": ratios.len() }))
+            let gains: Vec<f64> =
+                rows.iter().filter(|r| r.case.numbers.name == kind).filter_map(Row::gain).collect();
+            let mut row = json!({ "latency_ratio": mean, "shapes": ratios.len() });
+            if !gains.is_empty() {
+                row["tuned_over_picked"] = json!(geometric_mean(&gains));
+                row["tuned_shapes"] = json!(gains.len());
+            }
+            (kind.to_owned(), row)
         })
         .collect();
     record.insert("geometric_means".into(), Value::Object(means));
@@ -352,6 +414,7 @@ mod tests {
             failures: Vec::new(),
             outcome: Ok(measured),
             peer_missing: None,
+            tuned: None,
         }
     }
 
@@ -375,7 +438,27 @@ mod tests {
         assert!(text.contains("WRONG"));
         let record = record(Map::new(), &rows);
         assert_eq!(record["geometric_means"]["bf16"]["shapes"], 2);
+        assert_eq!(record["geometric_means"]["bf16"]["tuned_shapes"], Value::Null);
         assert!(record["rows"][1]["problem"].is_string());
+    }
+
+    #[test]
+    fn tuned_schedules_stand_beside_the_planners_and_wrong_ones_count_as_wrong() {
+        let tuned = |us: f64, error: f64| {
+            let Ok(measured) = row(us, 2.0, error, 1.6e-3).outcome else { unreachable!() };
+            Some(Tuned { plan: "gemm".into(), us: [4.0, us], measured })
+        };
+        let mut good = row(4.0, 2.0, 1.6e-3, 1.6e-3);
+        good.tuned = tuned(1.0, 1.6e-3);
+        let text = table(&[good.clone(), row(2.0, 1.0, 1.6e-3, 1.6e-3)]);
+        assert!(text.contains("tuned 1.0 us (0.250, 0.500 over cuBLASLt)"), "{text}");
+        assert!(text.contains("tuned over picked 0.250 (1 shapes with records)"), "{text}");
+        assert!(text.contains("with records, over cuBLASLt 1.000"), "{text}");
+        let all = record(Map::new(), std::slice::from_ref(&good));
+        assert_eq!(all["geometric_means"]["bf16"]["tuned_over_picked"], 0.25);
+        let mut wrong = good;
+        wrong.tuned = tuned(1.0, 1.0);
+        assert!(wrong.problem().unwrap().starts_with("tuned: error"));
     }
 
     #[test]

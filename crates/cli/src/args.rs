@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use tilewright_tune::command::{ProductArgs, TuneOptions};
 
 /// Compiles models and formulas to fast, verified kernels.
 #[derive(Debug, Parser)]
@@ -20,11 +21,13 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Compare a compiled model with the float64 oracle, per output and per kernel
     Verify(VerifyArgs),
-    /// Time a model
+    /// Time a model, or a matrix product on a GPU against cuBLASLt
     Bench(BenchArgs),
+    /// Find the fastest schedule on this machine's GPU by measuring, and keep it
+    Tune(TuneArgs),
     /// Show what each kernel does, costs and reaches, and how memory is used
     Explain(ExplainArgs),
-    /// Print a model at any stage of compilation
+    /// Print a model, or a GPU kernel, at any stage of compilation
     Inspect(InspectArgs),
     /// Embed sentences with a sentence encoder, and search among them
     Embed(EmbedArgs),
@@ -166,7 +169,11 @@ pub(crate) struct VerifyArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(mut_arg("model", |m| m.required(false).default_value(NO_MODEL).hide_default_value(true)))]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) what: Option<BenchWhat>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
@@ -203,8 +210,11 @@ pub(crate) struct ExplainArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(mut_arg("model", |m| m.required(false).default_value(NO_MODEL).hide_default_value(true)))]
 pub(crate) struct InspectArgs {
+    #[command(subcommand)]
+    pub(crate) what: Option<InspectWhat>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     /// Stage to print: import, a pass name, fusion, tile, plan, llvm or asm (`--stages` lists them)
@@ -255,4 +265,89 @@ pub(crate) struct EmbedArgs {
     /// Write the embeddings as a NumPy file
     #[arg(long, value_name = "FILE.npy")]
     pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TuneArgs {
+    #[command(subcommand)]
+    pub(crate) what: TuneWhat,
+}
+
+/// What can be tuned.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TuneWhat {
+    /// A matrix product: tw tune gemm 4096 4096 4096 --type bf16
+    Gemm(TuneOptions),
+}
+
+/// What can be timed besides models.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchWhat {
+    /// A matrix product on a GPU: tw bench gemm 4096 4096 4096 --type bf16
+    Gemm(BenchGemmArgs),
+}
+
+/// What can be printed besides models.
+#[derive(Debug, Subcommand)]
+pub(crate) enum InspectWhat {
+    /// The GPU kernels of a matrix product: tw inspect gemm 4096 4096 4096 --emit cuda
+    Gemm(InspectGemmArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchGemmArgs {
+    #[command(flatten)]
+    pub(crate) products: ProductArgs,
+    /// How long ours and cuBLASLt's alternate, per product
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) seconds: f64,
+    #[command(flatten)]
+    pub(crate) tuning: TuningArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectGemmArgs {
+    #[command(flatten)]
+    pub(crate) products: ProductArgs,
+    /// What to print
+    #[arg(long, value_enum, default_value = "schedule")]
+    pub(crate) emit: KernelStage,
+    /// With --emit schedule: how many candidates
+    #[arg(long, default_value_t = 5)]
+    pub(crate) top: usize,
+    #[command(flatten)]
+    pub(crate) tuning: TuningArgs,
+}
+
+/// Which schedules are taken.
+#[derive(Debug, Args)]
+pub(crate) struct TuningArgs {
+    /// Take the model's schedule, whatever was tuned
+    #[arg(long)]
+    pub(crate) untuned: bool,
+    /// Folder of tuning records (default: `tuning` in the cache)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) records: Option<PathBuf>,
+    /// Which GPU; to inspect, without, the H200 as data
+    #[arg(long)]
+    pub(crate) device: Option<u32>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+}
+
+/// Stages of a GPU kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KernelStage {
+    /// What one block computes
+    Tile,
+    /// Why which schedule: the first candidates with their estimated times
+    Schedule,
+    /// The scheduled kernel: roles, memory spaces, barriers
+    Device,
+    /// CUDA C++
+    Cuda,
+    /// NVIDIA's assembly text, of NVRTC
+    Ptx,
+    /// Machine code, of NVRTC and nvdisasm
+    Sass,
 }

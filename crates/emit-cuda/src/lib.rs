@@ -11,12 +11,15 @@
 //! To add a step: its arm in `stmts.rs` (`memory.rs` has those that move tiles), and what it calls in `device-lib/`.
 
 mod dims;
+mod fingerprint;
 mod funcs;
 mod line_steps;
 mod lines;
 mod memory;
 mod stmts;
 mod tensor_cores;
+
+pub use fingerprint::fingerprint;
 
 use std::fmt::Write;
 use tilewright_base::{DType, Result};

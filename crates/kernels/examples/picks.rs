@@ -1,7 +1,7 @@
 //! Prints what the picker chooses: `picks M N K TYPE ORDERS [count]`, as lines that `show` reads.
 
 use tilewright_base::DType;
-use tilewright_kernels::gemm::{Order, Precision, Problem, plan};
+use tilewright_kernels::gemm::{Order, Precision, Problem, plan_untuned};
 use tilewright_lower_gpu::{Mode, StoreKind};
 use tilewright_target::Gpu;
 
@@ -25,7 +25,7 @@ fn main() -> Result<(), String> {
         p.precision = Precision::Tf32;
     }
     let most = args.get(5).map_or(Ok(5), |n| n.parse::<usize>().map_err(|e| e.to_string()))?;
-    for c in plan(&p, &Gpu::h200(), most).map_err(|e| e.to_string())? {
+    for c in plan_untuned(&p, &Gpu::h200(), most).map_err(|e| e.to_string())? {
         let s = c.steps.iter().find(|s| s.kernel.tiles.iter().any(|t| &**t == "BK"));
         let Some(step) = s else { continue };
         let s = &step.schedule;

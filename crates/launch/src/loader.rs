@@ -20,12 +20,14 @@ pub struct Loader {
     nvrtc: Nvrtc,
     /// Looked up only, never iterated.
     known: Mutex<HashMap<Program, Result<LoadedKernel>>>,
+    /// Compiled and not loaded yet; looked up only.
+    ahead: Mutex<HashMap<Program, Result<Compiled>>>,
 }
 
 impl Loader {
     /// A loader for a device.
     pub fn new(gpu: Gpu, nvrtc: Nvrtc) -> Loader {
-        Loader { gpu, nvrtc, known: Mutex::default() }
+        Loader { gpu, nvrtc, known: Mutex::default(), ahead: Mutex::default() }
     }
 
     /// The device.
@@ -48,6 +50,24 @@ impl Loader {
         all.pop().unwrap_or_else(|| Err(Error::bug("a program was not loaded")))
     }
 
+    /// Compiles a program on this thread and keeps the result for [`Loader::load`]. Nothing is asked of the device, which
+    /// may be measuring.
+    ///
+    /// # Errors
+    /// As [`Loader::load`], which will say the same.
+    pub fn compile(&self, program: &Program) -> Result<()> {
+        let lock = || self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if lock().contains_key(program) || known().contains_key(program) {
+            return Ok(());
+        }
+        let source = emit(program)?;
+        let compiled = self.nvrtc.compile(&request(program, &source, self.gpu.arch()));
+        let outcome = compiled.as_ref().map(|_| ()).map_err(Clone::clone);
+        lock().insert(program.clone(), compiled);
+        outcome
+    }
+
     /// Loads programs, compiling on all processors. Result `i` belongs to program `i`.
     pub fn load_all(&self, programs: &[Program]) -> Vec<Result<LoadedKernel>> {
         let mut fresh: Vec<(&Program, Result<Source>)> = Vec::new();
@@ -59,19 +79,25 @@ impl Loader {
                 }
             }
         }
+        let mut ahead: Vec<Option<Result<Compiled>>> = {
+            let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+            fresh.iter().map(|(program, _)| ahead.remove(*program)).collect()
+        };
         let requests: Vec<CompileRequest> = fresh
             .iter()
-            .filter_map(|(program, source)| {
+            .zip(&ahead)
+            .filter(|(_, ahead)| ahead.is_none())
+            .filter_map(|((program, source), _)| {
                 source.as_ref().ok().map(|s| request(program, s, self.gpu.arch()))
             })
             .collect();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let mut compiled = self.nvrtc.compile_all(&requests, threads).into_iter();
-        for (program, source) in fresh {
+        for ((program, source), ahead) in fresh.into_iter().zip(&mut ahead) {
             let loaded = source.and_then(|source| {
-                let compiled = compiled
-                    .next()
-                    .unwrap_or_else(|| Err(Error::bug("a program was not compiled")))?;
+                let compiled = ahead.take().or_else(|| compiled.next());
+                let compiled =
+                    compiled.unwrap_or_else(|| Err(Error::bug("a program was not compiled")))?;
                 self.finish(program, source, compiled)
             });
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -131,8 +157,8 @@ impl fmt::Debug for Loader {
     }
 }
 
-/// What the compiler is asked for.
-fn request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
+/// What the compiler is asked for: the program's text, the device library, and how arithmetic is meant.
+pub fn request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
     let request = CompileRequest::new(program.name.clone(), source.text.clone(), arch);
     let request = COMPILER_OPTIONS.iter().fold(request, |request, option| request.option(*option));
     headers().iter().fold(request, |request, (name, text)| request.header(*name, *text))

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 /// A GPU as data. Counts come from the driver, rates were measured; the last group are the constants
-/// of the time model of tensor-core kernels, fitted to measured times of 3576 pairs of shape and
-/// schedule (docs/src/facts.md).
+/// of the time model of tensor-core kernels, fitted to measured times of pairs of product and
+/// schedule (docs/src/facts.md; `cargo run --release -p tilewright-tune --example fit_model`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Gpu {
     /// As the driver names it.
@@ -66,6 +66,18 @@ pub struct GpuModel {
     pub stream_start_us: f64,
     /// Bytes in flight from which on device memory streams at full rate.
     pub stream_bytes_in_flight: f64,
+    /// Second-level cache traffic of an operand whose lines begin inside cache lines, over that of an aligned one.
+    pub unaligned_factor: f64,
+    /// Clocks per sector of 32 bytes that a store from registers touches.
+    pub direct_sector_clocks: f64,
+    /// Share of the time of what a wave of blocks reads from device memory that adds to the products.
+    pub walk_share: f64,
+    /// Time to stream operands into clusters, whose blocks wait for each other, over that into single blocks.
+    pub cluster_memory_factor: f64,
+    /// Share of a byte from device memory that a byte costs which is read again, from the cache.
+    pub reread_share: f64,
+    /// Share of the shorter of the two times, of the multiprocessors and of device memory, that adds to the longer.
+    pub overlap_share: f64,
     /// Clusters of 1, 2 and 4 blocks that run at once.
     pub clusters_at_once: [u32; 3],
 }
@@ -83,23 +95,29 @@ impl Gpu {
             f32_flops_per_clock: 256.0,
             model: GpuModel {
                 clock_ghz: 1.75,
-                tensor_factor: 1.167,
-                shared_factor: 1.191,
-                shared_write_share: 0.3,
-                step_clocks: 0.0,
-                lone_consumer_clocks: 15.0,
-                l2_bytes_per_clock: 75.6,
-                multicast_saving: 0.317,
-                load_latency_clocks: 2540.0,
-                load_share: 0.111,
-                epilogue_clocks: 1003.0,
-                epilogue_bytes_per_clock: 40.0,
-                launch_us: 1.78,
-                dependent_share: 0.55,
-                cluster_us: 0.45,
-                stream_bytes_per_s: 3.59e12,
-                stream_start_us: 1.73,
-                stream_bytes_in_flight: 4.0e6,
+                tensor_factor: 1.085,
+                shared_factor: 1.236,
+                shared_write_share: 0.311,
+                step_clocks: 3.3,
+                lone_consumer_clocks: 14.6,
+                l2_bytes_per_clock: 95.0,
+                multicast_saving: 0.414,
+                load_latency_clocks: 2519.0,
+                load_share: 0.124,
+                epilogue_clocks: 1286.0,
+                epilogue_bytes_per_clock: 17.8,
+                launch_us: 1.51,
+                dependent_share: 0.35,
+                cluster_us: 0.8,
+                stream_bytes_per_s: 3.8e12,
+                stream_start_us: 1.5,
+                stream_bytes_in_flight: 4.19e6,
+                unaligned_factor: 1.7,
+                direct_sector_clocks: 7.5,
+                walk_share: 0.021,
+                cluster_memory_factor: 1.07,
+                reread_share: 0.03,
+                overlap_share: 0.067,
                 clusters_at_once: [132, 66, 30],
             },
         }

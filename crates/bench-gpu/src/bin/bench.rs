@@ -12,12 +12,12 @@ use tilewright_bench_gpu::arms::{
     Ours, PEER_ALGORITHMS, PEER_WORKSPACE_BYTES, Peer, describe, planner_gpu, programs,
 };
 use tilewright_bench_gpu::case::{Case, read_list};
-use tilewright_bench_gpu::measure::{Measured, Sets, measure, time_ours};
-use tilewright_bench_gpu::record::{self, Row};
+use tilewright_bench_gpu::measure::{Measured, Sets, compare_ours, measure, time_ours};
+use tilewright_bench_gpu::record::{self, Row, Tuned};
 use tilewright_bench_gpu::support::Support;
 use tilewright_cuda::peer::CublasLt;
 use tilewright_cuda::{Buffer, Gpu, Nvrtc, Stream};
-use tilewright_kernels::gemm::{Candidate, plan};
+use tilewright_kernels::gemm::{Candidate, Records, Source, plan_untuned, plan_with};
 use tilewright_launch::{Loader, first_that_works};
 
 /// Matrix products against cuBLASLt.
@@ -39,6 +39,12 @@ struct Options {
     /// How many of the planner's candidates are timed; the best is kept. 1 takes the planner's word.
     #[arg(long, default_value_t = 1)]
     candidates: usize,
+    /// Also times the schedules of tuning records, where there is one, and compares them with the planner's.
+    #[arg(long)]
+    tuned: bool,
+    /// With --tuned: a folder of records, which come before those of the program.
+    #[arg(long, value_name = "DIR", requires = "tuned")]
+    tuning: Option<PathBuf>,
     /// Folder for the record.
     #[arg(long, default_value = "records")]
     out: PathBuf,
@@ -76,7 +82,13 @@ struct Bench<'a> {
     workspace: &'a Buffer,
     budget: Duration,
     candidates: usize,
+    /// Records of tuned schedules, if they are to be timed.
+    tuning: Option<Records>,
+    target: tilewright_target::Gpu,
 }
+
+/// Samples of the planner's and the tuned schedule, in turns.
+const TUNED_ROUNDS: usize = 25;
 
 fn run(options: &Options) -> Result<bool> {
     let cases = cases(options)?;
@@ -107,6 +119,7 @@ fn run(options: &Options) -> Result<bool> {
             "samples": "alternating A B, B A; quartiles of each, and of the ratios of neighbours",
             "cublaslt": format!("the fastest of up to {PEER_ALGORITHMS} proposed algorithms, {PEER_WORKSPACE_BYTES} bytes of workspace"),
             "candidates_timed": options.candidates,
+            "tuned": options.tuned,
             "seconds_per_shape": options.seconds_per_shape,
         }),
     );
@@ -121,6 +134,11 @@ fn run(options: &Options) -> Result<bool> {
         workspace: &workspace,
         budget: Duration::from_secs_f64(options.seconds_per_shape.clamp(0.0, 3600.0)),
         candidates: options.candidates.max(1),
+        tuning: options.tuned.then(|| {
+            let shipped = Records::shipped().clone();
+            options.tuning.clone().map_or(shipped.clone(), |folder| shipped.with_folder(folder))
+        }),
+        target: planner_gpu(loader.gpu()),
     };
     let begin = Instant::now();
     let mut rows = Vec::new();
@@ -185,7 +203,7 @@ fn plans(loader: &Loader, cases: &[Case], wanted: usize) -> Result<Vec<Result<Ve
     let begin = Instant::now();
     let plans: Vec<Result<Vec<Candidate>>> = cases
         .iter()
-        .map(|c| plan(&c.problem(), &target, wanted.max(1) + SPARE_CANDIDATES))
+        .map(|c| plan_untuned(&c.problem(), &target, wanted.max(1) + SPARE_CANDIDATES))
         .collect();
     let mut all = Vec::new();
     for candidates in plans.iter().flatten() {
@@ -221,6 +239,7 @@ impl Bench<'_> {
             failures: Vec::new(),
             outcome: Err(String::new()),
             peer_missing: None,
+            tuned: None,
         };
         row.outcome = candidates
             .and_then(|candidates| self.measure(case, &candidates, &mut row))
@@ -251,7 +270,31 @@ impl Bench<'_> {
         let (index, measured) = taken.value;
         row.candidate = index;
         row.plan = describe(&candidates[index]);
+        if let Some(records) = &self.tuning {
+            row.tuned = self.tuned(&sets, &candidates[index], records, peer.as_ref())?;
+        }
         Ok(measured)
+    }
+
+    /// The schedule of a record, measured as the planner's, and in turns with it.
+    fn tuned(
+        &self,
+        sets: &Sets,
+        picked: &Candidate,
+        records: &Records,
+        peer: Option<&Peer<'_>>,
+    ) -> Result<Option<Tuned>> {
+        let planned = plan_with(&sets.case().problem(), &self.target, 1, records)?;
+        planned.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
+        let (Source::Record(_), Some(tuned)) = (planned.source, planned.candidates.first()) else {
+            return Ok(None);
+        };
+        let ours = Ours::load(self.loader, self.stream, tuned)?;
+        let measured = measure(self.stream, self.support, sets, &ours, peer, self.budget)?;
+        let picked = Ours::load(self.loader, self.stream, picked)?;
+        let times = compare_ours(self.stream, sets, &[&picked, &ours], TUNED_ROUNDS)?;
+        let us = [times[0][1], times[1][1]];
+        Ok(Some(Tuned { plan: describe(tuned), us, measured }))
     }
 
     /// The order in which candidates are taken: the planner's, or with several to time, by their times.
@@ -263,7 +306,7 @@ impl Bench<'_> {
         let mut times = vec![f64::INFINITY; candidates.len()];
         for index in 0..self.candidates.min(candidates.len()) {
             let time = Ours::load(self.loader, self.stream, &candidates[index])
-                .and_then(|ours| time_ours(self.stream, sets, &ours));
+                .and_then(|ours| time_ours(self.stream, sets, &ours, f64::INFINITY));
             match time {
                 Ok(us) => times[index] = us,
                 Err(error) => row.failures.push(format!("{error}")),

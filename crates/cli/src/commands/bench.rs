@@ -1,14 +1,23 @@
 //! `tw bench`: times a model.
 
 use super::{compile, inputs};
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, BenchWhat, NO_MODEL};
 use crate::output::Output;
 use serde_json::json;
 use std::time::{Duration, Instant};
 use tilewright::explain::time_text;
 use tilewright::{Result, bench};
+use tilewright_base::Error;
 
 pub(crate) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
+    if let Some(BenchWhat::Gemm(args)) = &args.what {
+        return super::gemm::bench(args, output);
+    }
+    if args.model.model.as_os_str() == NO_MODEL {
+        return Err(
+            Error::user("no model was given").with_hint("tw bench MODEL, or tw bench gemm M N K")
+        );
+    }
     let start = Instant::now();
     let (model, compiled) = compile(&args.model)?;
     let inputs = inputs(&model, &args.inputs)?;

@@ -1,7 +1,7 @@
 //! `tw inspect`: a model at any stage of compilation.
 
 use super::compiler;
-use crate::args::{InspectArgs, NO_MODEL};
+use crate::args::{InspectArgs, InspectWhat, NO_MODEL};
 use crate::output::Output;
 use serde_json::json;
 use std::fmt::Write as _;
@@ -21,6 +21,9 @@ const OTHERS: [(&str, &str); 6] = [
 ];
 
 pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
+    if let Some(InspectWhat::Gemm(args)) = &args.what {
+        return super::gemm::inspect(args, output);
+    }
     if args.stages {
         return list(output);
     }

@@ -5,6 +5,7 @@ pub(crate) mod embed;
 pub(crate) mod emit;
 pub(crate) mod explain;
 pub(crate) mod expr;
+pub(crate) mod gemm;
 pub(crate) mod inspect;
 pub(crate) mod machine;
 pub(crate) mod run;

@@ -10,16 +10,23 @@
 //!            +-- model         its estimated time (`model.rs`)
 //! ```
 //!
-//! No tuning is needed: the model picks. A tuner measures the first candidates instead.
+//! No tuning is needed: the model picks ([`plan_untuned`]). A tuner searches the whole space ([`choices`]) by measuring,
+//! and leaves a record (`record.rs`), which [`plan`] takes before the model's word.
 
 mod model;
 mod plan;
 mod problem;
 mod program;
+mod record;
 mod space;
 
 pub use model::estimate_us;
-pub use plan::{Candidate, Place, Step, plan};
+pub use plan::{
+    Candidate, Choice, Place, Step, candidate, choices, estimate_choice, picked, plan_untuned,
+};
 pub use problem::{Precision, Problem};
 pub use program::{Epilogue, GemmSpec, Math, Order};
+pub use record::{
+    Device, FORMAT, Key, Knobs, Planned, Record, Records, Source, code_of, plan, plan_with, slug,
+};
 pub use space::space;

@@ -5,7 +5,7 @@
 //! second-level cache that fills the stage, and the load latency spread over the stages in flight. With
 //! ping-pong, one consumer's epilogue hides behind the other's products. Device memory bounds the whole.
 
-use tilewright_lower_gpu::{GpuSchedule, Mode};
+use tilewright_lower_gpu::{GpuSchedule, Mode, StoreKind};
 use tilewright_target::Gpu;
 
 /// Sizes of a product as the model sees it.
@@ -21,6 +21,10 @@ pub(crate) struct Shape {
     pub(crate) products: i64,
     pub(crate) operand_bytes: i64,
     pub(crate) result_bytes: i64,
+    /// Whether every line of `A`, of `B` begins at a cache line.
+    pub(crate) lines_aligned: (bool, bool),
+    /// Neighbours in memory are in one column of the result, not in one row.
+    pub(crate) column_major: bool,
 }
 
 fn ceil(a: i64, b: i64) -> i64 {
@@ -36,7 +40,18 @@ pub fn estimate_us(
     result_bytes: i64,
 ) -> f64 {
     let (m, n, k) = sizes;
-    let shape = Shape { m, n, k, batch: 1, splits: 1, products: 1, operand_bytes, result_bytes };
+    let shape = Shape {
+        m,
+        n,
+        k,
+        batch: 1,
+        splits: 1,
+        products: 1,
+        operand_bytes,
+        result_bytes,
+        lines_aligned: (true, true),
+        column_major: false,
+    };
     estimate(gpu, schedule, &shape)
 }
 
@@ -81,12 +96,28 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         let saved = cluster as f64 * p.multicast_saving + (1.0 - p.multicast_saving);
         if s.cluster_axis == 0 { bytes_b /= saved } else { bytes_a /= saved }
     }
+    // Rows of a box that begin inside a cache line touch one more.
+    if !shape.lines_aligned.0 {
+        bytes_a *= p.unaligned_factor;
+    }
+    if !shape.lines_aligned.1 {
+        bytes_b *= p.unaligned_factor;
+    }
     let fill = (bytes_a + bytes_b) / p.l2_bytes_per_clock * (active / f64::from(gpu.sms)).max(1.0);
-    let latency = p.load_latency_clocks / f64::from(s.stages);
+    // While one stage is read, the others are on their way.
+    let latency = p.load_latency_clocks / f64::from((s.stages - 1).max(1));
     let step = compute.max(fill).max(latency) + p.load_share * (fill + latency);
     let loop_clocks = steps * step;
     let result = if shape.splits > 1 { 4.0 } else { shape.result_bytes as f64 };
-    let epilogue = p.epilogue_clocks + (bm * bn) as f64 * result / p.epilogue_bytes_per_clock;
+    let stored = match s.store {
+        StoreKind::Tma => (bm * bn) as f64 * result / p.epilogue_bytes_per_clock,
+        // A warp's store touches a sector per row (of 8) or per column (of 4) of its fragment.
+        _ => {
+            let elements = if shape.column_major { 8.0 } else { 4.0 * f64::from(s.vector) };
+            (bm * bn) as f64 / elements * p.direct_sector_clocks
+        }
+    };
+    let epilogue = p.epilogue_clocks + stored;
     let clocks = match s.mode {
         Mode::Cooperative => per_block * (loop_clocks + epilogue),
         Mode::PingPong => per_block * loop_clocks.max((loop_clocks + epilogue) / 2.0) + epilogue,
@@ -104,10 +135,28 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         * bk as f64
         * size;
     let slow = (p.stream_bytes_in_flight / in_flight.max(1.0)).max(1.0);
-    let memory = (bytes / p.stream_bytes_per_s * 1e6 + p.launch_us + p.stream_start_us) * slow;
-    // The shorter of the two counts a little, so that among schedules that memory bounds the lighter one is
-    // taken; walking order is a matter for measurement.
-    busy.max(memory) + 1e-3 * busy.min(memory) + 1e-6 * (f64::from(s.raster) - 8.0).abs()
+    let waiting = if cluster > 1 { p.cluster_memory_factor } else { 1.0 };
+    // Operands are read again by every tile that needs them: from the second-level cache, but not for nothing.
+    let useful = |tile: i64, extent: i64| tile.min(extent) as f64 / tile as f64;
+    let loaded = (bytes_a * useful(bm, shape.m) + bytes_b * useful(bn, shape.n))
+        * steps
+        * (items * cluster) as f64;
+    let again = (loaded - operands * shape.batch as f64).max(0.0);
+    let stream = (bytes * waiting + p.reread_share * again) / p.stream_bytes_per_s * 1e6;
+    let memory = (stream + p.launch_us + p.stream_start_us) * slow;
+    // What the blocks that run at once read together: as many columns of one raster as there are blocks, and further
+    // rasters when there are fewer columns.
+    let together = items.min(slots);
+    let rows = tiles_m.min(i64::from(s.raster)).max(1);
+    let cols = ceil(together, rows).min(tiles_n).max(1);
+    let rows = ceil(together, cols).min(tiles_m).max(1);
+    let (along_m, along_n) =
+        if s.cluster_axis == 0 { (cluster as f64, 1.0) } else { (1.0, cluster as f64) };
+    let read = rows as f64 * along_m * bm as f64 + cols as f64 * along_n * bn as f64;
+    let walked = read * shape.k as f64 * size * per_block / p.stream_bytes_per_s * 1e6;
+    // The shorter of the two counts a little: they overlap, but not wholly. The walk only contends with the rest.
+    let tie = 1e-6 * (f64::from(s.raster) - 8.0).abs();
+    busy.max(memory) + p.overlap_share * busy.min(memory) + p.walk_share * walked + tie
 }
 
 /// Microseconds of plain multiply-adds: the arithmetic units at full rate but for what each step of the depth

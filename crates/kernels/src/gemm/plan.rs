@@ -188,48 +188,97 @@ struct Ready {
     stride: i64,
 }
 
-/// A choice for one orientation, before its steps are made.
-struct Choice {
-    estimate_us: f64,
-    orientation: usize,
-    splits: i64,
-    schedule: GpuSchedule,
+/// A point of the space of a problem: how its product is run, before its steps are made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice {
+    /// By the time model.
+    pub estimate_us: f64,
+    /// The transposed product is computed: `C^T = B^T A^T`.
+    pub swapped: bool,
+    /// Parts of the depth that are summed apart.
+    pub splits: i64,
+    /// Of the product's step.
+    pub schedule: GpuSchedule,
 }
 
-/// Ways to compute `problem`, best first by the time model, at most `most` of them.
+/// Which part of the space is enumerated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    /// What the model judges well: parts of the depth only where there are few tiles.
+    Picker,
+    /// Every legal choice.
+    Whole,
+}
+
+/// Every legal choice for a problem, best first by the time model: what a tuner searches. None for an empty product.
+///
+/// # Errors
+/// The user's for impossible sizes.
+pub fn choices(problem: &Problem, gpu: &Gpu) -> Result<Vec<Choice>> {
+    ranked(problem, gpu, Extent::Whole)
+}
+
+/// The choice that the model alone would take, if its first candidate comes from the space.
+///
+/// # Errors
+/// As [`plan`].
+pub fn picked(problem: &Problem, gpu: &Gpu) -> Result<Option<Choice>> {
+    for choice in ranked(problem, gpu, Extent::Picker)? {
+        if candidate(problem, &choice)?.is_some() {
+            return Ok(Some(choice));
+        }
+    }
+    Ok(None)
+}
+
+/// The steps of a choice; none when the lowering, which has the last word, refuses it.
+///
+/// # Errors
+/// Bugs of the lowering.
+pub fn candidate(problem: &Problem, choice: &Choice) -> Result<Option<Candidate>> {
+    let candidate = build(problem, &orient(problem, choice.swapped), choice.clone())?;
+    match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
+        Ok(()) => Ok(Some(candidate)),
+        Err(e) if e.kind() == Kind::Unsupported => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn ranked(problem: &Problem, gpu: &Gpu, extent: Extent) -> Result<Vec<Choice>> {
+    problem.check()?;
+    let mut ranked = Vec::new();
+    if problem.m == 0 || problem.n == 0 || problem.k == 0 || problem.batch == 0 {
+        return Ok(ranked);
+    }
+    for swapped in [false, true] {
+        rank(problem, gpu, &orient(problem, swapped), extent, &mut ranked);
+    }
+    ranked.sort_by(|a, b| {
+        let key = |c: &Choice| (c.swapped, c.splits);
+        let time = a.estimate_us.total_cmp(&b.estimate_us);
+        time.then_with(|| key(a).cmp(&key(b))).then_with(|| a.schedule.cmp(&b.schedule))
+    });
+    Ok(ranked)
+}
+
+/// Ways to compute `problem`, best first by the time model alone, at most `most` of them.
 ///
 /// # Errors
 /// The user's for impossible sizes; unsupported when no kernel of the library fits.
-pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
+pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
     problem.check()?;
     if problem.m == 0 || problem.n == 0 || problem.batch == 0 {
         return Ok(vec![Candidate { steps: Vec::new(), workspace_bytes: 0, estimate_us: 0.0 }]);
     }
-    let orientations = [orient(problem, false), orient(problem, true)];
     if problem.k == 0 {
-        return Ok(vec![empty_sum(problem, gpu, &orientations[0])?]);
+        return Ok(vec![empty_sum(problem, gpu, &orient(problem, false))?]);
     }
-    let mut ranked = Vec::new();
-    for (index, o) in orientations.iter().enumerate() {
-        rank(problem, gpu, index, o, &mut ranked);
-    }
-    ranked.sort_by(|a, b| {
-        let key = |c: &Choice| (c.orientation, c.splits);
-        let time = a.estimate_us.total_cmp(&b.estimate_us);
-        time.then_with(|| key(a).cmp(&key(b))).then_with(|| a.schedule.cmp(&b.schedule))
-    });
     let mut out = Vec::new();
-    for choice in ranked {
+    for choice in ranked(problem, gpu, Extent::Picker)? {
         if out.len() >= most {
             break;
         }
-        let candidate = build(problem, &orientations[choice.orientation], choice)?;
-        // The space is a list of what should be legal; the lowering has the last word.
-        match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
-            Ok(()) => out.push(candidate),
-            Err(e) if e.kind() == Kind::Unsupported => {}
-            Err(e) => return Err(e),
-        }
+        out.extend(candidate(problem, &choice)?);
     }
     if out.is_empty() {
         return Err(Error::unsupported(format!("{} products of this form", problem.operand)));
@@ -252,103 +301,161 @@ fn needs_copy(p: &Problem, o: &Oriented, operand: usize) -> bool {
         || !addressable(p, size, pick(o.leading), pick(o.stride), pick(o.align))
 }
 
+/// Bytes of a line of the caches.
+const CACHE_LINE: i64 = 128;
+
+/// Elements of a line of a packed copy: long lines begin at cache lines, all of them at 16 bytes.
+fn packed_line(k: i64, size: i64) -> i64 {
+    let bytes = k * size;
+    let unit = if bytes >= 8 * CACHE_LINE { CACHE_LINE } else { 16 };
+    (bytes + unit - 1) / unit * unit / size
+}
+
 /// Time of adding up the parts of the depth; parts of this size stay in the second-level cache.
 fn sum_us(p: &Problem, gpu: &Gpu, o: &Oriented, splits: i64) -> f64 {
     let bytes = (o.m * o.n) as f64 * (4.0 * splits as f64 + p.result_bytes() as f64);
     bytes / (2.0 * gpu.copy_bytes_per_s) * 1e6 + EXTRA_LAUNCH_US
 }
 
-/// Scores every schedule of one orientation.
-fn rank(p: &Problem, gpu: &Gpu, index: usize, o: &Oriented, ranked: &mut Vec<Choice>) {
-    let size = p.operand_bytes();
-    if p.operand == DType::F32 && o.spec.math == Math::Exact {
-        // Plain multiply-adds read any layout.
+/// Whether a schedule walks its tiles in an order of its own: rasters as high as the result are one.
+fn walks_apart(s: &GpuSchedule, m: i64) -> bool {
+    let rows = s.tiles.get("BM").copied().unwrap_or(1);
+    let rows = if s.cluster_axis == 0 { rows * i64::from(s.cluster) } else { rows };
+    s.raster == 8 || (m + rows - 1) / rows > i64::from(s.raster.min(8))
+}
+
+/// What a schedule's estimate needs to know of one orientation of a problem.
+struct Scored<'a> {
+    problem: &'a Problem,
+    gpu: &'a Gpu,
+    o: &'a Oriented,
+    /// With the orders that preparation leaves.
+    spec: GemmSpec,
+    /// Time of preparation.
+    copies_us: f64,
+    shape: Shape,
+}
+
+impl<'a> Scored<'a> {
+    fn new(p: &'a Problem, gpu: &'a Gpu, o: &'a Oriented) -> Scored<'a> {
+        let size = p.operand_bytes();
+        let parts = if o.spec.math == Math::Tf32x3 { 2 } else { 1 };
+        let (mut spec, mut copies_us) = (o.spec.clone(), 0.0);
+        let mut aligned = [true; 2];
+        for (operand, lines) in [(0, o.m), (1, o.n)] {
+            let pick = |t: (i64, i64, i64)| if operand == 0 { t.0 } else { t.1 };
+            let mut leading = pick(o.leading);
+            let (mut stride, mut align) = (pick(o.stride), pick(o.align));
+            if needs_copy(p, o, operand) {
+                let bytes = (lines * p.k * p.batch * size * (1 + parts)) as f64;
+                copies_us += bytes / gpu.copy_bytes_per_s * 1e6 + EXTRA_LAUNCH_US;
+                if operand == 0 {
+                    spec.a = Order::Row
+                } else {
+                    spec.b = Order::Col
+                }
+                leading = packed_line(p.k, size);
+                (stride, align) = (leading * lines, CACHE_LINE);
+            }
+            aligned[operand] = leading * size % CACHE_LINE == 0
+                && align % CACHE_LINE == 0
+                && (p.batch == 1 || stride * size % CACHE_LINE == 0);
+        }
         let shape = Shape {
             m: o.m,
             n: o.n,
             k: p.k,
             batch: p.batch,
             splits: 1,
-            products: 1,
+            products: if parts == 2 { 3 } else { 1 },
             operand_bytes: size,
             result_bytes: p.result_bytes(),
+            lines_aligned: (aligned[0], aligned[1]),
+            column_major: o.spec.c == Order::Col,
         };
+        Scored { problem: p, gpu, o, spec, copies_us, shape }
+    }
+
+    /// Whether plain multiply-adds are used, which read any layout.
+    fn is_plain(&self) -> bool {
+        self.problem.operand == DType::F32 && self.o.spec.math == Math::Exact
+    }
+
+    fn estimate_us(&self, schedule: &GpuSchedule, splits: i64) -> f64 {
+        let shape = Shape { splits, ..self.shape };
+        let product = if self.is_plain() {
+            estimate_multiply_add(self.gpu, schedule, &shape)
+        } else {
+            estimate(self.gpu, schedule, &shape) + self.copies_us
+        };
+        let sum = if splits > 1 { sum_us(self.problem, self.gpu, self.o, splits) } else { 0.0 };
+        product + sum
+    }
+}
+
+/// Time of a choice by the model of another machine (or with other constants).
+pub fn estimate_choice(problem: &Problem, gpu: &Gpu, choice: &Choice) -> f64 {
+    let o = orient(problem, choice.swapped);
+    Scored::new(problem, gpu, &o).estimate_us(&choice.schedule, choice.splits)
+}
+
+/// Scores every schedule of one orientation.
+fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<Choice>) {
+    let scored = Scored::new(p, gpu, o);
+    let swapped = o.swapped;
+    let mut add = |splits: i64, schedule: GpuSchedule| {
+        let estimate_us = scored.estimate_us(&schedule, splits);
+        ranked.push(Choice { estimate_us, swapped, splits, schedule });
+    };
+    let tile = |s: &GpuSchedule, name: &str| s.tiles.get(name).copied().unwrap_or(1);
+    let tiles_of = |s: &GpuSchedule| {
+        let (bm, bn) = (tile(s, "BM"), tile(s, "BN"));
+        ((o.m + bm - 1) / bm) * ((o.n + bn - 1) / bn)
+    };
+    let steps_of = |s: &GpuSchedule| (p.k + tile(s, "BK") - 1) / tile(s, "BK");
+    if scored.is_plain() {
         for schedule in multiply_add_space(access_vector(p, o)) {
-            let estimate_us = estimate_multiply_add(gpu, &schedule, &shape);
-            let tile = |name: &str| schedule.tiles.get(name).copied().unwrap_or(1);
-            let tiles =
-                ((o.m + tile("BM") - 1) / tile("BM")) * ((o.n + tile("BN") - 1) / tile("BN"));
-            let steps = (p.k + tile("BK") - 1) / tile("BK");
             for splits in SPLITS {
-                let few = tiles * splits <= 4 * i64::from(gpu.sms);
-                if p.batch != 1 || splits * 8 > steps || !few {
+                let few = tiles_of(&schedule) * splits <= 4 * i64::from(gpu.sms);
+                if p.batch != 1 || splits * 8 > steps_of(&schedule) || !few {
                     break;
                 }
-                let part = Shape { splits, ..shape };
-                let estimate_us =
-                    estimate_multiply_add(gpu, &schedule, &part) + sum_us(p, gpu, o, splits);
-                let schedule = schedule.clone();
-                ranked.push(Choice { estimate_us, orientation: index, splits, schedule });
+                add(splits, schedule.clone());
             }
-            ranked.push(Choice { estimate_us, orientation: index, splits: 1, schedule });
+            add(1, schedule);
         }
         return;
     }
-    let parts = if o.spec.math == Math::Tf32x3 { 2 } else { 1 };
-    let mut copies_us = 0.0;
-    let mut spec = o.spec.clone();
-    for (operand, elements) in [(0, o.m * p.k), (1, o.n * p.k)] {
-        if needs_copy(p, o, operand) {
-            let bytes = (elements * p.batch * size * (1 + parts)) as f64;
-            copies_us += bytes / gpu.copy_bytes_per_s * 1e6 + EXTRA_LAUNCH_US;
-            if operand == 0 { spec.a = Order::Row } else { spec.b = Order::Col }
-        }
-    }
     let store = if stores_by_engine(p, o) { StoreKind::Tma } else { StoreKind::Direct };
-    let shape = |splits| Shape {
-        m: o.m,
-        n: o.n,
-        k: p.k,
-        batch: p.batch,
-        splits,
-        products: if parts == 2 { 3 } else { 1 },
-        operand_bytes: size,
-        result_bytes: p.result_bytes(),
-    };
-    let mut add = |splits: i64, schedule: GpuSchedule, more_us: f64| {
-        let estimate_us = estimate(gpu, &schedule, &shape(splits)) + copies_us + more_us;
-        ranked.push(Choice { estimate_us, orientation: index, splits, schedule });
-    };
-    // Other rasters than the middle one are for the tuner: the model does not tell them apart.
-    for schedule in space(&spec, store, result_vector(p, o)) {
-        if schedule.raster == 8 {
-            add(1, schedule, 0.0);
+    for schedule in space(&scored.spec, store, result_vector(p, o)) {
+        if walks_apart(&schedule, o.m) {
+            add(1, schedule);
         }
     }
     if p.batch != 1 {
         return;
     }
-    let mut partial = spec.clone();
-    partial.result = spec.sum;
-    let line = if spec.c == Order::Row { o.n } else { o.m };
+    let mut partial = scored.spec.clone();
+    partial.result = scored.spec.sum;
+    let line = if partial.c == Order::Row { o.n } else { o.m };
     let store = if line % 4 == 0 { StoreKind::Tma } else { StoreKind::Direct };
     for schedule in space(&partial, store, 1) {
-        let tile = |name: &str| schedule.tiles.get(name).copied().unwrap_or(1);
-        let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
-        let tiles = ((o.m + bm - 1) / bm) * ((o.n + bn - 1) / bn);
-        let steps = (p.k + bk - 1) / bk;
-        if schedule.raster != 8
-            || tiles * 2 > i64::from(gpu.sms)
-            || schedule.mode != tilewright_lower_gpu::Mode::Cooperative
-        {
+        let tiles = tiles_of(&schedule);
+        let cooperative = schedule.mode == tilewright_lower_gpu::Mode::Cooperative;
+        let takes = match extent {
+            Extent::Picker => tiles * 2 <= i64::from(gpu.sms) && cooperative,
+            Extent::Whole => true,
+        };
+        // Parts of few rows of tiles have nothing to walk.
+        if schedule.raster != 8 || !takes {
             continue;
         }
         for splits in SPLITS {
             // Every part has at least four steps.
-            if splits * 4 > steps || tiles * splits > 2 * i64::from(gpu.sms) {
+            if splits * 4 > steps_of(&schedule) || tiles * splits > 2 * i64::from(gpu.sms) {
                 break;
             }
-            add(splits, schedule.clone(), sum_us(p, gpu, o, splits));
+            add(splits, schedule.clone());
         }
     }
 }
@@ -382,10 +489,10 @@ fn prepare(
     }
     let size = p.operand_bytes();
     let parts = o.spec.math == Math::Tf32x3;
-    // Depth contiguous, lines padded to 16 bytes.
+    // Depth contiguous, lines padded.
     let (rows, cols, to) =
         if operand == 0 { (o.m, p.k, Order::Row) } else { (p.k, o.n, Order::Col) };
-    let padded = (p.k * size + 15) / 16 * 16 / size;
+    let padded = packed_line(p.k, size);
     let matrix = padded * if operand == 0 { o.m } else { o.n };
     let bytes = matrix * p.batch * size;
     let high = workspace.take(bytes);
