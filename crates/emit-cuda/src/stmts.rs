@@ -845,6 +845,7 @@ impl<'a> Printer<'a> {
             Spread::Wgmma | Spread::MmaSync { warps_n: 1, .. } => {
                 Some("tw::across_lanes<4>(x, combine)".to_owned())
             }
+            Spread::Outer { threads_n: 4, .. } => Some("tw::across_outer(x, combine)".to_owned()),
             Spread::Lines { lanes: 1, .. } => None,
             Spread::Lines { lanes, .. } if lanes <= 32 => {
                 Some(format!("tw::across_lanes<{lanes}>(x, combine)"))

@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::DType;
+use tilewright_device::Arch;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, orders, run};
 use tilewright_kernels::attention::{AttentionSpec, Causal, MaskKind};
 use tilewright_layout::Env;
-use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
+use tilewright_lower_gpu::{GpuSchedule, ProductKind, StoreKind, lower};
 use tilewright_tile::Schedule;
 
 /// A small attention and its schedule.
@@ -47,7 +48,7 @@ fn cases() -> Vec<Case> {
     let mut add = |name, spec, schedule, sizes| out.push(Case { name, spec, schedule, sizes });
     let bf16 = spec(DType::BF16, 32);
     add("plain", bf16.clone(), tiles(1, 32), [1, 2, 70, 100]);
-    let turns = GpuSchedule { turns: true, dependent: true, ..tiles(2, 32) };
+    let turns = GpuSchedule { turns: true, serpentine: true, dependent: true, ..tiles(2, 32) };
     add("two in turns", bf16.clone(), turns.clone(), [1, 1, 200, 96]);
     add("one block of keys", bf16.clone(), turns.clone(), [1, 1, 130, 1]);
     let causal = AttentionSpec { causal: Causal::EndTogether, lse: true, ..bf16.clone() };
@@ -65,7 +66,33 @@ fn cases() -> Vec<Case> {
     let direct = GpuSchedule { store: StoreKind::Direct, persistent: false, ..tiles(1, 32) };
     let wide = AttentionSpec { width: 64, scale: -0.5, ..bf16 };
     add("direct stores, wide values", wide, direct, [1, 1, 65, 33]);
+    pipelined_cases(&mut add);
     out
+}
+
+/// Without the copy engine: `mma.sync` and plain multiply-adds.
+fn pipelined_cases(add: &mut dyn FnMut(&'static str, AttentionSpec, GpuSchedule, [i64; 4])) {
+    let pipelined = |arch, product, (bq, bt), vector| {
+        let plain = GpuSchedule::pipelined(arch, product, (2, 1), &[("BQ", bq), ("BT", bt)]);
+        GpuSchedule { vector, stages: 2, raster: 1, ..plain }
+    };
+    let mma = pipelined(Arch::Sm80, ProductKind::MmaSync, (32, 32), 8);
+    let bf16 = AttentionSpec { lse: true, ..spec(DType::BF16, 32) };
+    add("mma", bf16.clone(), mma.clone(), [1, 2, 50, 70]);
+    let causal = AttentionSpec { causal: Causal::EndTogether, ..bf16 };
+    let three = GpuSchedule { stages: 3, vector: 1, persistent: true, ..mma.clone() };
+    add("mma causal", causal, three, [1, 1, 70, 75]);
+    let odd = spec(DType::F16, 21);
+    add("mma odd depth", odd, GpuSchedule { vector: 1, ..mma }, [1, 1, 33, 40]);
+    let f32s = spec(DType::F32, 32);
+    let fma = pipelined(Arch::Sm80, ProductKind::Fma, (32, 32), 4);
+    add("fma", f32s.clone(), fma.clone(), [1, 2, 40, 50]);
+    let mask = Some((MaskKind::Add, DType::F32, true));
+    let masked = AttentionSpec { mask, causal: Causal::EndTogether, ..f32s.clone() };
+    add("fma mask", masked, GpuSchedule { vector: 1, ..fma }, [1, 2, 40, 50]);
+    let tf32 = AttentionSpec { tf32: true, ..f32s };
+    let mma = pipelined(Arch::Sm80, ProductKind::MmaSync, (32, 32), 4);
+    add("mma tf32", tf32, mma, [1, 1, 40, 50]);
 }
 
 fn sizes(case: &Case) -> Env {
@@ -96,7 +123,7 @@ fn sizes(case: &Case) -> Env {
         put(&format!("{name}s"), row);
     }
     if let Some((_, _, by_row)) = case.spec.mask {
-        let line = (keys + 1) / 2 * 2;
+        let line = (keys + 7) / 8 * 8;
         let rows = if by_row { rows } else { 1 };
         put("mb", rows * line);
         put("mh", 0);

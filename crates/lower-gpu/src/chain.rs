@@ -323,7 +323,7 @@ fn allocate(b: &mut Builder<'_>, body: &For, chain: &mut Chain) -> Result<()> {
         match shape[..] {
             [_, cols] => Ok((Extent::Tile, cols)),
             // The spread of a tile of any width will do.
-            [_] => Ok((Extent::PerRow, 8)),
+            [_] => Ok((Extent::PerRow, 16)),
             _ => Err(Error::unsupported("register tiles of other than one or two axes")),
         }
     };

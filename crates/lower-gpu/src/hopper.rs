@@ -114,6 +114,9 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             "staged stores of warp-specialised kernels: use the copy engine",
         ));
     }
+    if schedule.serpentine {
+        return Err(Error::unsupported("serpentine order of plain products"));
+    }
     if schedule.mode == Mode::PingPong && (consumers != 2 || !schedule.persistent) {
         return Err(Error::unsupported("ping-pong needs two consumers and a persistent grid"));
     }
@@ -295,7 +298,29 @@ pub(crate) fn over_items(
     body: Vec<Stmt>,
 ) -> Vec<Stmt> {
     let item: Arc<str> = "item".into();
-    if schedule.persistent {
+    if schedule.persistent && schedule.serpentine {
+        // Round r takes r*step + start, and in odd rounds from the other end.
+        let name: Arc<str> = "items".into();
+        let round = Dim::sym("round");
+        let back = (step.clone() - &Dim::new(1) - &start - &start) * &round.modulo(&Dim::new(2));
+        let value = round * &step + &start + &back;
+        let rounds = Dim::sym(name.clone()).ceil_div(&step);
+        let cond =
+            Cond { lhs: Dim::sym(item.clone()), compare: Compare::Lt, rhs: Dim::sym(name.clone()) };
+        vec![
+            Stmt::Let { name, value: items.clone() },
+            Stmt::For {
+                var: "round".into(),
+                lo: Dim::new(0),
+                hi: rounds,
+                step: Dim::new(1),
+                body: vec![
+                    Stmt::Let { name: item, value },
+                    Stmt::If { cond, then: body, otherwise: Vec::new() },
+                ],
+            },
+        ]
+    } else if schedule.persistent {
         let name: Arc<str> = "items".into();
         vec![
             Stmt::Let { name: name.clone(), value: items.clone() },

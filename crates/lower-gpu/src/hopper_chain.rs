@@ -455,7 +455,7 @@ fn release(feed: &Feed) -> Vec<Stmt> {
     ]
 }
 
-fn frag_of(chain: &Chain, tile: TileId) -> Result<FragRef> {
+pub(crate) fn frag_of(chain: &Chain, tile: TileId) -> Result<FragRef> {
     match chain.frags.get(&tile) {
         Some(frag) => Ok(whole(*frag)),
         None => Err(Error::bug("a register tile without a fragment")),

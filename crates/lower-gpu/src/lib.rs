@@ -12,6 +12,7 @@
 //! loop that loads tiles and multiplies them. Programs without a product go to `lines.rs`.
 
 mod ampere;
+mod ampere_chain;
 mod axes;
 mod chain;
 mod epilogue;
@@ -44,6 +45,9 @@ pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     match schedule.product {
         ProductKind::Wgmma if chained => hopper_chain::lower(&kernel, schedule),
         ProductKind::Wgmma => hopper::lower(&kernel, schedule),
+        ProductKind::MmaSync | ProductKind::Fma if chained => {
+            ampere_chain::lower(&kernel, schedule)
+        }
         ProductKind::MmaSync | ProductKind::Fma => ampere::lower(&kernel, schedule),
     }
 }

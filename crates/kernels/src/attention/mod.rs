@@ -28,4 +28,4 @@ mod space;
 pub use plan::{Candidate, Place, Step, plan};
 pub use problem::{Mask, MaskKind, Problem, Strides};
 pub use program::{AttentionSpec, Causal};
-pub use space::space;
+pub use space::{Access, space};

@@ -1,7 +1,7 @@
 //! From a problem to steps.
 
 use crate::attention::problem::{Problem, Strides};
-use crate::attention::space::space;
+use crate::attention::space::{Access, space};
 use tilewright_base::{Error, Kind, Result};
 use tilewright_device::Arch;
 use tilewright_layout::Env;
@@ -77,11 +77,10 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
     }
     let spec = problem.spec()?;
     let kernel = spec.program("attention");
-    let mut ranked: Vec<(f64, GpuSchedule)> =
-        space(&spec, arch(gpu), addressable(problem), vector(problem))
-            .into_iter()
-            .map(|s| (estimate_us(problem, gpu, &s), s))
-            .collect();
+    let mut ranked: Vec<(f64, GpuSchedule)> = space(&spec, arch(gpu), &access(problem))
+        .into_iter()
+        .map(|s| (estimate_us(problem, gpu, &s), s))
+        .collect();
     ranked.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
     let mut out = Vec::new();
     for (estimate_us, schedule) in ranked {
@@ -110,6 +109,11 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
     Ok(out)
 }
 
+/// How memory can be reached.
+fn access(p: &Problem) -> Access {
+    Access { engine: addressable(p), vector: vector(p), mask_vector: mask_vector(p).min(2) as u32 }
+}
+
 /// Whether the copy engine can address all tensors: 16-byte addresses, lines and ends of lines.
 fn addressable(p: &Problem) -> bool {
     let (size, result) = (p.operand_bytes(), i64::from(p.result.bits()) / 8);
@@ -133,8 +137,19 @@ fn vector(p: &Problem) -> u32 {
             [s.batch, s.head, s.row, *extent].iter().all(|x| x % n == 0) && align % (n * size) == 0
         })
     };
-    let most = 16 / p.operand_bytes();
+    let most = (16 / p.operand_bytes()).min(mask_vector(p));
     [8, 4, 2].into_iter().filter(|n| *n <= most).find(fits).map_or(1, |n| n as u32)
+}
+
+/// Elements of one plain access to the mask; many without one.
+fn mask_vector(p: &Problem) -> i64 {
+    let Some(mask) = &p.mask else { return 16 };
+    let size = i64::from(mask.dtype.bits()) / 8;
+    let (s, keys) = (&mask.strides, p.kv_len);
+    let fits = |n: &i64| {
+        [s.batch, s.head, s.row, keys].iter().all(|x| x % n == 0) && mask.align % (n * size) == 0
+    };
+    [8, 4, 2].into_iter().find(fits).unwrap_or(1)
 }
 
 /// Microseconds under a schedule: blocks of queries in whole waves, each at the pace of the products, and what

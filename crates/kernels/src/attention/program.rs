@@ -188,8 +188,8 @@ impl AttentionSpec {
         let (t, carried) = k.begin_for("t", Dim::new(0), end.ceil_div(&bt), &[max, sum, acc]);
         let t0 = t * &bt;
         let k_tile = matrix(&mut k, kk, &kv_head, &t0, &bt, &dk);
-        let k_tile = rounded(&mut k, k_tile);
         let k_tile = k.permute(k_tile, &[1, 0]);
+        let k_tile = rounded(&mut k, k_tile);
         let v_tile = matrix(&mut k, v, &kv_head, &t0, &bt, &dv);
         let v_tile = rounded(&mut k, v_tile);
         let zero = k.full(Value::Float(0.0), f32_tile(&[&bq, &bt]));

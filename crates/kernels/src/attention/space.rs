@@ -7,19 +7,29 @@ use tilewright_lower_gpu::{GpuSchedule, ProductKind, StoreKind};
 /// Shared memory that a block may use on Hopper, less what barriers take.
 const SMEM_BYTES: i64 = (227 << 10) - 512;
 
-/// Every legal schedule of `spec` on an architecture. `engine`: the copy engine can address all tensors;
-/// `vector`: elements that one plain access may take.
-pub fn space(spec: &AttentionSpec, arch: Arch, engine: bool, vector: u32) -> Vec<GpuSchedule> {
+/// How the tensors of a problem can be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// The copy engine can address queries, keys, values and results.
+    pub engine: bool,
+    /// Elements that one plain access may take, to any tensor.
+    pub vector: u32,
+    /// Elements that one plain access to the mask may take.
+    pub mask_vector: u32,
+}
+
+/// Every legal schedule of `spec` on an architecture.
+pub fn space(spec: &AttentionSpec, arch: Arch, access: &Access) -> Vec<GpuSchedule> {
     let mut out = Vec::new();
-    if arch >= Arch::Sm90a && engine && spec.dtype.bits() == 16 {
-        out.extend(warp_specialised(spec));
+    if arch >= Arch::Sm90a && access.engine && spec.dtype.bits() == 16 {
+        out.extend(warp_specialised(spec, access.mask_vector));
     }
-    out.extend(pipelined(spec, arch, vector));
+    out.extend(pipelined(spec, arch, access.vector));
     out
 }
 
 /// A producer and consumers with `wgmma`.
-fn warp_specialised(spec: &AttentionSpec) -> Vec<GpuSchedule> {
+fn warp_specialised(spec: &AttentionSpec, mask_vector: u32) -> Vec<GpuSchedule> {
     let size = i64::from(spec.dtype.bits()) / 8;
     let result = i64::from(spec.result.bits()) / 8;
     let (dk, dv) = spec.depths();
@@ -28,7 +38,7 @@ fn warp_specialised(spec: &AttentionSpec) -> Vec<GpuSchedule> {
         let bq = 64 * consumers;
         // Registers of a thread: results, scores and their 16-bit copies, and 40 for the rest.
         let budget = if consumers == 3 { 160 } else { 240 };
-        for bt in [192, 176, 160, 128, 96, 80, 64, 48, 32] {
+        for bt in [192, 176, 160, 128, 112, 96, 80, 64, 48, 32] {
             let masked = if spec.mask.is_some() { bt / 4 } else { 0 };
             let registers = dv / 2 + bt / 2 + bt / 4 + masked + 40;
             if registers > budget {
@@ -56,7 +66,8 @@ fn warp_specialised(spec: &AttentionSpec) -> Vec<GpuSchedule> {
                     s.dependent = true;
                     s.store = StoreKind::Tma;
                     s.store_slots = slots as u32;
-                    s.vector = 2;
+                    s.vector = mask_vector;
+                    s.serpentine = true;
                     out.push(s);
                 }
                 break;
