@@ -194,3 +194,72 @@ fn scheduled_attention_computes_what_the_tile_program_says() {
         }
     }
 }
+
+/// Keys in three parts, of which the last is short (or hidden), and what adds them up, both as device programs.
+#[test]
+fn parts_add_up() {
+    for causal in [Causal::No, Causal::EndTogether] {
+        let spec = AttentionSpec { causal, lse: true, ..spec(DType::F32, 32) };
+        let case = Case {
+            name: "parts",
+            spec: spec.clone(),
+            schedule: GpuSchedule {
+                stages: 2,
+                raster: 1,
+                ..GpuSchedule::pipelined(
+                    Arch::Sm80,
+                    ProductKind::Fma,
+                    (2, 1),
+                    &[("BQ", 32), ("BT", 32)],
+                )
+            },
+            sizes: [2, 2, 40, 150],
+        };
+        let mut env = sizes(&case);
+        env.insert(Arc::from("N"), 3);
+        env.insert(Arc::from("part"), 2);
+        let options = Options { mode: Mode::F64, ..Options::default() };
+        let by_name = |kernel: &tilewright_tile::Kernel, name: &str| {
+            kernel.params.iter().position(|(_, p)| &*p.name == name).unwrap()
+        };
+
+        let whole = spec.program("attention");
+        let mut expected = buffers(&whole, &env);
+        let schedule = Schedule {
+            tiles: case.schedule.tiles.clone().into_iter().collect::<BTreeMap<_, _>>(),
+            ..Schedule::default()
+        };
+        tilewright_interp::tile::run(&whole, &schedule, &env, &mut expected, Mode::F64).unwrap();
+
+        let part = spec.part_program("part");
+        tilewright_tile::verify(&part).unwrap();
+        let program = lower(&part, &case.schedule).unwrap();
+        tilewright_device::verify(&program).unwrap();
+        let mut partial = buffers(&part, &env);
+        run(&program, &env, &mut partial, &options).unwrap();
+
+        let combine = spec.combine_program("combine");
+        tilewright_tile::verify(&combine).unwrap();
+        let size = |name: &str| env.get(name).copied();
+        let lines = GpuSchedule::lines_for(&combine, Arch::Sm80, &size).unwrap().unwrap();
+        let program = lower(&combine, &lines).unwrap();
+        tilewright_device::verify(&program).unwrap();
+        check(&program, std::slice::from_ref(&env), &[1]).unwrap();
+        let mut got = buffers(&combine, &env);
+        for name in ["P", "M", "L"] {
+            got[by_name(&combine, name)] = partial[by_name(&part, name)].clone();
+        }
+        run(&program, &env, &mut got, &options).unwrap();
+        for name in ["O", "lse"] {
+            let (have, want) = (&got[by_name(&combine, name)], &expected[by_name(&whole, name)]);
+            for i in 0..want.len() / 4 {
+                let read = |b: &[u8]| tilewright_data::read_f64(DType::F32, b, i);
+                let (have, want) = (read(have), read(want));
+                assert!(
+                    (have - want).abs() <= 1e-6 * (1.0 + want.abs()),
+                    "{name}[{i}]: {have}, not {want}"
+                );
+            }
+        }
+    }
+}

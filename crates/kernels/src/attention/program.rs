@@ -81,6 +81,16 @@ fn exp2(f: &mut FuncBuilder, x: tilewright_expr::ExprId) -> tilewright_expr::Exp
     f.op(Op::Select, &[below, zero, power])
 }
 
+/// Sums, maxima and weights of the parts: `P`, `M`, `L`.
+fn parts(k: &mut KernelBuilder, width: i64, access: Access) -> (ParamId, ParamId, ParamId) {
+    let rows = ["N", "B", "H", "S"].map(Dim::sym);
+    let plane = [rows.as_slice(), &[Dim::new(width)]].concat();
+    let p = k.param("P", DType::F32, Layout::row_major(&plane), access);
+    let m = k.param("M", DType::F32, Layout::row_major(&rows), access);
+    let l = k.param("L", DType::F32, Layout::row_major(&rows), access);
+    (p, m, l)
+}
+
 /// Extent of a tile along a depth: whole instructions, and lines of at least 64 bytes where the depth has
 /// them.
 pub(crate) fn padded(depth: i64, dtype: DType) -> i64 {
@@ -96,12 +106,29 @@ impl AttentionSpec {
 
     /// The tile program, with tile sizes `BQ` and `BT`.
     pub fn program(&self, name: &str) -> Kernel {
+        self.build(name, false)
+    }
+
+    /// The program of keys in parts: part `ps` of `N` takes `part` blocks of keys and stores its sums to
+    /// `P[ps]`, a tensor `[N, B, H, S, width]`, and each row's maximum and sum of weights to `M[ps]` and
+    /// `L[ps]`. [`AttentionSpec::combine_program`] adds the parts up, always in the same order.
+    pub fn part_program(&self, name: &str) -> Kernel {
+        self.build(name, true)
+    }
+
+    fn build(&self, name: &str, split: bool) -> Kernel {
         let mut k = KernelBuilder::new(name);
         let mut sizes = vec!["B", "H", "G", "R", "S", "T"];
+        if split {
+            sizes.extend(["N", "part"]);
+        }
         if self.causal == Causal::Ahead {
             sizes.push("ahead");
         }
-        sizes.extend(["qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs", "ob", "oh", "os"]);
+        sizes.extend(["qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"]);
+        if !split {
+            sizes.extend(["ob", "oh", "os"]);
+        }
         if self.mask.is_some() {
             sizes.extend(["mb", "mh", "ms"]);
         }
@@ -140,12 +167,18 @@ impl AttentionSpec {
             param(&mut k, "mask", dtype, extents, ["mb", "mh", "ms"], Access::In)
         });
         let o = [sym("B"), sym("H"), rows.clone(), width];
-        let o = param(&mut k, "O", self.result, o, ["ob", "oh", "os"], Access::Out);
-        let lse = self.lse.then(|| {
+        let (o, sums) = if split {
+            let (p, m, l) = parts(&mut k, self.part_width(), Access::Out);
+            (p, Some((m, l)))
+        } else {
+            (param(&mut k, "O", self.result, o, ["ob", "oh", "os"], Access::Out), None)
+        };
+        let lse = (self.lse && !split).then(|| {
             let layout = Layout::row_major(&[sym("B"), sym("H"), rows.clone()]);
             k.param("lse", DType::F32, layout, Access::Out)
         });
 
+        let piece = split.then(|| k.grid("ps", sym("N")));
         let (b, h) = (k.grid("pb", sym("B")), k.grid("ph", sym("H")));
         let blocks = rows.ceil_div(&bq);
         let p = k.grid("pq", blocks.clone());
@@ -185,7 +218,15 @@ impl AttentionSpec {
             Causal::No => keys.clone(),
             _ => keys.min_with(&(q0.clone() + &bq + &ahead)),
         };
-        let (t, carried) = k.begin_for("t", Dim::new(0), end.ceil_div(&bt), &[max, sum, acc]);
+        let blocks = end.ceil_div(&bt);
+        let (lo, hi) = match &piece {
+            Some(piece) => {
+                let lo = piece.clone() * &sym("part");
+                (lo.clone(), blocks.min_with(&(lo + &sym("part"))))
+            }
+            None => (Dim::new(0), blocks),
+        };
+        let (t, carried) = k.begin_for("t", lo, hi, &[max, sum, acc]);
         let t0 = t * &bt;
         let k_tile = matrix(&mut k, kk, &kv_head, &t0, &bt, &dk);
         let k_tile = k.permute(k_tile, &[1, 0]);
@@ -236,12 +277,21 @@ impl AttentionSpec {
         };
         let new_acc = k.mma(scaled, weights, v_tile, None);
         let results = k.end_for(&[new_max, new_sum, new_acc]);
-        let divide = func(&[DType::F32; 2], |f, a| {
-            let y = f.op(Op::Div, &[a[0], a[1]]);
-            f.cast(y, self.result)
-        });
+        if let (Some(piece), Some((m, l))) = (piece, sums) {
+            let one = || Dim::new(1);
+            let out = k.reshape(results[2], vec![one(), one(), one(), bq.clone(), dv]);
+            let at = |last: Vec<Dim>| {
+                [vec![piece.clone(), b.clone(), h.clone(), q0.clone()], last].concat()
+            };
+            k.store(o, at(vec![Dim::new(0)]), out);
+            for (param, tile) in [(m, results[0]), (l, results[1])] {
+                let tile = k.reshape(tile, vec![one(), one(), one(), bq.clone()]);
+                k.store(param, at(Vec::new()), tile);
+            }
+            return k.finish();
+        }
         let args = vec![k.plain(results[2]), Operand { tile: results[1], along: vec![0] }];
-        let out = k.map(divide, args, shape);
+        let out = k.map(self.quotient(), args, shape);
         let out = k.reshape(out, vec![Dim::new(1), Dim::new(1), bq.clone(), dv]);
         k.store(o, vec![b.clone(), h.clone(), q0.clone(), Dim::new(0)], out);
         if let Some(lse) = lse {
@@ -251,6 +301,100 @@ impl AttentionSpec {
             k.store(lse, vec![b, h, q0], total);
         }
         k.finish()
+    }
+
+    /// Columns of the parts' sums: whole units of 16 bytes.
+    pub(crate) fn part_width(&self) -> i64 {
+        (self.width + 3) / 4 * 4
+    }
+
+    /// The program that adds up the parts of [`AttentionSpec::part_program`], with tile sizes `BR`, `BE`.
+    pub fn combine_program(&self, name: &str) -> Kernel {
+        let mut k = KernelBuilder::new(name);
+        for size in ["B", "H", "S", "N", "ob", "oh", "os"] {
+            let min = i64::from(!size.starts_with('o'));
+            k.symbol(Symbol { name: size.into(), range: Range { min, max: i32::MAX.into() } });
+        }
+        let (br, be) = (k.tile("BR"), k.tile("BE"));
+        let (rows, sym) = (Dim::sym("S"), |s: &str| Dim::sym(s));
+        let (p, m, l) = parts(&mut k, self.part_width(), Access::In);
+        let extents = [sym("B"), sym("H"), rows.clone(), Dim::new(self.width)];
+        let strides = [sym("ob"), sym("oh"), sym("os"), Dim::new(1)];
+        let axis = |(extent, stride): (Dim, Dim)| Axis { extent, stride, block: None };
+        let axes = extents.into_iter().zip(strides).map(axis).collect();
+        let layout = Layout { axes, offset: Dim::new(0) };
+        let o = k.param("O", self.result, layout, Access::Out);
+        let lse = self.lse.then(|| {
+            let layout = Layout::row_major(&[sym("B"), sym("H"), rows.clone()]);
+            k.param("lse", DType::F32, layout, Access::Out)
+        });
+        let (b, h) = (k.grid("pb", sym("B")), k.grid("ph", sym("H")));
+        let r0 = k.grid("pr", rows.ceil_div(&br)) * &br;
+        let e0 = k.grid("pe", Dim::new(self.width).ceil_div(&be)) * &be;
+        let one = || Dim::new(1);
+        let (row, plane) = (vec![br.clone()], vec![br.clone(), be.clone()]);
+        let f32s = |shape: &[Dim]| TileType::new(DType::F32, shape.to_vec());
+        let max = k.full(Value::Float(f64::NEG_INFINITY), f32s(&row));
+        let sum = k.full(Value::Float(0.0), f32s(&row));
+        let acc = k.full(Value::Float(0.0), f32s(&plane));
+        let (n, carried) = k.begin_for("n", Dim::new(0), sym("N"), &[max, sum, acc]);
+        let at =
+            |last: Vec<Dim>| [vec![n.clone(), b.clone(), h.clone(), r0.clone()], last].concat();
+        let vector = |k: &mut KernelBuilder, param: ParamId| {
+            let tile = k.load(param, at(Vec::new()), vec![one(), one(), one(), br.clone()]);
+            k.reshape(tile, row.clone())
+        };
+        let (part_max, part_sum) = (vector(&mut k, m), vector(&mut k, l));
+        let shape = vec![one(), one(), one(), br.clone(), be.clone()];
+        let part = k.load(p, at(vec![e0.clone()]), shape);
+        let part = k.reshape(part, plane.clone());
+        let args = vec![k.plain(carried[0]), k.plain(part_max)];
+        let new_max = k.map(Func::binary(Op::Max, DType::F32), args, row.clone());
+        // Nothing visible: weight 0, not NaN.
+        let weight = func(&[DType::F32; 2], |f, a| {
+            let low = f.constant(f64::NEG_INFINITY, DType::F32);
+            let none = f.op(Op::Eq, &[a[0], low]);
+            let factor = f.constant(self.factor(), DType::F32);
+            let zero = f.constant(0.0, DType::F32);
+            let d = f.op(Op::Sub, &[a[0], a[1]]);
+            let d = f.op(Op::Mul, &[d, factor]);
+            let w = exp2(f, d);
+            f.op(Op::Select, &[none, zero, w])
+        });
+        let weigh = |k: &mut KernelBuilder, x: TileId| {
+            let args = vec![k.plain(x), k.plain(new_max)];
+            k.map(weight.clone(), args, row.clone())
+        };
+        let (old, new) = (weigh(&mut k, carried[0]), weigh(&mut k, part_max));
+        let mix = func(&[DType::F32; 4], |f, a| {
+            let y = f.op(Op::Mul, &[a[2], a[3]]);
+            f.op(Op::Fma, &[a[0], a[1], y])
+        });
+        let args = [carried[1], old, part_sum, new].map(|t| k.plain(t)).to_vec();
+        let new_sum = k.map(mix.clone(), args, row.clone());
+        let by_row = |tile: TileId| Operand { tile, along: vec![0] };
+        let args = vec![k.plain(carried[2]), by_row(old), k.plain(part), by_row(new)];
+        let new_acc = k.map(mix, args, plane.clone());
+        let results = k.end_for(&[new_max, new_sum, new_acc]);
+        let args = vec![k.plain(results[2]), by_row(results[1])];
+        let out = k.map(self.quotient(), args, plane);
+        let out = k.reshape(out, vec![one(), one(), br.clone(), be]);
+        k.store(o, vec![b.clone(), h.clone(), r0.clone(), e0], out);
+        if let Some(lse) = lse {
+            let args = vec![k.plain(results[0]), k.plain(results[1])];
+            let total = k.map(self.log_sum(), args, row);
+            let total = k.reshape(total, vec![one(), one(), br]);
+            k.store(lse, vec![b, h, r0], total);
+        }
+        k.finish()
+    }
+
+    /// Sums over the sum of weights, as the result's type.
+    fn quotient(&self) -> Func {
+        func(&[DType::F32; 2], |f, a| {
+            let y = f.op(Op::Div, &[a[0], a[1]]);
+            f.cast(y, self.result)
+        })
     }
 
     /// Scores are multiplied by the scale within the exponent: the largest stays the largest.
