@@ -384,6 +384,15 @@ pub fn cases() -> Vec<Case> {
             add(mixed(heads, groups, rows, keys, 64));
         }
     }
+    // Decoding: keys in parts, heads packed; and no keys at all.
+    for (heads, groups) in [(8, 8), (32, 8), (6, 2)] {
+        for (rows, keys) in [(1, 4000), (1, 100), (4, 3000), (8, 2047), (3, 0)] {
+            for lse in [false, true] {
+                let causal = (rows > 1 && keys > 0).then_some(keys - rows);
+                add(Problem { causal, lse, ..mixed(heads, groups, rows, keys, 128) });
+            }
+        }
+    }
     for kind in [MaskKind::Add, MaskKind::Keep] {
         for by_row in [false, true] {
             for len in [100, 257, 512] {

@@ -185,7 +185,7 @@ fn build(p: &Problem, gpu: &Gpu, spec: &AttentionSpec, choice: Choice) -> Result
     let bt = schedule.tiles.get("BT").copied().unwrap_or(1);
     let blocks = (p.kv_len + bt - 1) / bt;
     sizes.insert("N".into(), parts);
-    sizes.insert("part".into(), (blocks + parts - 1) / parts);
+    sizes.insert("each".into(), (blocks + parts - 1) / parts);
     let combine = spec.combine_program("combine");
     let lookup = |name: &str| sizes.get(name).copied();
     let Some(lines) = GpuSchedule::lines_for(&combine, arch(gpu), &lookup)? else {
@@ -277,11 +277,17 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
     let (step, item) = match s.product {
         ProductKind::Wgmma => {
             let products = flops / gpu.tensor_flops_per_clock;
-            let maps = scores / 12.0;
-            // One consumer's maps run beside another's products.
-            let hidden = if s.consumers == 1 { 0.0 } else { 0.85 };
-            let turn = products.max(maps) + (1.0 - hidden) * products.min(maps) + 150.0;
-            (turn, 1800.0 + maps + products)
+            let maps = scores / 11.8;
+            // One consumer's maps run beside the others' products: the share of the shorter that shows.
+            let shown = match (s.consumers, s.turns) {
+                (1, _) => 0.6,
+                (2, true) => 0.2,
+                (2, false) => 0.25,
+                (_, true) => 0.0,
+                _ => 0.05,
+            };
+            let turn = products.max(maps) + shown * products.min(maps) + 330.0;
+            (turn, 3500.0 + 0.6 * (maps + products))
         }
         ProductKind::MmaSync => {
             let rate = gpu.tensor_flops_per_clock * 0.4 * (warps / 8.0).min(1.0);
@@ -306,7 +312,7 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
     } else {
         0.0
     };
-    busy.max(memory) + combine + gpu.model.launch_us
+    busy.max(memory) + 0.1 * busy.min(memory) + combine + gpu.model.launch_us
 }
 
 fn sizes(p: &Problem) -> Env {

@@ -109,7 +109,7 @@ impl AttentionSpec {
         self.build(name, false)
     }
 
-    /// The program of keys in parts: part `ps` of `N` takes `part` blocks of keys and stores its sums to
+    /// The program of keys in parts: part `ps` of `N` takes `each` blocks of keys and stores its sums to
     /// `P[ps]`, a tensor `[N, B, H, S, width]`, and each row's maximum and sum of weights to `M[ps]` and
     /// `L[ps]`. [`AttentionSpec::combine_program`] adds the parts up, always in the same order.
     pub fn part_program(&self, name: &str) -> Kernel {
@@ -120,7 +120,7 @@ impl AttentionSpec {
         let mut k = KernelBuilder::new(name);
         let mut sizes = vec!["B", "H", "G", "R", "S", "T"];
         if split {
-            sizes.extend(["N", "part"]);
+            sizes.extend(["N", "each"]);
         }
         if self.causal == Causal::Ahead {
             sizes.push("ahead");
@@ -221,8 +221,8 @@ impl AttentionSpec {
         let blocks = end.ceil_div(&bt);
         let (lo, hi) = match &piece {
             Some(piece) => {
-                let lo = piece.clone() * &sym("part");
-                (lo.clone(), blocks.min_with(&(lo + &sym("part"))))
+                let lo = piece.clone() * &sym("each");
+                (lo.clone(), blocks.min_with(&(lo + &sym("each"))))
             }
             None => (Dim::new(0), blocks),
         };

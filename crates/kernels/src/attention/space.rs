@@ -36,6 +36,10 @@ fn warp_specialised(spec: &AttentionSpec, mask_vector: u32) -> Vec<GpuSchedule> 
     let mut out = Vec::new();
     for consumers in [3, 2, 1] {
         let bq = 64 * consumers;
+        // Three consumers have 160 registers each: beside wide results too few for scores.
+        if consumers == 3 && dv > 96 {
+            continue;
+        }
         // Registers of a thread: results, scores and their 16-bit copies, and 40 for the rest.
         let budget = if consumers == 3 { 160 } else { 240 };
         for bt in [192, 176, 160, 128, 112, 96, 80, 64, 48, 32] {
