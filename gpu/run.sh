@@ -3,7 +3,7 @@
 #
 #   gpu/run.sh [tests|triton|bench|all] [arguments for tw-gpu-test or tw-gpu-bench]      default: all
 #
-# tests:  the driver, launches, and matrix products of every kind, order, odd size, stride and batch
+# tests:  the driver, launches, matrix products of every kind, order, odd size, stride and batch, and attention
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # bench:  the cost of a launch, matrix products against cuBLASLt; records under $RECORDS (default: records)
 #
@@ -18,6 +18,7 @@ part="${1:-all}"
 case "$part" in tests | triton | bench | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
 for program in tw-gpu-bench tw-gpu-launch tw-gpu-test cuda-gpu-tests launch-gpu-tests; do
+for program in tw-gpu-bench tw-gpu-test tw-gpu-attention cuda-gpu-tests launch-gpu-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
 done
 records="${RECORDS:-records}"
@@ -49,6 +50,7 @@ if [ "$part" = tests ] || [ "$part" = all ]; then
   else
     step "products" bin/tw-gpu-test --cache "$cache"
   fi
+  step "attention" bin/tw-gpu-attention test --cache "$cache"
 fi
 if [ "$part" = triton ] || [ "$part" = all ]; then
   if python3 -c 'import torch, triton' 2>/dev/null; then
