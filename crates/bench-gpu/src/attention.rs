@@ -133,7 +133,7 @@ fn mask_bytes(case: &Case, mask: &Mask) -> Vec<u8> {
     let mut bytes = vec![0u8; count * mask.dtype.bits() as usize / 8];
     for i in 0..count {
         let noise = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-        let hidden = noise % 3 == 0 || (s.row > 0 && (i as i64 / s.row) % 37 == 5);
+        let hidden = noise.is_multiple_of(3) || (s.row > 0 && (i as i64 / s.row) % 37 == 5);
         match mask.kind {
             MaskKind::Keep => from_i64(mask.dtype, &mut bytes, i, i64::from(!hidden)),
             MaskKind::Add if hidden => from_f64(mask.dtype, &mut bytes, i, f64::NEG_INFINITY),

@@ -94,7 +94,8 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
         ranked.push(Choice { estimate_us, parts: 1, schedule });
     }
     let part = AttentionSpec { result: DType::F32, ..spec.clone() };
-    for schedule in space(&part, arch(gpu), &Access { vector: access.vector.min(4), ..access }) {
+    let spaces = space(&part, arch(gpu), &Access { vector: access.vector.min(4), ..access });
+    for schedule in spaces.into_iter().filter(|s| s.product == ProductKind::Wgmma) {
         for parts in parts(problem, gpu, &schedule) {
             let estimate_us = estimate_us(problem, gpu, &schedule, parts);
             ranked.push(Choice { estimate_us, parts, schedule: schedule.clone() });

@@ -86,7 +86,12 @@ fn pipelined(spec: &AttentionSpec, arch: Arch, vector: u32) -> Vec<GpuSchedule> 
     let plain = spec.dtype.bits() == 32 && !spec.tf32;
     let product = if plain { ProductKind::Fma } else { ProductKind::MmaSync };
     let mut out = Vec::new();
-    for (bq, bt, warps) in [(128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 2), (32, 32, 4)] {
+    // Plain multiply-adds keep operands of several steps beside the sums: small tiles.
+    let tiles: &[(i64, i64, u32)] = match plain {
+        true => &[(64, 32, 4), (32, 32, 2), (32, 32, 4), (64, 32, 8)],
+        false => &[(128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 2)],
+    };
+    for &(bq, bt, warps) in tiles {
         for stages in [2, 3] {
             let tiles = [("BQ", bq), ("BT", bt)];
             let mut s = GpuSchedule::pipelined(arch, product, (warps, 1), &tiles);
