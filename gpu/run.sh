@@ -17,8 +17,7 @@ part="${1:-all}"
 [ $# -eq 0 ] || shift
 case "$part" in tests | triton | bench | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
-for program in tw-gpu-bench tw-gpu-launch tw-gpu-test cuda-gpu-tests launch-gpu-tests; do
-for program in tw-gpu-bench tw-gpu-test tw-gpu-attention cuda-gpu-tests launch-gpu-tests; do
+for program in tw-gpu-bench tw-gpu-launch tw-gpu-test tw-gpu-attention cuda-gpu-tests launch-gpu-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
 done
 records="${RECORDS:-records}"

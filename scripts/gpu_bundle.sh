@@ -27,8 +27,7 @@ for line in sys.stdin:
 
 cargo build --release --locked --package tilewright-bench-gpu
 mkdir -p "$stage/bin" "$stage/gpu" "$stage/bench" "$stage/records"
-for name in tw-gpu-bench tw-gpu-launch tw-gpu-test; do
-for name in tw-gpu-bench tw-gpu-test tw-gpu-attention; do
+for name in tw-gpu-bench tw-gpu-launch tw-gpu-test tw-gpu-attention; do
   strip -o "$stage/bin/$name" "$target/release/$name"
 done
 for package in cuda launch; do

@@ -98,10 +98,13 @@ impl Func {
         let mut out =
             format!("__device__ __forceinline__ {result} {name}({}) {{\n", params.join(", "));
         let mut operands: Vec<String> = Vec::new();
+        let inside = self.inside_of_flushed_exp2();
         for (id, node, dtype) in self.nodes() {
             let text = match node {
                 Node::Param(p) => names[*p as usize].clone(),
                 Node::Const(v) => cuda_constant(*v, dtype),
+                // Part of a single instruction further on.
+                Node::Op(..) if inside.contains(&id) => String::new(),
                 Node::Op(op, args) => {
                     let text = self.cuda_operation(*op, args, dtype, &operands);
                     let _ = writeln!(out, "  const {} t{} = {text};", cuda_type(dtype), id.0);
@@ -156,6 +159,22 @@ impl Func {
             && constant(less[1], -126.0)
             && constant(*zero, 0.0);
         fits.then_some(x[0])
+    }
+
+    /// Nodes that only the instructions of [`Func::flushed_exp2`] use.
+    fn inside_of_flushed_exp2(&self) -> Vec<ExprId> {
+        let mut inside = Vec::new();
+        let mut uses: Vec<ExprId> = vec![self.result()];
+        for (_, node, _) in self.nodes() {
+            let Node::Op(op, args) = node else { continue };
+            if self.flushed_exp2(*op, args).is_some() {
+                inside.extend([args[0], args[2]]);
+            } else {
+                uses.extend(args.iter());
+            }
+        }
+        inside.retain(|id| !uses.contains(id));
+        inside
     }
 
     /// The function as Triton source, to be decorated with `@triton.jit` by whoever embeds it
