@@ -226,4 +226,10 @@ template <int LANES, typename T, typename F> TW_INLINE T across_lanes(T x, F com
   return x;
 }
 
+// Combines over the four threads of a warp that share the rows of an OuterSpread.
+template <typename T, typename F> TW_INLINE T across_outer(T x, F combine) {
+  x = combine(x, __shfl_xor_sync(~0u, x, 4));
+  return combine(x, __shfl_xor_sync(~0u, x, 1));
+}
+
 }  // namespace tw

@@ -32,14 +32,17 @@ TW_INLINE void tma_prefetch(const TensorMap& map) {
 #define TW_INTS_2 int c0, int c1
 #define TW_INTS_3 int c0, int c1, int c2
 #define TW_INTS_4 int c0, int c1, int c2, int c3
+#define TW_INTS_5 int c0, int c1, int c2, int c3, int c4
 #define TW_TMA_MASK_1 "%5"
 #define TW_TMA_MASK_2 "%6"
 #define TW_TMA_MASK_3 "%7"
 #define TW_TMA_MASK_4 "%8"
+#define TW_TMA_MASK_5 "%9"
 TW_TMA_LOAD(1, "%4", "r"(c0))
 TW_TMA_LOAD(2, "%4, %5", "r"(c0), "r"(c1))
 TW_TMA_LOAD(3, "%4, %5, %6", "r"(c0), "r"(c1), "r"(c2))
 TW_TMA_LOAD(4, "%4, %5, %6, %7", "r"(c0), "r"(c1), "r"(c2), "r"(c3))
+TW_TMA_LOAD(5, "%4, %5, %6, %7, %8", "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4))
 
 #define TW_TMA_STORE(N, COORDS, ...)                                                                      \
   TW_INLINE void tma_store(const TensorMap& map, smem_t from, TW_INTS_##N) {                               \
@@ -54,6 +57,7 @@ TW_TMA_STORE(1, "%2", "r"(c0))
 TW_TMA_STORE(2, "%2, %3", "r"(c0), "r"(c1))
 TW_TMA_STORE(3, "%2, %3, %4", "r"(c0), "r"(c1), "r"(c2))
 TW_TMA_STORE(4, "%2, %3, %4, %5", "r"(c0), "r"(c1), "r"(c2), "r"(c3))
+TW_TMA_STORE(5, "%2, %3, %4, %5, %6", "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4))
 
 // PTX ISA, "cp.async.bulk.commit_group", "cp.async.bulk.wait_group".
 TW_INLINE void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

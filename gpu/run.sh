@@ -3,7 +3,7 @@
 #
 #   gpu/run.sh [tests|triton|bench|tune|all] [arguments for tw-gpu-test, tw-gpu-bench or tw-gpu-tune]      default: all
 #
-# tests:  the driver, launches, programs of graphs, and matrix products of every kind, order, odd size, stride and batch
+# tests:  the driver, launches, programs of graphs, matrix products of every kind, order, odd size, stride and batch, and attention
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt; records under $RECORDS (default: records)
 # tune:   searches for faster schedules; records under $RECORDS/tuned, all in one file $RECORDS/tuned.jsonl. Not part of all
@@ -18,7 +18,7 @@ part="${1:-all}"
 [ $# -eq 0 ] || shift
 case "$part" in tests | triton | bench | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
-for program in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-tune cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
+for program in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
 done
 records="${RECORDS:-records}"
@@ -51,6 +51,7 @@ if [ "$part" = tests ] || [ "$part" = all ]; then
   else
     step "products" bin/tw-gpu-test --cache "$cache"
   fi
+  step "attention" bin/tw-gpu-attention test --cache "$cache"
 fi
 if [ "$part" = triton ] || [ "$part" = all ]; then
   if python3 -c 'import torch, triton' 2>/dev/null; then

@@ -27,7 +27,7 @@ for line in sys.stdin:
 
 cargo build --release --locked --package tilewright-bench-gpu --package tilewright-tune
 mkdir -p "$stage/bin" "$stage/gpu" "$stage/bench" "$stage/records"
-for name in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-tune; do
+for name in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune; do
   strip -o "$stage/bin/$name" "$target/release/$name"
 done
 for part in cuda-gpu launch-gpu launch-rows; do

@@ -9,6 +9,7 @@
 //! | [`record`] | the JSON record and the table |
 //! | [`suite`], [`check`] | the products that are tested, and what is checked of each |
 //! | [`rows`] | kernels along rows, elementwise kernels and reductions: tensors, launches, what is right |
+//! | [`attention`] | attention: cases, tensors, its reference; `bin/attention.rs` is `tw-gpu-attention` |
 //! | `bin/bench.rs` | `tw-gpu-bench` |
 //! | `bin/rows.rs` | `tw-gpu-rows` |
 //! | `bin/test.rs` | `tw-gpu-test` |
@@ -17,6 +18,7 @@
 //! the end of `support.cu`.
 
 pub mod arms;
+pub mod attention;
 pub mod case;
 pub mod check;
 pub mod measure;

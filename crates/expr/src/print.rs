@@ -99,10 +99,13 @@ impl Func {
         let mut out =
             format!("__device__ __forceinline__ {result} {name}({}) {{\n", params.join(", "));
         let mut operands: Vec<String> = Vec::new();
+        let inside = self.inside_of_flushed_exp2();
         for (id, node, dtype) in self.nodes() {
             let text = match node {
                 Node::Param(p) => names[*p as usize].clone(),
                 Node::Const(v) => cuda_constant(*v, dtype),
+                // Part of a single instruction further on.
+                Node::Op(..) if inside.contains(&id) => String::new(),
                 Node::Op(op, args) => {
                     let text = match self.one_plus_erf(*op, args, dtype) {
                         Some(x) => format!("tw_one_plus_erf({})", operands[x.index()]),
@@ -139,6 +142,9 @@ impl Func {
         if op == Op::Cast {
             return cuda_cast(arg(0), from, dtype);
         }
+        if let Some(power) = self.flushed_exp2(op, args) {
+            return format!("tw_exp2_flushed({})", names[power.index()]);
+        }
         let class = class_index(from);
         let text = fill(
             op.row().cuda[class],
@@ -155,6 +161,39 @@ impl Func {
             _ if narrow(dtype) && !keeps_type(op) => format!("tw_round_{dtype}({text})"),
             _ => text,
         }
+    }
+
+    /// `where(x < -126, 0, exp2(x))` of f32: the exponent.
+    fn flushed_exp2(&self, op: Op, args: &[ExprId]) -> Option<ExprId> {
+        let constant = |id: ExprId, value: f64| matches!(self.node(id), Node::Const(Value::Float(v)) if v.to_bits() == value.to_bits());
+        let [below, zero, power] = args else { return None };
+        let (Node::Op(Op::Lt, less), Node::Op(Op::Exp2, x)) =
+            (self.node(*below), self.node(*power))
+        else {
+            return None;
+        };
+        let fits = op == Op::Select
+            && self.dtype_of(*power) == DType::F32
+            && less[0] == x[0]
+            && constant(less[1], -126.0)
+            && constant(*zero, 0.0);
+        fits.then_some(x[0])
+    }
+
+    /// Nodes that only the instructions of [`Func::flushed_exp2`] use.
+    fn inside_of_flushed_exp2(&self) -> Vec<ExprId> {
+        let mut inside = Vec::new();
+        let mut uses: Vec<ExprId> = vec![self.result()];
+        for (_, node, _) in self.nodes() {
+            let Node::Op(op, args) = node else { continue };
+            if self.flushed_exp2(*op, args).is_some() {
+                inside.extend([args[0], args[2]]);
+            } else {
+                uses.extend(args.iter());
+            }
+        }
+        inside.retain(|id| !uses.contains(id));
+        inside
     }
 
     /// The function as Triton source, to be decorated with `@triton.jit` by whoever embeds it

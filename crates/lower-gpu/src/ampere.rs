@@ -66,7 +66,8 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         rows,
         spread,
     };
-    let buffers: Vec<SmemId> = pipeline.streams.iter().map(|s| buffer(&mut b, s)).collect();
+    let buffers: Vec<SmemId> =
+        pipeline.streams.iter().map(|s| buffer(&mut b, s, schedule.stages)).collect();
     // Two positions in the same ring: where the next step is read, and where the next one is written.
     let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
     let ahead = b.rings.push(Ring { name: "ahead".into(), stages: schedule.stages });
@@ -179,7 +180,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
 /// Blocks of 4 along an axis whose neighbours are neighbours in shared memory, so that one load takes
 /// a block; single elements where lines run along the depth, so that neighbouring threads read
 /// neighbouring lines.
-fn spread(schedule: &GpuSchedule, a: &Stream, b: &Stream) -> Result<Spread> {
+pub(crate) fn spread(schedule: &GpuSchedule, a: &Stream, b: &Stream) -> Result<Spread> {
     let (warps_m, warps_n) = schedule.warps;
     match schedule.product {
         ProductKind::MmaSync => Ok(Spread::MmaSync { warps_m, warps_n }),
@@ -197,7 +198,7 @@ fn spread(schedule: &GpuSchedule, a: &Stream, b: &Stream) -> Result<Spread> {
 }
 
 /// Whether whole instructions cover a product.
-fn check_shape(
+pub(crate) fn check_shape(
     a: &Stream,
     b: &Stream,
     bits: u32,
@@ -243,7 +244,7 @@ fn check_shape(
 }
 
 /// The ring's tiles of one stream.
-fn buffer(b: &mut Builder<'_>, stream: &Stream) -> SmemId {
+pub(crate) fn buffer(b: &mut Builder<'_>, stream: &Stream, slots: u32) -> SmemId {
     let param = &b.kernel.params[stream.view.param];
     let same =
         b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == &*param.name).count();
@@ -255,13 +256,13 @@ fn buffer(b: &mut Builder<'_>, stream: &Stream) -> SmemId {
         cols: stream.cols,
         contiguous: stream.contiguous,
         swizzle: stream.swizzle,
-        slots: b.schedule.stages,
+        slots,
     };
     b.smem.push(smem)
 }
 
 /// Starts copying a stream's tile of one step.
-fn copy(
+pub(crate) fn copy(
     b: &Builder<'_>,
     stream: &Stream,
     smem: SmemId,
@@ -281,7 +282,7 @@ fn copy(
     }
 }
 
-fn operand(stream: &Stream, smem: SmemId, ring: RingId) -> SmemTile {
+pub(crate) fn operand(stream: &Stream, smem: SmemId, ring: RingId) -> SmemTile {
     SmemTile {
         smem,
         slot: Slot::Ring(ring),

@@ -12,10 +12,13 @@
 //! loop that loads tiles and multiplies them. Programs without a product go to `lines.rs`.
 
 mod ampere;
+mod ampere_chain;
 mod axes;
+mod chain;
 mod epilogue;
 mod extents;
 mod hopper;
+mod hopper_chain;
 mod line_ops;
 mod lines;
 mod pick;
@@ -41,8 +44,13 @@ pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     if !lines::has_product(&kernel.body) {
         return lines::lower(written, &kernel, schedule);
     }
+    let chained = chain::is_chained(&kernel)?;
     match schedule.product {
+        ProductKind::Wgmma if chained => hopper_chain::lower(&kernel, schedule),
         ProductKind::Wgmma => hopper::lower(&kernel, schedule),
+        ProductKind::MmaSync | ProductKind::Fma if chained => {
+            ampere_chain::lower(&kernel, schedule)
+        }
         ProductKind::MmaSync | ProductKind::Fma => ampere::lower(&kernel, schedule),
     }
 }

@@ -90,6 +90,12 @@ pub struct GpuSchedule {
     pub store_slots: u32,
     /// Elements that one plain access to global memory may take along the contiguous axis.
     pub vector: u32,
+    /// Consumers take turns at starting their products, so that one's elementwise steps run beside the
+    /// other's products. For products that feed each other.
+    pub turns: bool,
+    /// A persistent grid walks every second round of items backwards: costs that repeat with the items (long
+    /// and short rows of one head) then add up to about the same on every processor.
+    pub serpentine: bool,
     /// Launched early, beside the tail of the kernel before it.
     pub dependent: bool,
     /// Blocks that share a multiprocessor.
@@ -116,6 +122,8 @@ impl GpuSchedule {
             store: StoreKind::Tma,
             store_slots: 2,
             vector: 1,
+            turns: false,
+            serpentine: false,
             dependent: false,
             blocks_per_sm: 1,
             lines: LinesKnobs::default(),
@@ -181,7 +189,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -191,6 +199,8 @@ impl fmt::Display for GpuSchedule {
             self.vector,
             self.blocks_per_sm,
             if early { " early" } else { "" },
+            if self.turns { " turns" } else { "" },
+            if self.serpentine { " serpentine" } else { "" },
             if self.dependent { " dependent" } else { "" },
         )
     }

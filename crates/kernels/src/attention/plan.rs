@@ -1,0 +1,354 @@
+//! From a problem to steps.
+
+use crate::attention::problem::{Mask, Problem, Strides};
+use crate::attention::program::{AttentionSpec, padded};
+use crate::attention::space::{Access, space};
+use tilewright_base::{DType, Error, Kind, Result};
+use tilewright_device::Arch;
+use tilewright_layout::Env;
+use tilewright_lower_gpu::{GpuSchedule, ProductKind, lower};
+use tilewright_target::Gpu;
+use tilewright_tile::Kernel;
+
+/// Which tensor of the problem a parameter of a step is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// Mask.
+    Mask,
+    /// Result.
+    O,
+    /// Log-sum-exp of each row.
+    Lse,
+    /// Part of the workspace.
+    Workspace {
+        /// First byte, a multiple of 256.
+        offset: u64,
+        /// Length.
+        bytes: u64,
+    },
+}
+
+/// One launch.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// What one block computes.
+    pub kernel: Kernel,
+    /// How.
+    pub schedule: GpuSchedule,
+    /// The kernel's size symbols.
+    pub sizes: Env,
+    /// The kernel's parameters, in order.
+    pub operands: Vec<Place>,
+}
+
+/// A way to compute a problem.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// Launches in order.
+    pub steps: Vec<Step>,
+    /// Bytes of workspace.
+    pub workspace_bytes: u64,
+    /// Estimated time.
+    pub estimate_us: f64,
+}
+
+/// What the device is compiled for.
+fn arch(gpu: &Gpu) -> Arch {
+    match gpu.capability {
+        90.. => Arch::Sm90a,
+        89 => Arch::Sm89,
+        _ => Arch::Sm80,
+    }
+}
+
+/// A choice before its steps are made.
+struct Choice {
+    estimate_us: f64,
+    /// Parts of the keys.
+    parts: i64,
+    schedule: GpuSchedule,
+}
+
+/// Ways to compute `problem`, best first by the time model, at most `most` of them.
+///
+/// # Errors
+/// The user's for impossible sizes; unsupported when no kernel of the library fits.
+pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
+    problem.check()?;
+    if problem.batch == 0 || problem.heads == 0 || problem.q_len == 0 {
+        return Ok(vec![Candidate { steps: Vec::new(), workspace_bytes: 0, estimate_us: 0.0 }]);
+    }
+    let packed = packed(problem);
+    let problem = packed.as_ref().unwrap_or(problem);
+    let spec = problem.spec()?;
+    let access = access(problem);
+    let mut ranked = Vec::new();
+    for schedule in space(&spec, arch(gpu), &access) {
+        let estimate_us = estimate_us(problem, gpu, &schedule, 1);
+        ranked.push(Choice { estimate_us, parts: 1, schedule });
+    }
+    let part = AttentionSpec { result: DType::F32, ..spec.clone() };
+    let spaces = space(&part, arch(gpu), &Access { vector: access.vector.min(4), ..access });
+    for schedule in spaces.into_iter().filter(|s| s.product == ProductKind::Wgmma) {
+        for parts in parts(problem, gpu, &schedule) {
+            let estimate_us = estimate_us(problem, gpu, &schedule, parts);
+            ranked.push(Choice { estimate_us, parts, schedule: schedule.clone() });
+        }
+    }
+    ranked.sort_by(|a, b| {
+        let time = a.estimate_us.total_cmp(&b.estimate_us);
+        time.then_with(|| (a.parts, &a.schedule).cmp(&(b.parts, &b.schedule)))
+    });
+    let mut out = Vec::new();
+    for choice in ranked {
+        if out.len() >= most {
+            break;
+        }
+        // The space is a list of what should be legal; the lowering has the last word.
+        let made = build(problem, gpu, &spec, choice).and_then(|candidate| {
+            let steps = candidate.steps.iter();
+            steps.map(|s| lower(&s.kernel, &s.schedule)).try_for_each(|r| r.map(drop))?;
+            Ok(candidate)
+        });
+        match made {
+            Ok(candidate) => out.push(candidate),
+            Err(e) if e.kind() == Kind::Unsupported => {}
+            Err(e) => return Err(e),
+        }
+    }
+    if out.is_empty() {
+        let (dtype, depth) = (problem.dtype, problem.depth);
+        return Err(Error::unsupported(format!("attention of {dtype} with depth {depth}")));
+    }
+    Ok(out)
+}
+
+/// A single query per head: the heads that share keys become the rows of one, so that keys are read once.
+fn packed(p: &Problem) -> Option<Problem> {
+    let each = p.heads / p.kv_heads;
+    if p.q_len != 1 || each == 1 {
+        return None;
+    }
+    let fold = |s: &Strides| Strides { batch: s.batch, head: s.head * each, row: s.head };
+    let keys = p.causal.map_or(p.kv_len, |offset| (offset + 1).clamp(0, p.kv_len));
+    Some(Problem {
+        heads: p.kv_heads,
+        q_len: each,
+        kv_len: keys,
+        causal: None,
+        mask: p.mask.map(|m| Mask { strides: fold(&m.strides), ..m }),
+        q: fold(&p.q),
+        o: fold(&p.o),
+        ..p.clone()
+    })
+}
+
+/// Into how many parts the keys may be cut: so many that the machine is filled once or twice.
+fn parts(p: &Problem, gpu: &Gpu, s: &GpuSchedule) -> Vec<i64> {
+    let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
+    let ceil = |a: i64, b: i64| (a + b - 1) / b.max(1);
+    let items = p.batch * p.heads * ceil(p.q_len, tile("BQ"));
+    let (sms, blocks) = (i64::from(gpu.sms), ceil(p.kv_len, tile("BT")));
+    let mut out: Vec<i64> = [1, 2]
+        .into_iter()
+        .map(|waves| (waves * sms / items.max(1)).min(blocks / 2).min(256))
+        // Parts of equal length, none of them empty.
+        .map(|parts| if parts > 1 { ceil(blocks, ceil(blocks, parts)) } else { 1 })
+        .filter(|parts| *parts > 1)
+        .collect();
+    out.dedup();
+    out
+}
+
+/// The steps of a choice.
+fn build(p: &Problem, gpu: &Gpu, spec: &AttentionSpec, choice: Choice) -> Result<Candidate> {
+    let Choice { estimate_us, parts, schedule } = choice;
+    let mut sizes = sizes(p);
+    if parts == 1 {
+        let kernel = spec.program("attention");
+        let step = Step { kernel, schedule, sizes, operands: operands(p) };
+        return Ok(Candidate { steps: vec![step], workspace_bytes: 0, estimate_us });
+    }
+    let mut workspace_bytes = 0u64;
+    let mut take = |elements: i64| {
+        let (offset, bytes) = (workspace_bytes, elements.unsigned_abs() * 4);
+        workspace_bytes = (offset + bytes).next_multiple_of(256);
+        Place::Workspace { offset, bytes }
+    };
+    let rows = parts * p.batch * p.heads * p.q_len;
+    let regions = [take(rows * spec.part_width()), take(rows), take(rows)];
+    let bt = schedule.tiles.get("BT").copied().unwrap_or(1);
+    let blocks = (p.kv_len + bt - 1) / bt;
+    sizes.insert("N".into(), parts);
+    sizes.insert("each".into(), (blocks + parts - 1) / parts);
+    let combine = spec.combine_program("combine");
+    let lookup = |name: &str| sizes.get(name).copied();
+    let Some(lines) = GpuSchedule::lines_for(&combine, arch(gpu), &lookup)? else {
+        return Err(Error::unsupported("rows too long to be combined"));
+    };
+    let lines = GpuSchedule { dependent: arch(gpu) >= Arch::Sm90a, ..lines };
+    let mut first: Vec<Place> =
+        operands(p).into_iter().filter(|o| !matches!(o, Place::O | Place::Lse)).collect();
+    first.extend(regions);
+    let mut second = regions.to_vec();
+    second.push(Place::O);
+    second.extend(p.lse.then_some(Place::Lse));
+    let kept = |kernel: &Kernel| -> Env {
+        let named =
+            kernel.symbols.iter().filter_map(|s| Some((s.name.clone(), *sizes.get(&s.name)?)));
+        named.collect()
+    };
+    let kernel = spec.part_program("attention_part");
+    let steps = vec![
+        Step { sizes: kept(&kernel), kernel, schedule, operands: first },
+        Step { sizes: kept(&combine), kernel: combine, schedule: lines, operands: second },
+    ];
+    Ok(Candidate { steps, workspace_bytes, estimate_us })
+}
+
+/// How memory can be reached.
+fn access(p: &Problem) -> Access {
+    Access { engine: addressable(p), vector: vector(p), mask_vector: mask_vector(p).min(2) as u32 }
+}
+
+/// Whether the copy engine can address all tensors: 16-byte addresses, lines and ends of lines.
+fn addressable(p: &Problem) -> bool {
+    let (size, result) = (p.operand_bytes(), i64::from(p.result.bits()) / 8);
+    let lines = |s: &Strides, size: i64| {
+        [s.batch, s.head, s.row].iter().all(|stride| stride * size % 16 == 0)
+    };
+    let operands = [&p.q, &p.k, &p.v].into_iter().all(|s| lines(s, size));
+    operands
+        && lines(&p.o, result)
+        && p.width * result % 16 == 0
+        && p.kv_len > 0
+        && p.align.iter().all(|a| a % 16 == 0)
+}
+
+/// Elements of one plain access that every tensor allows.
+fn vector(p: &Problem) -> u32 {
+    let fits = |n: &i64| {
+        let lines = [(&p.q, p.depth), (&p.k, p.depth), (&p.v, p.width), (&p.o, p.width)];
+        let sizes = [p.dtype, p.dtype, p.dtype, p.result].map(|t| i64::from(t.bits()) / 8);
+        lines.iter().zip(p.align).zip(sizes).all(|(((s, extent), align), size)| {
+            [s.batch, s.head, s.row, *extent].iter().all(|x| x % n == 0) && align % (n * size) == 0
+        })
+    };
+    let most = (16 / p.operand_bytes()).min(mask_vector(p));
+    [8, 4, 2].into_iter().filter(|n| *n <= most).find(fits).map_or(1, |n| n as u32)
+}
+
+/// Elements of one plain access to the mask; many without one.
+fn mask_vector(p: &Problem) -> i64 {
+    let Some(mask) = &p.mask else { return 16 };
+    let size = i64::from(mask.dtype.bits()) / 8;
+    let (s, keys) = (&mask.strides, p.kv_len);
+    let fits = |n: &i64| {
+        [s.batch, s.head, s.row, keys].iter().all(|x| x % n == 0) && mask.align % (n * size) == 0
+    };
+    [8, 4, 2].into_iter().find(fits).unwrap_or(1)
+}
+
+/// Microseconds under a schedule: blocks of queries in whole waves, each at the pace of its products and of
+/// what they do not hide; not less than the time of reading everything once.
+fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
+    let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
+    let ceil = |a: i64, b: i64| (a + b - 1) / b.max(1);
+    let (bq, bt) = (tile("BQ"), tile("BT"));
+    let blocks_q = ceil(p.q_len, bq);
+    let items = (p.batch * p.heads * blocks_q * parts) as f64;
+    // Blocks of keys that the blocks of queries see, on average.
+    let seen = |block: i64| match p.causal {
+        Some(offset) => ceil(((block + 1) * bq + offset).clamp(0, p.kv_len), bt),
+        None => ceil(p.kv_len, bt),
+    };
+    let all: i64 = (0..blocks_q).map(seen).sum();
+    let steps = (all as f64 / blocks_q.max(1) as f64 / parts as f64).max(1.0);
+    let (dk, dv) = (padded(p.depth, p.dtype), padded(p.width, p.dtype));
+    let flops = (2 * bq * bt * (dk + dv)) as f64;
+    let warps = f64::from(s.warps.0);
+    // Elementwise work of a turn: exponents at 16 a clock, and the rest beside them.
+    let scores = (bq * bt) as f64;
+    let (step, item) = match s.product {
+        ProductKind::Wgmma => {
+            let products = flops / gpu.tensor_flops_per_clock;
+            let maps = scores / 11.8;
+            // One consumer's maps run beside the others' products: the share of the shorter that shows.
+            let shown = match (s.consumers, s.turns) {
+                (1, _) => 0.6,
+                (2, true) => 0.2,
+                (2, false) => 0.25,
+                (_, true) => 0.0,
+                _ => 0.05,
+            };
+            let turn = products.max(maps) + shown * products.min(maps) + 330.0;
+            (turn, 3500.0 + 0.6 * (maps + products))
+        }
+        ProductKind::MmaSync => {
+            let rate = gpu.tensor_flops_per_clock * 0.4 * (warps / 8.0).min(1.0);
+            (flops / rate + scores / 10.0 + 500.0, 3000.0)
+        }
+        ProductKind::Fma => {
+            let rate = gpu.f32_flops_per_clock * 0.4 * (warps / 8.0).min(1.0);
+            (flops / rate + scores / 10.0 + 500.0, 3000.0)
+        }
+    };
+    // A persistent grid evens out costs that differ; else whole waves.
+    let each = items / f64::from(gpu.sms);
+    let waves = if p.causal.is_some() && p.q_len > bq { each.max(1.0) } else { each.ceil() };
+    let clocks = waves * (steps * step + item);
+    let busy = clocks / gpu.model.clock_ghz / 1e3;
+    let keys = (p.batch * p.kv_heads * p.kv_len * (p.depth + p.width) * p.operand_bytes()) as f64;
+    let active = items.min(f64::from(gpu.sms)) / f64::from(gpu.sms);
+    let memory = keys / (gpu.model.stream_bytes_per_s * active) * 1e6;
+    let combine = if parts > 1 {
+        let bytes = (p.batch * p.heads * p.q_len * p.width * parts * 8) as f64;
+        3.0 + bytes / gpu.copy_bytes_per_s * 1e6
+    } else {
+        0.0
+    };
+    busy.max(memory) + 0.1 * busy.min(memory) + combine + gpu.model.launch_us
+}
+
+fn sizes(p: &Problem) -> Env {
+    let mut env = Env::new();
+    let mut put = |name: &str, value: i64| {
+        env.insert(name.into(), value);
+    };
+    put("B", p.batch);
+    put("H", p.heads);
+    put("G", p.kv_heads);
+    put("R", p.heads / p.kv_heads);
+    put("S", p.q_len);
+    put("T", p.kv_len);
+    if let Some(offset) = p.causal
+        && offset != p.kv_len - p.q_len
+    {
+        put("ahead", offset);
+    }
+    for (name, strides) in [('q', &p.q), ('k', &p.k), ('v', &p.v), ('o', &p.o)] {
+        put(&format!("{name}b"), strides.batch);
+        put(&format!("{name}h"), strides.head);
+        put(&format!("{name}s"), strides.row);
+    }
+    if let Some(mask) = &p.mask {
+        put("mb", mask.strides.batch);
+        put("mh", mask.strides.head);
+        put("ms", mask.strides.row);
+    }
+    env
+}
+
+fn operands(p: &Problem) -> Vec<Place> {
+    let mut out = vec![Place::Q, Place::K, Place::V];
+    out.extend(p.mask.map(|_| Place::Mask));
+    out.push(Place::O);
+    out.extend(p.lse.then_some(Place::Lse));
+    out
+}
