@@ -6,7 +6,8 @@
 
 use crate::lines::Access;
 use crate::memory_type;
-use crate::stmts::{Printer, combination, constant, visit};
+use crate::reduce::combination;
+use crate::stmts::{Printer, constant, visit};
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{Extent, FragRef, LineStep, Spread, Stmt};
 use tilewright_layout::Dim;

@@ -151,7 +151,12 @@ impl ReduceSpec {
             Over::All => {
                 sizes(&mut k, &["P"]);
                 let p = k.param("P", DType::F32, layout(vec![axis("P", one.clone())]), Access::In);
-                let y = k.param("Y", self.result, Layout::row_major(&[one.clone()]), Access::Out);
+                let y = k.param(
+                    "Y",
+                    self.result,
+                    Layout::row_major(std::slice::from_ref(&one)),
+                    Access::Out,
+                );
                 k.grid("g", one.clone());
                 let init = k.full(fill, TileType::new(DType::F32, []));
                 let (piece, carried) = k.begin_for("piece", Dim::new(0), pieces, &[init]);
