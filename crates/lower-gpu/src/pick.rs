@@ -209,7 +209,7 @@ impl GpuSchedule {
         let (planes, vectors) =
             if s.rows == 1 { (s.planes + s.vectors, 0) } else { (s.planes, s.vectors) };
         let in_flight = (IN_FLIGHT / planes.max(1)).max(1);
-        let (lanes, mut runs_each, rows_each, threads);
+        let (mut lanes, mut runs_each, rows_each, threads);
         if s.whole {
             if s.cols > WHOLE_ROW {
                 return Ok(None);
@@ -251,6 +251,11 @@ impl GpuSchedule {
             let lines = threads / lanes;
             rows_each = power_of_two_from((s.rows + lines - 1) / lines).clamp(1, in_flight);
             runs_each = (in_flight / rows_each).min((runs + lanes - 1) / lanes).max(1);
+        }
+        // Without an axis of rows a tile is one row, and all threads share it.
+        if s.row.is_none() && lanes != threads {
+            lanes = threads;
+            runs_each = (runs_each.min((runs + lanes - 1) / lanes)).max(1);
         }
         // Fewer rows a block when there are few blocks.
         let lines = threads / lanes;

@@ -1,8 +1,8 @@
-//! What rounding the operands of products to `bf16` may cost: the part of the error budget that
-//! `--precision bf16` adds.
+//! What rounding may cost: the part of the error budget that `--precision tf32`, `f16` and `bf16` add.
 //!
 //! A product `c = sum over k of a[k] * b[k]` with operands rounded to nearest errs by
-//! `sum of a[k] * b[k] * (d[k] + e[k])`, where `d` and `e` are at most the unit roundoff `u = 2^-8`.
+//! `sum of a[k] * b[k] * (d[k] + e[k])`, where `d` and `e` are at most the unit roundoff `u`
+//! (`2^-8` for `bf16`).
 //! For independent roundings, Hoeffding's inequality bounds this, but for a chance of
 //! `2 exp(-L^2/2)`, by
 //!
@@ -16,6 +16,10 @@
 //! the sum of squares, and their part of the value's budget is that times its largest magnitude. So
 //! the operators between products are taken to pass a relative error on about as it is.
 //!
+//! A value that is stored in fewer bits errs by at most `u` times its magnitude; that is a share, too.
+//! Softmax turns the absolute error of its operand into twice that, relative, in its result; so its
+//! operand's share counts times the largest magnitude of those scores that matter.
+//!
 //! Attention is two products: the scores, whose error is an absolute one in the exponent (twice that,
 //! relative, in a weight), and the weighted sum of the values, whose weights add to 1.
 
@@ -25,29 +29,77 @@ use tilewright_data::Tensor;
 use tilewright_graph::{AttentionAttrs, Def, Graph, Node, NodeId, Op, Value, ValueId};
 use tilewright_interp::{Mode, Options, run_with};
 use tilewright_layout::Env;
+use tilewright_plan::Plan;
+use tilewright_target::Precision;
 
-/// Unit roundoff of `bf16`: eight bits of significand.
-const UNIT_ROUNDOFF: f64 = 1.0 / 256.0;
 /// How many standard widths of Hoeffding's bound.
 const WIDTHS: f64 = 6.0;
 
-/// For each value, what rounded operands may cost it, relative to its largest magnitude.
-pub(crate) fn bf16_shares(
+/// What is rounded in a run.
+#[derive(Clone, Debug)]
+pub(crate) struct Rounding {
+    /// Unit roundoff of the operands of `f32` products, and of stored values.
+    unit: f64,
+    /// Values that are stored rounded, too.
+    stored: BTreeSet<ValueId>,
+}
+
+impl Rounding {
+    /// What a plan rounds under this precision; `None` for nothing.
+    pub(crate) fn of(precision: Precision, graph: &Graph, plan: &Plan) -> Option<Rounding> {
+        let unit = match precision {
+            Precision::F32 => return None,
+            // The tensor cores may drop the digits beyond the eleventh instead of rounding.
+            Precision::Tf32 => 1.0 / 1024.0,
+            Precision::F16 => 1.0 / 2048.0,
+            Precision::Bf16 => 1.0 / 256.0,
+        };
+        let stored = plan
+            .buffers
+            .iter()
+            .filter_map(|(_, b)| Some((ValueId(b.value?), b.dtype)))
+            .filter(|(v, dtype)| dtype.is_float() && dtype.bits() < graph.dtype(*v).bits())
+            .map(|(v, _)| v)
+            .collect();
+        Some(Rounding { unit, stored })
+    }
+}
+
+/// For each value, what rounding may cost it, relative to its largest magnitude.
+pub(crate) fn shares(
     graph: &Graph,
     trace: &BTreeMap<ValueId, Tensor>,
     env: &Env,
+    rounding: &Rounding,
 ) -> Result<BTreeMap<ValueId, f64>> {
-    let mut squares: BTreeMap<NodeId, f64> = BTreeMap::new();
-    let mut above: BTreeMap<ValueId, BTreeSet<NodeId>> = BTreeMap::new();
+    // Errors that arise at a node: of its product, of its softmax, of storing its result.
+    let mut squares: BTreeMap<(NodeId, u8), f64> = BTreeMap::new();
+    let mut above: BTreeMap<ValueId, BTreeSet<(NodeId, u8)>> = BTreeMap::new();
     let mut shares = BTreeMap::new();
     for (id, node) in graph.live() {
-        let mut all: BTreeSet<NodeId> = BTreeSet::new();
+        let mut all: BTreeSet<(NodeId, u8)> = BTreeSet::new();
         for v in &node.inputs {
             all.extend(above.get(v).into_iter().flatten());
         }
-        if let Some(share) = own_share(graph, node, trace, env)? {
-            squares.insert(id, share * share);
-            all.insert(id);
+        if let Some(share) = own_share(graph, node, trace, env, rounding.unit)? {
+            squares.insert((id, 0), share * share);
+            all.insert((id, 0));
+        }
+        if let Op::Softmax { axis, .. } = node.op {
+            let total: f64 = all.iter().map(|n| squares[n]).sum();
+            let scores = trace.get(&node.inputs[0]).map_or(0.0, |x| relevant(x, axis));
+            let slope = (2.0 * scores).max(1.0);
+            squares.insert((id, 1), total * slope * slope);
+            all = BTreeSet::from([(id, 1)]);
+        }
+        // Weights that are no operand of a product are rounded, too.
+        let rounded = |v: &ValueId| rounding.stored.contains(v);
+        let constants = node.inputs.iter().filter(|v| graph.as_const(**v).is_some());
+        let count = constants.filter(|v| rounded(v)).count()
+            + usize::from(node.outputs.iter().any(|v| rounded(v)));
+        if count > 0 {
+            squares.insert((id, 2), count as f64 * rounding.unit * rounding.unit);
+            all.insert((id, 2));
         }
         let total: f64 = all.iter().map(|n| squares[n]).sum();
         for &v in &node.outputs {
@@ -64,6 +116,7 @@ fn own_share(
     node: &Node,
     trace: &BTreeMap<ValueId, Tensor>,
     env: &Env,
+    unit: f64,
 ) -> Result<Option<f64>> {
     let is_f32 = |i: usize| graph.dtype(node.inputs[i]) == DType::F32;
     let product = match &node.op {
@@ -86,8 +139,8 @@ fn own_share(
     let error = match &node.op {
         Op::Attention(attrs) => match (operand(0), operand(1), operand(2)) {
             (Some(q), Some(k), Some(v)) => {
-                let scores = WIDTHS * 2.0 * UNIT_ROUNDOFF * score_squares(q, k).sqrt();
-                let weights = 2.0 * scores * slope(attrs) + WIDTHS * 2.0 * UNIT_ROUNDOFF;
+                let scores = WIDTHS * 2.0 * unit * score_squares(q, k).sqrt();
+                let weights = 2.0 * scores * slope(attrs) + WIDTHS * 2.0 * unit;
                 weights * magnitude(v)
             }
             _ => return Ok(None),
@@ -97,7 +150,7 @@ fn own_share(
             let (alone, operands) = (alone(graph, node), [squared(a)?, squared(b)?]);
             let options = Options { env: env.clone(), ..Options::new(Mode::F64) };
             let sums = run_with(&alone, &operands, &options)?.outputs;
-            WIDTHS * 2.0 * UNIT_ROUNDOFF * magnitude(&sums[0]).sqrt()
+            WIDTHS * 2.0 * unit * magnitude(&sums[0]).sqrt()
         }
     };
     Ok(Some(error / largest))
@@ -106,6 +159,21 @@ fn own_share(
 /// Largest finite magnitude.
 fn magnitude(tensor: &Tensor) -> f64 {
     (0..tensor.len()).map(|i| tensor.get_f64(i).abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
+}
+
+/// Largest magnitude of scores that are no more than 20 below the largest of their row: what is lower has
+/// a weight below 2e-9.
+fn relevant(tensor: &Tensor, axis: usize) -> f64 {
+    let shape = tensor.shape();
+    let len = shape.get(axis).copied().unwrap_or(1);
+    let inner: usize = shape.iter().skip(axis + 1).product();
+    let mut most = 0.0f64;
+    for start in (0..tensor.len()).filter(|i| (i / inner.max(1)) % len.max(1) == 0) {
+        let row = (0..len).map(|i| tensor.get_f64(start + i * inner));
+        let top = row.clone().filter(|x| x.is_finite()).fold(f64::NEG_INFINITY, f64::max);
+        most = row.filter(|x| *x >= top - 20.0).map(f64::abs).fold(most, f64::max);
+    }
+    most
 }
 
 fn squared(tensor: &Tensor) -> Result<Tensor> {
@@ -192,7 +260,8 @@ mod tests {
         let input = Tensor::from_f64s(DType::F32, &[1, 2], &[1.0, 2.0]).unwrap();
         let options = Options { trace: true, ..Options::new(Mode::F64) };
         let run = run_with(&graph, &[input], &options).unwrap();
-        let shares = bf16_shares(&graph, &run.trace, &run.env).unwrap();
+        let rounding = Rounding { unit: 1.0 / 256.0, stored: BTreeSet::new() };
+        let shares = shares(&graph, &run.trace, &run.env, &rounding).unwrap();
         let want = 6.0 * 2.0 / 256.0 * 73f64.sqrt() / 11.0;
         assert!((shares[&y] - want).abs() < 1e-12, "{} {want}", shares[&y]);
         assert_eq!(shares[&y], shares[&z]);

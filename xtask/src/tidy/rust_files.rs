@@ -20,6 +20,7 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/runtime/src/",            "calls of compiled kernels, aligned memory that threads share"),
     ("crates/cuda/",                   "the interfaces of the GPU's driver and compiler; its launches are unsafe"),
     ("crates/launch/",                 "launches of programs: their operands are the caller's promise"),
+    ("crates/runtime-gpu/src/session.rs", "launches over its own arena and constants"),
     ("crates/bench-gpu/src/arms.rs",   "launches of our kernels and cuBLASLt's on matrices that it borrows"),
     ("crates/bench-gpu/src/support.rs", "launches of its own kernels on checked buffers"),
     ("crates/data/src/mapped.rs",      "memory-mapped files"),
