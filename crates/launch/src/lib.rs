@@ -20,4 +20,4 @@ mod loader;
 
 pub use arguments::{Arguments, Operand, Value, arguments};
 pub use fallback::{Taken, first_that_works};
-pub use loader::{BoundKernel, LoadedKernel, Loader};
+pub use loader::{BoundKernel, LoadedKernel, Loader, compile_request};

@@ -62,7 +62,7 @@ impl Loader {
         let requests: Vec<CompileRequest> = fresh
             .iter()
             .filter_map(|(program, source)| {
-                source.as_ref().ok().map(|s| request(program, s, self.gpu.arch()))
+                source.as_ref().ok().map(|s| compile_request(program, s, self.gpu.arch()))
             })
             .collect();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -131,8 +131,8 @@ impl fmt::Debug for Loader {
     }
 }
 
-/// What the compiler is asked for.
-fn request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
+/// What the compiler is asked for: a program's text with its headers and options.
+pub fn compile_request(program: &Program, source: &Source, arch: Arch) -> CompileRequest {
     let request = CompileRequest::new(program.name.clone(), source.text.clone(), arch)
         .option("-std=c++17")
         .option("-default-device")
@@ -280,7 +280,7 @@ mod tests {
         let schedule = GpuSchedule::hopper(&[("BM", 128), ("BN", 128), ("BK", 64)]);
         let program = lower(&kernel, &schedule).unwrap();
         let source = emit(&program).unwrap();
-        let compiled = nvrtc.compile(&request(&program, &source, Arch::SM_90A)).unwrap();
+        let compiled = nvrtc.compile(&compile_request(&program, &source, Arch::SM_90A)).unwrap();
         let kernel = compiled.resources("gemm").unwrap();
         assert!(kernel.is_kernel, "{kernel:?}");
     }
