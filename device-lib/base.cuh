@@ -165,14 +165,17 @@ template <typename T, int N> union RunWords {
 };
 
 // A run where `inside` holds, else `fill`: one predicated access, so that a thread may start many before it waits.
-// Streams pass by the first-level cache. PTX ISA, "ld".
-template <typename T, int N> TW_INLINE Run<T, N> load_run_if(bool inside, const T* p, T fill) {
+// Streams pass by the first-level cache, unless they are KEPT for other rows. PTX ISA, "ld".
+template <typename T, int N, bool KEPT = false> TW_INLINE Run<T, N> load_run_if(bool inside, const T* p, T fill) {
   RunWords<T, N> r;
 #pragma unroll
   for (int i = 0; i < N; ++i) r.run.at[i] = fill;
   constexpr int BYTES = (int)sizeof(T) * N;
   static_assert(BYTES == 1 || BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES == 16, "no access of this width");
-  if constexpr (BYTES == 16) {
+  if constexpr (BYTES == 16 && KEPT) {
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(r.words[0]), "+r"(r.words[1]), "+r"(r.words[2]), "+r"(r.words[3]) : "l"(p), "r"((int)inside));
+  } else if constexpr (BYTES == 16) {
     asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
                  : "+r"(r.words[0]), "+r"(r.words[1]), "+r"(r.words[2]), "+r"(r.words[3]) : "l"(p), "r"((int)inside));
   } else if constexpr (BYTES == 8) {

@@ -71,7 +71,7 @@ template <int ROWS, int COLS, int TM, int TN, int BM, int BN> struct OuterSpread
 
 // Plain threads: LANES neighbours share a row in vectors of VECTOR columns.
 template <int ROWS, int COLS, int LANES, int VECTOR, int THREADS> struct LineSpread {
-  static constexpr int LINES = THREADS / LANES, EACH = COLS / LANES;
+  static constexpr int LINES = THREADS / LANES, EACH = COLS / LANES, LANES_A_ROW = LANES, RUN = VECTOR;
   static constexpr int TILE = ROWS / LINES * EACH, PER_ROW = ROWS / LINES, PER_COL = EACH;
   static TW_INLINE int me() { return (int)threadIdx.x % THREADS; }
   // Where register 0 is, and how far register i is from it: a constant, so that addresses are one base and offsets.
@@ -224,22 +224,6 @@ template <int LANES, typename T, typename F> TW_INLINE T across_lanes(T x, F com
 #pragma unroll
   for (int d = LANES / 2; d > 0; d /= 2) x = combine(x, __shfl_xor_sync(~0u, x, d));
   return x;
-}
-
-// Combines over LANES threads of several warps through `scratch` (one element a warp); all threads of the
-// block take part and get the result.
-template <int LANES, typename T, typename F>
-TW_INLINE T across_warps(T x, T* scratch, F combine) {
-  constexpr int WARPS = LANES / 32;
-  x = across_lanes<32>(x, combine);
-  const int w = (int)threadIdx.x / 32;
-  __syncthreads();
-  if (lane() == 0) scratch[w] = x;
-  __syncthreads();
-  T r = scratch[w / WARPS * WARPS];
-#pragma unroll
-  for (int k = 1; k < WARPS; ++k) r = combine(r, scratch[w / WARPS * WARPS + k]);
-  return r;
 }
 
 }  // namespace tw

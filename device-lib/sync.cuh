@@ -67,6 +67,9 @@ TW_INLINE void mbarrier_wait(smem_t bar, u32 parity) {
 TW_INLINE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// In two steps; what was written before the first is not ordered by it, but for barriers made visible by their fence.
+TW_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+TW_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 TW_INLINE u32 cluster_cta() {
   u32 r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));

@@ -11,6 +11,7 @@
 //! | [`CLUSTERS`] | number of clusters in the grid |
 //! | [`THREAD`] | thread within the block; only inside `setup` and `teardown` |
 
+use crate::lines::LineStep;
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};
 use tilewright_expr::{Func, Value};
@@ -619,6 +620,9 @@ pub enum Stmt {
         /// From where.
         from: SmemTile,
     },
+
+    /// A step of threads that are spread in lines.
+    Line(LineStep),
 
     // Dependent launches.
     /// Waits until the kernels before this one in the stream have finished writing

@@ -14,8 +14,10 @@
 //! compiler then names the interpreter and the emitter.
 
 mod ir;
+mod lines;
 mod print;
 mod verify;
 
 pub use ir::*;
+pub use lines::{LineStep, identity};
 pub use verify::verify;

@@ -8,6 +8,7 @@
 //! Printing never fails: an id without its entity prints as `?s7`.
 
 use crate::ir::*;
+use crate::lines::LineStep;
 use std::fmt::{self, Display, Write};
 use tilewright_base::DType;
 use tilewright_expr::Value;
@@ -192,6 +193,15 @@ fn param_name(program: &Program, param: ParamId) -> String {
 }
 
 /// The declared name, or the id with a question mark.
+fn reduce_text(kind: ReduceKind) -> &'static str {
+    match kind {
+        ReduceKind::Sum => "sum",
+        ReduceKind::Prod => "prod",
+        ReduceKind::Max => "max",
+        ReduceKind::Min => "min",
+    }
+}
+
 macro_rules! name {
     ($list:expr, $id:expr) => {
         $list.get($id).map_or_else(|| format!("?{}", $id), |x| x.name.clone())
@@ -298,6 +308,47 @@ impl Printer<'_> {
         }
     }
 
+    fn line_step(p: &Program, step: &LineStep) -> String {
+        let of_param = |param: &ParamId| p.params.get(*param).map(|p| p.dtype);
+        match step {
+            LineStep::Pick { dst, param, at, axes, steps, rows, fill, vector } => {
+                let (dst, from) = (Self::frag(p, dst), Self::global(p, *param, at, *axes));
+                let rows = rows.as_ref().map_or(String::new(), |(axis, rows)| {
+                    format!(" axis {axis} by {}", Self::frag(p, rows))
+                });
+                let (fill, (r, c)) = (value_text(*fill, of_param(param)), *steps);
+                format!("{dst} = pick {from}{rows} steps ({r},{c}) fill {fill} vector {vector}")
+            }
+            LineStep::Turn { dst, param, at, axes, fill, vector } => {
+                let from = Self::global(p, *param, at, (Some(axes.0), Some(axes.1)));
+                let (dst, fill) = (Self::frag(p, dst), value_text(*fill, of_param(param)));
+                format!("{dst} = turn {from} fill {fill} vector {vector}")
+            }
+            LineStep::ArgReduce { dst, kind, src, limit, last } => {
+                let which = if *last { "last" } else { "first" };
+                let (dst, src, kind) = (Self::frag(p, dst), Self::frag(p, src), reduce_text(*kind));
+                format!("{dst} = {which} arg{kind} {src} limit {limit}")
+            }
+            LineStep::Scan { dst, kind, src, exclusive, reverse } => {
+                let exclusive = if *exclusive { " exclusive" } else { "" };
+                let reverse = if *reverse { " reverse" } else { "" };
+                let (dst, src, kind) = (Self::frag(p, dst), Self::frag(p, src), reduce_text(*kind));
+                format!("{dst} = scan {kind} {src}{exclusive}{reverse}")
+            }
+            LineStep::Random { dst, seed, start, steps: (r, c) } => {
+                let dst = Self::frag(p, dst);
+                format!("{dst} = random seed {seed} from {start} steps ({r},{c})")
+            }
+            LineStep::Add { param, at, axes, src } => {
+                format!("add {}, {}", Self::global(p, *param, at, *axes), Self::frag(p, src))
+            }
+            LineStep::AcrossCluster { frag, kind } => {
+                let frag = Self::frag(p, frag);
+                format!("{frag} = {} {frag} across the cluster", reduce_text(*kind))
+            }
+        }
+    }
+
     fn simple(p: &Program, stmt: &Stmt) -> String {
         let dtype = |f: &FragRef| p.frags.get(f.frag).map(|f| f.dtype);
         match stmt {
@@ -373,12 +424,7 @@ impl Printer<'_> {
                 format!("{} = iota axis {axis} from {start}", Self::frag(p, dst))
             }
             Stmt::Reduce { dst, kind, src, accumulate } => {
-                let kind = match kind {
-                    ReduceKind::Sum => "sum",
-                    ReduceKind::Prod => "prod",
-                    ReduceKind::Max => "max",
-                    ReduceKind::Min => "min",
-                };
+                let kind = reduce_text(*kind);
                 let with = if *accumulate { " accumulate" } else { "" };
                 format!("{} = reduce {kind} {}{with}", Self::frag(p, dst), Self::frag(p, src))
             }
@@ -397,6 +443,7 @@ impl Printer<'_> {
             Stmt::FromSmem { dst, from } => {
                 format!("{} = {}", Self::frag(p, dst), Self::tile(p, from))
             }
+            Stmt::Line(step) => Self::line_step(p, step),
             Stmt::GridWait => "grid wait".to_string(),
             Stmt::GridRelease => "grid release".to_string(),
         }

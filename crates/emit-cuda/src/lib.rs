@@ -12,6 +12,7 @@
 
 mod dims;
 mod funcs;
+mod line_steps;
 mod lines;
 mod memory;
 mod stmts;
@@ -58,6 +59,7 @@ pub fn headers() -> &'static [(&'static str, &'static str)] {
         ("tw/tma.cuh", include_str!("../../../device-lib/tma.cuh")),
         ("tw/wgmma.cuh", include_str!("../../../device-lib/wgmma.cuh")),
         ("tw/frag.cuh", include_str!("../../../device-lib/frag.cuh")),
+        ("tw/lines.cuh", include_str!("../../../device-lib/lines.cuh")),
         ("tw/copy.cuh", include_str!("../../../device-lib/copy.cuh")),
         ("tw/mma.cuh", include_str!("../../../device-lib/mma.cuh")),
         ("tw/fma.cuh", include_str!("../../../device-lib/fma.cuh")),
@@ -93,6 +95,8 @@ pub fn emit(program: &Program) -> Result<Source> {
     let mut printer = stmts::Printer::new(program);
     let body = printer.kernel_body()?;
     let arguments = printer.arguments();
+    // Operators are called like C's functions, whose names a kernel cannot have.
+    let entry = format!("tw_{}", program.name);
     let mut text = String::new();
     let _ = writeln!(
         text,
@@ -124,12 +128,12 @@ pub fn emit(program: &Program) -> Result<Source> {
         "\nextern \"C\" __global__ void __launch_bounds__({}, {})\n{}(\n    {}) {{\n{body}}}\n",
         program.threads,
         program.blocks_per_sm,
-        program.name,
+        entry,
         parameters.join(",\n    ")
     );
     Ok(Source {
         text,
-        entry: program.name.clone(),
+        entry,
         arguments,
         smem_bytes: program.smem_bytes(),
         threads: program.threads,

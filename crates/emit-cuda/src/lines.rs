@@ -12,17 +12,34 @@ use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::ParamId;
 
+/// Where the elements of a fragment lie in a tensor.
+pub(crate) struct Access<'a> {
+    pub(crate) param: ParamId,
+    /// Coordinate of the first element.
+    pub(crate) at: &'a [Dim],
+    /// Axes along which rows and columns run, and coordinates between neighbours along them.
+    pub(crate) axes: (Option<usize>, Option<usize>),
+    pub(crate) steps: (i64, i64),
+    /// An axis along which the coordinate is data.
+    pub(crate) rows: Option<(usize, &'a FragRef)>,
+    /// Columns an access.
+    pub(crate) vector: u32,
+}
+
+/// `text` times a step that is often 1.
+fn times(text: &str, step: i64) -> String {
+    if step == 1 { text.to_owned() } else { format!("{text} * {step}") }
+}
+
 impl Printer<'_> {
-    /// A load (with `fill`) or a store; `vector` columns an access.
+    /// A load (with `fill`) or a store.
     pub(crate) fn global_lines(
         &mut self,
         frag_ref: &FragRef,
-        param: ParamId,
-        at: &[Dim],
-        axes: (Option<usize>, Option<usize>),
-        vector: u32,
+        access: &Access<'_>,
         fill: Option<Value>,
     ) -> Result<()> {
+        let Access { param, at, axes, steps, rows, vector } = *access;
         let p = self.program.params[param].clone();
         let frag = self.program.frags[frag_ref.frag].clone();
         let cols = self.cols(frag_ref);
@@ -46,18 +63,20 @@ impl Printer<'_> {
                 return Err(Error::unsupported(format!("{} has a blocked axis", p.name)));
             }
             let part = match (axes.0 == Some(axis), axes.1 == Some(axis)) {
-                (true, _) => row,
-                (_, true) => col,
+                (true, _) => row.map(|part| (part, steps.0)),
+                (_, true) => col.map(|part| (part, steps.1)),
                 _ => None,
             };
             let name = format!("at_{axis}");
             let start = self.scope.text(coordinate);
             let stride = self.scope.wide(&a.stride);
             let here = match part {
-                Some((first, step)) => {
-                    lets.push(format!("const int {name} = {start} + spread_t::{first};"));
-                    let _ = write!(offset, " + (tw::i64)spread_t::{step} * {stride}");
-                    format!("{name} + spread_t::{step}")
+                Some(((first, step), by)) => {
+                    let first = times(&format!("spread_t::{first}"), by);
+                    let step = times(&format!("spread_t::{step}"), by);
+                    lets.push(format!("const int {name} = {start} + {first};"));
+                    let _ = write!(offset, " + (tw::i64)({step}) * {stride}");
+                    format!("{name} + {step}")
                 }
                 None => {
                     lets.push(format!("const int {name} = {start};"));
@@ -65,6 +84,17 @@ impl Printer<'_> {
                 }
             };
             let _ = write!(base, " + (tw::i64){name} * {stride}");
+            if let Some((picked, rows)) = rows
+                && picked == axis
+            {
+                // Wide, because the data may be anything.
+                let by = self.operand(frag_ref, rows, "i")?;
+                let place = format!("((tw::i64){here} + (tw::i64){by})");
+                let _ = write!(offset, " + (tw::i64){by} * {stride}");
+                inside.push(format!("{place} >= 0"));
+                inside.push(format!("{place} < {}", self.scope.text(&a.extent)));
+                continue;
+            }
             if self.scope.bounds(coordinate).min < 0 {
                 inside.push(format!("{here} >= 0"));
             }
@@ -103,13 +133,15 @@ impl Printer<'_> {
         };
         let register = self.register(frag_ref, "i")?;
         let value = constant(fill, frag.dtype);
+        // What only varies along columns is read again for the rows of other blocks.
+        let kept = frag.extent == Extent::PerCol;
         self.line("{");
         lets.iter().for_each(|text| self.line(&format!("  {text}")));
         self.line(&format!("  tw::Run<{ty}, {vector}> runs[{count} / {vector}];"));
         self.line("#pragma unroll");
         self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
         self.line(&format!(
-            "    runs[i / {vector}] = tw::load_run_if<{ty}, {vector}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
+            "    runs[i / {vector}] = tw::load_run_if<{ty}, {vector}, {kept}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
         ));
         self.line("  }");
         self.line("#pragma unroll");

@@ -4,6 +4,7 @@
 //! Convention: as in `stmts.rs`. What the copy engine moves is one call there; fragments that are spread
 //! in lines are in `lines.rs`.
 
+use crate::lines::Access;
 use crate::memory_type;
 use crate::stmts::{Printer, constant};
 use std::fmt::Write;
@@ -75,7 +76,8 @@ impl Printer<'_> {
         let p = self.program.params[param].clone();
         let frag = self.program.frags[frag_ref.frag].clone();
         if matches!(frag.spread, Spread::Lines { .. }) {
-            return self.global_lines(frag_ref, param, at, axes, vector, fill);
+            let access = Access { param, at, axes, steps: (1, 1), rows: None, vector };
+            return self.global_lines(frag_ref, &access, fill);
         }
         let cols = self.cols(frag_ref);
         let spread = Self::spread(&frag, cols);

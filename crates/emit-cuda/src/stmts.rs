@@ -33,6 +33,10 @@ pub(crate) struct Printer<'a> {
     indent: usize,
     /// The role whose body is being printed.
     pub(crate) role: Option<&'a Role>,
+    /// Loops around the step that is being printed.
+    pub(crate) loops: u32,
+    /// Exchanges across the cluster printed so far.
+    pub(crate) exchanges: u32,
     /// Inside [`Stmt::Once`]: one thread runs already.
     once: bool,
     smem_offsets: Vec<u32>,
@@ -89,6 +93,8 @@ impl<'a> Printer<'a> {
             out: String::new(),
             indent: 1,
             role: None,
+            loops: 0,
+            exchanges: 0,
             once: false,
             smem_offsets,
             barrier_offsets,
@@ -124,6 +130,9 @@ impl<'a> Printer<'a> {
                         }
                     }
                     Stmt::Mma { acc, .. } => note(acc.frag, false),
+                    Stmt::Line(step) => {
+                        step.reads().into_iter().for_each(|f| note(f.frag, false));
+                    }
                     _ => {}
                 }
             });
@@ -250,7 +259,7 @@ impl<'a> Printer<'a> {
     }
 
     /// `arg` as an operand where `i` counts registers of `dst`.
-    fn operand(&self, dst: &FragRef, arg: &FragRef, i: &str) -> Result<String> {
+    pub(crate) fn operand(&self, dst: &FragRef, arg: &FragRef, i: &str) -> Result<String> {
         let (d, a) = (&self.program.frags[dst.frag], &self.program.frags[arg.frag]);
         let spread = Self::spread(d, self.cols(dst));
         let index = match (d.extent, a.extent) {
@@ -351,6 +360,7 @@ impl<'a> Printer<'a> {
 
     pub(crate) fn kernel_body(&mut self) -> Result<String> {
         let program = self.program;
+        self.declare_line_scratch()?;
         self.line("extern __shared__ __align__(1024) unsigned char shared_memory[];");
         self.line("const tw::smem_t smem = tw::smem_address(shared_memory);");
         for ((_, smem), offset) in program.smem.iter().zip(self.smem_offsets.clone()) {
@@ -517,10 +527,13 @@ impl<'a> Printer<'a> {
                 let next =
                     if step.is(1) { format!("++{var}") } else { format!("{var} += {step_text}") };
                 self.line("#pragma unroll 1");
-                self.braced(
+                self.loops += 1;
+                let done = self.braced(
                     &format!("for (int {var} = {lo_text}; {var} < {hi_text}; {next})"),
                     body,
-                )?;
+                );
+                self.loops -= 1;
+                done?;
                 self.scope = saved;
             }
             Stmt::Unroll { var, count, body } => {
@@ -703,10 +716,16 @@ impl<'a> Printer<'a> {
             }
             Stmt::ToSmem { to, src } => self.store_smem(to, src)?,
             Stmt::FromSmem { dst, from } => self.load_smem(dst, from)?,
+            Stmt::Line(step) => self.line_step(step)?,
             Stmt::GridWait => self.line("tw::grid_wait();"),
             Stmt::GridRelease => self.line("tw::grid_release();"),
         }
         Ok(())
+    }
+
+    /// The helpers of maps define tw_max and tw_min.
+    pub(crate) fn needs_helpers(&mut self) {
+        let _ = self.funcs.name(&tilewright_expr::Func::identity(DType::F32), false);
     }
 
     fn reduce(
@@ -720,36 +739,21 @@ impl<'a> Printer<'a> {
         let s = self.program.frags[src.frag].clone();
         let spread = Self::spread(&s, self.cols(src));
         let held = memory_type(d.dtype);
-        let combine = match kind {
-            ReduceKind::Sum => "x + y",
-            ReduceKind::Prod => "x * y",
-            ReduceKind::Max => "tw_max(x, y)",
-            ReduceKind::Min => "tw_min(x, y)",
-        };
-        // The helpers of maps define tw_max and tw_min.
-        let _ = self.funcs.name(&tilewright_expr::Func::identity(DType::F32), false);
+        let combine = combination(kind);
+        self.needs_helpers();
+        if let Spread::Lines { lanes, threads, .. } = s.spread {
+            return self.reduce_lines(dst, src, (lanes, threads), combine, accumulate);
+        }
         if d.extent != Extent::PerRow || s.extent != Extent::Tile {
             return Err(Error::unsupported("reduction over rows of a fragment"));
         }
         let across = match s.spread {
-            Spread::Wgmma | Spread::MmaSync { warps_n: 1, .. } => {
-                Some("tw::across_lanes<4>(x, combine)".to_owned())
-            }
-            Spread::Lines { lanes: 1, .. } => None,
-            Spread::Lines { lanes, .. } if lanes <= 32 => {
-                Some(format!("tw::across_lanes<{lanes}>(x, combine)"))
-            }
-            Spread::Lines { lanes, .. } => {
-                Some(format!("tw::across_warps<{lanes}>(x, scratch, combine)"))
-            }
+            Spread::Wgmma | Spread::MmaSync { warps_n: 1, .. } => "tw::across_lanes<4>(x, combine)",
             _ => return Err(Error::unsupported("reduction in this spread")),
         };
         let from = self.register(src, "i")?;
         let to = self.register(dst, "j")?;
         self.line("{");
-        if across.as_deref().is_some_and(|a| a.contains("scratch")) {
-            self.line(&format!("  __shared__ tw::value<{held}> scratch[32];"));
-        }
         self.line(&format!(
             "  const auto combine = [](tw::value<{held}> x, tw::value<{held}> y) -> tw::value<{held}> {{ return {combine}; }};"
         ));
@@ -761,9 +765,7 @@ impl<'a> Printer<'a> {
         self.line(&format!(
             "    for (int i = 0; i < {spread}::TILE; ++i) if ({spread}::per_row(i) == j) {{ x = first ? (tw::value<{held}>){from} : combine(x, {from}); first = false; }}"
         ));
-        if let Some(across) = across {
-            self.line(&format!("    x = {across};"));
-        }
+        self.line(&format!("    x = {across};"));
         if accumulate {
             self.line(&format!("    {to} = combine({to}, x);"));
         } else {
@@ -775,10 +777,21 @@ impl<'a> Printer<'a> {
     }
 }
 
+/// How `x` and `y` are combined.
+pub(crate) fn combination(kind: ReduceKind) -> &'static str {
+    match kind {
+        ReduceKind::Sum => "x + y",
+        ReduceKind::Prod => "x * y",
+        ReduceKind::Max => "tw_max(x, y)",
+        ReduceKind::Min => "tw_min(x, y)",
+    }
+}
+
 /// A constant as a fragment holds it.
 pub(crate) fn constant(value: Value, dtype: DType) -> String {
     match value {
         Value::Int(v) if dtype.is_float() => format!("{v}.0f"),
+        Value::Int(i64::MIN) => "(-9223372036854775807ll - 1)".into(),
         Value::Int(v) => v.to_string(),
         Value::Float(v) if v.is_nan() => "__int_as_float(0x7fc00000)".into(),
         Value::Float(v) if v.is_infinite() => {
@@ -790,7 +803,7 @@ pub(crate) fn constant(value: Value, dtype: DType) -> String {
 }
 
 /// Calls `f` on every step, nested ones included.
-fn visit(stmts: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
+pub(crate) fn visit(stmts: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
     for stmt in stmts {
         f(stmt);
         match stmt {
@@ -867,6 +880,9 @@ fn stmt_names(
         Stmt::FromSmem { dst, from } => {
             slot(&from.slot);
             frags.insert(dst.frag);
+        }
+        Stmt::Line(step) => {
+            frags.extend(step.reads().into_iter().chain(step.writes()).map(|f| f.frag));
         }
         _ => {}
     }

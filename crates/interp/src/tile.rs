@@ -581,7 +581,7 @@ fn with(at: &[usize], axis: usize, i: usize) -> Vec<usize> {
     full
 }
 
-fn beats(kind: ReduceKind, new: Value, old: Value) -> bool {
+pub(crate) fn beats(kind: ReduceKind, new: Value, old: Value) -> bool {
     match (new, old) {
         (Value::Float(n), Value::Float(o)) => match (n.is_nan(), o.is_nan()) {
             (true, false) => true,

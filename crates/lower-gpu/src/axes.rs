@@ -3,8 +3,11 @@
 //! Threads see every tile as part of one plane of rows and columns: a thread holds runs of columns of
 //! some rows. Tile programs know only axes. Axes that an operation sets side by side are the same
 //! direction (a union), two long axes of one tile are different directions (an edge), and so each
-//! connected part of the program has two directions. What is reduced runs along columns; where
-//! nothing is, the axis that is contiguous in memory does.
+//! connected part of the program has two directions. Axes with the same tile size are the same direction, too.
+//!
+//! What is scanned, and where positions of extremes are sought, runs along columns. What is reduced runs along
+//! columns unless the other axis is contiguous in memory: then it runs along rows, so that threads read
+//! neighbours. Where nothing is reduced, the axis that is contiguous in memory runs along columns.
 
 use tilewright_base::{Error, Result};
 use tilewright_tile::{Block, Kernel, ParamId, Stmt, TileId, TileOp};
@@ -32,8 +35,8 @@ impl Direction {
 pub(crate) struct Directions {
     /// Per tile and axis; `None` for axes of extent 1.
     of: Vec<Vec<Option<Direction>>>,
-    /// Something is reduced.
-    pub(crate) reduces: bool,
+    /// Along what reductions go, if there are any; columns where both are reduced.
+    pub(crate) reduces: Option<Direction>,
 }
 
 impl Directions {
@@ -46,12 +49,28 @@ impl Directions {
     pub(crate) fn axis(&self, tile: TileId, direction: Direction) -> Option<usize> {
         self.of(tile).iter().position(|d| *d == Some(direction))
     }
+
+    /// The same for a kernel with sizes put in: axes of one element have no direction.
+    pub(crate) fn with_sizes(mut self, kernel: &Kernel) -> Directions {
+        for (tile, info) in kernel.values.iter() {
+            for (axis, extent) in info.ty.shape.iter().enumerate() {
+                if extent.is(1) {
+                    self.of[tile.index()][axis] = None;
+                }
+            }
+        }
+        self
+    }
 }
 
 struct Classes {
     first: Vec<usize>,
     parent: Vec<usize>,
     reduced: Vec<usize>,
+    /// Axes along which order matters.
+    ordered: Vec<usize>,
+    /// The contiguous axis of each load of a plane.
+    planes: Vec<usize>,
     /// Axes that are contiguous in memory: of stores, then of loads.
     near: [Vec<usize>; 2],
 }
@@ -85,6 +104,9 @@ impl Classes {
             if axes.get(axis).is_some_and(|a| a.stride.is(1)) && !extent.is(1) {
                 let id = self.id(tile, axis);
                 self.near[load].push(id);
+                if load == 1 && long_axes(kernel, tile).len() == 2 {
+                    self.planes.push(id);
+                }
             }
         }
     }
@@ -116,6 +138,29 @@ impl Classes {
         }
     }
 
+    /// A tile size names a direction, unless a tile has it twice.
+    fn tile_sizes(&mut self, kernel: &Kernel) {
+        for name in &kernel.tiles {
+            let axes = |tile: TileId| {
+                let shape = kernel.ty(tile).shape.iter().enumerate();
+                shape.filter(|(_, d)| d.as_symbol() == Some(name)).map(|(i, _)| i).collect()
+            };
+            let all: Vec<(TileId, Vec<usize>)> =
+                kernel.values.iter().map(|(tile, _)| (tile, axes(tile))).collect();
+            if all.iter().any(|(_, axes)| axes.len() > 1) {
+                continue;
+            }
+            let mut first = None;
+            for (tile, axes) in all {
+                for axis in axes {
+                    let id = self.id(tile, axis);
+                    let known = *first.get_or_insert(id);
+                    self.union(known, id);
+                }
+            }
+        }
+    }
+
     fn along(&mut self, kernel: &Kernel, from: TileId, along: &[usize], to: TileId) {
         for (axis, target) in along.iter().enumerate() {
             if !kernel.ty(from).shape[axis].is(1) {
@@ -142,11 +187,17 @@ impl Classes {
                 for (to, from) in (0..rank).filter(|a| a != axis).enumerate() {
                     self.union(self.id(*x, from), self.id(id, to));
                 }
-                self.reduced.push(self.id(*x, *axis));
+                if !kernel.ty(*x).shape[*axis].is(1) {
+                    let along = self.id(*x, *axis);
+                    let plain = matches!(op, TileOp::Reduce { .. });
+                    if plain { &mut self.reduced } else { &mut self.ordered }.push(along);
+                }
             }
             TileOp::Scan { x, axis, .. } => {
                 self.same(kernel, *x, id);
-                self.reduced.push(self.id(*x, *axis));
+                if !kernel.ty(*x).shape[*axis].is(1) {
+                    self.ordered.push(self.id(*x, *axis));
+                }
             }
             TileOp::Permute { x, perm } => {
                 for (to, from) in perm.iter().enumerate() {
@@ -184,9 +235,12 @@ pub(crate) fn directions(kernel: &Kernel) -> Result<Directions> {
         first,
         parent: (0..total).collect(),
         reduced: Vec::new(),
+        ordered: Vec::new(),
+        planes: Vec::new(),
         near: [Vec::new(), Vec::new()],
     };
     classes.block(kernel, &kernel.body);
+    classes.tile_sizes(kernel);
     let mut edges: Vec<(usize, usize)> = Vec::new();
     let mut last: Vec<usize> = Vec::new();
     for (tile, info) in kernel.values.iter() {
@@ -207,21 +261,40 @@ pub(crate) fn directions(kernel: &Kernel) -> Result<Directions> {
         }
     }
     let mut colour: Vec<Option<Direction>> = vec![None; total];
-    let reduced: Vec<usize> = classes.reduced.iter().map(|x| classes.find(*x)).collect();
-    let [stored, loaded] =
-        classes.near.clone().map(|v| v.into_iter().map(|x| classes.find(x)).collect::<Vec<_>>());
-    // Each list is only asked for parts of the program that the lists before left open.
-    for (i, seeds) in [&reduced, &stored, &loaded, &last].into_iter().enumerate() {
-        for seed in seeds {
-            if colour[*seed].is_none() {
-                paint(&mut colour, &edges, *seed)?;
-            } else if i == 0 && colour[*seed] != Some(Direction::Col) {
+    let roots = |list: &[usize]| list.iter().map(|x| classes.find(*x)).collect::<Vec<_>>();
+    for seed in roots(&classes.ordered) {
+        match colour[seed] {
+            None => paint(&mut colour, &edges, seed, Direction::Col)?,
+            Some(Direction::Col) => {}
+            Some(Direction::Row) => {
                 return Err(Error::unsupported(
-                    "reductions along both axes of tiles in one program",
+                    "scans or positions of extremes along both axes of tiles in one program",
                 ));
             }
         }
     }
+    let (reduced, planes) = (roots(&classes.reduced), roots(&classes.planes));
+    for seed in &reduced {
+        let beside = |x: usize| edges.contains(&(x, *seed)) || edges.contains(&(*seed, x));
+        let across = !planes.contains(seed) && planes.iter().any(|x| beside(*x));
+        if colour[*seed].is_none() {
+            let direction = if across { Direction::Row } else { Direction::Col };
+            paint(&mut colour, &edges, *seed, direction)?;
+        }
+    }
+    let [stored, loaded] = [roots(&classes.near[0]), roots(&classes.near[1])];
+    // Each list is only asked for parts of the program that the lists before left open.
+    for seed in stored.iter().chain(&loaded).chain(&last) {
+        if colour[*seed].is_none() {
+            paint(&mut colour, &edges, *seed, Direction::Col)?;
+        }
+    }
+    let along =
+        reduced.iter().chain(&roots(&classes.ordered)).map(|x| colour[*x]).collect::<Vec<_>>();
+    let reduces = match along.contains(&Some(Direction::Col)) {
+        true => Some(Direction::Col),
+        false => along.first().copied().flatten(),
+    };
     let of = kernel
         .values
         .iter()
@@ -234,11 +307,16 @@ pub(crate) fn directions(kernel: &Kernel) -> Result<Directions> {
                 .collect()
         })
         .collect();
-    Ok(Directions { of, reduces: !reduced.is_empty() })
+    Ok(Directions { of, reduces })
 }
 
-fn paint(colour: &mut [Option<Direction>], edges: &[(usize, usize)], seed: usize) -> Result<()> {
-    colour[seed] = Some(Direction::Col);
+fn paint(
+    colour: &mut [Option<Direction>],
+    edges: &[(usize, usize)],
+    seed: usize,
+    direction: Direction,
+) -> Result<()> {
+    colour[seed] = Some(direction);
     let mut work = vec![seed];
     while let Some(x) = work.pop() {
         let Some(mine) = colour[x] else { continue };

@@ -14,7 +14,9 @@
 mod ampere;
 mod axes;
 mod epilogue;
+mod extents;
 mod hopper;
+mod line_ops;
 mod lines;
 mod pick;
 mod raster;
@@ -34,9 +36,10 @@ use tilewright_tile::Kernel;
 /// # Errors
 /// Unsupported, naming the step, when the program has no form under this schedule.
 pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
-    let kernel = specialise::specialise(kernel, schedule)?;
+    let written = kernel;
+    let kernel = specialise::specialise(written, schedule)?;
     if !lines::has_product(&kernel.body) {
-        return lines::lower(&kernel, schedule);
+        return lines::lower(written, &kernel, schedule);
     }
     match schedule.product {
         ProductKind::Wgmma => hopper::lower(&kernel, schedule),

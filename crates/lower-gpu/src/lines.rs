@@ -8,54 +8,31 @@
 //! neighbouring threads, each with runs of `vector` columns. A row that a tile holds whole is read once
 //! and stays in registers. Rows in pieces go through a loop; what a loop only folds into a carried
 //! reduction is kept apart per register and combined over threads once, after the loop.
+//!
+//! Reductions go along columns, or along rows where those are contiguous in memory (`axes.rs`). With a cluster
+//! the axis that is reduced is shared out over its blocks, each with as much of the plane as fits its registers, and
+//! reductions end in an exchange.
+//!
+//! Single operations are in `line_ops.rs`, how large registers are in `extents.rs`.
 
-use crate::axes::{Direction, Directions, directions, long_axes};
+use crate::axes::{Direction, Directions, directions};
+use crate::extents::Extents;
 use crate::schedule::GpuSchedule;
 use crate::streams::extents;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
-    Arch, CLUSTER, CLUSTERS, Cond, Extent, Frag, FragId, FragRef, Program, Role, Spread, Stmt,
+    Arch, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, LineStep, Program, Role,
+    Spread, Stmt, identity,
 };
-use tilewright_expr::{Func, FuncBuilder, Op, Value};
+use tilewright_expr::{Func, Op};
 use tilewright_layout::Dim;
-use tilewright_tile::{Block, For, If, Kernel, Operand, ParamId, ReduceKind, TileId, TileOp};
+use tilewright_tile::{
+    Access, Block, Compare, For, If, Kernel, ParamId, ReduceKind, TileId, TileOp,
+};
 
-/// The value that a reduction starts from.
-fn identity(kind: ReduceKind, dtype: DType) -> Value {
-    let float = dtype.is_float();
-    match kind {
-        ReduceKind::Sum if float => Value::Float(0.0),
-        ReduceKind::Prod if float => Value::Float(1.0),
-        ReduceKind::Max if float => Value::Float(f64::NEG_INFINITY),
-        ReduceKind::Min if float => Value::Float(f64::INFINITY),
-        ReduceKind::Sum => Value::Int(0),
-        ReduceKind::Prod => Value::Int(1),
-        ReduceKind::Max => Value::Int(lowest(dtype)),
-        ReduceKind::Min => Value::Int(highest(dtype)),
-    }
-}
-
-fn is_signed(dtype: DType) -> bool {
-    dtype.class() == tilewright_base::Class::Signed
-}
-
-fn lowest(dtype: DType) -> i64 {
-    if is_signed(dtype) { i64::MIN >> (64 - dtype.bits()) } else { 0 }
-}
-
-fn highest(dtype: DType) -> i64 {
-    match (is_signed(dtype), dtype) {
-        (true, _) => i64::MAX >> (64 - dtype.bits()),
-        (_, DType::Bool) => 1,
-        // The bits of the largest number; `u64` wraps into the sign.
-        (_, DType::U64) => -1,
-        _ => (1 << dtype.bits()) - 1,
-    }
-}
-
-fn combine(kind: ReduceKind) -> Op {
+pub(crate) fn combine(kind: ReduceKind) -> Op {
     match kind {
         ReduceKind::Sum => Op::Add,
         ReduceKind::Prod => Op::Mul,
@@ -82,25 +59,31 @@ struct Folded {
     x: TileId,
 }
 
-struct Lines<'a> {
-    kernel: &'a Kernel,
-    schedule: &'a GpuSchedule,
-    directions: Directions,
-    rows: u32,
-    cols: u32,
-    frags: IdVec<FragId, Frag>,
-    tiles: BTreeMap<TileId, FragId>,
-    /// Columns below a limit, by the limit.
-    masks: BTreeMap<String, FragId>,
+pub(crate) struct Lines<'a> {
+    pub(crate) kernel: &'a Kernel,
+    pub(crate) schedule: &'a GpuSchedule,
+    pub(crate) directions: Directions,
+    pub(crate) extents: Extents,
+    /// Of the part of the plane that one block has.
+    pub(crate) rows: u32,
+    pub(crate) cols: u32,
+    /// The direction that is shared out over the blocks of a cluster.
+    pub(crate) shared: Option<Direction>,
+    /// Loops around the step.
+    loops: usize,
+    pub(crate) frags: IdVec<FragId, Frag>,
+    pub(crate) tiles: BTreeMap<TileId, FragId>,
+    /// Positions less a limit, by direction and limit.
+    pub(crate) masks: BTreeMap<String, FragId>,
     /// Reductions that the loop around them keeps apart: the accumulator by the reduction's tile.
-    folded: BTreeMap<TileId, FragId>,
+    pub(crate) folded: BTreeMap<TileId, FragId>,
     /// Combinations with a carried tile that a folded reduction replaces.
-    skipped: Vec<TileId>,
+    pub(crate) skipped: Vec<TileId>,
 }
 
-/// Schedules a kernel without products.
-pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
-    let directions = directions(kernel)?;
+/// Schedules a kernel without products: as it was written, and with tile sizes put in.
+pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
+    let directions = directions(written)?.with_sizes(kernel);
     let (mut rows, mut cols) = (1, 1);
     for (tile, info) in kernel.values.iter() {
         let shape = extents(kernel, tile)?;
@@ -119,12 +102,31 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             *known = shape[axis];
         }
     }
+    // What has one row or column may be any of the threads'.
     let knobs = &schedule.lines;
+    let lines = (knobs.threads / knobs.lanes.max(1)).max(1);
+    let of_cluster = |d| if directions.reduces == Some(d) { schedule.cluster } else { 1 };
+    if rows == 1 {
+        rows = lines * of_cluster(Direction::Row);
+    }
+    if cols == 1 {
+        cols = knobs.lanes * knobs.vector * of_cluster(Direction::Col);
+    }
+    let shared = directions.reduces.filter(|_| schedule.cluster > 1);
+    let share =
+        |all: u32| if all.is_multiple_of(schedule.cluster) { all / schedule.cluster } else { 0 };
+    match shared {
+        Some(Direction::Row) => rows = share(rows),
+        Some(Direction::Col) => cols = share(cols),
+        None => {}
+    }
     let legal = knobs.lanes.is_power_of_two()
         && knobs.vector.is_power_of_two()
         && knobs.threads.is_power_of_two()
         && (32..=1024).contains(&knobs.threads)
         && knobs.lanes <= knobs.threads
+        && rows > 0
+        && cols > 0
         && rows.is_multiple_of(knobs.threads / knobs.lanes)
         && cols.is_multiple_of(knobs.lanes * knobs.vector);
     if !legal {
@@ -133,12 +135,16 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             knobs.threads, knobs.lanes, knobs.vector
         )));
     }
+    let extents = Extents::new(kernel, &directions, rows);
     let mut lines = Lines {
         kernel,
         schedule,
         directions,
+        extents,
         rows,
         cols,
+        shared,
+        loops: 0,
         frags: IdVec::new(),
         tiles: BTreeMap::new(),
         masks: BTreeMap::new(),
@@ -183,7 +189,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         params: kernel.params.clone(),
         symbols: kernel.symbols.clone(),
         maps: IdVec::new(),
-        cluster: 1,
+        cluster: if shared.is_some() { schedule.cluster } else { 1 },
         threads: knobs.threads,
         items,
         persistent: schedule.persistent,
@@ -207,13 +213,13 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     })
 }
 
-fn whole(frag: FragId) -> FragRef {
+pub(crate) fn whole(frag: FragId) -> FragRef {
     FragRef { frag, col: Dim::new(0), cols: None }
 }
 
 /// The number of neighbouring elements, a power of two up to `most`, of which every value of the
 /// expression is a multiple, symbols standing for anything.
-fn aligned(dim: &Dim, most: u32) -> u32 {
+pub(crate) fn aligned(dim: &Dim, most: u32) -> u32 {
     let mut run = most.max(1);
     while run > 1 && dim.terms().iter().any(|(_, c)| c % i64::from(run) != 0) {
         run /= 2;
@@ -222,7 +228,7 @@ fn aligned(dim: &Dim, most: u32) -> u32 {
 }
 
 impl Lines<'_> {
-    fn frag(&mut self, dtype: DType, extent: Extent) -> FragId {
+    pub(crate) fn frag(&mut self, dtype: DType, extent: Extent) -> FragId {
         let name = match extent {
             Extent::Tile => "tile",
             Extent::PerRow => "per_row",
@@ -235,52 +241,43 @@ impl Lines<'_> {
         self.frags.push(Frag { name, dtype, rows: self.rows, cols: self.cols, spread, extent })
     }
 
-    /// How a tile lies in the plane. With a single row, columns alone are the whole plane.
+    /// How a tile lies in the plane.
     fn extent(&self, tile: TileId) -> Extent {
-        let has = |d| self.directions.axis(tile, d).is_some();
-        match (has(Direction::Row), has(Direction::Col)) {
-            (true, true) => Extent::Tile,
-            (false, true) if self.rows == 1 => Extent::Tile,
-            (false, true) => Extent::PerCol,
-            (_, false) => Extent::PerRow,
-        }
+        self.extents.of(tile)
     }
 
-    fn dtype(&self, tile: TileId) -> DType {
+    pub(crate) fn dtype(&self, tile: TileId) -> DType {
         self.kernel.ty(tile).dtype
     }
 
-    fn new_tile(&mut self, tile: TileId) -> FragId {
+    pub(crate) fn new_tile(&mut self, tile: TileId) -> FragId {
         let frag = self.frag(self.dtype(tile), self.extent(tile));
         self.tiles.insert(tile, frag);
         frag
     }
 
-    fn get(&self, tile: TileId) -> Result<FragId> {
+    pub(crate) fn get(&self, tile: TileId) -> Result<FragId> {
         self.tiles.get(&tile).copied().ok_or_else(|| Error::bug(format!("{tile} has no registers")))
     }
 
+    /// Where this block's part of the plane starts along a direction.
+    pub(crate) fn start(&self, direction: Direction) -> Dim {
+        let extent = if direction == Direction::Row { self.rows } else { self.cols };
+        match self.shared == Some(direction) {
+            true => Dim::sym(CTA) * i64::from(extent),
+            false => Dim::new(0),
+        }
+    }
+
     fn block(&mut self, block: &Block, out: &mut Vec<Stmt>) -> Result<()> {
-        for stmt in &block.stmts {
+        for stmt in early_loads(self.kernel, block) {
             match stmt {
                 tilewright_tile::Stmt::Let(id, op) => self.operation(*id, op, out)?,
                 tilewright_tile::Stmt::Store { param, index, value } => {
-                    let src = self.get(*value)?;
-                    let axes = (
-                        self.directions.axis(*value, Direction::Row),
-                        self.directions.axis(*value, Direction::Col),
-                    );
-                    let vector = self.run(*param, axes.1, index);
-                    out.push(Stmt::Store {
-                        param: *param,
-                        at: index.clone(),
-                        axes,
-                        src: whole(src),
-                        vector,
-                    });
+                    self.store(*param, index, *value, out)?;
                 }
-                tilewright_tile::Stmt::AtomicAdd { .. } => {
-                    return Err(Error::unsupported("an atomic addition on a GPU"));
+                tilewright_tile::Stmt::AtomicAdd { param, index, value } => {
+                    self.atomic_add(*param, index, *value, out)?;
                 }
                 tilewright_tile::Stmt::For(f) => self.for_loop(f, out)?,
                 tilewright_tile::Stmt::If(f) => self.branch(f, out)?,
@@ -289,19 +286,61 @@ impl Lines<'_> {
         Ok(())
     }
 
-    /// Neighbouring columns that one access may take.
-    fn run(&self, param: ParamId, axis: Option<usize>, at: &[Dim]) -> u32 {
-        let p = &self.kernel.params[param];
-        let Some(axis) = axis else { return 1 };
-        if !p.layout.axes[axis].stride.is(1) {
-            return 1;
+    /// All stores of the program.
+    pub(crate) fn stores(&self) -> Vec<(ParamId, &[Dim], TileId)> {
+        fn visit<'b>(block: &'b Block, found: &mut Vec<(ParamId, &'b [Dim], TileId)>) {
+            for stmt in &block.stmts {
+                match stmt {
+                    tilewright_tile::Stmt::Store { param, index, value } => {
+                        found.push((*param, index, *value));
+                    }
+                    tilewright_tile::Stmt::For(f) => visit(&f.body, found),
+                    tilewright_tile::Stmt::If(f) => {
+                        visit(&f.then, found);
+                        visit(&f.otherwise, found);
+                    }
+                    _ => {}
+                }
+            }
         }
-        let widest = (128 / p.dtype.bits()).max(1);
-        let most = self.schedule.vector.min(self.schedule.lines.vector).min(widest).max(1);
-        aligned(&p.layout.offset, aligned(&at[axis], most))
+        let mut found = Vec::new();
+        visit(&self.kernel.body, &mut found);
+        found
     }
 
-    fn copy(&mut self, dst: FragId, src: FragId, out: &mut Vec<Stmt>) {
+    /// Steps that only one block of the cluster takes, because each has the same values.
+    pub(crate) fn by_one_block(&self, steps: Vec<Stmt>, same: bool, out: &mut Vec<Stmt>) {
+        if same && self.shared.is_some() {
+            let (lhs, compare, rhs) = (Dim::sym(CTA), Compare::Eq, Dim::new(0));
+            out.push(Stmt::If { cond: Cond { lhs, compare, rhs }, then: steps, otherwise: vec![] });
+        } else {
+            out.extend(steps);
+        }
+    }
+
+    /// A reduction of this block's part, and of the cluster's.
+    pub(crate) fn reduce(
+        &mut self,
+        dst: FragId,
+        kind: ReduceKind,
+        src: FragId,
+        out: &mut Vec<Stmt>,
+    ) -> Result<()> {
+        out.push(Stmt::Reduce { dst: whole(dst), kind, src: whole(src), accumulate: false });
+        let along = match self.frags[dst].extent {
+            Extent::PerCol => Direction::Row,
+            _ => Direction::Col,
+        };
+        if self.shared == Some(along) {
+            if self.loops > 0 {
+                return Err(Error::unsupported("an exchange across a cluster in a loop"));
+            }
+            out.push(Stmt::Line(LineStep::AcrossCluster { frag: whole(dst), kind }));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn copy(&mut self, dst: FragId, src: FragId, out: &mut Vec<Stmt>) {
         if dst != src {
             let func = Func::identity(self.frags[dst].dtype);
             out.push(Stmt::Map { dst: whole(dst), func, args: vec![whole(src)] });
@@ -329,7 +368,10 @@ impl Lines<'_> {
         }
         let outer_masks = self.masks.clone();
         let mut body = Vec::new();
-        self.block(&f.body, &mut body)?;
+        self.loops += 1;
+        let done = self.block(&f.body, &mut body);
+        self.loops -= 1;
+        done?;
         self.masks = outer_masks;
         // All next values are read before any carried tile changes.
         let mut moves = Vec::new();
@@ -363,13 +405,8 @@ impl Lines<'_> {
                 continue;
             };
             let init = self.get(f.carry[i].1)?;
-            let sum = self.frag(self.dtype(fold.reduce), Extent::PerRow);
-            out.push(Stmt::Reduce {
-                dst: whole(sum),
-                kind: fold.kind,
-                src: whole(carried[i]),
-                accumulate: false,
-            });
+            let sum = self.frag(self.dtype(fold.reduce), self.extent(fold.reduce));
+            self.reduce(sum, fold.kind, carried[i], out)?;
             let result = self.new_tile(f.results[i]);
             out.push(Stmt::Map {
                 dst: whole(result),
@@ -401,7 +438,7 @@ impl Lines<'_> {
         let TileOp::Reduce { kind, x, .. } = definition(reduce)? else { return None };
         let once =
             |tile| uses(&f.body, tile) + f.yields.iter().filter(|y| **y == tile).count() == 1;
-        let plane = self.extent(*x) == Extent::Tile && self.extent(reduce) == Extent::PerRow;
+        let plane = self.extent(*x) == Extent::Tile && self.extent(reduce) != Extent::Tile;
         (op == combine(*kind) && plane && once(inner) && once(reduce) && once(next))
             .then_some(Folded { reduce, next, kind: *kind, x: *x })
     }
@@ -426,189 +463,16 @@ impl Lines<'_> {
         out.push(Stmt::If { cond, then, otherwise });
         Ok(())
     }
+}
 
-    fn map(
-        &mut self,
-        id: TileId,
-        func: &Func,
-        args: &[Operand],
-        out: &mut Vec<Stmt>,
-    ) -> Result<()> {
-        let mut operands = Vec::new();
-        let extent = self.extent(id);
-        for arg in args {
-            let frag = self.get(arg.tile)?;
-            let given = self.frags[frag].extent;
-            if extent != Extent::Tile && given != extent {
-                return Err(Error::unsupported(format!(
-                    "an operand {} of a map to {} on a GPU",
-                    self.kernel.ty(arg.tile),
-                    self.kernel.ty(id)
-                )));
-            }
-            operands.push(whole(frag));
-        }
-        let dst = whole(self.new_tile(id));
-        out.push(Stmt::Map { dst, func: func.clone(), args: operands });
-        Ok(())
-    }
-
-    /// The tile with the identity from `limit` on along columns.
-    fn below(&mut self, x: FragId, kind: ReduceKind, limit: &Dim, out: &mut Vec<Stmt>) -> FragId {
-        let key = limit.to_string();
-        let mask = match self.masks.get(&key) {
-            Some(mask) => *mask,
-            None => {
-                let mask = self.frag(DType::I32, Extent::PerCol);
-                let start = Dim::new(0) - limit;
-                out.push(Stmt::Iota { dst: whole(mask), axis: 1, start });
-                self.masks.insert(key, mask);
-                mask
-            }
-        };
-        let dtype = self.frags[x].dtype;
-        let mut f = FuncBuilder::new();
-        let value = f.param("x", dtype);
-        let at = f.param("behind", DType::I32);
-        let zero = f.constant_int(0, DType::I32);
-        let inside = f.op(Op::Lt, &[at, zero]);
-        let rest = f.value(identity(kind, dtype), dtype);
-        let result = f.op(Op::Select, &[inside, value, rest]);
-        let dst = self.frag(dtype, Extent::Tile);
-        out.push(Stmt::Map {
-            dst: whole(dst),
-            func: f.finish(result),
-            args: vec![whole(x), whole(mask)],
-        });
-        dst
-    }
-
-    /// A reduction's operand as a tile of the plane, what does not count replaced.
-    fn reduce_operand(
-        &mut self,
-        x: TileId,
-        axis: usize,
-        kind: ReduceKind,
-        limit: Option<&Dim>,
-        out: &mut Vec<Stmt>,
-    ) -> Result<FragId> {
-        let mut frag = self.get(x)?;
-        if self.frags[frag].extent != Extent::Tile {
-            let dst = self.frag(self.dtype(x), Extent::Tile);
-            self.copy(dst, frag, out);
-            frag = dst;
-        }
-        let all = &self.kernel.ty(x).shape[axis];
-        let counts_all =
-            |l: &Dim| l == all || l.as_const().zip(all.as_const()).is_some_and(|(l, a)| l >= a);
-        match limit {
-            Some(limit) if !counts_all(limit) => Ok(self.below(frag, kind, limit, out)),
-            _ => Ok(frag),
-        }
-    }
-
-    fn operation(&mut self, id: TileId, op: &TileOp, out: &mut Vec<Stmt>) -> Result<()> {
-        if self.skipped.contains(&id) {
-            return Ok(());
-        }
-        match op {
-            TileOp::Full(value) => {
-                let dst = whole(self.new_tile(id));
-                out.push(Stmt::Fill { dst, value: *value });
-            }
-            TileOp::Load { param, index, steps, fill } => {
-                let long = long_axes(self.kernel, id);
-                if long.iter().any(|a| steps[*a] != 1) {
-                    return Err(Error::unsupported("a strided load on a GPU"));
-                }
-                let axes = (
-                    self.directions.axis(id, Direction::Row),
-                    self.directions.axis(id, Direction::Col),
-                );
-                let vector = self.run(*param, axes.1, index);
-                let dst = whole(self.new_tile(id));
-                let (param, at, fill) = (*param, index.clone(), *fill);
-                out.push(Stmt::Load { dst, param, at, axes, fill, vector });
-            }
-            TileOp::Map { func, args } => self.map(id, func, args, out)?,
-            TileOp::Broadcast(arg) => {
-                let func = Func::identity(self.dtype(id));
-                self.map(id, &func, std::slice::from_ref(arg), out)?;
-            }
-            TileOp::Reduce { kind, x, axis, limit } => {
-                if self.directions.of(*x)[*axis].is_none() && limit.is_none() {
-                    // One element.
-                    let frag = self.get(*x)?;
-                    self.tiles.insert(id, frag);
-                    return Ok(());
-                }
-                let src = self.reduce_operand(*x, *axis, *kind, limit.as_ref(), out)?;
-                if let Some(acc) = self.folded.get(&id).copied() {
-                    out.push(Stmt::Map {
-                        dst: whole(acc),
-                        func: Func::binary(combine(*kind), self.dtype(*x)),
-                        args: vec![whole(acc), whole(src)],
-                    });
-                    return Ok(());
-                }
-                let dst = whole(self.new_tile(id));
-                out.push(Stmt::Reduce { dst, kind: *kind, src: whole(src), accumulate: false });
-            }
-            TileOp::Permute { x, .. } => {
-                let frag = self.get(*x)?;
-                self.tiles.insert(id, frag);
-            }
-            TileOp::Reshape(x) => {
-                let extent = |tile| -> Result<Vec<u32>> {
-                    Ok(extents(self.kernel, tile)?.into_iter().filter(|e| *e != 1).collect())
-                };
-                if extent(*x)? != extent(id)? {
-                    return Err(Error::unsupported(format!(
-                        "a reshape of {} to {} on a GPU",
-                        self.kernel.ty(*x),
-                        self.kernel.ty(id)
-                    )));
-                }
-                let frag = self.get(*x)?;
-                self.tiles.insert(id, frag);
-            }
-            TileOp::Iota { axis, start } => {
-                let row =
-                    self.directions.of(id).get(*axis).copied().flatten() == Some(Direction::Row);
-                let single = self.directions.of(id).get(*axis).copied().flatten().is_none();
-                if single {
-                    return self.scalar(id, start, out);
-                }
-                let dst = whole(self.new_tile(id));
-                out.push(Stmt::Iota { dst, axis: usize::from(!row), start: start.clone() });
-            }
-            TileOp::Gather { .. } => return Err(Error::unsupported("a gather on a GPU")),
-            TileOp::ArgReduce { .. } => {
-                return Err(Error::unsupported("the position of an extreme on a GPU"));
-            }
-            TileOp::Scan { .. } => return Err(Error::unsupported("a scan on a GPU")),
-            TileOp::Random { .. } => return Err(Error::unsupported("random numbers on a GPU")),
-            TileOp::Mma { .. } => return Err(Error::bug("a product among lines")),
-        }
-        Ok(())
-    }
-
-    /// A size as data: `start` itself, which is the start of an iota less its position.
-    fn scalar(&mut self, id: TileId, start: &Dim, out: &mut Vec<Stmt>) -> Result<()> {
-        let dtype = self.dtype(id);
-        let dst = self.new_tile(id);
-        let extent = self.frags[dst].extent;
-        if extent == Extent::Tile {
-            return Err(Error::unsupported("a tile filled with a size on a GPU"));
-        }
-        let axis = usize::from(extent == Extent::PerCol);
-        let (zero, first) = (self.frag(dtype, extent), self.frag(dtype, extent));
-        out.push(Stmt::Iota { dst: whole(zero), axis, start: Dim::new(0) });
-        out.push(Stmt::Iota { dst: whole(first), axis, start: start.clone() });
-        let func = Func::binary(Op::Sub, dtype);
-        out.push(Stmt::Map { dst: whole(dst), func, args: vec![whole(first), whole(zero)] });
-        Ok(())
-    }
+/// The steps of a block, loads of what nobody writes first: their data are under way while reductions wait.
+fn early_loads<'b>(kernel: &Kernel, block: &'b Block) -> Vec<&'b tilewright_tile::Stmt> {
+    let early = |stmt: &&tilewright_tile::Stmt| {
+        matches!(stmt, tilewright_tile::Stmt::Let(_, TileOp::Load { param, .. })
+            if kernel.params[*param].access == Access::In)
+    };
+    let first = block.stmts.iter().filter(early);
+    first.chain(block.stmts.iter().filter(|s| !early(s))).collect()
 }
 
 /// How often steps of a block read a tile, nested blocks included.

@@ -2,7 +2,8 @@
 //!
 //! Memory sets the pace, so what counts is bytes in flight: each thread starts about four accesses of 16
 //! bytes before it uses the first, and as many blocks share a multiprocessor as registers allow. A row
-//! belongs to as few threads as that permits, since a reduction within a warp needs no barrier.
+//! belongs to as few threads as that permits, since a reduction within a warp needs no barrier. What is longer
+//! than the registers of a block, or too few for the device, is shared out over a cluster.
 
 use crate::axes::{Direction, Directions, directions};
 use crate::schedule::{GpuSchedule, LinesKnobs};
@@ -19,8 +20,14 @@ const BLOCKS: i64 = 264;
 /// Elements of one row that a thread keeps.
 const KEEP: i64 = 32;
 
-/// The longest row that a tile can hold whole, when nothing else takes registers.
+/// The longest row that a block can hold whole, when nothing else takes registers.
 const WHOLE_ROW: i64 = 1024 * KEEP;
+/// Blocks of a cluster at most.
+const CLUSTER_MOST: i64 = 8;
+/// Elements of a row below which it is not shared out for want of other rows.
+const SHARE: i64 = 8192;
+/// Multiprocessors of the device that schedules are made for.
+const PROCESSORS: i64 = 132;
 
 /// What the picker knows of a program.
 struct Shape {
@@ -36,7 +43,10 @@ struct Shape {
     aligned: i64,
     /// Reductions outside loops: the tile must hold the row.
     whole: bool,
-    reduces: bool,
+    /// Along what reductions go.
+    reduces: Option<Direction>,
+    /// The largest tensors are contiguous along rows: they are read along rows and turned.
+    turns: bool,
     /// Loads of tiles that vary along columns: of the plane, and of columns alone.
     planes: i64,
     vectors: i64,
@@ -44,12 +54,18 @@ struct Shape {
     folds: i64,
 }
 
-fn reduces_outside_loops(block: &Block) -> bool {
+fn reduces_outside_loops(directions: &Directions, block: &Block) -> bool {
     block.stmts.iter().any(|s| match s {
-        Stmt::Let(_, op) => {
-            matches!(op, TileOp::Reduce { .. } | TileOp::ArgReduce { .. } | TileOp::Scan { .. })
+        Stmt::Let(
+            _,
+            TileOp::Reduce { x, axis, .. }
+            | TileOp::ArgReduce { x, axis, .. }
+            | TileOp::Scan { x, axis, .. },
+        ) => directions.of(*x)[*axis].is_some(),
+        Stmt::If(f) => {
+            reduces_outside_loops(directions, &f.then)
+                || reduces_outside_loops(directions, &f.otherwise)
         }
-        Stmt::If(f) => reduces_outside_loops(&f.then) || reduces_outside_loops(&f.otherwise),
         _ => false,
     })
 }
@@ -74,7 +90,7 @@ fn loads(directions: &Directions, block: &Block) -> (i64, i64) {
     let mut inner = (0, 0);
     for stmt in &block.stmts {
         match stmt {
-            Stmt::Let(id, TileOp::Load { .. }) => {
+            Stmt::Let(id, TileOp::Load { .. } | TileOp::Gather { .. }) => {
                 let row = directions.axis(*id, Direction::Row).is_some();
                 match (row, directions.axis(*id, Direction::Col).is_some()) {
                     (true, true) => planes += 1,
@@ -99,8 +115,15 @@ fn accesses<'a>(
 ) {
     for stmt in &block.stmts {
         match stmt {
-            Stmt::Let(id, TileOp::Load { param, index, .. }) => f(*param, *id, index),
-            Stmt::Store { param, value, index } => f(*param, *value, index),
+            Stmt::Let(
+                id,
+                TileOp::Load { param, index, .. } | TileOp::Gather { param, index, .. },
+            ) => {
+                f(*param, *id, index);
+            }
+            Stmt::Store { param, value, index } | Stmt::AtomicAdd { param, value, index } => {
+                f(*param, *value, index);
+            }
             Stmt::For(l) => accesses(&l.body, f),
             Stmt::If(i) => {
                 accesses(&i.then, f);
@@ -123,8 +146,9 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
         cols: 1,
         vector: 16,
         aligned,
-        whole: reduces_outside_loops(&kernel.body),
+        whole: reduces_outside_loops(&directions, &kernel.body),
         reduces: directions.reduces,
+        turns: false,
         planes: 1,
         vectors: 0,
         folds: reductions_in_loops(&kernel.body),
@@ -134,6 +158,10 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
     accesses(&kernel.body, &mut |param, tile, _| {
         let p = &kernel.params[param];
         let mut look = || -> Result<()> {
+            let (row, col) =
+                (directions.axis(tile, Direction::Row), directions.axis(tile, Direction::Col));
+            let near = |axis: Option<usize>| axis.is_some_and(|a| p.layout.axes[a].stride.is(1));
+            out.turns |= near(row) && col.is_some() && !near(col);
             for (axis, direction) in directions.of(tile).iter().enumerate() {
                 let Some(direction) = direction else { continue };
                 let a = &p.layout.axes[axis];
@@ -142,11 +170,11 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                 if *direction == Direction::Row {
                     out.rows = out.rows.max(extent);
                     out.row = out.row.take().or(name);
-                    continue;
+                } else {
+                    out.cols = out.cols.max(extent);
+                    out.col = out.col.take().or(name);
+                    out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
                 }
-                out.cols = out.cols.max(extent);
-                out.col = out.col.take().or(name);
-                out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
                 if a.stride.is(1) {
                     let others = p.layout.axes.iter().enumerate().filter(|(i, _)| *i != axis);
                     let mut lines = vec![extent, value(&p.layout.offset)?];
@@ -168,14 +196,305 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
             failed.get_or_insert(error);
         }
     });
+    limits(&kernel.body, &mut |x, axis, limit| {
+        let Some(direction) = directions.of(x)[axis] else { return };
+        let name = kernel.ty(x).shape[axis].as_symbol().cloned();
+        let extent = limit.eval_with(size).unwrap_or(1);
+        let (extents, names) = match direction {
+            Direction::Row => (&mut out.rows, &mut out.row),
+            Direction::Col => (&mut out.cols, &mut out.col),
+        };
+        *extents = (*extents).max(extent);
+        *names = names.take().or(name);
+    });
     match failed {
         Some(error) => Err(error),
         None => Ok(out),
     }
 }
 
+/// What reductions outside loops count: a row that only repeats a value has no tensor to tell its length.
+fn limits<'a>(block: &'a Block, f: &mut dyn FnMut(tilewright_tile::TileId, usize, &'a Dim)) {
+    for stmt in &block.stmts {
+        match stmt {
+            Stmt::Let(
+                _,
+                TileOp::Reduce { x, axis, limit: Some(limit), .. }
+                | TileOp::ArgReduce { x, axis, limit: Some(limit), .. },
+            ) => f(*x, *axis, limit),
+            Stmt::If(i) => {
+                limits(&i.then, f);
+                limits(&i.otherwise, f);
+            }
+            _ => {}
+        }
+    }
+}
+
 fn power_of_two_from(x: i64) -> i64 {
     (x.max(1) as u64).next_power_of_two() as i64
+}
+
+fn power_of_two_to(x: i64) -> i64 {
+    power_of_two_from(x / 2 + 1)
+}
+
+fn up(a: i64, b: i64) -> i64 {
+    (a + b - 1) / b
+}
+
+/// How threads share a tile, before tile sizes have their names.
+#[derive(Clone, Copy)]
+struct Choice {
+    threads: i64,
+    lanes: i64,
+    /// Rows, and runs of columns, of a thread.
+    rows_each: i64,
+    runs_each: i64,
+    cluster: i64,
+}
+
+impl Choice {
+    fn lines(&self) -> i64 {
+        self.threads / self.lanes
+    }
+
+    /// Tile sizes along rows and columns, of the whole cluster.
+    fn tile(&self, s: &Shape) -> (i64, i64) {
+        let (rows, cols) = (self.lines() * self.rows_each, self.lanes * s.vector * self.runs_each);
+        match s.reduces {
+            Some(Direction::Row) => (rows * self.cluster, cols),
+            Some(Direction::Col) => (rows, cols * self.cluster),
+            None => (rows, cols),
+        }
+    }
+}
+
+/// What the picker asks besides the shape.
+struct Picker<'a> {
+    kernel: &'a Kernel,
+    arch: Arch,
+    size: &'a dyn Fn(&str) -> Option<i64>,
+    s: Shape,
+    /// Runs of columns of a line.
+    runs: i64,
+    /// Accesses in flight of one tensor.
+    in_flight: i64,
+}
+
+impl Picker<'_> {
+    /// Blocks of the grid.
+    fn blocks(&self, choice: Choice) -> i64 {
+        let (rows, cols) = choice.tile(&self.s);
+        let value = |name: &str| {
+            let is = |n: &Option<Arc<str>>| n.as_deref() == Some(name);
+            match self.kernel.tiles.iter().any(|t| &**t == name) {
+                true if is(&self.s.row) => Some(rows),
+                true if is(&self.s.col) => Some(cols),
+                true => Some(1),
+                false => (self.size)(name),
+            }
+        };
+        let extents = self.kernel.grid.iter().map(|g| g.extent.eval_with(&value).unwrap_or(1));
+        extents.product::<i64>() * choice.cluster
+    }
+
+    /// Fewer rows a block when there are few blocks.
+    fn spread_rows(&self, mut choice: Choice) -> Choice {
+        while choice.rows_each > 1 && self.blocks(choice) < BLOCKS {
+            choice.rows_each = (choice.rows_each / 2).max(1);
+        }
+        choice
+    }
+
+    /// Rows that a tile holds whole; none when they are too long.
+    fn whole_rows(&self, cluster: i64) -> Option<Choice> {
+        let s = &self.s;
+        if s.cols > WHOLE_ROW * cluster {
+            return None;
+        }
+        let runs = up(self.runs, cluster);
+        let keep = (KEEP / s.vector).max(1);
+        let lanes = match runs {
+            r if r <= 32 && cluster == 1 => power_of_two_from(r),
+            r if r <= 32 * keep => 32,
+            r => power_of_two_from(up(r, keep)),
+        };
+        let runs_each = up(runs, lanes);
+        let rows_each = if cluster > 1 { 1 } else { (self.in_flight / runs_each).max(1) };
+        let threads = if cluster > 1 { lanes } else { lanes.max(128) };
+        Some(self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster }))
+    }
+
+    /// Rows in pieces: as many threads a row as keep all multiprocessors busy.
+    fn rows_in_pieces(&self) -> Choice {
+        let wanted = power_of_two_from(BLOCKS * 256 / self.s.rows.max(1));
+        let useful = power_of_two_from(self.runs / IN_FLIGHT);
+        let lanes = wanted.clamp(32, 512).min(useful.max(32));
+        let runs_each = self.in_flight.min(up(self.runs, lanes));
+        Choice { threads: lanes.max(128), lanes, rows_each: 1, runs_each, cluster: 1 }
+    }
+
+    /// Columns that a tile holds whole; none when they are too long.
+    fn whole_columns(&self, cluster: i64) -> Option<Choice> {
+        let rows = up(self.s.rows, cluster);
+        let most = power_of_two_from(self.runs).min(32);
+        let mut best = None;
+        for threads in [256, 512, 1024] {
+            let mut lanes = most;
+            while lanes >= 1 {
+                let rows_each = up(rows, threads / lanes);
+                if rows_each * self.s.vector <= 2 * KEEP {
+                    let choice = Choice { threads, lanes, rows_each, runs_each: 1, cluster };
+                    let full = self.blocks(choice) >= PROCESSORS || lanes <= 4;
+                    best = Some(choice);
+                    if full {
+                        return best;
+                    }
+                }
+                lanes /= 2;
+            }
+            if best.is_some() {
+                return best;
+            }
+        }
+        best
+    }
+
+    /// Columns in pieces: narrow strips of 128 bytes, and tall tiles.
+    fn columns_in_pieces(&self) -> Choice {
+        let lanes = power_of_two_from(self.runs).min(8);
+        let threads = 256;
+        let most = up(self.s.rows, threads / lanes);
+        let rows_each = power_of_two_to(most.min(2 * self.in_flight));
+        Choice { threads, lanes, rows_each, runs_each: 1, cluster: 1 }
+    }
+
+    /// Nothing is reduced.
+    fn map(&self) -> Choice {
+        let (s, threads) = (&self.s, 256);
+        if s.turns {
+            // Lines of 128 bytes both ways.
+            let lanes = power_of_two_from(self.runs).min(8);
+            let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, 4);
+            return Choice { threads, lanes, rows_each, runs_each: 1, cluster: 1 };
+        }
+        // Lanes that waste little of the last run of blocks along a row.
+        let covered = |lanes: i64| up(s.cols, lanes * s.vector) * lanes * s.vector;
+        let most = power_of_two_from(self.runs).min(256);
+        let (mut best, mut at) = (most, most);
+        while at > 8 && covered(best) * 8 > s.cols * 9 {
+            at /= 2;
+            if covered(at) < covered(best) {
+                best = at;
+            }
+        }
+        let lanes = best;
+        let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, self.in_flight);
+        let runs_each = (self.in_flight / rows_each).min(up(self.runs, lanes)).max(1);
+        self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster: 1 })
+    }
+
+    /// Registers of a thread, roughly: each plane that is alive, sums that loops keep, vectors that come early,
+    /// and addresses of single elements.
+    fn registers(&self, choice: Choice) -> i64 {
+        let s = &self.s;
+        let each = choice.rows_each * choice.runs_each * s.vector;
+        let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
+        let single = each * planes + choice.runs_each * s.vector * s.vectors;
+        let addresses = if s.aligned < s.vector { 48 + single } else { 0 };
+        32 + each * (planes + s.folds) + s.vectors * choice.runs_each * 4 + addresses
+    }
+
+    /// More blocks for few long rows (or columns), if the device has clusters.
+    fn clusters(&self, mut choice: Choice, fits: impl Fn(i64) -> Option<Choice>) -> Choice {
+        let length =
+            if self.s.reduces == Some(Direction::Row) { self.s.rows * 32 } else { self.s.cols };
+        let mut cluster = choice.cluster;
+        while self.arch >= Arch::Sm90a
+            && cluster < CLUSTER_MOST
+            && length >= 2 * SHARE * cluster
+            && self.blocks(choice) * 2 <= PROCESSORS
+        {
+            cluster *= 2;
+            match fits(cluster) {
+                Some(wider) => choice = wider,
+                None => break,
+            }
+        }
+        choice
+    }
+
+    fn choose(&self) -> Option<Choice> {
+        let clusters = if self.arch >= Arch::Sm90a { CLUSTER_MOST } else { 1 };
+        let sizes = || (0..4).map(|n| 1i64 << n).filter(|c| *c <= clusters);
+        let room = |c: &Choice| self.registers(*c) <= (65536 / c.threads).min(255);
+        let choice = match (self.s.reduces, self.s.whole) {
+            (Some(Direction::Col), true) => {
+                let fits = |cluster| self.whole_rows(cluster).filter(room);
+                self.clusters(sizes().find_map(fits)?, fits)
+            }
+            (Some(Direction::Row), true) => {
+                let fits = |cluster| self.whole_columns(cluster).filter(room);
+                self.clusters(sizes().find_map(fits)?, fits)
+            }
+            (Some(direction), false) => {
+                let choice = match direction {
+                    Direction::Col => self.rows_in_pieces(),
+                    Direction::Row => self.columns_in_pieces(),
+                };
+                let choice = self.with_room(choice);
+                self.clusters(choice, |cluster| Some(Choice { cluster, ..choice }))
+            }
+            (None, _) => self.with_room(self.map()),
+        };
+        Some(choice)
+    }
+
+    /// Fewer elements a thread until registers hold them.
+    fn with_room(&self, mut choice: Choice) -> Choice {
+        let file = 65536 / choice.threads;
+        while self.registers(choice) > file.min(160) {
+            if choice.runs_each > 1 {
+                choice.runs_each = up(choice.runs_each, 2);
+            } else if choice.rows_each > 1 {
+                choice.rows_each = up(choice.rows_each, 2);
+            } else {
+                break;
+            }
+        }
+        choice
+    }
+
+    fn schedule(&self, choice: Choice) -> GpuSchedule {
+        let s = &self.s;
+        let mut schedule = GpuSchedule::hopper(&[]);
+        schedule.arch = self.arch;
+        schedule.persistent = false;
+        schedule.cluster = choice.cluster as u32;
+        // Lines that start anywhere are read element by element, neighbours by neighbouring threads.
+        schedule.vector = s.aligned.min(s.vector) as u32;
+        schedule.lines = LinesKnobs {
+            threads: choice.threads as u32,
+            lanes: choice.lanes as u32,
+            vector: schedule.vector,
+        };
+        let file = 65536 / choice.threads;
+        let blocks = file / self.registers(choice);
+        schedule.blocks_per_sm = blocks.clamp(1, (1024 / choice.threads).clamp(1, 4)) as u32;
+        let (rows, cols) = choice.tile(s);
+        for name in &self.kernel.tiles {
+            let extent = if Some(name) == s.row.as_ref() {
+                rows
+            } else if Some(name) == s.col.as_ref() {
+                cols
+            } else {
+                1
+            };
+            schedule.tiles.insert(name.clone(), extent);
+        }
+        schedule
+    }
 }
 
 impl GpuSchedule {
@@ -193,7 +512,7 @@ impl GpuSchedule {
 
     /// A schedule for a program without products; `size` gives the values of its size symbols. Every tensor
     /// starts at a multiple of `aligned` of its elements (a power of two), or of 16 bytes. `None` when a row
-    /// that the tile must hold has more elements than the registers of a block hold.
+    /// that the tile must hold has more elements than the registers of a cluster hold.
     ///
     /// # Errors
     /// A size without a value; a program that has no rows and columns.
@@ -203,105 +522,24 @@ impl GpuSchedule {
         size: &dyn Fn(&str) -> Option<i64>,
         aligned: i64,
     ) -> Result<Option<GpuSchedule>> {
-        let s = shape(kernel, size, aligned)?;
-        let runs = (s.cols + s.vector - 1) / s.vector;
+        let mut s = shape(kernel, size, aligned)?;
+        if s.col.is_none() {
+            s.vector = 1;
+        }
         // With a single row, what varies along columns alone is as large as the rest.
-        let (planes, vectors) =
-            if s.rows == 1 { (s.planes + s.vectors, 0) } else { (s.planes, s.vectors) };
-        let in_flight = (IN_FLIGHT / planes.max(1)).max(1);
-        let (mut lanes, mut runs_each, rows_each, threads);
-        if s.whole {
-            if s.cols > WHOLE_ROW {
-                return Ok(None);
-            }
-            let keep = (KEEP / s.vector).max(1);
-            lanes = match runs {
-                r if r <= 32 => power_of_two_from(r),
-                r if r <= 32 * keep => 32,
-                r => power_of_two_from((r + keep - 1) / keep),
-            };
-            runs_each = (runs + lanes - 1) / lanes;
-            threads = lanes.max(128);
-            rows_each = (in_flight / runs_each).max(1);
-        } else if s.reduces {
-            // In pieces: as many threads a row as keep all multiprocessors busy.
-            let wanted = power_of_two_from(BLOCKS * 256 / s.rows.max(1));
-            let useful = power_of_two_from(runs / IN_FLIGHT);
-            lanes = wanted.clamp(32, 512).min(useful.max(32));
-            runs_each = in_flight.min((runs + lanes - 1) / lanes);
-            threads = lanes.max(128);
-            rows_each = 1;
-        } else {
-            threads = 256;
-            // Lanes that waste little of the last run of blocks along a row.
-            let covered = |lanes: i64| {
-                let step = lanes * s.vector;
-                (s.cols + step - 1) / step * step
-            };
-            let most = power_of_two_from(runs).min(256);
-            let mut best = most;
-            let mut at = most;
-            while at > 8 && covered(best) * 8 > s.cols * 9 {
-                at /= 2;
-                if covered(at) < covered(best) {
-                    best = at;
-                }
-            }
-            lanes = best;
-            let lines = threads / lanes;
-            rows_each = power_of_two_from((s.rows + lines - 1) / lines).clamp(1, in_flight);
-            runs_each = (in_flight / rows_each).min((runs + lanes - 1) / lanes).max(1);
+        if s.rows == 1 {
+            (s.planes, s.vectors) = (s.planes + s.vectors, 0);
         }
-        // Without an axis of rows a tile is one row, and all threads share it.
-        if s.row.is_none() && lanes != threads {
-            lanes = threads;
-            runs_each = (runs_each.min((runs + lanes - 1) / lanes)).max(1);
-        }
-        // Fewer rows a block when there are few blocks.
-        let lines = threads / lanes;
-        let mut rows_each = rows_each;
-        let blocks = |rows_each: i64| {
-            let along =
-                if s.reduces { 1 } else { (runs + lanes * runs_each - 1) / (lanes * runs_each) };
-            (s.rows + lines * rows_each - 1) / (lines * rows_each) * along
-        };
-        while rows_each > 1 && blocks(rows_each) < BLOCKS {
-            rows_each = (rows_each / 2).max(1);
-        }
-        let mut schedule = GpuSchedule::hopper(&[]);
-        schedule.arch = arch;
-        schedule.persistent = false;
-        schedule.vector = s.aligned.min(s.vector) as u32;
-        // Lines that start anywhere are read element by element, neighbours by neighbouring threads.
-        schedule.lines =
-            LinesKnobs { threads: threads as u32, lanes: lanes as u32, vector: schedule.vector };
-        // Blocks that a multiprocessor holds follow from registers: each plane that is alive, sums that
-        // loops keep, vectors that come late, and addresses of single elements.
-        let registers = |runs_each: i64| {
-            let each = rows_each * runs_each * s.vector;
-            let planes = if s.whole { planes.min(2) } else { planes };
-            let single = each * planes + runs_each * s.vector * vectors;
-            let addresses = if s.aligned < s.vector { 48 + single } else { 0 };
-            32 + each * (planes + s.folds) + vectors * 8 + addresses
-        };
-        let file = 65536 / threads;
-        while !s.whole && runs_each > 1 && registers(runs_each) > file.min(160) {
-            runs_each = (runs_each + 1) / 2;
-        }
-        if s.whole && registers(runs_each) > file.min(255) {
-            return Ok(None);
-        }
-        let blocks = (file / registers(runs_each)).clamp(1, (1024 / threads).clamp(1, 4));
-        schedule.blocks_per_sm = blocks as u32;
-        for name in &kernel.tiles {
-            let extent = if Some(name) == s.row.as_ref() {
-                lines * rows_each
-            } else if Some(name) == s.col.as_ref() {
-                lanes * s.vector * runs_each
-            } else {
-                1
-            };
-            schedule.tiles.insert(name.clone(), extent);
+        let runs = up(s.cols, s.vector);
+        let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
+        let picker = Picker { kernel, arch, size, s, runs, in_flight };
+        let Some(choice) = picker.choose() else { return Ok(None) };
+        let schedule = picker.schedule(choice);
+        if choice.cluster > 1 && crate::lower(kernel, &schedule).is_err() {
+            // What has no form across a cluster.
+            let alone = Picker { arch: arch.min(Arch::Sm89), ..picker };
+            let Some(choice) = alone.choose() else { return Ok(None) };
+            return Ok(Some(GpuSchedule { arch, ..alone.schedule(choice) }));
         }
         Ok(Some(schedule))
     }

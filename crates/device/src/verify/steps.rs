@@ -2,6 +2,7 @@
 
 use super::Checker;
 use crate::ir::*;
+use crate::lines::LineStep;
 use tilewright_base::DType;
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
@@ -387,7 +388,79 @@ impl Checker<'_> {
                 let have = self.frag(stmt, dst);
                 self.same(stmt, extents, have, "the extents differ");
             }
+            Stmt::Line(step) => self.line_step(stmt, step),
             _ => {}
+        }
+    }
+
+    /// Steps of threads in lines.
+    fn line_step(&mut self, stmt: &Stmt, step: &LineStep) {
+        let p = self.program;
+        for frag in step.reads().into_iter().chain(step.writes()) {
+            if self.frag(stmt, frag).is_none() {
+                return;
+            }
+            let lines = matches!(p.frags[frag.frag].spread, Spread::Lines { .. });
+            self.step(stmt, lines, "the fragment is not spread in lines");
+        }
+        let (to, from) =
+            (step.writes().map(|f| &p.frags[f.frag]), step.reads().map(|f| &p.frags[f.frag]));
+        let tile = |f: Option<&Frag>| f.is_some_and(|f| f.extent == Extent::Tile);
+        match step {
+            LineStep::Pick { param, at, axes, steps, rows, fill, vector, .. } => {
+                if !self.coordinates(stmt, *param, at) {
+                    return;
+                }
+                self.axes(stmt, *axes, at.len());
+                self.value(stmt, p.params[*param].dtype, *fill);
+                let single = steps.1 == 1 || *vector == 1;
+                self.step(stmt, *vector >= 1 && single, "runs of columns that are not neighbours");
+                if let (Some((axis, _)), Some(from)) = (rows, from) {
+                    let free = *axis < at.len() && axes.0 != Some(*axis) && axes.1 != Some(*axis);
+                    self.step(stmt, free, "the picked axis is one of rows or columns");
+                    self.step(stmt, !from.dtype.is_float(), "picked coordinates are integers");
+                }
+            }
+            LineStep::Turn { param, at, axes, fill, vector, .. } => {
+                if !self.coordinates(stmt, *param, at) {
+                    return;
+                }
+                self.axes(stmt, (Some(axes.0), Some(axes.1)), at.len());
+                self.value(stmt, p.params[*param].dtype, *fill);
+                self.step(stmt, tile(to), "the result is not a tile");
+                self.step(stmt, *vector >= 1, "accesses of no elements");
+                let all = self.role.is_some_and(|r| r.warps * 32 == p.threads);
+                self.step(stmt, all, "belongs to all threads of the block");
+            }
+            LineStep::ArgReduce { limit, .. } => {
+                self.known(stmt, limit);
+                self.step(stmt, tile(from), "the operand is not a tile");
+                let fits = to.is_some_and(|t| t.extent == Extent::PerRow && t.dtype == DType::I64);
+                self.step(stmt, fits, "the result is not one i64 per row");
+            }
+            LineStep::Scan { .. } => {
+                self.step(stmt, tile(from) && tile(to), "the operands are not tiles");
+                let same = to.map(|f| (f.dtype, f.spread)) == from.map(|f| (f.dtype, f.spread));
+                self.step(stmt, same, "element types or spreads differ");
+            }
+            LineStep::Random { start, .. } => {
+                self.known(stmt, start);
+                let float = to.is_some_and(|t| t.dtype.is_float());
+                self.step(stmt, float, "random numbers are floats");
+            }
+            LineStep::Add { param, at, axes, src } => {
+                if self.coordinates(stmt, *param, at) {
+                    self.axes(stmt, *axes, at.len());
+                    self.writes(stmt, Some(*param));
+                    let same = p.params[*param].dtype == p.frags[src.frag].dtype;
+                    self.step(stmt, same, "the element types differ");
+                }
+            }
+            LineStep::AcrossCluster { .. } => {
+                self.step(stmt, !tile(to), "the operand is a tile");
+                let all = self.role.is_some_and(|r| r.warps * 32 == p.threads);
+                self.step(stmt, all, "belongs to all threads of the block");
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::clock::{Clock, Groups, PARTS, Part, Threads, component};
 use super::memory::{Access, Conflict, FragState, Global, Rect, SmemSlot};
+use super::values::View;
 use super::{Options, Order};
 use crate::tile::Placed;
 use crate::value::Buf;
@@ -146,6 +147,8 @@ pub(super) struct Machine<'p, 'g> {
     pub(super) agents: Vec<Agent<'p>>,
     pub(super) blocks: Vec<BlockState<'p>>,
     pub(super) everyone: Meeting,
+    /// What blocks brought to a combination across the cluster that is not complete.
+    pub(super) brought: Vec<(usize, View)>,
     pub(super) copies: Vec<Copying<'p>>,
     pub(super) next_copy: u64,
     pub(super) params: Vec<Placed>,
@@ -237,6 +240,7 @@ impl<'p, 'g> Machine<'p, 'g> {
             agents: Vec::new(),
             blocks: Vec::new(),
             everyone: meeting(program.threads * program.cluster),
+            brought: Vec::new(),
             copies: Vec::new(),
             next_copy: 1,
             params,

@@ -20,11 +20,13 @@
 //! | `memory.rs` | accesses to memory and what conflicts |
 //! | `machine.rs` | instances, blocks, barriers; the loop that runs a cluster |
 //! | `step.rs` | control flow and everything that synchronises |
+//! | `lines.rs` | steps of threads in lines |
 //! | `values.rs` | steps that move and compute values |
 //!
 //! To add a step: an arm in `step.rs` or `values.rs`, and its mutations in `tests/device_mutations.rs`.
 
 mod clock;
+mod lines;
 mod machine;
 mod memory;
 mod step;

@@ -198,6 +198,9 @@ impl<'p> Machine<'p, '_> {
             | Stmt::NamedArrive { .. }
             | Stmt::SyncBlock
             | Stmt::SyncCluster => return self.meet(agent, stmt),
+            Stmt::Line(LineStep::AcrossCluster { frag, kind }) => {
+                return self.across_cluster(agent, stmt, frag, *kind);
+            }
             Stmt::Wait { barrier, phase } => {
                 if !self.wait(agent, stmt, barrier, phase)? {
                     return Ok(Progress::Blocked);
@@ -384,7 +387,7 @@ impl<'p> Machine<'p, '_> {
     }
 
     /// Arrives at a barrier of threads; whoever completes it moves everyone on.
-    fn meet(&mut self, agent: usize, stmt: &'p Stmt) -> Result<Progress> {
+    pub(super) fn meet(&mut self, agent: usize, stmt: &'p Stmt) -> Result<Progress> {
         self.all_threads(agent, stmt)?;
         let block = self.agents[agent].block;
         let (place, need, stays) = match stmt {

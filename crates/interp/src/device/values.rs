@@ -17,9 +17,9 @@ use tilewright_tile::{Access as Declared, ParamId, ReduceKind};
 
 /// Columns `c0..c1` of a fragment.
 #[derive(Clone, Copy, Debug)]
-struct View {
-    frag: usize,
-    rect: Rect,
+pub(super) struct View {
+    pub(super) frag: usize,
+    pub(super) rect: Rect,
 }
 
 /// A rectangle's elements, row-major.
@@ -45,7 +45,7 @@ pub(super) fn put(to: &mut Buf, cols: usize, rect: Rect, data: &Buf) {
 }
 
 /// Elements of one type as another.
-fn convert(data: Buf, from: DType, to: DType, mode: Mode) -> Buf {
+pub(super) fn convert(data: Buf, from: DType, to: DType, mode: Mode) -> Buf {
     let round = |v: f64| if mode == Mode::Exact { round_to(to, v) } else { v };
     match (data, to.is_float()) {
         (Buf::F(v), true) if mode == Mode::F64 || from == to => Buf::F(v),
@@ -95,7 +95,7 @@ fn multiply(
     }
 }
 
-fn combine(kind: ReduceKind, dtype: DType, mode: Mode, a: Value, b: Value) -> Value {
+pub(super) fn combine(kind: ReduceKind, dtype: DType, mode: Mode, a: Value, b: Value) -> Value {
     match (a, b) {
         (Value::Float(x), Value::Float(y)) => {
             let v = match kind {
@@ -123,14 +123,14 @@ fn combine(kind: ReduceKind, dtype: DType, mode: Mode, a: Value, b: Value) -> Va
     }
 }
 
-fn value_at(buf: &Buf, i: usize) -> Value {
+pub(super) fn value_at(buf: &Buf, i: usize) -> Value {
     match buf {
         Buf::F(v) => Value::Float(v[i]),
         Buf::I(v) => Value::Int(v[i]),
     }
 }
 
-fn set(buf: &mut Buf, i: usize, value: Value) {
+pub(super) fn set(buf: &mut Buf, i: usize, value: Value) {
     match (buf, value) {
         (Buf::F(v), Value::Float(x)) => v[i] = x,
         (Buf::I(v), Value::Int(x)) => v[i] = x,
@@ -277,12 +277,13 @@ impl<'p> Machine<'p, '_> {
                     self.reg_put(agent, view, data);
                 }
             }
+            Stmt::Line(step) => self.line_step(agent, stmt, step)?,
             _ => return Err(self.fail(agent, stmt, "is not known to the interpreter")),
         }
         Ok(())
     }
 
-    fn access(
+    pub(super) fn access(
         &self,
         agent: usize,
         stmt: &'p Stmt,
@@ -318,7 +319,7 @@ impl<'p> Machine<'p, '_> {
         Ok(self.smem_get(agent, smem, rect))
     }
 
-    fn view(&self, agent: usize, stmt: &Stmt, frag: &FragRef) -> Result<View> {
+    pub(super) fn view(&self, agent: usize, stmt: &Stmt, frag: &FragRef) -> Result<View> {
         let col = self.dim(agent, stmt, &frag.col)?;
         let state = &self.agents[agent].frags[frag.frag.index()];
         let left = i64::try_from(state.cols).unwrap_or(0) - col;
@@ -332,7 +333,12 @@ impl<'p> Machine<'p, '_> {
     }
 
     /// Plain steps read these registers.
-    fn reg_read(&mut self, agent: usize, stmt: &'p Stmt, frag: &FragRef) -> Result<View> {
+    pub(super) fn reg_read(
+        &mut self,
+        agent: usize,
+        stmt: &'p Stmt,
+        frag: &FragRef,
+    ) -> Result<View> {
         let view = self.view(agent, stmt, frag)?;
         let a = &mut self.agents[agent];
         let done = a.wgmma.done;
@@ -349,7 +355,12 @@ impl<'p> Machine<'p, '_> {
     }
 
     /// Plain steps write these registers.
-    fn reg_write(&mut self, agent: usize, stmt: &'p Stmt, frag: &FragRef) -> Result<View> {
+    pub(super) fn reg_write(
+        &mut self,
+        agent: usize,
+        stmt: &'p Stmt,
+        frag: &FragRef,
+    ) -> Result<View> {
         let view = self.view(agent, stmt, frag)?;
         let a = &mut self.agents[agent];
         let done = a.wgmma.done;
@@ -364,13 +375,13 @@ impl<'p> Machine<'p, '_> {
         Ok(view)
     }
 
-    fn reg_get(&self, agent: usize, view: View) -> Option<Buf> {
+    pub(super) fn reg_get(&self, agent: usize, view: View) -> Option<Buf> {
         self.buffers.as_ref()?;
         let frag = &self.agents[agent].frags[view.frag];
         Some(get(&frag.data, frag.cols, view.rect))
     }
 
-    fn reg_put(&mut self, agent: usize, view: View, data: Buf) {
+    pub(super) fn reg_put(&mut self, agent: usize, view: View, data: Buf) {
         if self.buffers.is_some() {
             let frag = &mut self.agents[agent].frags[view.frag];
             put(&mut frag.data, frag.cols, view.rect, &data);
@@ -516,7 +527,7 @@ impl<'p> Machine<'p, '_> {
     // Global memory.
 
     /// A number for how a fragment's elements at this place belong to threads.
-    fn mapping(
+    pub(super) fn mapping(
         &mut self,
         frag: &FragRef,
         view: View,
@@ -544,7 +555,7 @@ impl<'p> Machine<'p, '_> {
         Ok(Some(offset as usize))
     }
 
-    fn grid_waited(&self, agent: usize, stmt: &Stmt, param: ParamId) -> Result<()> {
+    pub(super) fn grid_waited(&self, agent: usize, stmt: &Stmt, param: ParamId) -> Result<()> {
         let a = &self.agents[agent];
         let known = a.clocks.clock(a.solo()).knows(self.grid_component, 1);
         if !self.uses_grid_wait || known || self.options.constants.contains(&param) {
@@ -569,7 +580,7 @@ impl<'p> Machine<'p, '_> {
         })
     }
 
-    fn element_read(
+    pub(super) fn element_read(
         &mut self,
         param: ParamId,
         at: &[i64],
@@ -589,7 +600,7 @@ impl<'p> Machine<'p, '_> {
         })
     }
 
-    fn element_write(
+    pub(super) fn element_write(
         &mut self,
         param: ParamId,
         at: &[i64],
@@ -621,7 +632,7 @@ impl<'p> Machine<'p, '_> {
 
     /// Reads a tile of a tensor; no values when none are computed.
     #[expect(clippy::too_many_arguments, reason = "what, where, how large, and what else")]
-    fn global_read(
+    pub(super) fn global_read(
         &mut self,
         agent: usize,
         stmt: &'p Stmt,
@@ -739,7 +750,12 @@ fn tf32(value: f64) -> f64 {
 }
 
 /// The coordinate `row`, `col` away from `at`.
-fn along(at: &[i64], axes: (Option<usize>, Option<usize>), row: usize, col: usize) -> Vec<i64> {
+pub(super) fn along(
+    at: &[i64],
+    axes: (Option<usize>, Option<usize>),
+    row: usize,
+    col: usize,
+) -> Vec<i64> {
     let mut at = at.to_vec();
     for (axis, by) in [(axes.0, row), (axes.1, col)] {
         if let Some(x) = axis.and_then(|a| at.get_mut(a)) {

@@ -1,0 +1,159 @@
+//! [`LineStep`]: steps that only threads spread in lines take ([`Spread::Lines`](crate::Spread::Lines)).
+//!
+//! They are one variant of [`Stmt`](crate::Stmt), because nothing but programs without products has them.
+//! What one of them needs of shared memory belongs to the step: the printer declares it.
+
+use crate::ir::FragRef;
+use tilewright_base::DType;
+use tilewright_expr::Value;
+use tilewright_layout::Dim;
+use tilewright_tile::{ParamId, ReduceKind};
+
+/// A step on fragments in lines; every thread of the role's instance takes part.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum LineStep {
+    /// As [`Stmt::Load`](crate::Stmt::Load), but neighbouring rows and columns are `steps` coordinates
+    /// apart, and along one axis a coordinate may be data.
+    Pick {
+        /// What is written.
+        dst: FragRef,
+        /// The tensor.
+        param: ParamId,
+        /// Coordinate of the first element, one per axis of the tensor.
+        at: Vec<Dim>,
+        /// Axes of the tensor along which rows and columns run.
+        axes: (Option<usize>, Option<usize>),
+        /// Coordinates between neighbouring rows and columns.
+        steps: (i64, i64),
+        /// An axis, which neither rows nor columns run along, and what is added to `at` there: integers.
+        rows: Option<(usize, FragRef)>,
+        /// What lies outside.
+        fill: Value,
+        /// Neighbouring columns that one access may take; 1 unless the step is 1.
+        vector: u32,
+    },
+    /// As [`Stmt::Load`](crate::Stmt::Load) into a tile, for a tensor whose neighbours are neighbouring
+    /// rows: runs of rows are read, and turned in shared memory. All threads of the block meet.
+    Turn {
+        /// What is written: a tile.
+        dst: FragRef,
+        /// The tensor.
+        param: ParamId,
+        /// Coordinate of the first element, one per axis of the tensor.
+        at: Vec<Dim>,
+        /// Axes of the tensor along which rows and columns run.
+        axes: (usize, usize),
+        /// What lies outside.
+        fill: Value,
+        /// Neighbouring rows that one access takes.
+        vector: u32,
+    },
+    /// Position (`i64`) of the first (or last) extreme element of each row among the first `limit`; NaN is
+    /// extreme, and of no elements it is 0.
+    ArgReduce {
+        /// What is written: one position per row.
+        dst: FragRef,
+        /// `Max` or `Min`.
+        kind: ReduceKind,
+        /// A tile.
+        src: FragRef,
+        /// How many columns count.
+        limit: Dim,
+        /// The last among equals instead of the first.
+        last: bool,
+    },
+    /// Running combination along columns.
+    Scan {
+        /// What is written: a tile.
+        dst: FragRef,
+        /// How.
+        kind: ReduceKind,
+        /// A tile.
+        src: FragRef,
+        /// Leave out the element itself.
+        exclusive: bool,
+        /// From the end.
+        reverse: bool,
+    },
+    /// Uniform numbers in [0, 1): Philox4x32-10 of `seed` at counter `start + row * steps.0 + col * steps.1`.
+    Random {
+        /// What is written.
+        dst: FragRef,
+        /// The key.
+        seed: u64,
+        /// Counter of the first element.
+        start: Dim,
+        /// Counters between neighbouring rows and columns.
+        steps: (i64, i64),
+    },
+    /// Adds to global memory, indivisibly; what lies outside is dropped. Each element of the fragment is added
+    /// once, though several threads may hold it.
+    Add {
+        /// The tensor.
+        param: ParamId,
+        /// Coordinate of the first element, one per axis of the tensor.
+        at: Vec<Dim>,
+        /// Axes of the tensor along which rows and columns run.
+        axes: (Option<usize>, Option<usize>),
+        /// What.
+        src: FragRef,
+    },
+    /// Combines what the blocks of the cluster hold, in the order of their indices; all of them get the
+    /// result. All threads of the cluster meet.
+    AcrossCluster {
+        /// One value per row or per column.
+        frag: FragRef,
+        /// How.
+        kind: ReduceKind,
+    },
+}
+
+impl LineStep {
+    /// Fragments that the step writes.
+    pub fn writes(&self) -> Option<&FragRef> {
+        match self {
+            LineStep::Pick { dst, .. }
+            | LineStep::Turn { dst, .. }
+            | LineStep::ArgReduce { dst, .. }
+            | LineStep::Scan { dst, .. }
+            | LineStep::Random { dst, .. } => Some(dst),
+            LineStep::AcrossCluster { frag, .. } => Some(frag),
+            LineStep::Add { .. } => None,
+        }
+    }
+
+    /// Fragments that the step reads.
+    pub fn reads(&self) -> Option<&FragRef> {
+        match self {
+            LineStep::Pick { rows, .. } => rows.as_ref().map(|(_, frag)| frag),
+            LineStep::ArgReduce { src, .. }
+            | LineStep::Scan { src, .. }
+            | LineStep::Add { src, .. } => Some(src),
+            LineStep::AcrossCluster { frag, .. } => Some(frag),
+            LineStep::Turn { .. } | LineStep::Random { .. } => None,
+        }
+    }
+}
+
+/// What a reduction of nothing gives.
+pub fn identity(kind: ReduceKind, dtype: DType) -> Value {
+    let (bits, signed) = (dtype.bits(), dtype.is_signed_int());
+    let low = if signed { i64::MIN >> (64 - bits) } else { 0 };
+    let high = match (signed, dtype) {
+        (true, _) => i64::MAX >> (64 - bits),
+        (false, DType::Bool) => 1,
+        // The bits of the largest number; `u64` wraps into the sign.
+        (false, DType::U64) => -1,
+        (false, _) => (1 << bits) - 1,
+    };
+    match (kind, dtype.is_float()) {
+        (ReduceKind::Sum, true) => Value::Float(0.0),
+        (ReduceKind::Prod, true) => Value::Float(1.0),
+        (ReduceKind::Max, true) => Value::Float(f64::NEG_INFINITY),
+        (ReduceKind::Min, true) => Value::Float(f64::INFINITY),
+        (ReduceKind::Sum, false) => Value::Int(0),
+        (ReduceKind::Prod, false) => Value::Int(1),
+        (ReduceKind::Max, false) => Value::Int(low),
+        (ReduceKind::Min, false) => Value::Int(high),
+    }
+}
