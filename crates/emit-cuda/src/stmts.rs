@@ -680,16 +680,17 @@ impl<'a> Printer<'a> {
                 let count = Self::count(frag, self.cols(dst));
                 let register = self.register(dst, "i")?;
                 let at = match (frag.extent, axis) {
-                    (Extent::Tile, 0) => "row(i)",
-                    (Extent::Tile, _) => "col(i)",
-                    (Extent::PerRow, _) => "row_of(i)",
-                    (Extent::PerCol, _) => "col_of(i)",
+                    (Extent::Tile, 0) => format!(" + {spread}::row(i)"),
+                    (Extent::Tile, _) => format!(" + {spread}::col(i)"),
+                    (Extent::PerRow, 0) => format!(" + {spread}::row_of(i)"),
+                    (Extent::PerCol, 1) => format!(" + {spread}::col_of(i)"),
+                    _ => String::new(),
                 };
                 let start = self.scope.text(start);
                 let held = memory_type(frag.dtype);
                 self.line("#pragma unroll");
                 self.line(&format!(
-                    "for (int i = 0; i < {count}; ++i) {register} = (tw::value<{held}>)({start} + {spread}::{at});"
+                    "for (int i = 0; i < {count}; ++i) {register} = (tw::value<{held}>)({start}{at});"
                 ));
             }
             Stmt::Reduce { dst, kind, src, accumulate } => {

@@ -13,8 +13,10 @@
 
 mod ampere;
 mod axes;
+mod chain;
 mod epilogue;
 mod hopper;
+mod hopper_chain;
 mod lines;
 mod pick;
 mod raster;
@@ -38,7 +40,9 @@ pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     if !lines::has_product(&kernel.body) {
         return lines::lower(&kernel, schedule);
     }
+    let chained = chain::is_chained(&kernel)?;
     match schedule.product {
+        ProductKind::Wgmma if chained => hopper_chain::lower(&kernel, schedule),
         ProductKind::Wgmma => hopper::lower(&kernel, schedule),
         ProductKind::MmaSync | ProductKind::Fma => ampere::lower(&kernel, schedule),
     }
