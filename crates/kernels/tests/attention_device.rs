@@ -76,7 +76,8 @@ fn sizes(case: &Case) -> Env {
         env.insert(Arc::from(name), v);
     };
     let (depth, width) = ((case.spec.depth + 7) / 8 * 8, (case.spec.width + 7) / 8 * 8);
-    for (name, v) in [("B", 2), ("H", heads), ("G", groups), ("R", each), ("S", rows), ("T", keys)] {
+    for (name, v) in [("B", 2), ("H", heads), ("G", groups), ("R", each), ("S", rows), ("T", keys)]
+    {
         put(name, v);
     }
     if case.spec.causal == Causal::Ahead {
