@@ -8,6 +8,7 @@
 //! | [`measure`] | samples that alternate between the arms, cold caches, quartiles |
 //! | [`record`] | the JSON record and the table |
 //! | [`suite`], [`check`] | the products that are tested, and what is checked of each |
+//! | [`attention`] | attention: cases, tensors, its reference; `bin/attention.rs` is `tw-gpu-attention` |
 //! | `bin/bench.rs` | `tw-gpu-bench` |
 //! | `bin/test.rs` | `tw-gpu-test` |
 //!
@@ -15,6 +16,7 @@
 //! the end of `support.cu`.
 
 pub mod arms;
+pub mod attention;
 pub mod case;
 pub mod check;
 pub mod measure;

@@ -29,6 +29,12 @@ pub(crate) struct Printer<'a> {
     pub(crate) pointers: BTreeSet<ParamId>,
     /// Fragments whose last rounding is left to the store.
     unrounded: BTreeSet<FragId>,
+    /// Fragments of 16 bits that only feed `wgmma`: two elements a register.
+    pub(crate) packed: BTreeSet<FragId>,
+    /// What the products since the last commit touch, and the groups since the last complete wait or
+    /// the start of the block of steps.
+    group: BTreeSet<FragId>,
+    groups: Vec<BTreeSet<FragId>>,
     out: String,
     indent: usize,
     /// The role whose body is being printed.
@@ -90,6 +96,9 @@ impl<'a> Printer<'a> {
             defines: BTreeSet::new(),
             pointers: BTreeSet::new(),
             unrounded: BTreeSet::new(),
+            packed: BTreeSet::new(),
+            group: BTreeSet::new(),
+            groups: Vec::new(),
             out: String::new(),
             indent: 1,
             role: None,
@@ -100,6 +109,7 @@ impl<'a> Printer<'a> {
             barrier_offsets,
         };
         printer.unrounded = printer.find_unrounded();
+        printer.packed = printer.find_packed();
         printer
     }
 
@@ -145,6 +155,34 @@ impl<'a> Printer<'a> {
             })
             .map(|(frag, _)| frag)
             .collect()
+    }
+
+    /// Fragments of 16 bits that maps write and only `wgmma` reads.
+    fn find_packed(&self) -> BTreeSet<FragId> {
+        let (mut left, mut other) = (BTreeSet::new(), BTreeSet::new());
+        for role in &self.program.roles {
+            visit(&role.body, &mut |stmt| match stmt {
+                Stmt::Wgmma { acc, a, .. } => {
+                    other.insert(acc.frag);
+                    if let tilewright_device::WgmmaA::Frag(a) = a {
+                        left.insert(a.frag);
+                    }
+                }
+                Stmt::Map { dst, args, .. } => {
+                    let frag = &self.program.frags[dst.frag];
+                    if frag.rows != 64 && self.cols(dst) != frag.cols {
+                        other.insert(dst.frag);
+                    }
+                    other.extend(args.iter().map(|a| a.frag));
+                }
+                _ => {
+                    let mut frags = BTreeSet::new();
+                    stmt_names(stmt, &mut BTreeSet::new(), &mut frags);
+                    other.extend(frags);
+                }
+            });
+        }
+        left.difference(&other).copied().collect()
     }
 
     pub(crate) fn line(&mut self, text: &str) {
@@ -443,11 +481,12 @@ impl<'a> Printer<'a> {
         for id in used_frags {
             let frag = &self.program.frags[id];
             let count = Self::count(frag, frag.cols);
-            self.line(&format!(
-                "tw::value<{}> {}[{count}];",
-                memory_type(frag.dtype),
-                identifier(&frag.name)
-            ));
+            let name = identifier(&frag.name);
+            if self.packed.contains(&id) {
+                self.line(&format!("tw::u32 {name}[{count} / 2];"));
+            } else {
+                self.line(&format!("tw::value<{}> {name}[{count}];", memory_type(frag.dtype)));
+            }
         }
         self.block(&role.body)?;
         if role.single_thread {
@@ -471,7 +510,12 @@ impl<'a> Printer<'a> {
     fn braced(&mut self, head: &str, stmts: &[Stmt]) -> Result<()> {
         self.line(&format!("{head} {{"));
         self.indent += 1;
+        // Which groups are open is known within one run of steps only.
+        self.group.clear();
+        self.groups.clear();
         self.block(stmts)?;
+        self.group.clear();
+        self.groups.clear();
         self.indent -= 1;
         self.line("}");
         Ok(())
@@ -497,12 +541,29 @@ impl<'a> Printer<'a> {
         let Some(role) = self.role else { return };
         let mut accumulators = BTreeSet::new();
         visit(&role.body, &mut |stmt| {
-            if let Stmt::Wgmma { acc, .. } = stmt {
+            if let Stmt::Wgmma { acc, a, .. } = stmt {
                 accumulators.insert(acc.frag);
+                if let tilewright_device::WgmmaA::Frag(a) = a
+                    && self.packed.contains(&a.frag)
+                {
+                    accumulators.insert(a.frag);
+                }
             }
         });
         for acc in accumulators {
             let name = self.frag_name(acc);
+            self.line(&format!("tw::wgmma_touch({name});"));
+        }
+    }
+
+    /// After a wait: the registers of groups that are complete now change, those of open ones do not.
+    fn touch_complete(&mut self, pending: usize) {
+        let open = self.groups.split_off(self.groups.len().saturating_sub(pending));
+        let busy: BTreeSet<FragId> = open.iter().flatten().copied().collect();
+        let done: BTreeSet<FragId> = self.groups.drain(..).flatten().collect();
+        self.groups = open;
+        for frag in done.difference(&busy) {
+            let name = self.frag_name(*frag);
             self.line(&format!("tw::wgmma_touch({name});"));
         }
     }
@@ -657,13 +718,28 @@ impl<'a> Printer<'a> {
                 self.touch_accumulators();
                 self.line("tw::wgmma_fence();");
             }
-            Stmt::Wgmma { acc, a, b, zero_if } => self.wgmma(acc, a, b, zero_if.as_ref())?,
-            Stmt::WgmmaCommit => self.line("tw::wgmma_commit();"),
+            Stmt::Wgmma { acc, a, b, zero_if } => {
+                self.group.insert(acc.frag);
+                if let tilewright_device::WgmmaA::Frag(a) = a
+                    && self.packed.contains(&a.frag)
+                {
+                    self.group.insert(a.frag);
+                }
+                self.wgmma(acc, a, b, zero_if.as_ref())?;
+            }
+            Stmt::WgmmaCommit => {
+                self.line("tw::wgmma_commit();");
+                let group = std::mem::take(&mut self.group);
+                self.groups.push(group);
+            }
+            Stmt::WgmmaWait { pending: 0 } => {
+                self.line("tw::wgmma_wait<0>();");
+                self.touch_accumulators();
+                self.groups.clear();
+            }
             Stmt::WgmmaWait { pending } => {
                 self.line(&format!("tw::wgmma_wait<{pending}>();"));
-                if *pending == 0 {
-                    self.touch_accumulators();
-                }
+                self.touch_complete(*pending as usize);
             }
             Stmt::Mma { acc, a, b } => self.mma(acc, a, b)?,
             Stmt::Fill { dst, value } => {
@@ -677,15 +753,25 @@ impl<'a> Printer<'a> {
             Stmt::Map { dst, func, args } => {
                 let frag = &self.program.frags[dst.frag];
                 let count = Self::count(frag, self.cols(dst));
-                let register = self.register(dst, "i")?;
-                let operands =
-                    args.iter().map(|a| self.operand(dst, a, "i")).collect::<Result<Vec<_>>>()?;
                 let name = self.funcs.name(func, self.unrounded.contains(&dst.frag));
+                let call = |i: &str| -> Result<String> {
+                    let operands = args.iter().map(|a| self.operand(dst, a, i));
+                    Ok(format!("{name}({})", operands.collect::<Result<Vec<_>>>()?.join(", ")))
+                };
+                if self.packed.contains(&dst.frag) {
+                    let pair = format!("{}, {}", call("2 * i")?, call("2 * i + 1")?);
+                    let (to, col) = (self.frag_name(dst.frag), self.scope.text(&dst.col));
+                    let ty = memory_type(frag.dtype);
+                    self.line("#pragma unroll");
+                    self.line(&format!(
+                        "for (int i = 0; i < {count} / 2; ++i) {to}[{col} / 4 + i] = tw::pack_pair<{ty}>({pair});"
+                    ));
+                    return Ok(());
+                }
+                let register = self.register(dst, "i")?;
+                let value = call("i")?;
                 self.line("#pragma unroll");
-                self.line(&format!(
-                    "for (int i = 0; i < {count}; ++i) {register} = {name}({});",
-                    operands.join(", ")
-                ));
+                self.line(&format!("for (int i = 0; i < {count}; ++i) {register} = {value};"));
             }
             Stmt::Iota { dst, axis, start } => {
                 let frag = &self.program.frags[dst.frag];
@@ -693,16 +779,17 @@ impl<'a> Printer<'a> {
                 let count = Self::count(frag, self.cols(dst));
                 let register = self.register(dst, "i")?;
                 let at = match (frag.extent, axis) {
-                    (Extent::Tile, 0) => "row(i)",
-                    (Extent::Tile, _) => "col(i)",
-                    (Extent::PerRow, _) => "row_of(i)",
-                    (Extent::PerCol, _) => "col_of(i)",
+                    (Extent::Tile, 0) => format!(" + {spread}::row(i)"),
+                    (Extent::Tile, _) => format!(" + {spread}::col(i)"),
+                    (Extent::PerRow, 0) => format!(" + {spread}::row_of(i)"),
+                    (Extent::PerCol, 1) => format!(" + {spread}::col_of(i)"),
+                    _ => String::new(),
                 };
                 let start = self.scope.text(start);
                 let held = memory_type(frag.dtype);
                 self.line("#pragma unroll");
                 self.line(&format!(
-                    "for (int i = 0; i < {count}; ++i) {register} = (tw::value<{held}>)({start} + {spread}::{at});"
+                    "for (int i = 0; i < {count}; ++i) {register} = (tw::value<{held}>)({start}{at});"
                 ));
             }
             Stmt::Reduce { dst, kind, src, accumulate } => {
@@ -759,12 +846,14 @@ impl<'a> Printer<'a> {
         ));
         self.line("#pragma unroll");
         self.line(&format!("  for (int j = 0; j < {spread}::PER_ROW; ++j) {{"));
-        self.line(&format!("    tw::value<{held}> x{{}};"));
-        self.line("    bool first = true;");
+        // Two chains a row, since few warps share a scheduler.
+        self.line(&format!("    tw::value<{held}> half[2];"));
+        self.line("    int n = 0;");
         self.line("#pragma unroll");
         self.line(&format!(
-            "    for (int i = 0; i < {spread}::TILE; ++i) if ({spread}::per_row(i) == j) {{ x = first ? (tw::value<{held}>){from} : combine(x, {from}); first = false; }}"
+            "    for (int i = 0; i < {spread}::TILE; ++i) if ({spread}::per_row(i) == j) {{ half[n % 2] = n < 2 ? (tw::value<{held}>){from} : combine(half[n % 2], {from}); ++n; }}"
         ));
+        self.line(&format!("    tw::value<{held}> x = combine(half[0], half[1]);"));
         self.line(&format!("    x = {across};"));
         if accumulate {
             self.line(&format!("    {to} = combine({to}, x);"));

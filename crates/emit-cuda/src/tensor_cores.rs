@@ -200,6 +200,10 @@ impl Printer<'_> {
                 for block in 0..blocks {
                     // Accumulator registers 8k..8k+7 of 16 columns are the A fragment of one step.
                     let at = |i: u32| {
+                        if self.packed.contains(&a.frag) {
+                            let base = block * a_frag.cols / 4;
+                            return format!("{source}[{base} + {first} / 4 + k * 4 + {i}]");
+                        }
                         let base = format!(
                             "{block} * {} + {first} / 2 + k * 8 + {}",
                             a_frag.cols / 2,

@@ -136,6 +136,13 @@ __device__ __forceinline__ double tw_max(double a, double b) {
   return a != a || b != b ? a + b : fmax(a, b);
 }
 
+// 2^x where that is a normal number, 0 below: one instruction (PTX ISA, "ex2").
+__device__ __forceinline__ float tw_exp2_flushed(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // A shift by the width or more gives 0; a negative amount is a huge one.
 template <typename T>
 __device__ __forceinline__ T tw_shl(T a, T b, int bits) {

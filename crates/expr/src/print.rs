@@ -120,6 +120,9 @@ impl Func {
         if op == Op::Cast {
             return cuda_cast(arg(0), from, dtype);
         }
+        if let Some(power) = self.flushed_exp2(op, args) {
+            return format!("tw_exp2_flushed({})", names[power.index()]);
+        }
         let class = class_index(from);
         let text = fill(
             op.row().cuda[class],
@@ -136,6 +139,23 @@ impl Func {
             _ if narrow(dtype) && !keeps_type(op) => format!("tw_round_{dtype}({text})"),
             _ => text,
         }
+    }
+
+    /// `where(x < -126, 0, exp2(x))` of f32: the exponent.
+    fn flushed_exp2(&self, op: Op, args: &[ExprId]) -> Option<ExprId> {
+        let constant = |id: ExprId, value: f64| matches!(self.node(id), Node::Const(Value::Float(v)) if v.to_bits() == value.to_bits());
+        let [below, zero, power] = args else { return None };
+        let (Node::Op(Op::Lt, less), Node::Op(Op::Exp2, x)) =
+            (self.node(*below), self.node(*power))
+        else {
+            return None;
+        };
+        let fits = op == Op::Select
+            && self.dtype_of(*power) == DType::F32
+            && less[0] == x[0]
+            && constant(less[1], -126.0)
+            && constant(*zero, 0.0);
+        fits.then_some(x[0])
     }
 
     /// The function as Triton source, to be decorated with `@triton.jit` by whoever embeds it

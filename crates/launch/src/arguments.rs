@@ -24,7 +24,7 @@ pub struct Operand {
 pub enum Value {
     /// To be encoded for the device.
     Map(TensorMapSpec),
-    /// The address of a tensor's first element.
+    /// The address from which a tensor's layout counts.
     Pointer(u64),
     /// A size.
     Size(i32),
@@ -114,7 +114,8 @@ pub fn arguments(
                         .with_hint("a schedule with plain loads and stores has no such limits")
                 })
             }
-            Argument::Pointer(id) => Ok(Value::Pointer(tensors[id.index()].address)),
+            // The text adds the offset of the layout itself.
+            Argument::Pointer(id) => Ok(Value::Pointer(operands[id.index()].address)),
             Argument::Size(name) => Ok(Value::Size(size(name))),
         })
         .collect::<Result<_>>()?;

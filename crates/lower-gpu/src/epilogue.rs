@@ -51,11 +51,15 @@ pub(crate) fn store_results(
             _ => return Err(Error::unsupported("loops, branches or atomics after the products")),
         }
     }
-    let Some((_, acc)) = results.first() else {
+    let Some((_, acc)) = results.iter().find(|(_, f)| b.frags[*f].extent == Extent::Tile) else {
         return Err(Error::unsupported("a loop without results"));
     };
     let tile_cols = b.frags[*acc].cols;
     let mut chunk = tile_cols;
+    // What has one value per row leaves from registers.
+    let (stores, vectors): (Vec<_>, Vec<_>) = stores.into_iter().partition(|(_, _, value)| {
+        extents(b.kernel, *value).is_ok_and(|e| e.iter().filter(|n| **n != 1).count() == 2)
+    });
     for (param, _, _) in &stores {
         chunk = chunk.min(chunk_columns(b, *param, tile_cols));
     }
@@ -74,17 +78,11 @@ pub(crate) fn store_results(
             staging.push(stage(b, &defs, *param, *value, chunk)?);
         }
     }
-    let mut e = Evaluator {
-        b,
-        defs,
-        results: results.iter().copied().collect(),
-        chunk,
-        column: Dim::sym("chunk") * &Dim::new(i64::from(chunk)),
-        rows_done: BTreeMap::new(),
-        columns_done: BTreeMap::new(),
-        once: Vec::new(),
-        steps: Vec::new(),
-    };
+    let column = Dim::sym("chunk") * &Dim::new(i64::from(chunk));
+    let mut e = Evaluator::new(b, defs, results.iter().copied().collect(), chunk, column);
+    for (param, index, value) in vectors {
+        e.store_rows(param, index, value)?;
+    }
     let barrier = Dim::sym(CONSUMER) + &Dim::new(STORE_BARRIER);
     let sync = Stmt::NamedSync { id: barrier, threads: 128 };
     for (i, (param, index, value)) in stores.iter().enumerate() {
@@ -337,7 +335,7 @@ fn store_axes(
 }
 
 /// Evaluates tiles for the current chunk.
-struct Evaluator<'b, 'k> {
+pub(crate) struct Evaluator<'b, 'k> {
     b: &'b mut Builder<'k>,
     defs: Defs<'b>,
     results: BTreeMap<TileId, FragId>,
@@ -345,15 +343,51 @@ struct Evaluator<'b, 'k> {
     column: Dim,
     rows_done: BTreeMap<TileId, FragRef>,
     columns_done: BTreeMap<(TileId, bool), FragRef>,
-    once: Vec<Stmt>,
-    steps: Vec<Stmt>,
+    /// What depends on rows only.
+    pub(crate) once: Vec<Stmt>,
+    /// What is computed for the chunk.
+    pub(crate) steps: Vec<Stmt>,
 }
 
-fn whole(frag: FragId) -> FragRef {
+pub(crate) fn whole(frag: FragId) -> FragRef {
     FragRef { frag, col: Dim::new(0), cols: None }
 }
 
-impl Evaluator<'_, '_> {
+impl<'b, 'k> Evaluator<'b, 'k> {
+    /// For columns `column .. column + chunk` of the tiles in `results`.
+    pub(crate) fn new(
+        b: &'b mut Builder<'k>,
+        defs: Defs<'b>,
+        results: BTreeMap<TileId, FragId>,
+        chunk: u32,
+        column: Dim,
+    ) -> Evaluator<'b, 'k> {
+        Evaluator {
+            b,
+            defs,
+            results,
+            chunk,
+            column,
+            rows_done: BTreeMap::new(),
+            columns_done: BTreeMap::new(),
+            once: Vec::new(),
+            steps: Vec::new(),
+        }
+    }
+
+    /// Stores a tile of one value per row.
+    fn store_rows(&mut self, param: ParamId, index: Vec<Dim>, value: TileId) -> Result<()> {
+        let shape = extents(self.b.kernel, value)?;
+        let axis = shape.iter().position(|e| *e != 1);
+        let src = self.vector(value, axis, Extent::PerRow)?;
+        let mut at = index;
+        if let Some(axis) = axis {
+            at[axis] = at[axis].clone() + &self.b.row0();
+        }
+        self.once.push(Stmt::Store { param, at, axes: (axis, None), src, vector: 1 });
+        Ok(())
+    }
+
     fn store_view(&self, param: ParamId, value: TileId) -> Result<(TileId, (usize, usize))> {
         store_axes(self.b, &self.defs, param, value)
     }
@@ -442,7 +476,7 @@ impl Evaluator<'_, '_> {
     }
 
     /// An operand of an elementwise step on a tile of two axes.
-    fn operand(&mut self, arg: &tilewright_tile::Operand) -> Result<FragRef> {
+    pub(crate) fn operand(&mut self, arg: &tilewright_tile::Operand) -> Result<FragRef> {
         let shape = extents(self.b.kernel, arg.tile)?;
         let along =
             |axis: usize| arg.along.iter().position(|a| *a == axis).filter(|i| shape[*i] != 1);
@@ -454,7 +488,18 @@ impl Evaluator<'_, '_> {
     }
 
     /// A tile that varies along one axis at most: `axis` is that axis of the tile.
-    fn vector(&mut self, tile: TileId, axis: Option<usize>, extent: Extent) -> Result<FragRef> {
+    pub(crate) fn vector(
+        &mut self,
+        tile: TileId,
+        axis: Option<usize>,
+        extent: Extent,
+    ) -> Result<FragRef> {
+        if let Some(frag) = self.results.get(&tile) {
+            return match extent {
+                Extent::PerRow => Ok(whole(*frag)),
+                _ => Err(Error::unsupported("one value per row along columns")),
+            };
+        }
         let done = match extent {
             Extent::PerRow => self.rows_done.get(&tile),
             _ => self.columns_done.get(&(tile, false)),
@@ -480,11 +525,11 @@ impl Evaluator<'_, '_> {
             }
             TileOp::Full(value) => self.push(extent, Stmt::Fill { dst: frag.clone(), value }),
             TileOp::Iota { start, .. } => {
-                let n = usize::from(extent == Extent::PerCol);
-                self.push(
-                    extent,
-                    Stmt::Iota { dst: frag.clone(), axis: n, start: start + &offset },
-                );
+                // A single number is the same all along the vector.
+                let along_rows = (extent == Extent::PerRow) == axis.is_some();
+                let start = if axis.is_some() { start + &offset } else { start };
+                let n = usize::from(!along_rows);
+                self.push(extent, Stmt::Iota { dst: frag.clone(), axis: n, start });
             }
             TileOp::Map { func, args } => {
                 let mut operands = Vec::new();

@@ -23,7 +23,7 @@ use tilewright_tile::{Compare, For, Kernel, TileId, TileOp};
 pub(crate) const CONSUMER: &str = "consumer";
 /// Named barriers: one per consumer from here on.
 pub(crate) const STORE_BARRIER: i64 = 1;
-const TURN_BARRIER: i64 = 8;
+pub(crate) const TURN_BARRIER: i64 = 8;
 
 /// A program under construction.
 pub(crate) struct Builder<'a> {
@@ -134,7 +134,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         let shared = cluster_symbol
             .as_ref()
             .is_some_and(|s| !stream.view.index.iter().any(|d| mentions(d, s)));
-        stages.push(stage(&mut b, stream, shared)?);
+        stages.push(stage(&mut b, stream, shared, schedule.stages)?);
     }
     let multicast = stages.iter().any(|s| s.shared);
     let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
@@ -309,8 +309,8 @@ pub(crate) fn over_items(
 }
 
 /// Where a stream's tiles go.
-struct Stage {
-    smem: SmemId,
+pub(crate) struct Stage {
+    pub(crate) smem: SmemId,
     map: MapId,
     /// Every block of the cluster reads the same tile: each loads a share of its lines for all.
     shared: bool,
@@ -319,7 +319,13 @@ struct Stage {
     box_along: u32,
 }
 
-fn stage(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<Stage> {
+/// Shared memory and the tensor map of a stream, `slots` tiles.
+pub(crate) fn stage(
+    b: &mut Builder<'_>,
+    stream: &Stream,
+    shared: bool,
+    slots: u32,
+) -> Result<Stage> {
     let param = &b.kernel.params[stream.view.param];
     let share = if shared { b.schedule.cluster } else { 1 };
     let span = stream.swizzle.span_bytes() * 8 / param.dtype.bits();
@@ -357,13 +363,13 @@ fn stage(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<Stage> {
         cols: stream.cols,
         contiguous: stream.contiguous,
         swizzle: stream.swizzle,
-        slots: b.schedule.stages,
+        slots,
     });
     Ok(Stage { smem, map, shared, box_lines, box_along: span })
 }
 
 /// The copies that fill one stage: panel by panel, and a share of the lines when the tile is shared.
-fn loads(
+pub(crate) fn loads(
     b: &Builder<'_>,
     stream: &Stream,
     stage: &Stage,

@@ -13,9 +13,11 @@
 
 mod ampere;
 mod axes;
+mod chain;
 mod epilogue;
 mod extents;
 mod hopper;
+mod hopper_chain;
 mod line_ops;
 mod lines;
 mod pick;
@@ -41,7 +43,9 @@ pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     if !lines::has_product(&kernel.body) {
         return lines::lower(written, &kernel, schedule);
     }
+    let chained = chain::is_chained(&kernel)?;
     match schedule.product {
+        ProductKind::Wgmma if chained => hopper_chain::lower(&kernel, schedule),
         ProductKind::Wgmma => hopper::lower(&kernel, schedule),
         ProductKind::MmaSync | ProductKind::Fma => ampere::lower(&kernel, schedule),
     }

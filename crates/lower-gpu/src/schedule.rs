@@ -88,6 +88,9 @@ pub struct GpuSchedule {
     pub store_slots: u32,
     /// Elements that one plain access to global memory may take along the contiguous axis.
     pub vector: u32,
+    /// Consumers take turns at starting their products, so that one's elementwise steps run beside the
+    /// other's products. For products that feed each other.
+    pub turns: bool,
     /// Launched early, beside the tail of the kernel before it.
     pub dependent: bool,
     /// Blocks that share a multiprocessor.
@@ -114,6 +117,7 @@ impl GpuSchedule {
             store: StoreKind::Tma,
             store_slots: 2,
             vector: 1,
+            turns: false,
             dependent: false,
             blocks_per_sm: 1,
             lines: LinesKnobs::default(),
@@ -164,7 +168,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -173,6 +177,7 @@ impl fmt::Display for GpuSchedule {
             self.store_slots,
             self.vector,
             self.blocks_per_sm,
+            if self.turns { " turns" } else { "" },
             if self.dependent { " dependent" } else { "" },
         )
     }

@@ -271,7 +271,12 @@ pub(crate) fn pipeline(
 }
 
 /// A limit on the sum is met by the zeros outside the tensor, if the tensor ends there.
-fn check_limit(kernel: &Kernel, view: &LoadView, axis: usize, limit: Option<&Dim>) -> Result<()> {
+pub(crate) fn check_limit(
+    kernel: &Kernel,
+    view: &LoadView,
+    axis: usize,
+    limit: Option<&Dim>,
+) -> Result<()> {
     let Some(limit) = limit else { return Ok(()) };
     let end = limit.clone() + &view.index[axis];
     if end == kernel.params[view.param].layout.axes[axis].extent {
@@ -284,7 +289,7 @@ fn check_limit(kernel: &Kernel, view: &LoadView, axis: usize, limit: Option<&Dim
     }
 }
 
-fn stream(
+pub(crate) fn stream(
     kernel: &Kernel,
     view: LoadView,
     (rows, cols): (u32, u32),

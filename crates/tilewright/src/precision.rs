@@ -17,8 +17,8 @@
 //! the operators between products are taken to pass a relative error on about as it is.
 //!
 //! A value that is stored in fewer bits errs by at most `u` times its magnitude; that is a share, too.
-//! Softmax turns the absolute error of its operand into twice that, relative, in its result; so its
-//! operand's share counts times the largest magnitude of those scores that matter.
+//! Softmax turns the absolute error of its operand into twice that, relative, in its result; so the
+//! shares that arose since the last product count times the largest magnitude of those scores that matter.
 //!
 //! Attention is two products: the scores, whose error is an absolute one in the exponent (twice that,
 //! relative, in a weight), and the weighted sum of the values, whose weights add to 1.
@@ -75,22 +75,29 @@ pub(crate) fn shares(
     // Errors that arise at a node: of its product, of its softmax, of storing its result.
     let mut squares: BTreeMap<(NodeId, u8), f64> = BTreeMap::new();
     let mut above: BTreeMap<ValueId, BTreeSet<(NodeId, u8)>> = BTreeMap::new();
+    // Of these, the ones that arose at the last product on the way or after it.
+    let mut fresh: BTreeMap<ValueId, BTreeSet<(NodeId, u8)>> = BTreeMap::new();
     let mut shares = BTreeMap::new();
     for (id, node) in graph.live() {
         let mut all: BTreeSet<(NodeId, u8)> = BTreeSet::new();
+        let mut new: BTreeSet<(NodeId, u8)> = BTreeSet::new();
         for v in &node.inputs {
             all.extend(above.get(v).into_iter().flatten());
+            new.extend(fresh.get(v).into_iter().flatten());
         }
         if let Some(share) = own_share(graph, node, trace, env, rounding.unit)? {
             squares.insert((id, 0), share * share);
             all.insert((id, 0));
+            new = BTreeSet::from([(id, 0)]);
         }
         if let Op::Softmax { axis, .. } = node.op {
-            let total: f64 = all.iter().map(|n| squares[n]).sum();
+            let total: f64 = new.iter().map(|n| squares[n]).sum();
             let scores = trace.get(&node.inputs[0]).map_or(0.0, |x| relevant(x, axis));
             let slope = (2.0 * scores).max(1.0);
             squares.insert((id, 1), total * slope * slope);
-            all = BTreeSet::from([(id, 1)]);
+            all.retain(|n| !new.contains(n));
+            all.insert((id, 1));
+            new = BTreeSet::from([(id, 1)]);
         }
         // Weights that are no operand of a product are rounded, too.
         let rounded = |v: &ValueId| rounding.stored.contains(v);
@@ -100,11 +107,13 @@ pub(crate) fn shares(
         if count > 0 {
             squares.insert((id, 2), count as f64 * rounding.unit * rounding.unit);
             all.insert((id, 2));
+            new.insert((id, 2));
         }
         let total: f64 = all.iter().map(|n| squares[n]).sum();
         for &v in &node.outputs {
             shares.insert(v, total.sqrt());
             above.insert(v, all.clone());
+            fresh.insert(v, new.clone());
         }
     }
     Ok(shares)

@@ -48,6 +48,14 @@ pub(crate) fn compile_without_spills(nvrtc: &Nvrtc, arch: Arch, sources: &[(Stri
         if spilled != 0 {
             failures.push(format!("{name} for {arch} spills: {used:?}"));
         }
+        // Products that the compiler lets wait for each other.
+        if let Some(line) = compiled.log().lines().find(|l| l.contains("serialized")) {
+            failures.push(format!("{name} for {arch}: {line}"));
+        }
+        if std::env::var("TILEWRIGHT_SHOW_RESOURCES").is_ok_and(|v| v == "1") {
+            let injected = compiled.log().lines().filter(|l| l.contains("injected")).count();
+            println!("{name}: {used:?}, {injected} injected waits");
+        }
     }
     assert!(
         failures.is_empty(),

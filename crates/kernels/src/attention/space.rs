@@ -1,0 +1,85 @@
+//! The schedule space of attention: every legal schedule, declared once, the ones to prefer first.
+
+use crate::attention::program::AttentionSpec;
+use tilewright_device::Arch;
+use tilewright_lower_gpu::{GpuSchedule, ProductKind, StoreKind};
+
+/// Shared memory that a block may use on Hopper, less what barriers take.
+const SMEM_BYTES: i64 = (227 << 10) - 512;
+
+/// Every legal schedule of `spec` on an architecture. `engine`: the copy engine can address all tensors;
+/// `vector`: elements that one plain access may take.
+pub fn space(spec: &AttentionSpec, arch: Arch, engine: bool, vector: u32) -> Vec<GpuSchedule> {
+    let mut out = Vec::new();
+    if arch >= Arch::Sm90a && engine && spec.dtype.bits() == 16 {
+        out.extend(warp_specialised(spec));
+    }
+    out.extend(pipelined(spec, arch, vector));
+    out
+}
+
+/// A producer and consumers with `wgmma`.
+fn warp_specialised(spec: &AttentionSpec) -> Vec<GpuSchedule> {
+    let size = i64::from(spec.dtype.bits()) / 8;
+    let result = i64::from(spec.result.bits()) / 8;
+    let (dk, dv) = spec.depths();
+    let mut out = Vec::new();
+    for consumers in [3, 2, 1] {
+        let bq = 64 * consumers;
+        // Registers of a thread: results, scores and their 16-bit copies, and 40 for the rest.
+        let budget = if consumers == 3 { 160 } else { 240 };
+        for bt in [192, 176, 160, 128, 96, 80, 64, 48, 32] {
+            let masked = if spec.mask.is_some() { bt / 4 } else { 0 };
+            let registers = dv / 2 + bt / 2 + bt / 4 + masked + 40;
+            if registers > budget {
+                continue;
+            }
+            let chunk = [64, 32, 16].into_iter().find(|c| dv % c == 0 && c * result <= 128);
+            let Some(chunk) = chunk else { continue };
+            for slots in [2, 1] {
+                let staging = bq * chunk * result * slots;
+                let queries = bq * dk * size;
+                let stage = bt * (dk + dv) * size;
+                let stages = ((SMEM_BYTES - staging - queries) / stage).min(4);
+                if stages < 2 {
+                    continue;
+                }
+                for turns in [true, false] {
+                    if turns && consumers == 1 {
+                        continue;
+                    }
+                    let mut s = GpuSchedule::hopper(&[("BQ", bq), ("BT", bt)]);
+                    s.consumers = consumers as u32;
+                    s.stages = stages as u32;
+                    s.raster = 1;
+                    s.turns = turns;
+                    s.dependent = true;
+                    s.store = StoreKind::Tma;
+                    s.store_slots = slots as u32;
+                    s.vector = 2;
+                    out.push(s);
+                }
+                break;
+            }
+        }
+    }
+    out
+}
+
+/// Plain copies, `mma.sync` or plain multiply-adds.
+fn pipelined(spec: &AttentionSpec, arch: Arch, vector: u32) -> Vec<GpuSchedule> {
+    let plain = spec.dtype.bits() == 32 && !spec.tf32;
+    let product = if plain { ProductKind::Fma } else { ProductKind::MmaSync };
+    let mut out = Vec::new();
+    for (bq, bt, warps) in [(128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 2), (32, 32, 4)] {
+        for stages in [2, 3] {
+            let tiles = [("BQ", bq), ("BT", bt)];
+            let mut s = GpuSchedule::pipelined(arch, product, (warps, 1), &tiles);
+            s.stages = stages;
+            s.raster = 1;
+            s.vector = vector;
+            out.push(s);
+        }
+    }
+    out
+}
