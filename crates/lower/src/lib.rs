@@ -36,6 +36,7 @@ mod views;
 mod window;
 
 pub use fuse::{Anchor, FusionPlan, Group, fuse};
+pub use gpu::attention_fits;
 pub use lowering::{lower, lower_with, verify_plan};
 pub use target::{CpuTarget, matrix_units};
 

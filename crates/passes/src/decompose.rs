@@ -49,12 +49,16 @@ pub fn decompose_all(graph: &mut Graph) -> Result<bool> {
     Ok(changed)
 }
 
-/// Takes attention apart into two products and a softmax, for targets without a kernel for it, and
-/// writes products that sum nothing (outer products) as maps.
-pub fn decompose_products(graph: &mut Graph) -> Result<bool> {
+/// Takes attention apart into two products and a softmax, where `keep` does not hold of it, and writes
+/// products that sum nothing (outer products) as maps: for targets without kernels for these.
+pub fn decompose_products(
+    graph: &mut Graph,
+    keep: &dyn Fn(&Graph, NodeId) -> bool,
+) -> Result<bool> {
     rewrite(graph, &mut |ed, id| {
         let node = ed.graph.nodes[id].clone();
         let v = match &node.op {
+            Op::Attention(_) if keep(ed.graph, id) => None,
             Op::Attention(attrs) => attention(ed, attrs, &node.inputs, true)?,
             Op::Contract { .. } => outer_product(ed, &node.op, &node.inputs)?,
             _ => None,

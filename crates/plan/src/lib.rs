@@ -5,7 +5,7 @@
 //! It knows no frontends and no devices.
 //!
 //! Where a kernel can also be written in another form ([`Form`]), it says so beside the tile program: a
-//! matrix product with its sizes ([`Product`]), which a library of schedules may serve; a program that
+//! matrix product with its sizes ([`Product`]) or an [`Attention`], which a library of schedules may serve; a program that
 //! holds whole rows. A target takes the first form that it has a way to run; the tile program is always
 //! there, and says what is computed.
 //!
@@ -13,9 +13,11 @@
 //! ([`bind`]), and places in one block of memory ([`arena`]).
 
 pub mod arena;
+mod attention;
 pub mod bind;
 mod product;
 
+pub use attention::{Attention, Heads};
 pub use product::{Matrix, Product, Repeat, Vector};
 
 use std::sync::Arc;
@@ -89,6 +91,8 @@ pub enum Form {
     },
     /// A matrix product. Parameters are the kernel's.
     Product(Box<Product>),
+    /// Attention. Parameters are the kernel's.
+    Attention(Box<Attention>),
 }
 
 /// One step of a plan.

@@ -1,6 +1,6 @@
 //! [`Chooser`]: a kernel of a plan and its sizes to device programs, best first.
 
-use crate::product;
+use crate::{attention, product};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, Kind, Result};
@@ -112,6 +112,10 @@ impl Chooser {
                 Form::Product(product) => {
                     let ways = product::ways(product, &env, &self.gpu, self.most);
                     choice.add("as a matrix product", ways)?;
+                }
+                Form::Attention(attention) => {
+                    let ways = attention::ways(attention, &env, &self.gpu, self.most);
+                    choice.add("as attention", ways)?;
                 }
                 Form::Program { kernel, params } => {
                     let ways = self.lines(kernel, params, &env);

@@ -14,12 +14,14 @@
 //! | module | holds |
 //! |---|---|
 //! | `choose` | a kernel and sizes to device programs |
+//! | `attention` | an attention of the plan as a problem of the kernel library |
 //! | `product` | a matrix product of the plan as problems of the kernel library |
 //! | `bind` | a plan and sizes to steps over one block of memory |
 //! | `host` | steps on the host |
 //! | `interpret` | running a bound plan in the interpreter |
 //! | `session` | running it on a device |
 
+mod attention;
 mod bind;
 mod choose;
 mod host;

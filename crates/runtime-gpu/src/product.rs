@@ -22,7 +22,7 @@ struct Axis {
     strides: [i64; 3],
 }
 
-fn number(dim: &Dim, sizes: &Env) -> Result<i64> {
+pub(crate) fn number(dim: &Dim, sizes: &Env) -> Result<i64> {
     dim.eval(sizes).ok_or_else(|| Error::bug(format!("size {dim} of a product has no value")))
 }
 
@@ -63,7 +63,7 @@ fn lines(m: &Matrix, rows: i64, cols: i64, sizes: &Env) -> Result<(Order, i64)> 
 }
 
 /// The largest power of two, up to [`ALIGNED`], that divides all these byte offsets.
-fn alignment(offsets: impl IntoIterator<Item = i64>) -> i64 {
+pub(crate) fn alignment(offsets: impl IntoIterator<Item = i64>) -> i64 {
     offsets.into_iter().fold(ALIGNED, |a, b| 1 << (a | b).trailing_zeros())
 }
 

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use tilewright_base::{Error, Result};
 use tilewright_cuda::{Gpu, Nvrtc};
 use tilewright_data::Tensor;
-use tilewright_graph::{Graph, ValueId};
+use tilewright_graph::{Graph, NodeId, ValueId};
 use tilewright_lower::{CpuTarget, Device, FusionPlan, Layouts};
 use tilewright_passes::PassContext;
 use tilewright_plan::{Form, Plan, Step};
@@ -93,11 +93,25 @@ impl GpuCompiler {
     /// As [`GpuCompiler::plan`].
     pub fn plan_observed(
         &self,
+        graph: Graph,
+        observe: &mut dyn FnMut(Stage<'_>),
+    ) -> Result<GpuPlan> {
+        observe(Stage::Graph("import", &graph));
+        let first = self.plan_keeping(graph.clone(), &tilewright_lower::attention_fits, observe)?;
+        // Where the library has no kernel for some attention, products and a softmax do it.
+        if first.has_attention() && !first.attention_runs()? {
+            return self.plan_keeping(graph, &|_, _| false, observe);
+        }
+        Ok(first)
+    }
+
+    fn plan_keeping(
+        &self,
         mut graph: Graph,
+        keep: &dyn Fn(&Graph, NodeId) -> bool,
         observe: &mut dyn FnMut(Stage<'_>),
     ) -> Result<GpuPlan> {
         let mut stages = Vec::new();
-        observe(Stage::Graph("import", &graph));
         tilewright_graph::verify(&graph)?;
         let context = PassContext::default();
         let report = tilewright_passes::run_observed(
@@ -111,8 +125,7 @@ impl GpuCompiler {
             stages.push(StageTime { name, time });
         }
         let start = Instant::now();
-        // There is no kernel for attention yet: two products and a softmax.
-        if tilewright_passes::decompose_products(&mut graph)? {
+        if tilewright_passes::decompose_products(&mut graph, keep)? {
             tilewright_graph::verify(&graph)?;
             tilewright_passes::run(&mut graph, &context)?;
         }
@@ -151,6 +164,27 @@ impl GpuPlan {
     /// The fusion groups.
     pub fn fusion(&self) -> &FusionPlan {
         &self.fusion
+    }
+
+    fn has_attention(&self) -> bool {
+        let is_it = |f: &Form| matches!(f, Form::Attention(_));
+        self.plan.kernels.iter().any(|(_, k)| k.forms.iter().any(is_it))
+    }
+
+    /// Whether the kernel library serves every attention, asked with sizes of 32 or what the ranges allow.
+    fn attention_runs(&self) -> Result<bool> {
+        let mut chooser = Chooser::new(self.machine.clone());
+        for (id, kernel) in self.plan.kernels.iter() {
+            if kernel.forms.iter().any(|f| matches!(f, Form::Attention(_))) {
+                let symbols = kernel.kernel.symbols.iter();
+                let sizes: Vec<i64> =
+                    symbols.map(|s| 32.clamp(s.range.min, s.range.max)).collect();
+                if chooser.choose(&self.plan, id, &sizes)?.ways.is_empty() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// How long each stage took.
@@ -374,7 +408,7 @@ fn library(plan: &Plan, report: &KernelReport, env: &tilewright_layout::Env) -> 
         Step::Launch { kernel, .. } => {
             plan.kernels[*kernel].forms.iter().find_map(|f| match f {
                 Form::Product(p) => Some(p),
-                Form::Program { .. } => None,
+                Form::Program { .. } | Form::Attention(_) => None,
             })
         }
         Step::Host { .. } => None,

@@ -28,6 +28,11 @@ fn inputs_of(directory: &Path, graph: &tilewright_graph::Graph) -> Vec<Tensor> {
     order_inputs(graph, &named).expect("the inputs")
 }
 
+/// Steps that only the interpreter's operators do: RoBERTa counts its positions from the tokens.
+fn host_steps_expected(name: &str) -> usize {
+    usize::from(name.contains("roberta"))
+}
+
 #[test]
 fn tiny_models_in_the_device_interpreter_are_within_the_contract() {
     let only = std::env::var("ONLY").unwrap_or_default();
@@ -38,25 +43,23 @@ fn tiny_models_in_the_device_interpreter_are_within_the_contract() {
         }
         let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
         let inputs = inputs_of(&directory, &graph);
-        let start = std::time::Instant::now();
-        let compiler = GpuCompiler::new(Gpu::h200());
-        let planned = compiler.plan(graph.clone()).expect("it plans");
-        let t = start.elapsed();
-        let run = match planned.interpret(&inputs) {
-            Ok(run) => run,
-            Err(e) => {
-                println!("{name}: FAILED {e} {:?}", e.notes());
-                continue;
+        for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+            let mut compiler = GpuCompiler::new(Gpu::h200());
+            compiler.precision = precision;
+            let planned = compiler.plan(graph.clone()).expect("it plans");
+            let run = match planned.interpret(&inputs) {
+                Ok(run) => run,
+                Err(e) => panic!("{name} {precision}: {e} {:?}", e.notes()),
+            };
+            let host = run.bound.host_steps(planned.plan());
+            assert_eq!(host.len(), host_steps_expected(&name), "{name} {precision}: {host:?}");
+            let report =
+                planned.verify_outputs(&graph, &inputs, &run.outputs).expect("it verifies");
+            let steps = planned.plan().steps.len();
+            for d in &report.outputs {
+                println!("{name} {precision}: {steps} steps; {} {:.3} of {:.1e}", d.name, d.ratio, d.budget);
+                assert!(d.ratio <= 1.0, "{name} {precision}: {d:?}");
             }
-        };
-        println!("{name}: {} steps, planned in {t:?}, ran in {:?}", planned.plan().steps.len(), start.elapsed());
-        for (step, reason) in run.bound.host_steps(planned.plan()) {
-            println!("   host {step}: {reason}");
-        }
-        let report = planned.verify_outputs(&graph, &inputs, &run.outputs).expect("it verifies");
-        for d in &report.outputs {
-            println!("   {} {:.3} of budget {:.2e}", d.name, d.ratio, d.budget);
         }
     }
-    let _ = Precision::F32;
 }

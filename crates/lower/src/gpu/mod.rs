@@ -8,12 +8,18 @@
 //!   along the columns, one along the rows and a matrix that lies as the result. What does not fit is made to
 //!   fit: the epilogue becomes a kernel of its own ([`Lowering::product_apart`]), operands are copied into
 //!   matrices ([`Lowering::product_packed`]);
+//! * attention is an [`Attention`](tilewright_plan::Attention) (`attention.rs`);
 //! * a convolution with taps is such a product with a copy of its windows (`im2col`);
 //! * a reduction over rows is also given with whole rows in a tile (`rows.rs`).
 //!
 //! Under `f16` and `bf16`, weights and what is computed from them are *stored* in that type: kernels widen
 //! what they load and round what they store, so sums and statistics stay `f32`. Values that depend on no
 //! weight (positions, masks) and the caller's inputs and outputs keep their type.
+
+mod attention;
+
+pub use attention::attention_fits;
+pub(crate) use attention::Attended;
 
 use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
 use crate::contract::{Product, Side};
@@ -394,18 +400,18 @@ impl Lowering<'_> {
     }
 
     /// Memory for something that no value of the graph is.
-    fn spare(&mut self, name: String, dtype: DType, layout: Layout) -> BufferId {
+    pub(crate) fn spare(&mut self, name: String, dtype: DType, layout: Layout) -> BufferId {
         let storage = Storage::Arena;
         self.plan.buffers.push(Buffer { name, value: None, dtype, layout, storage })
     }
 }
 
-fn no_blocks(layout: &Layout) -> bool {
+pub(crate) fn no_blocks(layout: &Layout) -> bool {
     layout.axes.iter().all(|a| a.block.is_none())
 }
 
 /// Dense memory for a shape, its axes in the order in which they lie in `like`.
-fn dense_like(like: &Layout, shape: &[Dim], symbols: &tilewright_layout::Symbols) -> Layout {
+pub(crate) fn dense_like(like: &Layout, shape: &[Dim], symbols: &tilewright_layout::Symbols) -> Layout {
     let all: Vec<usize> = (0..shape.len()).collect();
     let order = by_distance(&all, like, symbols);
     let ordered: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
