@@ -4,12 +4,12 @@
 //! with a little room: `4 * |exact - f64|` (largest over the value) plus 8 units in the last place
 //! of the value's largest magnitude. PyTorch's compiler judges the same way (its accuracy gate
 //! compares with a float64 run and takes eager's own error as the measure). Values without floats
-//! must be equal. Under another `--precision` than f32 the module `precision` adds what
-//! rounded operands and rounded stored values cost.
+//! must be equal. Under another `--precision` than f32 the module `precision` says what
+//! the types in use are.
 
 #[cfg(feature = "cpu")]
 use crate::compile::Compiled;
-use crate::precision::Rounding;
+use crate::precision::Rounded;
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
@@ -88,17 +88,12 @@ pub(crate) fn compare(
     inputs: &[Tensor],
     ran: &Ran<'_>,
 ) -> Result<Report> {
+    let rounded = Rounded::of(precision, graph, ran.plan);
+    let share = |v: ValueId| rounded.as_ref().map_or(0.0, |r| r.share(v));
     let wide = run_with(original, inputs, &Options::new(Mode::F64))?;
-    let exact = run_with(original, inputs, &Options::new(Mode::Exact))?;
-    let trace = |mode| run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) });
-    let inside = trace(Mode::F64)?;
-    let shares = match Rounding::of(precision, graph, ran.plan) {
-        None => BTreeMap::new(),
-        Some(rounding) => {
-            crate::precision::shares(graph, &inside.trace, &inside.env, &rounding)?
-        }
-    };
-    let share = |v: ValueId| shares.get(&v).copied().unwrap_or(0.0);
+    // What a plain evaluation in the types that are used gives.
+    let plain = rounded.as_ref().map_or(original, |r| &r.graph);
+    let exact = run_with(plain, inputs, &Options::new(Mode::Exact))?;
     let mut report = Report { outputs: Vec::new(), kernels: Vec::new() };
     for (i, (name, _)) in original.outputs.iter().enumerate() {
         report.outputs.push(deviation(
@@ -110,12 +105,19 @@ pub(crate) fn compare(
         )?);
     }
     drop((wide, exact));
-    let (wide, exact) = (inside.trace, trace(Mode::Exact)?.trace);
+    let trace = |graph: &Graph, mode| {
+        Ok::<_, Error>(run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) })?.trace)
+    };
+    let (wide, exact) = (
+        trace(graph, Mode::F64)?,
+        trace(rounded.as_ref().map_or(graph, |r| &r.graph), Mode::Exact)?,
+    );
     let mut order: Vec<(usize, ValueId)> =
         ran.observed.iter().map(|(v, (step, _))| (*step, *v)).collect();
     order.sort_unstable();
     for (step, value) in order {
-        let (Some(wide), Some(exact)) = (wide.get(&value), exact.get(&value)) else { continue };
+        let stands = rounded.as_ref().map_or(value, |r| r.value(value));
+        let (Some(wide), Some(exact)) = (wide.get(&value), exact.get(&stands)) else { continue };
         let label = match &ran.plan.steps[step] {
             Step::Launch { note, .. } | Step::Host { note, .. } => note.label.clone(),
         };
