@@ -103,7 +103,10 @@ impl Func {
                 Node::Param(p) => names[*p as usize].clone(),
                 Node::Const(v) => cuda_constant(*v, dtype),
                 Node::Op(op, args) => {
-                    let text = self.cuda_operation(*op, args, dtype, &operands);
+                    let text = match self.one_plus_erf(*op, args, dtype) {
+                        Some(x) => format!("tw_one_plus_erf({})", operands[x.index()]),
+                        None => self.cuda_operation(*op, args, dtype, &operands),
+                    };
                     let _ = writeln!(out, "  const {} t{} = {text};", cuda_type(dtype), id.0);
                     format!("t{}", id.0)
                 }
@@ -112,6 +115,21 @@ impl Func {
         }
         let _ = write!(out, "  return {};\n}}\n", operands[self.result().index()]);
         out
+    }
+
+    /// `x` when the operation is `1 + erf(x)` in f32, as it stands in GELU.
+    fn one_plus_erf(&self, op: Op, args: &[ExprId], dtype: DType) -> Option<ExprId> {
+        let [a, b] = args else { return None };
+        let one = |x: ExprId| matches!(self.node(x), Node::Const(Value::Float(v)) if *v == 1.0);
+        let sum = match (one(*a), one(*b)) {
+            (true, false) => *b,
+            (false, true) => *a,
+            _ => return None,
+        };
+        match self.node(sum) {
+            Node::Op(Op::Erf, x) if op == Op::Add && dtype == DType::F32 => Some(x[0]),
+            _ => None,
+        }
     }
 
     fn cuda_operation(&self, op: Op, args: &[ExprId], dtype: DType, names: &[String]) -> String {

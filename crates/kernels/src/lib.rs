@@ -3,4 +3,5 @@
 
 pub mod gemm;
 pub mod map;
+pub mod reduce;
 pub mod rows;

@@ -47,11 +47,13 @@ pub struct LinesKnobs {
     pub lanes: u32,
     /// Neighbouring columns per thread.
     pub vector: u32,
+    /// Loads start before the reductions above them.
+    pub early: bool,
 }
 
 impl Default for LinesKnobs {
     fn default() -> LinesKnobs {
-        LinesKnobs { threads: 256, lanes: 256, vector: 1 }
+        LinesKnobs { threads: 256, lanes: 256, vector: 1, early: true }
     }
 }
 
@@ -146,7 +148,7 @@ impl fmt::Display for GpuSchedule {
         for (name, size) in &self.tiles {
             write!(f, "{name}={size} ")?;
         }
-        let LinesKnobs { threads, lanes, vector } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early } = self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
             Mode::PingPong => "ping-pong",
@@ -164,7 +166,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -173,6 +175,7 @@ impl fmt::Display for GpuSchedule {
             self.store_slots,
             self.vector,
             self.blocks_per_sm,
+            if early { " early" } else { "" },
             if self.dependent { " dependent" } else { "" },
         )
     }
