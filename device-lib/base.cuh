@@ -156,6 +156,9 @@ template <typename T> TW_INLINE void set_pair(T* to, value<T> x, value<T> y) {
   to[0] = p.x, to[1] = p.y;
 }
 
+template <typename T> struct is_bf16 { static constexpr bool yes = false; };
+template <> struct is_bf16<bf16> { static constexpr bool yes = true; };
+
 // A run as 32-bit words; `words` of fewer than 4 bytes hold it in their low part.
 template <typename T, int N> union RunWords {
   static constexpr int WORDS = (sizeof(T) * N + 3) / 4;
@@ -166,7 +169,7 @@ template <typename T, int N> union RunWords {
 
 // A run where `inside` holds, else `fill`: one predicated access, so that a thread may start many before it waits.
 // Streams pass by the first-level cache, unless they are KEPT for other rows. PTX ISA, "ld".
-template <typename T, int N, bool KEPT = false> TW_INLINE Run<T, N> load_run_if(bool inside, const T* p, T fill) {
+template <typename T, int N, bool KEPT = false> TW_INLINE RunWords<T, N> load_words_if(bool inside, const T* p, T fill) {
   RunWords<T, N> r;
 #pragma unroll
   for (int i = 0; i < N; ++i) r.run.at[i] = fill;
@@ -191,7 +194,20 @@ template <typename T, int N, bool KEPT = false> TW_INLINE Run<T, N> load_run_if(
     asm volatile("{ .reg .pred q; setp.ne.b32 q, %2, 0; @q ld.global.u8 %0, [%1]; }"
                  : "+r"(r.words[0]) : "l"(p), "r"((int)inside));
   }
-  return r.run;
+  return r;
+}
+template <typename T, int N> TW_INLINE Run<T, N> load_run_if(bool inside, const T* p, T fill) {
+  return load_words_if<T, N>(inside, p, fill).run;
+}
+
+// Element k of a run as registers hold it. Pairs of bf16 need one instruction an element when taken from their word.
+template <typename T, int N> TW_INLINE value<T> widen_at(const RunWords<T, N>& r, int k) {
+  if constexpr (N % 2 == 0 && is_bf16<T>::yes) {
+    const u32 word = r.words[k / 2];
+    return __uint_as_float(k % 2 != 0 ? word & 0xffff0000u : word << 16);
+  } else {
+    return widen(r.run.at[k]);
+  }
 }
 
 // Writes a run where `inside` holds. PTX ISA, "st".

@@ -145,7 +145,7 @@ def problem(v):
 
 def launcher(v, code, T):
     module = ck(cu.cuModuleLoadData(code))
-    fn = ck(cu.cuModuleGetFunction(module, b"kernel"))
+    fn = ck(cu.cuModuleGetFunction(module, v["entry"].encode()))
     if v["smem"] > 48 << 10:
         cu.cuFuncSetAttribute(fn, cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, v["smem"])
     values, types = [], []
@@ -163,8 +163,15 @@ def launcher(v, code, T):
         grid = min(grid, fit * torch.cuda.get_device_properties(0).multi_processor_count)
 
     def go():
-        ck0 = cu.cuLaunchKernel(fn, grid, 1, 1, v["threads"], 1, 1, v["smem"],
-                                cu.CUstream(torch.cuda.current_stream().cuda_stream), args, 0)
+        c = cu.CUlaunchConfig()
+        c.gridDimX, c.gridDimY, c.gridDimZ = grid * v["cluster"], 1, 1
+        c.blockDimX, c.blockDimY, c.blockDimZ = v["threads"], 1, 1
+        c.sharedMemBytes, c.hStream = v["smem"], cu.CUstream(torch.cuda.current_stream().cuda_stream)
+        a = cu.CUlaunchAttribute()
+        a.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = v["cluster"], 1, 1
+        c.attrs, c.numAttrs = [a], 1
+        ck0 = cu.cuLaunchKernelEx(c, fn, args, 0)
         if ck0[0].value != 0:
             raise RuntimeError(str(ck0[0]))
     return go, fit, module

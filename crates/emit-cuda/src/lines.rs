@@ -137,16 +137,16 @@ impl Printer<'_> {
         let kept = frag.extent == Extent::PerCol;
         self.line("{");
         lets.iter().for_each(|text| self.line(&format!("  {text}")));
-        self.line(&format!("  tw::Run<{ty}, {vector}> runs[{count} / {vector}];"));
+        self.line(&format!("  tw::RunWords<{ty}, {vector}> runs[{count} / {vector}];"));
         self.line("#pragma unroll");
         self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
         self.line(&format!(
-            "    runs[i / {vector}] = tw::load_run_if<{ty}, {vector}, {kept}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
+            "    runs[i / {vector}] = tw::load_words_if<{ty}, {vector}, {kept}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
         ));
         self.line("  }");
         self.line("#pragma unroll");
         self.line(&format!(
-            "  for (int i = 0; i < {count}; ++i) {register} = tw::widen(runs[i / {vector}].at[i % {vector}]);"
+            "  for (int i = 0; i < {count}; ++i) {register} = tw::widen_at(runs[i / {vector}], i % {vector});"
         ));
         self.line("}");
         Ok(())

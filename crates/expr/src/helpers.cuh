@@ -156,3 +156,30 @@ __device__ __forceinline__ T tw_shr(T a, T b, int bits) {
   if ((T)-1 < (T)0) return (T)(a >> (inside ? b : (T)(bits - 1)));
   return inside ? (T)(a >> b) : (T)0;
 }
+
+// 1 + erf(x), which is erfc(-x): erfc(a) = 2^(-a q(a)) for a >= 0, with q fitted on [0, 4.6] for the least absolute
+// error of the result, 5.5e-8, to which ex2.approx adds 2^-22 at most. Beyond, erfc is less than that anyway.
+// About half of the instructions of erff, and no branch.
+__device__ __forceinline__ float tw_one_plus_erf(float x) {
+  const float a = fabsf(x);
+  float q = fmaf(4.535861444310285e-05f, a, -0.0004455077869351953f);
+  q = fmaf(q, a, 0.0014894420746713877f);
+  q = fmaf(q, a, 0.0007746290066279471f);
+  q = fmaf(q, a, -0.02825368009507656f);
+  q = fmaf(q, a, 0.1484816074371338f);
+  q = fmaf(q, a, 0.9184163808822632f);
+  q = fmaf(q, a, 1.6279085874557495f);
+  float rest;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(rest) : "f"(-(a * q)));
+  return x < 0.0f ? rest : 2.0f - rest;
+}
+
+// 1 / (1 + e^-x). The reciprocal is within 1 ulp (PTX ISA, "rcp.approx"), and has no branch for what is rare.
+__device__ __forceinline__ float tw_sigmoid(float x) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(1.0f + expf(-x)));
+  return r;
+}
+// 1 + tanh(x), which is 2 / (1 + e^-2x): no branch, and no digits lost where tanh is near -1.
+__device__ __forceinline__ float tw_one_plus_tanh(float x) { return 2.0f * tw_sigmoid(2.0f * x); }
+__device__ __forceinline__ double tw_sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }

@@ -284,7 +284,7 @@ pub static OPS: [OpRow; 56] = [
     row(Op::Erf, "erf", "", "f").math(libm::erf, &["1.12837916709551257389615890312154517 * exp(-a * a)"], Library("erf"),
         ["erf{f}($0)", "tl.erf($0)", "math.erf"]),
     row(Op::Sigmoid, "sigmoid", "", "f").math(sigmoid, &["y * (1 - y)"], Expand,
-        ["(1.0{f} / (1.0{f} + exp{f}(-$0)))", "tl.sigmoid($0)", ""]).expansion("1 / (1 + exp(-a))"),
+        ["tw_sigmoid($0)", "tl.sigmoid($0)", ""]).expansion("1 / (1 + exp(-a))"),
     row(Op::IsNan, "isnan", "", "f").test1(f64::is_nan).expansion("a != a")
         .cuda("($0 != $0)", "", "").triton("($0 != $0)", "", "").llvm(Expand, NO, NO).mlir("math.isnan", "", ""),
     row(Op::IsInf, "isinf", "", "f").test1(f64::is_infinite).expansion("abs(a) == inf")

@@ -103,7 +103,10 @@ impl Func {
                 Node::Param(p) => names[*p as usize].clone(),
                 Node::Const(v) => cuda_constant(*v, dtype),
                 Node::Op(op, args) => {
-                    let text = self.cuda_operation(*op, args, dtype, &operands);
+                    let text = match self.one_plus(*op, args, dtype) {
+                        Some((name, x)) => format!("{name}({})", operands[x.index()]),
+                        None => self.cuda_operation(*op, args, dtype, &operands),
+                    };
                     let _ = writeln!(out, "  const {} t{} = {text};", cuda_type(dtype), id.0);
                     format!("t{}", id.0)
                 }
@@ -112,6 +115,30 @@ impl Func {
         }
         let _ = write!(out, "  return {};\n}}\n", operands[self.result().index()]);
         out
+    }
+
+    /// A helper and `x` when the operation is `1 + erf(x)` or `1 + tanh(x)` in f32, as they stand in GELU.
+    fn one_plus(
+        &self,
+        op: Op,
+        args: &[ExprId],
+        dtype: DType,
+    ) -> Option<(&'static str, ExprId)> {
+        let [a, b] = args else { return None };
+        let one = |x: ExprId| matches!(self.node(x), Node::Const(Value::Float(v)) if *v == 1.0);
+        let sum = match (one(*a), one(*b)) {
+            (true, false) => *b,
+            (false, true) => *a,
+            _ => return None,
+        };
+        match self.node(sum) {
+            Node::Op(inner, x) if op == Op::Add && dtype == DType::F32 => match inner {
+                Op::Erf => Some(("tw_one_plus_erf", x[0])),
+                Op::Tanh => Some(("tw_one_plus_tanh", x[0])),
+                _ => None,
+            },
+            _ => None,
+        }
     }
 
     fn cuda_operation(&self, op: Op, args: &[ExprId], dtype: DType, names: &[String]) -> String {

@@ -86,6 +86,8 @@ fn build(args: &[String]) -> Result<Shown, String> {
             "lanes" => schedule.lines.lanes = value,
             "vector" => schedule.lines.vector = value,
             "blocks" => schedule.blocks_per_sm = value,
+            "early" => schedule.lines.early = value == 1,
+            "cluster" => schedule.cluster = value,
             "persistent" => schedule.persistent = value == 1,
             "residual" | "vectors" | "time" => {}
             _ => return Err(format!("unknown key {key}")),
@@ -133,9 +135,11 @@ fn json(line: &str, shown: &Shown) -> String {
     let sizes: Vec<String> =
         shown.sizes.iter().map(|(name, v)| format!("{}: {v}", quoted(name))).collect();
     format!(
-        "{{\"line\": {}, \"schedule\": {}, \"text\": {}, \"smem\": {}, \"threads\": {}, \"persistent\": {}, \"items\": {}, \"sizes\": {{{}}}, \"arguments\": [{}]}}",
+        "{{\"line\": {}, \"schedule\": {}, \"entry\": {}, \"cluster\": {}, \"text\": {}, \"smem\": {}, \"threads\": {}, \"persistent\": {}, \"items\": {}, \"sizes\": {{{}}}, \"arguments\": [{}]}}",
         quoted(line),
         quoted(&shown.schedule),
+        quoted(&source.entry),
+        source.cluster,
         quoted(&source.text),
         source.smem_bytes,
         source.threads,

@@ -4,4 +4,5 @@
 pub mod attention;
 pub mod gemm;
 pub mod map;
+pub mod reduce;
 pub mod rows;

@@ -174,6 +174,30 @@ impl Lines<'_> {
         dst
     }
 
+    /// The tile with the identity from `limit` on: as it is when all of it counts, which a row of the tile's length
+    /// does, and blocks find out at once.
+    fn counted(
+        &mut self,
+        x: FragId,
+        kind: ReduceKind,
+        (direction, limit): (Direction, &Dim),
+        out: &mut Vec<Stmt>,
+    ) -> FragId {
+        let extent = if direction == Direction::Row { self.rows } else { self.cols };
+        let end = self.start(direction) + i64::from(extent);
+        let dst = self.frag(self.frags[x].dtype, Extent::Tile);
+        let (mut then, mut otherwise) = (Vec::new(), Vec::new());
+        self.copy(dst, x, &mut then);
+        let masks = self.masks.clone();
+        let masked = self.below(x, kind, (direction, limit), &mut otherwise);
+        // What is made in a branch is not there outside.
+        self.masks = masks;
+        self.copy(dst, masked, &mut otherwise);
+        let cond = Cond { lhs: end, compare: Compare::Le, rhs: limit.clone() };
+        out.push(Stmt::If { cond, then, otherwise });
+        dst
+    }
+
     /// A tile of the plane, repeated where it has no such axis.
     fn plane(&mut self, x: TileId, out: &mut Vec<Stmt>) -> Result<FragId> {
         let frag = self.get(x)?;
@@ -229,7 +253,7 @@ impl Lines<'_> {
         };
         let mut src = self.plane(x, out)?;
         if let Some(limit) = limit {
-            src = self.below(src, kind, (direction, limit), out);
+            src = self.counted(src, kind, (direction, limit), out);
         }
         if let Some(acc) = self.folded.get(&id).copied() {
             let func = Func::binary(crate::lines::combine(kind), self.dtype(x));

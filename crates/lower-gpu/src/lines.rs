@@ -270,7 +270,7 @@ impl Lines<'_> {
     }
 
     fn block(&mut self, block: &Block, out: &mut Vec<Stmt>) -> Result<()> {
-        for stmt in early_loads(self.kernel, block) {
+        for stmt in early_loads(self.kernel, block, self.schedule.lines.early) {
             match stmt {
                 tilewright_tile::Stmt::Let(id, op) => self.operation(*id, op, out)?,
                 tilewright_tile::Stmt::Store { param, index, value } => {
@@ -466,9 +466,14 @@ impl Lines<'_> {
 }
 
 /// The steps of a block, loads of what nobody writes first: their data are under way while reductions wait.
-fn early_loads<'b>(kernel: &Kernel, block: &'b Block) -> Vec<&'b tilewright_tile::Stmt> {
+fn early_loads<'b>(
+    kernel: &Kernel,
+    block: &'b Block,
+    early: bool,
+) -> Vec<&'b tilewright_tile::Stmt> {
     let early = |stmt: &&tilewright_tile::Stmt| {
-        matches!(stmt, tilewright_tile::Stmt::Let(_, TileOp::Load { param, .. })
+        early
+            && matches!(stmt, tilewright_tile::Stmt::Let(_, TileOp::Load { param, .. })
             if kernel.params[*param].access == Access::In)
     };
     let first = block.stmts.iter().filter(early);

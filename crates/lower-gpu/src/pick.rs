@@ -26,6 +26,8 @@ const WHOLE_ROW: i64 = 1024 * KEEP;
 const CLUSTER_MOST: i64 = 8;
 /// Elements of a row below which it is not shared out for want of other rows.
 const SHARE: i64 = 8192;
+/// Threads of a block that has a long row alone; longer ones go to a cluster.
+const LANES_ALONE: i64 = 256;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
 
@@ -45,6 +47,8 @@ struct Shape {
     whole: bool,
     /// Along what reductions go.
     reduces: Option<Direction>,
+    /// Something is scanned, or the position of an extreme sought.
+    ordered: bool,
     /// The largest tensors are contiguous along rows: they are read along rows and turned.
     turns: bool,
     /// Loads of tiles that vary along columns: of the plane, and of columns alone.
@@ -66,6 +70,15 @@ fn reduces_outside_loops(directions: &Directions, block: &Block) -> bool {
             reduces_outside_loops(directions, &f.then)
                 || reduces_outside_loops(directions, &f.otherwise)
         }
+        _ => false,
+    })
+}
+
+fn has_order(block: &Block) -> bool {
+    block.stmts.iter().any(|s| match s {
+        Stmt::Let(_, op) => matches!(op, TileOp::ArgReduce { .. } | TileOp::Scan { .. }),
+        Stmt::For(f) => has_order(&f.body),
+        Stmt::If(f) => has_order(&f.then) || has_order(&f.otherwise),
         _ => false,
     })
 }
@@ -149,6 +162,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
         whole: reduces_outside_loops(&directions, &kernel.body),
         reduces: directions.reduces,
         turns: false,
+        ordered: has_order(&kernel.body),
         planes: 1,
         vectors: 0,
         folds: reductions_in_loops(&kernel.body),
@@ -299,6 +313,11 @@ impl Picker<'_> {
         extents.product::<i64>() * choice.cluster
     }
 
+    /// Whether the device has clusters, and the program's reductions a form across them.
+    fn clusters_work(&self) -> bool {
+        self.arch >= Arch::Sm90a && !self.s.ordered
+    }
+
     /// Fewer rows a block when there are few blocks.
     fn spread_rows(&self, mut choice: Choice) -> Choice {
         while choice.rows_each > 1 && self.blocks(choice) < BLOCKS {
@@ -320,6 +339,10 @@ impl Picker<'_> {
             r if r <= 32 * keep => 32,
             r => power_of_two_from(up(r, keep)),
         };
+        // Blocks of few threads stand still less: half of a multiprocessor's rows load while others meet.
+        if lanes > LANES_ALONE && cluster < CLUSTER_MOST && self.clusters_work() {
+            return None;
+        }
         let runs_each = up(runs, lanes);
         let rows_each = if cluster > 1 { 1 } else { (self.in_flight / runs_each).max(1) };
         let threads = if cluster > 1 { lanes } else { lanes.max(128) };
@@ -397,13 +420,14 @@ impl Picker<'_> {
 
     /// Registers of a thread, roughly: each plane that is alive, sums that loops keep, vectors that come early,
     /// and addresses of single elements.
-    fn registers(&self, choice: Choice) -> i64 {
+    fn registers(&self, choice: Choice, early: bool) -> i64 {
         let s = &self.s;
         let each = choice.rows_each * choice.runs_each * s.vector;
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
         let single = each * planes + choice.runs_each * s.vector * s.vectors;
         let addresses = if s.aligned < s.vector { 48 + single } else { 0 };
-        32 + each * (planes + s.folds) + s.vectors * choice.runs_each * 4 + addresses
+        let vectors = s.vectors * if early { choice.runs_each * 4 } else { 8 };
+        28 + each * (planes + s.folds) + vectors + addresses
     }
 
     /// More blocks for few long rows (or columns), if the device has clusters.
@@ -411,7 +435,7 @@ impl Picker<'_> {
         let length =
             if self.s.reduces == Some(Direction::Row) { self.s.rows * 32 } else { self.s.cols };
         let mut cluster = choice.cluster;
-        while self.arch >= Arch::Sm90a
+        while self.clusters_work()
             && cluster < CLUSTER_MOST
             && length >= 2 * SHARE * cluster
             && self.blocks(choice) * 2 <= PROCESSORS
@@ -426,9 +450,9 @@ impl Picker<'_> {
     }
 
     fn choose(&self) -> Option<Choice> {
-        let clusters = if self.arch >= Arch::Sm90a { CLUSTER_MOST } else { 1 };
+        let clusters = if self.clusters_work() { CLUSTER_MOST } else { 1 };
         let sizes = || (0..4).map(|n| 1i64 << n).filter(|c| *c <= clusters);
-        let room = |c: &Choice| self.registers(*c) <= (65536 / c.threads).min(255);
+        let room = |c: &Choice| self.registers(*c, false) <= (65536 / c.threads).min(255);
         let choice = match (self.s.reduces, self.s.whole) {
             (Some(Direction::Col), true) => {
                 let fits = |cluster| self.whole_rows(cluster).filter(room);
@@ -454,7 +478,7 @@ impl Picker<'_> {
     /// Fewer elements a thread until registers hold them.
     fn with_room(&self, mut choice: Choice) -> Choice {
         let file = 65536 / choice.threads;
-        while self.registers(choice) > file.min(160) {
+        while self.registers(choice, false) > file.min(160) {
             if choice.runs_each > 1 {
                 choice.runs_each = up(choice.runs_each, 2);
             } else if choice.rows_each > 1 {
@@ -478,10 +502,11 @@ impl Picker<'_> {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
             vector: schedule.vector,
+            early: choice.cluster == 1,
         };
         let file = 65536 / choice.threads;
-        let blocks = file / self.registers(choice);
-        schedule.blocks_per_sm = blocks.clamp(1, (1024 / choice.threads).clamp(1, 4)) as u32;
+        let blocks = file / self.registers(choice, schedule.lines.early);
+        schedule.blocks_per_sm = blocks.clamp(1, (1024 / choice.threads).clamp(1, 8)) as u32;
         let (rows, cols) = choice.tile(s);
         for name in &self.kernel.tiles {
             let extent = if Some(name) == s.row.as_ref() {

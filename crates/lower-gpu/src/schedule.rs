@@ -47,11 +47,13 @@ pub struct LinesKnobs {
     pub lanes: u32,
     /// Neighbouring columns per thread.
     pub vector: u32,
+    /// Loads start before the reductions above them.
+    pub early: bool,
 }
 
 impl Default for LinesKnobs {
     fn default() -> LinesKnobs {
-        LinesKnobs { threads: 256, lanes: 256, vector: 1 }
+        LinesKnobs { threads: 256, lanes: 256, vector: 1, early: true }
     }
 }
 
@@ -150,7 +152,7 @@ impl fmt::Display for GpuSchedule {
         for (name, size) in &self.tiles {
             write!(f, "{name}={size} ")?;
         }
-        let LinesKnobs { threads, lanes, vector } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early } = self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
             Mode::PingPong => "ping-pong",
@@ -168,7 +170,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -178,6 +180,7 @@ impl fmt::Display for GpuSchedule {
             self.vector,
             self.blocks_per_sm,
             if self.turns { " turns" } else { "" },
+            if early { " early" } else { "" },
             if self.dependent { " dependent" } else { "" },
         )
     }

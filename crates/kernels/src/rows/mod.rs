@@ -11,3 +11,4 @@ mod program;
 
 pub use gemv::GemvSpec;
 pub use program::{RowOp, RowSpec};
+pub(crate) use program::{func, sizes};

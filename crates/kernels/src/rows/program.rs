@@ -43,7 +43,7 @@ pub struct RowSpec {
     pub residual: bool,
 }
 
-pub(super) fn func(
+pub(crate) fn func(
     params: &[DType],
     f: impl FnOnce(&mut FuncBuilder, &[ExprId]) -> ExprId,
 ) -> Func {
@@ -62,7 +62,7 @@ pub(super) fn lines(rows: &str, cols: &str, leading: &str) -> Layout {
     }
 }
 
-pub(super) fn sizes(k: &mut KernelBuilder, names: &[&str]) {
+pub(crate) fn sizes(k: &mut KernelBuilder, names: &[&str]) {
     for name in names {
         let range = Range { min: 1, max: i32::MAX.into() };
         k.symbol(Symbol { name: (*name).into(), range });
@@ -289,8 +289,7 @@ impl Rows<'_> {
                     let d = f.op(Op::Sub, &[a[0], a[1]]);
                     let d = f.op(Op::Mul, &[d, a[2]]);
                     let (scale, shift) = (f.cast(a[3], DType::F32), f.cast(a[4], DType::F32));
-                    let y = f.op(Op::Mul, &[d, scale]);
-                    let y = f.op(Op::Add, &[y, shift]);
+                    let y = f.op(Op::Fma, &[d, scale, shift]);
                     f.cast(y, dtype)
                 });
                 (vec![mean, inverse], f)
