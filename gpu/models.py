@@ -6,8 +6,8 @@
 Each model is written here in plain PyTorch (its attention is `scaled_dot_product_attention`), gets random
 weights from a seed, and is exported as a Hugging Face directory (config.json, model.safetensors), which `tw`
 reads. Nothing but PyTorch and NumPy is needed. Measured are the medians of runs on the device between two
-events: for `tw` a replayed graph, for PyTorch eager, `torch.compile` and, with --autotune,
-`torch.compile(mode="max-autotune")`, all under `inference_mode`. The peers' outputs and tw's are compared with
+events: for `tw` a replayed graph, for PyTorch (all under `inference_mode`) those of --peers: `eager`, `compile`
+(`torch.compile`), `graphs` (its mode `reduce-overhead`, which replays graphs, too), `autotune` (`max-autotune`). The peers' outputs and tw's are compared with
 PyTorch in float32 (without TF32): error relative to the largest magnitude. Peak memory is what the allocator
 reports, for `tw` the sum of its blocks.
 """
@@ -362,14 +362,15 @@ def measure(args, name, precision):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         gc.collect()
         torch.cuda.empty_cache()
-        peers = {"eager": model}
-        if not args.eager_only:
-            peers["compile"] = torch.compile(model, dynamic=False)
-        if args.autotune:
-            peers["max-autotune"] = torch.compile(model, mode="max-autotune", dynamic=False)
+        modes = {"compile": "default", "graphs": "reduce-overhead", "autotune": "max-autotune"}
+        peers = {}
+        for peer in args.peers.split(","):
+            # Each mode compiles anew, of an instance of its own.
+            peers[peer] = model if peer == "eager" else torch.compile(model, mode=modes[peer], dynamic=False)
         for peer, run in peers.items():
             torch.cuda.reset_peak_memory_stats()
-            got = run(*given).float().cpu().numpy()
+            for _ in range(3):
+                got = run(*given).float().cpu().numpy()
             result[peer] = {"error": error(got, want), "ms": []}
             run(*given)
             torch.cuda.reset_peak_memory_stats()
@@ -402,8 +403,7 @@ def main():
     p.add_argument("--precisions", default="bf16")
     p.add_argument("--runs", type=int, default=50)
     p.add_argument("--rounds", type=int, default=2)
-    p.add_argument("--autotune", action="store_true")
-    p.add_argument("--eager-only", action="store_true")
+    p.add_argument("--peers", default="eager,compile,graphs")
     p.add_argument("--json", type=pathlib.Path)
     args = p.parse_args()
     results = []
