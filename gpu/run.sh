@@ -7,7 +7,7 @@
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # models: tiny models against float64, in four precisions (also in tests); where PyTorch is installed, large
 #         ones beside it (gpu/models.py)
-# bench:  matrix products against cuBLASLt; a record under $RECORDS (default: records)
+# bench:  the cost of a launch, matrix products against cuBLASLt; records under $RECORDS (default: records)
 #
 # Every part runs, whatever came of the one before; the exit code says whether all passed. Kernels are
 # compiled once and kept in $TILEWRIGHT_CACHE (default: .cache).
@@ -19,7 +19,7 @@ part="${1:-all}"
 [ $# -eq 0 ] || shift
 case "$part" in tests | triton | bench | models | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
-for program in tw tw-gpu-bench tw-gpu-test cuda-gpu-tests launch-gpu-tests; do
+for program in tw tw-gpu-bench tw-gpu-launch tw-gpu-test cuda-gpu-tests launch-gpu-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
 done
 records="${RECORDS:-records}"
@@ -79,6 +79,7 @@ if [ "$part" = triton ] || [ "$part" = all ]; then
   fi
 fi
 if [ "$part" = bench ] || [ "$part" = all ]; then
+  step "launch overhead" bin/tw-gpu-launch --out "$records"
   step "bench" bin/tw-gpu-bench --cache "$cache" --out "$records" "$@"
 fi
 if [ ${#failed[@]} -gt 0 ]; then

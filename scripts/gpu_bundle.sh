@@ -29,7 +29,7 @@ cargo build --release --locked --package tilewright-bench-gpu
 # Without LLVM: models on GPUs only. The file is replaced by the next ordinary build of `tw`.
 cargo build --release --locked --package tilewright-cli --no-default-features
 mkdir -p "$stage/bin" "$stage/gpu" "$stage/bench" "$stage/records"
-for name in tw tw-gpu-bench tw-gpu-test; do
+for name in tw tw-gpu-bench tw-gpu-launch tw-gpu-test; do
   strip -o "$stage/bin/$name" "$target/release/$name"
 done
 for package in cuda launch; do

@@ -4,8 +4,10 @@ use crate::case::Case;
 use crate::measure::{Arm, Measured};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
+use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
+use tilewright_base::{Error, Result};
 use tilewright_cuda::peer::CublasLt;
 use tilewright_cuda::{Gpu, Nvrtc, driver_version};
 
@@ -294,6 +296,22 @@ pub fn commit() -> String {
     let output = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output();
     let text = output.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
     text.ok().filter(|t| !t.is_empty()).unwrap_or_else(|| "unknown".into())
+}
+
+/// Writes a record into `folder`, named after its kind, its date and its commit.
+///
+/// # Errors
+/// The user's when the file cannot be written.
+pub fn write(folder: &Path, kind: &str, record: &Value) -> Result<()> {
+    let date = record["date"].as_str().unwrap_or_default().get(..10).unwrap_or("undated");
+    let commit = record["commit"].as_str().unwrap_or_default();
+    let path = folder.join(format!("{kind}-{date}-{commit}.json"));
+    let text = serde_json::to_string_pretty(record).map_err(|e| Error::bug(e.to_string()))?;
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&path, text + "\n"))
+        .map_err(|e| Error::user(format!("{} cannot be written: {e}", path.display())))?;
+    println!("record: {}", path.display());
+    Ok(())
 }
 
 #[cfg(test)]

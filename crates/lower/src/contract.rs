@@ -14,6 +14,7 @@
 //! ```
 
 use crate::block::{Dag, DagOp, Emit, KernelParts, Pos};
+use crate::cost;
 use crate::fuse::Group;
 use crate::gpu::{Fit, Tried, Written};
 use crate::lowering::Lowering;
@@ -24,7 +25,7 @@ use crate::schedule::{depth_unit, even, gemm_tiles, panel_for, round_up};
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
 use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Op, ValueId};
-use tilewright_layout::{Axis, Dim, Layout};
+use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{BufferId, Note};
 use tilewright_tile::{ParamId, TileId, TileType};
 
@@ -141,6 +142,19 @@ impl Lowering<'_> {
                 && let Some(packed) = self.packed_weight(v, axis, depth, operands)
             {
                 place = packed;
+            } else if !self.on_gpu()
+                && i == right
+                && let Some(n) = n_letter
+                && let (Some(near), Some(depth)) =
+                    (right_letters.chars().position(|l| l == n), depth)
+            {
+                let rows: Vec<Dim> = out
+                    .chars()
+                    .zip(&sizes)
+                    .filter(|(l, _)| !right_letters.contains(*l))
+                    .map(|(_, d)| d.clone())
+                    .collect();
+                place = self.near_copy(v, place, [near, depth], &numel(&rows), operands)?;
             }
             let layout = over_letters(&place.layout, letters, &space, &sizes);
             let dtype = self.plan.buffers[place.buffer].dtype;
@@ -160,6 +174,56 @@ impl Lowering<'_> {
         };
         let (name, note) = (self.kernel_name(group), self.note(group));
         self.product_kernel(name, &product, &dag, note)
+    }
+
+    /// The right operand of a product of `rows` rows, which wants neighbours along its axis `near`
+    /// next to each other. When they lie next to each other along the depth instead, each block of
+    /// rows gathers them element by element: or a copy does that once, when that is estimated to be
+    /// faster.
+    fn near_copy(
+        &mut self,
+        v: ValueId,
+        place: Place,
+        [near, depth]: [usize; 2],
+        rows: &Dim,
+        operands: Operands,
+    ) -> Result<Place> {
+        let symbols = &self.graph.symbols;
+        let axes = &place.layout.axes;
+        let plain = axes.iter().all(|a| a.block.is_none());
+        let gathered = axes[depth].stride.is(1) && !axes[near].stride.is(1);
+        let real = !axes[depth].extent.is(1) && !is_broadcast(&axes[near]);
+        if self.graph.as_const(v).is_some() || !(plain && gathered && real) {
+            return Ok(place);
+        }
+        let size = |d: &Dim| nominal(d, symbols);
+        let shape = self.graph.shape(v).to_vec();
+        let bytes = operands.left.size().max(operands.right.size()) as i64;
+        let knobs = self.product_knobs(operands.left, operands.right, operands.acc);
+        let elements = size(&numel(&shape)) as f64;
+        let batch = size(&numel(&shape)) / (size(&shape[near]) * size(&shape[depth])).max(1);
+        let (n, k) = (size(&shape[near]), size(&shape[depth]));
+        let bm = gemm_tiles(self.target, &knobs, bytes, batch, [size(rows), n, k]).bm;
+        let blocks = (size(rows).max(1) + bm - 1) / bm;
+        let once = cost::gather_ns(self.target, elements);
+        let moved = 2.0 * elements * self.graph.dtype(v).size() as f64;
+        let (read, copied) = (once * blocks as f64, once + cost::copy_ns(self.target, moved));
+        let name = self.value_name(v);
+        let times = [crate::fuse::time(copied), crate::fuse::time(read)];
+        if copied >= read {
+            self.views
+                .push(format!("not: copy {name} transposed: {} instead of {}", times[0], times[1]));
+            return Ok(place);
+        }
+        self.views
+            .push(format!("taken: copy {name} transposed: {} instead of {}", times[0], times[1]));
+        let order: Vec<usize> = (0..shape.len()).filter(|&a| a != near).chain([near]).collect();
+        let mut inverse = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
+        let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+        let layout = Layout::row_major(&permuted).permute(&inverse);
+        let dtype = self.plan.buffers[place.buffer].dtype;
+        self.copy_as(v, dtype, &place, layout)
     }
 
     /// The result axis whose elements lie closest together in the first stored result.

@@ -17,6 +17,7 @@
 
 use crate::block::{Dag, Emit, KernelParts, Pos};
 use crate::contract::{Operands, Product, Side, finish_acc, give_anchor};
+use crate::cost;
 use crate::fuse::Group;
 use crate::lowering::Lowering;
 use crate::map::block_of;
@@ -281,6 +282,7 @@ impl Lowering<'_> {
             label: "pad".to_string(),
             anchor: "map".to_string(),
             nodes: vec![name],
+            estimate_ns: cost::copy_ns(self.target, nominal(&bytes, &self.graph.symbols) as f64),
             bytes,
             ..Note::default()
         };

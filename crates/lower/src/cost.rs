@@ -1,17 +1,26 @@
-//! The time model: flops and bytes of a group as expressions over the sizes, and the estimate made
-//! from them: the slower of memory and arithmetic, plus the launch.
+//! The time model: the slower of memory and arithmetic, a part of the other, plus the launch.
+//!
+//! * Memory: every operand from outside and every stored result, over the bandwidth of the level
+//!   that holds what the kernel touches; rows that are walked in pieces read their operands once
+//!   per walk.
+//! * Arithmetic: flops over the peak, with a share of it by kind of work. A map counts as often as
+//!   it is computed: once per element where it varies along all axes, again in every block
+//!   otherwise, and once per walk over long rows.
+//!
+//! Flops and bytes of a group are also there as expressions over the sizes, for `explain`.
 
 use crate::block::func_cost;
-use crate::fuse::{Anchor, Group, see_through};
+use crate::fuse::{Anchor, Group, WHOLE_ROW, row_axes, see_through};
+use crate::schedule::{map_tiles, row_tile};
+use crate::survey::Survey;
 use crate::target::CpuTarget;
-use crate::views::nominal;
-use std::collections::BTreeSet;
-use tilewright_graph::{Graph, Node, Op, ValueId};
+use std::collections::{BTreeMap, BTreeSet};
+use tilewright_graph::{Graph, Node, NodeId, Op, ValueId};
 use tilewright_layout::{Dim, numel};
 use tilewright_plan::Note;
 
 /// Floating-point operations of one node.
-fn node_flops(graph: &Graph, node: &Node) -> Dim {
+pub(crate) fn node_flops(graph: &Graph, node: &Node) -> Dim {
     let Some(&out) = node.outputs.first() else { return Dim::new(0) };
     let elements = numel(graph.shape(out));
     let operand = |i: usize| node.inputs.get(i).map(|&v| graph.shape(v)).unwrap_or_default();
@@ -92,20 +101,252 @@ fn totals(graph: &Graph, group: &Group) -> (Dim, Dim, Dim) {
     (flops, moved, saved)
 }
 
+/// Elements of the result that one block of a product computes along an axis, about.
+const PRODUCT_BLOCK: f64 = 64.0;
+
+/// Part of the peak that maps reach: it counts a multiply-add as two, they do one operation.
+const MAP_SHARE: f64 = 0.5;
+
+/// Part of the shorter of memory and arithmetic that the longer does not hide.
+const NOT_HIDDEN: f64 = 0.25;
+
+/// Work below this many elements is not worth a second thread.
+const SHARE_ELEMENTS: f64 = 1024.0;
+
 /// Estimated time of a group at likely sizes, in nanoseconds.
-pub(crate) fn estimate_ns(graph: &Graph, target: &CpuTarget, group: &Group) -> f64 {
-    let (flops, moved, _) = totals(graph, group);
-    let at = |d: &Dim| nominal(d, &graph.symbols) as f64;
-    // Matrix work comes near the peak, elementwise chains to about a quarter.
-    let share = match group.anchor {
-        Anchor::Contract | Anchor::Conv => 0.8,
-        Anchor::Attention => 0.5,
-        Anchor::Host => 0.002,
-        _ => 0.25,
+pub(crate) fn estimate_ns(s: &Survey<'_>, group: &Group) -> f64 {
+    let walks = Walks::of(s, group);
+    let threads = (s.target.threads as f64).max(1.0);
+    let widest = group.shape.iter().map(|d| s.extent(d)).product::<f64>().max(1.0);
+    // Small kernels do not keep all threads busy.
+    let busy = (widest / SHARE_ELEMENTS).ceil().clamp(1.0, threads) / threads;
+    let compute = arithmetic(s, group, &walks) / s.target.flops_per_second / busy;
+    let memory = traffic(s, group, &walks) / busy.sqrt();
+    let (long, short) = (compute.max(memory), compute.min(memory));
+    (long + NOT_HIDDEN * short) * 1e9 + s.target.launch_ns
+}
+
+/// Estimated time of a copy of this many bytes, read and written, in nanoseconds.
+pub(crate) fn copy_ns(target: &CpuTarget, bytes: f64) -> f64 {
+    bytes / Level::holding(target, bytes).rate(target) * 1e9 + target.launch_ns
+}
+
+/// Estimated time to gather elements one by one, in nanoseconds: each takes about two vector
+/// operations.
+pub(crate) fn gather_ns(target: &CpuTarget, elements: f64) -> f64 {
+    elements * 2.0 * target.lanes as f64 / (target.flops_per_second * MAP_SHARE) * 1e9
+}
+
+/// Flops, weighted so that the peak does them in their time: matrix work comes near the peak, maps
+/// do one operation where a multiply-add counts as two, and rows and depthwise taps less.
+fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
+    let mut flops = 0.0;
+    for &n in &group.nodes {
+        let node = &s.graph.nodes[n];
+        let share = match &node.op {
+            Op::Contract { .. } => 0.8,
+            Op::Conv(attrs) if attrs.groups == 1 => 0.8,
+            Op::Attention(_) => 0.5,
+            Op::Conv(_) => 0.12,
+            Op::Map(_) => MAP_SHARE,
+            _ if s.anchor(n) == Some(Anchor::Host) => 0.002,
+            _ => 0.25,
+        };
+        let times = match &node.op {
+            Op::Map(_) => s.elements(node.outputs[0]) * blocks_again(s, group, node.outputs[0]),
+            _ => 1.0,
+        };
+        flops += s.work(n) * times * walks.of_node(n) / share;
+    }
+    let spilled = crowded(s, group) * group.shape.iter().map(|d| s.extent(d)).product::<f64>();
+    // A value that does not fit the registers is stored and loaded again.
+    flops + spilled * 2.0 / MAP_SHARE
+}
+
+/// In how many blocks a value is computed again because it does not vary along an axis that is cut
+/// into blocks.
+fn blocks_again(s: &Survey<'_>, group: &Group, v: ValueId) -> f64 {
+    let Some(axes) = group.vals.get(&v) else { return 1.0 };
+    let rank = group.shape.len();
+    let extents: Vec<f64> = group.shape.iter().map(|d| s.extent(d)).collect();
+    let size = |a: usize| extents.get(a).map_or(1, |e| *e as i64);
+    let tile = |a: usize| -> f64 {
+        match group.anchor {
+            Anchor::Contract | Anchor::Conv if a + 2 >= rank => PRODUCT_BLOCK,
+            Anchor::Rows if group.reduced.contains(&a) => f64::INFINITY,
+            Anchor::Rows => {
+                let inner = (0..rank).rev().find(|a| !group.reduced.contains(a));
+                let width: i64 = group.reduced.iter().map(|&r| size(r)).product();
+                match inner == Some(a) {
+                    true => row_tile(s.target, size(a), width) as f64,
+                    false => 1.0,
+                }
+            }
+            Anchor::Map if a + 2 >= rank => {
+                let rows = if rank >= 2 { size(rank - 2) } else { 1 };
+                let (bm, bn) = map_tiles(s.target, rows, size(rank - 1), None, false);
+                if a + 1 == rank { bn as f64 } else { bm as f64 }
+            }
+            _ => 1.0,
+        }
     };
-    let compute = at(&flops) / (target.flops_per_second * share);
-    let memory = at(&moved) / target.bytes_per_second;
-    compute.max(memory) * 1e9 + target.launch_ns
+    let cut = (0..rank).filter(|a| !axes.contains(&Some(*a)));
+    cut.map(|a| (extents[a] / tile(a)).ceil().max(1.0)).product()
+}
+
+/// By how many the values that a chain of maps keeps exceed the vector registers.
+fn crowded(s: &Survey<'_>, group: &Group) -> f64 {
+    let registers: usize = if s.target.lanes >= 16 { 28 } else { 12 };
+    if group.nodes.len() <= registers {
+        return 0.0;
+    }
+    let mut last: BTreeMap<ValueId, usize> = BTreeMap::new();
+    for (i, &n) in group.nodes.iter().enumerate() {
+        for &v in &s.graph.nodes[n].inputs {
+            let base = s.seen(v).0;
+            if group.vals.contains_key(&base) {
+                last.insert(base, i);
+            }
+        }
+    }
+    let (mut live, mut most) = (BTreeSet::new(), 0);
+    for (i, &n) in group.nodes.iter().enumerate() {
+        live.extend(s.graph.nodes[n].outputs.iter().copied());
+        live.retain(|v| last.get(v).is_some_and(|&end| end > i));
+        most = most.max(live.len());
+    }
+    most.saturating_sub(registers) as f64
+}
+
+/// Seconds for the bytes that a group reads and writes.
+fn traffic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
+    let mut read: BTreeMap<ValueId, (f64, f64)> = BTreeMap::new();
+    for &n in &group.nodes {
+        let node = &s.graph.nodes[n];
+        for &v in &node.inputs {
+            let base = s.seen(v).0;
+            if group.vals.contains_key(&base) {
+                continue;
+            }
+            // A gather reads as many rows as it writes, not the whole table.
+            let bytes = match &node.op {
+                Op::Gather(_) if node.inputs[0] == v => s.bytes(node.outputs[0]),
+                _ => s.bytes(base).min(s.bytes(v)),
+            };
+            let entry = read.entry(base).or_default();
+            *entry = (entry.0.max(bytes), entry.1.max(walks.of_node(n)));
+        }
+    }
+    let stored: f64 = group.outputs.iter().map(|&v| s.bytes(v)).sum();
+    let touched = stored + read.values().map(|r| r.0).sum::<f64>();
+    let t = s.target;
+    let rate = Level::holding(t, touched).rate(t);
+    let weights = Level::holding(t, s.constant_bytes.max(touched)).rate(t);
+    let mut seconds = stored / rate;
+    for (v, (bytes, walked)) in read {
+        seconds += bytes / if s.is_constant(v) { weights } else { rate };
+        // Walking a row again finds it in a cache.
+        seconds += bytes * (walked - 1.0) / t.l2_bytes_per_second;
+    }
+    seconds
+}
+
+/// The level of memory that holds what a kernel touches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    Second,
+    Last,
+    Memory,
+}
+
+impl Level {
+    /// The nearest level of which this many bytes take half at most.
+    fn holding(t: &CpuTarget, bytes: f64) -> Level {
+        if bytes * 2.0 <= (t.l2_bytes * t.threads.max(1)) as f64 {
+            Level::Second
+        } else if bytes * 2.0 <= t.l3_bytes as f64 {
+            Level::Last
+        } else {
+            Level::Memory
+        }
+    }
+
+    /// Its bandwidth for all threads. The last-level cache is not measured: it lies between its
+    /// neighbours.
+    fn rate(self, t: &CpuTarget) -> f64 {
+        let (near, far) = (t.l2_bytes_per_second, t.bytes_per_second);
+        match self {
+            Level::Second => near,
+            Level::Last => (near * far).sqrt(),
+            Level::Memory => far,
+        }
+    }
+}
+
+/// How often each node of a group is computed because long rows are walked several times: one walk
+/// per reduction that depends on another, one more to store what varies along the row.
+struct Walks(BTreeMap<NodeId, u64>);
+
+impl Walks {
+    fn of_node(&self, n: NodeId) -> f64 {
+        self.0.get(&n).map_or(1.0, |walks| f64::from(walks.count_ones().max(1)))
+    }
+
+    fn of(s: &Survey<'_>, group: &Group) -> Walks {
+        let long = group.anchor == Anchor::Rows
+            && !{
+                let mut extents = group.reduced.iter().map(|&a| group.shape[a].as_const());
+                let length = extents.try_fold(1i64, |n, e| e.map(|e| n.saturating_mul(e)));
+                length.is_some_and(|n| n <= WHOLE_ROW)
+            };
+        if !long {
+            return Walks(BTreeMap::new());
+        }
+        // In which walks reductions happen: after those that they depend on.
+        let mut level: BTreeMap<ValueId, u32> = BTreeMap::new();
+        let mut own: BTreeMap<NodeId, u64> = BTreeMap::new();
+        for &n in &group.nodes {
+            let node = &s.graph.nodes[n];
+            let before = node.inputs.iter().filter_map(|v| level.get(&s.seen(*v).0)).max();
+            let first = before.copied().unwrap_or(0).min(50);
+            let walks = reductions(&node.op);
+            own.insert(n, ((1u64 << walks) - 1) << first);
+            level.insert(node.outputs[0], first + walks);
+        }
+        let last = level.values().copied().max().unwrap_or(0);
+        // Backwards: what a node's readers need in their walks.
+        let mut wanted: BTreeMap<ValueId, u64> = BTreeMap::new();
+        let mut walks = BTreeMap::new();
+        for &n in group.nodes.iter().rev() {
+            let node = &s.graph.nodes[n];
+            let out = node.outputs[0];
+            let varies = |v: ValueId| {
+                let axes = group.vals.get(&v);
+                axes.is_none_or(|m| group.reduced.iter().any(|r| m.contains(&Some(*r))))
+            };
+            let mut mask = wanted.get(&out).copied().unwrap_or(0);
+            if !varies(out) {
+                // Computed once per row, when its reductions are done.
+                mask = 0;
+            } else if group.outputs.contains(&out) || mask == 0 {
+                mask |= 1 << last;
+            }
+            let mask = mask | own[&n];
+            walks.insert(n, mask);
+            for &v in &node.inputs {
+                *wanted.entry(s.seen(v).0).or_default() |= mask;
+            }
+        }
+        Walks(walks)
+    }
+}
+
+/// How many reductions, one after another, a row operator is made of.
+fn reductions(op: &Op) -> u32 {
+    match op {
+        Op::Softmax { .. } | Op::LayerNorm { .. } => 2,
+        op => u32::from(row_axes(op, 1).is_some()),
+    }
 }
 
 /// What `explain` shows of a group.

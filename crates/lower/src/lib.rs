@@ -22,20 +22,25 @@ mod block;
 mod contract;
 mod conv;
 mod cost;
+mod form;
 mod fuse;
 mod gather;
 mod gpu;
+mod greedy;
 mod lowering;
 mod map;
+mod moves;
 mod place;
+mod planner;
 mod rows;
 mod schedule;
+mod survey;
 mod taps;
 mod target;
 mod views;
 mod window;
 
-pub use fuse::{Anchor, FusionPlan, Group, fuse};
+pub use fuse::{Anchor, Choice, FusionPlan, Group, fuse};
 pub use gpu::attention_fits;
 pub use lowering::{lower, lower_with, verify_plan};
 pub use target::{CpuTarget, matrix_units};
@@ -48,8 +53,8 @@ pub type Layouts = std::collections::BTreeMap<tilewright_graph::ValueId, tilewri
 /// Switches of lowering.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Fuse; otherwise every node is a kernel of its own (to find what a fusion breaks).
-    pub fusion: bool,
+    /// Which nodes become one kernel.
+    pub fusion: Choice,
     /// Arithmetic of `f32` contractions and convolutions.
     pub precision: Precision,
     /// What runs the plan.
@@ -69,6 +74,6 @@ pub enum Device {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { fusion: true, precision: Precision::F32, device: Device::Cpu }
+        Options { fusion: Choice::Fastest, precision: Precision::F32, device: Device::Cpu }
     }
 }

@@ -4,7 +4,7 @@ use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
 use crate::fuse::{Anchor, AxisMap, FusionPlan, Group, fuse, label, see_through};
 use crate::place::Place;
 use crate::target::CpuTarget;
-use crate::views::broadcast_axis;
+use crate::views::{broadcast_axis, nominal};
 use crate::{Device, Layouts, Options, cost};
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_base::{DType, Error, IdVec, Result};
@@ -23,12 +23,14 @@ pub(crate) struct Lowering<'a> {
     pub(crate) users: IdVec<ValueId, Vec<NodeId>>,
     pub(crate) plan: Plan,
     pub(crate) places: BTreeMap<ValueId, Place>,
-    pub(crate) copies: BTreeMap<(ValueId, DType), Place>,
+    pub(crate) copies: BTreeMap<(ValueId, DType, Layout), Place>,
     pub(crate) consts: BTreeMap<(ValueId, DType, Layout), BufferId>,
     pub(crate) precision: Precision,
     pub(crate) device: Device,
     /// Values that a GPU stores in 16 bits.
     pub(crate) narrow: BTreeSet<ValueId>,
+    /// Which views are copied rather than read, and why.
+    pub(crate) views: Vec<String>,
     /// Model outputs that some step writes.
     pub(crate) written: BTreeSet<usize>,
 }
@@ -73,13 +75,14 @@ pub fn lower_with(
         precision: options.precision,
         device: options.device,
         narrow: crate::gpu::narrow_values(graph, options),
+        views: Vec::new(),
         written: BTreeSet::new(),
     };
     // Inputs have their buffers whether anybody reads them or not.
     for &v in &graph.inputs {
         low.place(v)?;
     }
-    for group in &mut fusion.groups {
+    for group in &fusion.groups {
         if group.outputs.is_empty() {
             continue;
         }
@@ -89,6 +92,7 @@ pub fn lower_with(
         })?;
     }
     low.outputs()?;
+    fusion.views = low.views;
     if cfg!(debug_assertions) {
         verify_plan(&low.plan)?;
     }
@@ -161,8 +165,7 @@ impl Lowering<'_> {
     }
 
     /// One group to steps.
-    fn group(&mut self, group: &mut Group) -> Result<()> {
-        group.estimate_ns = cost::estimate_ns(self.graph, self.target, group);
+    fn group(&mut self, group: &Group) -> Result<()> {
         match group.anchor {
             Anchor::Map => self.map_group(group),
             Anchor::Rows => self.rows_group(group),
@@ -396,6 +399,7 @@ impl Lowering<'_> {
             label: "copy".to_string(),
             anchor: "map".to_string(),
             nodes: vec![name.to_string()],
+            estimate_ns: cost::copy_ns(self.target, nominal(&bytes, &self.graph.symbols) as f64),
             bytes,
             ..Note::default()
         };

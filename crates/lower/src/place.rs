@@ -158,16 +158,27 @@ impl Lowering<'_> {
         dtype: DType,
         from: &Place,
     ) -> Result<Place> {
-        if let Some(copy) = self.copies.get(&(v, dtype)) {
+        self.copy_as(v, dtype, from, Layout::row_major(self.graph.shape(v)))
+    }
+
+    /// A copy of a value in the arena in this type under a layout, made once.
+    pub(crate) fn copy_as(
+        &mut self,
+        v: ValueId,
+        dtype: DType,
+        from: &Place,
+        layout: Layout,
+    ) -> Result<Place> {
+        let key = (v, dtype, layout.clone());
+        if let Some(copy) = self.copies.get(&key) {
             return Ok(copy.clone());
         }
-        let layout = Layout::row_major(self.graph.shape(v));
         let name = self.value_name(v);
         let buffer = self.new_buffer(v, layout.clone(), Storage::Arena);
         self.plan.buffers[buffer].dtype = dtype;
         let to = Place { buffer, layout };
         self.copy_step(from, &to, &name)?;
-        self.copies.insert((v, dtype), to.clone());
+        self.copies.insert(key, to.clone());
         Ok(to)
     }
 

@@ -19,6 +19,8 @@ pub struct CpuTarget {
     pub flops_per_second: f64,
     /// Measured memory bandwidth of all threads, in bytes per second.
     pub bytes_per_second: f64,
+    /// Measured bandwidth of the second-level caches of all threads, in bytes per second.
+    pub l2_bytes_per_second: f64,
     /// Time to start one kernel on all threads, in nanoseconds.
     pub launch_ns: f64,
     /// What multiplies `bf16` operands with sums in `f32`.
@@ -54,6 +56,7 @@ impl CpuTarget {
             threads: 2,
             flops_per_second: 1.0e11,
             bytes_per_second: 2.0e10,
+            l2_bytes_per_second: 1.0e11,
             launch_ns: 2000.0,
             bf16_unit: MatrixUnit::Fma,
             int8_unit: MatrixUnit::Fma,
@@ -94,6 +97,7 @@ impl From<&tilewright_target::Cpu> for CpuTarget {
             threads: bytes(cpu.threads),
             flops_per_second: cpu.ceilings.f32_flops_per_s,
             bytes_per_second: cpu.ceilings.memory_copy_bytes_per_s,
+            l2_bytes_per_second: cpu.ceilings.l2_read_bytes_per_s * cpu.threads as f64,
             launch_ns: cpu.ceilings.launch_s * 1e9,
         }
     }

@@ -3,17 +3,24 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use support::host;
 use tilewright_base::DType;
 use tilewright_graph::Graph;
 use tilewright_interp::{Mode, Options as Run};
-use tilewright_lower::{CpuTarget, Layouts, Options, lower_with};
+use tilewright_lower::{Choice, CpuTarget, Layouts, Options, lower_with};
 use tilewright_passes::{PassContext, choose_layouts};
 use tilewright_testkit as kit;
 
 /// What is wrong with the plan of this graph, if anything.
-fn wrong(graph: &Graph, seed: u64, fusion: bool, blocked: bool) -> Option<String> {
+fn wrong(
+    graph: &Graph,
+    seed: u64,
+    fusion: Choice,
+    blocked: bool,
+    taken: &Cell<usize>,
+) -> Option<String> {
     let mut rng = kit::data::Rng::new(seed);
     let env = kit::data::random_env(graph, &mut rng);
     let inputs = kit::data::random_inputs(graph, &env, &mut rng);
@@ -31,10 +38,26 @@ fn wrong(graph: &Graph, seed: u64, fusion: bool, blocked: bool) -> Option<String
         // A small machine: every loop runs more than once.
         (target.lanes, target.l1_bytes, target.l2_bytes) = (4, 256, 1024);
     }
+    // Machines that differ in what is dear, so that the planner takes all kinds of moves.
+    match seed % 4 {
+        0 => (target.launch_ns, target.l2_bytes_per_second) = (1.0, 1e8),
+        1 => (target.launch_ns, target.flops_per_second) = (1.0, 1e8),
+        2 => target.launch_ns = 1.0,
+        _ => {}
+    }
     let got = catch_unwind(AssertUnwindSafe(|| {
         let (plan, fused) =
             lower_with(graph, &target, &layouts, &host, &Options { fusion, ..Options::default() })
                 .map_err(|e| e.to_string())?;
+        tilewright_lower::verify_plan(&plan).map_err(|e| format!("{e}\n{fused}"))?;
+        let moves = match fusion {
+            Choice::Any(_) => fused.considered,
+            _ => fused.decisions.len(),
+        };
+        taken.set(taken.get() + moves);
+        if fusion == Choice::Fastest && fused.estimate_ns > fused.greedy_ns {
+            return Err(format!("slower than the greedy grouping\n{fused}"));
+        }
         tilewright_interp::plan::run(&plan, &inputs, &env, Mode::Exact)
             .map_err(|e| format!("{e}\n{fused}"))
     }));
@@ -56,16 +79,23 @@ fn wrong(graph: &Graph, seed: u64, fusion: bool, blocked: bool) -> Option<String
 fn plans_of_random_graphs_match_the_oracle() {
     let first: u64 = std::env::var("TW_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
     let count: u64 = std::env::var("TW_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(150);
+    let taken = Cell::new(0);
     for seed in first..first + count {
         let dtype = if seed % 5 == 0 { DType::BF16 } else { DType::F32 };
         let nodes = 4 + (seed % 20) as usize;
         let options = kit::generate::Options { nodes, dtype, ..kit::generate::Options::default() };
         let graph = kit::generate::graph(seed, &options);
-        for (fusion, blocked) in [(true, true), (false, false)] {
-            let Some(problem) = wrong(&graph, seed, fusion, blocked) else { continue };
-            let small = kit::shrink::shrink(&graph, |g| wrong(g, seed, fusion, blocked).is_some());
-            let now = wrong(&small, seed, fusion, blocked);
-            panic!("seed {seed}, fusion {fusion}: {problem}\nsmallest: {now:?}\n{small}");
+        let any = [Choice::Any(seed), Choice::Any(seed + 1000)];
+        for (fusion, blocked) in
+            [(Choice::Fastest, true), (Choice::Apart, false), (any[0], false), (any[1], true)]
+        {
+            let Some(problem) = wrong(&graph, seed, fusion, blocked, &taken) else { continue };
+            let again = |g: &Graph| wrong(g, seed, fusion, blocked, &taken);
+            let small = kit::shrink::shrink(&graph, |g| again(g).is_some());
+            let now = again(&small);
+            panic!("seed {seed}, fusion {fusion:?}: {problem}\nsmallest: {now:?}\n{small}");
         }
     }
+    // The plans are not the greedy ones only.
+    assert!(taken.get() as u64 >= 4 * count, "{} moves taken in {count} graphs", taken.get());
 }

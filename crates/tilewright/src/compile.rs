@@ -11,7 +11,7 @@ use tilewright_base::{Error, Result, ResultExt};
 use tilewright_emit_llvm::emit_kernel;
 use tilewright_graph::Graph;
 use tilewright_jit::{Jit, Source};
-use tilewright_lower::{CpuTarget, FusionPlan};
+use tilewright_lower::{Choice, CpuTarget, FusionPlan};
 use tilewright_passes::PassContext;
 use tilewright_plan::Plan;
 use tilewright_runtime::{Code, Executable, Pool, Session};
@@ -27,8 +27,8 @@ pub struct Compiler {
     pub precision: Precision,
     /// Folder for compiled kernels; `None` compiles anew every time.
     pub cache: Option<PathBuf>,
-    /// Fuse operators into groups; off for finding what a fusion breaks.
-    pub fusion: bool,
+    /// Which operators become one kernel; [`Choice::Apart`] for finding what a fusion breaks.
+    pub fusion: Choice,
     /// Let kernels write results over operands that nobody reads again; off for finding what that
     /// breaks.
     pub in_place: bool,
@@ -69,7 +69,14 @@ impl Compiler {
             cpu.features.retain(|f| !f.starts_with("amx"));
         }
         let pool = Arc::new(Pool::new(cpu.threads));
-        Compiler { cpu, precision: Precision::F32, cache, fusion: true, in_place: true, pool }
+        Compiler {
+            cpu,
+            precision: Precision::F32,
+            cache,
+            fusion: Choice::Fastest,
+            in_place: true,
+            pool,
+        }
     }
 
     /// Compiles a model.
@@ -187,6 +194,7 @@ impl Compiler {
     /// The numbers that lowering reads.
     fn target(&self) -> CpuTarget {
         let units = tilewright_lower::matrix_units(self.cpu.vector_bits, |f| self.cpu.has(f));
+        let threads = self.pool.threads();
         CpuTarget {
             bf16_unit: units.0,
             int8_unit: units.1,
@@ -194,9 +202,10 @@ impl Compiler {
             l1_bytes: self.cpu.l1_bytes as i64,
             l2_bytes: self.cpu.l2_bytes as i64,
             l3_bytes: self.cpu.l3_bytes as i64,
-            threads: self.pool.threads() as i64,
+            threads: threads as i64,
             flops_per_second: self.cpu.ceilings.f32_flops_per_s,
             bytes_per_second: self.cpu.ceilings.memory_read_bytes_per_s,
+            l2_bytes_per_second: self.cpu.ceilings.l2_read_bytes_per_s * threads as f64,
             launch_ns: self.cpu.ceilings.launch_s * 1e9,
         }
     }

@@ -29,7 +29,7 @@ use tilewright_base::{Error, Result};
 use tilewright_cuda::{Gpu, Nvrtc};
 use tilewright_data::Tensor;
 use tilewright_graph::{Graph, NodeId, ValueId};
-use tilewright_lower::{CpuTarget, Device, FusionPlan, Layouts};
+use tilewright_lower::{Choice, CpuTarget, Device, FusionPlan, Layouts};
 use tilewright_passes::PassContext;
 use tilewright_plan::{Form, Plan, Step};
 use tilewright_runtime_gpu::{Chooser, Executable, Interpreted, interpret};
@@ -44,8 +44,8 @@ pub struct GpuCompiler {
     pub machine: Machine,
     /// Arithmetic that is allowed for `f32` models.
     pub precision: Precision,
-    /// Fuse operators into groups.
-    pub fusion: bool,
+    /// Which operators become one kernel.
+    pub fusion: Choice,
 }
 
 /// A model planned for a GPU.
@@ -76,7 +76,7 @@ pub struct GpuModel {
 impl GpuCompiler {
     /// For this GPU, in `f32`.
     pub fn new(machine: Machine) -> GpuCompiler {
-        GpuCompiler { machine, precision: Precision::F32, fusion: true }
+        GpuCompiler { machine, precision: Precision::F32, fusion: Choice::Fastest }
     }
 
     /// Plans a graph.

@@ -45,6 +45,7 @@ pub use stage::{Stage, StageTime};
 pub use model::{Model, Source};
 pub use tilewright_base::{DType, Error, Kind, Result};
 pub use tilewright_data::Tensor;
+pub use tilewright_lower::Choice;
 #[cfg(feature = "cpu")]
 pub use tilewright_runtime::Session;
 pub use tilewright_target::{Cpu, Precision};

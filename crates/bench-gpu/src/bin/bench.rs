@@ -151,7 +151,7 @@ fn run(options: &Options) -> Result<bool> {
         rows.len()
     );
     if !options.no_record {
-        write(options, &record::record(head, &rows))?;
+        record::write(&options.out, "gpu-gemm", &record::record(head, &rows))?;
     }
     Ok(wrong == 0 && rows.len() == cases.len())
 }
@@ -272,16 +272,4 @@ impl Bench<'_> {
         order.sort_by(|a, b| times[*a].total_cmp(&times[*b]).then(a.cmp(b)));
         order
     }
-}
-
-fn write(options: &Options, record: &serde_json::Value) -> Result<()> {
-    let date = record["date"].as_str().unwrap_or_default().get(..10).unwrap_or("undated");
-    let commit = record["commit"].as_str().unwrap_or_default();
-    let path = options.out.join(format!("gpu-gemm-{date}-{commit}.json"));
-    let text = serde_json::to_string_pretty(record).map_err(|e| Error::bug(e.to_string()))?;
-    std::fs::create_dir_all(&options.out)
-        .and_then(|()| std::fs::write(&path, text + "\n"))
-        .map_err(|e| Error::user(format!("{} cannot be written: {e}", path.display())))?;
-    println!("record: {}", path.display());
-    Ok(())
 }

@@ -28,6 +28,8 @@ fn on_cpu(args: &ExplainArgs, output: &Output) -> Result<()> {
     let mut text = report.text(args.top);
     if args.groups {
         text += &format!("\n{}", compiled.fusion());
+    } else {
+        text += &format!("fusion: {}\n", compiled.fusion().summary());
     }
     if let Some(file) = &args.html {
         npy::write_whole(file, html::page(&report).as_bytes())?;

@@ -10,7 +10,7 @@ use tilewright::bench::Times;
 use tilewright::explain::{bytes_text, time_text};
 use tilewright::gpu::{GpuCompiler, GpuDevice, GpuModel, RunReport, ordinal};
 use tilewright::verify::Report;
-use tilewright::{Model, Result};
+use tilewright::{Choice, Model, Result};
 use tilewright_base::Error;
 
 /// Reads the model, plans it and copies its weights to the device.
@@ -19,7 +19,9 @@ fn load(args: &ModelArgs) -> Result<(Model, GpuModel)> {
     let device = GpuDevice::open(ordinal(&args.device)?, cache.as_deref())?;
     let model = Model::open(&args.model)?;
     let mut compiler = GpuCompiler::new(device.machine().clone());
-    compiler.fusion = !args.no_fusion;
+    if args.no_fusion {
+        compiler.fusion = Choice::Apart;
+    }
     compiler.precision = args.precision.parse().map_err(Error::user)?;
     let _progress = progress(format!("planning {}", model.graph.name));
     let planned = compiler.plan(model.graph.clone())?;
@@ -139,6 +141,8 @@ pub(crate) fn explain(args: &ExplainArgs, output: &Output) -> Result<()> {
     let mut text = report.text(args.top);
     if args.groups {
         text += &format!("\n{}", loaded.planned().fusion());
+    } else {
+        text += &format!("fusion: {}\n", loaded.planned().fusion().summary());
     }
     let value = serde_json::to_value(&report).map_err(|e| Error::bug(e.to_string()))?;
     output.result(&text, &value);

@@ -23,7 +23,7 @@ use crate::output::{progress, say};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 #[cfg(feature = "cpu")]
-use tilewright::{Compiled, Compiler};
+use tilewright::{Choice, Compiled, Compiler};
 use tilewright::{Model, Result, Tensor};
 use tilewright_base::Error;
 
@@ -54,7 +54,9 @@ fn compiler(args: &ModelArgs) -> Result<Compiler> {
     let cache = if args.no_cache { None } else { cache_folder(args) };
     let cpu = tilewright::host_cpu(args.threads, cache.as_deref())?;
     let mut compiler = Compiler::for_cpu(cpu, cache);
-    compiler.fusion = !args.no_fusion;
+    if args.no_fusion {
+        compiler.fusion = Choice::Apart;
+    }
     compiler.precision = args.precision.parse().map_err(Error::user)?;
     Ok(compiler)
 }

@@ -9,7 +9,7 @@ use tilewright_data::Tensor;
 use tilewright_graph::{Graph, GraphBuilder, NodeId, TensorType, ValueId};
 use tilewright_interp::Mode;
 use tilewright_layout::{Dim, Env};
-use tilewright_lower::{CpuTarget, Layouts, Options, lower_with};
+use tilewright_lower::{Choice, CpuTarget, Layouts, Options, lower_with};
 use tilewright_plan::{HostCall, Plan, Step};
 
 /// Runs one node in the interpreter.
@@ -93,21 +93,25 @@ pub(crate) fn check_with(
         .unwrap_or_else(|e| panic!("{}: {e}", graph.name));
     let want = tilewright_interp::run(graph, inputs, Mode::F64).unwrap();
     let got = tilewright_interp::plan::run(&plan, inputs, &Env::new(), Mode::Exact)
-        .unwrap_or_else(|e| panic!("{} (fusion {}): {e}\n{fusion}", graph.name, options.fusion));
+        .unwrap_or_else(|e| panic!("{} (fusion {:?}): {e}\n{fusion}", graph.name, options.fusion));
     for (i, (got, want)) in got.iter().zip(&want).enumerate() {
         let want = match want.dtype() == DType::F64 && got.dtype() != DType::F64 {
             true => Tensor::from_f64s(got.dtype(), want.shape(), &want.to_f64s()).unwrap(),
             false => want.clone(),
         };
-        close(got, &want, &format!("{} fusion {} output {i}", graph.name, options.fusion));
+        close(got, &want, &format!("{} fusion {:?} output {i}", graph.name, options.fusion));
     }
     plan
 }
 
 /// With and without fusion, on both vector widths; gives the fused AVX2 plan.
 pub(crate) fn check_layouts(graph: &Graph, inputs: &[Tensor], layouts: &Layouts) -> Plan {
-    let apart = Options { fusion: false, ..Options::default() };
+    let apart = Options { fusion: Choice::Apart, ..Options::default() };
     check_with(graph, inputs, layouts, &CpuTarget::avx2(), &apart);
+    for seed in 0..4 {
+        let any = Options { fusion: Choice::Any(seed), ..Options::default() };
+        check_with(graph, inputs, layouts, &CpuTarget::avx2(), &any);
+    }
     check_with(graph, inputs, layouts, &CpuTarget::avx512(), &Options::default());
     check_with(graph, inputs, layouts, &CpuTarget::avx2(), &Options::default())
 }

@@ -1,26 +1,23 @@
-//! What a launch costs the host: ours against the bare driver call, and a graph's replay per kernel.
-//!
-//! ```text
-//! cargo run --release -p tilewright-cuda --example launch_overhead [-- --json]
-//! ```
+//! `tw-gpu-launch`: what a launch costs the host: ours against the bare driver call, and a graph's replay
+//! per kernel. Writes a record.
 //!
 //! Both arms call the same function pointer with the same arguments; they take turns in batches that
 //! fit the driver's queue, so that no launch waits for the device, and the first of each pair
-//! alternates. The figures are medians over batches, and the 10th and 90th percentile.
+//! alternates. The figures are medians over batches, and the 10th and 90th percentile. The exit code is 1
+//! when ours adds half a microsecond or more to a bare call.
 
+use clap::Parser;
+use serde_json::{Map, Value, json};
+use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Instant;
 use tilewright_base::{Error, Result};
+use tilewright_bench_gpu::record;
 use tilewright_cuda::{
     Args, CompileRequest, Gpu, GraphExec, LaunchShape, Nvrtc, PreparedLaunch, Stream,
-    driver_version,
 };
 
-const TEXT: &str = r#"
-extern "C" __global__ void nothing() {}
-extern "C" __global__ void eight(float* a, float* b, float* c, float* d, int m, int n, int k, float x) {
-    if (m < 0) a[0] = b[0] + c[0] * d[0] + n + k + x;
-}
-"#;
+const TEXT: &str = include_str!("../launch.cu");
 
 /// Launches per batch: well below the driver's queue of about a thousand.
 const BATCH: usize = 200;
@@ -41,9 +38,9 @@ impl Spread {
         Spread { median: at(0.5), p10: at(0.1), p90: at(0.9) }
     }
 
-    fn json(&self) -> String {
+    fn json(&self) -> Value {
         let Spread { median, p10, p90 } = self;
-        format!("{{\"median_ns\": {median:.1}, \"p10_ns\": {p10:.1}, \"p90_ns\": {p90:.1}}}")
+        json!({ "median_ns": median, "p10_ns": p10, "p90_ns": p90 })
     }
 }
 
@@ -53,9 +50,37 @@ struct Row {
     spread: Spread,
 }
 
-fn main() -> Result<()> {
-    let json = std::env::args().any(|arg| arg == "--json");
-    let gpu = Gpu::open(0)?;
+/// The cost of a launch on the host.
+#[derive(Parser, Debug)]
+#[command(version)]
+struct Options {
+    /// Folder for the record.
+    #[arg(long, default_value = "records")]
+    out: PathBuf,
+    /// Write no record.
+    #[arg(long)]
+    no_record: bool,
+    /// Which GPU.
+    #[arg(long, default_value_t = 0)]
+    gpu: u32,
+}
+
+/// What ours may add to a bare call, in nanoseconds.
+const ADDED_MAX_NS: f64 = 500.0;
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("{error:?}");
+            ExitCode::from(error.exit_code() as u8)
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<bool> {
+    let gpu = Gpu::open(options.gpu)?;
     let nvrtc = Nvrtc::open(None)?;
     let module = gpu.load(&nvrtc.compile(&CompileRequest::new("overhead", TEXT, gpu.arch()))?)?;
     let stream = gpu.stream()?;
@@ -72,6 +97,7 @@ fn main() -> Result<()> {
     let dependent = module.function("eight")?.prepare(&pdl, &args)?;
 
     let mut rows = Vec::new();
+    let mut added_ns = Map::new();
     let cases = [
         ("no arguments, bare call", "no arguments, ours", &nothing),
         ("8 arguments, bare call", "8 arguments, ours", &eight),
@@ -82,6 +108,8 @@ fn main() -> Result<()> {
             continue;
         }
         let (bare, ours) = compare(launch, &stream)?;
+        let case = ours_name.trim_end_matches(", ours");
+        added_ns.insert(case.into(), json!(ours.median - bare.median));
         rows.push(Row { name: bare_name, spread: bare });
         rows.push(Row { name: ours_name, spread: ours });
     }
@@ -89,23 +117,30 @@ fn main() -> Result<()> {
     rows.push(Row { name: "graph of 100 kernels, host time per kernel", spread: host });
     rows.push(Row { name: "graph of 100 kernels, device time per kernel", spread: device });
 
-    let (major, minor) = driver_version()?;
-    let device = &gpu.properties().name;
-    if json {
-        println!("{{");
-        println!("  \"device\": {device:?}, \"driver_cuda\": \"{major}.{minor}\",");
-        println!("  \"batch\": {BATCH}, \"rounds\": {ROUNDS}, \"nodes\": {NODES},");
-        let lines: Vec<String> =
-            rows.iter().map(|row| format!("    {:?}: {}", row.name, row.spread.json())).collect();
-        println!("  \"rows\": {{\n{}\n  }}\n}}", lines.join(",\n"));
-    } else {
-        println!("{device}, CUDA {major}.{minor}: nanoseconds per launch, medians of {ROUNDS}");
-        println!("{:<46} {:>9} {:>9} {:>9}", "", "median", "p10", "p90");
-        for Row { name, spread: Spread { median, p10, p90 } } in &rows {
-            println!("{name:<46} {median:>9.1} {p10:>9.1} {p90:>9.1}");
-        }
+    println!("{}: nanoseconds per launch, of {ROUNDS} batches", gpu.properties().name);
+    println!("{:<46} {:>9} {:>9} {:>9}", "", "median", "p10", "p90");
+    for Row { name, spread: Spread { median, p10, p90 } } in &rows {
+        println!("{name:<46} {median:>9.1} {p10:>9.1} {p90:>9.1}");
     }
-    Ok(())
+    let within = added_ns.values().filter_map(Value::as_f64).all(|ns| ns < ADDED_MAX_NS);
+    if !options.no_record {
+        let rows: Map<String, Value> =
+            rows.iter().map(|row| (row.name.to_owned(), row.spread.json())).collect();
+        let command = std::env::var("TILEWRIGHT_COMMAND")
+            .unwrap_or_else(|_| record::command(std::env::args()));
+        let record = json!({
+            "kind": "gpu-launch",
+            "date": record::now(),
+            "commit": record::commit(),
+            "command": command,
+            "machine": record::machine(&gpu, &nvrtc, None),
+            "protocol": { "launches_per_batch": BATCH, "batches": ROUNDS, "graph_nodes": NODES },
+            "added_ns": added_ns,
+            "rows": rows,
+        });
+        record::write(&options.out, "gpu-launch", &record)?;
+    }
+    Ok(within)
 }
 
 /// The bare call and ours, taking turns.
