@@ -118,12 +118,7 @@ impl Func {
     }
 
     /// A helper and `x` when the operation is `1 + erf(x)` or `1 + tanh(x)` in f32, as they stand in GELU.
-    fn one_plus(
-        &self,
-        op: Op,
-        args: &[ExprId],
-        dtype: DType,
-    ) -> Option<(&'static str, ExprId)> {
+    fn one_plus(&self, op: Op, args: &[ExprId], dtype: DType) -> Option<(&'static str, ExprId)> {
         let [a, b] = args else { return None };
         let one = |x: ExprId| matches!(self.node(x), Node::Const(Value::Float(v)) if *v == 1.0);
         let sum = match (one(*a), one(*b)) {

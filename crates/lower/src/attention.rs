@@ -73,8 +73,7 @@ impl Lowering<'_> {
             .collect::<Result<_>>()?;
         let places = self.with_near_columns(node, places)?;
         let batches = nominal(&(&q_shape[0] * &q_shape[1]), symbols);
-        let stored: Vec<DType> =
-            places.iter().map(|p| self.plan.buffers[p.buffer].dtype).collect();
+        let stored: Vec<DType> = places.iter().map(|p| self.plan.buffers[p.buffer].dtype).collect();
         let knobs = self.product_knobs(operand, operand, acc_type);
         let sizes = [&rows, &keys].map(|d| nominal(d, symbols));
         let t = attention_tiles(self.target, &knobs, batches, sizes[0], sizes[1]);
@@ -92,8 +91,11 @@ impl Lowering<'_> {
             _ => 1,
         };
         let kv_head = h.floor_div(&Dim::new(per_group));
-        let params: Vec<ParamId> =
-            places.iter().zip(&stored).map(|(p, t)| k.input(p.buffer, *t, p.layout.clone())).collect();
+        let params: Vec<ParamId> = places
+            .iter()
+            .zip(&stored)
+            .map(|(p, t)| k.input(p.buffer, *t, p.layout.clone()))
+            .collect();
         let matrix = |k: &mut KernelParts, i: usize, head: &Dim, row: &Dim, n: &Dim, w: &Dim| {
             let index = vec![b.clone(), head.clone(), row.clone(), Dim::new(0)];
             let shape = vec![Dim::new(1), Dim::new(1), n.clone(), w.clone()];

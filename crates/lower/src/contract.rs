@@ -425,8 +425,7 @@ impl Lowering<'_> {
         if !self.on_gpu() {
             return self.launch(k, tiles, knobs, note);
         }
-        let written =
-            Written { parts: &k, sides: &sides, dag, space, canon: &canon, units };
+        let written = Written { parts: &k, sides: &sides, dag, space, canon: &canon, units };
         match self.fit(product, &written, tried) {
             Fit::Forms(forms) => self.launch_forms(k, tiles, knobs, forms, note),
             Fit::Apart => self.product_apart(&name, product, given, note, tried),

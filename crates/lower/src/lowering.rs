@@ -367,12 +367,7 @@ impl Lowering<'_> {
     }
 
     /// Copies a tensor from one place to another.
-    pub(crate) fn copy_step(
-        &mut self,
-        from: &Place,
-        to: &Place,
-        name: &str,
-    ) -> Result<()> {
+    pub(crate) fn copy_step(&mut self, from: &Place, to: &Place, name: &str) -> Result<()> {
         let shape = to.layout.shape();
         let [dtype, wanted] = [from, to].map(|p| self.plan.buffers[p.buffer].dtype);
         let mut dag = Dag::default();

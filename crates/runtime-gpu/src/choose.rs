@@ -99,13 +99,8 @@ impl Chooser {
             return Ok(known.clone());
         }
         let planned = &plan.kernels[id];
-        let env: Env = planned
-            .kernel
-            .symbols
-            .iter()
-            .zip(sizes)
-            .map(|(s, v)| (s.name.clone(), *v))
-            .collect();
+        let env: Env =
+            planned.kernel.symbols.iter().zip(sizes).map(|(s, v)| (s.name.clone(), *v)).collect();
         let mut choice = Choice::default();
         for form in &planned.forms {
             match form {
@@ -151,8 +146,7 @@ impl Chooser {
             return Err(Error::unsupported("the row takes more registers than a block has"));
         };
         let program = Arc::new(lower(&kernel, &schedule)?);
-        let operands =
-            params.iter().map(|&param| Source::Param { param, offset: 0 }).collect();
+        let operands = params.iter().map(|&param| Source::Param { param, offset: 0 }).collect();
         let launch = Launch { program, sizes, operands, schedule: schedule.to_string() };
         Ok(vec![Way { launches: vec![launch], ..Way::default() }])
     }

@@ -36,7 +36,11 @@ impl Memory for Arena<'_> {
     fn write(&mut self, b: BufferId, bytes: &[u8]) -> Result<()> {
         let range = self.range(b)?;
         if range.len() != bytes.len() {
-            return Err(Error::bug(format!("{} bytes for a buffer of {}", bytes.len(), range.len())));
+            return Err(Error::bug(format!(
+                "{} bytes for a buffer of {}",
+                bytes.len(),
+                range.len()
+            )));
         }
         self.bytes[range].copy_from_slice(bytes);
         Ok(())

@@ -85,8 +85,7 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
     for (i, axis) in axes.iter().enumerate() {
         if Some(i) != inner {
             let at = |s: &[i64; 3], x: i64| [0, 1, 2].map(|j| s[j] + x * axis.strides[j]);
-            starts =
-                starts.iter().flat_map(|s| (0..axis.extent).map(move |x| at(s, x))).collect();
+            starts = starts.iter().flat_map(|s| (0..axis.extent).map(move |x| at(s, x))).collect();
         }
     }
     let matrices = [(&product.a, m, k), (&product.b, k, n), (&product.c, m, n)];

@@ -35,7 +35,12 @@ impl Executable {
     ///
     /// # Errors
     /// When they do not fit its memory.
-    pub fn new(plan: Plan, gpu: tilewright_cuda::Gpu, nvrtc: Nvrtc, machine: Gpu) -> Result<Executable> {
+    pub fn new(
+        plan: Plan,
+        gpu: tilewright_cuda::Gpu,
+        nvrtc: Nvrtc,
+        machine: Gpu,
+    ) -> Result<Executable> {
         let stream = gpu.stream()?;
         let (mut total, mut constant_at) = (0usize, Vec::new());
         for (_, buffer) in plan.buffers.iter() {
@@ -440,8 +445,7 @@ impl Session {
             _ => None,
         };
         let ways = bound.steps.iter().filter_map(first);
-        let mut programs: Vec<_> =
-            ways.flat_map(|w| w.launches).map(|l| l.program).collect();
+        let mut programs: Vec<_> = ways.flat_map(|w| w.launches).map(|l| l.program).collect();
         programs.sort_by_key(|p| Arc::as_ptr(p) as usize);
         programs.dedup_by(|a, b| Arc::ptr_eq(a, b));
         let programs: Vec<_> = programs.iter().map(|p| (**p).clone()).collect();
@@ -498,9 +502,7 @@ impl Session {
                 let b = args[param].index();
                 let start = match bound.slots[b] {
                     Slot::Arena(at) => self.arena.address() + at as u64,
-                    Slot::Const => {
-                        self.exe.constants.address() + self.exe.constant_at[b] as u64
-                    }
+                    Slot::Const => self.exe.constants.address() + self.exe.constant_at[b] as u64,
                 };
                 let bytes = (bound.bytes[b] as u64).saturating_sub(offset);
                 Operand { address: start + offset, bytes }
@@ -531,7 +533,9 @@ impl Session {
                 }
                 Ok(None) => Segment::Launches(at..end),
                 Err(error) => {
-                    report.warnings.push(format!("steps {at} to {} are not recorded: {error}", end - 1));
+                    report
+                        .warnings
+                        .push(format!("steps {at} to {} are not recorded: {error}", end - 1));
                     Segment::Launches(at..end)
                 }
             });

@@ -813,4 +813,3 @@ fn join_in_place(
     }
     (joined, joined_of)
 }
-

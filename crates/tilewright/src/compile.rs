@@ -92,8 +92,9 @@ impl Compiler {
     ) -> Result<Compiled> {
         if matches!(self.precision, Precision::Tf32 | Precision::F16) {
             let message = format!("--precision {} on a CPU", self.precision);
-            return Err(Error::unsupported(message)
-                .with_hint("CPUs compute in f32 or bf16; with `--device cuda` there are tf32 and f16"));
+            return Err(Error::unsupported(message).with_hint(
+                "CPUs compute in f32 or bf16; with `--device cuda` there are tf32 and f16",
+            ));
         }
         let mut stages = Vec::new();
         let mut clock = Instant::now();

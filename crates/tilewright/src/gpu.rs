@@ -177,8 +177,7 @@ impl GpuPlan {
         for (id, kernel) in self.plan.kernels.iter() {
             if kernel.forms.iter().any(|f| matches!(f, Form::Attention(_))) {
                 let symbols = kernel.kernel.symbols.iter();
-                let sizes: Vec<i64> =
-                    symbols.map(|s| 32.clamp(s.range.min, s.range.max)).collect();
+                let sizes: Vec<i64> = symbols.map(|s| 32.clamp(s.range.min, s.range.max)).collect();
                 if chooser.choose(&self.plan, id, &sizes)?.ways.is_empty() {
                     return Ok(false);
                 }
@@ -405,12 +404,10 @@ fn flops_per_s(machine: &Machine, precision: Precision, kernel: &KernelReport) -
 /// What a framework without a compiler would call for the same work.
 fn library(plan: &Plan, report: &KernelReport, env: &tilewright_layout::Env) -> String {
     let product = match &plan.steps[report.step] {
-        Step::Launch { kernel, .. } => {
-            plan.kernels[*kernel].forms.iter().find_map(|f| match f {
-                Form::Product(p) => Some(p),
-                Form::Program { .. } | Form::Attention(_) => None,
-            })
-        }
+        Step::Launch { kernel, .. } => plan.kernels[*kernel].forms.iter().find_map(|f| match f {
+            Form::Product(p) => Some(p),
+            Form::Program { .. } | Form::Attention(_) => None,
+        }),
         Step::Host { .. } => None,
     };
     let calls = report.label.split('+').count();
@@ -420,7 +417,8 @@ fn library(plan: &Plan, report: &KernelReport, env: &tilewright_layout::Env) -> 
             let batch: i64 = p.repeat.iter().map(|r| number(&r.extent)).product();
             let (m, n, k) = (number(&p.m), number(&p.n), number(&p.k));
             let batch = if batch == 1 { String::new() } else { format!(" x{batch}") };
-            let rest = if calls > 1 { format!(" + {} elementwise", calls - 1) } else { String::new() };
+            let rest =
+                if calls > 1 { format!(" + {} elementwise", calls - 1) } else { String::new() };
             format!("cublasLtMatmul {} {m}x{n}x{k}{batch}{rest}", p.a.dtype)
         }
         None => match report.anchor.as_str() {

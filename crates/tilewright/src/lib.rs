@@ -41,8 +41,8 @@ pub use compile::{Compiled, Compiler};
 pub use machine::cache_dir;
 #[cfg(feature = "cpu")]
 pub use machine::{host_cpu, measured_cpu};
-pub use stage::{Stage, StageTime};
 pub use model::{Model, Source};
+pub use stage::{Stage, StageTime};
 pub use tilewright_base::{DType, Error, Kind, Result};
 pub use tilewright_data::Tensor;
 pub use tilewright_lower::Choice;

@@ -106,7 +106,9 @@ pub(crate) fn compare(
     }
     drop((wide, exact));
     let trace = |graph: &Graph, mode| {
-        Ok::<_, Error>(run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) })?.trace)
+        Ok::<_, Error>(
+            run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) })?.trace,
+        )
     };
     let (wide, exact) = (
         trace(graph, Mode::F64)?,

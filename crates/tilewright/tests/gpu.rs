@@ -159,9 +159,11 @@ fn a_small_convolutional_network_is_within_the_contract() {
     let graph = b.finish();
     for precision in PRECISIONS {
         let planned = plan(&graph, precision);
-        let products = planned.plan().kernels.iter().filter(|(_, k)| {
-            k.forms.iter().any(|f| matches!(f, Form::Product(_)))
-        });
+        let products = planned
+            .plan()
+            .kernels
+            .iter()
+            .filter(|(_, k)| k.forms.iter().any(|f| matches!(f, Form::Product(_))));
         assert_eq!(products.count(), 4, "{precision}: all but the depthwise one are products");
         holds(&format!("cnn {precision}"), &graph, &planned, &[numbers(&[2, 3, 13, 11], 5)], 0);
     }

@@ -54,7 +54,9 @@ fn every_program_of_the_tiny_models_compiles() {
         .collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut failed = Vec::new();
-    for (result, program) in nvrtc.compile_all(&requests, threads).into_iter().zip(programs.values()) {
+    for (result, program) in
+        nvrtc.compile_all(&requests, threads).into_iter().zip(programs.values())
+    {
         if let Err(error) = result {
             failed.push(format!("{}: {error} {:?}", program.name, error.notes()));
         }

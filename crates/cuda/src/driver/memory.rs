@@ -134,9 +134,8 @@ impl Buffer {
             let to = self.address + offset as u64;
             // SAFETY: the bytes from `offset` on are ours (checked above), and the borrow lasts until
             // the end of the copy, which is waited for below.
-            let code = unsafe {
-                (api.memcpy_htod)(to, bytes.as_ptr().cast(), bytes.len(), stream.0.raw)
-            };
+            let code =
+                unsafe { (api.memcpy_htod)(to, bytes.as_ptr().cast(), bytes.len(), stream.0.raw) };
             finish(stream, code, "copying to the device")?;
         }
         Ok(())

@@ -39,7 +39,11 @@ pub fn attention_fits(graph: &Graph, id: NodeId) -> bool {
         graph.dtype(m).is_float() && graph.shape(m).last() == Some(keys)
     });
     let small = |d: &Dim| d.as_const().is_some_and(|n| (1..=256).contains(&n));
-    small(&q[3]) && small(&v[3]) && node.inputs.len() <= 4 && own_keys && scaled(&attrs.score).is_some()
+    small(&q[3])
+        && small(&v[3])
+        && node.inputs.len() <= 4
+        && own_keys
+        && scaled(&attrs.score).is_some()
 }
 
 /// The factor of a score function `factor * score (+ mask)`.
@@ -126,7 +130,8 @@ impl Lowering<'_> {
         let name = self.kernel_name(group);
         let buffer = self.spare(format!("{name} result"), stored, layout.clone());
         let mut rest = dag.clone();
-        let read = Ext { buffer, dtype: stored, layout: layout.clone(), shift: None, fill: zero(stored) };
+        let read =
+            Ext { buffer, dtype: stored, layout: layout.clone(), shift: None, fill: zero(stored) };
         // The loaded value in front, so that operands still come before their users.
         let mut with_load = Dag::default();
         let loaded = with_load.push(DagOp::Ext(read), vec![], vec![true; shape.len()], stored);
@@ -135,7 +140,11 @@ impl Lowering<'_> {
         for node in &rest.nodes {
             let mut node = node.clone();
             for arg in &mut node.args {
-                *arg = if matches!(rest.nodes[*arg].op, DagOp::Anchor) { widened } else { *arg + shift };
+                *arg = if matches!(rest.nodes[*arg].op, DagOp::Anchor) {
+                    widened
+                } else {
+                    *arg + shift
+                };
             }
             with_load.nodes.push(node);
         }
@@ -165,7 +174,11 @@ impl Lowering<'_> {
     }
 
     /// Queries, keys and values whose columns are neighbours in memory: copies where they are not.
-    pub(crate) fn with_near_columns(&mut self, node: &Node, mut places: Vec<Place>) -> Result<Vec<Place>> {
+    pub(crate) fn with_near_columns(
+        &mut self,
+        node: &Node,
+        mut places: Vec<Place>,
+    ) -> Result<Vec<Place>> {
         if !self.on_gpu() {
             return Ok(places);
         }

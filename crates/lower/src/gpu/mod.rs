@@ -18,8 +18,8 @@
 
 mod attention;
 
-pub use attention::attention_fits;
 pub(crate) use attention::Attended;
+pub use attention::attention_fits;
 
 use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
 use crate::contract::{Product, Side};
@@ -253,13 +253,8 @@ impl Lowering<'_> {
             Tried { apart: true, ..tried },
         )?;
         let mut rest = dag.clone();
-        let read = Ext {
-            buffer,
-            dtype: product.dtype,
-            layout,
-            shift: None,
-            fill: zero(product.dtype),
-        };
+        let read =
+            Ext { buffer, dtype: product.dtype, layout, shift: None, fill: zero(product.dtype) };
         for node in &mut rest.nodes {
             if matches!(node.op, DagOp::Anchor) {
                 node.op = DagOp::Ext(read.clone());
@@ -411,7 +406,11 @@ pub(crate) fn no_blocks(layout: &Layout) -> bool {
 }
 
 /// Dense memory for a shape, its axes in the order in which they lie in `like`.
-pub(crate) fn dense_like(like: &Layout, shape: &[Dim], symbols: &tilewright_layout::Symbols) -> Layout {
+pub(crate) fn dense_like(
+    like: &Layout,
+    shape: &[Dim],
+    symbols: &tilewright_layout::Symbols,
+) -> Layout {
     let all: Vec<usize> = (0..shape.len()).collect();
     let order = by_distance(&all, like, symbols);
     let ordered: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
