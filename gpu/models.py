@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whole models on a GPU: `tw --device cuda` beside PyTorch, the same weights and inputs, in turns.
 
-    gpu/models.py --tw bin/tw --work /tmp/models --json models.json [bert vit gpt2 minilm llama]
+    gpu/models.py --tw bin/tw --work FOLDER --json models.json [bert vit gpt2 minilm llama]
 
 Each model is written here in plain PyTorch (its attention is `scaled_dot_product_attention`), gets random
 weights from a seed, and is exported as a Hugging Face directory (config.json, model.safetensors), which `tw`
@@ -23,6 +23,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -402,7 +403,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("models", nargs="*", default=list(CASES))
     p.add_argument("--tw", default="tw")
-    p.add_argument("--work", type=pathlib.Path, default=pathlib.Path("/tmp/tw-models"))
+    p.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "tw-models")
     p.add_argument("--precisions", default="bf16")
     p.add_argument("--runs", type=int, default=50)
     p.add_argument("--rounds", type=int, default=3)
