@@ -2,6 +2,7 @@
 
 use crate::bind::{Bound, BoundStep};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use tilewright_base::{Error, Result, ResultExt};
 use tilewright_data::{Bytes, Tensor};
 use tilewright_interp::{Mode, tile};
@@ -82,12 +83,11 @@ fn kernel(plan: &Plan, bound: &Bound, number: usize, memory: &mut dyn Memory) ->
     let planned = &plan.kernels[*kernel];
     let mut before: BTreeMap<BufferId, Vec<u8>> = BTreeMap::new();
     for &b in args {
-        if !before.contains_key(&b) {
-            let bytes = match constant(&plan.buffers[b])? {
+        if let Entry::Vacant(slot) = before.entry(b) {
+            slot.insert(match constant(&plan.buffers[b])? {
                 Some(tensor) => tensor.bytes().to_vec(),
                 None => memory.read(b)?,
-            };
-            before.insert(b, bytes);
+            });
         }
     }
     let mut bytes: Vec<Vec<u8>> = args.iter().map(|b| before[b].clone()).collect();

@@ -5,6 +5,7 @@ use crate::bind::{Bound, BoundStep, Slot, bind};
 use crate::choose::{Chooser, Source};
 use crate::host::{self, Memory, constant, merged};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use tilewright_base::{Error, Result, ResultExt};
 use tilewright_data::{Bytes, Tensor};
 use tilewright_interp::{Mode, device};
@@ -99,12 +100,11 @@ fn step(plan: &Plan, arena: &mut Arena<'_>, number: usize) -> Result<()> {
             buffers.push(match source {
                 Source::Param { param, offset } => {
                     let b = args[*param];
-                    if !before.contains_key(&b) {
-                        let bytes = match constant(&plan.buffers[b])? {
+                    if let Entry::Vacant(slot) = before.entry(b) {
+                        slot.insert(match constant(&plan.buffers[b])? {
                             Some(tensor) => tensor.bytes().to_vec(),
                             None => arena.read(b)?,
-                        };
-                        before.insert(b, bytes);
+                        });
                     }
                     let bytes = before[&b].get(*offset as usize..);
                     bytes.ok_or_else(|| Error::bug("an operand behind its buffer"))?.to_vec()

@@ -34,11 +34,6 @@ fn inputs_of(directory: &Path, graph: &Graph) -> Vec<Tensor> {
     order_inputs(graph, &named).expect("the inputs")
 }
 
-/// Steps that only the interpreter's operators do: RoBERTa counts its positions from the tokens.
-fn host_steps_expected(name: &str) -> usize {
-    usize::from(name.contains("roberta"))
-}
-
 const PRECISIONS: [Precision; 4] =
     [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16];
 

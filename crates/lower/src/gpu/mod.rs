@@ -154,7 +154,7 @@ impl Lowering<'_> {
         }
         let (m, n, k) = (*units, units + 1, units + 2);
         let extent = |c: usize| crate::map::extent(space, &canon[c]);
-        let merged = |layout: &Layout| merge(layout, canon).filter(|l| no_blocks(l));
+        let merged = |layout: &Layout| merge(layout, canon).filter(no_blocks);
         let stride = |l: &Layout, c: usize| match is_broadcast(&l.axes[c]) {
             true => Dim::new(0),
             false => l.axes[c].stride.clone(),
