@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Tests, then measures, on this machine's GPU. From an unpacked archive of `make gpu-bundle`: no Rust needed.
 #
-#   gpu/run.sh [tests|triton|bench|tune|all] [arguments for tw-gpu-test, tw-gpu-bench or tw-gpu-tune]      default: all
+#   gpu/run.sh [tests|triton|bench|models|tune|all] [arguments for tw-gpu-test, tw-gpu-bench, models.py or tw-gpu-tune]
+#                                                                                                     default: all
 #
 # tests:  the driver, launches, programs of graphs, matrix products of every kind, order, odd size, stride and batch, and attention
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
+# models: tiny models against float64, in four precisions (also in tests); where PyTorch is installed, large
+#         ones beside it (gpu/models.py)
 # bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt; records under $RECORDS (default: records)
 # tune:   searches for faster schedules; records under $RECORDS/tuned, all in one file $RECORDS/tuned.jsonl. Not part of all
 #
@@ -16,9 +19,9 @@ cd "$(dirname "$0")/.."
 export TILEWRIGHT_COMMAND="gpu/run.sh${*:+ $*}"
 part="${1:-all}"
 [ $# -eq 0 ] || shift
-case "$part" in tests | triton | bench | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
+case "$part" in tests | triton | bench | models | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
-for program in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
+for program in tw tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
 done
 records="${RECORDS:-records}"
@@ -52,6 +55,25 @@ if [ "$part" = tests ] || [ "$part" = all ]; then
     step "products" bin/tw-gpu-test --cache "$cache"
   fi
   step "attention" bin/tw-gpu-attention test --cache "$cache"
+fi
+tiny_models() {
+  local model precision bad=0
+  for model in models/*/; do
+    for precision in f32 tf32 f16 bf16; do
+      bin/tw verify "$model" --device cuda --precision "$precision" --cache "$cache" || bad=1
+    done
+  done
+  return $bad
+}
+if [ "$part" = tests ] || [ "$part" = models ] || [ "$part" = all ]; then
+  step "tiny models" tiny_models
+fi
+if [ "$part" = models ] || [ "$part" = all ]; then
+  if python3 -c 'import torch' 2>/dev/null; then
+    step "models beside PyTorch" python3 gpu/models.py --tw bin/tw --json "$records/gpu-models.json" "$@"
+  else
+    printf '\n== models beside PyTorch: not run, python3 has no torch\n'
+  fi
 fi
 if [ "$part" = triton ] || [ "$part" = all ]; then
   if python3 -c 'import torch, triton' 2>/dev/null; then

@@ -26,8 +26,10 @@ for line in sys.stdin:
 }
 
 cargo build --release --locked --package tilewright-bench-gpu --package tilewright-tune
+# Without LLVM: models on GPUs only. The file is replaced by the next ordinary build of `tw`.
+cargo build --release --locked --package tilewright-cli --no-default-features
 mkdir -p "$stage/bin" "$stage/gpu" "$stage/bench" "$stage/records"
-for name in tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune; do
+for name in tw tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune; do
   strip -o "$stage/bin/$name" "$target/release/$name"
 done
 for part in cuda-gpu launch-gpu launch-rows; do
@@ -37,6 +39,10 @@ for part in cuda-gpu launch-gpu launch-rows; do
 done
 cp -r gpu/. "$stage/gpu/"
 find "$stage/gpu" -name __pycache__ -prune -exec rm -rf {} +
+mkdir -p "$stage/models"
+for model in tests/hf/*/config.json; do
+  cp -r "$(dirname "$model")" "$stage/models/"
+done
 cp bench/gemm_shapes.txt bench/rows_shapes.txt "$stage/bench/"
 commit="$(git rev-parse --short=12 HEAD)"
 [ -z "$(git status --porcelain --untracked-files=no)" ] || commit="$commit-changed"

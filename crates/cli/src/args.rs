@@ -1,6 +1,8 @@
 //! What can be typed: one struct per command. The doc comments are the help texts.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+#[cfg(feature = "cpu")]
+use clap::ValueEnum;
+use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use tilewright_tune::command::{ProductArgs, TuneOptions};
 
@@ -27,16 +29,21 @@ pub(crate) enum Command {
     Tune(TuneArgs),
     /// Show what each kernel does, costs and reaches, and how memory is used
     Explain(ExplainArgs),
+    #[cfg(feature = "cpu")]
     /// Print a model, or a GPU kernel, at any stage of compilation
     Inspect(InspectArgs),
+    #[cfg(feature = "cpu")]
     /// Embed sentences with a sentence encoder, and search among them
     Embed(EmbedArgs),
+    #[cfg(feature = "cpu")]
     /// Compile a formula: show each stage, evaluate it, measure it
     Expr(ExprArgs),
+    #[cfg(feature = "cpu")]
     /// Show this machine and measure its ceilings
     Machine(MachineArgs),
 }
 
+#[cfg(feature = "cpu")]
 /// Stages of an expression that can be printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ExprStage {
@@ -59,8 +66,10 @@ pub(crate) enum ExprStage {
 }
 
 /// Stands for the model where none was given.
+#[cfg(feature = "cpu")]
 pub(crate) const NO_MODEL: &str = "-";
 
+#[cfg(feature = "cpu")]
 /// Sources that kernels can be printed as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum EmitTarget {
@@ -68,6 +77,7 @@ pub(crate) enum EmitTarget {
     Triton,
 }
 
+#[cfg(feature = "cpu")]
 #[derive(Debug, Args)]
 pub(crate) struct ExprArgs {
     /// The formula, e.g. 'x * 2 + y / 3'; definitions may stand in front: 'f(x) = x*x; f(a) + 1'
@@ -92,6 +102,7 @@ pub(crate) struct ExprArgs {
     pub(crate) threads: usize,
 }
 
+#[cfg(feature = "cpu")]
 #[derive(Debug, Args)]
 pub(crate) struct MachineArgs {
     /// Measure the ceilings again and cache them
@@ -119,7 +130,11 @@ pub(crate) struct ModelArgs {
     /// Threads to use; 0 for all
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: usize,
-    /// Arithmetic of contractions and convolutions: f32 or bf16
+    /// Where it runs: cpu, cuda, or cuda:1 for the second GPU
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// Arithmetic of contractions and convolutions: f32 or bf16, on a GPU also tf32 and f16; on a GPU f16
+    /// and bf16 are also how weights and intermediate results are stored
     #[arg(long, default_value = "f32")]
     pub(crate) precision: String,
     /// One kernel per operator, to find what a fusion breaks
@@ -184,6 +199,9 @@ pub(crate) struct BenchArgs {
     /// Runs before the clock starts
     #[arg(long, default_value_t = 5)]
     pub(crate) warmup: usize,
+    /// Launch kernels one by one instead of as a recorded graph (GPUs only)
+    #[arg(long)]
+    pub(crate) no_graph: bool,
     /// Stop after this many seconds
     #[arg(long, default_value_t = 20.0)]
     pub(crate) seconds: f64,
@@ -209,6 +227,7 @@ pub(crate) struct ExplainArgs {
     pub(crate) html: Option<PathBuf>,
 }
 
+#[cfg(feature = "cpu")]
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(mut_arg("model", |m| m.required(false).default_value(NO_MODEL).hide_default_value(true)))]
@@ -243,6 +262,7 @@ pub(crate) struct InspectArgs {
     pub(crate) time: bool,
 }
 
+#[cfg(feature = "cpu")]
 #[derive(Debug, Args)]
 pub(crate) struct EmbedArgs {
     #[command(flatten)]

@@ -36,9 +36,13 @@ fn run(command: &Command, output: &Output) -> Result<()> {
         Command::Bench(args) => commands::bench::run(args, output),
         Command::Tune(args) => commands::gemm::tune(args, output),
         Command::Explain(args) => commands::explain::run(args, output),
+        #[cfg(feature = "cpu")]
         Command::Inspect(args) => commands::inspect::run(args, output),
+        #[cfg(feature = "cpu")]
         Command::Embed(args) => commands::embed::run(args, output),
+        #[cfg(feature = "cpu")]
         Command::Expr(args) => commands::expr::run(args, output),
+        #[cfg(feature = "cpu")]
         Command::Machine(args) => commands::machine::run(args, output),
     }
 }

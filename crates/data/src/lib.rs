@@ -7,9 +7,11 @@
 mod convert;
 mod lent;
 mod mapped;
+mod room;
 mod tensor;
 
 pub use convert::{Number, from_f64, from_i64, read_f64, read_i64};
 pub use lent::Lent;
 pub use mapped::MappedFile;
+pub use room::{check_memory, out_of_memory};
 pub use tensor::{Bytes, Tensor, element_count};

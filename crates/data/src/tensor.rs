@@ -270,6 +270,11 @@ impl Tensor {
                 let x = f32::from_le_bytes([from[0], from[1], from[2], from[3]]);
                 to.copy_from_slice(&half::bf16::from_f32(x).to_le_bytes());
             }
+        } else if (self.dtype, dtype) == (DType::F32, DType::F16) {
+            for (to, from) in bytes.chunks_exact_mut(2).zip(self.bytes.chunks_exact(4)) {
+                let x = f32::from_le_bytes([from[0], from[1], from[2], from[3]]);
+                to.copy_from_slice(&half::f16::from_f32(x).to_le_bytes());
+            }
         } else {
             for i in 0..self.len() {
                 from_f64(dtype, bytes, i, self.get_f64(i));

@@ -180,4 +180,6 @@ __device__ __forceinline__ float tw_sigmoid(float x) {
   asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(1.0f + expf(-x)));
   return r;
 }
+// 1 + tanh(x), which is 2 / (1 + e^-2x): no branch, and no digits lost where tanh is near -1.
+__device__ __forceinline__ float tw_one_plus_tanh(float x) { return 2.0f * tw_sigmoid(2.0f * x); }
 __device__ __forceinline__ double tw_sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }

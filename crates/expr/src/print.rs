@@ -107,8 +107,8 @@ impl Func {
                 // Part of a single instruction further on.
                 Node::Op(..) if inside.contains(&id) => String::new(),
                 Node::Op(op, args) => {
-                    let text = match self.one_plus_erf(*op, args, dtype) {
-                        Some(x) => format!("tw_one_plus_erf({})", operands[x.index()]),
+                    let text = match self.one_plus(*op, args, dtype) {
+                        Some((name, x)) => format!("{name}({})", operands[x.index()]),
                         None => self.cuda_operation(*op, args, dtype, &operands),
                     };
                     let _ = writeln!(out, "  const {} t{} = {text};", cuda_type(dtype), id.0);
@@ -121,8 +121,8 @@ impl Func {
         out
     }
 
-    /// `x` when the operation is `1 + erf(x)` in f32, as it stands in GELU.
-    fn one_plus_erf(&self, op: Op, args: &[ExprId], dtype: DType) -> Option<ExprId> {
+    /// A helper and `x` when the operation is `1 + erf(x)` or `1 + tanh(x)` in f32, as they stand in GELU.
+    fn one_plus(&self, op: Op, args: &[ExprId], dtype: DType) -> Option<(&'static str, ExprId)> {
         let [a, b] = args else { return None };
         let one = |x: ExprId| matches!(self.node(x), Node::Const(Value::Float(v)) if *v == 1.0);
         let sum = match (one(*a), one(*b)) {
@@ -131,7 +131,11 @@ impl Func {
             _ => return None,
         };
         match self.node(sum) {
-            Node::Op(Op::Erf, x) if op == Op::Add && dtype == DType::F32 => Some(x[0]),
+            Node::Op(inner, x) if op == Op::Add && dtype == DType::F32 => match inner {
+                Op::Erf => Some(("tw_one_plus_erf", x[0])),
+                Op::Tanh => Some(("tw_one_plus_tanh", x[0])),
+                _ => None,
+            },
             _ => None,
         }
     }

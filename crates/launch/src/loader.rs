@@ -303,7 +303,7 @@ mod tests {
         let program = lower(&kernel, &schedule).unwrap();
         let source = emit(&program).unwrap();
         let compiled = nvrtc.compile(&request(&program, &source, Arch::SM_90A)).unwrap();
-        let kernel = compiled.resources("gemm").unwrap();
+        let kernel = compiled.resources(&source.entry).unwrap();
         assert!(kernel.is_kernel, "{kernel:?}");
     }
 

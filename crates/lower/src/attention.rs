@@ -18,6 +18,7 @@
 use crate::block::{Dag, DagOp, Emit, KernelParts, Pos};
 use crate::contract::{finish_acc, give_anchor};
 use crate::fuse::{AxisMap, Group};
+use crate::gpu::Attended;
 use crate::lowering::Lowering;
 use crate::place::Place;
 use crate::rows::func;
@@ -38,7 +39,11 @@ impl Lowering<'_> {
         });
         let Some((node, attrs)) = node else { return Err(Error::bug("no attention in its group")) };
         let symbols = &graph.symbols;
-        let dag = self.dag(group)?;
+        let mut dag = self.dag(group)?;
+        let mut rest = None;
+        if self.on_gpu() {
+            rest = self.attention_apart(group, &mut dag)?;
+        }
         let (q_shape, k_shape) = (graph.shape(node.inputs[0]), graph.shape(node.inputs[1]));
         let (rows, keys) = (q_shape[2].clone(), k_shape[2].clone());
         let width = group.shape[3].clone();
@@ -61,10 +66,14 @@ impl Lowering<'_> {
         }
         let last_score = scores.nodes.len() - 1;
 
-        let places: Vec<Place> =
-            [0, 1, 2].iter().map(|&i| self.place(node.inputs[i])).collect::<Result<_>>()?;
-        let batches = nominal(&(&q_shape[0] * &q_shape[1]), symbols);
         let operand = self.operand_type(dtype);
+        let places: Vec<Place> = [0, 1, 2]
+            .iter()
+            .map(|&i| self.operand_place(node.inputs[i], operand))
+            .collect::<Result<_>>()?;
+        let places = self.with_near_columns(node, places)?;
+        let batches = nominal(&(&q_shape[0] * &q_shape[1]), symbols);
+        let stored: Vec<DType> = places.iter().map(|p| self.plan.buffers[p.buffer].dtype).collect();
         let knobs = self.product_knobs(operand, operand, acc_type);
         let sizes = [&rows, &keys].map(|d| nominal(d, symbols));
         let t = attention_tiles(self.target, &knobs, batches, sizes[0], sizes[1]);
@@ -82,14 +91,17 @@ impl Lowering<'_> {
             _ => 1,
         };
         let kv_head = h.floor_div(&Dim::new(per_group));
-        let params: Vec<ParamId> =
-            places.iter().map(|p| k.input(p.buffer, dtype, p.layout.clone())).collect();
+        let params: Vec<ParamId> = places
+            .iter()
+            .zip(&stored)
+            .map(|(p, t)| k.input(p.buffer, *t, p.layout.clone()))
+            .collect();
         let matrix = |k: &mut KernelParts, i: usize, head: &Dim, row: &Dim, n: &Dim, w: &Dim| {
             let index = vec![b.clone(), head.clone(), row.clone(), Dim::new(0)];
             let shape = vec![Dim::new(1), Dim::new(1), n.clone(), w.clone()];
             let tile = k.b.load(params[i], index, shape);
             let tile = k.b.reshape(tile, vec![n.clone(), w.clone()]);
-            finish_acc(k, tile, dtype, operand)
+            finish_acc(k, tile, stored[i], operand)
         };
         let q = matrix(&mut k, 0, &h, &q0, &bq, &depth);
         let row_type = TileType::new(acc_type, vec![bq.clone()]);
@@ -183,7 +195,16 @@ impl Lowering<'_> {
         give_anchor(&mut emit, out);
         emit.store_all(&mut k);
         let note = self.note(group);
-        self.launch(k, tiles, knobs, note)
+        let mut forms = Vec::new();
+        if self.on_gpu() {
+            let attended = Attended { node, attrs, places: &places, scores: &scores, dag: &dag };
+            forms.extend(self.attention_form(&k, &attended));
+        }
+        self.launch_forms(k, tiles, knobs, forms, note)?;
+        match rest {
+            Some((name, dag, note)) => self.map_kernel(name, &dag, &group.shape, note),
+            None => Ok(()),
+        }
     }
 
     fn tile_value(&self, tiles: &[(String, i64)], i: usize) -> i64 {

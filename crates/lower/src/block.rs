@@ -226,6 +226,21 @@ impl Dag {
         self.push(DagOp::Map(func), args, axes, dtype)
     }
 
+    /// A node in another type; the same one twice is one node.
+    pub(crate) fn cast(&mut self, node: usize, to: DType) -> usize {
+        let from = self.nodes[node].dtype;
+        if from == to {
+            return node;
+        }
+        let func = Func::cast(from, to);
+        let is_it = |n: &DagNode| n.args == [node] && matches!(&n.op, DagOp::Map(f) if *f == func);
+        if let Some(known) = self.nodes.iter().position(is_it) {
+            return known;
+        }
+        let axes = self.nodes[node].axes.clone();
+        self.push(DagOp::Map(func), vec![node], axes, to)
+    }
+
     /// The layouts over the reference axes that the canonical axes must serve.
     pub(crate) fn layouts(&self) -> Vec<&Layout> {
         let loads = self.nodes.iter().filter_map(|n| match &n.op {

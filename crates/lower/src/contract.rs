@@ -16,6 +16,7 @@
 use crate::block::{Dag, DagOp, Emit, KernelParts, Pos};
 use crate::cost;
 use crate::fuse::Group;
+use crate::gpu::{Fit, Tried, Written};
 use crate::lowering::Lowering;
 use crate::map::{block_of, extent};
 use crate::place::Place;
@@ -132,14 +133,17 @@ impl Lowering<'_> {
         let mut sides = Vec::new();
         for (i, letters) in [(0, lhs), (1, rhs)] {
             let v = node.inputs[i];
-            let mut place = self.place(v)?;
+            let left = (i == 0) != swapped;
+            let wanted = if left { operands.left } else { operands.right };
+            let mut place = self.operand_place(v, wanted)?;
             if i == right
                 && let Some(axis) =
                     n_letter.and_then(|n| right_letters.chars().position(|l| l == n))
                 && let Some(packed) = self.packed_weight(v, axis, depth, operands)
             {
                 place = packed;
-            } else if i == right
+            } else if !self.on_gpu()
+                && i == right
                 && let Some(n) = n_letter
                 && let (Some(near), Some(depth)) =
                     (right_letters.chars().position(|l| l == n), depth)
@@ -218,7 +222,8 @@ impl Lowering<'_> {
         order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
         let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
         let layout = Layout::row_major(&permuted).permute(&inverse);
-        self.copy_as(v, &place, layout)
+        let dtype = self.plan.buffers[place.buffer].dtype;
+        self.copy_as(v, dtype, &place, layout)
     }
 
     /// The result axis whose elements lie closest together in the first stored result.
@@ -243,6 +248,9 @@ impl Lowering<'_> {
         let narrow = shape[axis].as_const().is_none_or(|n| n < self.target.lanes);
         let group = self.depth_group(operands);
         let dtype = operands.right;
+        if self.on_gpu() {
+            return None;
+        }
         let own = group > 1 || dtype != self.graph.dtype(v);
         let matrix = shape.iter().filter(|d| !d.is(1)).count() == 2;
         let known = self.layouts.contains_key(&v) || !matrix;
@@ -270,11 +278,23 @@ impl Lowering<'_> {
         dag: &Dag,
         note: Note,
     ) -> Result<()> {
+        self.product_tried(name, product, dag, note, Tried::default())
+    }
+
+    /// As [`Lowering::product_kernel`], knowing what was tried to make it fit a GPU.
+    pub(crate) fn product_tried(
+        &mut self,
+        name: String,
+        product: &Product,
+        given: &Dag,
+        note: Note,
+        tried: Tried,
+    ) -> Result<()> {
         let symbols = &self.graph.symbols;
         let rank = product.space.len();
         let result: Vec<usize> = (0..product.result_axes).collect();
         // Everything over the whole space: results and epilogue operands repeat along sums.
-        let mut dag = dag.clone();
+        let mut dag = given.clone();
         let mut space = product.space.clone();
         // One more axis of extent 1 for M and one for N, so that neither is without axes.
         space.extend([Dim::new(1), Dim::new(1)]);
@@ -342,7 +362,7 @@ impl Lowering<'_> {
             t.bn = round_up(t.bn, b);
         }
 
-        let mut k = KernelParts::new(name, symbols);
+        let mut k = KernelParts::new(name.clone(), symbols);
         let (bm, bm_name) = k.tile("BM");
         let (bn, bn_name) = k.tile("BN");
         let (bk, bk_name) = k.tile("BK");
@@ -402,7 +422,15 @@ impl Lowering<'_> {
         let mut emit = Emit::new(dag, &canon, pos);
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
-        self.launch(k, tiles, knobs, note)
+        if !self.on_gpu() {
+            return self.launch(k, tiles, knobs, note);
+        }
+        let written = Written { parts: &k, sides: &sides, dag, space, canon: &canon, units };
+        match self.fit(product, &written, tried) {
+            Fit::Forms(forms) => self.launch_forms(k, tiles, knobs, forms, note),
+            Fit::Apart => self.product_apart(&name, product, given, note, tried),
+            Fit::Packed => self.product_packed(&name, product, given, note, tried),
+        }
     }
 }
 

@@ -67,6 +67,9 @@ impl Lowering<'_> {
             return self.depthwise(name, node, &geometry, group, &dag, note);
         }
         let conv = Conv { node, attrs, geometry, w, shape: &group.shape };
+        if self.on_gpu() {
+            return self.im2col(name, &conv, &dag, note);
+        }
         self.by_taps(name, &conv, &dag, note)
     }
 
@@ -79,8 +82,8 @@ impl Lowering<'_> {
         taps_inside: bool,
         operands: Operands,
     ) -> Result<Place> {
-        if self.graph.as_const(v).is_none() {
-            return self.place(v);
+        if self.on_gpu() || self.graph.as_const(v).is_none() {
+            return self.operand_place(v, operands.right);
         }
         let shape = self.graph.shape(v).to_vec();
         let group = self.depth_group(operands);
@@ -106,7 +109,7 @@ impl Lowering<'_> {
     }
 
     /// In which types a convolution of this element type multiplies and sums.
-    fn conv_operands(&self, dtype: DType) -> Operands {
+    pub(crate) fn conv_operands(&self, dtype: DType) -> Operands {
         let operand = self.operand_type(dtype);
         Operands { left: operand, right: operand, acc: dtype.compute() }
     }
@@ -122,12 +125,13 @@ impl Lowering<'_> {
         note: Note,
     ) -> Result<()> {
         let graph = self.graph;
-        let (x, w) = (self.place(node.inputs[0])?, node.inputs[1]);
+        let w = node.inputs[1];
         let outputs = graph.shape(w)[0].as_const().unwrap_or(1);
         let dtype = graph.dtype(w);
         let operands = self.conv_operands(dtype);
+        let x = self.operand_place(node.inputs[0], operands.left)?;
         let wp = self.conv_weights(w, panel_for(self.target, outputs), true, operands)?;
-        let types = [dtype, self.plan.buffers[wp.buffer].dtype];
+        let types = [x.buffer, wp.buffer].map(|b| self.plan.buffers[b].dtype);
         let channels = graph.shape(w)[1].clone();
         // The space: the result's axes, then the input channels.
         let mut space = group.shape.clone();
@@ -179,6 +183,7 @@ impl Lowering<'_> {
         let w_shape = graph.shape(w).to_vec();
         let wp = match graph.as_const(w) {
             None => self.place(w)?,
+            Some(_) if self.on_gpu() => self.place(w)?,
             Some(_) => {
                 let rank = w_shape.len();
                 let order: Vec<usize> = (1..rank).chain([0]).collect();
@@ -192,8 +197,9 @@ impl Lowering<'_> {
         layouts.push(&x.layout);
         let mut k = KernelParts::new(name, &graph.symbols);
         let (stand, tiles) = stand(self, &mut k, shape, &layouts);
-        let xp = k.input(x.buffer, dtype, x.layout.clone());
-        let wparam = k.input(wp.buffer, dtype, wp.layout);
+        let stored = [x.buffer, wp.buffer].map(|b| self.plan.buffers[b].dtype);
+        let xp = k.input(x.buffer, stored[0], x.layout.clone());
+        let wparam = k.input(wp.buffer, stored[1], wp.layout);
         let acc = dtype.compute();
         let tile_shape: Vec<Dim> = stand.pos.iter().filter_map(|p| p.tile.clone()).collect();
         let zero = crate::block::zero(dtype);
@@ -213,7 +219,8 @@ impl Lowering<'_> {
             args.push(k.b.plain(xt));
             args.push(Operand { tile: wt, along: along.clone() });
         }
-        let sum = func(&vec![dtype; args.len()], |f, a| {
+        let types: Vec<DType> = (0..args.len()).map(|i| stored[i % 2]).collect();
+        let sum = func(&types, |f, a| {
             let mut total = f.value(Value::Float(0.0), acc);
             for (i, pair) in a.chunks(2).enumerate() {
                 let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
@@ -234,7 +241,7 @@ impl Lowering<'_> {
     }
 
     /// The data with its zeros around it, row-major.
-    fn padded(&mut self, conv: &Conv<'_>) -> Result<Place> {
+    pub(crate) fn padded(&mut self, conv: &Conv<'_>) -> Result<Place> {
         let x = conv.node.inputs[0];
         let place = self.place(x)?;
         let (lo, hi) = (&conv.attrs.pads_lo, &conv.attrs.pads_hi);
@@ -250,7 +257,7 @@ impl Lowering<'_> {
             shift.push(Dim::new(-lo[i]));
         }
         let layout = Layout::row_major(&shape);
-        let dtype = self.graph.dtype(x);
+        let dtype = self.plan.buffers[place.buffer].dtype;
         let name = format!("{} padded", self.value_name(x));
         let buffer = self.plan.buffers.push(tilewright_plan::Buffer {
             name: name.clone(),
@@ -428,14 +435,14 @@ impl Lowering<'_> {
 }
 
 /// A convolution by taps.
-struct Conv<'a> {
-    node: &'a Node,
-    attrs: &'a ConvAttrs,
-    geometry: Geometry,
+pub(crate) struct Conv<'a> {
+    pub(crate) node: &'a Node,
+    pub(crate) attrs: &'a ConvAttrs,
+    pub(crate) geometry: Geometry,
     /// Extents of the weights.
-    w: Vec<i64>,
+    pub(crate) w: Vec<i64>,
     /// Shape of the result.
-    shape: &'a [Dim],
+    pub(crate) shape: &'a [Dim],
 }
 
 impl Conv<'_> {

@@ -4,7 +4,7 @@
 //! data behind it. A tile is a run of indices by a run of the data behind the axis.
 
 use crate::block::{Emit, KernelParts, Pos};
-use crate::contract::give_anchor;
+use crate::contract::{finish_acc, give_anchor};
 use crate::fuse::Group;
 use crate::lowering::Lowering;
 use crate::map::extent;
@@ -129,7 +129,8 @@ impl Lowering<'_> {
         let mut axes: Vec<Axis> = kept.iter().map(|&c| merged.axes[c].clone()).collect();
         axes.insert(first_pick, data_axes[axis].clone());
         let layout = Layout { axes, offset: merged.offset };
-        let param = k.input(data_place.buffer, graph.dtype(data), layout);
+        let stored = self.plan.buffers[data_place.buffer].dtype;
+        let param = k.input(data_place.buffer, stored, layout);
         let mut index: Vec<Dim> = kept.iter().map(|&c| pos[c].start.clone()).collect();
         index.insert(first_pick, Dim::new(0));
         let mut load: Vec<Dim> = kept.iter().map(|&c| len(&pos[c])).collect();
@@ -137,6 +138,7 @@ impl Lowering<'_> {
         let tile = k.b.gather(param, first_pick, rows, index, load);
         let flat: Vec<Dim> = pos.iter().filter_map(|p| p.tile.clone()).collect();
         let tile = k.b.reshape(tile, flat);
+        let tile = finish_acc(&mut k, tile, stored, graph.dtype(data));
         let mut emit = Emit::new(&dag, &canon, pos);
         give_anchor(&mut emit, tile);
         emit.store_all(&mut k);

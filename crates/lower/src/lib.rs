@@ -12,6 +12,9 @@
 //! it in `rows.rs`; if it needs a program of its own, a module here with a `*_group` method and an
 //! arm in [`lower`]'s match.
 //!
+//! For a GPU the same groups become the same tile programs, with row-major layouts and other forms
+//! beside them: the module `gpu`.
+//!
 //! This crate knows no text of any target.
 
 mod attention;
@@ -22,6 +25,7 @@ mod cost;
 mod form;
 mod fuse;
 mod gather;
+mod gpu;
 mod greedy;
 mod lowering;
 mod map;
@@ -37,6 +41,7 @@ mod views;
 mod window;
 
 pub use fuse::{Anchor, Choice, FusionPlan, Group, fuse};
+pub use gpu::attention_fits;
 pub use lowering::{lower, lower_with, verify_plan};
 pub use target::{CpuTarget, matrix_units};
 
@@ -52,10 +57,23 @@ pub struct Options {
     pub fusion: Choice,
     /// Arithmetic of `f32` contractions and convolutions.
     pub precision: Precision,
+    /// What runs the plan.
+    pub device: Device,
+}
+
+/// What runs a plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// Threads of a CPU: packed weights, blocked layouts, tile sizes for its caches.
+    #[default]
+    Cpu,
+    /// A GPU: everything row-major, kernels in other forms beside the tile programs (see the module
+    /// `gpu`), schedules picked when the sizes are known.
+    Gpu,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { fusion: Choice::Fastest, precision: Precision::F32 }
+        Options { fusion: Choice::Fastest, precision: Precision::F32, device: Device::Cpu }
     }
 }

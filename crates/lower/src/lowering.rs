@@ -5,12 +5,12 @@ use crate::fuse::{Anchor, AxisMap, FusionPlan, Group, fuse, label, see_through};
 use crate::place::Place;
 use crate::target::CpuTarget;
 use crate::views::{broadcast_axis, nominal};
-use crate::{Layouts, Options, cost};
+use crate::{Device, Layouts, Options, cost};
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_graph::{Graph, NodeId, Op, PadMode, ValueId};
 use tilewright_layout::{Axis, Dim, Layout};
-use tilewright_plan::{BufferId, HostCall, KernelId, Note, Plan, PlanKernel, Step, Storage};
+use tilewright_plan::{BufferId, Form, HostCall, KernelId, Note, Plan, PlanKernel, Step, Storage};
 use tilewright_target::Precision;
 use tilewright_tile::{CpuKnobs, MatrixUnit, ReduceKind, Schedule};
 
@@ -23,9 +23,12 @@ pub(crate) struct Lowering<'a> {
     pub(crate) users: IdVec<ValueId, Vec<NodeId>>,
     pub(crate) plan: Plan,
     pub(crate) places: BTreeMap<ValueId, Place>,
-    pub(crate) copies: BTreeMap<(ValueId, Layout), Place>,
+    pub(crate) copies: BTreeMap<(ValueId, DType, Layout), Place>,
     pub(crate) consts: BTreeMap<(ValueId, DType, Layout), BufferId>,
     pub(crate) precision: Precision,
+    pub(crate) device: Device,
+    /// Values that a GPU stores in 16 bits.
+    pub(crate) narrow: BTreeSet<ValueId>,
     /// Which views are copied rather than read, and why.
     pub(crate) views: Vec<String>,
     /// Model outputs that some step writes.
@@ -70,6 +73,8 @@ pub fn lower_with(
         copies: BTreeMap::new(),
         consts: BTreeMap::new(),
         precision: options.precision,
+        device: options.device,
+        narrow: crate::gpu::narrow_values(graph, options),
         views: Vec::new(),
         written: BTreeSet::new(),
     };
@@ -97,10 +102,15 @@ pub fn lower_with(
 /// Checks that every kernel keeps the promises of the tile IR and that its schedule is legal; the
 /// error shows the kernel. Lowering does this itself in debug builds.
 pub fn verify_plan(plan: &Plan) -> Result<()> {
-    for (_, PlanKernel { kernel, schedule }) in plan.kernels.iter() {
+    for (_, PlanKernel { kernel, schedule, forms }) in plan.kernels.iter() {
         let checked = tilewright_tile::verify(kernel)
             .and_then(|()| tilewright_tile::verify_schedule(kernel, schedule));
         checked.map_err(|e| e.with_note(format!("{kernel}\n{schedule}")))?;
+        for form in forms {
+            if let Form::Program { kernel, .. } = form {
+                tilewright_tile::verify(kernel).map_err(|e| e.with_note(kernel.to_string()))?;
+            }
+        }
     }
     Ok(())
 }
@@ -138,6 +148,7 @@ impl Lowering<'_> {
     pub(crate) fn operand_type(&self, dtype: DType) -> DType {
         match (self.precision, dtype) {
             (Precision::Bf16, DType::F32) => DType::BF16,
+            (Precision::F16, DType::F32) => DType::F16,
             _ => dtype,
         }
     }
@@ -191,6 +202,18 @@ impl Lowering<'_> {
         knobs: CpuKnobs,
         note: Note,
     ) -> Result<()> {
+        self.launch_forms(parts, tiles, knobs, Vec::new(), note)
+    }
+
+    /// As [`Lowering::launch`], with other forms of the kernel.
+    pub(crate) fn launch_forms(
+        &mut self,
+        parts: KernelParts,
+        tiles: Vec<(String, i64)>,
+        knobs: CpuKnobs,
+        forms: Vec<Form>,
+        note: Note,
+    ) -> Result<()> {
         let (kernel, args) = parts.finish(&self.graph.symbols);
         let tiles = tiles.into_iter().map(|(name, v)| (name.as_str().into(), v)).collect();
         let schedule = Schedule { tiles, cpu: knobs };
@@ -198,11 +221,11 @@ impl Lowering<'_> {
             .plan
             .kernels
             .iter()
-            .find(|(_, k)| k.schedule == schedule && *k.kernel == kernel)
+            .find(|(_, k)| k.schedule == schedule && *k.kernel == kernel && k.forms == forms)
             .map(|(id, _)| id);
         let sizes = kernel.symbols.iter().map(|s| Dim::sym(s.name.clone())).collect();
         let kernel: KernelId = known.unwrap_or_else(|| {
-            self.plan.kernels.push(PlanKernel { kernel: kernel.into(), schedule })
+            self.plan.kernels.push(PlanKernel { kernel: kernel.into(), schedule, forms })
         });
         self.plan.steps.push(Step::Launch { kernel, args, sizes, note });
         Ok(())
@@ -239,18 +262,18 @@ impl Lowering<'_> {
     ) -> Result<usize> {
         let place = self.place(v)?;
         let layout = self.over_reference(&place.layout, axes, shape);
-        let dtype = self.graph.dtype(v);
+        let dtype = self.plan.buffers[place.buffer].dtype;
         let same = |e: &Ext| e.buffer == place.buffer && e.layout == layout && e.shift.is_none();
         let known = dag
             .nodes
             .iter()
             .position(|n| matches!(&n.op, DagOp::Ext(e) if same(e) && n.dtype == dtype));
-        if let Some(known) = known {
-            return Ok(known);
-        }
-        let varies = layout.axes.iter().map(|a| !crate::views::is_broadcast(a)).collect();
-        let ext = Ext { buffer: place.buffer, dtype, layout, shift: None, fill: zero(dtype) };
-        Ok(dag.push(DagOp::Ext(ext), vec![], varies, dtype))
+        let loaded = known.unwrap_or_else(|| {
+            let varies = layout.axes.iter().map(|a| !crate::views::is_broadcast(a)).collect();
+            let ext = Ext { buffer: place.buffer, dtype, layout, shift: None, fill: zero(dtype) };
+            dag.push(DagOp::Ext(ext), vec![], varies, dtype)
+        });
+        Ok(dag.cast(loaded, self.graph.dtype(v)))
     }
 
     /// The elementwise and reducing part of a group. The anchor's result (for anchors that are not
@@ -283,7 +306,7 @@ impl Lowering<'_> {
                 Op::Pad { lo, mode: PadMode::Constant(fill), .. } => {
                     let x = node.inputs[0];
                     let place = self.place(x)?;
-                    let dtype = graph.dtype(x);
+                    let dtype = self.plan.buffers[place.buffer].dtype;
                     let shift = lo.iter().map(|d| Dim::new(0) - d).collect();
                     let ext = Ext {
                         buffer: place.buffer,
@@ -292,7 +315,8 @@ impl Lowering<'_> {
                         shift: Some(shift),
                         fill: *fill,
                     };
-                    dag.push(DagOp::Ext(ext), vec![], vec![true; rank], dtype)
+                    let padded = dag.push(DagOp::Ext(ext), vec![], vec![true; rank], dtype);
+                    dag.cast(padded, graph.dtype(x))
                 }
                 op if group.anchor == Anchor::Rows => {
                     let identity: AxisMap = (0..rank).map(Some).collect();
@@ -316,7 +340,8 @@ impl Lowering<'_> {
         for &v in &group.outputs {
             let place = self.destination(v)?;
             let layout = self.over_reference(&place.layout, &group.vals[&v], &group.shape);
-            dag.stores.push(DagStore { node: made[&v], buffer: place.buffer, layout });
+            let node = dag.cast(made[&v], self.plan.buffers[place.buffer].dtype);
+            dag.stores.push(DagStore { node, buffer: place.buffer, layout });
         }
         Ok(dag)
     }
@@ -342,14 +367,9 @@ impl Lowering<'_> {
     }
 
     /// Copies a tensor from one place to another.
-    pub(crate) fn copy_step(
-        &mut self,
-        dtype: DType,
-        from: &Place,
-        to: &Place,
-        name: &str,
-    ) -> Result<()> {
+    pub(crate) fn copy_step(&mut self, from: &Place, to: &Place, name: &str) -> Result<()> {
         let shape = to.layout.shape();
+        let [dtype, wanted] = [from, to].map(|p| self.plan.buffers[p.buffer].dtype);
         let mut dag = Dag::default();
         let layout = Layout {
             axes: from
@@ -367,8 +387,9 @@ impl Lowering<'_> {
         let varies = layout.axes.iter().map(|a| !crate::views::is_broadcast(a)).collect();
         let ext = Ext { buffer: from.buffer, dtype, layout, shift: None, fill: zero(dtype) };
         let x = dag.push(DagOp::Ext(ext), vec![], varies, dtype);
-        dag.stores.push(DagStore { node: x, buffer: to.buffer, layout: to.layout.clone() });
-        let bytes = tilewright_layout::numel(&shape) * (2 * dtype.size() as i64);
+        let node = dag.cast(x, wanted);
+        dag.stores.push(DagStore { node, buffer: to.buffer, layout: to.layout.clone() });
+        let bytes = tilewright_layout::numel(&shape) * (dtype.size() + wanted.size()) as i64;
         let note = Note {
             label: "copy".to_string(),
             anchor: "map".to_string(),
@@ -406,7 +427,7 @@ impl Lowering<'_> {
             let from = self.place(v)?;
             if from != to {
                 let name = self.value_name(v);
-                self.copy_step(self.graph.dtype(v), &from, &to, &name)?;
+                self.copy_step(&from, &to, &name)?;
             }
             start = start + len;
         }
@@ -441,13 +462,15 @@ impl Lowering<'_> {
         for &v in &node.outputs {
             let wished = self.destination(v)?;
             let plain = Layout::row_major(self.graph.shape(v));
-            let whole = self.plan.buffers[wished.buffer].layout == plain;
+            let buffer = &self.plan.buffers[wished.buffer];
+            let whole = buffer.layout == plain && buffer.dtype == self.graph.dtype(v);
             if wished.layout == plain && whole {
                 outputs.push(wished.buffer);
                 continue;
             }
             // Written apart, and copied to where it is wanted afterwards.
             let apart = self.in_arena(v, plain);
+            self.plan.buffers[apart.buffer].dtype = self.graph.dtype(v);
             outputs.push(apart.buffer);
         }
         let op = (self.host)(self.graph, id);
@@ -458,7 +481,7 @@ impl Lowering<'_> {
             if wished.buffer != buffer {
                 let from = Place { buffer, layout: Layout::row_major(self.graph.shape(v)) };
                 let name = self.value_name(v);
-                self.copy_step(self.graph.dtype(v), &from, &wished, &name)?;
+                self.copy_step(&from, &wished, &name)?;
             }
         }
         Ok(())
@@ -467,14 +490,16 @@ impl Lowering<'_> {
     /// A buffer that holds exactly this value, row-major.
     fn plain_buffer(&mut self, v: ValueId) -> Result<BufferId> {
         let plain = Layout::row_major(self.graph.shape(v));
+        let dtype = self.graph.dtype(v);
         if self.graph.as_const(v).is_some() {
-            return Ok(self.const_place(v, plain).buffer);
+            return Ok(self.const_place_as(v, dtype, plain).buffer);
         }
         let place = self.place(v)?;
-        if place.layout == plain && self.plan.buffers[place.buffer].layout == plain {
+        let buffer = &self.plan.buffers[place.buffer];
+        if place.layout == plain && buffer.layout == plain && buffer.dtype == dtype {
             return Ok(place.buffer);
         }
-        Ok(self.row_major_copy(v, &place)?.buffer)
+        Ok(self.row_major_copy_as(v, dtype, &place)?.buffer)
     }
 
     /// Model outputs that no step has written yet: inputs, constants, views, and repeats.
@@ -484,10 +509,9 @@ impl Lowering<'_> {
                 continue;
             }
             let layout = Layout::row_major(self.graph.shape(*v));
-            let dtype = self.graph.dtype(*v);
             let buffer = self.new_buffer(*v, layout.clone(), Storage::Output(i));
             let from = self.place(*v)?;
-            self.copy_step(dtype, &from, &Place { buffer, layout }, name)?;
+            self.copy_step(&from, &Place { buffer, layout }, name)?;
             self.written.insert(i);
         }
         Ok(())

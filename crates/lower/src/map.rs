@@ -58,7 +58,7 @@ impl Lowering<'_> {
             let extent = extent(shape, group);
             let size = match n - c {
                 1 => Some(("BN", bn)),
-                2 if bm > 1 => Some(("BM", bm)),
+                2 if bm > 1 || self.on_gpu() => Some(("BM", bm)),
                 _ => None,
             };
             pos.push(match size {

@@ -60,7 +60,12 @@ fn unview(op: &Op, to: &Layout, from_shape: &[Dim]) -> Option<Layout> {
 
 impl Lowering<'_> {
     pub(crate) fn new_buffer(&mut self, v: ValueId, layout: Layout, storage: Storage) -> BufferId {
-        let (name, dtype) = (self.value_name(v), self.graph.dtype(v));
+        let name = self.value_name(v);
+        // Inputs and outputs are the caller's: they have the types of the model.
+        let dtype = match storage {
+            Storage::Arena | Storage::Const(_) => self.stored_type(v),
+            Storage::Input(_) | Storage::Output(_) => self.graph.dtype(v),
+        };
         self.plan.buffers.push(Buffer { name, value: Some(v.0), dtype, layout, storage })
     }
 
@@ -121,7 +126,7 @@ impl Lowering<'_> {
 
     /// A constant under a layout of its own; the same constant under the same layout is one buffer.
     pub(crate) fn const_place(&mut self, v: ValueId, layout: Layout) -> Place {
-        self.const_place_as(v, self.graph.dtype(v), layout)
+        self.const_place_as(v, self.stored_type(v), layout)
     }
 
     /// As [`Lowering::const_place`], rounded to a type when it is packed.
@@ -143,19 +148,36 @@ impl Lowering<'_> {
 
     /// A row-major copy of a value in the arena, made once.
     pub(crate) fn row_major_copy(&mut self, v: ValueId, from: &Place) -> Result<Place> {
-        self.copy_as(v, from, Layout::row_major(self.graph.shape(v)))
+        self.row_major_copy_as(v, self.plan.buffers[from.buffer].dtype, from)
     }
 
-    /// A copy of a value in the arena under a layout, made once.
-    pub(crate) fn copy_as(&mut self, v: ValueId, from: &Place, layout: Layout) -> Result<Place> {
-        let key = (v, layout.clone());
+    /// As [`Lowering::row_major_copy`], in this type.
+    pub(crate) fn row_major_copy_as(
+        &mut self,
+        v: ValueId,
+        dtype: DType,
+        from: &Place,
+    ) -> Result<Place> {
+        self.copy_as(v, dtype, from, Layout::row_major(self.graph.shape(v)))
+    }
+
+    /// A copy of a value in the arena in this type under a layout, made once.
+    pub(crate) fn copy_as(
+        &mut self,
+        v: ValueId,
+        dtype: DType,
+        from: &Place,
+        layout: Layout,
+    ) -> Result<Place> {
+        let key = (v, dtype, layout.clone());
         if let Some(copy) = self.copies.get(&key) {
             return Ok(copy.clone());
         }
         let name = self.value_name(v);
         let buffer = self.new_buffer(v, layout.clone(), Storage::Arena);
+        self.plan.buffers[buffer].dtype = dtype;
         let to = Place { buffer, layout };
-        self.copy_step(self.graph.dtype(v), from, &to, &name)?;
+        self.copy_step(from, &to, &name)?;
         self.copies.insert(key, to.clone());
         Ok(to)
     }

@@ -12,11 +12,11 @@ use crate::map::{block_of, extent};
 use crate::schedule::{even, round_up, row_tile};
 use crate::views::{by_distance, is_broadcast, nominal, partition};
 use std::collections::BTreeMap;
-use tilewright_base::{DType, Result};
+use tilewright_base::{DType, Error, Result};
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op as ExprOp, Value};
 use tilewright_graph::Op;
-use tilewright_layout::{Dim, Layout, numel};
-use tilewright_plan::Note;
+use tilewright_layout::{Dim, Layout, Symbols, numel};
+use tilewright_plan::{BufferId, Form, Note};
 use tilewright_tile::{Operand, ReduceKind, TileId, TileType};
 
 /// A function of operands of these types, built by `body`.
@@ -332,10 +332,55 @@ impl Lowering<'_> {
             (false, None) => even(height, (4096 / bn).clamp(lanes, 1024), lanes),
         };
 
+        let geometry =
+            Geometry { dag, shape, canon: &canon, row_axes: &row_axes, row_axis, tile_axis };
+        // A GPU gets both where it can: which one runs is known with the sizes.
+        let fits = width.as_const().is_none_or(|w| w <= if stores_rows { WHOLE_ROW } else { most });
+        let both = self.on_gpu() && row_axes.len() == 1 && !scans && fits;
+        let whole = whole && !both;
+        let (k, tiles) = geometry.write(&name, &self.graph.symbols, whole, [bm, bn]);
+        let mut forms = Vec::new();
+        if both {
+            let (other, _) = geometry.write(&name, &self.graph.symbols, true, [bm, bn]);
+            let (kernel, args) = other.finish(&self.graph.symbols);
+            let find = |b: &BufferId| k.args.iter().position(|a| a == b);
+            let params: Option<Vec<usize>> = args.iter().map(find).collect();
+            let params = params.ok_or_else(|| Error::bug("forms of one kernel read the same"))?;
+            forms.push(Form::Program { kernel: kernel.into(), params });
+        }
+        let mut knobs = self.memory_knobs(dag);
+        // Only a tile that holds the row is read again from the caches.
+        knobs.ahead &= whole;
+        self.launch_forms(k, tiles, knobs, forms, note)
+    }
+}
+
+/// Where the tile of a row kernel stands.
+struct Geometry<'a> {
+    dag: &'a Dag,
+    shape: &'a [Dim],
+    canon: &'a [Vec<usize>],
+    /// Canonical axes that reductions combine.
+    row_axes: &'a [usize],
+    /// The one of them that is a tile axis.
+    row_axis: usize,
+    /// The other tile axis.
+    tile_axis: usize,
+}
+
+impl Geometry<'_> {
+    /// The kernel, with whole rows in a tile or with rows in pieces; and its tile sizes.
+    fn write(
+        &self,
+        name: &str,
+        symbols: &Symbols,
+        whole: bool,
+        [bm, bn]: [i64; 2],
+    ) -> (KernelParts, Vec<(String, i64)>) {
+        let Geometry { dag, shape, canon, row_axes, row_axis, tile_axis } = *self;
         let mut k = KernelParts::new(name, symbols);
         let (bm_dim, bm_name) = k.tile("BM");
         let (bn_dim, bn_name) = k.tile("BN");
-        let tiles = vec![(bm_name, bm), (bn_name, bn)];
         let mut pos = Vec::new();
         for (c, axes) in canon.iter().enumerate() {
             let extent = extent(shape, axes);
@@ -351,15 +396,14 @@ impl Lowering<'_> {
                 Pos::unit(k.grid(&format!("g{c}"), extent))
             });
         }
+        let width = extent(shape, &canon[row_axis]);
+        let (canon, row_axes) = (canon.to_vec(), row_axes.to_vec());
         let rows = Rows { dag, shape, canon, pos, rows: row_axes, width };
         match whole {
             true => rows.whole(&mut k),
             false => rows.pieces(&mut k),
         }
-        let mut knobs = self.memory_knobs(dag);
-        // Only a tile that holds the row is read again from the caches.
-        knobs.ahead &= whole;
-        self.launch(k, tiles, knobs, note)
+        (k, vec![(bm_name, bm), (bn_name, bn)])
     }
 }
 

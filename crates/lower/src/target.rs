@@ -69,6 +69,20 @@ impl CpuTarget {
     }
 }
 
+impl From<&tilewright_target::Gpu> for CpuTarget {
+    /// The rates of a GPU, for the fusion planner. Caches and lanes are those of a plain CPU: they set
+    /// the tile sizes with which the interpreter runs a GPU's plan.
+    fn from(gpu: &tilewright_target::Gpu) -> CpuTarget {
+        let clocks = f64::from(gpu.sms) * gpu.model.clock_ghz * 1e9;
+        CpuTarget {
+            flops_per_second: clocks * gpu.f32_flops_per_clock,
+            bytes_per_second: gpu.copy_bytes_per_s,
+            launch_ns: gpu.model.launch_us * 1e3,
+            ..CpuTarget::avx2()
+        }
+    }
+}
+
 impl From<&tilewright_target::Cpu> for CpuTarget {
     fn from(cpu: &tilewright_target::Cpu) -> CpuTarget {
         let bytes = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);

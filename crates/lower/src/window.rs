@@ -1,7 +1,7 @@
 //! Pooling: taps combined elementwise, channels as the vector axis where they are blocked.
 
 use crate::block::{Emit, KernelParts, Pos};
-use crate::contract::give_anchor;
+use crate::contract::{finish_acc, give_anchor};
 use crate::fuse::Group;
 use crate::lowering::Lowering;
 use crate::map::block_of;
@@ -77,7 +77,7 @@ impl Lowering<'_> {
         });
         let Some((node, attrs)) = node else { return Err(Error::bug("no window in its group")) };
         let x = self.place(node.inputs[0])?;
-        let dtype = graph.dtype(node.inputs[0]);
+        let dtype = self.plan.buffers[x.buffer].dtype;
         let spatial = graph.shape(node.inputs[0])[2..].to_vec();
         let dag = self.dag(group)?;
         let shape = &group.shape;
@@ -87,6 +87,7 @@ impl Lowering<'_> {
         let (stand, tiles) = stand(self, &mut k, shape, &layouts);
         let param = k.input(x.buffer, dtype, x.layout.clone());
         let result = pool(&mut k, &stand, attrs, &spatial, param, dtype);
+        let result = finish_acc(&mut k, result, dtype, graph.dtype(node.inputs[0]));
         let canon = canon(shape.len());
         let mut emit = Emit::new(&dag, &canon, stand.pos.clone());
         give_anchor(&mut emit, result);

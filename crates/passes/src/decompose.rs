@@ -39,7 +39,7 @@ pub fn decompose_all(graph: &mut Graph) -> Result<bool> {
             Op::Softmax { axis, log } => Some(softmax(ed, node.inputs[0], *axis, *log)?),
             Op::LayerNorm { axis, eps } => Some(row_norm(ed, &node.inputs, *axis, *eps, true)?),
             Op::RmsNorm { axis, eps } => Some(row_norm(ed, &node.inputs, *axis, *eps, false)?),
-            Op::Attention(attrs) => attention(ed, attrs, &node.inputs)?,
+            Op::Attention(attrs) => attention(ed, attrs, &node.inputs, false)?,
             _ => None,
         };
         Ok(v.map(|v| vec![v]))
@@ -47,6 +47,54 @@ pub fn decompose_all(graph: &mut Graph) -> Result<bool> {
         changed = true;
     }
     Ok(changed)
+}
+
+/// Takes attention apart into two products and a softmax, where `keep` does not hold of it, and writes
+/// products that sum nothing (outer products) as maps: for targets without kernels for these.
+pub fn decompose_products(
+    graph: &mut Graph,
+    keep: &dyn Fn(&Graph, NodeId) -> bool,
+) -> Result<bool> {
+    rewrite(graph, &mut |ed, id| {
+        let node = ed.graph.nodes[id].clone();
+        let v = match &node.op {
+            Op::Attention(_) if keep(ed.graph, id) => None,
+            Op::Attention(attrs) => attention(ed, attrs, &node.inputs, true)?,
+            Op::Contract { .. } => outer_product(ed, &node.op, &node.inputs)?,
+            _ => None,
+        };
+        Ok(v.map(|v| vec![v]))
+    })
+}
+
+/// A contraction over letters of extent 1 only, as a map of permuted operands.
+fn outer_product(ed: &mut Editor<'_>, op: &Op, inputs: &[ValueId]) -> Result<Option<ValueId>> {
+    let Op::Contract { lhs, rhs, out, acc, dtype } = op else { return Ok(None) };
+    let mut sides = Vec::new();
+    for (letters, &v) in [(lhs, &inputs[0]), (rhs, &inputs[1])] {
+        let shape = ed.graph.shape(v).to_vec();
+        let summed = |(l, d): (char, &Dim)| !out.contains(l) && !d.is(1);
+        if letters.chars().zip(&shape).any(summed) {
+            return Ok(None);
+        }
+        // The operand's axes in the order of the result, extents of 1 for what it lacks.
+        let mut kept: Vec<(usize, usize)> =
+            letters.chars().enumerate().filter_map(|(i, l)| Some((out.find(l)?, i))).collect();
+        kept.sort_unstable();
+        let rest = (0..shape.len()).filter(|i| kept.iter().all(|k| k.1 != *i));
+        let perm: Vec<usize> = kept.iter().map(|k| k.1).chain(rest).collect();
+        let there: Vec<Dim> = (0..out.len())
+            .map(|o| kept.iter().find(|k| k.0 == o).map_or(Dim::new(1), |k| shape[k.1].clone()))
+            .collect();
+        let v = ed.permute(v, &perm)?;
+        sides.push(ed.reshape(v, &there)?);
+    }
+    let (acc, dtype) = (*acc, *dtype);
+    Ok(Some(map(ed, &sides, |f, p| {
+        let (a, b) = (f.cast(p[0], acc), f.cast(p[1], acc));
+        let y = f.op(ExprOp::Mul, &[a, b]);
+        f.cast(y, dtype)
+    })?))
 }
 
 /// An elementwise node whose function the closure writes.
@@ -207,6 +255,7 @@ fn attention(
     ed: &mut Editor<'_>,
     attrs: &AttentionAttrs,
     inputs: &[ValueId],
+    keep_softmax: bool,
 ) -> Result<Option<ValueId>> {
     let (q, k, v) = (inputs[0], inputs[1], inputs[2]);
     let (qs, ks, vs) =
@@ -244,7 +293,10 @@ fn attention(
             f.op(ExprOp::Select, &[hidden, nothing, p[0]])
         })?;
     }
-    let weights = softmax(ed, scores, 3, false)?;
+    let weights = match keep_softmax {
+        true => ed.op(Op::Softmax { axis: 3, log: false }, &[scores])?,
+        false => softmax(ed, scores, 3, false)?,
+    };
     let weights = ed.reshape(
         weights,
         &[

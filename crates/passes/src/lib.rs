@@ -24,7 +24,7 @@ mod simplify;
 mod simplify_map;
 mod view;
 
-pub use decompose::decompose_all;
+pub use decompose::{decompose_all, decompose_products};
 pub use histogram::{Histogram, op_name};
 pub use layout::{Layouts, choose_layouts};
 pub use manager::{

@@ -3,6 +3,22 @@
 //! This is what lowering produces and what the runtime runs. It holds tile programs with their
 //! schedules, not machine code; the crate `jit` turns each distinct kernel into code once.
 //! It knows no frontends and no devices.
+//!
+//! Where a kernel can also be written in another form ([`Form`]), it says so beside the tile program: a
+//! matrix product with its sizes ([`Product`]) or an [`Attention`], which a library of schedules may serve; a program that
+//! holds whole rows. A target takes the first form that it has a way to run; the tile program is always
+//! there, and says what is computed.
+//!
+//! What every runtime does with a plan before it runs is here, too: sizes from the inputs
+//! ([`bind`]), and places in one block of memory ([`arena`]).
+
+pub mod arena;
+mod attention;
+pub mod bind;
+mod product;
+
+pub use attention::{Attention, Heads};
+pub use product::{Matrix, Product, Repeat, Vector};
 
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};
@@ -57,8 +73,26 @@ pub struct Buffer {
 pub struct PlanKernel {
     /// What a block computes.
     pub kernel: Arc<Kernel>,
-    /// How.
+    /// How, on a CPU; the interpreter takes its tile sizes.
     pub schedule: Schedule,
+    /// Other forms of the same computation, the preferred one first. For GPUs.
+    pub forms: Vec<Form>,
+}
+
+/// Another form of a kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Form {
+    /// Another tile program. Its parameter `i` is the kernel's parameter `params[i]`.
+    Program {
+        /// The program.
+        kernel: Arc<Kernel>,
+        /// Which parameters of the step's kernel are its own.
+        params: Vec<usize>,
+    },
+    /// A matrix product. Parameters are the kernel's.
+    Product(Box<Product>),
+    /// Attention. Parameters are the kernel's.
+    Attention(Box<Attention>),
 }
 
 /// One step of a plan.

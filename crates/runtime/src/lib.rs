@@ -5,7 +5,6 @@
 //! argument tables for the sizes last used. Running with sizes seen before allocates nothing (host
 //! steps excepted). This crate decides nothing about compilation: it is handed loaded libraries.
 
-mod arena;
 mod array;
 mod machine;
 mod memory;
@@ -14,10 +13,9 @@ mod permission;
 mod pool;
 mod session;
 
-pub use arena::{ArenaPlan, Live, plan_arena};
 pub use array::ArrayCode;
 pub use machine::measure;
-pub use memory::{AlignedBuffer, check_memory};
+pub use memory::AlignedBuffer;
 pub use pack::pack;
 pub use permission::request_tiles;
 pub use pool::Pool;

@@ -11,7 +11,14 @@ pub enum Precision {
     /// `f32` products and sums.
     #[default]
     F32,
-    /// Contractions and convolutions round their operands to `bf16` and sum in `f32`.
+    /// Contractions and convolutions round their operands to TF32 (11 significant digits) and sum in
+    /// `f32`. GPUs only.
+    Tf32,
+    /// Contractions and convolutions round their operands to `f16` and sum in `f32`; weights and
+    /// intermediate results are stored in `f16`. GPUs only.
+    F16,
+    /// Contractions and convolutions round their operands to `bf16` and sum in `f32`. On a GPU weights
+    /// and intermediate results are stored in `bf16`, too.
     Bf16,
 }
 
@@ -19,6 +26,8 @@ impl fmt::Display for Precision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Precision::F32 => "f32",
+            Precision::Tf32 => "tf32",
+            Precision::F16 => "f16",
             Precision::Bf16 => "bf16",
         })
     }
@@ -29,8 +38,10 @@ impl FromStr for Precision {
     fn from_str(s: &str) -> Result<Self, String> {
         match s {
             "f32" => Ok(Precision::F32),
+            "tf32" => Ok(Precision::Tf32),
+            "f16" => Ok(Precision::F16),
             "bf16" => Ok(Precision::Bf16),
-            other => Err(format!("`{other}` is not a precision: f32 or bf16")),
+            other => Err(format!("`{other}` is not a precision: f32, tf32, f16 or bf16")),
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Times a compiled model: medians over many runs.
 
+#[cfg(feature = "cpu")]
 use crate::compile::Compiled;
-use std::time::{Duration, Instant};
-use tilewright_base::Result;
-use tilewright_data::Tensor;
+use std::time::Duration;
+#[cfg(feature = "cpu")]
+use {std::time::Instant, tilewright_base::Result, tilewright_data::Tensor};
 
 /// Times of repeated runs.
 #[derive(Clone, Debug)]
@@ -28,6 +29,7 @@ impl Times {
     }
 }
 
+#[cfg(feature = "cpu")]
 /// Runs the model `warmup` times, then until `runs` runs or `limit` are over (at least 3 runs).
 pub fn time(
     compiled: &Compiled,
@@ -51,6 +53,7 @@ pub fn time(
     Ok(times)
 }
 
+#[cfg(feature = "cpu")]
 /// Median time of each step of the plan, in the plan's order.
 pub fn step_medians(compiled: &Compiled, inputs: &[Tensor], runs: usize) -> Result<Vec<Duration>> {
     let mut session = compiled.session()?;

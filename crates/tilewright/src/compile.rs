@@ -1,20 +1,19 @@
 //! [`Compiler`]: a graph becomes an executable plan.
 
+use crate::host::host_call;
 use crate::machine::{cache_dir, host_cpu};
 use crate::model::Model;
+use crate::stage::{Stage, StageTime};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tilewright_base::{Result, ResultExt};
-use tilewright_data::Tensor;
+use std::time::Instant;
+use tilewright_base::{Error, Result, ResultExt};
 use tilewright_emit_llvm::emit_kernel;
-use tilewright_graph::{Graph, NodeId, Op, Value};
-use tilewright_interp::graph::{Mode, Options, run_with};
+use tilewright_graph::Graph;
 use tilewright_jit::{Jit, Source};
-use tilewright_layout::Env;
 use tilewright_lower::{Choice, CpuTarget, FusionPlan};
 use tilewright_passes::PassContext;
-use tilewright_plan::{HostCall, Plan};
+use tilewright_plan::Plan;
 use tilewright_runtime::{Code, Executable, Pool, Session};
 use tilewright_target::{Cpu, Precision};
 use tilewright_tile::MatrixUnit;
@@ -34,28 +33,6 @@ pub struct Compiler {
     /// breaks.
     pub in_place: bool,
     pool: Arc<Pool>,
-}
-
-/// What the graph looks like on its way, for `tw inspect`.
-#[derive(Debug)]
-pub enum Stage<'a> {
-    /// After a graph pass (or `import`, before the first).
-    Graph(&'a str, &'a Graph),
-    /// The fusion groups.
-    Fusion(&'a FusionPlan),
-    /// Tile programs and plan.
-    Plan(&'a Plan),
-    /// LLVM IR of one kernel: name and text.
-    Llvm(&'a str, &'a str),
-}
-
-/// How long a stage of compilation took.
-#[derive(Clone, Debug)]
-pub struct StageTime {
-    /// Pass or step.
-    pub name: String,
-    /// Wall time.
-    pub time: Duration,
 }
 
 /// A compiled model.
@@ -118,6 +95,12 @@ impl Compiler {
         mut graph: Graph,
         observe: &mut dyn FnMut(Stage<'_>),
     ) -> Result<Compiled> {
+        if matches!(self.precision, Precision::Tf32 | Precision::F16) {
+            let message = format!("--precision {} on a CPU", self.precision);
+            return Err(Error::unsupported(message).with_hint(
+                "CPUs compute in f32 or bf16; with `--device cuda` there are tf32 and f16",
+            ));
+        }
         let mut stages = Vec::new();
         let mut clock = Instant::now();
         let mut lap = |stages: &mut Vec<StageTime>, name: &str| {
@@ -147,7 +130,11 @@ impl Compiler {
 
         let layouts = tilewright_passes::choose_layouts(&graph, &context);
         lap(&mut stages, "layout");
-        let options = tilewright_lower::Options { fusion: self.fusion, precision: self.precision };
+        let options = tilewright_lower::Options {
+            fusion: self.fusion,
+            precision: self.precision,
+            ..Default::default()
+        };
         let (plan, fusion) =
             tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
         observe(Stage::Fusion(&fusion));
@@ -228,40 +215,6 @@ impl Compiler {
             launch_ns: self.cpu.ceilings.launch_s * 1e9,
         }
     }
-}
-
-/// A call of the interpreter for one node.
-fn host_call(graph: &Graph, node: NodeId) -> HostCall {
-    let mut alone = Graph::new(graph.name.clone());
-    let node = &graph.nodes[node];
-    alone.symbols = graph.symbols.clone();
-    let inputs: Vec<_> = node
-        .inputs
-        .iter()
-        .enumerate()
-        .map(|(i, &v)| {
-            let def = tilewright_graph::Def::Input(i);
-            let value = Value { name: format!("operand {i}"), ty: graph.ty(v).clone(), def };
-            alone.values.push(value)
-        })
-        .collect();
-    alone.inputs = inputs.clone();
-    let types = node.outputs.iter().map(|&v| graph.ty(v).clone()).collect();
-    let id = alone.add_node(node.op.clone(), inputs, types, node.origin.clone());
-    alone.order.push(id);
-    for (i, &v) in alone.nodes[id].outputs.clone().iter().enumerate() {
-        alone.outputs.push((format!("result {i}"), v));
-    }
-    let name = match &node.op {
-        Op::Host(host) => host.name.clone(),
-        op if node.origin.is_empty() => op.name().to_string(),
-        _ => node.origin.clone(),
-    };
-    let run = move |operands: &[Tensor], env: &Env| {
-        let options = Options { env: env.clone(), ..Options::new(Mode::Exact) };
-        Ok(run_with(&alone, operands, &options)?.outputs)
-    };
-    HostCall { name, run: Arc::new(run) }
 }
 
 impl Compiled {

@@ -1,16 +1,19 @@
 //! What each kernel does, costs and reaches, and how memory is used.
 
+#[cfg(feature = "cpu")]
 use crate::compile::Compiled;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+#[cfg(feature = "cpu")]
 use tilewright_base::Result;
 use tilewright_data::Tensor;
-use tilewright_graph::{Graph, ValueId};
+use tilewright_graph::Graph;
 use tilewright_layout::{Dim, Env};
-use tilewright_plan::{BufferId, Note, PlanKernel, Step, Storage};
+use tilewright_plan::{BufferId, Note, Plan, Step};
+#[cfg(feature = "cpu")]
 use tilewright_target::Ceilings;
-use tilewright_tile::{Access, Block, Kernel, MatrixUnit, Schedule, Stmt, TileOp};
+use tilewright_tile::{Access, Block, Kernel, MatrixUnit, Stmt, TileOp};
 
 /// Which ceiling of the machine limits a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -117,6 +120,7 @@ pub struct Explanation {
 }
 
 /// Times each kernel `runs` times on these inputs and compares it with the machine's ceilings.
+#[cfg(feature = "cpu")]
 pub fn explain(
     compiled: &Compiled,
     original: &Graph,
@@ -125,26 +129,68 @@ pub fn explain(
 ) -> Result<Explanation> {
     let plan = compiled.plan();
     let times = crate::bench::step_medians(compiled, inputs, runs)?;
+    let seconds: Vec<f64> = times.iter().map(|t| t.as_secs_f64()).collect();
     let env = env_of(compiled.graph(), inputs);
-    let number = |d: &Dim| d.eval(&env).map_or(0.0, |v| v as f64);
-    let cpu = compiled.cpu();
-    let total: f64 = times.iter().map(|t| t.as_secs_f64()).sum();
+    let ceilings = &compiled.cpu().ceilings;
+    let kernels = steps(plan, &env, &seconds, &|k| Limits {
+        flops_per_s: compute_ceiling(ceilings, &k.products),
+        bytes_per_s: ceilings.memory_read_bytes_per_s,
+        launch_s: ceilings.launch_s,
+    });
+    let memory = compiled.session()?.memory(inputs)?;
+    Ok(Explanation {
+        model: plan.name.clone(),
+        cpu: compiled.cpu().clone(),
+        sizes: env.iter().map(|(n, v)| (n.to_string(), *v)).collect(),
+        kernels,
+        seconds: seconds.iter().sum(),
+        operators_before: original.order.len(),
+        operators_after: compiled.graph().order.len(),
+        distinct_kernels: plan.kernels.len(),
+        memory: MemoryReport {
+            arena_bytes: memory.arena_bytes,
+            apart_bytes: memory.apart_bytes,
+            naive_bytes: memory.naive_bytes,
+            shared_constant_bytes: memory.shared_constant_bytes,
+            packed_constant_bytes: memory.packed_constant_bytes,
+            scratch_bytes: memory.scratch_bytes,
+        },
+        stages: compiled.stages().iter().map(|s| (s.name.clone(), s.time.as_secs_f64())).collect(),
+    })
+}
+
+/// Rates that bound a kernel.
+pub(crate) struct Limits {
+    pub(crate) flops_per_s: f64,
+    pub(crate) bytes_per_s: f64,
+    pub(crate) launch_s: f64,
+}
+
+/// A report per step of a plan, from the time that each took.
+pub(crate) fn steps(
+    plan: &Plan,
+    env: &Env,
+    seconds: &[f64],
+    limits: &dyn Fn(&KernelReport) -> Limits,
+) -> Vec<KernelReport> {
+    let number = |d: &Dim| d.eval(env).map_or(0.0, |v| v as f64);
+    let total: f64 = seconds.iter().sum();
     let mut kernels = Vec::with_capacity(plan.steps.len());
     // Steps that write a buffer, so far.
     let mut writer: BTreeMap<BufferId, Vec<usize>> = BTreeMap::new();
-    for (i, step) in plan.steps.iter().enumerate() {
+    for (i, (step, &seconds)) in plan.steps.iter().zip(seconds).enumerate() {
         let mut products = Vec::new();
         let (note, kernel, reads, writes): (&Note, String, Vec<BufferId>, Vec<BufferId>) =
             match step {
                 Step::Launch { kernel, args, note, .. } => {
-                    let PlanKernel { kernel, schedule } = &plan.kernels[*kernel];
-                    products = products_of(kernel, schedule);
+                    let planned = &plan.kernels[*kernel];
+                    products = products_of(&planned.kernel, planned.schedule.cpu.unit);
                     let side = |wanted: bool| {
-                        let params = kernel.params.as_slice().iter().zip(args);
+                        let params = planned.kernel.params.as_slice().iter().zip(args);
                         let side = params.filter(|(p, _)| (p.access == Access::In) == wanted);
                         side.map(|(_, b)| *b).collect()
                     };
-                    (note, kernel.name.clone(), side(true), side(false))
+                    (note, planned.kernel.name.clone(), side(true), side(false))
                 }
                 Step::Host { inputs, outputs, note, .. } => {
                     (note, "host".to_string(), inputs.clone(), outputs.clone())
@@ -160,16 +206,7 @@ pub fn explain(
         let names =
             |list: &[BufferId]| list.iter().map(|b| plan.buffers[*b].name.clone()).collect();
         let (reads, writes) = (names(&reads), names(&writes));
-        let (flops, bytes) = (number(&note.flops), number(&note.bytes));
-        let seconds = times[i].as_secs_f64();
-        let limits = [
-            (Roof::Compute, flops / compute_ceiling(&cpu.ceilings, &products)),
-            (Roof::Memory, bytes / cpu.ceilings.memory_read_bytes_per_s),
-            (Roof::Launch, cpu.ceilings.launch_s),
-        ];
-        let (roof, least) =
-            limits.into_iter().fold((Roof::Launch, 0.0), |a, b| if b.1 > a.1 { b } else { a });
-        kernels.push(KernelReport {
+        let mut report = KernelReport {
             step: i,
             label: note.label.clone(),
             kernel,
@@ -179,36 +216,28 @@ pub fn explain(
             reads,
             writes,
             after,
-            flops,
-            bytes,
+            flops: number(&note.flops),
+            bytes: number(&note.bytes),
             bytes_saved: number(&note.bytes_saved),
             seconds,
             share: if total > 0.0 { seconds / total } else { 0.0 },
-            roof,
-            fraction: if seconds > 0.0 { least / seconds } else { 0.0 },
+            roof: Roof::Launch,
+            fraction: 0.0,
             estimate_seconds: note.estimate_ns * 1e-9,
-        });
+        };
+        let rates = limits(&report);
+        let limits = [
+            (Roof::Compute, report.flops / rates.flops_per_s),
+            (Roof::Memory, report.bytes / rates.bytes_per_s),
+            (Roof::Launch, rates.launch_s),
+        ];
+        let (roof, least) =
+            limits.into_iter().fold((Roof::Launch, 0.0), |a, b| if b.1 > a.1 { b } else { a });
+        report.roof = roof;
+        report.fraction = if seconds > 0.0 { least / seconds } else { 0.0 };
+        kernels.push(report);
     }
-    let memory = compiled.session()?.memory(inputs)?;
-    Ok(Explanation {
-        model: plan.name.clone(),
-        cpu: cpu.clone(),
-        sizes: env.iter().map(|(n, v)| (n.to_string(), *v)).collect(),
-        kernels,
-        seconds: total,
-        operators_before: original.order.len(),
-        operators_after: compiled.graph().order.len(),
-        distinct_kernels: plan.kernels.len(),
-        memory: MemoryReport {
-            arena_bytes: memory.arena_bytes,
-            apart_bytes: memory.apart_bytes,
-            naive_bytes: memory.naive_bytes,
-            shared_constant_bytes: memory.shared_constant_bytes,
-            packed_constant_bytes: memory.packed_constant_bytes,
-            scratch_bytes: memory.scratch_bytes,
-        },
-        stages: compiled.stages().iter().map(|s| (s.name.clone(), s.time.as_secs_f64())).collect(),
-    })
+    kernels
 }
 
 /// What a step stands for.
@@ -319,6 +348,7 @@ impl Explanation {
     }
 }
 
+#[cfg(feature = "cpu")]
 /// Operations per second of the unit that most of a kernel's work is for: its first product's.
 fn compute_ceiling(ceilings: &Ceilings, products: &[String]) -> f64 {
     let uses = |unit: MatrixUnit| products.first().is_some_and(|p| p.contains(unit.name()));
@@ -332,7 +362,7 @@ fn compute_ceiling(ceilings: &Ceilings, products: &[String]) -> f64 {
 }
 
 /// The products of a kernel: `bf16 x bf16 -> f32 (bf16dot)`, each kind once.
-fn products_of(kernel: &Kernel, schedule: &Schedule) -> Vec<String> {
+fn products_of(kernel: &Kernel, unit: MatrixUnit) -> Vec<String> {
     fn walk(kernel: &Kernel, unit: MatrixUnit, block: &Block, found: &mut Vec<String>) {
         for stmt in &block.stmts {
             match stmt {
@@ -354,15 +384,6 @@ fn products_of(kernel: &Kernel, schedule: &Schedule) -> Vec<String> {
         }
     }
     let mut found = Vec::new();
-    walk(kernel, schedule.cpu.unit, &kernel.body, &mut found);
+    walk(kernel, unit, &kernel.body, &mut found);
     found
-}
-
-/// Which graph values each buffer of the plan holds, for drawing.
-pub fn buffer_values(compiled: &Compiled) -> Vec<Option<ValueId>> {
-    let buffers = &compiled.plan().buffers;
-    buffers
-        .iter()
-        .map(|(_, b)| b.value.filter(|_| !matches!(b.storage, Storage::Const(_))).map(ValueId))
-        .collect()
 }

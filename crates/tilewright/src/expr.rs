@@ -6,11 +6,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tilewright_base::{DType, Error, Result};
-use tilewright_data::Tensor;
+use tilewright_data::{Tensor, check_memory};
 use tilewright_emit_llvm::emit_func_array;
 use tilewright_expr::{ExprId, FloatEval, Func, Node, Op, Value};
 use tilewright_jit::{Jit, Options, Source};
-use tilewright_runtime::{ArrayCode, Pool, check_memory};
+use tilewright_runtime::{ArrayCode, Pool};
 use tilewright_target::Cpu;
 
 /// Name of the compiled function.

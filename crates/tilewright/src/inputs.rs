@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, Result};
-use tilewright_data::{Tensor, element_count};
+use tilewright_data::{Tensor, check_memory, element_count};
 use tilewright_graph::{Graph, Op, ValueId};
 use tilewright_interp::philox4x32_10;
 use tilewright_layout::{Dim, Env};
-use tilewright_runtime::check_memory;
 
 /// Sizes for symbols that the user did not choose: 8 for the first dimension of an input, else 32,
 /// moved into the symbol's range.

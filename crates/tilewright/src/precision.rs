@@ -1,200 +1,165 @@
-//! What rounding the operands of products to `bf16` may cost: the part of the error budget that
-//! `--precision bf16` adds.
+//! What rounding may cost: the budget of `--precision tf32`, `f16` and `bf16`.
 //!
-//! A product `c = sum over k of a[k] * b[k]` with operands rounded to nearest errs by
-//! `sum of a[k] * b[k] * (d[k] + e[k])`, where `d` and `e` are at most the unit roundoff `u = 2^-8`.
-//! For independent roundings, Hoeffding's inequality bounds this, but for a chance of
-//! `2 exp(-L^2/2)`, by
+//! The measure is the same as for `f32`: what a plain evaluation in the types that are used loses against
+//! float64, with room. For a narrow precision that evaluation is the graph in `f32` with roundings put in
+//! ([`Rounded::of`]): the operands of products, and what the plan stores in fewer bits. Kernels round the
+//! same values, in another order of sums; fused ones round fewer.
 //!
 //! ```text
-//! L * 2u * sqrt(sum over k of a[k]^2 * b[k]^2)        L = 6: one element in 33 million
+//! budget = 4 * largest |rounded - f64|  +  4 u * largest |f64|        u: unit roundoff, 2^-8 for bf16
 //! ```
 //!
-//! The sum is computed in float64, from the oracle's operands; the reduction length is in it. Its
-//! largest value over a result, divided by the result's largest magnitude, is the product's *share*.
-//! Shares of the products that a value depends on add as independent errors do, the square root of
-//! the sum of squares, and their part of the value's budget is that times its largest magnitude. So
-//! the operators between products are taken to pass a relative error on about as it is.
-//!
-//! Attention is two products: the scores, whose error is an absolute one in the exponent (twice that,
-//! relative, in a weight), and the weighted sum of the values, whose weights add to 1.
+//! The second part stands for what the first may miss where few elements are compared: two evaluations with
+//! different roundings then differ by luck.
 
 use std::collections::{BTreeMap, BTreeSet};
-use tilewright_base::{DType, Result};
-use tilewright_data::Tensor;
-use tilewright_graph::{AttentionAttrs, Def, Graph, Node, NodeId, Op, Value, ValueId};
-use tilewright_interp::{Mode, Options, run_with};
-use tilewright_layout::Env;
+use tilewright_base::DType;
+use tilewright_expr::{Func, FuncBuilder, Op as ExprOp};
+use tilewright_graph::{Graph, Op, ValueId};
+use tilewright_plan::Plan;
+use tilewright_target::Precision;
 
-/// Unit roundoff of `bf16`: eight bits of significand.
-const UNIT_ROUNDOFF: f64 = 1.0 / 256.0;
-/// How many standard widths of Hoeffding's bound.
-const WIDTHS: f64 = 6.0;
-
-/// For each value, what rounded operands may cost it, relative to its largest magnitude.
-pub(crate) fn bf16_shares(
-    graph: &Graph,
-    trace: &BTreeMap<ValueId, Tensor>,
-    env: &Env,
-) -> Result<BTreeMap<ValueId, f64>> {
-    let mut squares: BTreeMap<NodeId, f64> = BTreeMap::new();
-    let mut above: BTreeMap<ValueId, BTreeSet<NodeId>> = BTreeMap::new();
-    let mut shares = BTreeMap::new();
-    for (id, node) in graph.live() {
-        let mut all: BTreeSet<NodeId> = BTreeSet::new();
-        for v in &node.inputs {
-            all.extend(above.get(v).into_iter().flatten());
-        }
-        if let Some(share) = own_share(graph, node, trace, env)? {
-            squares.insert(id, share * share);
-            all.insert(id);
-        }
-        let total: f64 = all.iter().map(|n| squares[n]).sum();
-        for &v in &node.outputs {
-            shares.insert(v, total.sqrt());
-            above.insert(v, all.clone());
-        }
-    }
-    Ok(shares)
+/// A graph with roundings put in.
+pub(crate) struct Rounded {
+    /// The graph.
+    pub(crate) graph: Graph,
+    /// For each value that is stored rounded, its rounded copy.
+    stored: BTreeMap<ValueId, ValueId>,
+    /// Values that depend on something rounded.
+    touched: BTreeSet<ValueId>,
+    unit: f64,
 }
 
-/// The share of a node that rounds its operands; `None` for all others.
-fn own_share(
-    graph: &Graph,
-    node: &Node,
-    trace: &BTreeMap<ValueId, Tensor>,
-    env: &Env,
-) -> Result<Option<f64>> {
-    let is_f32 = |i: usize| graph.dtype(node.inputs[i]) == DType::F32;
-    let product = match &node.op {
-        Op::Contract { .. } | Op::Conv(_) => is_f32(0) || is_f32(1),
-        Op::Attention(_) => is_f32(0),
-        _ => false,
+/// To fewer digits and back.
+fn rounding(precision: Precision) -> Option<(Func, f64)> {
+    let mut f = FuncBuilder::new();
+    let x = f.param("x", DType::F32);
+    let through = |f: &mut FuncBuilder, dtype: DType| {
+        let narrow = f.cast(x, dtype);
+        f.cast(narrow, DType::F32)
     };
-    if !product {
-        return Ok(None);
-    }
-    let operand = |i: usize| {
-        let v = node.inputs[i];
-        graph.as_const(v).or_else(|| trace.get(&v))
+    let (y, unit) = match precision {
+        Precision::F32 => return None,
+        Precision::Tf32 => {
+            // Veltkamp's splitting: the 11 leading digits.
+            let factor = f.constant(8193.0, DType::F32);
+            let scaled = f.op(ExprOp::Mul, &[factor, x]);
+            let low = f.op(ExprOp::Sub, &[scaled, x]);
+            (f.op(ExprOp::Sub, &[scaled, low]), 1.0 / 2048.0)
+        }
+        Precision::F16 => (through(&mut f, DType::F16), 1.0 / 2048.0),
+        Precision::Bf16 => (through(&mut f, DType::BF16), 1.0 / 256.0),
     };
-    let Some(result) = trace.get(&node.outputs[0]) else { return Ok(None) };
-    let largest = magnitude(result);
-    if largest == 0.0 {
-        return Ok(None);
-    }
-    let error = match &node.op {
-        Op::Attention(attrs) => match (operand(0), operand(1), operand(2)) {
-            (Some(q), Some(k), Some(v)) => {
-                let scores = WIDTHS * 2.0 * UNIT_ROUNDOFF * score_squares(q, k).sqrt();
-                let weights = 2.0 * scores * slope(attrs) + WIDTHS * 2.0 * UNIT_ROUNDOFF;
-                weights * magnitude(v)
+    Some((f.finish(y), unit))
+}
+
+impl Rounded {
+    /// The graph of a plan with its roundings; `None` where nothing is rounded.
+    pub(crate) fn of(precision: Precision, original: &Graph, plan: &Plan) -> Option<Rounded> {
+        let (round, unit) = rounding(precision)?;
+        let narrow: BTreeSet<ValueId> = plan
+            .buffers
+            .iter()
+            .filter_map(|(_, b)| Some((ValueId(b.value?), b.dtype)))
+            .filter(|(v, dtype)| dtype.is_float() && dtype.bits() < original.dtype(*v).bits())
+            .map(|(v, _)| v)
+            .collect();
+        let mut graph = original.clone();
+        let mut out = Rounded {
+            graph: Graph::default(),
+            stored: BTreeMap::new(),
+            touched: BTreeSet::new(),
+            unit,
+        };
+        let mut order = Vec::new();
+        let copy = |graph: &mut Graph, order: &mut Vec<_>, v: ValueId| {
+            let ty = graph.ty(v).clone();
+            let node = graph.add_node(Op::Map(round.clone()), vec![v], vec![ty], "rounded");
+            order.push(node);
+            graph.nodes[node].outputs[0]
+        };
+        for &v in narrow.iter().filter(|v| original.as_const(**v).is_some()) {
+            out.stored.insert(v, copy(&mut graph, &mut order, v));
+        }
+        for &id in &original.order {
+            let operands = match &original.nodes[id].op {
+                Op::Contract { .. } | Op::Conv(_) => 2,
+                Op::Attention(_) => 3,
+                _ => 0,
+            };
+            let inputs = original.nodes[id].inputs.clone();
+            let mut touched = false;
+            for (i, v) in inputs.into_iter().enumerate() {
+                let mut now = out.stored.get(&v).copied().unwrap_or(v);
+                if now == v && i < operands && original.dtype(v) == DType::F32 {
+                    now = copy(&mut graph, &mut order, v);
+                    touched = true;
+                }
+                touched |= now != v || out.touched.contains(&v);
+                graph.nodes[id].inputs[i] = now;
             }
-            _ => return Ok(None),
-        },
-        _ => {
-            let (Some(a), Some(b)) = (operand(0), operand(1)) else { return Ok(None) };
-            let (alone, operands) = (alone(graph, node), [squared(a)?, squared(b)?]);
-            let options = Options { env: env.clone(), ..Options::new(Mode::F64) };
-            let sums = run_with(&alone, &operands, &options)?.outputs;
-            WIDTHS * 2.0 * UNIT_ROUNDOFF * magnitude(&sums[0]).sqrt()
-        }
-    };
-    Ok(Some(error / largest))
-}
-
-/// Largest finite magnitude.
-fn magnitude(tensor: &Tensor) -> f64 {
-    (0..tensor.len()).map(|i| tensor.get_f64(i).abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
-}
-
-fn squared(tensor: &Tensor) -> Result<Tensor> {
-    let values: Vec<f64> = (0..tensor.len()).map(|i| tensor.get_f64(i).powi(2)).collect();
-    Tensor::from_f64s(DType::F64, tensor.shape(), &values)
-}
-
-/// How much the score function stretches a difference of dot products: its slope from 0 to 1 where
-/// all else is 0.
-fn slope(attrs: &AttentionAttrs) -> f64 {
-    let others = attrs.score.params().len() - 1;
-    let at = |dot: f64| {
-        let mut args = vec![0.0; others + 1];
-        args[0] = dot;
-        attrs.score.eval_f64(&args)
-    };
-    let slope = (at(1.0) - at(0.0)).abs();
-    if slope.is_finite() { slope } else { 1.0 }
-}
-
-/// Largest `sum over d of q[s,d]^2 * k[t,d]^2` over all rows, keys, heads and batches.
-fn score_squares(q: &Tensor, k: &Tensor) -> f64 {
-    let (qs, ks) = (q.shape(), k.shape());
-    let (rows, depth, keys) = (qs[2], qs[3], ks[2]);
-    let squares = |t: &Tensor| -> Vec<f64> { t.to_f64s().iter().map(|x| x * x).collect() };
-    let (q2, k2) = (squares(q), squares(k));
-    let per_group = (qs[1] / ks[1].max(1)).max(1);
-    let mut most = 0.0f64;
-    for b in 0..qs[0] {
-        for h in 0..qs[1] {
-            let (from, other) = (b * qs[1] + h, b * ks[1] + h / per_group);
-            for s in 0..rows {
-                let row = &q2[(from * rows + s) * depth..][..depth];
-                for t in 0..keys {
-                    let key = &k2[(other * keys + t) * depth..][..depth];
-                    let sum: f64 = row.iter().zip(key).map(|(x, y)| x * y).sum();
-                    if sum.is_finite() {
-                        most = most.max(sum);
-                    }
+            order.push(id);
+            for v in original.nodes[id].outputs.clone() {
+                if narrow.contains(&v) {
+                    out.stored.insert(v, copy(&mut graph, &mut order, v));
+                    touched = true;
+                }
+                if touched {
+                    out.touched.insert(v);
                 }
             }
         }
+        graph.order = order;
+        for (_, v) in &mut graph.outputs {
+            *v = out.stored.get(v).copied().unwrap_or(*v);
+        }
+        out.graph = graph;
+        Some(out)
     }
-    most
-}
 
-/// A graph of this node and its first two operands only.
-fn alone(graph: &Graph, node: &Node) -> Graph {
-    let mut alone = Graph::new(graph.name.clone());
-    alone.symbols = graph.symbols.clone();
-    let inputs: Vec<ValueId> = node.inputs[..2]
-        .iter()
-        .enumerate()
-        .map(|(i, &v)| {
-            let (name, ty) = (format!("operand {i}"), graph.ty(v).clone());
-            alone.values.push(Value { name, ty, def: Def::Input(i) })
-        })
-        .collect();
-    alone.inputs = inputs.clone();
-    let types = node.outputs.iter().map(|&v| graph.ty(v).clone()).collect();
-    let id = alone.add_node(node.op.clone(), inputs, types, node.origin.clone());
-    alone.order.push(id);
-    alone.outputs.push(("sum".into(), alone.nodes[id].outputs[0]));
-    alone
+    /// The value that stands for a value of the original graph.
+    pub(crate) fn value(&self, v: ValueId) -> ValueId {
+        self.stored.get(&v).copied().unwrap_or(v)
+    }
+
+    /// What rounding may cost a value beyond the evaluation's own error, relative to its largest magnitude.
+    pub(crate) fn share(&self, v: ValueId) -> f64 {
+        if self.touched.contains(&v) { 4.0 * self.unit } else { 0.0 }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tilewright_data::Tensor;
     use tilewright_graph::{GraphBuilder, TensorType};
+    use tilewright_interp::{Mode, run};
     use tilewright_layout::Dim;
 
-    /// `[1, 2] x [3; 4]`: the sum of squares is 9 + 64, the result 11, and a map keeps the share.
+    /// 1 + 2^-9 has ten digits: `bf16` drops the last, `f16` and TF32 keep it. A sum is not rounded.
     #[test]
-    fn the_share_of_a_product_worked_out_by_hand() {
+    fn operands_of_products_are_rounded_and_sums_are_not() {
         let mut b = GraphBuilder::new("g");
         let d = |n: i64| Dim::new(n);
-        let x = b.input("x", TensorType::new(DType::F32, vec![d(1), d(2)]));
-        let w = b.constant("w", Tensor::from_f64s(DType::F32, &[2, 1], &[3.0, 4.0]).unwrap());
+        let x = b.input("x", TensorType::new(DType::F32, vec![d(1), d(1)]));
+        let w = b.constant("w", Tensor::from_f64s(DType::F32, &[1, 1], &[1.0]).unwrap());
         let y = b.contract("mk,kn->mn", x, w).unwrap();
-        let z = b.binary(tilewright_expr::Op::Add, y, y).unwrap();
+        let z = b.binary(ExprOp::Add, y, x).unwrap();
         b.output("z", z);
         let graph = b.finish();
-        let input = Tensor::from_f64s(DType::F32, &[1, 2], &[1.0, 2.0]).unwrap();
-        let options = Options { trace: true, ..Options::new(Mode::F64) };
-        let run = run_with(&graph, &[input], &options).unwrap();
-        let shares = bf16_shares(&graph, &run.trace, &run.env).unwrap();
-        let want = 6.0 * 2.0 / 256.0 * 73f64.sqrt() / 11.0;
-        assert!((shares[&y] - want).abs() < 1e-12, "{} {want}", shares[&y]);
-        assert_eq!(shares[&y], shares[&z]);
+        let fine = 1.0 + 1.0 / 512.0;
+        let input = Tensor::from_f64s(DType::F32, &[1, 1], &[fine]).unwrap();
+        for (precision, want) in [
+            (Precision::Bf16, 1.0 + fine),
+            (Precision::F16, 2.0 * fine),
+            (Precision::Tf32, 2.0 * fine),
+        ] {
+            let rounded = Rounded::of(precision, &graph, &Plan::default()).unwrap();
+            tilewright_graph::verify(&rounded.graph).unwrap();
+            let got = run(&rounded.graph, std::slice::from_ref(&input), Mode::Exact).unwrap();
+            assert_eq!(got[0].get_f64(0), want, "{precision}");
+            assert!(rounded.share(z) > 0.0 && rounded.value(z) == z);
+        }
+        assert!(Rounded::of(Precision::F32, &graph, &Plan::default()).is_none());
     }
 }

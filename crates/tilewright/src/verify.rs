@@ -4,15 +4,18 @@
 //! with a little room: `4 * |exact - f64|` (largest over the value) plus 8 units in the last place
 //! of the value's largest magnitude. PyTorch's compiler judges the same way (its accuracy gate
 //! compares with a float64 run and takes eager's own error as the measure). Values without floats
-//! must be equal. Under `--precision bf16` the module `precision` adds what rounded operands cost.
+//! must be equal. Under another `--precision` than f32 the module `precision` says what
+//! the types in use are.
 
+#[cfg(feature = "cpu")]
 use crate::compile::Compiled;
+use crate::precision::Rounded;
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
 use tilewright_graph::{Graph, ValueId};
 use tilewright_interp::{Mode, Options, run_with};
-use tilewright_plan::Step;
+use tilewright_plan::{Plan, Step};
 use tilewright_target::Precision;
 
 /// How far a value is from the oracle.
@@ -52,8 +55,9 @@ impl Report {
 const ROOM: f64 = 4.0;
 
 /// Runs the compiled model and the oracle on the same inputs.
+#[cfg(feature = "cpu")]
 pub fn verify(compiled: &Compiled, original: &Graph, inputs: &[Tensor]) -> Result<Report> {
-    let mut observed: BTreeMap<ValueId, (usize, Tensor)> = BTreeMap::new();
+    let mut observed = Observed::new();
     let plan = compiled.plan().clone();
     let mut session = compiled.session()?;
     let outputs = session.run_observed(inputs, &mut |step, buffer, tensor| {
@@ -61,40 +65,71 @@ pub fn verify(compiled: &Compiled, original: &Graph, inputs: &[Tensor]) -> Resul
             observed.insert(ValueId(value), (step, tensor));
         }
     })?;
-    // Outputs against the graph as imported: passes are verified along with everything else.
-    let graph = compiled.graph();
+    let ran = Ran { plan: &plan, outputs: &outputs, observed: &observed };
+    compare(original, compiled.graph(), compiled.precision(), inputs, &ran)
+}
+
+/// Values of a run with the step that made each.
+pub(crate) type Observed = BTreeMap<ValueId, (usize, Tensor)>;
+
+/// What a run gave.
+pub(crate) struct Ran<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) outputs: &'a [Tensor],
+    pub(crate) observed: &'a Observed,
+}
+
+/// Compares a run with the oracle: outputs with the graph as imported, so that passes are verified along
+/// with everything else; kernels with the graph after the passes, whose values the plan's buffers hold.
+pub(crate) fn compare(
+    original: &Graph,
+    graph: &Graph,
+    precision: Precision,
+    inputs: &[Tensor],
+    ran: &Ran<'_>,
+) -> Result<Report> {
+    let rounded = Rounded::of(precision, graph, ran.plan);
+    let share = |v: ValueId| rounded.as_ref().map_or(0.0, |r| r.share(v));
     let wide = run_with(original, inputs, &Options::new(Mode::F64))?;
-    let exact = run_with(original, inputs, &Options::new(Mode::Exact))?;
-    let trace = |mode| run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) });
-    let inside = trace(Mode::F64)?;
-    let shares = match compiled.precision() {
-        Precision::F32 => BTreeMap::new(),
-        Precision::Bf16 => crate::precision::bf16_shares(graph, &inside.trace, &inside.env)?,
-    };
-    let share = |v: ValueId| shares.get(&v).copied().unwrap_or(0.0);
+    // What a plain evaluation in the types that are used gives.
+    let plain = rounded.as_ref().map_or(original, |r| &r.graph);
+    let exact = run_with(plain, inputs, &Options::new(Mode::Exact))?;
     let mut report = Report { outputs: Vec::new(), kernels: Vec::new() };
     for (i, (name, _)) in original.outputs.iter().enumerate() {
         report.outputs.push(deviation(
             name.clone(),
-            &outputs[i],
+            &ran.outputs[i],
             &wide.outputs[i],
             &exact.outputs[i],
             share(graph.outputs[i].1),
         )?);
     }
     drop((wide, exact));
-    // Kernels against the graph after the passes, whose values the plan's buffers hold.
-    let (wide, exact) = (inside.trace, trace(Mode::Exact)?.trace);
+    let trace = |graph: &Graph, mode| {
+        Ok::<_, Error>(
+            run_with(graph, inputs, &Options { trace: true, ..Options::new(mode) })?.trace,
+        )
+    };
+    let (wide, exact) = (
+        trace(graph, Mode::F64)?,
+        trace(rounded.as_ref().map_or(graph, |r| &r.graph), Mode::Exact)?,
+    );
     let mut order: Vec<(usize, ValueId)> =
-        observed.iter().map(|(v, (step, _))| (*step, *v)).collect();
+        ran.observed.iter().map(|(v, (step, _))| (*step, *v)).collect();
     order.sort_unstable();
     for (step, value) in order {
-        let (Some(wide), Some(exact)) = (wide.get(&value), exact.get(&value)) else { continue };
-        let label = match &plan.steps[step] {
+        let stands = rounded.as_ref().map_or(value, |r| r.value(value));
+        let (Some(wide), Some(exact)) = (wide.get(&value), exact.get(&stands)) else { continue };
+        let label = match &ran.plan.steps[step] {
             Step::Launch { note, .. } | Step::Host { note, .. } => note.label.clone(),
         };
-        let got = &observed[&value].1;
-        report.kernels.push(deviation(format!("{step}: {label}"), got, wide, exact, share(value))?);
+        let mut got = ran.observed[&value].1.clone();
+        if got.dtype() != graph.dtype(value) && got.dtype().is_float() {
+            // Stored in fewer bits than the model says: what that costs is in the share.
+            got = got.rounded(graph.dtype(value))?;
+        }
+        let share = share(value);
+        report.kernels.push(deviation(format!("{step}: {label}"), &got, wide, exact, share)?);
     }
     Ok(report)
 }

@@ -20,6 +20,7 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/runtime/src/",            "calls of compiled kernels, aligned memory that threads share"),
     ("crates/cuda/",                   "the interfaces of the GPU's driver and compiler; its launches are unsafe"),
     ("crates/launch/",                 "launches of programs: their operands are the caller's promise"),
+    ("crates/runtime-gpu/src/session.rs", "launches over its own arena and constants"),
     ("crates/bench-gpu/src/bin/launch.rs", "launches of empty kernels, to time the call"),
     ("crates/bench-gpu/src/attention.rs", "launches of attention on tensors that it owns"),
     ("crates/bench-gpu/src/arms.rs",   "launches of our kernels and cuBLASLt's on matrices that it borrows"),

@@ -1,13 +1,15 @@
 //! `tw bench`: times a model.
 
-use super::{compile, inputs};
 use crate::args::{BenchArgs, BenchWhat, NO_MODEL};
 use crate::output::Output;
-use serde_json::json;
-use std::time::{Duration, Instant};
-use tilewright::explain::time_text;
-use tilewright::{Result, bench};
+use tilewright::Result;
 use tilewright_base::Error;
+#[cfg(feature = "cpu")]
+use {
+    serde_json::json,
+    std::time::{Duration, Instant},
+    tilewright::{bench, explain::time_text},
+};
 
 pub(crate) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
     if let Some(BenchWhat::Gemm(args)) = &args.what {
@@ -18,9 +20,20 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
             Error::user("no model was given").with_hint("tw bench MODEL, or tw bench gemm M N K")
         );
     }
+    if super::on_gpu(&args.model)? {
+        return super::gpu::bench(args, output);
+    }
+    on_cpu(args, output)
+}
+
+#[cfg(not(feature = "cpu"))]
+use super::no_cpu as on_cpu;
+
+#[cfg(feature = "cpu")]
+fn on_cpu(args: &BenchArgs, output: &Output) -> Result<()> {
     let start = Instant::now();
-    let (model, compiled) = compile(&args.model)?;
-    let inputs = inputs(&model, &args.inputs)?;
+    let (model, compiled) = super::compile(&args.model)?;
+    let inputs = super::inputs(&model, &args.inputs)?;
     compiled.session()?.run(&inputs)?;
     let first = start.elapsed().as_secs_f64();
     let limit = Duration::from_secs_f64(args.seconds.clamp(0.0, 86_400.0));

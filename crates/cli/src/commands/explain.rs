@@ -1,15 +1,29 @@
 //! `tw explain`: what each kernel does, costs and reaches.
 
-use super::{compile, inputs};
 use crate::args::ExplainArgs;
-use crate::npy;
 use crate::output::Output;
-use tilewright::{Result, explain, html};
-use tilewright_base::Error;
+use tilewright::Result;
+#[cfg(feature = "cpu")]
+use {
+    crate::npy,
+    tilewright::{explain, html},
+    tilewright_base::Error,
+};
 
 pub(crate) fn run(args: &ExplainArgs, output: &Output) -> Result<()> {
-    let (model, compiled) = compile(&args.model)?;
-    let inputs = inputs(&model, &args.inputs)?;
+    if super::on_gpu(&args.model)? {
+        return super::gpu::explain(args, output);
+    }
+    on_cpu(args, output)
+}
+
+#[cfg(not(feature = "cpu"))]
+use super::no_cpu as on_cpu;
+
+#[cfg(feature = "cpu")]
+fn on_cpu(args: &ExplainArgs, output: &Output) -> Result<()> {
+    let (model, compiled) = super::compile(&args.model)?;
+    let inputs = super::inputs(&model, &args.inputs)?;
     let report = explain::explain(&compiled, &model.graph, &inputs, args.runs)?;
     let mut text = report.text(args.top);
     if args.groups {

@@ -1,25 +1,56 @@
 //! One file per command. Each has `run(args, output)`.
 
 pub(crate) mod bench;
+#[cfg(feature = "cpu")]
 pub(crate) mod embed;
+#[cfg(feature = "cpu")]
 pub(crate) mod emit;
 pub(crate) mod explain;
+#[cfg(feature = "cpu")]
 pub(crate) mod expr;
 pub(crate) mod gemm;
+pub(crate) mod gpu;
+#[cfg(feature = "cpu")]
 pub(crate) mod inspect;
+#[cfg(feature = "cpu")]
 pub(crate) mod machine;
 pub(crate) mod run;
 pub(crate) mod verify;
 
 use crate::args::{InputArgs, ModelArgs};
 use crate::npy;
+#[cfg(feature = "cpu")]
 use crate::output::{progress, say};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use tilewright::{Choice, Compiled, Compiler, Model, Result, Tensor};
+#[cfg(feature = "cpu")]
+use tilewright::{Choice, Compiled, Compiler};
+use tilewright::{Model, Result, Tensor};
 use tilewright_base::Error;
 
+/// Whether the model is to run on a GPU.
+fn on_gpu(args: &ModelArgs) -> Result<bool> {
+    match args.device.as_str() {
+        "cpu" => Ok(false),
+        device => tilewright::gpu::ordinal(device).map(|_| true),
+    }
+}
+
+/// Why this program cannot run models on a CPU.
+#[cfg(not(feature = "cpu"))]
+fn without_cpu() -> Error {
+    Error::unsupported("this `tw` was built without LLVM: it runs models on GPUs only")
+        .with_hint("give `--device cuda`")
+}
+
+/// What commands for a CPU do in a program without LLVM.
+#[cfg(not(feature = "cpu"))]
+fn no_cpu<T>(_: &T, _: &crate::output::Output) -> Result<()> {
+    Err(without_cpu())
+}
+
 /// A compiler as the arguments say.
+#[cfg(feature = "cpu")]
 fn compiler(args: &ModelArgs) -> Result<Compiler> {
     let cache = if args.no_cache { None } else { cache_folder(args) };
     let cpu = tilewright::host_cpu(args.threads, cache.as_deref())?;
@@ -36,6 +67,7 @@ fn cache_folder(args: &ModelArgs) -> Option<PathBuf> {
     args.cache.cache.clone().or_else(tilewright::cache_dir)
 }
 
+#[cfg(feature = "cpu")]
 /// Reads and compiles the model; cache trouble is said, not fatal.
 fn compile(args: &ModelArgs) -> Result<(Model, Compiled)> {
     let compiler = compiler(args)?;

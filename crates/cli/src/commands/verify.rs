@@ -1,20 +1,17 @@
 //! `tw verify`: a compiled model against the float64 oracle.
 
-use super::{compile, inputs};
 use crate::args::VerifyArgs;
 use crate::output::{Output, progress};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use tilewright::Result;
-use tilewright::verify::{Deviation, verify};
+use tilewright::verify::{Deviation, Report};
 use tilewright_base::Error;
 
 pub(crate) fn run(args: &VerifyArgs, output: &Output) -> Result<()> {
-    let (model, compiled) = compile(&args.model)?;
-    let inputs = inputs(&model, &args.inputs)?;
-    let report = {
-        let _progress = progress(format!("running {} in float64", model.graph.name));
-        verify(&compiled, &model.graph, &inputs)?
+    let report = match super::on_gpu(&args.model)? {
+        true => super::gpu::verify(args)?,
+        false => on_cpu(args)?,
     };
     let mut text = String::new();
     for d in &report.outputs {
@@ -44,6 +41,24 @@ pub(crate) fn run(args: &VerifyArgs, output: &Output) -> Result<()> {
     Err(Error::bug("the compiled model leaves the error budget").with_hint(
         "`tw verify --kernels` lists every kernel; --no-fusion tells whether fusion is at fault",
     ))
+}
+
+#[cfg(not(feature = "cpu"))]
+fn on_cpu(_: &VerifyArgs) -> Result<Report> {
+    Err(super::without_cpu())
+}
+
+#[cfg(feature = "cpu")]
+fn on_cpu(args: &VerifyArgs) -> Result<Report> {
+    let (model, compiled) = super::compile(&args.model)?;
+    let inputs = super::inputs(&model, &args.inputs)?;
+    let _progress = running(&model.graph.name);
+    tilewright::verify::verify(&compiled, &model.graph, &inputs)
+}
+
+/// Says that the oracle runs.
+pub(crate) fn running(name: &str) -> impl Sized + use<> {
+    progress(format!("running {name} in float64"))
 }
 
 fn line(text: &mut String, what: &str, d: &Deviation) {

@@ -126,6 +126,37 @@ impl Buffer {
         Ok(())
     }
 
+    /// Copies the host's bytes to `offset` and what follows. Waits until it is done.
+    pub fn write_at(&self, stream: &Stream, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.inside(offset, bytes.len())?;
+        if self.begin(stream)? && !bytes.is_empty() {
+            let api = self.gpu().0.api;
+            let to = self.address + offset as u64;
+            // SAFETY: the bytes from `offset` on are ours (checked above), and the borrow lasts until
+            // the end of the copy, which is waited for below.
+            let code =
+                unsafe { (api.memcpy_htod)(to, bytes.as_ptr().cast(), bytes.len(), stream.0.raw) };
+            finish(stream, code, "copying to the device")?;
+        }
+        Ok(())
+    }
+
+    /// Copies the bytes from `offset` on to the host. Waits until it is done, and so for all earlier work.
+    pub fn read_at(&self, stream: &Stream, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        self.inside(offset, bytes.len())?;
+        if self.begin(stream)? && !bytes.is_empty() {
+            let api = self.gpu().0.api;
+            let from = self.address + offset as u64;
+            // SAFETY: the bytes from `offset` on are ours (checked above); the exclusive borrow lasts
+            // until the end of the copy, which is waited for below.
+            let code = unsafe {
+                (api.memcpy_dtoh)(bytes.as_mut_ptr().cast(), from, bytes.len(), stream.0.raw)
+            };
+            finish(stream, code, "copying from the device")?;
+        }
+        Ok(())
+    }
+
     /// All bytes, on the host.
     pub fn to_vec(&self, stream: &Stream) -> Result<Vec<u8>> {
         let mut bytes = vec![0; self.len];
@@ -197,6 +228,13 @@ impl Buffer {
         stream.same_gpu(self.gpu())?;
         self.gpu().make_current()?;
         Ok(self.len > 0)
+    }
+
+    fn inside(&self, offset: usize, len: usize) -> Result<()> {
+        if offset.checked_add(len).is_some_and(|end| end <= self.len) {
+            return Ok(());
+        }
+        Err(Error::bug(format!("{len} bytes at {offset} of a buffer of {} bytes", self.len)))
     }
 
     fn same_len(&self, other: usize) -> Result<()> {

@@ -169,3 +169,27 @@ fn an_empty_result_is_no_launch() {
     let bound = bind(&program, &sizes(&list), &nothing).unwrap();
     assert_eq!(bound, Arguments { values: Vec::new(), items: 0 });
 }
+
+/// A tensor map starts at the first element of a layout, a pointer where the layout counts from: the text
+/// adds the offset.
+#[test]
+fn offsets_of_layouts_are_in_maps_and_not_in_pointers() {
+    let mut kernel = bf16().program("gemm");
+    let params: Vec<_> = kernel.params.ids().collect();
+    for id in params {
+        kernel.params[id].layout.offset = Dim::new(64);
+    }
+    let mut schedule = GpuSchedule::hopper(&[("BM", 128), ("BN", 128), ("BK", 64)]);
+    schedule.store = StoreKind::Direct;
+    let program = lower(&kernel, &schedule).unwrap();
+    let even = [("M", 64), ("N", 64), ("K", 64), ("lda", 64), ("ldb", 64), ("ldc", 64)];
+    let bound = bind(&program, &sizes(&even), &at(&[0x1000, 0x2000, 0x3000])).unwrap();
+    let addresses: Vec<u64> = maps(&bound).iter().map(|m| m.address).collect();
+    assert_eq!(addresses, [0x1080, 0x2080]);
+    assert!(bound.values.contains(&Value::Pointer(0x3000)));
+    let result = tilewright_tile::ParamId(2);
+    kernel.params[result].layout.offset = Dim::new(0);
+    let without = lower(&kernel, &schedule).unwrap();
+    let text = |program: &Program| emit(program).unwrap().text;
+    assert_ne!(text(&program), text(&without), "the offset of C stands in the text");
+}

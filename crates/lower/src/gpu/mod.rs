@@ -1,0 +1,481 @@
+//! What lowering for a GPU does differently.
+//!
+//! The same groups become the same tile programs, all of them row-major. Tile sizes are left to those who
+//! pick schedules once the sizes are known, and beside the tile program stand the forms that they choose
+//! among ([`Form`]):
+//!
+//! * a contraction is a [`Product`] when its operands are matrices and its epilogue reads at most a vector
+//!   along the columns, one along the rows and a matrix that lies as the result. What does not fit is made to
+//!   fit: the epilogue becomes a kernel of its own ([`Lowering::product_apart`]), operands are copied into
+//!   matrices ([`Lowering::product_packed`]);
+//! * attention is an [`Attention`](tilewright_plan::Attention) (`attention.rs`);
+//! * a convolution with taps is such a product with a copy of its windows (`im2col`);
+//! * a reduction over rows is also given with whole rows in a tile (`rows.rs`).
+//!
+//! Under `f16` and `bf16`, weights and what is computed from them are *stored* in that type: kernels widen
+//! what they load and round what they store, so sums and statistics stay `f32`. Values that depend on no
+//! weight (positions, masks) and the caller's inputs and outputs keep their type.
+
+mod attention;
+
+pub(crate) use attention::Attended;
+pub use attention::attention_fits;
+
+use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
+use crate::contract::{Product, Side};
+use crate::conv::Conv;
+use crate::lowering::Lowering;
+use crate::place::Place;
+use crate::views::{broadcast_axis, by_distance, is_broadcast, merge};
+use crate::{Device, Options};
+use std::collections::BTreeSet;
+use tilewright_base::{DType, Result};
+use tilewright_expr::{ExprId, Func, FuncBuilder};
+use tilewright_graph::{Def, Graph, ValueId};
+use tilewright_layout::{Axis, Dim, Layout, numel};
+use tilewright_plan::{Buffer, BufferId, Form, Matrix, Note, Repeat, Storage, Vector};
+use tilewright_target::Precision;
+
+/// Values that are stored in 16 bits: weights that are no vectors, and what is computed from them.
+pub(crate) fn narrow_values(graph: &Graph, options: &Options) -> BTreeSet<ValueId> {
+    let narrow = matches!(options.precision, Precision::F16 | Precision::Bf16);
+    let mut found = BTreeSet::new();
+    if options.device != Device::Gpu || !narrow {
+        return found;
+    }
+    for (v, value) in graph.values.iter() {
+        let matrix = value.ty.shape.iter().filter(|d| !d.is(1)).count() >= 2;
+        if matches!(value.def, Def::Const(_)) && value.ty.dtype == DType::F32 && matrix {
+            found.insert(v);
+        }
+    }
+    for (_, node) in graph.live() {
+        if node.inputs.iter().any(|v| found.contains(v)) {
+            found.extend(node.outputs.iter().filter(|&&v| graph.dtype(v) == DType::F32));
+        }
+    }
+    found
+}
+
+/// Why a product has no form as matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Misfit {
+    /// Its types.
+    Types,
+    /// Its epilogue, or how its result lies.
+    Result,
+    /// How its operands lie.
+    Operands,
+}
+
+/// What was already done to make a product fit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tried {
+    /// Its epilogue is a kernel of its own.
+    pub(crate) apart: bool,
+    /// Its operands are copies.
+    pub(crate) packed: bool,
+}
+
+/// A product in its kernel: canonical axes are `units` grid axes, rows, columns, and sums.
+pub(crate) struct Written<'a> {
+    pub(crate) parts: &'a KernelParts,
+    pub(crate) sides: &'a [Side; 2],
+    /// Over the whole space.
+    pub(crate) dag: &'a Dag,
+    pub(crate) space: &'a [Dim],
+    pub(crate) canon: &'a [Vec<usize>],
+    pub(crate) units: usize,
+}
+
+/// What to do with a product on a GPU.
+pub(crate) enum Fit {
+    /// Launch it with these forms.
+    Forms(Vec<Form>),
+    /// First make its epilogue a kernel of its own.
+    Apart,
+    /// First copy its operands.
+    Packed,
+}
+
+impl Lowering<'_> {
+    /// Whether the plan is for a GPU.
+    pub(crate) fn on_gpu(&self) -> bool {
+        self.device == Device::Gpu
+    }
+
+    /// The type in which an intermediate value or a constant is stored.
+    pub(crate) fn stored_type(&self, v: ValueId) -> DType {
+        match (self.precision, self.narrow.contains(&v)) {
+            (Precision::F16, true) => DType::F16,
+            (Precision::Bf16, true) => DType::BF16,
+            _ => self.graph.dtype(v),
+        }
+    }
+
+    /// An operand of a product in the type in which it is multiplied, where it is stored in another.
+    pub(crate) fn operand_place(&mut self, v: ValueId, wanted: DType) -> Result<Place> {
+        let place = self.place(v)?;
+        let stored = self.plan.buffers[place.buffer].dtype;
+        if !self.on_gpu() || stored == wanted {
+            return Ok(place);
+        }
+        if self.graph.as_const(v).is_some() {
+            return Ok(self.const_place_as(v, wanted, Layout::row_major(self.graph.shape(v))));
+        }
+        self.row_major_copy_as(v, wanted, &place)
+    }
+
+    /// How a GPU is to run a product.
+    pub(crate) fn fit(&self, product: &Product, written: &Written<'_>, tried: Tried) -> Fit {
+        match self.product_form(product, written) {
+            Ok(form) => Fit::Forms(vec![Form::Product(Box::new(form))]),
+            Err(Misfit::Result) if !tried.apart => Fit::Apart,
+            Err(Misfit::Operands) if !tried.packed => Fit::Packed,
+            Err(_) => Fit::Forms(vec![]),
+        }
+    }
+
+    fn product_form(
+        &self,
+        product: &Product,
+        written: &Written<'_>,
+    ) -> std::result::Result<tilewright_plan::Product, Misfit> {
+        let Written { parts, sides, dag, space, canon, units } = written;
+        let types = [sides[0].dtype, sides[1].dtype];
+        let float = matches!(types[0], DType::F32 | DType::F16 | DType::BF16);
+        let sums = if float { DType::F32 } else { DType::I32 };
+        let known = float || types[0] == DType::I8;
+        if types[0] != types[1] || !known || product.operands.acc != sums {
+            return Err(Misfit::Types);
+        }
+        if canon.len() != units + 3 {
+            return Err(Misfit::Operands);
+        }
+        let (m, n, k) = (*units, units + 1, units + 2);
+        let extent = |c: usize| crate::map::extent(space, &canon[c]);
+        let merged = |layout: &Layout| merge(layout, canon).filter(no_blocks);
+        let stride = |l: &Layout, c: usize| match is_broadcast(&l.axes[c]) {
+            true => Dim::new(0),
+            false => l.axes[c].stride.clone(),
+        };
+        let param = |buffer: BufferId| parts.args.iter().position(|b| *b == buffer);
+        let matrix = |l: &Layout, buffer: BufferId, dtype: DType, row: usize, col: usize| {
+            let line = |c: usize| l.axes[c].stride.is(1) || extent(c).is(1);
+            (line(row) || line(col)).then_some(())?;
+            let (offset, row, col) = (l.offset.clone(), stride(l, row), stride(l, col));
+            Some(Matrix { param: param(buffer)?, dtype, offset, row, col })
+        };
+        let [lhs, rhs] = [&sides[0], &sides[1]].map(|s| merged(&s.layout));
+        let (lhs, rhs) = lhs.zip(rhs).ok_or(Misfit::Operands)?;
+        let a = matrix(&lhs, sides[0].buffer, types[0], m, k).ok_or(Misfit::Operands)?;
+        let b = matrix(&rhs, sides[1].buffer, types[1], k, n).ok_or(Misfit::Operands)?;
+        let [store] = dag.stores.as_slice() else { return Err(Misfit::Result) };
+        let out = merged(&store.layout).ok_or(Misfit::Result)?;
+        let result = dag.nodes[store.node].dtype;
+        let c = matrix(&out, store.buffer, result, m, n).ok_or(Misfit::Result)?;
+        let mut form = tilewright_plan::Product {
+            m: extent(m),
+            n: extent(n),
+            k: extent(k),
+            repeat: (0..*units)
+                .map(|u| Repeat {
+                    extent: extent(u),
+                    strides: [stride(&lhs, u), stride(&rhs, u), stride(&out, u)],
+                })
+                .collect(),
+            a,
+            b,
+            c,
+            tf32: self.precision == Precision::Tf32 && types[0] == DType::F32,
+            sum: sums,
+            epilogue: Func::identity(sums),
+            cols: None,
+            rows: None,
+            residual: None,
+        };
+        // What the epilogue reads, in the order of its function's parameters.
+        let mut leaves = Vec::new();
+        outside(dag, store.node, &mut leaves)?;
+        let mut order: [Option<usize>; 3] = [None; 3];
+        for node in leaves {
+            let DagOp::Ext(ext) = &dag.nodes[node].op else { return Err(Misfit::Result) };
+            let l = merged(&ext.layout).ok_or(Misfit::Result)?;
+            let varies = |c: usize| !stride(&l, c).is(0);
+            let over: Vec<usize> = (0..canon.len()).filter(|&c| varies(c)).collect();
+            let same = (0..canon.len()).all(|c| stride(&l, c) == stride(&out, c));
+            let (slot, at) = match over.as_slice() {
+                [c] if *c == n && stride(&l, n).is(1) => (&mut form.cols, 0),
+                [c] if *c == m && stride(&l, m).is(1) => (&mut form.rows, 1),
+                _ if same => (&mut form.residual, 2),
+                _ => return Err(Misfit::Result),
+            };
+            let param = param(ext.buffer).ok_or(Misfit::Result)?;
+            if slot.replace(Vector { param, dtype: ext.dtype, offset: l.offset }).is_some() {
+                return Err(Misfit::Result);
+            }
+            order[at] = Some(node);
+        }
+        let mut f = FuncBuilder::new();
+        let sum = f.param("sum", sums);
+        let mut given: Vec<(usize, ExprId)> = Vec::new();
+        for (node, name) in order.into_iter().zip(["cols", "rows", "residual"]) {
+            let Some(node) = node else { continue };
+            given.push((node, f.param(name, dag.nodes[node].dtype)));
+        }
+        let y = inline(dag, store.node, &mut f, sum, &given);
+        form.epilogue = f.finish(y);
+        Ok(form)
+    }
+
+    /// A product whose sums go to memory of their own, and its epilogue as a kernel.
+    pub(crate) fn product_apart(
+        &mut self,
+        name: &str,
+        product: &Product,
+        dag: &Dag,
+        note: Note,
+        tried: Tried,
+    ) -> Result<()> {
+        let shape = product.space[..product.result_axes].to_vec();
+        let layout = dense_like(&dag.stores[0].layout, &shape, &self.graph.symbols);
+        let buffer = self.spare(format!("{name} sums"), product.dtype, layout.clone());
+        let mut plain = Dag::default();
+        let varies = vec![true; shape.len()];
+        let node = plain.push(DagOp::Anchor, vec![], varies, product.dtype);
+        plain.stores.push(DagStore { node, buffer, layout: layout.clone() });
+        let label = format!("{} epilogue", note.label);
+        self.product_tried(
+            name.to_string(),
+            product,
+            &plain,
+            note,
+            Tried { apart: true, ..tried },
+        )?;
+        let mut rest = dag.clone();
+        let read =
+            Ext { buffer, dtype: product.dtype, layout, shift: None, fill: zero(product.dtype) };
+        for node in &mut rest.nodes {
+            if matches!(node.op, DagOp::Anchor) {
+                node.op = DagOp::Ext(read.clone());
+            }
+        }
+        let bytes = numel(&shape) * (2 * product.dtype.size() as i64);
+        let note = Note { label, anchor: "map".to_string(), bytes, ..Note::default() };
+        self.map_kernel(format!("{name}_epilogue"), &rest, &shape, note)
+    }
+
+    /// A product of copies of its operands: rows, then sums, each in row-major order.
+    pub(crate) fn product_packed(
+        &mut self,
+        name: &str,
+        product: &Product,
+        dag: &Dag,
+        note: Note,
+        tried: Tried,
+    ) -> Result<()> {
+        let result: Vec<usize> = (0..product.result_axes).collect();
+        let mut order = by_distance(&result, &dag.stores[0].layout, &self.graph.symbols);
+        order.extend(product.result_axes..product.space.len());
+        let operands = [product.operands.left, product.operands.right];
+        let mut sides = Vec::new();
+        for (side, dtype) in [&product.lhs, &product.rhs].into_iter().zip(operands) {
+            let axes: Vec<usize> =
+                order.iter().copied().filter(|&a| !is_broadcast(&side.layout.axes[a])).collect();
+            let shape: Vec<Dim> = axes.iter().map(|&a| product.space[a].clone()).collect();
+            let to = Layout::row_major(&shape);
+            let buffer = self.spare(format!("{name} operand"), dtype, to.clone());
+            let from = Layout {
+                axes: axes.iter().map(|&a| side.layout.axes[a].clone()).collect(),
+                offset: side.layout.offset.clone(),
+            };
+            self.copy_step(
+                &Place { buffer: side.buffer, layout: from },
+                &Place { buffer, layout: to.clone() },
+                name,
+            )?;
+            let mut layout = Layout {
+                axes: product.space.iter().map(|d| broadcast_axis(d.clone())).collect(),
+                offset: Dim::new(0),
+            };
+            for (&a, axis) in axes.iter().zip(to.axes) {
+                layout.axes[a] = axis;
+            }
+            sides.push(Side { buffer, dtype, layout });
+        }
+        let (Some(rhs), Some(lhs)) = (sides.pop(), sides.pop()) else { return Ok(()) };
+        let packed = Product {
+            space: product.space.clone(),
+            result_axes: product.result_axes,
+            lhs,
+            rhs,
+            operands: product.operands,
+            dtype: product.dtype,
+        };
+        self.product_tried(name.to_string(), &packed, dag, note, Tried { packed: true, ..tried })
+    }
+
+    /// A convolution as a product with a copy of its windows: `X[n, g, (c, taps), outputs]`.
+    pub(crate) fn im2col(
+        &mut self,
+        name: String,
+        conv: &Conv<'_>,
+        dag: &Dag,
+        note: Note,
+    ) -> Result<()> {
+        let graph = self.graph;
+        let (x, w) = (conv.node.inputs[0], conv.node.inputs[1]);
+        let dtype = graph.dtype(w);
+        let operand = self.operand_type(dtype);
+        let padded = self.padded(conv)?;
+        let weights = self.operand_place(w, operand)?;
+        let (groups, rank) = (conv.attrs.groups, conv.geometry.rank());
+        let (outputs, channels) = (conv.w[0] / groups, conv.w[1]);
+        // Axes: n, g, o, outputs..., then c, taps....
+        let (images, spatial) = (conv.shape[0].clone(), conv.shape[2..].to_vec());
+        let mut space = vec![images.clone(), Dim::new(groups), Dim::new(outputs)];
+        space.extend(spatial.iter().cloned());
+        let result_axes = space.len();
+        space.push(Dim::new(channels));
+        space.extend(conv.w[2..].iter().map(|&t| Dim::new(t)));
+        let of = |extent: &Dim, stride: &Dim, times: i64| Axis {
+            extent: extent.clone(),
+            stride: stride * times,
+            block: None,
+        };
+        let xs = &padded.layout.axes;
+        // The windows: n, g, c, taps, outputs.
+        let mut windows = vec![
+            of(&images, &xs[0].stride, 1),
+            of(&Dim::new(groups), &xs[1].stride, channels),
+            of(&Dim::new(channels), &xs[1].stride, 1),
+        ];
+        for i in 0..rank {
+            let tap = Dim::new(conv.w[2 + i]);
+            windows.push(of(&tap, &xs[2 + i].stride, conv.geometry.dilations[i]));
+        }
+        for i in 0..rank {
+            windows.push(of(&spatial[i], &xs[2 + i].stride, conv.geometry.strides[i]));
+        }
+        let windows = Layout { axes: windows, offset: padded.layout.offset.clone() };
+        let dense = Layout::row_major(&windows.shape());
+        let buffer = self.spare(format!("{} windows", self.value_name(x)), operand, dense.clone());
+        let from = Place { buffer: padded.buffer, layout: windows };
+        self.copy_step(&from, &Place { buffer, layout: dense.clone() }, &name)?;
+        let repeat = || -> Vec<Axis> { space.iter().map(|d| broadcast_axis(d.clone())).collect() };
+        let (mut lhs, mut rhs) = (repeat(), repeat());
+        let ws = &weights.layout.axes;
+        lhs[1] = of(&space[1], &ws[0].stride, outputs);
+        lhs[2] = of(&space[2], &ws[0].stride, 1);
+        for i in 0..=rank {
+            lhs[result_axes + i] = of(&space[result_axes + i], &ws[1 + i].stride, 1);
+            rhs[result_axes + i] = dense.axes[2 + i].clone();
+        }
+        (rhs[0], rhs[1]) = (dense.axes[0].clone(), dense.axes[1].clone());
+        for i in 0..rank {
+            rhs[3 + i] = dense.axes[3 + rank + i].clone();
+        }
+        let side = |buffer: BufferId, axes: Vec<Axis>, offset: &Dim| Side {
+            buffer,
+            dtype: operand,
+            layout: Layout { axes, offset: offset.clone() },
+        };
+        let product = Product {
+            result_axes,
+            lhs: side(weights.buffer, lhs, &weights.layout.offset),
+            rhs: side(buffer, rhs, &Dim::new(0)),
+            operands: self.conv_operands(dtype),
+            dtype,
+            space,
+        };
+        // The result's channels in two axes: groups and those of one group.
+        let mut dag = dag.clone();
+        split_axis(&mut dag, 1, groups, outputs);
+        self.product_kernel(name, &product, &dag, note)
+    }
+
+    /// Memory for something that no value of the graph is.
+    pub(crate) fn spare(&mut self, name: String, dtype: DType, layout: Layout) -> BufferId {
+        let storage = Storage::Arena;
+        self.plan.buffers.push(Buffer { name, value: None, dtype, layout, storage })
+    }
+}
+
+pub(crate) fn no_blocks(layout: &Layout) -> bool {
+    layout.axes.iter().all(|a| a.block.is_none())
+}
+
+/// Dense memory for a shape, its axes in the order in which they lie in `like`.
+pub(crate) fn dense_like(
+    like: &Layout,
+    shape: &[Dim],
+    symbols: &tilewright_layout::Symbols,
+) -> Layout {
+    let all: Vec<usize> = (0..shape.len()).collect();
+    let order = by_distance(&all, like, symbols);
+    let ordered: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+    let mut inverse = vec![0; shape.len()];
+    order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
+    Layout::row_major(&ordered).permute(&inverse)
+}
+
+/// Splits reference axis `axis` of a [`Dag`] into `outer` times `inner`.
+fn split_axis(dag: &mut Dag, axis: usize, outer: i64, inner: i64) {
+    let split = |layout: &mut Layout| {
+        let old = layout.axes[axis].clone();
+        let part = |extent: i64, times: i64| match is_broadcast(&old) {
+            true => broadcast_axis(Dim::new(extent)),
+            false => Axis { extent: Dim::new(extent), stride: &old.stride * times, block: None },
+        };
+        layout.axes.splice(axis..=axis, [part(outer, inner), part(inner, 1)]);
+    };
+    for node in &mut dag.nodes {
+        let varies = node.axes[axis];
+        node.axes.insert(axis, varies);
+        if let DagOp::Ext(ext) = &mut node.op {
+            split(&mut ext.layout);
+            if let Some(shift) = &mut ext.shift {
+                shift.insert(axis, Dim::new(0));
+            }
+        }
+    }
+    dag.stores.iter_mut().for_each(|s| split(&mut s.layout));
+}
+
+/// The loads behind a node, each once; refuses what is neither elementwise nor the anchor.
+fn outside(dag: &Dag, node: usize, found: &mut Vec<usize>) -> std::result::Result<(), Misfit> {
+    let here = &dag.nodes[node];
+    match &here.op {
+        DagOp::Anchor => Ok(()),
+        DagOp::Ext(ext) if ext.shift.is_none() => {
+            if !found.contains(&node) {
+                found.push(node);
+            }
+            Ok(())
+        }
+        DagOp::Map(_) => here.args.iter().try_for_each(|&a| outside(dag, a, found)),
+        _ => Err(Misfit::Result),
+    }
+}
+
+/// A node as an expression of the sum and what is given.
+fn inline(
+    dag: &Dag,
+    node: usize,
+    f: &mut FuncBuilder,
+    sum: ExprId,
+    given: &[(usize, ExprId)],
+) -> ExprId {
+    if let Some(known) = given.iter().find(|g| g.0 == node) {
+        return known.1;
+    }
+    let here = &dag.nodes[node];
+    match &here.op {
+        DagOp::Map(func) => {
+            let args: Vec<ExprId> =
+                here.args.iter().map(|&a| inline(dag, a, f, sum, given)).collect();
+            f.inline(func, &args)
+        }
+        _ => f.cast(sum, here.dtype),
+    }
+}

@@ -1,0 +1,78 @@
+//! [`Product`]: a matrix product inside a plan, with its sizes and strides over the plan's symbols.
+//!
+//! ```text
+//! for each index of `repeat`:   C[m,n] = epilogue(sum over k of A[m,k] * B[k,n], cols[n], rows[m], R[m,n])
+//! ```
+//!
+//! A tile program says the same; this form is for those who pick among many schedules once the sizes are
+//! known, and must see sizes, strides and epilogue without reading a program.
+
+use tilewright_base::DType;
+use tilewright_expr::Func;
+use tilewright_layout::Dim;
+
+/// A matrix in the memory of a parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Matrix {
+    /// Which parameter of the kernel.
+    pub param: usize,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Where the first element is, in elements.
+    pub offset: Dim,
+    /// Distance between neighbouring rows, in elements.
+    pub row: Dim,
+    /// Distance between neighbouring columns, in elements.
+    pub col: Dim,
+}
+
+/// A vector in the memory of a parameter, contiguous.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Vector {
+    /// Which parameter of the kernel.
+    pub param: usize,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Where the first element is, in elements.
+    pub offset: Dim,
+}
+
+/// An axis along which the product is repeated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Repeat {
+    /// How often.
+    pub extent: Dim,
+    /// Distances between neighbours in `A`, `B` and `C`, in elements; 0 where it is the same matrix.
+    pub strides: [Dim; 3],
+}
+
+/// A matrix product, batched and strided, with what happens to its sums.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Product {
+    /// Rows of `A` and `C`.
+    pub m: Dim,
+    /// Columns of `B` and `C`.
+    pub n: Dim,
+    /// Columns of `A`, rows of `B`.
+    pub k: Dim,
+    /// Outermost first.
+    pub repeat: Vec<Repeat>,
+    /// `[m, k]`
+    pub a: Matrix,
+    /// `[k, n]`
+    pub b: Matrix,
+    /// `[m, n]`
+    pub c: Matrix,
+    /// Operands may be rounded to TF32 on the way in.
+    pub tf32: bool,
+    /// Type of the sums.
+    pub sum: DType,
+    /// From the sum, and then those of `cols`, `rows` and `residual` that are there, to the type of `C`.
+    pub epilogue: Func,
+    /// A vector along the columns of `C`.
+    pub cols: Option<Vector>,
+    /// A vector along its rows.
+    pub rows: Option<Vector>,
+    /// A matrix that lies as `C` does, in memory of its own.
+    pub residual: Option<Vector>,
+}

@@ -1,0 +1,35 @@
+//! Running a plan on a GPU.
+//!
+//! ```text
+//! Plan + sizes --bind--> for each kernel the ways to run it, best first (Chooser); memory in one arena
+//!      --Session-->      compiled and loaded, recorded as a graph, replayed
+//!      --interpret-->    the same device programs in the device interpreter: the test that needs no GPU
+//! ```
+//!
+//! Schedules are picked when the sizes of a run are known: the kernels of a plan are symbolic, so sizes
+//! change what is launched and how, not what is computed. What has no way to run on the device (an operator
+//! of the interpreter, a program that `lower-gpu` refuses) runs on the host, between two copies: correct,
+//! slow, counted, and shown with its reason.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `choose` | a kernel and sizes to device programs |
+//! | `attention` | an attention of the plan as a problem of the kernel library |
+//! | `product` | a matrix product of the plan as problems of the kernel library |
+//! | `bind` | a plan and sizes to steps over one block of memory |
+//! | `host` | steps on the host |
+//! | `interpret` | running a bound plan in the interpreter |
+//! | `session` | running it on a device |
+
+mod attention;
+mod bind;
+mod choose;
+mod host;
+mod interpret;
+mod product;
+mod session;
+
+pub use bind::{Bound, BoundStep, Slot, bind};
+pub use choose::{Choice, Chooser, Launch, Source, Way};
+pub use interpret::{Interpreted, interpret};
+pub use session::{Executable, MemoryReport, RunReport, Session, StepTime};

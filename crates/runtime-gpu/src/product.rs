@@ -1,0 +1,180 @@
+//! A matrix product of a plan, with its sizes, as problems of the kernel library.
+//!
+//! The library repeats a product along one axis. Further axes of the plan's product are joined with it where
+//! one stride serves both, and are separate problems otherwise.
+
+use crate::choose::{Launch, Source, Way};
+use std::sync::Arc;
+use tilewright_base::{DType, Error, Result};
+use tilewright_kernels::gemm::{self, Epilogue, Order, Place, Precision, Problem};
+use tilewright_layout::{Dim, Env};
+use tilewright_lower_gpu::lower;
+use tilewright_plan::{Matrix, Product};
+use tilewright_target::Gpu;
+
+/// Starts of device memory are multiples of this.
+pub(crate) const ALIGNED: i64 = 256;
+
+/// An axis along which the product is repeated, with its sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Axis {
+    extent: i64,
+    strides: [i64; 3],
+}
+
+pub(crate) fn number(dim: &Dim, sizes: &Env) -> Result<i64> {
+    dim.eval(sizes).ok_or_else(|| Error::bug(format!("size {dim} of a product has no value")))
+}
+
+/// The axes of repetition, neighbours joined where one stride serves both.
+fn repeats(product: &Product, sizes: &Env) -> Result<Vec<Axis>> {
+    let mut axes: Vec<Axis> = Vec::new();
+    for repeat in &product.repeat {
+        let extent = number(&repeat.extent, sizes)?;
+        let mut strides = [0; 3];
+        for (to, stride) in strides.iter_mut().zip(&repeat.strides) {
+            *to = number(stride, sizes)?;
+        }
+        if extent == 1 {
+            continue;
+        }
+        let joins = |outer: &Axis| (0..3).all(|i| outer.strides[i] == strides[i] * extent);
+        match axes.last_mut() {
+            Some(outer) if joins(outer) => {
+                *outer = Axis { extent: outer.extent * extent, strides };
+            }
+            _ => axes.push(Axis { extent, strides }),
+        }
+    }
+    Ok(axes)
+}
+
+/// Order and leading dimension of a matrix.
+fn lines(m: &Matrix, rows: i64, cols: i64, sizes: &Env) -> Result<(Order, i64)> {
+    let (row, col) = (number(&m.row, sizes)?, number(&m.col, sizes)?);
+    // What has one line may have any distance between lines.
+    if col == 1 || cols == 1 {
+        return Ok((Order::Row, if rows == 1 || cols == 1 && row == 0 { cols } else { row }));
+    }
+    if row == 1 || rows == 1 {
+        return Ok((Order::Col, if cols == 1 { rows } else { col }));
+    }
+    Err(Error::unsupported(format!("a matrix with strides {row} and {col}")))
+}
+
+/// The largest power of two, up to [`ALIGNED`], that divides all these byte offsets.
+pub(crate) fn alignment(offsets: impl IntoIterator<Item = i64>) -> i64 {
+    offsets.into_iter().fold(ALIGNED, |a, b| 1 << (a | b).trailing_zeros())
+}
+
+/// Ways to compute a product of these sizes, best first, at most `most`.
+///
+/// # Errors
+/// Unsupported when the library has no kernel for it.
+pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Result<Vec<Way>> {
+    let (m, n, k) =
+        (number(&product.m, sizes)?, number(&product.n, sizes)?, number(&product.k, sizes)?);
+    let axes = repeats(product, sizes)?;
+    if m == 0 || n == 0 || axes.iter().any(|a| a.extent == 0) {
+        return Ok(vec![Way::default()]);
+    }
+    // The longest axis is the batch of one problem; the others are loops around it.
+    let inner = (0..axes.len()).max_by_key(|&i| axes[i].extent);
+    let batch = inner.map_or(Axis { extent: 1, strides: [0; 3] }, |i| axes[i]);
+    let mut starts: Vec<[i64; 3]> = vec![[0; 3]];
+    for (i, axis) in axes.iter().enumerate() {
+        if Some(i) != inner {
+            let at = |s: &[i64; 3], x: i64| [0, 1, 2].map(|j| s[j] + x * axis.strides[j]);
+            starts = starts.iter().flat_map(|s| (0..axis.extent).map(move |x| at(s, x))).collect();
+        }
+    }
+    let matrices = [(&product.a, m, k), (&product.b, k, n), (&product.c, m, n)];
+    let mut orders = [Order::Row; 3];
+    let (mut leading, mut offsets, mut align) = ([0; 3], [0; 3], [0; 3]);
+    for (i, (matrix, rows, cols)) in matrices.into_iter().enumerate() {
+        (orders[i], leading[i]) = lines(matrix, rows, cols, sizes)?;
+        offsets[i] = number(&matrix.offset, sizes)?;
+        let size = matrix.dtype.size() as i64;
+        align[i] = alignment(starts.iter().map(|s| (s[i] + offsets[i]) * size));
+    }
+    // Vectors and the residual count as aligned as the result.
+    let mut extras = Vec::new();
+    for vector in [&product.cols, &product.rows, &product.residual] {
+        let offset = match vector {
+            Some(v) => {
+                let offset = number(&v.offset, sizes)?;
+                align[2] = align[2].min(alignment([offset * v.dtype.size() as i64]));
+                offset
+            }
+            None => 0,
+        };
+        extras.push(offset);
+    }
+    let tf32 = product.tf32 && product.a.dtype == DType::F32;
+    let dtype = |v: &Option<tilewright_plan::Vector>| v.as_ref().map(|v| v.dtype);
+    let problem = Problem {
+        m,
+        n,
+        k,
+        batch: batch.extent,
+        operand: product.a.dtype,
+        sum: product.sum,
+        result: product.c.dtype,
+        precision: if tf32 { Precision::Tf32 } else { Precision::F32 },
+        promoted: false,
+        order: (orders[0], orders[1], orders[2]),
+        leading: (leading[0], leading[1], leading[2]),
+        stride: (batch.strides[0], batch.strides[1], batch.strides[2]),
+        align: (align[0], align[1], align[2]),
+        epilogue: Epilogue {
+            func: product.epilogue.clone(),
+            col_vector: dtype(&product.cols),
+            row_vector: dtype(&product.rows),
+            residual: dtype(&product.residual),
+        },
+    };
+    let mut out = Vec::new();
+    for candidate in gemm::plan(&problem, gpu, most)? {
+        let mut way = Way {
+            workspace_bytes: candidate.workspace_bytes,
+            estimate_us: candidate.estimate_us * starts.len() as f64,
+            ..Way::default()
+        };
+        let mut programs = Vec::new();
+        for step in &candidate.steps {
+            programs.push(Arc::new(lower(&step.kernel, &step.schedule)?));
+        }
+        for start in &starts {
+            for (step, program) in candidate.steps.iter().zip(&programs) {
+                let at = |i: usize, matrix: &Matrix| Source::Param {
+                    param: matrix.param,
+                    offset: ((start[i] + offsets[i]) * matrix.dtype.size() as i64) as u64,
+                };
+                let vector = |v: &Option<tilewright_plan::Vector>, i: usize, along: i64| {
+                    let v = v.as_ref().ok_or_else(|| Error::bug("an operand that is not there"))?;
+                    let offset = ((extras[i] + along) * v.dtype.size() as i64) as u64;
+                    Ok(Source::Param { param: v.param, offset })
+                };
+                let operands = step
+                    .operands
+                    .iter()
+                    .map(|place| match place {
+                        Place::A => Ok(at(0, &product.a)),
+                        Place::B => Ok(at(1, &product.b)),
+                        Place::C => Ok(at(2, &product.c)),
+                        Place::Cols => vector(&product.cols, 0, 0),
+                        Place::Rows => vector(&product.rows, 1, 0),
+                        Place::Residual => vector(&product.residual, 2, start[2]),
+                        Place::Workspace { offset, bytes } => {
+                            Ok(Source::Workspace { offset: *offset, bytes: *bytes })
+                        }
+                    })
+                    .collect::<Result<_>>()?;
+                let (sizes, schedule) = (step.sizes.clone(), step.schedule.to_string());
+                way.launches.push(Launch { program: program.clone(), sizes, operands, schedule });
+            }
+        }
+        out.push(way);
+    }
+    Ok(out)
+}

@@ -1,0 +1,517 @@
+//! Models on GPUs.
+//!
+//! ```no_run
+//! use tilewright::Model;
+//! use tilewright::gpu::{GpuCompiler, GpuDevice};
+//! # fn main() -> tilewright::Result<()> {
+//! let model = Model::open("model.onnx".as_ref())?;
+//! let device = GpuDevice::open(0, None)?;
+//! let planned = GpuCompiler::new(device.machine().clone()).plan(model.graph.clone())?;
+//! let compiled = device.load(planned)?;
+//! let inputs = tilewright::inputs::random(&model.graph, &Default::default(), 0)?;
+//! let outputs = compiled.session()?.run(&inputs)?;
+//! # Ok(()) }
+//! ```
+//!
+//! [`GpuCompiler::plan`] needs no GPU: the passes, fusion and lowering of the CPU, with the forms and layouts
+//! that GPUs take. [`GpuPlan::interpret`] runs the device programs of such a plan in the interpreter.
+
+use crate::explain::{KernelReport, Limits, bytes_text, env_of, time_text};
+use crate::host::host_call;
+use crate::stage::{Stage, StageTime};
+use crate::verify::{Observed, Ran, Report, compare};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tilewright_base::{Error, Result};
+use tilewright_cuda::{Gpu, Nvrtc};
+use tilewright_data::Tensor;
+use tilewright_graph::{Graph, NodeId, ValueId};
+use tilewright_lower::{Choice, CpuTarget, Device, FusionPlan, Layouts};
+use tilewright_passes::PassContext;
+use tilewright_plan::{Form, Plan, Step};
+use tilewright_runtime_gpu::{Chooser, Executable, Interpreted, interpret};
+use tilewright_target::{Gpu as Machine, Precision};
+
+pub use tilewright_runtime_gpu::{MemoryReport, RunReport, Session};
+
+/// How models are planned for a GPU.
+#[derive(Clone, Debug)]
+pub struct GpuCompiler {
+    /// The GPU as data.
+    pub machine: Machine,
+    /// Arithmetic that is allowed for `f32` models.
+    pub precision: Precision,
+    /// Which operators become one kernel.
+    pub fusion: Choice,
+}
+
+/// A model planned for a GPU.
+#[derive(Clone, Debug)]
+pub struct GpuPlan {
+    graph: Graph,
+    plan: Plan,
+    fusion: FusionPlan,
+    stages: Vec<StageTime>,
+    machine: Machine,
+    precision: Precision,
+}
+
+/// A device with its compiler.
+#[derive(Debug)]
+pub struct GpuDevice {
+    gpu: Gpu,
+    nvrtc: Nvrtc,
+    machine: Machine,
+}
+
+/// A planned model on a device.
+pub struct GpuModel {
+    planned: GpuPlan,
+    exe: Arc<Executable>,
+}
+
+impl GpuCompiler {
+    /// For this GPU, in `f32`.
+    pub fn new(machine: Machine) -> GpuCompiler {
+        GpuCompiler { machine, precision: Precision::F32, fusion: Choice::Fastest }
+    }
+
+    /// Plans a graph.
+    ///
+    /// # Errors
+    /// What passes and lowering say of it.
+    pub fn plan(&self, graph: Graph) -> Result<GpuPlan> {
+        self.plan_observed(graph, &mut |_| {})
+    }
+
+    /// Plans a graph and shows every stage.
+    ///
+    /// # Errors
+    /// As [`GpuCompiler::plan`].
+    pub fn plan_observed(
+        &self,
+        graph: Graph,
+        observe: &mut dyn FnMut(Stage<'_>),
+    ) -> Result<GpuPlan> {
+        observe(Stage::Graph("import", &graph));
+        let first = self.plan_keeping(graph.clone(), &tilewright_lower::attention_fits, observe)?;
+        // Where the library has no kernel for some attention, products and a softmax do it.
+        if first.has_attention() && !first.attention_runs()? {
+            return self.plan_keeping(graph, &|_, _| false, observe);
+        }
+        Ok(first)
+    }
+
+    fn plan_keeping(
+        &self,
+        mut graph: Graph,
+        keep: &dyn Fn(&Graph, NodeId) -> bool,
+        observe: &mut dyn FnMut(Stage<'_>),
+    ) -> Result<GpuPlan> {
+        let mut stages = Vec::new();
+        tilewright_graph::verify(&graph)?;
+        let context = PassContext::default();
+        let report = tilewright_passes::run_observed(
+            &mut graph,
+            &context,
+            tilewright_passes::PIPELINE,
+            &mut |name, graph| observe(Stage::Graph(name, graph)),
+        )?;
+        for stage in &report.stages {
+            let (name, time) = (stage.name.to_string(), stage.time + stage.verify_time);
+            stages.push(StageTime { name, time });
+        }
+        let start = Instant::now();
+        if tilewright_passes::decompose_products(&mut graph, keep)? {
+            tilewright_graph::verify(&graph)?;
+            tilewright_passes::run(&mut graph, &context)?;
+        }
+        observe(Stage::Graph("decompose-products", &graph));
+        stages.push(StageTime { name: "decompose-products".into(), time: start.elapsed() });
+        let start = Instant::now();
+        let options = tilewright_lower::Options {
+            fusion: self.fusion,
+            precision: self.precision,
+            device: Device::Gpu,
+        };
+        let target = CpuTarget::from(&self.machine);
+        let layouts = Layouts::new();
+        let (plan, fusion) =
+            tilewright_lower::lower_with(&graph, &target, &layouts, &host_call, &options)?;
+        observe(Stage::Fusion(&fusion));
+        observe(Stage::Plan(&plan));
+        tilewright_lower::verify_plan(&plan)?;
+        stages.push(StageTime { name: "lower".into(), time: start.elapsed() });
+        let (machine, precision) = (self.machine.clone(), self.precision);
+        Ok(GpuPlan { graph, plan, fusion, stages, machine, precision })
+    }
+}
+
+impl GpuPlan {
+    /// The graph after the passes.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The fusion groups.
+    pub fn fusion(&self) -> &FusionPlan {
+        &self.fusion
+    }
+
+    fn has_attention(&self) -> bool {
+        let is_it = |f: &Form| matches!(f, Form::Attention(_));
+        self.plan.kernels.iter().any(|(_, k)| k.forms.iter().any(is_it))
+    }
+
+    /// Whether the kernel library serves every attention, asked with sizes of 32 or what the ranges allow.
+    fn attention_runs(&self) -> Result<bool> {
+        let mut chooser = Chooser::new(self.machine.clone());
+        for (id, kernel) in self.plan.kernels.iter() {
+            if kernel.forms.iter().any(|f| matches!(f, Form::Attention(_))) {
+                let symbols = kernel.kernel.symbols.iter();
+                let sizes: Vec<i64> = symbols.map(|s| 32.clamp(s.range.min, s.range.max)).collect();
+                if chooser.choose(&self.plan, id, &sizes)?.ways.is_empty() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// How long each stage took.
+    pub fn stages(&self) -> &[StageTime] {
+        &self.stages
+    }
+
+    /// Runs the device programs in the interpreter: no GPU needed, for small sizes.
+    ///
+    /// # Errors
+    /// The user's about the inputs; bugs that the interpreter finds.
+    pub fn interpret(&self, inputs: &[Tensor]) -> Result<Interpreted> {
+        interpret(&self.plan, inputs, &mut Chooser::new(self.machine.clone()))
+    }
+
+    /// Compares outputs of this plan on these inputs with the float64 oracle.
+    ///
+    /// # Errors
+    /// Outputs that are not those of the model.
+    pub fn verify_outputs(
+        &self,
+        original: &Graph,
+        inputs: &[Tensor],
+        outputs: &[Tensor],
+    ) -> Result<Report> {
+        let ran = Ran { plan: &self.plan, outputs, observed: &Observed::new() };
+        compare(original, &self.graph, self.precision, inputs, &ran)
+    }
+}
+
+impl GpuDevice {
+    /// Opens device `ordinal`, with compiled kernels in a folder below `cache`.
+    ///
+    /// # Errors
+    /// Unsupported, with what to do, where there is no driver, no such device or no NVRTC.
+    pub fn open(ordinal: u32, cache: Option<&Path>) -> Result<GpuDevice> {
+        let gpu = Gpu::open(ordinal)?;
+        let nvrtc = Nvrtc::open(cache.map(|c| c.join("cuda")).as_deref())?;
+        let properties = gpu.properties();
+        // The constants of the time model are those of the H200, the counts the driver's.
+        let machine = Machine {
+            name: properties.name.clone(),
+            capability: properties.major * 10 + properties.minor,
+            sms: properties.sm_count,
+            l2_bytes: properties.l2_bytes,
+            ..Machine::h200()
+        };
+        Ok(GpuDevice { gpu, nvrtc, machine })
+    }
+
+    /// The device as data.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The device.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Copies the weights of a planned model to the device.
+    ///
+    /// # Errors
+    /// When its memory does not suffice.
+    pub fn load(self, planned: GpuPlan) -> Result<GpuModel> {
+        let GpuDevice { gpu, nvrtc, machine } = self;
+        let exe = Arc::new(Executable::new(planned.plan.clone(), gpu, nvrtc, machine)?);
+        Ok(GpuModel { planned, exe })
+    }
+}
+
+/// One step of a plan on a GPU.
+#[derive(Clone, Debug, Serialize)]
+pub struct GpuStep {
+    /// What it does, costs and reaches.
+    #[serde(flatten)]
+    pub report: KernelReport,
+    /// Its device programs with their schedules.
+    pub schedules: Vec<String>,
+    /// What a framework would call for the same.
+    pub library: String,
+    /// Why it runs on the host.
+    pub host: Option<String>,
+}
+
+/// Everything that `tw explain --device cuda` shows.
+#[derive(Clone, Debug, Serialize)]
+pub struct GpuExplanation {
+    /// Name of the model.
+    pub model: String,
+    /// The device.
+    pub gpu: String,
+    /// Arithmetic.
+    pub precision: String,
+    /// Sizes that were chosen.
+    pub sizes: Vec<(String, i64)>,
+    /// The steps in order.
+    pub steps: Vec<GpuStep>,
+    /// Sum of the steps' times, in seconds.
+    pub seconds: f64,
+    /// Median time of a whole run on the device, in seconds.
+    pub run_seconds: f64,
+    /// Kernels launched per run.
+    pub launches: usize,
+    /// Recorded graphs per run.
+    pub graphs: usize,
+    /// Bytes of weights, of the arena, of the workspace, and with one allocation per buffer.
+    pub memory_bytes: [usize; 4],
+    /// What did not go as planned.
+    pub warnings: Vec<String>,
+}
+
+impl GpuModel {
+    /// What was planned.
+    pub fn planned(&self) -> &GpuPlan {
+        &self.planned
+    }
+
+    /// Means to run it.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn session(&self) -> Result<Session> {
+        Session::new(self.exe.clone())
+    }
+
+    /// Runs the model and the oracle on the same inputs, and compares outputs and kernels.
+    ///
+    /// # Errors
+    /// Those of the run.
+    pub fn verify(&self, original: &Graph, inputs: &[Tensor]) -> Result<Report> {
+        let plan = self.exe.plan();
+        let mut observed = Observed::new();
+        let outputs = self.session()?.run_observed(inputs, &mut |step, buffer, tensor| {
+            if let Some(value) = plan.buffers[buffer].value {
+                observed.insert(ValueId(value), (step, tensor));
+            }
+        })?;
+        let ran = Ran { plan, outputs: &outputs, observed: &observed };
+        compare(original, &self.planned.graph, self.planned.precision, inputs, &ran)
+    }
+
+    /// Times each step `runs` times on these inputs and compares it with the device's ceilings.
+    ///
+    /// # Errors
+    /// Those of the run.
+    pub fn explain(&self, inputs: &[Tensor], runs: usize) -> Result<GpuExplanation> {
+        let plan = self.exe.plan();
+        let mut session = self.session()?;
+        session.run(inputs)?;
+        let mut all: Vec<Vec<Duration>> = vec![Vec::new(); plan.steps.len()];
+        for _ in 0..runs.max(1) {
+            let mut times = Vec::new();
+            session.run_timed(inputs, &mut times)?;
+            times.iter().for_each(|t| all[t.step].push(t.time));
+        }
+        let median = |runs: Vec<Duration>| crate::bench::Times { runs }.median().as_secs_f64();
+        let seconds: Vec<f64> = all.into_iter().map(median).collect();
+        let whole = session.times_us(inputs, 2, runs.max(3))?;
+        let run_seconds =
+            median(whole.into_iter().map(|t| Duration::from_secs_f64(t * 1e-6)).collect());
+        let env = env_of(&self.planned.graph, inputs);
+        let machine = &self.planned.machine;
+        let narrow = matches!(self.planned.precision, Precision::F16 | Precision::Bf16);
+        let kernels = crate::explain::steps(plan, &env, &seconds, &|k| Limits {
+            flops_per_s: flops_per_s(machine, self.planned.precision, k),
+            // Notes count the model's own types.
+            bytes_per_s: machine.copy_bytes_per_s * if narrow { 2.0 } else { 1.0 },
+            launch_s: machine.model.launch_us * 1e-6,
+        });
+        let run = session.report(inputs)?;
+        let memory = session.memory(inputs)?;
+        let steps = kernels
+            .into_iter()
+            .zip(&run.schedules)
+            .map(|(mut report, schedules)| {
+                if narrow {
+                    report.bytes /= 2.0;
+                    report.bytes_saved /= 2.0;
+                }
+                let number = report.step;
+                let host = run.host_steps.iter().find(|h| h.0 == number).map(|h| h.1.clone());
+                let library = library(plan, &report, &env);
+                GpuStep { report, schedules: schedules.clone(), library, host }
+            })
+            .collect();
+        Ok(GpuExplanation {
+            model: plan.name.clone(),
+            gpu: machine.name.clone(),
+            precision: self.planned.precision.to_string(),
+            sizes: env.iter().map(|(n, v)| (n.to_string(), *v)).collect(),
+            steps,
+            seconds: seconds.iter().sum(),
+            run_seconds,
+            launches: run.launches,
+            graphs: run.graphs,
+            memory_bytes: [
+                memory.constant_bytes,
+                memory.arena_bytes,
+                memory.workspace_bytes,
+                memory.naive_bytes,
+            ],
+            warnings: run.warnings,
+        })
+    }
+}
+
+/// The rate of what does most of a kernel's work: the tensor cores for products of narrow operands.
+fn flops_per_s(machine: &Machine, precision: Precision, kernel: &KernelReport) -> f64 {
+    let per_clock = match (kernel.products.is_empty(), precision) {
+        (true, _) | (_, Precision::F32) => machine.f32_flops_per_clock,
+        (_, Precision::Tf32) => machine.tensor_flops_per_clock / 2.0,
+        (_, Precision::F16 | Precision::Bf16) => machine.tensor_flops_per_clock,
+    };
+    f64::from(machine.sms) * machine.model.clock_ghz * 1e9 * per_clock
+}
+
+/// What a framework without a compiler would call for the same work.
+fn library(plan: &Plan, report: &KernelReport, env: &tilewright_layout::Env) -> String {
+    let product = match &plan.steps[report.step] {
+        Step::Launch { kernel, .. } => plan.kernels[*kernel].forms.iter().find_map(|f| match f {
+            Form::Product(p) => Some(p),
+            Form::Program { .. } | Form::Attention(_) => None,
+        }),
+        Step::Host { .. } => None,
+    };
+    let calls = report.label.split('+').count();
+    match product {
+        Some(p) => {
+            let number = |d: &tilewright_layout::Dim| d.eval(env).unwrap_or(0);
+            let batch: i64 = p.repeat.iter().map(|r| number(&r.extent)).product();
+            let (m, n, k) = (number(&p.m), number(&p.n), number(&p.k));
+            let batch = if batch == 1 { String::new() } else { format!(" x{batch}") };
+            let rest =
+                if calls > 1 { format!(" + {} elementwise", calls - 1) } else { String::new() };
+            format!("cublasLtMatmul {} {m}x{n}x{k}{batch}{rest}", p.a.dtype)
+        }
+        None => match report.anchor.as_str() {
+            "rows" => format!("cuDNN/framework norm, softmax or sum + {} elementwise", calls - 1),
+            "attention" => "cuDNN scaled dot product attention".to_string(),
+            "conv" => "cudnnConvolutionForward".to_string(),
+            "host" => "-".to_string(),
+            _ => format!("{calls} elementwise"),
+        },
+    }
+}
+
+impl GpuExplanation {
+    /// The summary and a table of the `most` costliest steps (all when 0).
+    pub fn text(&self, most: usize) -> String {
+        let mut out = String::new();
+        let hosts = self.steps.iter().filter(|s| s.host.is_some()).count();
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            out,
+            "{} on {} in {}: {} steps, {} launches in {} graphs, {hosts} steps on the host; a run takes {}, its steps one by one {}",
+            self.model,
+            self.gpu,
+            self.precision,
+            self.steps.len(),
+            self.launches,
+            self.graphs,
+            time_text(self.run_seconds),
+            time_text(self.seconds),
+        );
+        let saved: f64 = self.steps.iter().map(|k| k.report.bytes_saved).sum();
+        let flops: f64 = self.steps.iter().map(|k| k.report.flops).sum();
+        let [weights, arena, workspace, naive] = self.memory_bytes.map(|b| bytes_text(b as f64));
+        let _ = writeln!(
+            out,
+            "fusion keeps {} out of memory; {:.2} GFLOP at {:.2} TFLOP/s\nmemory: weights {weights}, arena {arena} ({naive} with one allocation per buffer), workspace {workspace}",
+            bytes_text(saved),
+            flops * 1e-9,
+            flops * 1e-12 / self.run_seconds.max(1e-12),
+        );
+        let _ = writeln!(
+            out,
+            "{:>5} {:<9} {:<40} {:>10} {:>9} {:>10} {:>6} {:>8} {:>5}  {:<9} instead of",
+            "step", "anchor", "kernel", "MFLOP", "bytes", "time", "share", "roof", "of it", "saved"
+        );
+        let mut order: Vec<&GpuStep> = self.steps.iter().collect();
+        if most > 0 && order.len() > most {
+            order.sort_by(|a, b| {
+                let (a, b) = (&a.report, &b.report);
+                b.seconds.total_cmp(&a.seconds).then(a.step.cmp(&b.step))
+            });
+            order.truncate(most);
+        }
+        for step in order {
+            let k = &step.report;
+            let label: String = k.label.chars().take(40).collect();
+            let _ = writeln!(
+                out,
+                "{:>5} {:<9} {:<40} {:>10.2} {:>9} {:>10} {:>5.1}% {:>8} {:>4.0}%  {:<9} {}",
+                k.step,
+                k.anchor,
+                label,
+                k.flops * 1e-6,
+                bytes_text(k.bytes),
+                time_text(k.seconds),
+                k.share * 100.0,
+                k.roof.name(),
+                k.fraction * 100.0,
+                bytes_text(k.bytes_saved),
+                step.library,
+            );
+            if let Some(reason) = &step.host {
+                let _ = writeln!(out, "      on the host: {reason}");
+            }
+        }
+        for warning in &self.warnings {
+            let _ = writeln!(out, "warning: {warning}");
+        }
+        out
+    }
+}
+
+/// Parses `cuda` or `cuda:N`.
+///
+/// # Errors
+/// The user's for anything else.
+pub fn ordinal(device: &str) -> Result<u32> {
+    let number = match device.strip_prefix("cuda") {
+        Some("") => Some(0),
+        Some(rest) => rest.strip_prefix(':').and_then(|n| n.parse().ok()),
+        None => None,
+    };
+    number.ok_or_else(|| {
+        Error::user(format!("`{device}` is no device")).with_hint("devices are: cpu, cuda, cuda:1")
+    })
+}

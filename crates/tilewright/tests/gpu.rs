@@ -1,0 +1,165 @@
+//! Models planned for a GPU, run without one: the device programs of the tiny Hugging Face models in the
+//! device interpreter, within the numerics contract against the float64 oracle.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use tilewright::Precision;
+use tilewright::gpu::{GpuCompiler, GpuPlan};
+use tilewright_base::DType;
+use tilewright_data::Tensor;
+use tilewright_expr::Op as ExprOp;
+use tilewright_graph::{ConvAttrs, Graph, GraphBuilder, Op, TensorType, WindowAttrs, WindowKind};
+use tilewright_import::hf::{LoadOptions, load_model, safetensors};
+use tilewright_interp::Mode;
+use tilewright_interp::graph::order_inputs;
+use tilewright_layout::{Dim, Env, Range};
+use tilewright_plan::Form;
+use tilewright_target::Gpu;
+
+/// Directories of models, in order.
+fn directories() -> Vec<PathBuf> {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf");
+    let entries = std::fs::read_dir(models).unwrap().map(|entry| entry.unwrap().path());
+    let mut all: Vec<PathBuf> = entries.filter(|d| d.join("config.json").is_file()).collect();
+    all.sort();
+    all
+}
+
+fn inputs_of(directory: &Path, graph: &Graph) -> Vec<Tensor> {
+    let expected = safetensors::read(&directory.join("expected.safetensors")).unwrap().tensors;
+    let named: BTreeMap<String, Tensor> = expected
+        .iter()
+        .filter_map(|(n, t)| Some((n.strip_prefix("in.")?.to_string(), t.clone())))
+        .collect();
+    order_inputs(graph, &named).expect("the inputs")
+}
+
+const PRECISIONS: [Precision; 4] =
+    [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16];
+
+fn plan(graph: &Graph, precision: Precision) -> GpuPlan {
+    let mut compiler = GpuCompiler::new(Gpu::h200());
+    compiler.precision = precision;
+    compiler.plan(graph.clone()).unwrap_or_else(|e| panic!("{} {precision}: {e}", graph.name))
+}
+
+/// Runs the device programs of a plan, holds the outputs against the oracle, and counts the host's steps.
+fn holds(name: &str, graph: &Graph, planned: &GpuPlan, inputs: &[Tensor], host_steps: usize) {
+    let run = match planned.interpret(inputs) {
+        Ok(run) => run,
+        Err(e) => panic!("{name}: {e} {:?}", e.notes()),
+    };
+    let host = run.bound.host_steps(planned.plan());
+    assert_eq!(host.len(), host_steps, "{name}: {host:?}");
+    let report = planned.verify_outputs(graph, inputs, &run.outputs).expect("it verifies");
+    for d in &report.outputs {
+        assert!(d.ratio <= 1.0, "{name}: {d:?}");
+    }
+}
+
+#[test]
+fn tiny_models_in_the_device_interpreter_are_within_the_contract() {
+    for directory in directories() {
+        let name = directory.file_name().unwrap().to_string_lossy().into_owned();
+        let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
+        let inputs = inputs_of(&directory, &graph);
+        for precision in PRECISIONS {
+            let planned = plan(&graph, precision);
+            let name = format!("{name} {precision}");
+            // RoBERTa counts its positions from the tokens, which only the interpreter does.
+            let host_steps = usize::from(name.contains("roberta"));
+            holds(&name, &graph, &planned, &inputs, host_steps);
+        }
+    }
+}
+
+/// The tile programs of such a plan, which say what its forms compute, give the same.
+#[test]
+fn tile_programs_beside_the_forms_are_within_the_contract() {
+    for model in ["bert", "llama", "vit"] {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf").join(model);
+        let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
+        let inputs = inputs_of(&directory, &graph);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let planned = plan(&graph, precision);
+            let outputs =
+                tilewright_interp::plan::run(planned.plan(), &inputs, &Env::new(), Mode::Exact)
+                    .unwrap_or_else(|e| panic!("{model} {precision}: {e}"));
+            let report = planned.verify_outputs(&graph, &inputs, &outputs).expect("it verifies");
+            for d in &report.outputs {
+                assert!(d.ratio <= 1.0, "{model} {precision}: {d:?}");
+            }
+        }
+    }
+}
+
+/// Numbers around 0 that look random, a function of the seed.
+fn numbers(shape: &[usize], seed: u64) -> Tensor {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
+    let values: Vec<f64> = (0..shape.iter().product())
+        .map(|_| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f64 / (1u64 << 24) as f64 - 0.5
+        })
+        .collect();
+    Tensor::from_f64s(DType::F32, shape, &values).unwrap()
+}
+
+fn conv(stride: i64, pad: i64, groups: i64) -> Op {
+    Op::Conv(ConvAttrs {
+        strides: vec![stride; 2],
+        pads_lo: vec![pad; 2],
+        pads_hi: vec![pad; 2],
+        dilations: vec![1; 2],
+        groups,
+    })
+}
+
+/// Convolutions with padding and strides, in groups, depthwise and pointwise; pooling; a classifier.
+#[test]
+fn a_small_convolutional_network_is_within_the_contract() {
+    let mut b = GraphBuilder::new("cnn");
+    let n = b.symbol("N", Range { min: 1, max: 8 });
+    let dims = |d: &[i64]| d.iter().map(|&d| Dim::new(d)).collect::<Vec<_>>();
+    let mut shape = vec![n];
+    shape.extend(dims(&[3, 13, 11]));
+    let mut x = b.input("x", TensorType::new(DType::F32, shape));
+    for (i, (weights, op)) in [
+        ([8, 3, 3, 3], conv(2, 1, 1)),
+        ([8, 1, 3, 3], conv(1, 1, 8)),
+        ([12, 4, 2, 2], conv(1, 0, 2)),
+        ([16, 12, 1, 1], conv(1, 0, 1)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let w = b.constant(format!("w{i}"), numbers(&weights, i as u64));
+        let y = b.op(op, &[x, w]).unwrap();
+        x = b.unary(ExprOp::Tanh, y).unwrap();
+    }
+    let pool = WindowAttrs {
+        kind: WindowKind::Max,
+        kernel: vec![3; 2],
+        strides: vec![2; 2],
+        pads_lo: vec![1; 2],
+        pads_hi: vec![1; 2],
+        dilations: vec![1; 2],
+    };
+    let x = b.op(Op::Window(pool), &[x]).unwrap();
+    let sum = Op::Reduce { kind: tilewright_graph::ReduceKind::Sum, axes: vec![2, 3], keep: false };
+    let x = b.op(sum, &[x]).unwrap();
+    let w = b.constant("classes", numbers(&[16, 5], 9));
+    let y = b.contract("nc,ck->nk", x, w).unwrap();
+    b.output("y", y);
+    let graph = b.finish();
+    for precision in PRECISIONS {
+        let planned = plan(&graph, precision);
+        let products = planned
+            .plan()
+            .kernels
+            .iter()
+            .filter(|(_, k)| k.forms.iter().any(|f| matches!(f, Form::Product(_))));
+        assert_eq!(products.count(), 4, "{precision}: all but the depthwise one are products");
+        holds(&format!("cnn {precision}"), &graph, &planned, &[numbers(&[2, 3, 13, 11], 5)], 0);
+    }
+}
