@@ -2,6 +2,7 @@
 //! written down (`ratchet.rs`). No GPU is needed; without NVRTC the tests say that they were skipped, or fail where it is
 //! required (`TILEWRIGHT_REQUIRE_NVRTC=1`, which `make test` sets).
 
+mod attention;
 mod gemm;
 mod planned;
 mod ratchet;
