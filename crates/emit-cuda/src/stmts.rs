@@ -573,7 +573,9 @@ impl<'a> Printer<'a> {
                 }
             }
         });
-        for acc in accumulators {
+        // What runs now is not to be touched.
+        let busy: BTreeSet<FragId> = self.groups.iter().flatten().copied().collect();
+        for acc in accumulators.difference(&busy).copied() {
             let name = self.frag_name(acc);
             self.line(&format!("tw::wgmma_touch({name});"));
         }
@@ -757,8 +759,8 @@ impl<'a> Printer<'a> {
             }
             Stmt::WgmmaWait { pending: 0 } => {
                 self.line("tw::wgmma_wait<0>();");
-                self.touch_accumulators();
                 self.groups.clear();
+                self.touch_accumulators();
             }
             Stmt::WgmmaWait { pending } => {
                 self.line(&format!("tw::wgmma_wait<{pending}>();"));

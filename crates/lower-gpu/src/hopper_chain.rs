@@ -332,6 +332,7 @@ impl Turns<'_, '_> {
             let mut pending = 0;
             if let Some(Step::Product { b, .. }) = waiting {
                 out.push(wait_full(&self.feeds[*b]));
+                out.push(Stmt::WgmmaFence);
                 if let Some(step) = waiting.take() {
                     out.push(self.product(step)?);
                 }
