@@ -226,6 +226,39 @@ template <int LANES, typename T, typename F> TW_INLINE T across_lanes(T x, F com
   return x;
 }
 
+// Combines over all lines of a block, threads that are LANES apart (powers of two), each of `part` for itself. All
+// threads of the block take part and get the results, which are combined in the order of the lines.
+// One array for all reductions of a kernel of this size.
+template <typename T, int ELEMENTS> TW_INLINE T* lines_scratch() {
+  __shared__ T scratch[ELEMENTS];
+  return scratch;
+}
+template <int LANES, int THREADS, typename T, int COUNT, typename F>
+TW_INLINE void across_lines(T (&part)[COUNT], F combine) {
+  constexpr int GROUPS = LANES < 32 ? THREADS / 32 : THREADS / LANES;
+  const int me = (int)threadIdx.x % THREADS;
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j)
+#pragma unroll
+    for (int d = 16; d >= LANES; d /= 2) part[j] = combine(part[j], __shfl_xor_sync(~0u, part[j], d));
+  if constexpr (GROUPS > 1) {
+    T* const scratch = lines_scratch<T, GROUPS * LANES * COUNT>();
+    const int group = LANES < 32 ? me / 32 : me / LANES, place = me % LANES;
+    __syncthreads();
+    if (LANES >= 32 || me % 32 < LANES) {
+#pragma unroll
+      for (int j = 0; j < COUNT; ++j) scratch[(group * COUNT + j) * LANES + place] = part[j];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+      part[j] = scratch[j * LANES + place];
+#pragma unroll
+      for (int g = 1; g < GROUPS; ++g) part[j] = combine(part[j], scratch[(g * COUNT + j) * LANES + place]);
+    }
+  }
+}
+
 // Combines over LANES threads of several warps through `scratch` (one element a warp); all threads of the
 // block take part and get the result.
 template <int LANES, typename T, typename F>

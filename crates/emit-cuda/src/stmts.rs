@@ -751,6 +751,11 @@ impl<'a> Printer<'a> {
         };
         // The helpers of maps define tw_max and tw_min.
         let _ = self.funcs.name(&tilewright_expr::Func::identity(DType::F32), false);
+        if let (Extent::PerCol, Extent::Tile, Spread::Lines { lanes, threads, .. }) =
+            (d.extent, s.extent, s.spread)
+        {
+            return self.reduce_rows(dst, src, (lanes, threads), combine, accumulate);
+        }
         if d.extent != Extent::PerRow || s.extent != Extent::Tile {
             return Err(Error::unsupported("reduction over rows of a fragment"));
         }
@@ -793,6 +798,43 @@ impl<'a> Printer<'a> {
             self.line(&format!("    {to} = x;"));
         }
         self.line("  }");
+        self.line("}");
+        Ok(())
+    }
+
+    /// Combines the rows of a tile in lines: those of a thread, then those of all threads with the same columns.
+    fn reduce_rows(
+        &mut self,
+        dst: &FragRef,
+        src: &FragRef,
+        (lanes, threads): (u32, u32),
+        combine: &str,
+        accumulate: bool,
+    ) -> Result<()> {
+        let s = self.program.frags[src.frag].clone();
+        let spread = Self::spread(&s, self.cols(src));
+        let held = format!("tw::value<{}>", memory_type(s.dtype));
+        let from = self.register(src, "i")?;
+        let to = self.register(dst, "j")?;
+        self.line("{");
+        self.line(&format!("  using spread_t = {spread};"));
+        self.line(&format!(
+            "  const auto combine = []({held} x, {held} y) -> {held} {{ return {combine}; }};"
+        ));
+        self.line(&format!("  {held} part[spread_t::PER_COL];"));
+        self.line("#pragma unroll");
+        self.line("  for (int i = 0; i < spread_t::TILE; ++i) {");
+        self.line("    const int j = spread_t::per_col(i);");
+        self.line(&format!(
+            "    part[j] = spread_t::per_row(i) == 0 ? ({held}){from} : combine(part[j], {from});"
+        ));
+        self.line("  }");
+        if lanes < threads {
+            self.line(&format!("  tw::across_lines<{lanes}, {threads}>(part, combine);"));
+        }
+        let value = if accumulate { format!("combine({to}, part[j])") } else { "part[j]".into() };
+        self.line("#pragma unroll");
+        self.line(&format!("  for (int j = 0; j < spread_t::PER_COL; ++j) {to} = {value};"));
         self.line("}");
         Ok(())
     }

@@ -3,8 +3,9 @@
 //! Threads see every tile as part of one plane of rows and columns: a thread holds runs of columns of
 //! some rows. Tile programs know only axes. Axes that an operation sets side by side are the same
 //! direction (a union), two long axes of one tile are different directions (an edge), and so each
-//! connected part of the program has two directions. What is reduced runs along columns; where
-//! nothing is, the axis that is contiguous in memory does.
+//! connected part of the program has two directions. What is reduced runs along columns, unless what is read
+//! of it is contiguous across the sums: then the sums run along columns. Where nothing is reduced, the axis that
+//! is contiguous in memory does.
 
 use tilewright_base::{Error, Result};
 use tilewright_tile::{Block, Kernel, ParamId, Stmt, TileId, TileOp};
@@ -54,6 +55,8 @@ struct Classes {
     reduced: Vec<usize>,
     /// Axes that are contiguous in memory: of stores, then of loads.
     near: [Vec<usize>; 2],
+    /// Those of loads of two long axes.
+    planes: Vec<usize>,
 }
 
 impl Classes {
@@ -81,10 +84,14 @@ impl Classes {
 
     fn memory(&mut self, kernel: &Kernel, param: ParamId, tile: TileId, load: usize) {
         let axes = &kernel.params[param].layout.axes;
+        let plane = load == 1 && long_axes(kernel, tile).len() == 2;
         for (axis, extent) in kernel.ty(tile).shape.iter().enumerate() {
             if axes.get(axis).is_some_and(|a| a.stride.is(1)) && !extent.is(1) {
                 let id = self.id(tile, axis);
                 self.near[load].push(id);
+                if plane {
+                    self.planes.push(id);
+                }
             }
         }
     }
@@ -185,6 +192,7 @@ pub(crate) fn directions(kernel: &Kernel) -> Result<Directions> {
         parent: (0..total).collect(),
         reduced: Vec::new(),
         near: [Vec::new(), Vec::new()],
+        planes: Vec::new(),
     };
     classes.block(kernel, &kernel.body);
     let mut edges: Vec<(usize, usize)> = Vec::new();
@@ -210,16 +218,32 @@ pub(crate) fn directions(kernel: &Kernel) -> Result<Directions> {
     let reduced: Vec<usize> = classes.reduced.iter().map(|x| classes.find(*x)).collect();
     let [stored, loaded] =
         classes.near.clone().map(|v| v.into_iter().map(|x| classes.find(x)).collect::<Vec<_>>());
+    // What is reduced and read across it: the other axis of its tiles runs along columns.
+    let planes: Vec<usize> = classes.planes.iter().map(|x| classes.find(*x)).collect();
+    let partner = |x: usize| {
+        edges.iter().find_map(|(a, b)| match (*a == x, *b == x) {
+            (true, false) => Some(*b),
+            (false, true) => Some(*a),
+            _ => None,
+        })
+    };
+    let across = |x: usize| partner(x).filter(|y| planes.contains(y) && !planes.contains(&x));
+    for reduced in &reduced {
+        let (seed, direction) = match across(*reduced) {
+            Some(other) => (other, Direction::Row),
+            None => (*reduced, Direction::Col),
+        };
+        if colour[seed].is_none() {
+            paint(&mut colour, &edges, seed)?;
+        }
+        if colour[*reduced] != Some(direction) {
+            return Err(Error::unsupported("reductions along both axes of tiles in one program"));
+        }
+    }
     // Each list is only asked for parts of the program that the lists before left open.
-    for (i, seeds) in [&reduced, &stored, &loaded, &last].into_iter().enumerate() {
-        for seed in seeds {
-            if colour[*seed].is_none() {
-                paint(&mut colour, &edges, *seed)?;
-            } else if i == 0 && colour[*seed] != Some(Direction::Col) {
-                return Err(Error::unsupported(
-                    "reductions along both axes of tiles in one program",
-                ));
-            }
+    for seed in [&stored, &loaded, &last].into_iter().flatten() {
+        if colour[*seed].is_none() {
+            paint(&mut colour, &edges, *seed)?;
         }
     }
     let of = kernel

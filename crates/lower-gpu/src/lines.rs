@@ -7,7 +7,8 @@
 //! Every tile is a plane of rows and columns (`axes.rs`) in `Spread::Lines`: a row belongs to `lanes`
 //! neighbouring threads, each with runs of `vector` columns. A row that a tile holds whole is read once
 //! and stays in registers. Rows in pieces go through a loop; what a loop only folds into a carried
-//! reduction is kept apart per register and combined over threads once, after the loop.
+//! reduction is kept apart per register and combined over threads once, after the loop. Sums along rows (of what
+//! is contiguous along columns) are combined over threads through shared memory.
 
 use crate::axes::{Direction, Directions, directions, long_axes};
 use crate::schedule::GpuSchedule;
@@ -90,7 +91,7 @@ struct Lines<'a> {
     cols: u32,
     frags: IdVec<FragId, Frag>,
     tiles: BTreeMap<TileId, FragId>,
-    /// Columns below a limit, by the limit.
+    /// Rows or columns below a limit, by direction and limit.
     masks: BTreeMap<String, FragId>,
     /// Reductions that the loop around them keeps apart: the accumulator by the reduction's tile.
     folded: BTreeMap<TileId, FragId>,
@@ -165,7 +166,8 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     lines.block(&kernel.body, &mut work)?;
     let mut body = Vec::new();
     if schedule.dependent && schedule.arch >= Arch::Sm90a {
-        body.push(Stmt::GridWait);
+        // What comes next may start at once: it waits for the end of this kernel before it reads.
+        body.extend([Stmt::GridRelease, Stmt::GridWait]);
     }
     if schedule.persistent {
         let (lo, step) = (Dim::sym(CLUSTER), Dim::sym(CLUSTERS));
@@ -173,9 +175,6 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     } else {
         body.push(Stmt::Let { name: "item".into(), value: Dim::sym(CLUSTER) });
         body.extend(work);
-    }
-    if schedule.dependent && schedule.arch >= Arch::Sm90a {
-        body.push(Stmt::GridRelease);
     }
     Ok(Program {
         name: kernel.name.clone(),
@@ -363,7 +362,7 @@ impl Lines<'_> {
                 continue;
             };
             let init = self.get(f.carry[i].1)?;
-            let sum = self.frag(self.dtype(fold.reduce), Extent::PerRow);
+            let sum = self.frag(self.dtype(fold.reduce), self.extent(fold.reduce));
             out.push(Stmt::Reduce {
                 dst: whole(sum),
                 kind: fold.kind,
@@ -401,7 +400,7 @@ impl Lines<'_> {
         let TileOp::Reduce { kind, x, .. } = definition(reduce)? else { return None };
         let once =
             |tile| uses(&f.body, tile) + f.yields.iter().filter(|y| **y == tile).count() == 1;
-        let plane = self.extent(*x) == Extent::Tile && self.extent(reduce) == Extent::PerRow;
+        let plane = self.extent(*x) == Extent::Tile && self.extent(reduce) != Extent::Tile;
         (op == combine(*kind) && plane && once(inner) && once(reduce) && once(next))
             .then_some(Folded { reduce, next, kind: *kind, x: *x })
     }
@@ -453,15 +452,26 @@ impl Lines<'_> {
         Ok(())
     }
 
-    /// The tile with the identity from `limit` on along columns.
-    fn below(&mut self, x: FragId, kind: ReduceKind, limit: &Dim, out: &mut Vec<Stmt>) -> FragId {
-        let key = limit.to_string();
+    /// The tile with the identity from `limit` on along one direction.
+    fn below(
+        &mut self,
+        x: FragId,
+        along: Direction,
+        kind: ReduceKind,
+        limit: &Dim,
+        out: &mut Vec<Stmt>,
+    ) -> FragId {
+        let (extent, axis, name) = match along {
+            Direction::Row => (Extent::PerRow, 0, "rows"),
+            Direction::Col => (Extent::PerCol, 1, "columns"),
+        };
+        let key = format!("{name} {limit}");
         let mask = match self.masks.get(&key) {
             Some(mask) => *mask,
             None => {
-                let mask = self.frag(DType::I32, Extent::PerCol);
+                let mask = self.frag(DType::I32, extent);
                 let start = Dim::new(0) - limit;
-                out.push(Stmt::Iota { dst: whole(mask), axis: 1, start });
+                out.push(Stmt::Iota { dst: whole(mask), axis, start });
                 self.masks.insert(key, mask);
                 mask
             }
@@ -502,7 +512,10 @@ impl Lines<'_> {
         let counts_all =
             |l: &Dim| l == all || l.as_const().zip(all.as_const()).is_some_and(|(l, a)| l >= a);
         match limit {
-            Some(limit) if !counts_all(limit) => Ok(self.below(frag, kind, limit, out)),
+            Some(limit) if !counts_all(limit) => {
+                let along = self.directions.of(x)[axis].unwrap_or(Direction::Col);
+                Ok(self.below(frag, along, kind, limit, out))
+            }
             _ => Ok(frag),
         }
     }
