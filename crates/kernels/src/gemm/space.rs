@@ -138,19 +138,25 @@ pub(super) fn multiply_add_space(vector: u32) -> Vec<GpuSchedule> {
     // Tile, warps. Each thread holds 8 x 16, 8 x 8 or 4 x 4 sums.
     let shapes = [
         (128, 256, (2, 4)),
+        (256, 128, (4, 2)),
         (128, 128, (2, 4)),
-        (128, 128, (4, 2)),
+        (128, 128, (2, 2)),
         (64, 128, (2, 4)),
+        (64, 128, (2, 2)),
         (64, 64, (2, 4)),
         (64, 64, (2, 2)),
-        (32, 64, (2, 2)),
+        (32, 64, (1, 4)),
+        (32, 64, (1, 2)),
     ];
     for (bm, bn, warps) in shapes {
         for bk in [16, 32] {
-            for stages in [3, 2] {
+            for stages in [4, 3, 2] {
+                if stages * (bm + bn) * bk * 4 > SMEM_BYTES {
+                    continue;
+                }
                 let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
                 let mut s = GpuSchedule::pipelined(Arch::Sm90a, ProductKind::Fma, warps, &tiles);
-                s.stages = stages;
+                s.stages = stages as u32;
                 s.vector = vector;
                 s.raster = 8;
                 out.push(s);
