@@ -34,6 +34,7 @@ mod clock;
 mod machine;
 mod memory;
 mod step;
+mod tensor;
 mod values;
 
 use crate::Mode;

@@ -207,13 +207,21 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
     if problem.m == 0 || problem.n == 0 || problem.batch == 0 {
         return Ok(vec![Candidate { steps: Vec::new(), workspace_bytes: 0, estimate_us: 0.0 }]);
     }
-    let orientations = [orient(problem, false), orient(problem, true)];
+    let mut orientations = vec![orient(problem, false), orient(problem, true)];
     if problem.k == 0 {
         return Ok(vec![empty_sum(problem, gpu, &orientations[0])?]);
     }
     let vectors = vector::candidates(problem, &orientations, gpu, most)?;
     if vector::alone(problem) && !vectors.is_empty() {
         return Ok(vectors);
+    }
+    if problem.spec().math == Math::Tf32x3 {
+        // Small products are done sooner, and more exactly, without three parts of copies.
+        for swapped in [false, true] {
+            let mut exact = orient(problem, swapped);
+            exact.spec.math = Math::Exact;
+            orientations.push(exact);
+        }
     }
     let mut ranked = Vec::new();
     for (index, o) in orientations.iter().enumerate() {

@@ -270,7 +270,7 @@ impl GemvSpec {
         let matrix = held * self.operand_bytes() / 4;
         let vectors = if self.deep() { form.runs * form.vector } else { form.each };
         let addresses = if form.vector * self.operand_bytes() < 16 { held } else { form.each };
-        48 + held * self.vectors + matrix + vectors * self.vectors.min(2) + addresses
+        24 + held * self.vectors + matrix + vectors * self.vectors.min(2) + addresses
     }
 
     /// Blocks that share a multiprocessor.
@@ -313,7 +313,10 @@ impl GemvSpec {
         // A last round of blocks that leaves multiprocessors idle.
         let rounds = items as f64 / slots as f64;
         let tail = if rounds <= 1.0 { 1.0 } else { 1.0 + 0.25 * (rounds.ceil() / rounds - 1.0) };
-        let memory = bytes.max(padded * 0.5) / rate * 1e6 * tail;
+        // Where a load of the matrix brings as many of the vectors, those slow it down.
+        let beside = if self.deep() { self.vectors as f64 / form.each as f64 } else { 0.0 };
+        let beside = 1.0 + 0.1 * beside * (4.0 / size as f64).sqrt();
+        let memory = bytes.max(padded * 0.5) / rate * 1e6 * tail * beside;
         let widen = if size < 4 { 1.5 } else { 0.0 };
         let shared = self.vectors as f64 * (if size < 4 { 1.5 } else { 0.5 });
         let reuse = if self.deep() { form.each } else { form.vector * form.runs } as f64;
