@@ -5,7 +5,8 @@
 // two banks: two operands that are read from one bank cost a second cycle. So lines of both tiles run across the
 // depth (copies turn operands that lie along it), operands come in 128-bit loads, addresses change by constants, and
 // the sums of a column are formed first for the even and then for the odd rows: the column's element stays in the
-// reuse cache, and the assembler finds sums and rows in different banks for nine of ten instructions.
+// reuse cache, and the assembler finds sums and rows in different banks for more than nine of ten instructions
+// (docs/src/facts.md).
 #pragma once
 #include "tw/frag.cuh"
 
@@ -33,21 +34,22 @@ template <int COUNT, int THREADS, int BLOCK, int SPAN, int LINES> struct OuterOp
       return smem_at<4, SPAN, LINES>(tile, depth + k, first + j / BLOCK * REPEAT + j % BLOCK);
     }
   }
+  // The block of element j for step k.
+  TW_INLINE void load_block(float (&r)[COUNT], int j, int k) const {
+    if constexpr (BLOCK == 4) smem_load4(*reinterpret_cast<float(*)[4]>(&r[j]), address(j, k));
+    else r[j] = smem_load<float>(address(j, k));
+  }
   // All elements for step k.
   TW_INLINE void load(float (&r)[COUNT], int k) const {
-    if constexpr (BLOCK == 4) {
 #pragma unroll
-      for (int j = 0; j < COUNT; j += 4) smem_load4(*reinterpret_cast<float(*)[4]>(&r[j]), address(j, k));
-    } else {
-#pragma unroll
-      for (int j = 0; j < COUNT; ++j) r[j] = smem_load<float>(address(j, k));
-    }
+    for (int j = 0; j < COUNT; j += BLOCK) load_block(r, j, k);
   }
 };
 
 // acc += A * B over the whole depth of two tiles. A is [ROWS, DEPTH] from (a_row, a_depth), B is
-// [DEPTH, COLS] from (b_depth, b_col); *_DEEP: lines of the buffer run along the depth, which they must not. What
-// the next step needs is loaded while the current one is multiplied.
+// [DEPTH, COLS] from (b_depth, b_col); *_DEEP: lines of the buffer run along the depth, which they must not. Rows
+// are held for two steps, a block of columns is replaced after its last use. The assembler would move these loads
+// down to where their values are used; it moves none across a synchronisation of the warp.
 template <int ROWS, int COLS, int DEPTH, int TM, int TN, int BM, int BN, int A_SPAN, int A_LINES, bool A_DEEP,
           int B_SPAN, int B_LINES, bool B_DEEP>
 TW_INLINE void fma_tile(float* acc, smem_t a, int a_row, int a_depth, smem_t b, int b_depth, int b_col) {
@@ -55,14 +57,14 @@ TW_INLINE void fma_tile(float* acc, smem_t a, int a_row, int a_depth, smem_t b, 
   static_assert(DEPTH % 8 == 0 && !A_DEEP && !B_DEEP, "lines run across the depth, in groups of 8");
   const OuterOperand<S::RM, TM, BM, A_SPAN, A_LINES> left{a, a_row + S::thread_m() * BM, a_depth};
   const OuterOperand<S::CN, TN, BN, B_SPAN, B_LINES> right{b, b_col + S::thread_n() * BN, b_depth};
-  float fa[2][S::RM], fb[2][S::CN];
+  float fa[2][S::RM], fb[S::CN];
   left.load(fa[0], 0);
-  right.load(fb[0], 0);
+  right.load(fb, 0);
 #pragma unroll
   for (int k = 0; k < DEPTH; ++k) {
     if (k + 1 < DEPTH) {
       left.load(fa[(k + 1) & 1], k + 1);
-      right.load(fb[(k + 1) & 1], k + 1);
+      __syncwarp();
     }
 #pragma unroll
     for (int c = 0; c < S::CN; ++c) {
@@ -71,7 +73,11 @@ TW_INLINE void fma_tile(float* acc, smem_t a, int a_row, int a_depth, smem_t b, 
         // Back and forth, so that neighbours in time share an operand; even rows, then odd ones.
         constexpr int HALF = (S::RM + 1) / 2;
         const int i = c % 2 ? S::RM - 1 - j : j, r = i < HALF ? 2 * i : 2 * (i - HALF) + 1;
-        acc[r * S::CN + c] = __fmaf_rn(fa[k & 1][r], fb[k & 1][c], acc[r * S::CN + c]);
+        acc[r * S::CN + c] = __fmaf_rn(fa[k & 1][r], fb[c], acc[r * S::CN + c]);
+      }
+      if (c % BN == BN - 1 && k + 1 < DEPTH) {
+        right.load_block(fb, c - (BN - 1), k + 1);
+        __syncwarp();
       }
     }
   }

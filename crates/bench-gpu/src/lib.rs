@@ -17,6 +17,7 @@
 pub mod arms;
 pub mod case;
 pub mod check;
+pub mod ending;
 pub mod measure;
 pub mod record;
 pub mod suite;

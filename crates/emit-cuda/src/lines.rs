@@ -113,9 +113,16 @@ impl Printer<'_> {
         ));
         self.line("  }");
         self.line("#pragma unroll");
-        self.line(&format!(
-            "  for (int i = 0; i < {count}; ++i) {register} = tw::widen(runs[i / {vector}].at[i % {vector}]);"
-        ));
+        if vector == 1 {
+            self.line(&format!(
+                "  for (int i = 0; i < {count}; ++i) {register} = tw::widen(runs[i].at[0]);"
+            ));
+        } else {
+            let next = self.register(frag_ref, "i + 1")?;
+            self.line(&format!(
+                "  for (int i = 0; i < {count}; i += 2) tw::widen_pair(runs[i / {vector}].at[i % {vector}], runs[i / {vector}].at[i % {vector} + 1], {register}, {next});"
+            ));
+        }
         self.line("}");
         Ok(())
     }

@@ -39,6 +39,11 @@ fn main() -> Result<(), String> {
             args[4].clone()
         };
         let splits = step.sizes.get("S").copied().unwrap_or(1);
+        if !s.tiles.contains_key("BM") {
+            // A matrix times vectors is for `show_rows`.
+            println!("# {} parts={splits} {s} # {:.2} us", step.kernel.name, c.estimate_us);
+            continue;
+        }
         println!(
             "{} {} {} {} stages={} slots={} consumers={} order={}{}{}{}{} # {:.2} us, {} steps, {} parts",
             args[3],

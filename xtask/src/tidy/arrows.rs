@@ -35,7 +35,7 @@ const CRATES: &[Row] = &[
     Row { name: "lower-gpu",  may_know: &["base", "layout", "data", "expr", "target", "tile", "device"] },
     Row { name: "kernels",    may_know: &["base", "layout", "expr", "target", "tile", "device", "emit-cuda", "lower-gpu"] },
     Row { name: "launch",     may_know: &["base", "layout", "data", "cuda", "tile", "device", "emit-cuda", "lower-gpu"] },
-    Row { name: "bench-gpu",  may_know: &["base", "layout", "data", "target", "cuda", "device", "emit-cuda", "lower-gpu", "kernels", "launch"] },
+    Row { name: "bench-gpu",  may_know: &["base", "layout", "data", "expr", "target", "cuda", "device", "emit-cuda", "lower-gpu", "kernels", "launch"] },
     Row { name: "jit",        may_know: &["base", "data", "expr", "target"] },
     Row { name: "runtime",    may_know: &["base", "layout", "data", "target", "tile", "plan", "jit"] },
     Row { name: "tilewright", may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "text", "passes", "lower", "emit-llvm", "jit", "runtime"] },

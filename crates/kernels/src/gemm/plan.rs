@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, Kind, Result};
 use tilewright_device::Arch;
 use tilewright_layout::Env;
-use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
+use tilewright_lower_gpu::{GpuSchedule, ProductKind, StoreKind, lower};
 use tilewright_target::Gpu;
 use tilewright_tile::Kernel;
 
@@ -429,6 +429,12 @@ fn prepare(
     Ok(Ready { place: high, low, order: to, leading: padded, stride: matrix })
 }
 
+/// Sums that each thread of plain multiply-adds keeps.
+fn sums_per_thread(s: &GpuSchedule) -> i64 {
+    let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
+    tile("BM") * tile("BN") / i64::from(s.warps.0 * s.warps.1 * 32).max(1)
+}
+
 /// Where the operands of an orientation are.
 pub(super) fn operand_places(o: &Oriented) -> (Place, Place) {
     if o.swapped { (Place::B, Place::A) } else { (Place::A, Place::B) }
@@ -476,6 +482,11 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     let b = prepare(p, o, 1, &mut steps, &mut workspace)?;
     let mut spec = o.spec.clone();
     (spec.a, spec.b) = (a.order, b.order);
+    if choice.schedule.product == ProductKind::Fma && sums_per_thread(&choice.schedule) <= 32 {
+        // There are registers for sums of a tile's depth: short chains of additions are more exact, as are those of
+        // others for small products.
+        spec.math = Math::Promoted;
+    }
     let mut values =
         vec![("M", o.m), ("N", o.n), ("K", p.k), ("lda", a.leading), ("ldb", b.leading)];
     let mut operands = vec![a.place, b.place];

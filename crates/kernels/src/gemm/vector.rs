@@ -1,10 +1,10 @@
 //! Products with few rows or few columns, by the kernels of `rows/gemv.rs`.
 
 use crate::gemm::plan::{
-    Candidate, Oriented, Step, Workspace, aligned_elements, extras, lines, sizes,
+    Candidate, Oriented, Step, Workspace, aligned_elements, extras, lines, operand_places, sizes,
 };
 use crate::gemm::problem::Problem;
-use crate::gemm::program::{Math, Order};
+use crate::gemm::program::{Math, Order, copy_program};
 use crate::rows::{GemvForm, GemvSizes, GemvSpec, MOST_VECTORS};
 use tilewright_base::{DType, Kind, Result};
 use tilewright_device::Arch;
@@ -42,6 +42,24 @@ fn thin(p: &Problem, o: &Oriented) -> Oriented {
     o
 }
 
+/// Bytes of the matrix from which on vectors that do not lie along the depth are copied first: reading them element by
+/// element, again and again, takes longer.
+const COPY_FROM_BYTES: i64 = 8 << 20;
+
+/// Whether the vectors are copied so that they lie along the depth.
+fn copies(p: &Problem, o: &Oriented) -> bool {
+    let bytes = o.n * p.k * p.batch * p.operand_bytes();
+    o.spec.a == Order::Col && o.spec.b == Order::Col && bytes >= COPY_FROM_BYTES
+}
+
+/// The problem as it is after that copy.
+fn copied(p: &Problem, o: &Oriented) -> Oriented {
+    let mut o = o.clone();
+    let padded = (p.k + 15) / 16 * 16;
+    (o.spec.a, o.leading.0, o.stride.0, o.align.0) = (Order::Row, padded, padded * o.m, 256);
+    o
+}
+
 /// Elements, a power of two up to 16, that accesses along the lines of the matrix may take.
 fn vector(p: &Problem, o: &Oriented) -> i64 {
     let (size, out) = (p.operand_bytes(), p.result_bytes());
@@ -76,6 +94,7 @@ pub(super) fn candidates(
         .filter(|o| o.m <= MOST_VECTORS)
         .map(|o| {
             let o = thin(p, o);
+            let o = if copies(p, &o) { copied(p, &o) } else { o };
             let spec = GemvSpec { gemm: o.spec.clone(), vectors: o.m };
             let sizes = GemvSizes { n: o.n, k: p.k, batch: p.batch, vector: vector(p, &o) };
             (o, spec, sizes)
@@ -92,7 +111,8 @@ pub(super) fn candidates(
             break;
         }
         let (o, spec, _) = &few[index];
-        let candidate = build(p, o, spec, &form, estimate_us)?;
+        let given = orientations.iter().find(|g| g.swapped == o.swapped).unwrap_or(o);
+        let candidate = build(p, given, o, spec, &form, estimate_us)?;
         match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
             Ok(()) => out.push(candidate),
             Err(e) if e.kind() == Kind::Unsupported => {}
@@ -102,15 +122,33 @@ pub(super) fn candidates(
     Ok(out)
 }
 
+/// `given` is the orientation before copies.
 fn build(
     p: &Problem,
+    given: &Oriented,
     o: &Oriented,
     spec: &GemvSpec,
     form: &GemvForm,
     estimate_us: f64,
 ) -> Result<Candidate> {
-    let places = super::plan::operand_places(o);
+    let places = operand_places(o);
     let mut operands = vec![places.0, places.1];
+    let mut workspace = Workspace::default();
+    let mut steps = Vec::new();
+    let given = thin(p, given);
+    if copies(p, &given) {
+        let place = workspace.take(o.stride.0 * p.batch * p.operand_bytes());
+        let batched = p.batch != 1;
+        let kernel = copy_program("copy", p.operand, Order::Col, Order::Row, batched, false);
+        let mut values =
+            vec![("R", o.m), ("C", p.k), ("ldx", given.leading.0), ("ldy", o.leading.0)];
+        if batched {
+            values.extend([("L", p.batch), ("sx", given.stride.0), ("sy", o.stride.0)]);
+        }
+        let aligned = aligned_elements(given.align.0, p.operand_bytes());
+        steps.push(lines(kernel, sizes(&values), vec![places.0, place], aligned)?);
+        operands[0] = place;
+    }
     let mut values = vec![("N", o.n), ("K", p.k), ("lda", o.leading.0), ("ldb", o.leading.1)];
     if p.batch != 1 {
         let (sa, sb, sc) = o.stride;
@@ -121,10 +159,9 @@ fn build(
         values.push(("ldc", o.leading.2));
         operands.extend(extras(&o.spec, o.swapped));
         let kernel = spec.program("gemv", false);
-        let steps = vec![Step { kernel, schedule, sizes: sizes(&values), operands }];
-        return Ok(Candidate { steps, workspace_bytes: 0, estimate_us });
+        steps.push(Step { kernel, schedule, sizes: sizes(&values), operands });
+        return Ok(Candidate { steps, workspace_bytes: workspace.bytes, estimate_us });
     }
-    let mut workspace = Workspace::default();
     let (_, bk) = spec.tile(form);
     let depth = (p.k + bk - 1) / bk;
     let part = (depth + form.splits - 1) / form.splits;
@@ -137,7 +174,7 @@ fn build(
     values.extend([("ldc", padded), ("S", splits), ("part", part), ("sp", sp)]);
     operands.push(place);
     let kernel = spec.program("gemv_part", true);
-    let mut steps = vec![Step { kernel, schedule, sizes: sizes(&values), operands }];
+    steps.push(Step { kernel, schedule, sizes: sizes(&values), operands });
     let (m, n) = if column_major { (o.n, o.m) } else { (o.m, o.n) };
     let values =
         [("M", m), ("N", n), ("S", splits), ("ldp", padded), ("ldc", o.leading.2), ("sp", sp)];

@@ -230,7 +230,10 @@ impl GemvSpec {
                         let bytes = each * runs * vector * self.operand_bytes();
                         let wide = runs > 1 && lanes * runs > runs_of;
                         let tall = each > 1 && threads / lanes * each > lines_of;
-                        if sums + bytes / 4 > SUMS || bytes > 128 || wide || tall {
+                        // Where an access is as wide as can be, more lines at once serve better than longer ones.
+                        let full = vector * self.operand_bytes() == 16;
+                        let long = full && runs > if deep { 4 } else { 1 };
+                        if sums + bytes / 4 > SUMS || bytes > 128 || wide || tall || long {
                             continue;
                         }
                         let form = GemvForm { threads, lanes, each, runs, vector, splits: 1 };
@@ -313,9 +316,11 @@ impl GemvSpec {
         // A last round of blocks that leaves multiprocessors idle.
         let rounds = items as f64 / slots as f64;
         let tail = if rounds <= 1.0 { 1.0 } else { 1.0 + 0.25 * (rounds.ceil() / rounds - 1.0) };
-        // Where a load of the matrix brings as many of the vectors, those slow it down.
+        // Where a load of the matrix brings as many of the vectors, those slow it down; so do short stretches of
+        // memory.
         let beside = if self.deep() { self.vectors as f64 / form.each as f64 } else { 0.0 };
-        let beside = 1.0 + 0.1 * beside * (4.0 / size as f64).sqrt();
+        let stretch = (form.lanes * form.runs * form.vector * size) as f64;
+        let beside = 1.0 + 0.1 * beside * (4.0 / size as f64).sqrt() + 9.6 / stretch;
         let memory = bytes.max(padded * 0.5) / rate * 1e6 * tail * beside;
         let widen = if size < 4 { 1.5 } else { 0.0 };
         let shared = self.vectors as f64 * (if size < 4 { 1.5 } else { 0.5 });
@@ -323,8 +328,9 @@ impl GemvSpec {
         let instructions = self.vectors as f64 + widen + shared / reuse + 0.5;
         let issue = 128.0 * gpu.model.clock_ghz * 1e9 * active.min(f64::from(gpu.sms));
         let arithmetic = padded / size as f64 * instructions / issue * 1e6;
-        // What a block does once: it starts, and combines its sums.
-        let combine = (form.each * form.runs * form.vector * self.vectors) as f64 * 0.01 + 0.3;
+        // What a block does once: it starts, and combines its sums, beside other blocks.
+        let sums = (form.each * self.vectors) as f64 * if form.lanes > 32 { 0.06 } else { 0.02 };
+        let combine = 0.3 + 0.5 * rounds.ceil() * (0.1 + sums);
         let parts = if form.splits > 1 {
             let bytes = (self.vectors * sizes.n * form.splits * 8) as f64;
             SUM_STEP_US + bytes / gpu.copy_bytes_per_s * 1e6
