@@ -214,7 +214,11 @@ impl GemvSpec {
     pub fn space(&self, gpu: &Gpu, sizes: &GemvSizes) -> Vec<GemvForm> {
         let deep = self.deep();
         let (line, lines_of) = if deep { (sizes.k, sizes.n) } else { (sizes.n, sizes.k) };
-        let vector = sizes.vector.min(16 / self.operand_bytes()).max(1);
+        let mut vector = sizes.vector.min(16 / self.operand_bytes()).max(1);
+        // A run has sums of its own for every vector.
+        while vector > 1 && vector * self.vectors > SUMS - 24 {
+            vector /= 2;
+        }
         let mut out = Vec::new();
         for threads in [256, 128] {
             for lanes in [256, 128, 32, 16, 8, 4] {
