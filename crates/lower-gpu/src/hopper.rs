@@ -432,7 +432,7 @@ impl RegisterTiles {
             scratch: pipeline
                 .scratch
                 .iter()
-                .map(|tile| tile_frag(b, "part", *tile))
+                .map(|tile| tile_frag(b, "turn_sum", *tile))
                 .collect::<Result<_>>()?,
         })
     }

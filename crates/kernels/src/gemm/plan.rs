@@ -429,6 +429,9 @@ fn prepare(
     Ok(Ready { place: high, low, order: to, leading: padded, stride: matrix })
 }
 
+/// Depth up to which plain multiply-adds add up the sums of each tile's depth apart.
+const SHORT_DEPTH: i64 = 512;
+
 /// Sums that each thread of plain multiply-adds keeps.
 fn sums_per_thread(s: &GpuSchedule) -> i64 {
     let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
@@ -482,9 +485,10 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     let b = prepare(p, o, 1, &mut steps, &mut workspace)?;
     let mut spec = o.spec.clone();
     (spec.a, spec.b) = (a.order, b.order);
-    if choice.schedule.product == ProductKind::Fma && sums_per_thread(&choice.schedule) <= 32 {
-        // There are registers for sums of a tile's depth: short chains of additions are more exact, as are those of
-        // others for small products.
+    let short = p.k <= SHORT_DEPTH && sums_per_thread(&choice.schedule) <= 32;
+    if choice.schedule.product == ProductKind::Fma && short {
+        // There are registers for sums of a tile's depth apart: their errors stay near those of sums in parts, which
+        // others form for small products.
         spec.math = Math::Promoted;
     }
     let mut values =

@@ -138,26 +138,19 @@ pub(super) fn multiply_add_space(vector: u32) -> Vec<GpuSchedule> {
     // Tile, warps. Each thread holds 8 x 16, 8 x 8 or 4 x 4 sums.
     let shapes = [
         (128, 256, (2, 4)),
-        (256, 128, (4, 2)),
         (128, 128, (2, 4)),
-        (128, 128, (2, 2)),
+        (128, 128, (4, 2)),
         (64, 128, (2, 4)),
-        (64, 128, (2, 2)),
         (64, 64, (2, 4)),
         (64, 64, (2, 2)),
         (32, 64, (1, 4)),
-        (32, 64, (1, 2)),
     ];
     for (bm, bn, warps) in shapes {
         for bk in [16, 32] {
-            for stages in [4, 3, 2] {
-                // Rows of 256 and deep steps: the assembler finds no good registers.
-                if stages * (bm + bn) * bk * 4 > SMEM_BYTES || (bm == 256 && bk == 32) {
-                    continue;
-                }
+            for stages in [3, 2] {
                 let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
                 let mut s = GpuSchedule::pipelined(Arch::Sm90a, ProductKind::Fma, warps, &tiles);
-                s.stages = stages as u32;
+                s.stages = stages;
                 s.vector = vector;
                 s.raster = 8;
                 out.push(s);

@@ -17,7 +17,9 @@ use tilewright_target::Gpu;
 pub(super) fn alone(p: &Problem) -> bool {
     let few = p.m.min(p.n);
     let exact = p.operand == DType::F32 && p.spec().math != Math::Tf32;
-    few == 1 || (exact && few <= MOST_VECTORS)
+    // Widening 8-bit floats takes as long as reading them: tensor cores may be faster.
+    let cheap = !(p.operand.is_float() && p.operand.bits() == 8);
+    (few == 1 && cheap) || (exact && few <= MOST_VECTORS)
 }
 
 /// The orientation without orders and distances that do not matter: with one row or column, an axis of one element

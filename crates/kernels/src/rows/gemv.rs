@@ -324,9 +324,14 @@ impl GemvSpec {
         // memory.
         let beside = if self.deep() { self.vectors as f64 / form.each as f64 } else { 0.0 };
         let stretch = (form.lanes * form.runs * form.vector * size) as f64;
-        let beside = 1.0 + 0.1 * beside * (4.0 / size as f64).sqrt() + 9.6 / stretch;
+        let weight = if size < 4 { 0.25 } else { 0.1 };
+        let beside = 1.0 + weight * beside * (4.0 / size as f64).sqrt() + 9.6 / stretch;
         let memory = bytes.max(padded * 0.5) / rate * 1e6 * tail * beside;
-        let widen = if size < 4 { 1.5 } else { 0.0 };
+        let widen = match (size, self.gemm.operand.is_float()) {
+            (1, true) => 6.0,
+            (4, _) => 0.0,
+            _ => 1.5,
+        };
         let shared = self.vectors as f64 * (if size < 4 { 1.5 } else { 0.5 });
         let reuse = if self.deep() { form.each } else { form.vector * form.runs } as f64;
         let instructions = self.vectors as f64 + widen + shared / reuse + 0.5;
