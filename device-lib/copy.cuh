@@ -66,4 +66,46 @@ TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int 
   }
 }
 
+// The same for a tensor whose contiguous axis runs across the tile's lines: neighbouring threads read 8 neighbours
+// in memory and write them to 8 lines, 4 such groups a warp, whose elements the swizzle of 128 bytes spreads over all
+// banks.
+template <typename T, int THREADS, int LINES, int ALONG, int SPAN, int BUFFER_LINES>
+TW_INLINE void copy_tile_turned(smem_t tile, int line0, int along0, const T* from, int line, int along, int lines,
+                                int alongs, i64 along_stride) {
+  static_assert(LINES % 8 == 0 && ALONG % 4 == 0 && THREADS % 32 == 0, "whole groups of 8 lines x 4");
+  constexpr int GROUPS = LINES / 8, UNITS = GROUPS * (ALONG / 4), WARPS = THREADS / 32;
+  const int w = (int)threadIdx.x % THREADS / 32, l8 = lane() % 8, a4 = lane() / 8;
+  if constexpr (WARPS % GROUPS == 0 && UNITS % WARPS == 0) {
+    // A thread keeps to its line.
+    constexpr int STEP = WARPS / GROUPS * 4;
+    const int l = w % GROUPS * 8 + l8, a = w / GROUPS * 4 + a4;
+    const T* p = from + (line + l) + (i64)(along + a) * along_stride;
+    const i64 next = STEP * along_stride;
+    if (line >= 0 && along >= 0 && line + LINES <= lines && along + ALONG <= alongs) {
+#pragma unroll
+      for (int j = 0; j < UNITS / WARPS; ++j) {
+        copy_run<T, 1>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a + j * STEP), p, true);
+        p += next;
+      }
+    } else {
+      const bool line_inside = (u32)(line + l) < (u32)lines;
+#pragma unroll 1
+      for (int j = 0; j < UNITS / WARPS; ++j) {
+        const bool inside = line_inside && (u32)(along + a + j * STEP) < (u32)alongs;
+        copy_run<T, 1>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a + j * STEP),
+                       inside ? p : from, inside);
+        p += next;
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int u = w; u < UNITS; u += WARPS) {
+      const int l = u % GROUPS * 8 + l8, a = u / GROUPS * 4 + a4;
+      const bool inside = (u32)(line + l) < (u32)lines && (u32)(along + a) < (u32)alongs;
+      const T* p = from + (inside ? (line + l) + (i64)(along + a) * along_stride : 0);
+      copy_run<T, 1>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a), p, inside);
+    }
+  }
+}
+
 }  // namespace tw

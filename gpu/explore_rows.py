@@ -83,9 +83,11 @@ def problem(v):
     F = torch.nn.functional
     if op == "gemv":
         N, K, m = s["N"], s["K"], int(keys.get("vectors", 1))
-        T["W"], T["X"] = random(N, K, s["ldw"], t), random(m, K, s["ldx"], t)
-        w, x = T["W"], T["X"]
-        out("Y", m, N, s["ldy"], t, lambda: x.double() @ w.double().t())
+        deep = keys.get("deep", "1") == "1"
+        T["B"] = random(N, K, s["ldb"], t) if deep else random(K, N, s["ldb"], t)
+        T["A"] = random(m, K, s["lda"], t)
+        w, x = T["B"] if deep else T["B"].t(), T["A"]
+        out("C", m, N, s["ldc"], t, lambda: x.double() @ w.double().t())
         return T, outs, lambda: F.linear(x, w), N * K * size
     M, N = s["M"], s["N"]
     if op in ("softmax", "logsoftmax", "layernorm", "rmsnorm"):

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Tests, then measures, on this machine's GPU. From an unpacked archive of `make gpu-bundle`: no Rust needed.
 #
-#   gpu/run.sh [tests|triton|bench|models|tune|all] [arguments for tw-gpu-test, tw-gpu-bench, models.py or tw-gpu-tune]
-#                                                                                                     default: all
+#   gpu/run.sh [tests|sanitizer|triton|bench|models|tune|all] [arguments for tw-gpu-test, tw-gpu-bench, models.py or
+#                                                             tw-gpu-tune]               default: all
 #
 # tests:  the driver, launches, programs of graphs, matrix products of every kind, order, odd size, stride and batch, and attention
+# sanitizer: a few products of every kind under NVIDIA's compute-sanitizer, where the toolkit is installed
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # models: tiny models against float64, in four precisions (also in tests); where PyTorch is installed, large
 #         ones beside it (gpu/models.py)
@@ -19,7 +20,7 @@ cd "$(dirname "$0")/.."
 export TILEWRIGHT_COMMAND="gpu/run.sh${*:+ $*}"
 part="${1:-all}"
 [ $# -eq 0 ] || shift
-case "$part" in tests | triton | bench | models | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
+case "$part" in tests | sanitizer | triton | bench | models | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
 for program in tw tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
@@ -73,6 +74,19 @@ if [ "$part" = models ] || [ "$part" = all ]; then
     step "models beside PyTorch" python3 gpu/models.py --tw bin/tw --json "$records/gpu-models.json" "$@"
   else
     printf '\n== models beside PyTorch: not run, python3 has no torch\n'
+  fi
+fi
+if [ "$part" = sanitizer ] || [ "$part" = all ]; then
+  sanitizer="$(command -v compute-sanitizer || ls -d /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)"
+  if [ -n "$sanitizer" ]; then
+    # Asking a kernel for one parameter more than it has is how they are counted; that is no error of ours.
+    for tool in "memcheck --report-api-errors no" racecheck synccheck; do
+      # shellcheck disable=SC2086
+      step "compute-sanitizer ${tool%% *}" "$sanitizer" --error-exitcode 1 --tool $tool \
+        bin/tw-gpu-test --cache "$cache" --groups sizes,orders,strides,batches,endings --every 60
+    done
+  else
+    printf '\n== compute-sanitizer: not run, it is neither in PATH nor in /usr/local/cuda*/bin\n'
   fi
 fi
 if [ "$part" = triton ] || [ "$part" = all ]; then

@@ -28,13 +28,23 @@ pub struct Matrices {
     pub a: Buffer,
     pub b: Buffer,
     pub c: Buffer,
+    /// What the ending reads: vectors along columns and rows, and the residual.
+    pub extras: [Option<Buffer>; 3],
 }
 
 impl Matrices {
     /// Memory for a case, not filled.
     pub fn new(stream: &Stream, case: &Case) -> Result<Matrices> {
         let (a, b, c) = (case.a.bytes(), case.b.bytes(), case.c.bytes());
-        Ok(Matrices { a: stream.alloc(a)?, b: stream.alloc(b)?, c: stream.alloc(c)? })
+        let [a, b, c] = [stream.alloc(a)?, stream.alloc(b)?, stream.alloc(c)?];
+        Ok(Matrices { a, b, c, extras: Matrices::extras(stream, case)? })
+    }
+
+    /// Memory for what the ending reads.
+    pub fn extras(stream: &Stream, case: &Case) -> Result<[Option<Buffer>; 3]> {
+        let [cols, rows, residual] = case.extras();
+        let alloc = |p: Option<crate::case::Place>| p.map(|p| stream.alloc(p.bytes())).transpose();
+        Ok([alloc(cols)?, alloc(rows)?, alloc(residual)?])
     }
 
     /// Addresses of the first elements.
@@ -102,6 +112,12 @@ impl Ours {
             address: start,
             bytes: (buffer.address() + buffer.len() as u64).saturating_sub(start),
         };
+        let extra = |i: usize, first: u64| {
+            let buffer = matrices.extras[i].as_ref();
+            let buffer = buffer.ok_or_else(|| Error::bug("an ending reads what is not there"))?;
+            let size = case.extras()[i].map_or(1, |p| p.dtype.size()) as u64;
+            Ok(rest(buffer, buffer.address() + first * size))
+        };
         let bind = |(step, kernel): (&tilewright_kernels::gemm::Step, &LoadedKernel)| {
             let operands = step
                 .operands
@@ -119,7 +135,9 @@ impl Ours {
                         }
                         Ok(Operand { address: self.workspace.address() + offset, bytes: *bytes })
                     }
-                    other => Err(Error::bug(format!("a plain product asks for {other:?}"))),
+                    Place::Cols => extra(0, 0),
+                    Place::Rows => extra(1, 0),
+                    Place::Residual => extra(2, case.c.offset),
                 })
                 .collect::<Result<Vec<_>>>()?;
             kernel.bind(&step.sizes, &operands)

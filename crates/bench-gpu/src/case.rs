@@ -4,9 +4,10 @@
 //! (every kind that is marked so in [`NUMBERS`]); `x64` for 64 products; `rcr` for a row-major A, a
 //! column-major B and a row-major C (without, each kind has its own). `#` starts a comment.
 
+use crate::ending::{Ending, unit};
 use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::peer::{MatmulSpec, MatrixSpec};
-use tilewright_kernels::gemm::{Epilogue, Order, Precision, Problem};
+use tilewright_kernels::gemm::{Order, Precision, Problem};
 
 /// A kind of numbers: types, and how exactly they are multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,12 +56,7 @@ impl Numbers {
 
     /// Relative error of rounding to the result's type: no implementation can promise less.
     pub fn result_unit(&self) -> f64 {
-        match self.result {
-            DType::BF16 => 2f64.powi(-9),
-            DType::F16 => 2f64.powi(-12 + 1),
-            DType::F32 => 2f64.powi(-24),
-            _ => 0.0,
-        }
+        unit(self.result)
     }
 }
 
@@ -151,9 +147,26 @@ pub struct Case {
     pub a: Place,
     pub b: Place,
     pub c: Place,
+    pub ending: Ending,
 }
 
 impl Case {
+    /// The same with another ending, in the type that it leaves.
+    #[must_use]
+    pub fn ending(mut self, ending: Ending) -> Case {
+        self.ending = ending;
+        self.c.dtype = ending.result(self.numbers);
+        self
+    }
+
+    /// Where the vectors along columns and rows and the residual lie that the ending reads.
+    pub fn extras(&self) -> [Option<Place>; 3] {
+        let e = self.ending.epilogue(self.numbers);
+        let vector = |t: Option<DType>, n| t.map(|t| Place::dense(t, Order::Row, 1, n, 1));
+        let residual = e.residual.map(|dtype| Place { dtype, ..self.c });
+        [vector(e.col_vector, self.n), vector(e.row_vector, self.m), residual]
+    }
+
     /// Without gaps, in these orders.
     pub fn dense(
         numbers: &'static Numbers,
@@ -170,6 +183,7 @@ impl Case {
             a: Place::dense(numbers.operand, oa, m, k, batch),
             b: Place::dense(numbers.operand, ob, k, n, batch),
             c: Place::dense(numbers.result, oc, m, n, batch),
+            ending: Ending::Plain,
         }
     }
 
@@ -177,13 +191,8 @@ impl Case {
     pub fn problem(&self) -> Problem {
         let numbers = self.numbers;
         let size = |v: u64| v as i64;
-        let dense = Problem::dense(
-            size(self.m),
-            size(self.n),
-            size(self.k),
-            numbers.operand,
-            numbers.result,
-        );
+        let dense =
+            Problem::dense(size(self.m), size(self.n), size(self.k), numbers.operand, self.c.dtype);
         let each = |f: &dyn Fn(&Place) -> i64| (f(&self.a), f(&self.b), f(&self.c));
         Problem {
             batch: size(self.batch),
@@ -192,7 +201,7 @@ impl Case {
             leading: each(&|p| size(p.leading)),
             stride: each(&|p| size(p.stride)),
             align: each(&|p| i64::from(p.alignment())),
-            epilogue: Epilogue::cast(dense.sum, numbers.result),
+            epilogue: self.ending.epilogue(numbers),
             ..dense
         }
     }
@@ -205,7 +214,7 @@ impl Case {
             k: self.k,
             batch: self.batch as u32,
             operand: self.numbers.operand,
-            result: self.numbers.result,
+            result: self.c.dtype,
             tf32: self.numbers.tf32,
             a: self.a.of_peer(),
             b: self.b.of_peer(),

@@ -8,10 +8,11 @@
 
 use crate::arms::{BoundOurs, Matrices, Ours, Peer, describe, planner_gpu};
 use crate::case::{Case, Place};
+use crate::ending::{Ending, unit};
 use crate::record::ERROR_RATIO_MAX;
-use crate::support::{Digest, Support, relative_error, spread_samples};
+use crate::support::{Digest, Sample, Support, relative_error, spread_samples};
 use std::collections::BTreeMap;
-use tilewright_base::{Error, Kind, Result};
+use tilewright_base::{DType, Error, Kind, Result};
 use tilewright_cuda::peer::CublasLt;
 use tilewright_cuda::{Buffer, Stream};
 use tilewright_kernels::gemm::{Candidate, Order, plan};
@@ -23,6 +24,9 @@ const SAMPLES: u64 = 4096;
 const GUARD_BYTES: usize = 256;
 /// What is allowed when cuBLASLt has no algorithm: sums of 8-bit floats keep about 13 bits.
 const LONE_ERROR_MAX: f64 = 1.0 / 256.0;
+
+/// By how much sums are nudged to see what their errors do.
+const NUDGE: f64 = 1e-3;
 
 /// What came of a case.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,9 +70,16 @@ fn filled(stream: &Stream, support: &Support, case: &Case) -> Result<Matrices> {
         a: stream.alloc(case.a.bytes())?,
         b: stream.alloc(case.b.bytes())?,
         c: stream.alloc(case.c.bytes() + GUARD_BYTES)?,
+        extras: Matrices::extras(stream, case)?,
     };
     for buffer in [&matrices.a, &matrices.b, &matrices.c] {
         buffer.poison(stream)?;
+    }
+    for (i, (buffer, place)) in matrices.extras.iter().zip(case.extras()).enumerate() {
+        if let (Some(buffer), Some(place)) = (buffer, place) {
+            buffer.poison(stream)?;
+            support.fill(stream, buffer, &place, 3 + i as u64)?;
+        }
     }
     support.fill(stream, &matrices.a, &once(&case.a), 1)?;
     support.fill(stream, &matrices.b, &once(&case.b), 2)?;
@@ -148,7 +159,13 @@ impl<'a> Checker<'a> {
             let exact = self.known(case, &matrices)?;
             let got = self.support.gather(stream, case, &matrices.c, &samples)?;
             let known = &self.known[&exact];
-            if let Some(wrong) = too_wrong(case, &got, known) {
+            let wrong = if case.ending == Ending::Plain {
+                too_wrong(case, &got, known)
+            } else {
+                let ended = self.ended(case, &matrices, &samples, known)?;
+                ending_too_wrong(case, &got, known, &ended)
+            };
+            if let Some(wrong) = wrong {
                 return Ok(Err(format!("{wrong}; {how}")));
             }
         }
@@ -184,6 +201,43 @@ impl<'a> Checker<'a> {
         Ok(key)
     }
 
+    /// What the ending makes of the exact sums, and of sums that are a little larger.
+    fn ended(
+        &self,
+        case: &Case,
+        matrices: &Matrices,
+        samples: &[Sample],
+        known: &Known,
+    ) -> Result<[Vec<f64>; 2]> {
+        let places = case.extras();
+        let whole = |i: usize| -> Result<Option<Vec<f64>>> {
+            let (Some(buffer), Some(place)) = (&matrices.extras[i], places[i]) else {
+                return Ok(None);
+            };
+            let bytes = tilewright_data::Bytes::copy_from(&buffer.to_vec(self.stream)?);
+            let count = place.elements() as usize;
+            Ok(Some(tilewright_data::Tensor::new(place.dtype, [count], bytes)?.to_f64s()))
+        };
+        let (cols, rows, residual) = (whole(0)?, whole(1)?, whole(2)?);
+        let func = case.ending.epilogue(case.numbers).func;
+        let [sl, sr, sc] = case.c.strides();
+        let of = |factor: f64| {
+            let mut out = Vec::with_capacity(known.exact.len());
+            for (s, (l, row)) in samples.iter().enumerate() {
+                for col in 0..case.n {
+                    let at = (case.c.offset + l * sl + row * sr + col * sc) as usize;
+                    let mut args = vec![known.exact[s * case.n as usize + col as usize] * factor];
+                    args.extend(cols.as_ref().map(|v| v[col as usize]));
+                    args.extend(rows.as_ref().map(|v| v[*row as usize]));
+                    args.extend(residual.as_ref().map(|v| v[at]));
+                    out.push(func.eval_f64(&args));
+                }
+            }
+            out
+        };
+        Ok([of(1.0), of(1.0 + NUDGE)])
+    }
+
     fn peer_error(&self, case: &Case, exact: &[f64]) -> Result<Option<f64>> {
         let Some(peer) = self.peer else { return Ok(None) };
         if case.k == 0 {
@@ -201,6 +255,7 @@ impl<'a> Checker<'a> {
             a: Place { shape: (case.m, case.k), ..whole.a },
             b: Place { shape: (case.k, case.n), ..whole.b },
             c: Place { shape: (case.m, case.n), ..whole.c },
+            ending: Ending::Plain,
             ..*case
         };
         let matrices = Matrices::new(self.stream, &whole)?;
@@ -314,6 +369,41 @@ fn too_wrong(case: &Case, got: &[f64], known: &Known) -> Option<String> {
     ))
 }
 
+/// What is wrong with the values of an ending: sums may be as wrong as without one, and what that does to the results
+/// follows from what a nudge of the sums does; results are rounded once. 8-bit integers may be the neighbour, one of
+/// a hundred of them.
+fn ending_too_wrong(
+    case: &Case,
+    got: &[f64],
+    known: &Known,
+    ended: &[Vec<f64>; 2],
+) -> Option<String> {
+    let [want, nudged] = ended;
+    let name = case.ending.name();
+    if case.c.dtype == DType::I8 {
+        let off = got.iter().zip(want).filter(|(g, w)| g != w).count();
+        let far = got.iter().zip(want).filter(|(g, w)| (**g - **w).abs() > 1.0).count();
+        let wrong = far > 0 || off * 100 > got.len().max(1000);
+        return wrong
+            .then(|| format!("{name}: {off} of {} differ, {far} by more than 1", got.len()));
+    }
+    let norm = |x: &[f64]| x.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let apart =
+        |x: &[f64], y: &[f64]| norm(&x.iter().zip(y).map(|(x, y)| x - y).collect::<Vec<_>>());
+    let sums = match known.peer_error {
+        // Integer sums are exact, their scaling is not.
+        _ if !case.numbers.operand.is_float() => 2f64.powi(-22),
+        Some(peer) => (ERROR_RATIO_MAX * peer).max(case.numbers.result_unit()),
+        None => LONE_ERROR_MAX,
+    };
+    let least = unit(case.c.dtype).max(2f64.powi(-21));
+    let allowed = sums * apart(nudged, want) / NUDGE + least * norm(want);
+    let error = apart(got, want);
+    let fine = error <= allowed && got.len() == want.len();
+    (!fine)
+        .then(|| format!("{name}: error {error:.2e}, {allowed:.2e} allowed of {:.2e}", norm(want)))
+}
+
 /// Elements' places in the result's buffer, with their coordinates.
 fn places(case: &Case) -> impl Iterator<Item = ([u64; 3], usize)> {
     let place = case.c;
@@ -348,7 +438,6 @@ fn differs(case: &Case, first: &[u8], second: &[u8]) -> Option<[u64; 3]> {
 /// Checks the checkers: inputs against Philox on the host, the float64 reference against the host's
 /// product, the digest against a changed element.
 pub fn self_check(stream: &Stream, support: &Support) -> Result<()> {
-    use tilewright_base::DType;
     use tilewright_data::Tensor;
     let wrong = |what: String| Err(Error::bug(what).with_context("checking the checkers"));
     let values = |dtype: DType, place: &Place, seed: u64| -> Result<Tensor> {

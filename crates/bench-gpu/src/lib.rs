@@ -21,6 +21,7 @@ pub mod arms;
 pub mod attention;
 pub mod case;
 pub mod check;
+pub mod ending;
 pub mod measure;
 pub mod record;
 pub mod rows;

@@ -1,6 +1,7 @@
 //! The lists of products that `tw-gpu-test` tries, by group.
 
 use crate::case::{Case, Numbers, Place, orders};
+use crate::ending::ENDINGS;
 use tilewright_kernels::gemm::Order;
 
 /// A group of cases.
@@ -19,6 +20,7 @@ pub const GROUPS: &[Group] = &[
     Group { name: "batches", cases: batches },
     Group { name: "empty", cases: empty },
     Group { name: "deep", cases: deep },
+    Group { name: "endings", cases: endings },
 ];
 
 /// Elements that one step of the depth takes: 128 bytes of them, a swizzle's span.
@@ -127,6 +129,27 @@ fn deep(numbers: &'static Numbers) -> Vec<Case> {
     let few = [1, 2, 3, 5, 8, 16, 17].map(|m| [m, 4096, 4096, 1]);
     let long = [[64, 64, 65536, 1], [256, 256, 16384, 1], [1, 1, 100_000, 1], [130, 70, 20001, 1]];
     few.into_iter().chain(long).map(|sizes| Case::dense(numbers, sizes, own)).collect()
+}
+
+/// Every ending, in both orders of the result: odd sizes, sizes of whole tiles, few rows, sums in parts, batches.
+fn endings(numbers: &'static Numbers) -> Vec<Case> {
+    let [a, b, _] = own_orders(numbers);
+    let sizes = [
+        [97, 130, 75, 1],
+        [256, 128, 192, 1],
+        [1, 300, 256, 1],
+        [200, 3, 100, 1],
+        [64, 64, 8192, 1],
+        [33, 48, 80, 3],
+    ];
+    let mut out = Vec::new();
+    for sizes in sizes {
+        for c in [Order::Row, Order::Col] {
+            let case = Case::dense(numbers, sizes, [a, b, c]);
+            out.extend(ENDINGS.iter().map(|e| case.ending(*e)));
+        }
+    }
+    out
 }
 
 /// Products that are run a hundred times, bit for bit the same each time.

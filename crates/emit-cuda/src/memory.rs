@@ -44,6 +44,31 @@ impl Printer<'_> {
                 );
             }
         }
+        let stride = |axis: usize| &p.layout.axes[axis].stride;
+        // Contiguous across the tile's lines: groups of 8 lines and 4 elements of 4 bytes.
+        if stride(line_axis).is(1)
+            && !stride(along_axis).is(1)
+            && p.dtype.bits() == 32
+            && lines.is_multiple_of(8)
+            && along.is_multiple_of(4)
+        {
+            let text = format!(
+                "tw::copy_tile_turned<{}, {threads}, {lines}, {along}, {}, {buffer_lines}>({}, {}, {}, p_{} + {fixed}, {}, {}, {}, {}, {});",
+                memory_type(p.dtype),
+                smem.swizzle.span_bytes(),
+                self.slot_address(to),
+                self.scope.text(line0),
+                self.scope.text(along0),
+                p.name,
+                self.scope.text(&at[line_axis]),
+                self.scope.text(&at[along_axis]),
+                self.scope.text(&p.layout.axes[line_axis].extent),
+                self.scope.text(&p.layout.axes[along_axis].extent),
+                self.scope.wide(stride(along_axis)),
+            );
+            self.line(&text);
+            return Ok(());
+        }
         let text = format!(
             "tw::copy_tile<{}, {vector}, {threads}, {lines}, {along}, {}, {buffer_lines}>({}, {}, {}, p_{} + {fixed}, {}, {}, {}, {}, {}, {});",
             memory_type(p.dtype),

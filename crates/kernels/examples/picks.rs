@@ -2,13 +2,15 @@
 
 use tilewright_base::DType;
 use tilewright_kernels::gemm::{Order, Precision, Problem, plan_untuned};
-use tilewright_lower_gpu::{Mode, StoreKind};
+use tilewright_lower_gpu::{Mode, ProductKind, StoreKind};
 use tilewright_target::Gpu;
 
 fn main() -> Result<(), String> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |i: usize| args[i].parse::<i64>().map_err(|e| format!("{}: {e}", args[i]));
-    let dtype: DType = args[3].parse().map_err(|_| format!("{} is not a type", args[3]))?;
+    // `tf32`: f32 operands that are rounded.
+    let name = args[3].strip_prefix('t').unwrap_or(&args[3]);
+    let dtype: DType = name.parse().map_err(|_| format!("{} is not a type", args[3]))?;
     let result = match dtype {
         DType::I8 => DType::I32,
         DType::F8E4M3 => DType::BF16,
@@ -21,7 +23,7 @@ fn main() -> Result<(), String> {
         order(o[1]),
         order(o[2]),
     );
-    if dtype == DType::F32 {
+    if args[3] == "tf32" {
         p.precision = Precision::Tf32;
     }
     let most = args.get(5).map_or(Ok(5), |n| n.parse::<usize>().map_err(|e| e.to_string()))?;
@@ -39,6 +41,11 @@ fn main() -> Result<(), String> {
             args[4].clone()
         };
         let splits = step.sizes.get("S").copied().unwrap_or(1);
+        if !s.tiles.contains_key("BM") || s.product == ProductKind::Fma {
+            // A matrix times vectors is for `show_rows`, plain multiply-adds have knobs of their own.
+            println!("# {} parts={splits} {s} # {:.2} us", step.kernel.name, c.estimate_us);
+            continue;
+        }
         println!(
             "{} {} {} {} stages={} slots={} consumers={} order={}{}{}{}{} # {:.2} us, {} steps, {} parts",
             args[3],

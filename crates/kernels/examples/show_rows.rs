@@ -9,8 +9,9 @@ use std::fmt::Write;
 use tilewright_base::DType;
 use tilewright_device::{Arch, Program};
 use tilewright_emit_cuda::{Argument, Source};
+use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::MapSpec;
-use tilewright_kernels::rows::{GemvSpec, RowOp, RowSpec};
+use tilewright_kernels::rows::{GemvForm, GemvSpec, RowOp, RowSpec};
 use tilewright_lower_gpu::lower;
 
 struct Shown {
@@ -70,8 +71,26 @@ fn build(args: &[String]) -> Result<Shown, String> {
         "swiglu" => map(MapSpec::swiglu(dtype)),
         "fused" => map(MapSpec::scale_shift_relu_add(dtype)),
         "gemv" => {
-            let vectors = number("vectors")?.unwrap_or(1);
-            GemvSpec { dtype, vectors }.kernel("kernel", arch, &size)
+            let result = if dtype == DType::I8 { DType::I32 } else { to };
+            let sum = if dtype == DType::I8 { DType::I32 } else { DType::F32 };
+            let mut gemm = GemmSpec::plain(dtype, sum, result);
+            if number("deep")? != Some(0) {
+                gemm.b = Order::Col;
+            }
+            let line = size(if gemm.b == Order::Col { "K" } else { "N" }).unwrap_or(1);
+            let widest = i64::from(128 / dtype.bits());
+            let vector = if line % widest == 0 { widest } else { 1 };
+            let spec = GemvSpec { gemm, vectors: number("vectors")?.unwrap_or(1).into() };
+            let form = |key: &str, or: i64| Ok::<i64, String>(number(key)?.map_or(or, i64::from));
+            let form = GemvForm {
+                threads: form("threads", 256)?,
+                lanes: form("lanes", 32)?,
+                each: form("each", 4)?,
+                runs: form("runs", 1)?,
+                vector: form("vector", vector)?,
+                splits: 1,
+            };
+            Ok((spec.program("kernel", false), spec.schedule(arch, &form)))
         }
         _ => return Err(format!("unknown operation {op}")),
     }
@@ -89,7 +108,8 @@ fn build(args: &[String]) -> Result<Shown, String> {
             "early" => schedule.lines.early = value == 1,
             "cluster" => schedule.cluster = value,
             "persistent" => schedule.persistent = value == 1,
-            "residual" | "vectors" | "time" => {}
+            "residual" | "time" => {}
+            "deep" | "each" | "runs" | "vectors" => {}
             _ => return Err(format!("unknown key {key}")),
         }
     }

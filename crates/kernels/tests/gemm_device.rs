@@ -57,7 +57,10 @@ fn cases() -> Vec<Case> {
     add("direct store", spec(DType::BF16, rrr), s, (70, 33, 200));
     let mut tf32 = spec(DType::F32, (Row, Col, Row));
     tf32.math = Math::Tf32;
-    add("tf32", tf32, tiles(128, 32, 32), (130, 40, 72));
+    add("tf32", tf32.clone(), tiles(128, 32, 32), (130, 40, 72));
+    tf32.math = Math::Tf32x3;
+    add("three-part tf32, two sums a turn", tf32.clone(), tiles(128, 32, 32), (130, 40, 72));
+    add("three-part tf32, one sum a turn", tf32, tiles(64, 32, 16).with_consumers(1), (70, 40, 72));
     let mut eight = spec(DType::F8E4M3, (Row, Col, Row));
     (eight.result, eight.epilogue) = (DType::BF16, Epilogue::cast(DType::F32, DType::BF16));
     add("f8", eight.clone(), tiles(128, 32, 128), (130, 40, 272));

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use tilewright_base::DType;
+use tilewright_expr::{FuncBuilder, Op};
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, run};
 use tilewright_kernels::gemm::{Candidate, Epilogue, Order, Place, Precision, Problem, plan};
@@ -92,6 +93,10 @@ fn execute(name: &str, p: &Problem, candidate: &Candidate) -> Vec<u8> {
     places.insert("B".into(), fill(p.operand, b, 2));
     places.insert("C".into(), vec![0xff; bytes_of(p.result, c)]);
     places.insert("Cols".into(), fill(cols, p.n as usize, 3));
+    let rows = p.epilogue.row_vector.unwrap_or(DType::F32);
+    places.insert("Rows".into(), fill(rows, p.m as usize, 4));
+    let residual = p.epilogue.residual.unwrap_or(DType::F32);
+    places.insert("Residual".into(), fill(residual, c, 5));
     for step in &candidate.steps {
         let program = lower(&step.kernel, &step.schedule)
             .unwrap_or_else(|e| panic!("{name}, {}: {e}", step.schedule));
@@ -122,49 +127,120 @@ fn execute(name: &str, p: &Problem, candidate: &Candidate) -> Vec<u8> {
     places.remove("C").unwrap()
 }
 
+/// Runs every other candidate and compares with the product.
+fn check(gpu: &Gpu, name: &str, p: &Problem) {
+    let candidates = plan(p, gpu, 3).unwrap_or_else(|e| panic!("{name}: {e}"));
+    for candidate in candidates.iter().step_by(2) {
+        let c = execute(name, p, candidate);
+        let at = |order: Order, row: i64, col: i64, leading: i64| {
+            (if order == Order::Row { row * leading + col } else { col * leading + row }) as usize
+        };
+        let all = |rows: i64, cols: i64, leading: i64| {
+            (rows.max(cols) * leading.max(1) * p.batch) as usize + 8
+        };
+        let a = fill(p.operand, all(p.m, p.k, p.leading.0), 1);
+        let b = fill(p.operand, all(p.n, p.k, p.leading.1), 2);
+        let vector = |dtype: Option<DType>, n: i64, salt: usize| {
+            dtype.map(|t| (t, fill(t, n as usize, salt)))
+        };
+        let e = &p.epilogue;
+        let (cols, rows) = (vector(e.col_vector, p.n, 3), vector(e.row_vector, p.m, 4));
+        let residual = vector(e.residual, all(p.m, p.n, p.leading.2) as i64, 5);
+        let value = |from: &Option<(DType, Vec<u8>)>, i: usize| {
+            from.as_ref().map(|(t, bytes)| read(*t, bytes, i))
+        };
+        for batch in 0..p.batch {
+            for row in (0..p.m).step_by(7) {
+                for col in 0..p.n {
+                    let sum: f64 = (0..p.k)
+                        .map(|k| {
+                            let x =
+                                (batch * p.stride.0) as usize + at(p.order.0, row, k, p.leading.0);
+                            let y =
+                                (batch * p.stride.1) as usize + at(p.order.1, k, col, p.leading.1);
+                            read(p.operand, &a, x) * read(p.operand, &b, y)
+                        })
+                        .sum();
+                    let z = (batch * p.stride.2) as usize + at(p.order.2, row, col, p.leading.2);
+                    let mut args = vec![sum];
+                    args.extend(value(&cols, col as usize));
+                    args.extend(value(&rows, row as usize));
+                    args.extend(value(&residual, z));
+                    let exact = p.operand == DType::I8;
+                    let want = if exact { sum } else { p.epilogue.func.eval_f64(&args) };
+                    let got = read(p.result, &c, z);
+                    let near =
+                        if p.result.bits() == 16 { want.abs() / 128.0 } else { 1e-6 * want.abs() };
+                    assert!(
+                        (got - want).abs() <= near,
+                        "{name} at ({batch},{row},{col}): {got}, not {want}; {} steps, {}",
+                        candidate.steps.len(),
+                        candidate.steps.last().unwrap().schedule
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn plans_compute_the_product() {
     let gpu = Gpu::h200();
     for (name, p) in problems() {
-        let candidates = plan(&p, &gpu, 3).unwrap_or_else(|e| panic!("{name}: {e}"));
-        for candidate in candidates.iter().step_by(2) {
-            let c = execute(name, &p, candidate);
-            let at = |order: Order, row: i64, col: i64, leading: i64| {
-                (if order == Order::Row { row * leading + col } else { col * leading + row })
-                    as usize
-            };
-            let a = fill(p.operand, (p.m.max(p.k) * p.leading.0.max(1) * p.batch) as usize + 8, 1);
-            let b = fill(p.operand, (p.n.max(p.k) * p.leading.1.max(1) * p.batch) as usize + 8, 2);
-            let bias = fill(p.epilogue.col_vector.unwrap_or(DType::F32), p.n as usize, 3);
-            for batch in 0..p.batch {
-                for row in (0..p.m).step_by(7) {
-                    for col in 0..p.n {
-                        let mut sum: f64 = (0..p.k)
-                            .map(|k| {
-                                let x = (batch * p.stride.0) as usize
-                                    + at(p.order.0, row, k, p.leading.0);
-                                let y = (batch * p.stride.1) as usize
-                                    + at(p.order.1, k, col, p.leading.1);
-                                read(p.operand, &a, x) * read(p.operand, &b, y)
-                            })
-                            .sum();
-                        if p.epilogue.col_vector.is_some() {
-                            sum += read(DType::F32, &bias, col as usize);
-                        }
-                        let z =
-                            (batch * p.stride.2) as usize + at(p.order.2, row, col, p.leading.2);
-                        let got = read(p.result, &c, z);
-                        let near = if p.result.bits() == 16 { sum.abs() / 128.0 } else { 0.0 };
-                        assert!(
-                            (got - sum).abs() <= near,
-                            "{name} at ({batch},{row},{col}): {got}, not {sum}; {} steps, {}",
-                            candidate.steps.len(),
-                            candidate.steps.last().unwrap().schedule
-                        );
-                    }
+        check(&gpu, name, &p);
+    }
+}
+
+/// `(sum * rows + cols) / 2 + R`
+fn scaled(to: DType) -> Epilogue {
+    let mut f = FuncBuilder::new();
+    let [sum, cols, rows, r] = ["sum", "cols", "rows", "r"].map(|name| f.param(name, DType::F32));
+    let x = f.op(Op::Mul, &[sum, rows]);
+    let x = f.op(Op::Add, &[x, cols]);
+    let half = f.constant(0.5, DType::F32);
+    let x = f.op(Op::Mul, &[x, half]);
+    let x = f.op(Op::Add, &[x, r]);
+    let x = f.cast(x, to);
+    let t = Some(DType::F32);
+    Epilogue { func: f.finish(x), col_vector: t, row_vector: t, residual: t }
+}
+
+#[test]
+fn few_rows_or_columns_in_every_order() {
+    use Order::{Col, Row};
+    let gpu = Gpu::h200();
+    let order = |bit: usize| if bit == 0 { Row } else { Col };
+    for i in 0..8 {
+        let (a, b, c) = (order(i & 1), order(i & 2), order(i & 4));
+        for (j, (m, n)) in
+            [(1, 40), (40, 1), (1, 1), (3, 64), (66, 5), (8, 72)].into_iter().enumerate()
+        {
+            for (l, k) in [1, 37, 260].into_iter().enumerate() {
+                let (operand, result) = [
+                    (DType::F32, DType::F32),
+                    (DType::BF16, DType::BF16),
+                    (DType::I8, DType::I32),
+                    (DType::F8E4M3, DType::F32),
+                ][(i + j + l) % 4];
+                let mut p = Problem::dense(m, n, k, operand, result).ordered(a, b, c);
+                if (i + j) % 3 == 0 && operand.is_float() {
+                    p.epilogue = scaled(result);
                 }
+                if (j + l) % 2 == 0 {
+                    p.batch = 3;
+                }
+                check(&gpu, &format!("{operand} {m}x{n}x{k} {a:?} {b:?} {c:?}"), &p);
             }
         }
+    }
+    // Enough depth for parts, and one that is rounded up; the sums are right although nothing is rounded to TF32.
+    for (m, n) in [(1, 96), (7, 40), (24, 2)] {
+        let mut p = Problem::dense(m, n, 6_011, DType::F32, DType::F32).ordered(Row, Col, Row);
+        p.precision = Precision::Tf32x3;
+        p.epilogue = scaled(DType::F32);
+        let split = plan(&p, &gpu, 1).unwrap()[0].steps.len();
+        assert_eq!(split, 2, "{m}x{n}");
+        check(&gpu, "parts", &p);
     }
 }
 

@@ -6,9 +6,10 @@ use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, run};
+use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::{ADAMW_NUMBERS, AdamWSpec, MapSpec};
 use tilewright_kernels::reduce::{Over, ReduceSpec};
-use tilewright_kernels::rows::{CrossEntropySpec, GemvSpec, RowOp, RowSpec};
+use tilewright_kernels::rows::{CrossEntropySpec, GemvForm, GemvSpec, RowOp, RowSpec};
 use tilewright_layout::{Dim, Env, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, Schedule};
@@ -35,6 +36,10 @@ fn env(sizes: Sizes) -> Env {
         env.insert(Arc::from(*name), *v);
     }
     env
+}
+
+fn form(threads: i64, lanes: i64, each: i64, runs: i64, vector: i64) -> GemvForm {
+    GemvForm { threads, lanes, each, runs, vector, splits: 1 }
 }
 
 fn cases() -> Vec<Case> {
@@ -89,14 +94,57 @@ fn cases() -> Vec<Case> {
     for (name, spec, sizes) in maps {
         add(name, sizes, &|size| spec.kernel("map", Arch::Sm90a, size));
     }
-    let gemv: [(u32, Sizes); 3] = [
-        (1, &[("N", 9), ("K", 520), ("ldw", 520), ("ldx", 520), ("ldy", 9)]),
-        (3, &[("N", 5), ("K", 1001), ("ldw", 1001), ("ldx", 1001), ("ldy", 5)]),
-        (1, &[("N", 1), ("K", 20000), ("ldw", 20000), ("ldx", 20000), ("ldy", 1)]),
+    let column = Order::Col;
+    let gemv: [(i64, Order, GemvForm, Sizes); 7] = [
+        (
+            1,
+            column,
+            form(128, 32, 2, 1, 4),
+            &[("N", 9), ("K", 520), ("lda", 520), ("ldb", 520), ("ldc", 9)],
+        ),
+        (
+            3,
+            column,
+            form(64, 64, 4, 2, 1),
+            &[("N", 5), ("K", 1001), ("lda", 1001), ("ldb", 1001), ("ldc", 5)],
+        ),
+        (
+            1,
+            column,
+            form(256, 256, 1, 2, 4),
+            &[("N", 1), ("K", 20000), ("lda", 20000), ("ldb", 20000), ("ldc", 1)],
+        ),
+        (
+            8,
+            column,
+            form(128, 8, 1, 1, 2),
+            &[("N", 33), ("K", 70), ("lda", 70), ("ldb", 72), ("ldc", 40)],
+        ),
+        (
+            1,
+            Order::Row,
+            form(128, 32, 4, 1, 4),
+            &[("N", 300), ("K", 77), ("lda", 77), ("ldb", 300), ("ldc", 300)],
+        ),
+        (
+            2,
+            Order::Row,
+            form(128, 8, 2, 2, 1),
+            &[("N", 41), ("K", 130), ("lda", 130), ("ldb", 41), ("ldc", 41)],
+        ),
+        (
+            5,
+            Order::Row,
+            form(64, 64, 1, 1, 2),
+            &[("N", 258), ("K", 9), ("lda", 9), ("ldb", 258), ("ldc", 258)],
+        ),
     ];
-    for (vectors, sizes) in gemv {
-        let spec = GemvSpec { dtype: DType::F32, vectors };
-        add("gemv", sizes, &|size| spec.kernel("gemv", Arch::Sm89, size));
+    for (vectors, b, form, sizes) in gemv {
+        let gemm = GemmSpec { b, ..GemmSpec::plain(DType::F32, DType::F32, DType::F32) };
+        let spec = GemvSpec { gemm, vectors };
+        add("gemv", sizes, &|_| {
+            Ok((spec.program("gemv", false), spec.schedule(Arch::Sm89, &form)))
+        });
     }
     let entropy: [(DType, Sizes); 4] = [
         (DType::F32, &[("M", 5), ("N", 7)]),

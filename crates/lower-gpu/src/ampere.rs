@@ -47,11 +47,11 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             Step::Map { .. } => None,
         })
     };
-    let Some((first_a, first_b)) = products().next() else {
+    let Some((first_a, _)) = products().next() else {
         return Err(Error::unsupported("a loop without products"));
     };
     let rows = first_a.rows;
-    let spread = spread(schedule, first_a, first_b)?;
+    let spread = spread(schedule)?;
     for (a, b) in products() {
         let bits = kernel.params[a.view.param].dtype.bits();
         check_shape(a, b, bits, rows, schedule, spread)?;
@@ -177,22 +177,18 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     Ok(program)
 }
 
-/// Blocks of 4 along an axis whose neighbours are neighbours in shared memory, so that one load takes
-/// a block; single elements where lines run along the depth, so that neighbouring threads read
-/// neighbouring lines.
-pub(crate) fn spread(schedule: &GpuSchedule, a: &Stream, b: &Stream) -> Result<Spread> {
+/// Plain multiply-adds: blocks of 4 along both axes, whose neighbours are neighbours in shared memory, so that one
+/// load takes a block.
+pub(crate) fn spread(schedule: &GpuSchedule) -> Result<Spread> {
     let (warps_m, warps_n) = schedule.warps;
     match schedule.product {
         ProductKind::MmaSync => Ok(Spread::MmaSync { warps_m, warps_n }),
-        ProductKind::Fma => {
-            let block = |along_depth: bool| if along_depth { 1 } else { 4 };
-            Ok(Spread::Outer {
-                threads_m: warps_m * 8,
-                threads_n: warps_n * 4,
-                block_m: block(a.contiguous == 1),
-                block_n: block(b.contiguous == 0),
-            })
-        }
+        ProductKind::Fma => Ok(Spread::Outer {
+            threads_m: warps_m * 8,
+            threads_n: warps_n * 4,
+            block_m: 4,
+            block_n: 4,
+        }),
         ProductKind::Wgmma => Err(Error::bug("wgmma in a pipelined kernel")),
     }
 }
@@ -217,13 +213,10 @@ pub(crate) fn check_shape(
         Spread::Outer { .. } => 8,
         _ => 256 / bits,
     };
-    // What a thread of plain multiply-adds holds: sums, and operands for 4 steps of lines along the
-    // depth, or for 2 steps otherwise.
+    // What a thread of plain multiply-adds holds: sums, and operands for 2 steps.
     if let Spread::Outer { threads_m, threads_n, .. } = spread {
         let (m, n) = (rows / threads_m, b.cols / threads_n);
-        let registers = m * n
-            + m * if a.contiguous == 1 { 4 } else { 2 }
-            + n * if b.contiguous == 0 { 4 } else { 2 };
+        let registers = m * n + 2 * (m + n);
         if registers > 210 {
             return Err(Error::unsupported(format!("{registers} numbers per thread of a product")));
         }

@@ -18,7 +18,7 @@ use crate::hopper::{Builder, main_loop, over_items};
 use crate::hopper_chain::{Form, frag_of, initial_values, step_stmts};
 use crate::raster::raster;
 use crate::schedule::{GpuSchedule, StoreKind};
-use crate::streams::{Defs, Stream, definitions, extents, load_view, stream};
+use crate::streams::{Defs, Stream, definitions, extents};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
@@ -45,7 +45,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     if schedule.dependent && schedule.arch < Arch::Sm90a {
         return Err(Error::unsupported("dependent launches before sm_90"));
     }
-    let (rows, spread) = first_product(kernel, before, body, schedule)?;
+    let (rows, spread) = first_product(kernel, body, schedule)?;
     let mut b = Builder {
         kernel,
         schedule,
@@ -117,27 +117,12 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
 /// Rows of the tiles and the spread of all fragments, by the first product of the loop.
 fn first_product(
     kernel: &Kernel,
-    before: &[tilewright_tile::Stmt],
     body: &For,
     schedule: &GpuSchedule,
 ) -> Result<(u32, Spread)> {
-    let mut defs = definitions(&body.body.stmts);
-    defs.extend(definitions(before));
-    let tf32 = crate::streams::tf32_round();
-    let of = |tile: TileId| -> Result<Stream> {
-        let (tile, rounded) = match defs.get(&tile) {
-            Some(TileOp::Map { func, args }) if *func == tf32 => (args[0].tile, true),
-            _ => (tile, false),
-        };
-        let Some(view) = load_view(kernel, &defs, tile) else {
-            return Err(Error::unsupported("a first product of other than plain loads"));
-        };
-        let shape = extents(kernel, tile)?;
-        stream(kernel, view, (shape[0], shape[1]), rounded, schedule.product)
-    };
     for stmt in &body.body.stmts {
-        if let tilewright_tile::Stmt::Let(id, TileOp::Mma { a, b, .. }) = stmt {
-            return Ok((extents(kernel, *id)?[0], spread(schedule, &of(*a)?, &of(*b)?)?));
+        if let tilewright_tile::Stmt::Let(id, TileOp::Mma { .. }) = stmt {
+            return Ok((extents(kernel, *id)?[0], spread(schedule)?));
         }
     }
     Err(Error::unsupported("a loop without products"))

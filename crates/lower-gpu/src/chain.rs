@@ -151,7 +151,8 @@ pub(crate) fn chain(
                     }
                     let shape = extents(kernel, loaded)?;
                     let once = outer.contains_key(&view.load);
-                    let s = stream(kernel, view, (shape[0], shape[1]), rounded, product)?;
+                    let sizes = (shape[0], shape[1]);
+                    let s = stream(kernel, view, sizes, depth_axis, rounded, product)?;
                     streams.push(s);
                     invariant.push(once);
                     Ok(Some(streams.len() - 1))

@@ -16,6 +16,7 @@ use tilewright_device::{
     Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, TensorMap,
     WgmmaA,
 };
+use tilewright_expr::Op;
 use tilewright_layout::Dim;
 use tilewright_tile::{Compare, For, Kernel, TileId, TileOp};
 
@@ -462,7 +463,7 @@ impl RegisterTiles {
             scratch: pipeline
                 .scratch
                 .iter()
-                .map(|tile| tile_frag(b, "part", *tile))
+                .map(|tile| tile_frag(b, "turn_sum", *tile))
                 .collect::<Result<_>>()?,
         })
     }
@@ -516,6 +517,34 @@ pub(crate) fn initial_values(
     Ok(out)
 }
 
+/// Depth of TF32 sums that the tensor cores form at most, where a loop adds the sums of its turns itself: with every
+/// instruction (8 deep) they drop what lies below the last digit of the sum so far, always towards zero.
+const TF32_SUM_DEPTH: u32 = 16;
+
+/// Slices of a turn's depth whose products are formed and added apart. A loop that takes the product of a turn from
+/// zero and adds it to what it carries asks for short sums; it may be shortened further.
+fn slices(pipeline: &Pipeline) -> u32 {
+    let [products @ .., Step::Map { dst: Value::Carried(to), func, args }] = &pipeline.steps[..]
+    else {
+        return 1;
+    };
+    let adds = func.as_single_op() == Some(Op::Add)
+        && matches!(args[..], [Value::Carried(i), Value::Scratch(_)] if i == *to);
+    let mut depth = None;
+    for (i, step) in products.iter().enumerate() {
+        let Step::Product { acc, a, starts, .. } = step else { return 1 };
+        let stream = &pipeline.streams[*a];
+        if *acc != args[1] || *starts != (i == 0) || !stream.tf32 {
+            return 1;
+        }
+        depth = Some(stream.cols);
+    }
+    match depth {
+        Some(depth) if adds && depth.is_multiple_of(TF32_SUM_DEPTH) => depth / TF32_SUM_DEPTH,
+        _ => 1,
+    }
+}
+
 #[allow(clippy::too_many_arguments, reason = "the parts of one loop, named")]
 fn multiply(
     b: &Builder<'_>,
@@ -534,25 +563,29 @@ fn multiply(
         reach: reach.clone(),
     };
     let var = Dim::sym(body.var.clone());
-    let product = |acc: Value, a: usize, bb: usize, zero_if: Option<Cond>| Stmt::Wgmma {
-        acc: tiles.of(acc),
-        a: WgmmaA::Smem(SmemTile {
-            smem: stages[a].smem,
-            slot: Slot::Ring(ring),
-            row: b.row0(),
-            col: Dim::new(0),
-            rows: b.rows,
-            cols: pipeline.streams[a].cols,
-        }),
-        b: SmemTile {
-            smem: stages[bb].smem,
-            slot: Slot::Ring(ring),
-            row: Dim::new(0),
-            col: Dim::new(0),
-            rows: pipeline.streams[bb].rows,
-            cols: pipeline.streams[bb].cols,
-        },
-        zero_if,
+    let slices = slices(pipeline);
+    let product = |acc: Value, a: usize, bb: usize, slice: u32, zero_if: Option<Cond>| {
+        let depth = pipeline.streams[a].cols / slices;
+        Stmt::Wgmma {
+            acc: tiles.of(acc),
+            a: WgmmaA::Smem(SmemTile {
+                smem: stages[a].smem,
+                slot: Slot::Ring(ring),
+                row: b.row0(),
+                col: Dim::new(i64::from(slice * depth)),
+                rows: b.rows,
+                cols: depth,
+            }),
+            b: SmemTile {
+                smem: stages[bb].smem,
+                slot: Slot::Ring(ring),
+                row: Dim::new(i64::from(slice * depth)),
+                col: Dim::new(0),
+                rows: depth,
+                cols: pipeline.streams[bb].cols,
+            },
+            zero_if,
+        }
     };
     let mut step = vec![
         Stmt::Wait {
@@ -568,10 +601,13 @@ fn multiply(
         pipeline.steps.iter().rposition(|s| matches!(s, Step::Product { .. })).unwrap_or(0);
     let maps_follow = pipeline.steps.iter().any(|s| matches!(s, Step::Map { .. }));
     let mut open = false;
-    for (i, s) in pipeline.steps.iter().enumerate() {
+    let count = pipeline.steps.len();
+    let turns =
+        (0..slices).flat_map(|slice| pipeline.steps.iter().enumerate().map(move |s| (slice, s)));
+    for (slice, (i, s)) in turns {
         match s {
             Step::Product { acc, a, b: bb, starts } => {
-                if !open && i > 0 {
+                if !open && (i > 0 || slice > 0) {
                     step.push(Stmt::WgmmaFence);
                 }
                 open = true;
@@ -580,10 +616,12 @@ fn multiply(
                     (true, Value::Carried(_)) => Some(first_turn.clone()),
                     (true, Value::Scratch(_)) => Some(always.clone()),
                 };
-                step.push(product(*acc, *a, *bb, zero_if));
-                if i == last_product && maps_follow && i + 1 < pipeline.steps.len() {
+                step.push(product(*acc, *a, *bb, slice, zero_if));
+                if i == last_product && maps_follow && i + 1 < count {
                     step.extend([Stmt::WgmmaCommit, Stmt::WgmmaWait { pending: 0 }]);
-                    step.push(release(Slot::Ring(ring)));
+                    if slice + 1 == slices {
+                        step.push(release(Slot::Ring(ring)));
+                    }
                     open = false;
                 }
             }

@@ -204,7 +204,8 @@ pub(crate) fn pipeline(
                         return Ok(i);
                     }
                     let shape = extents(kernel, tile)?;
-                    let stream = stream(kernel, view, (shape[0], shape[1]), rounded, product)?;
+                    let stream =
+                        stream(kernel, view, (shape[0], shape[1]), depth_axis, rounded, product)?;
                     out.streams.push(stream);
                     Ok(out.streams.len() - 1)
                 };
@@ -293,6 +294,7 @@ pub(crate) fn stream(
     kernel: &Kernel,
     view: LoadView,
     (rows, cols): (u32, u32),
+    depth_axis: usize,
     tf32: bool,
     product: ProductKind,
 ) -> Result<Stream> {
@@ -314,6 +316,8 @@ pub(crate) fn stream(
         a.stride.is(1) && a.block.is_none()
     };
     let contiguous = match (unit(view.axes[0]), unit(view.axes[1])) {
+        // Lines of the buffer run across the depth, however the tensor lies: copies turn it.
+        _ if product == ProductKind::Fma => 1 - depth_axis,
         (_, true) => 1,
         (true, false) => 0,
         // Plain copies follow any stride.

@@ -36,7 +36,7 @@ const CRATES: &[Row] = &[
     Row { name: "kernels",    may_know: &["base", "layout", "expr", "target", "tile", "device", "emit-cuda", "lower-gpu"] },
     Row { name: "launch",     may_know: &["base", "layout", "data", "cuda", "tile", "device", "emit-cuda", "lower-gpu"] },
     Row { name: "runtime-gpu", may_know: &["base", "layout", "data", "target", "tile", "device", "plan", "interp", "cuda", "lower-gpu", "kernels", "launch"] },
-    Row { name: "bench-gpu",  may_know: &["base", "layout", "data", "target", "cuda", "tile", "device", "emit-cuda", "lower-gpu", "kernels", "launch"] },
+    Row { name: "bench-gpu",  may_know: &["base", "layout", "data", "expr", "target", "cuda", "tile", "device", "emit-cuda", "lower-gpu", "kernels", "launch"] },
     Row { name: "tune",       may_know: &["base", "target", "cuda", "device", "kernels", "launch", "bench-gpu"] },
     Row { name: "jit",        may_know: &["base", "data", "expr", "target"] },
     Row { name: "runtime",    may_know: &["base", "layout", "data", "target", "tile", "plan", "jit"] },

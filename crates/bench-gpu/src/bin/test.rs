@@ -25,7 +25,8 @@ struct Options {
     /// Kinds of numbers, separated by commas; all without.
     #[arg(long, value_delimiter = ',')]
     types: Vec<String>,
-    /// Groups, separated by commas: sizes,orders,strides,batches,empty,deep,repeat,large; all without.
+    /// Groups, separated by commas: sizes,orders,strides,batches,empty,deep,endings,repeat,large;
+    /// all without.
     #[arg(long, value_delimiter = ',')]
     groups: Vec<String>,
     /// Only every n-th case of each group.
@@ -84,9 +85,10 @@ impl Tally {
                 self.failed += 1;
                 if self.failed <= SHOWN {
                     println!(
-                        "  FAILED {} {} {:?}\n    {how}",
+                        "  FAILED {} {} {} {:?}\n    {how}",
                         case.numbers.name,
                         case.shape_text(),
+                        case.ending.name(),
                         [case.a, case.b, case.c]
                     );
                 }

@@ -36,6 +36,7 @@ mod lines;
 mod machine;
 mod memory;
 mod step;
+mod tensor;
 mod values;
 
 use crate::Mode;

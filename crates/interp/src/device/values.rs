@@ -5,6 +5,7 @@
 use super::clock::{Part, component};
 use super::machine::{Machine, Stage};
 use super::memory::{Access, GlobalAccess, Kind, Proxy, Rect, zeros};
+use super::tensor::{TensorCore, floats};
 use crate::Mode;
 use crate::func::eval_func;
 use crate::tile::identity;
@@ -178,7 +179,9 @@ impl<'p> Machine<'p, '_> {
                 let view = self.reg_read(agent, stmt, acc)?;
                 self.reg_write(agent, stmt, acc)?;
                 if let (Some(left), Some(right)) = (left, right) {
-                    self.product(agent, view, a.cols as usize, &left, &right, false);
+                    let operand = self.program.smem[b.smem].dtype;
+                    let k = a.cols as usize;
+                    self.product(agent, view, (operand, k), &left, &right, false);
                 }
             }
             Stmt::Fill { dst, value } => {
@@ -439,15 +442,28 @@ impl<'p> Machine<'p, '_> {
         self.reg_put(agent, view, out);
     }
 
-    fn product(&mut self, agent: usize, view: View, k: usize, a: &Buf, b: &Buf, zero: bool) {
-        let dtype = self.program.frags[FragId(view.frag as u32)].dtype;
+    fn product(
+        &mut self,
+        agent: usize,
+        view: View,
+        (operand, k): (DType, usize),
+        a: &Buf,
+        b: &Buf,
+        zero: bool,
+    ) {
+        let Frag { dtype, spread, .. } = self.program.frags[FragId(view.frag as u32)];
         let shape = (view.rect.rows(), k, view.rect.cols());
         let start = match zero {
             true => Some(zeros(dtype, shape.0 * shape.2)),
             false => self.reg_get(agent, view),
         };
         if let Some(mut acc) = start {
-            multiply(&mut acc, shape, a, b, dtype, self.options.mode);
+            let core = TensorCore::of(operand, spread)
+                .filter(|_| self.options.mode == Mode::Exact && dtype == DType::F32);
+            match (core, floats(&mut acc, a, b)) {
+                (Some(core), Some((acc, a, b))) => core.multiply(acc, shape, a, b),
+                _ => multiply(&mut acc, shape, a, b, dtype, self.options.mode),
+            }
             self.reg_put(agent, view, acc);
         }
     }
@@ -527,7 +543,8 @@ impl<'p> Machine<'p, '_> {
         self.touch_smem(agent, stmt, smem, rect, read)?;
         let b = self.smem_get(agent, smem, rect);
         if let (Some(a), Some(b)) = (a, b) {
-            self.product(agent, view, rect.rows(), &a, &b, zero);
+            let operand = self.program.smem[right.smem].dtype;
+            self.product(agent, view, (operand, rect.rows()), &a, &b, zero);
         }
         Ok(())
     }

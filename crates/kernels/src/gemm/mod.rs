@@ -3,6 +3,7 @@
 //! ```text
 //! Problem --plan--> candidates, best first: steps (tile program, schedule, sizes, operands) + workspace
 //!            |
+//!            +-- vectors       few rows or columns: the kernels of `rows/gemv.rs` (`vector.rs`)
 //!            +-- orientation   the product, or its transpose when there are few rows
 //!            +-- preparation   operands that the copy engine or the tensor cores cannot read are copied
 //!            +-- splits        of the depth, when there are too few tiles for the machine
@@ -19,6 +20,7 @@ mod problem;
 mod program;
 mod record;
 mod space;
+mod vector;
 
 pub use model::estimate_us;
 pub use plan::{

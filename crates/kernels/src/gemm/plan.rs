@@ -1,14 +1,15 @@
 //! From a problem to steps.
 
 use crate::gemm::model::{Shape, estimate, estimate_multiply_add};
-use crate::gemm::problem::Problem;
+use crate::gemm::problem::{Precision, Problem};
 use crate::gemm::program::{GemmSpec, Math, Order, copy_program};
 use crate::gemm::space::{multiply_add_space, space};
+use crate::gemm::vector;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Kind, Result};
 use tilewright_device::Arch;
 use tilewright_layout::Env;
-use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
+use tilewright_lower_gpu::{GpuSchedule, ProductKind, StoreKind, lower};
 use tilewright_target::Gpu;
 use tilewright_tile::Kernel;
 
@@ -61,14 +62,15 @@ pub struct Candidate {
 }
 
 /// A problem in one orientation, as the tensor-core kernels see it.
-struct Oriented {
-    spec: GemmSpec,
-    m: i64,
-    n: i64,
-    leading: (i64, i64, i64),
-    stride: (i64, i64, i64),
-    align: (i64, i64, i64),
-    swapped: bool,
+#[derive(Clone)]
+pub(super) struct Oriented {
+    pub(super) spec: GemmSpec,
+    pub(super) m: i64,
+    pub(super) n: i64,
+    pub(super) leading: (i64, i64, i64),
+    pub(super) stride: (i64, i64, i64),
+    pub(super) align: (i64, i64, i64),
+    pub(super) swapped: bool,
 }
 
 fn flip(order: Order) -> Order {
@@ -151,7 +153,7 @@ fn access_vector(p: &Problem, o: &Oriented) -> u32 {
 }
 
 /// Elements, a power of two up to 16, of which an address with this alignment is a multiple.
-fn aligned_elements(align: i64, size: i64) -> i64 {
+pub(super) fn aligned_elements(align: i64, size: i64) -> i64 {
     [16, 8, 4, 2].into_iter().find(|n| align % (n * size) == 0).unwrap_or(1)
 }
 
@@ -164,12 +166,12 @@ const REGION: u64 = 256;
 
 /// Hands out regions of the workspace.
 #[derive(Default)]
-struct Workspace {
-    bytes: u64,
+pub(super) struct Workspace {
+    pub(super) bytes: u64,
 }
 
 impl Workspace {
-    fn take(&mut self, bytes: i64) -> Place {
+    pub(super) fn take(&mut self, bytes: i64) -> Place {
         let bytes = bytes.unsigned_abs();
         let offset = self.bytes;
         self.bytes = (offset + bytes).next_multiple_of(REGION);
@@ -273,15 +275,34 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
     if problem.k == 0 {
         return Ok(vec![empty_sum(problem, gpu, &orient(problem, false))?]);
     }
+    let orientations = [orient(problem, false), orient(problem, true)];
+    let vectors = vector::candidates(problem, &orientations, gpu, most)?;
+    if vector::alone(problem) && !vectors.is_empty() {
+        return Ok(vectors);
+    }
+    let mut out = first_candidates(problem, gpu, most)?;
+    if problem.spec().math == Math::Tf32x3 {
+        // Small products are done sooner, and more exactly, without three parts of copies.
+        let exact = Problem { precision: Precision::F32, ..problem.clone() };
+        out.extend(first_candidates(&exact, gpu, most)?);
+    }
+    out.extend(vectors);
+    out.sort_by(|a, b| a.estimate_us.total_cmp(&b.estimate_us));
+    out.truncate(most);
+    if out.is_empty() {
+        return Err(Error::unsupported(format!("{} products of this form", problem.operand)));
+    }
+    Ok(out)
+}
+
+/// The first of the ranked choices that the lowering takes, at most `most` of them.
+fn first_candidates(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
     let mut out = Vec::new();
     for choice in ranked(problem, gpu, Extent::Picker)? {
         if out.len() >= most {
             break;
         }
         out.extend(candidate(problem, &choice)?);
-    }
-    if out.is_empty() {
-        return Err(Error::unsupported(format!("{} products of this form", problem.operand)));
     }
     Ok(out)
 }
@@ -460,15 +481,21 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
     }
 }
 
-fn sizes(pairs: &[(&str, i64)]) -> Env {
+pub(super) fn sizes(pairs: &[(&str, i64)]) -> Env {
     pairs.iter().map(|(name, value)| (Arc::from(*name), *value)).collect()
 }
 
 /// A step without products.
-fn lines(kernel: Kernel, sizes: Env, operands: Vec<Place>, aligned: i64) -> Result<Step> {
+pub(super) fn lines(
+    kernel: Kernel,
+    sizes: Env,
+    operands: Vec<Place>,
+    aligned: i64,
+) -> Result<Step> {
     let lookup = |name: &str| sizes.get(name).copied();
-    let schedule = GpuSchedule::lines_for_addresses(&kernel, Arch::Sm90a, &lookup, aligned)?
+    let mut schedule = GpuSchedule::lines_for_addresses(&kernel, Arch::Sm90a, &lookup, aligned)?
         .ok_or_else(|| Error::bug(format!("no schedule for {}", kernel.name)))?;
+    schedule.dependent = true;
     Ok(Step { kernel, schedule, sizes, operands })
 }
 
@@ -482,7 +509,8 @@ fn prepare(
 ) -> Result<Ready> {
     let pick = |t: (i64, i64, i64)| if operand == 0 { t.0 } else { t.1 };
     let order = if operand == 0 { o.spec.a } else { o.spec.b };
-    let place = if (operand == 0) == o.swapped { Place::B } else { Place::A };
+    let places = operand_places(o);
+    let place = if operand == 0 { places.0 } else { places.1 };
     let (leading, stride) = (pick(o.leading), pick(o.stride));
     if !needs_copy(p, o, operand) {
         return Ok(Ready { place, low: None, order, leading, stride });
@@ -512,8 +540,22 @@ fn prepare(
     Ok(Ready { place: high, low, order: to, leading: padded, stride: matrix })
 }
 
-/// What the epilogue reads and writes.
-fn extras(spec: &GemmSpec, swapped: bool) -> Vec<Place> {
+/// Depth up to which plain multiply-adds add up the sums of each tile's depth apart.
+const SHORT_DEPTH: i64 = 512;
+
+/// Sums that each thread of plain multiply-adds keeps.
+fn sums_per_thread(s: &GpuSchedule) -> i64 {
+    let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
+    tile("BM") * tile("BN") / i64::from(s.warps.0 * s.warps.1 * 32).max(1)
+}
+
+/// Where the operands of an orientation are.
+pub(super) fn operand_places(o: &Oriented) -> (Place, Place) {
+    if o.swapped { (Place::B, Place::A) } else { (Place::A, Place::B) }
+}
+
+/// What an epilogue reads, and the result.
+pub(super) fn extras(spec: &GemmSpec, swapped: bool) -> Vec<Place> {
     let e = &spec.epilogue;
     let (cols, rows) =
         if swapped { (Place::Rows, Place::Cols) } else { (Place::Cols, Place::Rows) };
@@ -554,6 +596,12 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     let b = prepare(p, o, 1, &mut steps, &mut workspace)?;
     let mut spec = o.spec.clone();
     (spec.a, spec.b) = (a.order, b.order);
+    let short = p.k <= SHORT_DEPTH && sums_per_thread(&choice.schedule) <= 32;
+    if choice.schedule.product == ProductKind::Fma && short {
+        // There are registers for sums of a tile's depth apart: their errors stay near those of sums in parts, which
+        // others form for small products.
+        spec.math = Math::Promoted;
+    }
     let mut values =
         vec![("M", o.m), ("N", o.n), ("K", p.k), ("lda", a.leading), ("ldb", b.leading)];
     let mut operands = vec![a.place, b.place];

@@ -143,7 +143,7 @@ pub(super) fn multiply_add_space(vector: u32) -> Vec<GpuSchedule> {
         (64, 128, (2, 4)),
         (64, 64, (2, 4)),
         (64, 64, (2, 2)),
-        (32, 64, (2, 2)),
+        (32, 64, (1, 4)),
     ];
     for (bm, bn, warps) in shapes {
         for bk in [16, 32] {

@@ -1,87 +1,353 @@
-//! Products of a matrix with few vectors: `Y[m, n] = sum over k of W[n, k] * X[m, k]`.
+//! Products of a matrix with few vectors: `C[m, n] = epilogue(sum over k of A[m, k] * B[k, n])` for up to
+//! [`MOST_VECTORS`] rows `m`.
 //!
-//! The matrix is read once and sets the pace; the vectors come from the cache. Sums are kept per
-//! register while a row of `W` goes by, and combined over threads at its end.
+//! The matrix `B` is read once and sets the pace; the vectors come from the caches. One tile program serves both
+//! orders of `B`. Where its lines run along the depth, neighbouring threads share a sum and combine theirs at the
+//! end; where they run along the columns, neighbouring threads have columns of their own, and lines of threads
+//! combine theirs. Either way every register has sums of its own while the depth goes by, so that a sum is a tree of
+//! many short ones. Few columns leave few blocks: the depth is cut into parts then, which a second step adds up in
+//! order.
+//!
+//! [`GemvSpec::space`] lists schedules, [`GemvForm::estimate_us`] their time.
 
-use super::program::{along, func, lines, sizes};
-use tilewright_base::{DType, Error, Result};
+use super::program::{along, func};
+use crate::gemm::{GemmSpec, Order};
+use tilewright_base::DType;
 use tilewright_device::Arch;
 use tilewright_expr::{Func, Op, Value};
-use tilewright_layout::Dim;
-use tilewright_lower_gpu::GpuSchedule;
-use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, TileType};
+use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
+use tilewright_lower_gpu::{GpuSchedule, LinesKnobs};
+use tilewright_target::Gpu;
+use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind, TileId, TileType};
 
-/// A product with `vectors` vectors for all sizes. Size symbols: `N`, `K`, and `ldw`, `ldx`, `ldy`, the
-/// distances between rows of `W [N, K]`, `X [vectors, K]` and `Y [vectors, N]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Vectors that a kernel takes at most: each has its own sums in registers.
+pub const MOST_VECTORS: i64 = 8;
+/// Sums that a thread keeps at most, registers that hold what was read among them.
+const SUMS: i64 = 120;
+/// Bytes of the matrix that a multiprocessor must have asked for, for memory to run at full rate.
+const IN_FLIGHT_BYTES: f64 = 32768.0;
+/// Time of the step that adds up the parts of the depth, in microseconds.
+const SUM_STEP_US: f64 = 1.8;
+
+/// A product with `vectors` rows for all other sizes. Size symbols are those of [`GemmSpec::program`] without `M`.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GemvSpec {
-    /// Type of all tensors; sums are f32.
-    pub dtype: DType,
-    /// How many vectors, 1 to 4: each has its own sums in registers.
-    pub vectors: u32,
+    /// Types, orders, epilogue. How f32 operands are multiplied does not matter: they are not rounded.
+    pub gemm: GemmSpec,
+    /// Rows of `A` and `C`, 1 to [`MOST_VECTORS`].
+    pub vectors: i64,
+}
+
+/// How threads share the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GemvForm {
+    /// Threads of a block.
+    pub threads: i64,
+    /// Neighbouring threads along a line of `B`.
+    pub lanes: i64,
+    /// Lines of `B` that a thread reads at once.
+    pub each: i64,
+    /// Runs of `vector` elements that it reads of each.
+    pub runs: i64,
+    /// Elements of one access.
+    pub vector: i64,
+    /// Parts of the depth.
+    pub splits: i64,
+}
+
+/// What a schedule is chosen for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GemvSizes {
+    /// Columns of the result.
+    pub n: i64,
+    /// Depth.
+    pub k: i64,
+    /// Products.
+    pub batch: i64,
+    /// Elements of one access to `B` that addresses and distances allow.
+    pub vector: i64,
+}
+
+fn ceil(a: i64, b: i64) -> i64 {
+    (a + b - 1) / b.max(1)
+}
+
+/// A matrix `[rows, cols]` in an order; with a batch, `L` of them.
+fn matrix(rows: Dim, cols: Dim, order: Order, leading: &str, batch: Option<&str>) -> Layout {
+    let (unit, leading) = (Dim::new(1), Dim::sym(leading));
+    let strides = if order == Order::Row { (leading, unit) } else { (unit, leading) };
+    let axis = |extent, stride| Axis { extent, stride, block: None };
+    let mut axes = vec![axis(rows, strides.0), axis(cols, strides.1)];
+    if let Some(stride) = batch {
+        axes.insert(0, axis(Dim::sym("L"), Dim::sym(stride)));
+    }
+    Layout { axes, offset: Dim::new(0) }
 }
 
 impl GemvSpec {
-    /// The tile program, with tile sizes `BM` (rows of `W`) and `BN` (a piece of `K`).
-    pub fn program(&self, name: &str) -> Kernel {
+    /// The tile program, with tile sizes `BN` and `BK`. With `split`, part `ps` of the depth goes to `P[ps]`, as
+    /// [`GemmSpec::part_program`] has it.
+    pub fn program(&self, name: &str, split: bool) -> Kernel {
+        let g = &self.gemm;
         let mut k = KernelBuilder::new(name);
-        sizes(&mut k, &["N", "K", "ldw", "ldx", "ldy"]);
-        let (bm, bn) = (k.tile("BM"), k.tile("BN"));
-        let w = k.param("W", self.dtype, lines("N", "K", "ldw"), Access::In);
-        let vectors = i64::from(self.vectors);
-        let matrix = |cols: &str, leading: &str| {
-            let mut layout = lines("N", cols, leading);
-            layout.axes[0].extent = Dim::new(vectors);
-            layout
+        let mut names = vec!["N", "K", "lda", "ldb", "ldc"];
+        if g.batched {
+            names.extend(["L", "sa", "sb", "sc"]);
+        }
+        if split {
+            names.extend(["S", "part", "sp"]);
+        }
+        for name in names {
+            // Matrices of a batch may be the same one.
+            let min = i64::from(!name.starts_with('s'));
+            k.symbol(Symbol { name: name.into(), range: Range { min, max: i32::MAX.into() } });
+        }
+        let (bn, bk) = (k.tile("BN"), k.tile("BK"));
+        let (n, depth, m) = (Dim::sym("N"), Dim::sym("K"), Dim::new(self.vectors));
+        let batch = |s: &'static str| g.batched.then_some(s);
+        let a = matrix(m.clone(), depth.clone(), g.a, "lda", batch("sa"));
+        let b = matrix(depth.clone(), n.clone(), g.b, "ldb", batch("sb"));
+        let c = || matrix(m.clone(), n.clone(), g.c, "ldc", batch("sc"));
+        let a = k.param("A", g.operand, a, Access::In);
+        let b = k.param("B", g.operand, b, Access::In);
+        let e = &g.epilogue;
+        let with = |t: Option<DType>| t.filter(|_| !split);
+        let axis = |extent: &Dim, stride| Axis {
+            extent: extent.clone(),
+            stride: Dim::new(stride),
+            block: None,
         };
-        let x = k.param("X", self.dtype, matrix("K", "ldx"), Access::In);
-        let y = k.param("Y", self.dtype, matrix("N", "ldy"), Access::Out);
-        let pn = k.grid("pn", Dim::sym("N").ceil_div(&bm));
-        let row0 = pn * &bm;
-        let ty = TileType::new(DType::F32, [bm.clone()]);
-        let init: Vec<_> = (0..vectors).map(|_| k.full(Value::Float(0.0), ty.clone())).collect();
-        let pieces = Dim::sym("K").ceil_div(&bn);
-        let (var, sums) = k.begin_for("piece", Dim::new(0), pieces, &init);
-        let col = var * &bn;
-        let tile = k.load(w, vec![row0.clone(), col.clone()], vec![bm.clone(), bn.clone()]);
-        let product = func(&[self.dtype, self.dtype], |f, a| {
-            let (w, x) = (f.cast(a[0], DType::F32), f.cast(a[1], DType::F32));
-            f.op(Op::Mul, &[w, x])
+        let cols = Layout::row_major(std::slice::from_ref(&n));
+        // A value per row as a matrix whose columns are all the same one.
+        let rows = Layout { axes: vec![axis(&m, 1), axis(&n, 0)], offset: Dim::new(0) };
+        let cols = with(e.col_vector).map(|t| k.param("cols", t, cols, Access::In));
+        let rows = with(e.row_vector).map(|t| k.param("rows", t, rows, Access::In));
+        let residual = with(e.residual).map(|t| k.param("R", t, c(), Access::In));
+        let c = if split {
+            let mut layout = matrix(m.clone(), n.clone(), g.c, "ldc", None);
+            let parts = Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None };
+            layout.axes.insert(0, parts);
+            k.param("P", g.sum, layout, Access::Out)
+        } else {
+            k.param("C", g.result, c(), Access::Out)
+        };
+        let ps = split.then(|| k.grid("ps", Dim::sym("S")));
+        let pl = g.batched.then(|| k.grid("pl", Dim::sym("L")));
+        let col0 = k.grid("pn", n.ceil_div(&bn)) * &bn;
+        let at = |x: Dim, y: Dim| pl.iter().cloned().chain([x, y]).collect::<Vec<_>>();
+        let shape = |x: Dim, y: Dim| pl.iter().map(|_| Dim::new(1)).chain([x, y]).collect();
+        let zero = if g.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
+        let ty = TileType::new(g.sum, [bn.clone()]);
+        let init: Vec<TileId> = (0..self.vectors).map(|_| k.full(zero, ty.clone())).collect();
+        let steps = depth.ceil_div(&bk);
+        let (lo, hi) = match &ps {
+            None => (Dim::new(0), steps),
+            Some(ps) => {
+                let lo = ps.clone() * &Dim::sym("part");
+                let hi = (lo.clone() + &Dim::sym("part")).min_with(&steps);
+                (lo, hi)
+            }
+        };
+        let (var, sums) = k.begin_for("piece", lo, hi, &init);
+        let k0 = var * &bk;
+        let w = k.load(b, at(k0.clone(), col0.clone()), shape(bk.clone(), bn.clone()));
+        let w = k.reshape(w, vec![bk.clone(), bn.clone()]);
+        let sum = g.sum;
+        let product = func(&[g.operand, g.operand], |f, a| {
+            let (x, y) = (f.cast(a[0], sum), f.cast(a[1], sum));
+            f.op(Op::Mul, &[x, y])
         });
         let mut next = Vec::new();
         for (i, sum) in sums.iter().enumerate() {
-            let at = vec![Dim::new(i as i64), col.clone()];
-            let v = k.load(x, at, vec![Dim::new(1), bn.clone()]);
-            let v = k.reshape(v, vec![bn.clone()]);
-            let args = vec![k.plain(tile), along(v, 1)];
-            let p = k.map(product.clone(), args, vec![bm.clone(), bn.clone()]);
-            let part = k.reduce(ReduceKind::Sum, p, 1, None);
+            let x = k.load(a, at(Dim::new(i as i64), k0.clone()), shape(Dim::new(1), bk.clone()));
+            let x = k.reshape(x, vec![bk.clone()]);
+            let args = vec![k.plain(w), along(x, 0)];
+            let p = k.map(product.clone(), args, vec![bk.clone(), bn.clone()]);
+            let part = k.reduce(ReduceKind::Sum, p, 0, None);
             let args = vec![k.plain(*sum), k.plain(part)];
-            next.push(k.map(Func::binary(Op::Add, DType::F32), args, vec![bm.clone()]));
+            next.push(k.map(Func::binary(Op::Add, g.sum), args, vec![bn.clone()]));
         }
         let sums = k.end_for(&next);
         for (i, sum) in sums.into_iter().enumerate() {
-            let args = vec![k.plain(sum)];
-            let out = k.map(Func::cast(DType::F32, self.dtype), args, vec![bm.clone()]);
-            let out = k.reshape(out, vec![Dim::new(1), bm.clone()]);
-            k.store(y, vec![Dim::new(i as i64), row0.clone()], out);
+            let row = Dim::new(i as i64);
+            let line = vec![Dim::new(1), bn.clone()];
+            if let Some(ps) = &ps {
+                let out = k.reshape(sum, vec![Dim::new(1), Dim::new(1), bn.clone()]);
+                k.store(c, vec![ps.clone(), row, col0.clone()], out);
+                continue;
+            }
+            let mut args = vec![k.plain(sum)];
+            let mut more = |k: &mut KernelBuilder, tile| {
+                let tile = k.reshape(tile, vec![bn.clone()]);
+                args.push(Operand { tile, along: vec![0] });
+            };
+            if let Some(p) = cols {
+                let t = k.load(p, vec![col0.clone()], vec![bn.clone()]);
+                more(&mut k, t);
+            }
+            if let Some(p) = rows {
+                let t = k.load(p, vec![row.clone(), col0.clone()], line);
+                more(&mut k, t);
+            }
+            if let Some(p) = residual {
+                let at = at(row.clone(), col0.clone());
+                let t = k.load(p, at, shape(Dim::new(1), bn.clone()));
+                more(&mut k, t);
+            }
+            let out = k.map(e.func.clone(), args, vec![bn.clone()]);
+            let out = k.reshape(out, shape(Dim::new(1), bn.clone()));
+            k.store(c, at(row, col0.clone()), out);
         }
         k.finish()
     }
 
-    /// The program and schedule for these sizes.
-    ///
-    /// # Errors
-    /// A size without a value.
-    pub fn kernel(
-        &self,
-        name: &str,
-        arch: Arch,
-        size: &dyn Fn(&str) -> Option<i64>,
-    ) -> Result<(Kernel, GpuSchedule)> {
-        let kernel = self.program(name);
-        let schedule = GpuSchedule::lines_for(&kernel, arch, size)?
-            .ok_or_else(|| Error::bug("a row in pieces has a schedule"))?;
-        Ok((kernel, schedule))
+    /// Whether lines of `B` run along the depth.
+    fn deep(&self) -> bool {
+        self.gemm.b == Order::Col
+    }
+
+    fn operand_bytes(&self) -> i64 {
+        i64::from(self.gemm.operand.bits()) / 8
+    }
+
+    /// Forms that suit these sizes, in a fixed order.
+    pub fn space(&self, gpu: &Gpu, sizes: &GemvSizes) -> Vec<GemvForm> {
+        let deep = self.deep();
+        let (line, lines_of) = if deep { (sizes.k, sizes.n) } else { (sizes.n, sizes.k) };
+        let mut vector = sizes.vector.min(16 / self.operand_bytes()).max(1);
+        // A run has sums of its own for every vector.
+        while vector > 1 && vector * self.vectors > SUMS - 24 {
+            vector /= 2;
+        }
+        let mut out = Vec::new();
+        for threads in [256, 128] {
+            for lanes in [256, 128, 32, 16, 8, 4] {
+                let runs_of = ceil(line, vector);
+                // Lanes beyond the line, and lines of threads beyond the lines, are idle.
+                let idle = |count: i64, extent: i64| count > extent.max(1) * 2 - 1;
+                if lanes > threads || (lanes > 4 && idle(lanes, runs_of)) {
+                    continue;
+                }
+                for each in [8, 4, 2, 1] {
+                    for runs in [1, 2, 4, 8] {
+                        let sums = each * runs * vector * self.vectors;
+                        let bytes = each * runs * vector * self.operand_bytes();
+                        let wide = runs > 1 && lanes * runs > runs_of;
+                        let tall = each > 1 && threads / lanes * each > lines_of;
+                        // Where an access is as wide as can be, more lines at once serve better than longer ones.
+                        let full = vector * self.operand_bytes() == 16;
+                        let long = full && runs > if deep { 4 } else { 1 };
+                        if sums + bytes / 4 > SUMS || bytes > 128 || wide || tall || long {
+                            continue;
+                        }
+                        let form = GemvForm { threads, lanes, each, runs, vector, splits: 1 };
+                        out.extend(self.split(gpu, sizes, form));
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// A form whole, and with the depth in parts when there are few blocks.
+    fn split(&self, gpu: &Gpu, sizes: &GemvSizes, form: GemvForm) -> Vec<GemvForm> {
+        let mut out = vec![form];
+        let (bn, bk) = self.tile(&form);
+        let steps = ceil(sizes.k, bk);
+        let blocks = ceil(sizes.n, bn) * sizes.batch;
+        for splits in [2, 4, 8, 16, 32, 64, 128] {
+            if sizes.batch != 1 || splits > steps || blocks * splits > 16 * i64::from(gpu.sms) {
+                break;
+            }
+            out.push(GemvForm { splits, ..form });
+        }
+        out
+    }
+
+    /// `BN` and `BK`.
+    pub fn tile(&self, form: &GemvForm) -> (i64, i64) {
+        let lines = form.threads / form.lanes * form.each;
+        let line = form.lanes * form.vector * form.runs;
+        if self.deep() { (lines, line) } else { (line, lines) }
+    }
+
+    /// Registers that a thread takes, roughly.
+    fn registers(&self, form: &GemvForm) -> i64 {
+        let held = form.each * form.runs * form.vector;
+        let matrix = held * self.operand_bytes() / 4;
+        let vectors = if self.deep() { form.runs * form.vector } else { form.each };
+        let addresses = if form.vector * self.operand_bytes() < 16 { held } else { form.each };
+        24 + held * self.vectors + matrix + vectors * self.vectors.min(2) + addresses
+    }
+
+    /// Blocks that share a multiprocessor.
+    fn together(&self, form: &GemvForm) -> i64 {
+        (65536 / form.threads / self.registers(form).min(255)).clamp(1, 1536 / form.threads)
+    }
+
+    /// The schedule of a form.
+    pub fn schedule(&self, arch: Arch, form: &GemvForm) -> GpuSchedule {
+        let (bn, bk) = self.tile(form);
+        let mut s = GpuSchedule::hopper(&[("BN", bn), ("BK", bk)]);
+        s.arch = arch;
+        s.persistent = false;
+        s.dependent = arch >= Arch::Sm90a;
+        s.vector = form.vector as u32;
+        s.lines = LinesKnobs {
+            threads: form.threads as u32,
+            lanes: form.lanes as u32,
+            vector: form.vector as u32,
+            early: false,
+        };
+        // The registers are an estimate: what it falls short of must not spill.
+        s.blocks_per_sm = (self.together(form) * 3 / 4).max(1) as u32;
+        s
+    }
+
+    /// Estimated time: that of memory as far as enough of it is asked for, or of the arithmetic.
+    pub fn estimate_us(&self, gpu: &Gpu, sizes: &GemvSizes, form: &GemvForm) -> f64 {
+        let (bn, bk) = self.tile(form);
+        let size = self.operand_bytes();
+        let steps = ceil(ceil(sizes.k, bk), form.splits);
+        let items = ceil(sizes.n, bn) * sizes.batch * form.splits;
+        let slots = self.together(form) * i64::from(gpu.sms);
+        let active = items.min(slots) as f64;
+        // Bytes that all blocks read, edges included, and how many are asked for at a time.
+        let bytes = (sizes.n * sizes.k * sizes.batch * size) as f64;
+        let padded = (items * steps * bn * bk * size) as f64;
+        let each = (form.each * form.runs * form.vector * size * form.threads) as f64;
+        let asked = active * each / f64::from(gpu.sms);
+        let rate = gpu.copy_bytes_per_s * (asked / IN_FLIGHT_BYTES).min(1.0);
+        // A last round of blocks that leaves multiprocessors idle.
+        let rounds = items as f64 / slots as f64;
+        let tail = if rounds <= 1.0 { 1.0 } else { 1.0 + 0.25 * (rounds.ceil() / rounds - 1.0) };
+        // Where a load of the matrix brings as many of the vectors, those slow it down; so do short stretches of
+        // memory.
+        let beside = if self.deep() { self.vectors as f64 / form.each as f64 } else { 0.0 };
+        let stretch = (form.lanes * form.runs * form.vector * size) as f64;
+        let weight = if size < 4 { 0.25 } else { 0.1 };
+        let beside = 1.0 + weight * beside * (4.0 / size as f64).sqrt() + 9.6 / stretch;
+        let memory = bytes.max(padded * 0.5) / rate * 1e6 * tail * beside;
+        let widen = match (size, self.gemm.operand.is_float()) {
+            (1, true) => 6.0,
+            (4, _) => 0.0,
+            _ => 1.5,
+        };
+        let shared = self.vectors as f64 * (if size < 4 { 1.5 } else { 0.5 });
+        let reuse = if self.deep() { form.each } else { form.vector * form.runs } as f64;
+        let instructions = self.vectors as f64 + widen + shared / reuse + 0.5;
+        let issue = 128.0 * gpu.model.clock_ghz * 1e9 * active.min(f64::from(gpu.sms));
+        let arithmetic = padded / size as f64 * instructions / issue * 1e6;
+        // What a block does once: it starts, and combines its sums, beside other blocks.
+        let sums = (form.each * self.vectors) as f64 * if form.lanes > 32 { 0.06 } else { 0.02 };
+        let combine = 0.3 + 0.5 * rounds.ceil() * (0.1 + sums);
+        let parts = if form.splits > 1 {
+            let bytes = (self.vectors * sizes.n * form.splits * 8) as f64;
+            SUM_STEP_US + bytes / gpu.copy_bytes_per_s * 1e6
+        } else {
+            0.0
+        };
+        let start = gpu.model.launch_us * gpu.model.dependent_share + gpu.model.stream_start_us;
+        memory.max(arithmetic) + 0.1 * memory.min(arithmetic) + combine + parts + start
     }
 }

@@ -1,6 +1,6 @@
 //! Kernels along rows of a matrix: softmax, normalisations, products with a vector.
 //!
-//! [`RowSpec`] and [`GemvSpec`] say what is computed, for every size. Each has one tile program per
+//! [`RowSpec`] and [`GemvSpec`] say what is computed, for every size. A [`RowSpec`] has one tile program per
 //! form: a tile that holds whole rows and reads them once, or a walk over pieces of a row per reduction.
 //! Which form fits, and its schedule, follow from the row's length: [`RowSpec::kernel`].
 //!
@@ -11,6 +11,6 @@ mod gemv;
 mod program;
 
 pub use cross_entropy::CrossEntropySpec;
-pub use gemv::GemvSpec;
+pub use gemv::{GemvForm, GemvSizes, GemvSpec, MOST_VECTORS};
 pub use program::{RowOp, RowSpec};
 pub(crate) use program::{func, sizes};

@@ -44,14 +44,8 @@ fn entries(arch: Arch) -> Vec<Entry> {
                 let plain = GpuSchedule::pipelined(arch, product, warps, &tiles);
                 let schedule = GpuSchedule { store, vector, stages, ..plain };
                 let name = format!("{dtype} {a:?} {b:?}: {schedule}");
-                let lowered = lower(&spec.program("gemm"), &schedule);
-                // Wide blocks of plain multiply-adds with both operands along the depth need more
-                // registers than there are.
-                let wide = product == ProductKind::Fma
-                    && bm * bn > 128 * 128
-                    && (a, b) == (Order::Row, Order::Col);
-                assert_eq!(lowered.is_err(), wide, "{name}");
-                let Ok(program) = lowered else { continue };
+                let program = lower(&spec.program("gemm"), &schedule)
+                    .unwrap_or_else(|e| panic!("{name}: {e}"));
                 out.push(Entry::new(name, &program));
             }
         }
@@ -75,7 +69,7 @@ fn ampere_text_calls_nothing_of_hopper() {
         {
             assert!(!source.text.contains(&format!("tw::{call}")), "{name}: {call}");
         }
-        assert!(source.text.contains("tw::copy_tile<"), "{name}");
+        assert!(source.text.contains("tw::copy_tile"), "{name}");
     }
 }
 

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
+use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::MapSpec;
-use tilewright_kernels::rows::{GemvSpec, RowOp, RowSpec};
+use tilewright_kernels::rows::{GemvForm, GemvSizes, GemvSpec, RowOp, RowSpec};
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_tile::Kernel;
@@ -48,13 +49,35 @@ fn kernels(arch: Arch) -> Vec<(String, Kernel, GpuSchedule)> {
             ] {
                 add(format!("map {}", spec.func), spec.kernel("map", arch, &size));
             }
-            for vectors in [1, 4] {
-                let mut env = env.clone();
-                for (name, v) in [("N", m), ("K", n), ("ldw", n), ("ldx", n), ("ldy", m)] {
-                    env.insert(Arc::from(name), v);
+            // The first choices for few and for many vectors, in both orders.
+            let gpu = tilewright_target::Gpu::h200();
+            for (operand, result) in [
+                (DType::BF16, DType::BF16),
+                (DType::F32, DType::F32),
+                (DType::I8, DType::I32),
+                (DType::F8E4M3, DType::BF16),
+            ] {
+                let sum = if operand == DType::I8 { DType::I32 } else { DType::F32 };
+                if operand == DType::F8E4M3 && arch < Arch::Sm89 {
+                    continue;
                 }
-                let spec = GemvSpec { dtype: DType::BF16, vectors };
-                add(format!("{spec:?}"), spec.kernel("gemv", arch, &|name| env.get(name).copied()));
+                for (b, vectors) in
+                    [Order::Col, Order::Row].into_iter().flat_map(|b| [(b, 1), (b, 3), (b, 8)])
+                {
+                    let gemm = GemmSpec { b, ..GemmSpec::plain(operand, sum, result) };
+                    let spec = GemvSpec { gemm, vectors };
+                    let widest = 128 / i64::from(operand.bits());
+                    let vector = if n % widest == 0 { widest } else { 1 };
+                    let sizes = GemvSizes { n, k: n, batch: 1, vector };
+                    let time = |f: &GemvForm| spec.estimate_us(&gpu, &sizes, f);
+                    let mut forms = spec.space(&gpu, &sizes);
+                    forms.sort_by(|a, b| time(a).total_cmp(&time(b)));
+                    for form in &forms[..2] {
+                        let kernel = spec.program("gemv", form.splits > 1);
+                        let name = format!("{operand} {vectors} {b:?} {form:?}");
+                        add(name, Ok((kernel, spec.schedule(arch, form))));
+                    }
+                }
             }
         }
     }
