@@ -185,10 +185,13 @@ fn scheduled_attention_computes_what_the_tile_program_says() {
             tiles: case.schedule.tiles.clone().into_iter().collect::<BTreeMap<_, _>>(),
             ..Schedule::default()
         };
-        tilewright_interp::tile::run(&kernel, &schedule, &env, &mut expected, Mode::Exact).unwrap();
+        // In exact mode the device interpreter cuts sums as tensor cores do, which the tile program does not know.
+        let plain = case.schedule.product == ProductKind::Fma;
+        let mode = if plain { Mode::Exact } else { Mode::F64 };
+        tilewright_interp::tile::run(&kernel, &schedule, &env, &mut expected, mode).unwrap();
         for order in orders().into_iter().step_by(9) {
             let mut got = buffers(&kernel, &env);
-            let options = Options { clusters: 2, order, mode: Mode::Exact, ..Options::default() };
+            let options = Options { clusters: 2, order, mode, ..Options::default() };
             run(&program, &env, &mut got, &options)
                 .unwrap_or_else(|e| panic!("{}: {e}\n{:#?}", case.name, e.notes()));
             for (i, (_, param)) in kernel.params.iter().enumerate() {
@@ -223,8 +226,8 @@ fn special_values_stay_in_their_rows() {
         let mut seen = [0, 0];
         for special in specials {
             let (mut want, mut got) = (filled(special), filled(special));
-            tilewright_interp::tile::run(&kernel, &schedule, &env, &mut want, Mode::Exact).unwrap();
-            let options = Options { mode: Mode::Exact, ..Options::default() };
+            tilewright_interp::tile::run(&kernel, &schedule, &env, &mut want, Mode::F64).unwrap();
+            let options = Options { mode: Mode::F64, ..Options::default() };
             run(&program, &env, &mut got, &options).unwrap();
             let id = kernel.params.iter().position(|(_, p)| &*p.name == "O").unwrap();
             let dtype = case.spec.result;

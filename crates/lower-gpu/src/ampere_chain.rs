@@ -115,14 +115,21 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
 }
 
 /// Rows of the tiles and the spread of all fragments, by the first product of the loop.
-fn first_product(
-    kernel: &Kernel,
-    body: &For,
-    schedule: &GpuSchedule,
-) -> Result<(u32, Spread)> {
+fn first_product(kernel: &Kernel, body: &For, schedule: &GpuSchedule) -> Result<(u32, Spread)> {
     for stmt in &body.body.stmts {
         if let tilewright_tile::Stmt::Let(id, TileOp::Mma { .. }) = stmt {
-            return Ok((extents(kernel, *id)?[0], spread(schedule)?));
+            let rows = extents(kernel, *id)?[0];
+            let spread = match spread(schedule)? {
+                // Few rows a warp: single ones, so that all of its threads have some.
+                Spread::Outer { threads_m, threads_n, block_m, block_n } => Spread::Outer {
+                    threads_m,
+                    threads_n,
+                    block_m: if rows.is_multiple_of(threads_m * block_m) { block_m } else { 1 },
+                    block_n,
+                },
+                spread => spread,
+            };
+            return Ok((rows, spread));
         }
     }
     Err(Error::unsupported("a loop without products"))
@@ -165,7 +172,7 @@ impl<'a> Turns<'a> {
                     let like =
                         Stream { rows: b.rows, cols: right.rows, contiguous: 1, ..right.clone() };
                     check_shape(&like, right, dtype.bits(), b.rows, b.schedule, b.spread)?;
-                    lefts.push((*tile, left_buffer(b, dtype, right.rows)?));
+                    lefts.push((*tile, left_buffer(b, dtype, right.rows, b.spread)?));
                 }
             }
         }
@@ -269,9 +276,11 @@ impl<'a> Turns<'a> {
     }
 }
 
-/// Shared memory for a left operand of `cols` columns.
-fn left_buffer(b: &mut Builder<'_>, dtype: DType, cols: u32) -> Result<SmemId> {
-    let bytes = cols * dtype.bits() / 8;
+/// Shared memory for a left operand of `cols` columns: lines along the depth for tensor cores, across it for
+/// plain multiply-adds.
+fn left_buffer(b: &mut Builder<'_>, dtype: DType, cols: u32, spread: Spread) -> Result<SmemId> {
+    let contiguous = usize::from(!matches!(spread, Spread::Outer { .. }));
+    let bytes = if contiguous == 1 { cols } else { b.rows } * dtype.bits() / 8;
     let swizzle = [Swizzle::B128, Swizzle::B64, Swizzle::B32]
         .into_iter()
         .find(|s| bytes.is_multiple_of(s.span_bytes()));
@@ -283,7 +292,7 @@ fn left_buffer(b: &mut Builder<'_>, dtype: DType, cols: u32) -> Result<SmemId> {
         dtype,
         rows: b.rows,
         cols,
-        contiguous: 1,
+        contiguous,
         swizzle,
         slots: 1,
     }))
