@@ -1,8 +1,6 @@
 //! What can be typed: one struct per command. The doc comments are the help texts.
 
-#[cfg(feature = "cpu")]
-use clap::ValueEnum;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use tilewright_tune::command::{ProductArgs, TuneOptions};
 
@@ -66,7 +64,6 @@ pub(crate) enum ExprStage {
 }
 
 /// Stands for the model where none was given.
-#[cfg(feature = "cpu")]
 pub(crate) const NO_MODEL: &str = "-";
 
 #[cfg(feature = "cpu")]

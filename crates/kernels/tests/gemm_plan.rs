@@ -7,7 +7,7 @@ use tilewright_expr::{FuncBuilder, Op};
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, run};
 use tilewright_kernels::gemm::{Candidate, Epilogue, Order, Place, Precision, Problem, plan};
-use tilewright_lower_gpu::lower;
+use tilewright_lower_gpu::{Mode as Roles, lower};
 use tilewright_target::Gpu;
 
 fn problems() -> Vec<(&'static str, Problem)> {
@@ -262,4 +262,26 @@ fn an_empty_result_needs_no_launch() {
         let candidates = plan(&p, &Gpu::h200(), 3).unwrap();
         assert!(candidates.len() == 1 && candidates[0].steps.is_empty(), "{m} {n} {k} {batch}");
     }
+}
+
+/// What every element costs after its sum hides behind the products of another consumer, when there is enough of it.
+#[test]
+fn dear_epilogues_run_beside_products() {
+    let gelu = || {
+        let mut f = FuncBuilder::new();
+        let (sum, bias) = (f.param("sum", DType::F32), f.param("bias", DType::F32));
+        let x = f.op(Op::Add, &[sum, bias]);
+        let e = f.op(Op::Erf, &[x]);
+        let y = f.op(Op::Mul, &[x, e]);
+        let y = f.cast(y, DType::BF16);
+        f.finish(y)
+    };
+    let mut p = Problem::dense(4096, 3072, 768, DType::BF16, DType::BF16);
+    let first = |p: &Problem| plan(p, &Gpu::h200(), 1).unwrap().remove(0);
+    let cheap = first(&p);
+    p.epilogue =
+        Epilogue { func: gelu(), col_vector: Some(DType::F32), row_vector: None, residual: None };
+    let dear = first(&p);
+    assert_eq!(dear.steps[0].schedule.mode, Roles::PingPong, "{}", dear.steps[0].schedule);
+    assert!(dear.estimate_us > cheap.estimate_us);
 }

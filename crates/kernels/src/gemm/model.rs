@@ -5,6 +5,7 @@
 //! second-level cache that fills the stage, and the load latency spread over the stages in flight. With
 //! ping-pong, one consumer's epilogue hides behind the other's products. Device memory bounds the whole.
 
+use tilewright_expr::{Func, Node, Op};
 use tilewright_lower_gpu::{GpuSchedule, Mode, StoreKind};
 use tilewright_target::Gpu;
 
@@ -25,7 +26,30 @@ pub(crate) struct Shape {
     pub(crate) lines_aligned: (bool, bool),
     /// Neighbours in memory are in one column of the result, not in one row.
     pub(crate) column_major: bool,
+    /// Instructions of the epilogue per element, conversions and the first operation aside.
+    pub(crate) epilogue_instructions: i64,
 }
+
+/// Instructions of a thread per element, beyond the one or two that hide behind the store. Weights of elementary functions
+/// are rough counts of what `emit-cuda` prints for them.
+pub(crate) fn instructions(func: &Func) -> i64 {
+    let weight = |op: &Op| match op {
+        Op::Cast => 0,
+        Op::Div | Op::Sqrt | Op::Rsqrt | Op::Exp | Op::Exp2 => 8,
+        Op::Sigmoid | Op::Tanh | Op::Log | Op::Log2 => 16,
+        Op::Erf => 24,
+        Op::Pow | Op::Sin | Op::Cos => 40,
+        _ => 1,
+    };
+    let all = func.nodes().map(|(_, node, _)| match node {
+        Node::Op(op, _) => weight(op),
+        _ => 0,
+    });
+    (all.sum::<i64>() - 2).max(0)
+}
+
+/// Lanes of a multiprocessor that the few warps of an epilogue keep busy.
+const EPILOGUE_LANES: f64 = 48.0;
 
 fn ceil(a: i64, b: i64) -> i64 {
     (a + b - 1) / b.max(1)
@@ -51,6 +75,7 @@ pub fn estimate_us(
         result_bytes,
         lines_aligned: (true, true),
         column_major: false,
+        epilogue_instructions: 0,
     };
     estimate(gpu, schedule, &shape)
 }
@@ -117,7 +142,10 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
             (bm * bn) as f64 / elements * p.direct_sector_clocks
         }
     };
-    let epilogue = p.epilogue_clocks + stored;
+    // With parts of the depth, the step that adds them up has the epilogue.
+    let instructions = if shape.splits > 1 { 0 } else { shape.epilogue_instructions };
+    let computed = (bm * bn * instructions) as f64 / EPILOGUE_LANES;
+    let epilogue = p.epilogue_clocks + stored + computed;
     let clocks = match s.mode {
         Mode::Cooperative => per_block * (loop_clocks + epilogue),
         Mode::PingPong => per_block * loop_clocks.max((loop_clocks + epilogue) / 2.0) + epilogue,

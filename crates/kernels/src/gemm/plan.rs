@@ -1,6 +1,6 @@
 //! From a problem to steps.
 
-use crate::gemm::model::{Shape, estimate, estimate_multiply_add};
+use crate::gemm::model::{Shape, estimate, estimate_multiply_add, instructions};
 use crate::gemm::problem::{Precision, Problem};
 use crate::gemm::program::{GemmSpec, Math, Order, copy_program};
 use crate::gemm::space::{multiply_add_space, space};
@@ -393,6 +393,7 @@ impl<'a> Scored<'a> {
             result_bytes: p.result_bytes(),
             lines_aligned: (aligned[0], aligned[1]),
             column_major: o.spec.c == Order::Col,
+            epilogue_instructions: instructions(&o.spec.epilogue.func),
         };
         Scored { problem: p, gpu, o, spec, copies_us, shape }
     }
@@ -614,7 +615,9 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
             values.extend([("L", p.batch), ("sa", a.stride), ("sb", b.stride), ("sc", o.stride.2)]);
         }
         operands.extend(extras(&spec, o.swapped));
-        let kernel = spec.program("gemm");
+        // Kernels with the same tensors and schedule that sum differently have different names.
+        let apart = spec.math == Math::Promoted && o.spec.math != Math::Promoted;
+        let kernel = spec.program(if apart { "gemm_apart" } else { "gemm" });
         steps.push(Step { kernel, schedule: choice.schedule, sizes: sizes(&values), operands });
     } else {
         let bk = choice.schedule.tiles.get("BK").copied().unwrap_or(1);
