@@ -64,6 +64,11 @@ fn cases() -> Vec<Case> {
     let mut eight = spec(DType::F8E4M3, (Row, Col, Row));
     (eight.result, eight.epilogue) = (DType::BF16, Epilogue::cast(DType::F32, DType::BF16));
     add("f8", eight.clone(), tiles(128, 32, 128), (130, 40, 272));
+    let mut bytes = eight.clone();
+    (bytes.c, bytes.result) = (Col, DType::F8E4M3);
+    bytes.epilogue = Epilogue::cast(DType::F32, DType::F8E4M3);
+    add("f8 in columns, 64 rows a consumer", bytes.clone(), tiles(128, 32, 128), (144, 40, 272));
+    add("f8 in columns, 192 rows", bytes, tiles(192, 32, 128).with_consumers(1), (208, 40, 272));
     eight.math = Math::Promoted;
     add("f8 promoted", eight, tiles(128, 32, 128), (130, 40, 272));
     add("i8", spec(DType::I8, (Row, Col, Row)), tiles(128, 32, 128), (130, 36, 272));

@@ -139,11 +139,8 @@ fn concrete<'a>(
     let element = param.dtype.size() as i128;
     let mut extents = Vec::new();
     let mut strides = Vec::new();
-    let mut last = i128::from(value(&param.layout.offset, sizes)?);
-    let offset = last;
-    if offset < 0 {
-        return Err(format!("{name} starts {offset} elements before its operand"));
-    }
+    let offset = i128::from(value(&param.layout.offset, sizes)?);
+    let (mut first, mut last) = (offset, offset);
     for axis in &param.layout.axes {
         if axis.block.is_some() {
             return Err(format!("{name} has a blocked layout"));
@@ -152,16 +149,22 @@ fn concrete<'a>(
         let stride = value(&axis.stride, sizes)?;
         let extent =
             u64::try_from(extent).map_err(|_| format!("{name} has an extent of {extent}"))?;
-        if stride < 0 {
-            return Err(format!("{name} has a stride of {stride}"));
+        let far = i128::from(extent.saturating_sub(1)) * i128::from(stride);
+        if far < 0 {
+            first += far
+        } else {
+            last += far
         }
-        last += i128::from(extent.saturating_sub(1)) * i128::from(stride);
         extents.push(extent);
         strides.push(stride);
     }
     let address = i128::from(operand.address) + offset * element;
     let tensor = Concrete { param, extents, strides, address: address as u64 };
-    let bytes = if tensor.extents.contains(&0) { 0 } else { (last + 1) * element };
+    let empty = tensor.extents.contains(&0);
+    if first < 0 && (offset < 0 || !empty) {
+        return Err(format!("{name} starts {} elements before its operand", -first));
+    }
+    let bytes = if empty { 0 } else { (last + 1) * element };
     if bytes > i128::from(operand.bytes) {
         return Err(format!("{name} takes {bytes} bytes, its operand has {}", operand.bytes));
     }
@@ -203,7 +206,13 @@ fn spec(map: &TensorMap, tensor: &Concrete<'_>) -> std::result::Result<TensorMap
         .collect();
     let mut strides_bytes = Vec::new();
     for &axis in &order[1..] {
-        let bytes = tensor.strides[axis] as u64 * element;
+        let stride = tensor.strides[axis];
+        if stride < 0 && tensor.extents[axis] > 1 {
+            return Err(format!(
+                "axis {axis} of {name} runs backwards, and the copy engine does not"
+            ));
+        }
+        let bytes = stride.unsigned_abs() * element;
         strides_bytes.push(if tensor.extents[axis] == 1 {
             // Never stepped along, so any legal distance will do.
             16

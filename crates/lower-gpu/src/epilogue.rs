@@ -298,7 +298,12 @@ fn stage(
     let (swizzle, box_rows) = if contiguous == 1 {
         (swizzle_for(chunk * size)?, b.rows.min(256))
     } else {
-        (Swizzle::B128, 128 / size)
+        // The widest span that cuts a consumer's rows into whole boxes: 64 rows of one byte are half of the widest.
+        let spans = [128, 64, 32, 16].map(|bytes| bytes / size);
+        let Some(box_rows) = spans.into_iter().find(|rows| b.rows.is_multiple_of(*rows)) else {
+            return Err(Error::unsupported(format!("boxes of {} rows of {name}", b.rows)));
+        };
+        (swizzle_for(box_rows * size)?, box_rows)
     };
     let mut box_shape = vec![1; rank];
     box_shape[axes.0] = box_rows;

@@ -193,3 +193,28 @@ fn offsets_of_layouts_are_in_maps_and_not_in_pointers() {
     let text = |program: &Program| emit(program).unwrap().text;
     assert_ne!(text(&program), text(&without), "the offset of C stands in the text");
 }
+
+/// Views that run backwards begin at their last element in memory: a pointer takes them, the copy engine does not.
+#[test]
+fn tensors_may_run_backwards_within_their_operand() {
+    let mut kernel = bf16().program("gemm");
+    let result = tilewright_tile::ParamId(2);
+    let turn = |kernel: &mut tilewright_tile::Kernel, offset: i64| {
+        kernel.params[result].layout.offset = Dim::new(offset);
+        kernel.params[result].layout.axes[0].stride = Dim::new(-64);
+    };
+    let mut schedule = GpuSchedule::hopper(&[("BM", 128), ("BN", 128), ("BK", 64)]);
+    schedule.store = StoreKind::Direct;
+    let even = [("M", 64), ("N", 64), ("K", 64), ("lda", 64), ("ldb", 64), ("ldc", 64)];
+    let addresses = at(&[0x1000, 0x2000, 0x3000]);
+    let mut bound = |offset: i64, schedule: &GpuSchedule| {
+        turn(&mut kernel, offset);
+        bind(&lower(&kernel, schedule).unwrap(), &sizes(&even), &addresses)
+    };
+    assert!(bound(63 * 64, &schedule).is_ok());
+    let before = bound(62 * 64, &schedule).unwrap_err();
+    assert!(before.message().contains("starts 64 elements before its operand"), "{before:?}");
+    schedule.store = StoreKind::Tma;
+    let maps = bound(63 * 64, &schedule).unwrap_err();
+    assert!(maps.message().contains("axis 0 of C runs backwards"), "{maps:?}");
+}
