@@ -206,7 +206,7 @@ fn sums_by_additions() -> Kernel {
     let (bm, bn) = (k.tile("BM"), k.tile("BN"));
     let (m, n) = (Dim::sym("M"), Dim::sym("N"));
     let x = k.param("X", DType::F32, Layout::row_major(&[m.clone(), n.clone()]), Access::In);
-    let y = k.param("Y", DType::F32, Layout::row_major(&[n.clone()]), Access::InOut);
+    let y = k.param("Y", DType::F32, Layout::row_major(std::slice::from_ref(&n)), Access::InOut);
     let pm = k.grid("pm", m.ceil_div(&bm));
     let pn = k.grid("pn", n.ceil_div(&bn));
     let at = vec![pm * &bm, pn * &bn];

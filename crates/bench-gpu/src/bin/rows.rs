@@ -129,6 +129,7 @@ fn run(options: &Options) -> Result<bool> {
     let stream = gpu.stream()?;
     let support = Support::new(&gpu, &nvrtc)?;
     let mut record_head = Map::new();
+    record_head.insert("kind".into(), json!("gpu-rows"));
     record_head.insert("date".into(), json!(record::now()));
     record_head.insert("commit".into(), json!(record::commit()));
     let command =
