@@ -214,7 +214,7 @@ const DEPENDENT: &[Equivalent] = &[
 
 /// Of kernels that add up in registers apart from the tensor cores.
 const ADDED: &[Equivalent] = &[(
-    "consumer `advance ring by 1` before `acc = map(acc, part) { a, b -> a + b }`",
+    "consumer `advance ring by 1` before `acc = map(acc, turn_sum) { a, b -> a + b }`",
     "registers only: the stage was let go of before",
 )];
 
