@@ -144,21 +144,6 @@ template <> TW_INLINE Pair<f8e5m2> narrow_pair<f8e5m2>(float x, float y) {
 }
 #endif
 
-// Two neighbouring elements to registers, converted by one instruction where there is one.
-template <typename T> TW_INLINE void widen_pair(T a, T b, value<T>& x, value<T>& y) { x = widen(a), y = widen(b); }
-#if __CUDA_ARCH__ >= 890
-template <> TW_INLINE void widen_pair<f8e4m3>(f8e4m3 a, f8e4m3 b, float& x, float& y) {
-  u32 pair;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((u16)(a.bits | b.bits << 8)));
-  x = widen(f16{(u16)pair}), y = widen(f16{(u16)(pair >> 16)});
-}
-template <> TW_INLINE void widen_pair<f8e5m2>(f8e5m2 a, f8e5m2 b, float& x, float& y) {
-  u32 pair;
-  asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(pair) : "h"((u16)(a.bits | b.bits << 8)));
-  x = widen(f16{(u16)pair}), y = widen(f16{(u16)(pair >> 16)});
-}
-#endif
-
 // A run of N neighbouring elements, moved by one access.
 template <typename T, int N> struct alignas(sizeof(T) * N) Run { T at[N]; };
 

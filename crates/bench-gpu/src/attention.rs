@@ -9,6 +9,7 @@ use crate::case::Place as Matrix;
 use crate::record::ERROR_RATIO_MAX;
 use crate::support::Support;
 use std::fmt;
+use std::marker::PhantomData;
 use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::{Buffer, Event, Stream};
 use tilewright_data::{from_f64, from_i64, read_f64, read_i64};
@@ -172,7 +173,7 @@ impl Ours {
     }
 
     /// Binds a set of tensors.
-    pub fn bind(&self, tensors: &Tensors) -> Result<Vec<BoundKernel>> {
+    pub fn bind<'a>(&'a self, tensors: &'a Tensors) -> Result<Bound<'a>> {
         let whole = |b: &Buffer| Operand { address: b.address(), bytes: b.len() as u64 };
         let mut out = Vec::new();
         for (step, kernel) in self.candidate.steps.iter().zip(&self.kernels) {
@@ -197,24 +198,33 @@ impl Ours {
                 .collect::<Result<Vec<_>>>()?;
             out.push(kernel.bind(&step.sizes, &operands)?);
         }
-        Ok(out)
+        Ok(Bound { steps: out, memory: PhantomData })
     }
 }
 
-/// Puts the steps into the stream that the tensors were allocated on.
-pub fn launch(stream: &Stream, steps: &[BoundKernel]) -> Result<()> {
-    for step in steps {
-        // SAFETY: tensors and workspace are alive in all callers until the stream is waited for, and
-        // everything that uses them goes to this stream.
-        unsafe { step.launch(stream)? };
+/// A plan with its tensors, which it keeps borrowed.
+#[derive(Debug)]
+pub struct Bound<'a> {
+    steps: Vec<BoundKernel>,
+    memory: PhantomData<&'a Buffer>,
+}
+
+impl Bound<'_> {
+    /// Puts the steps into the stream that tensors and workspace were allocated on.
+    pub fn launch(&self, stream: &Stream) -> Result<()> {
+        for step in &self.steps {
+            // SAFETY: tensors and workspace are borrowed, so they are alive here; what frees them later does
+            // so in the order of the same stream.
+            unsafe { step.launch(stream)? };
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Microseconds of each of `samples` samples over several sets of tensors, cold.
 pub fn time(stream: &Stream, ours: &Ours, sets: &[Tensors], samples: usize) -> Result<Vec<f64>> {
     let bound = sets.iter().map(|s| ours.bind(s)).collect::<Result<Vec<_>>>()?;
-    let pass = Pass::record(stream, sets.len(), |i| launch(stream, &bound[i]))?;
+    let pass = Pass::record(stream, sets.len(), |i| bound[i].launch(stream))?;
     let events = [Event::new(stream.gpu())?, Event::new(stream.gpu())?];
     pass.launch(stream)?;
     let mut out = Vec::new();

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use tilewright_base::{DType, Kind, Result, ResultExt};
 use tilewright_bench_gpu::arms::planner_gpu;
 use tilewright_bench_gpu::attention::{
-    Case, MEASURED, Ours, Tensors, cases, compare, describe, launch, programs, time,
+    Case, MEASURED, Ours, Tensors, cases, compare, describe, programs, time,
 };
 use tilewright_bench_gpu::measure::quartiles;
 use tilewright_bench_gpu::support::Support;
@@ -164,8 +164,7 @@ fn test(
         };
         let tensors = Tensors::new(stream, support, case, 7)?;
         let outcome = Ours::load(loader, stream, &candidate).and_then(|ours| {
-            let steps = ours.bind(&tensors)?;
-            launch(stream, &steps)?;
+            ours.bind(&tensors)?.launch(stream)?;
             stream.synchronize()?;
             compare(stream, case, &tensors, 400)
         });
