@@ -4,13 +4,14 @@
 //! text; values are numbers. Each node is checked when it is added, so a frontend finds out at once
 //! what is not taken, and leaves it to whoever else can run it.
 
+use crate::gpu::GpuProgram;
 use crate::memory::borrowed;
 use crate::program::{Program, compiler};
 use crate::python_error;
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use tilewright::{DType, Precision, Tensor};
-use tilewright_graph::{GraphBuilder, TensorType, ValueId};
+use tilewright_graph::{Graph, GraphBuilder, TensorType, ValueId};
 use tilewright_layout::Range;
 
 /// A graph under construction.
@@ -37,9 +38,24 @@ impl Builder {
         self.values.len() - 1
     }
 
+    /// The graph, without nodes that nothing reads.
+    fn finished(&mut self) -> PyResult<Graph> {
+        self.graph()?;
+        let Some(builder) = self.graph.take() else {
+            return Err(PyRuntimeError::new_err("the graph is compiled already"));
+        };
+        let mut graph = builder.finish();
+        graph.remove_dead();
+        Ok(graph)
+    }
+
     fn parse_type(&mut self, text: &str) -> PyResult<TensorType> {
         self.graph()?.graph().parse_type(text).map_err(python_error)
     }
+}
+
+fn parsed(precision: &str) -> PyResult<Precision> {
+    precision.parse().map_err(|_| PyValueError::new_err(format!("precision `{precision}`")))
 }
 
 #[pymethods]
@@ -152,6 +168,20 @@ impl Builder {
         Ok(self.graph()?.graph().to_string())
     }
 
+    /// Plans the graph for GPU `device`, which this object gives up. Kernels are compiled when sizes are known.
+    #[pyo3(signature = (device=0, cache=true, precision="f32"))]
+    fn compile_gpu(
+        &mut self,
+        py: Python<'_>,
+        device: u32,
+        cache: bool,
+        precision: &str,
+    ) -> PyResult<GpuProgram> {
+        let precision = parsed(precision)?;
+        let graph = self.finished()?;
+        py.detach(|| GpuProgram::new(graph, device, precision, cache)).map_err(python_error)
+    }
+
     /// Compiles the graph, which this object gives up.
     #[pyo3(signature = (threads=0, cache=true, precision="f32"))]
     fn compile(
@@ -161,18 +191,11 @@ impl Builder {
         cache: bool,
         precision: &str,
     ) -> PyResult<Program> {
-        let precision: Precision = precision
-            .parse()
-            .map_err(|_| PyValueError::new_err(format!("precision `{precision}`")))?;
-        self.graph()?;
-        let Some(builder) = self.graph.take() else {
-            return Err(PyRuntimeError::new_err("the graph is compiled already"));
-        };
+        let precision = parsed(precision)?;
+        let graph = self.finished()?;
         py.detach(|| {
             let mut compiler = compiler(threads, cache)?;
             compiler.precision = precision;
-            let mut graph = builder.finish();
-            graph.remove_dead();
             let operators = graph.order.len();
             let compiled = compiler.compile_observed(graph, &mut |_| {})?;
             Program::new(compiled, operators)

@@ -4,9 +4,10 @@
 //! Arrays cross the border without copies and without knowing NumPy or PyTorch: inputs come as addresses
 //! that the Python half (python/tilewright/) takes from contiguous arrays ([`memory`]), outputs offer
 //! NumPy's array interface (`__array_interface__`, version 3) or are written where the caller says
-//! ([`program`]). [`builder`] is how Python writes a graph.
+//! ([`program`]; on a GPU: [`gpu`]). [`builder`] is how Python writes a graph.
 
 mod builder;
+mod gpu;
 mod memory;
 mod program;
 
@@ -142,5 +143,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Output>()?;
     module.add_class::<builder::Builder>()?;
     module.add_class::<program::Program>()?;
+    module.add_class::<gpu::GpuProgram>()?;
     module.add_function(wrap_pyfunction!(load, module)?)
 }

@@ -20,6 +20,45 @@ pub enum Slot {
     Const,
     /// In the arena, from this byte on.
     Arena(usize),
+    /// At this address on the device: the caller's memory.
+    Caller(u64),
+}
+
+/// Where the inputs and outputs of a run lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place<'a> {
+    /// In the arena, with copies from and to the host.
+    Arena,
+    /// In the caller's memory on the device: an address per input and per output of the plan, in order.
+    Caller {
+        /// Addresses of the inputs.
+        inputs: &'a [u64],
+        /// Addresses of the outputs.
+        outputs: &'a [u64],
+    },
+}
+
+impl Place<'_> {
+    /// Where a buffer lies if it is the caller's.
+    fn address(&self, storage: &Storage) -> Result<Option<u64>> {
+        let Place::Caller { inputs, outputs } = self else { return Ok(None) };
+        let address = match storage {
+            Storage::Input(i) => inputs.get(*i),
+            Storage::Output(i) => outputs.get(*i),
+            Storage::Const(_) | Storage::Arena => return Ok(None),
+        };
+        address.copied().map(Some).ok_or_else(|| Error::bug("an input or output without address"))
+    }
+
+    /// The key of a run: the values of the plan's symbols, and the addresses that are fixed in its launches.
+    pub fn key(&self, plan: &Plan, env: &Env) -> Vec<i64> {
+        let value = |name| env.get(name).copied().unwrap_or(0);
+        let mut key: Vec<i64> = plan.symbols.iter().map(|s| value(&s.name)).collect();
+        if let Place::Caller { inputs, outputs } = self {
+            key.extend(inputs.iter().chain(*outputs).map(|a| a.cast_signed()));
+        }
+        key
+    }
 }
 
 /// One step with its sizes.
@@ -54,7 +93,7 @@ pub enum BoundStep {
 /// A plan with all sizes known.
 #[derive(Debug)]
 pub struct Bound {
-    /// Values of the plan's symbols, in their order.
+    /// Of [`Place::key`].
     pub key: Vec<i64>,
     /// The same by name.
     pub env: Env,
@@ -107,7 +146,7 @@ impl Bound {
 ///
 /// # Errors
 /// The user's when a size is not known or too large, or layouts are not those of a plan for a GPU; our bugs.
-pub fn bind(plan: &Plan, env: &Env, chooser: &mut Chooser) -> Result<Bound> {
+pub fn bind(plan: &Plan, env: &Env, place: Place<'_>, chooser: &mut Chooser) -> Result<Bound> {
     let (mut shapes, mut bytes) = (Vec::new(), Vec::new());
     for (_, buffer) in plan.buffers.iter() {
         let shape = concrete(&buffer.layout.shape(), env)?;
@@ -142,20 +181,29 @@ pub fn bind(plan: &Plan, env: &Env, chooser: &mut Chooser) -> Result<Bound> {
             Step::Host { .. } => BoundStep::HostOp,
         });
     }
-    let lives = lives(plan, &bytes);
+    let mut lives = lives(plan, &bytes);
+    let mut callers = Vec::with_capacity(lives.len());
+    for ((_, buffer), live) in plan.buffers.iter().zip(&mut lives) {
+        let address = place.address(&buffer.storage)?;
+        if address.is_some() {
+            *live = None;
+        }
+        callers.push(address);
+    }
     let listed: Vec<Live> = lives.iter().flatten().copied().collect();
     let arena = plan_arena(&listed);
     let mut offsets = arena.offsets.iter();
     let slots = lives
         .iter()
-        .map(|live| match live {
-            Some(_) => Slot::Arena(offsets.next().copied().unwrap_or(0)),
-            None => Slot::Const,
+        .zip(callers)
+        .map(|(live, caller)| match (live, caller) {
+            (_, Some(address)) => Slot::Caller(address),
+            (Some(_), None) => Slot::Arena(offsets.next().copied().unwrap_or(0)),
+            (None, None) => Slot::Const,
         })
         .collect();
-    let key = plan.symbols.iter().map(|s| env.get(&s.name).copied().unwrap_or(0)).collect();
     Ok(Bound {
-        key,
+        key: place.key(plan, env),
         env: env.clone(),
         shapes,
         bytes,

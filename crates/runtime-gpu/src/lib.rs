@@ -13,6 +13,7 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | `caller` | runs in the memory and the stream of another library |
 //! | `choose` | a kernel and sizes to device programs |
 //! | `attention` | an attention of the plan as a problem of the kernel library |
 //! | `product` | a matrix product of the plan as problems of the kernel library |
@@ -23,13 +24,14 @@
 
 mod attention;
 mod bind;
+mod caller;
 mod choose;
 mod host;
 mod interpret;
 mod product;
 mod session;
 
-pub use bind::{Bound, BoundStep, Slot, bind};
+pub use bind::{Bound, BoundStep, Place, Slot, bind};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use interpret::{Interpreted, interpret};
 pub use session::{Executable, MemoryReport, RunReport, Session, StepTime};

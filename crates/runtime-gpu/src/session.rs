@@ -3,7 +3,7 @@
 //! Weights go to the device once, straight from the mapped file. A session has one arena; for each set of
 //! sizes it keeps the loaded kernels with their arguments, recorded as graphs between host steps.
 
-use crate::bind::{Bound, BoundStep, Slot, bind};
+use crate::bind::{Bound, BoundStep, Place, Slot, bind};
 use crate::choose::{Chooser, Source, Way};
 use crate::host::{self, Memory, constant};
 use crate::product::ALIGNED;
@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tilewright_base::{Error, Result, ResultExt};
-use tilewright_cuda::{Buffer, GraphExec, Nvrtc, Stream};
+use tilewright_cuda::{Buffer, Event, GraphExec, Nvrtc, Stream};
 use tilewright_data::{Bytes, Tensor, check_memory};
 use tilewright_launch::{BoundKernel, LoadedKernel, Loader, Operand, first_that_works};
 use tilewright_layout::{Env, Layout};
@@ -23,7 +23,7 @@ use tilewright_tile::Access;
 /// A plan with its constants on a device.
 pub struct Executable {
     plan: Plan,
-    loader: Loader,
+    loader: Arc<Loader>,
     chooser: Mutex<Chooser>,
     constants: Buffer,
     /// First byte of each constant.
@@ -41,7 +41,15 @@ impl Executable {
         nvrtc: Nvrtc,
         machine: Gpu,
     ) -> Result<Executable> {
-        let stream = gpu.stream()?;
+        Executable::on(plan, Arc::new(Loader::new(gpu, nvrtc)), machine)
+    }
+
+    /// As [`Executable::new`], with kernels that other executables of the device have, too.
+    ///
+    /// # Errors
+    /// When the constants do not fit its memory.
+    pub fn on(plan: Plan, loader: Arc<Loader>, machine: Gpu) -> Result<Executable> {
+        let stream = loader.gpu().stream()?;
         let (mut total, mut constant_at) = (0usize, Vec::new());
         for (_, buffer) in plan.buffers.iter() {
             constant_at.push(total);
@@ -58,7 +66,6 @@ impl Executable {
             }
         }
         let chooser = Mutex::new(Chooser::new(machine));
-        let loader = Loader::new(gpu, nvrtc);
         Ok(Executable { plan, loader, chooser, constants, constant_at })
     }
 
@@ -79,13 +86,13 @@ impl Executable {
 }
 
 /// A step that is ready to run.
-enum ReadyStep {
+pub(crate) enum ReadyStep {
     Device(Vec<BoundKernel>),
     Host,
 }
 
 /// Steps that run together.
-enum Segment {
+pub(crate) enum Segment {
     /// Recorded.
     Graph(GraphExec),
     /// Launched one by one.
@@ -95,11 +102,13 @@ enum Segment {
 }
 
 /// A set of sizes with everything that a run needs.
-struct Ready {
-    bound: Bound,
-    steps: Vec<ReadyStep>,
-    segments: Vec<Segment>,
-    report: RunReport,
+pub(crate) struct Ready {
+    pub(crate) bound: Bound,
+    pub(crate) steps: Vec<ReadyStep>,
+    pub(crate) segments: Vec<Segment>,
+    pub(crate) report: RunReport,
+    /// How often it ran in the caller's memory.
+    pub(crate) runs: usize,
 }
 
 /// What a run consists of.
@@ -144,12 +153,18 @@ const MAX_READY: usize = 8;
 
 /// One caller's means to run an [`Executable`].
 pub struct Session {
-    exe: Arc<Executable>,
+    pub(crate) exe: Arc<Executable>,
     stream: Stream,
-    arena: Buffer,
+    pub(crate) arena: Buffer,
     graphs: bool,
     /// Most recently made last.
-    ready: Vec<Ready>,
+    pub(crate) ready: Vec<Ready>,
+    /// The end of the last run in a stream of the caller's, and that stream.
+    pub(crate) last: Option<(Stream, Event)>,
+    /// Whether somebody else recorded a run: that recording holds the arena's address.
+    pub(crate) captured: bool,
+    /// Arenas that recordings of others still use.
+    outgrown: Vec<Buffer>,
 }
 
 /// The arena, to host steps.
@@ -163,7 +178,7 @@ impl DeviceMemory<'_> {
     fn at(&self, b: BufferId) -> Result<usize> {
         match self.bound.slots[b.index()] {
             Slot::Arena(offset) => Ok(offset),
-            Slot::Const => Err(Error::bug("a constant is not in the arena")),
+            Slot::Const | Slot::Caller(_) => Err(Error::bug("a buffer that is not in the arena")),
         }
     }
 }
@@ -191,7 +206,16 @@ impl Session {
     pub fn new(exe: Arc<Executable>) -> Result<Session> {
         let stream = exe.loader.gpu().stream()?;
         let arena = stream.alloc(0)?;
-        Ok(Session { exe, stream, arena, graphs: true, ready: Vec::new() })
+        Ok(Session {
+            exe,
+            stream,
+            arena,
+            graphs: true,
+            ready: Vec::new(),
+            last: None,
+            captured: false,
+            outgrown: Vec::new(),
+        })
     }
 
     /// With `false`, kernels are launched one by one instead of as recorded graphs.
@@ -377,18 +401,24 @@ impl Session {
         outputs.into_iter().map(|t| t.ok_or_else(missing)).collect()
     }
 
-    /// Puts one run into the stream.
+    /// Puts one run into the session's stream.
     fn replay(&self, at: usize) -> Result<()> {
+        self.replay_in(at, &self.stream)
+    }
+
+    /// Puts one run into a stream that comes after every other run of this session.
+    pub(crate) fn replay_in(&self, at: usize, stream: &Stream) -> Result<()> {
         let Ready { bound, steps, segments, .. } = &self.ready[at];
         for segment in segments {
             match segment {
                 // SAFETY: arena and constants live as long as the session; a session that replaces its
-                // arena drops its recordings first, and nobody else uses the arena.
-                Segment::Graph(graph) => unsafe { graph.launch(&self.stream)? },
+                // arena drops its recordings first, and nobody else uses the arena. What lies elsewhere is as
+                // the caller of `run_at` promises.
+                Segment::Graph(graph) => unsafe { graph.launch(stream)? },
                 Segment::Launches(range) => {
                     for step in &steps[range.clone()] {
                         if let ReadyStep::Device(launches) = step {
-                            launch_all(launches, &self.stream)?;
+                            launch_all(launches, stream)?;
                         }
                     }
                 }
@@ -402,37 +432,68 @@ impl Session {
     fn prepare(&mut self, inputs: &[Tensor]) -> Result<usize> {
         let plan = &self.exe.plan;
         let env = bind_symbols(plan, inputs)?;
-        if has_unbacked(plan, &env) {
-            return Err(Error::unsupported("a model whose sizes depend on its data, on a GPU")
-                .with_hint("it runs on the CPU: leave out --device"));
-        }
-        let key: Vec<i64> =
-            plan.symbols.iter().map(|s| env.get(&s.name).copied().unwrap_or(0)).collect();
+        let key = Place::Arena.key(plan, &env);
         if let Some(at) = self.ready.iter().position(|r| r.bound.key == key) {
             return Ok(at);
         }
-        let exe = self.exe.clone();
-        let mut bound = {
-            let mut chooser = exe.chooser.lock().unwrap_or_else(PoisonError::into_inner);
-            bind(&exe.plan, &env, &mut chooser)?
-        };
+        let bound = self.bind(&env, Place::Arena)?;
+        self.fit(&bound, MAX_READY)?;
+        let at = self.push_ready(bound)?;
+        let mut report = std::mem::take(&mut self.ready[at].report);
+        self.ready[at].segments = self.record(&self.ready[at].steps, &mut report)?;
+        self.ready[at].report = report;
+        Ok(at)
+    }
+
+    /// Waits until nothing of this session runs.
+    pub(crate) fn settle(&self) -> Result<()> {
+        if let Some((_, end)) = &self.last {
+            end.synchronize()?;
+        }
+        self.stream.synchronize()
+    }
+
+    pub(crate) fn bind(&self, env: &Env, place: Place<'_>) -> Result<Bound> {
+        let exe = &self.exe;
+        if has_unbacked(&exe.plan, env) {
+            return Err(Error::unsupported("a model whose sizes depend on its data, on a GPU")
+                .with_hint("it runs on the CPU: leave out --device"));
+        }
+        let mut chooser = exe.chooser.lock().unwrap_or_else(PoisonError::into_inner);
+        bind(&exe.plan, env, place, &mut chooser)
+    }
+
+    /// Makes the arena large enough, and room for one more set of sizes among `most`.
+    pub(crate) fn fit(&mut self, bound: &Bound, most: usize) -> Result<()> {
         if bound.total_bytes() > self.arena.len() {
             // Recordings hold the old address.
-            self.stream.synchronize()?;
+            self.settle()?;
             self.ready.clear();
-            let planned = bound.total_bytes() + exe.constants.len();
-            self.arena = self.stream.alloc(0)?;
+            let planned = bound.total_bytes() + self.exe.constants.len();
+            let none = self.stream.alloc(0)?;
+            let old = std::mem::replace(&mut self.arena, none);
+            if self.captured {
+                self.outgrown.push(old);
+            } else {
+                drop(old);
+            }
             self.arena = self.stream.alloc_planned(bound.total_bytes(), planned as u64)?;
-        }
-        if self.ready.len() == MAX_READY {
             self.stream.synchronize()?;
+        }
+        if self.ready.len() >= most {
+            self.settle()?;
             self.ready.remove(0);
         }
+        Ok(())
+    }
+
+    /// Compiles, loads and binds what a run needs. Its segments are launches, one range between host steps.
+    pub(crate) fn push_ready(&mut self, mut bound: Bound) -> Result<usize> {
         let mut report = RunReport::default();
         let steps = self.ready_steps(&mut bound, &mut report)?;
-        report.host_steps = bound.host_steps(&exe.plan);
-        let segments = self.record(&steps, &mut report)?;
-        self.ready.push(Ready { bound, steps, segments, report });
+        report.host_steps = bound.host_steps(&self.exe.plan);
+        let segments = unrecorded(&steps);
+        self.ready.push(Ready { bound, steps, segments, report, runs: 0 });
         Ok(self.ready.len() - 1)
     }
 
@@ -503,6 +564,7 @@ impl Session {
                 let start = match bound.slots[b] {
                     Slot::Arena(at) => self.arena.address() + at as u64,
                     Slot::Const => self.exe.constants.address() + self.exe.constant_at[b] as u64,
+                    Slot::Caller(address) => address,
                 };
                 let bytes = (bound.bytes[b] as u64).saturating_sub(offset);
                 Operand { address: start + offset, bytes }
@@ -511,35 +573,28 @@ impl Session {
     }
 
     /// Records what lies between host steps.
-    fn record(&self, steps: &[ReadyStep], report: &mut RunReport) -> Result<Vec<Segment>> {
-        let mut segments = Vec::new();
-        let mut at = 0;
-        while at < steps.len() {
-            if matches!(steps[at], ReadyStep::Host) {
-                segments.push(Segment::Host(at));
-                at += 1;
-                continue;
-            }
-            let is_device = |s: &&ReadyStep| matches!(s, ReadyStep::Device(_));
-            let end = at + steps[at..].iter().take_while(is_device).count();
-            let recorded = match self.graphs {
-                true => self.record_steps(&steps[at..end]).map(Some),
-                false => Ok(None),
-            };
-            segments.push(match recorded {
-                Ok(Some(graph)) => {
+    pub(crate) fn record(
+        &self,
+        steps: &[ReadyStep],
+        report: &mut RunReport,
+    ) -> Result<Vec<Segment>> {
+        let mut segments = unrecorded(steps);
+        if !self.graphs {
+            return Ok(segments);
+        }
+        for segment in &mut segments {
+            let Segment::Launches(range) = &segment else { continue };
+            match self.record_steps(&steps[range.clone()]) {
+                Ok(graph) => {
                     report.graphs += 1;
-                    Segment::Graph(graph)
+                    *segment = Segment::Graph(graph);
                 }
-                Ok(None) => Segment::Launches(at..end),
                 Err(error) => {
-                    report
-                        .warnings
-                        .push(format!("steps {at} to {} are not recorded: {error}", end - 1));
-                    Segment::Launches(at..end)
+                    let Range { start, end } = range;
+                    let warning = format!("steps {start} to {} are not recorded: {error}", end - 1);
+                    report.warnings.push(warning);
                 }
-            });
-            at = end;
+            }
         }
         Ok(segments)
     }
@@ -560,18 +615,32 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         // Kernels in flight use the arena and the modules.
-        let _ = self.stream.synchronize();
+        let _ = self.settle();
     }
+}
+
+/// Steps in order: those on the host, and ranges of the others.
+fn unrecorded(steps: &[ReadyStep]) -> Vec<Segment> {
+    let mut segments = Vec::new();
+    let mut at = 0;
+    while at < steps.len() {
+        let is_device = |s: &&ReadyStep| matches!(s, ReadyStep::Device(_));
+        let end = at + steps[at..].iter().take_while(is_device).count();
+        segments.push(if end == at { Segment::Host(at) } else { Segment::Launches(at..end) });
+        at = end.max(at + 1);
+    }
+    segments
 }
 
 fn describe(launch: &crate::choose::Launch) -> String {
     format!("{}: {}", launch.program.name, launch.schedule)
 }
 
-fn launch_all(launches: &[BoundKernel], stream: &Stream) -> Result<()> {
+pub(crate) fn launch_all(launches: &[BoundKernel], stream: &Stream) -> Result<()> {
     for launch in launches {
         // SAFETY: operands lie in the session's arena and the executable's constants, which live at
-        // least as long as the session; it alone uses the arena, always in this stream.
+        // least as long as the session; it alone uses the arena, one run after the other. Other operands
+        // are those that the caller of `run_at` vouches for.
         unsafe { launch.launch(stream)? };
     }
     Ok(())

@@ -26,15 +26,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tilewright_base::{Error, Result};
-use tilewright_cuda::{Gpu, Nvrtc};
+use tilewright_cuda::Nvrtc;
 use tilewright_data::Tensor;
 use tilewright_graph::{Graph, NodeId, ValueId};
+use tilewright_launch::Loader;
 use tilewright_lower::{Choice, CpuTarget, Device, FusionPlan, Layouts};
 use tilewright_passes::PassContext;
 use tilewright_plan::{Form, Plan, Step};
 use tilewright_runtime_gpu::{Chooser, Executable, Interpreted, interpret};
 use tilewright_target::{Gpu as Machine, Precision};
 
+pub use tilewright_cuda::{Gpu, Stream};
 pub use tilewright_runtime_gpu::{MemoryReport, RunReport, Session};
 
 /// How models are planned for a GPU.
@@ -62,8 +64,7 @@ pub struct GpuPlan {
 /// A device with its compiler.
 #[derive(Debug)]
 pub struct GpuDevice {
-    gpu: Gpu,
-    nvrtc: Nvrtc,
+    loader: Arc<Loader>,
     machine: Machine,
 }
 
@@ -231,7 +232,7 @@ impl GpuDevice {
             l2_bytes: properties.l2_bytes,
             ..Machine::h200()
         };
-        Ok(GpuDevice { gpu, nvrtc, machine })
+        Ok(GpuDevice { loader: Arc::new(Loader::new(gpu, nvrtc)), machine })
     }
 
     /// The device as data.
@@ -241,16 +242,16 @@ impl GpuDevice {
 
     /// The device.
     pub fn gpu(&self) -> &Gpu {
-        &self.gpu
+        self.loader.gpu()
     }
 
-    /// Copies the weights of a planned model to the device.
+    /// Copies the weights of a planned model to the device. Models of one device share their kernels.
     ///
     /// # Errors
     /// When its memory does not suffice.
-    pub fn load(self, planned: GpuPlan) -> Result<GpuModel> {
-        let GpuDevice { gpu, nvrtc, machine } = self;
-        let exe = Arc::new(Executable::new(planned.plan.clone(), gpu, nvrtc, machine)?);
+    pub fn load(&self, planned: GpuPlan) -> Result<GpuModel> {
+        let (plan, loader) = (planned.plan.clone(), self.loader.clone());
+        let exe = Arc::new(Executable::on(plan, loader, self.machine.clone())?);
         Ok(GpuModel { planned, exe })
     }
 }

@@ -3,8 +3,10 @@
     torch.compile(model, backend="tilewright")
     torch.compile(model, backend="tilewright", options={"threads": 2, "freeze": False})
 
-Options: `threads` (0: as many as PyTorch), `cache` (compiled kernels on disk), `precision` ("f32" or "bf16"; see the
-numerics contract), `freeze` (in inference, parameters are known data), `device`.
+Options: `threads` (0: as many as PyTorch), `cache` (compiled kernels on disk), `precision` ("f32", "tf32", "f16" or
+"bf16": arithmetic that f32 may be computed in, see the numerics contract; default: f32 on CPUs, on GPUs what
+`torch.get_float32_matmul_precision` says), `freeze` (in inference on CPUs, parameters are known data), `device`
+(default: that of the first tensor on a GPU, or the CPU). Operators on other devices stay PyTorch's.
 
 Composites stay whole where our graphs have them (softmax, layer norm, GELU, attention): the table of decompositions
 leaves them out. In training, attention is taken apart, so that its gradient is made of operators that we have.
@@ -46,6 +48,9 @@ KEPT = [
     aten._fused_rms_norm,
     aten._native_batch_norm_legit_no_training,
     aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
     aten._safe_softmax,
     aten.addmm,
     aten.addmv,
@@ -76,22 +81,34 @@ class Settings:
 
     threads: int = 0
     cache: bool = True
-    precision: str = "f32"
+    precision: str | None = None
     freeze: bool = True
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str | None = None
 
     @staticmethod
-    def of(options) -> "Settings":
-        """From the dictionary that `torch.compile` takes."""
+    def of(options, examples=()) -> "Settings":
+        """From the dictionary that `torch.compile` takes, and the arguments."""
         known = {f.name for f in dataclasses.fields(Settings)}
         unknown = sorted(set(options or {}) - known)
         if unknown:
             raise ValueError(f"unknown options {unknown}; tilewright takes {sorted(known)}")
         settings = Settings(**(options or {}))
-        device = torch.device(settings.device)
-        if device.type != "cpu":
-            raise ValueError(f"tilewright compiles for the CPU from here, not for {device}")
-        return dataclasses.replace(settings, device=device)
+        if settings.device is None:
+            on_gpu = (t.device for t in examples if isinstance(t, torch.Tensor) and t.device.type == "cuda")
+            device = next(on_gpu, torch.device("cpu"))
+        else:
+            device = torch.device(settings.device)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"tilewright compiles for CPUs and NVIDIA GPUs, not for {device}")
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        precision = settings.precision
+        if precision is None:
+            exact = device.type == "cpu" or torch.get_float32_matmul_precision() == "highest"
+            precision = "f32" if exact else "tf32"
+        # On a GPU, parameters are read where they lie: nothing is folded or packed, and nothing is twice in memory.
+        freeze = settings.freeze and device.type == "cpu"
+        return dataclasses.replace(settings, device=device, precision=precision, freeze=freeze)
 
 
 def decompositions() -> dict:
@@ -140,7 +157,8 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")
     frozen = {p for i, p in enumerate(placeholders) if i in static} if settings.freeze else set()
-    frozen |= set(graph.find_nodes(op="get_attr"))
+    if settings.device.type == "cpu":
+        frozen |= set(graph.find_nodes(op="get_attr"))
     root, groups = torch.nn.Module(), []
     for node in graph.find_nodes(op="get_attr"):
         setattr(root, node.target, getattr(gm, node.target))
@@ -259,7 +277,7 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     """The backend itself: what `torch.compile(..., backend="tilewright")` calls."""
     if mode not in (None, "default"):
         raise ValueError(f"tilewright has no mode {mode!r}; it takes options")
-    settings = Settings.of(options)
+    settings = Settings.of(options, example_inputs)
 
     def forward(graph_module, _inputs):
         return compile_fx(graph_module, "forward", set(), settings).run

@@ -50,7 +50,7 @@ def verify(model, inputs, named, options) -> Verification:
     """See `tilewright.verify`."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"verify takes a torch.nn.Module, whose float64 copy it runs, not {type(model).__name__}")
-    state = torch.get_rng_state()
+    state, on_gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     runs = []
     compiled = torch.compile(copy.deepcopy(model), backend=backend.tilewright_backend, options=options)
     for run, arguments in (
@@ -59,6 +59,8 @@ def verify(model, inputs, named, options) -> Verification:
         (copy.deepcopy(model).double(), _double((inputs, named))),
     ):
         torch.set_rng_state(state)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
         with torch.no_grad():
             args, kwargs = arguments
             runs.append(_tensors(run(*args, **kwargs)))

@@ -19,7 +19,8 @@ class CompiledProgram:
     def __init__(self, program: torch.export.ExportedProgram, options: dict | None):
         if not isinstance(program, torch.export.ExportedProgram):
             raise TypeError(f"compile takes what torch.export.export gives, not {type(program).__name__}")
-        settings = backend.Settings.of(options)
+        state = [*program.state_dict.values(), *program.constants.values()]
+        settings = backend.Settings.of(options, state)
         program = program.run_decompositions(backend.decompositions())
         self._program = program
         signature = program.graph_signature

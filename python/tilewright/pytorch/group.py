@@ -8,6 +8,8 @@ A group is compiled when it first runs. Parameters that do not change (inference
 packed for the kernels. Their addresses and version counters are looked at before each run; when one has changed,
 the group is compiled again with the new values (its kernels come out of the cache), and after `REFREEZES_MAX` times
 once more with all parameters as inputs.
+
+On a GPU the work goes into PyTorch's current stream, and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from .sizes import symbols, tensors_and_sizes
 from .writer import Writer
 
 REFREEZES_MAX = 2
+
+# What kernels for GPUs expect of addresses, in bytes.
+ALIGNED = 256
 
 log = logging.getLogger("tilewright")
 
@@ -44,6 +49,7 @@ class Group(torch.nn.Module):
         self.inverses = [_inverse(o) for o in self.out_orders]
         self.dtypes = [n.meta["val"].dtype for n in self.outputs]
         self.device = settings.device
+        self.on_cpu = settings.device.type == "cpu"
         used = set()
         for node in [*nodes, *self.inputs]:
             held = [node.meta["val"], *(a.meta.get("val") for a in node.all_input_nodes)]
@@ -69,12 +75,18 @@ class Group(torch.nn.Module):
             self._refreeze(args)
         if self.eager is not None:
             return self.eager(*args)
-        for i, size in self.positions:
-            _check_positions(args[i], size)
+        if self.on_cpu:
+            for i, size in self.positions:
+                _check_positions(args[i], size)
         kept, addresses = self._addresses(args)
         sizes = [int(s) for s in args[len(self.inputs) :]]
         results = self._results(sizes)
-        self.program.run(addresses, [r.data_ptr() for r in results], sizes)
+        try:
+            self._run(self.program.run, addresses, results, sizes)
+        except NotImplementedError as why:
+            # On a GPU, what cannot run there shows when sizes are known.
+            self._leave(why)
+            return self.eager(*args)
         del kept
         return tuple(r if inv is None else r.permute(inv) for r, inv in zip(results, self.inverses))
 
@@ -86,9 +98,17 @@ class Group(torch.nn.Module):
         kept, addresses = self._addresses(args)
         sizes = [int(s) for s in args[len(self.inputs) :]]
         results = self._results(sizes)
-        times = self.program.run_timed(addresses, [r.data_ptr() for r in results], sizes)
+        times = self._run(self.program.run_timed, addresses, results, sizes)
         del kept
         return tuple(r if inv is None else r.permute(inv) for r, inv in zip(results, self.inverses)), times
+
+    def _run(self, run, addresses, results, sizes):
+        outputs = [r.data_ptr() for r in results]
+        if self.on_cpu:
+            return run(addresses, outputs, sizes)
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            return run(addresses, outputs, sizes, stream.cuda_stream)
 
     def _addresses(self, args):
         kept, addresses = [], []
@@ -97,6 +117,8 @@ class Group(torch.nn.Module):
             memory = tensor if self.plain[i] else tensor.permute(self.orders[i])
             if not memory.is_contiguous():
                 memory = memory.contiguous()
+            if not self.on_cpu and memory.data_ptr() % ALIGNED:
+                memory = memory.clone()
             kept.append(memory)
             addresses.append(memory.data_ptr())
         return kept, addresses
@@ -116,20 +138,26 @@ class Group(torch.nn.Module):
         start = time.perf_counter()
         try:
             writer = self.write(args)
-            self.program = writer.builder.compile(
-                threads=self.settings.threads or torch.get_num_threads(),
-                cache=self.settings.cache,
-                precision=self.settings.precision,
-            )
+            self.program = self._program(writer.builder)
             if self.program.symbols != self.symbols:
                 raise RuntimeError(f"sizes {self.program.symbols} where {self.symbols} are given")
         except (NotImplementedError, RuntimeError, ValueError) as why:
-            # Whatever our compiler cannot do, PyTorch does.
-            self.failure = str(why).strip()
-            log.warning("%s is left to PyTorch: %s", self.name, self.failure.splitlines()[0])
-            self.program, self.seal = None, []
-            self.eager = self.as_module()
+            self._leave(why)
         self.compile_seconds += time.perf_counter() - start
+
+    def _leave(self, why: Exception) -> None:
+        """Whatever our compiler cannot do, PyTorch does."""
+        self.failure = str(why).strip() or type(why).__name__
+        log.warning("%s is left to PyTorch: %s", self.name, self.failure.splitlines()[0])
+        self.program, self.seal = None, []
+        self.eager = self.as_module()
+
+    def _program(self, builder):
+        settings = self.settings
+        if not self.on_cpu:
+            return builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
+        threads = settings.threads or torch.get_num_threads()
+        return builder.compile(threads=threads, cache=settings.cache, precision=settings.precision)
 
     def write(self, args) -> Writer:
         """The graph. With `args`, frozen inputs are known data."""

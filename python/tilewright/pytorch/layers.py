@@ -164,7 +164,7 @@ def group_norm(w, node, a, weight, bias, n, c, hw, groups, eps):
 
 @rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
 def attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    if dropout_p or 1 in used_results(node):
+    if dropout_p or used_results(node) - {0}:
         raise Unsupported("attention with dropout, or with its logarithms of sums")
     if is_causal and q.shape[2] is not k.shape[2] and q.shape[2] != k.shape[2]:
         raise Unsupported("causal attention over keys of another length")
@@ -180,3 +180,23 @@ def attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=Non
         text, extras = f"{{ s, m -> s * {name}({factor!r}) + m }}", [w.cast(attn_mask, score)]
     causal = " causal" if is_causal else ""
     return w.op(f"attention{causal} score={name} {text}", q, k, v, *extras), None
+
+
+@rule(aten._scaled_dot_product_flash_attention.default)
+def flash_attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    return results(attention(w, node, q, k, v, dropout_p, is_causal, scale=scale)[0], node)
+
+
+@rule(aten._scaled_dot_product_efficient_attention.default)
+def efficient_attention(w, node, q, k, v, bias, logarithms, dropout_p=0.0, is_causal=False, *, scale=None):
+    return results(attention(w, node, q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0], node)
+
+
+@rule(aten._scaled_dot_product_cudnn_attention.default)
+def cudnn_attention(w, node, q, k, v, bias, logarithms, dropout_p=0.0, is_causal=False, debug=False, *, scale=None):
+    return results(attention(w, node, q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0], node)
+
+
+def results(first: Value, node) -> tuple:
+    """The results of an operator of which only the first is used."""
+    return (first, *[None] * (len(node.meta["val"]) - 1))

@@ -45,6 +45,14 @@ VIEWS = {
     aten.unbind.int,
 }
 
+# The forms of attention, with the place of the dropout's probability among their arguments.
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
+    aten._scaled_dot_product_flash_attention.default: 3,
+    aten._scaled_dot_product_efficient_attention.default: 5,
+    aten._scaled_dot_product_cudnn_attention.default: 5,
+}
+
 # Operators that a group is not worth on their own: less than a copy's work.
 TRIVIAL = VIEWS | {aten.clone.default, aten.lift_fresh_copy.default, aten.full.default, aten.scalar_tensor.default}
 
@@ -75,8 +83,9 @@ def has_effects(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function":
         return False
-    if target is aten._scaled_dot_product_flash_attention_for_cpu.default:
-        dropout = node.args[3] if len(node.args) > 3 else node.kwargs.get("dropout_p", 0.0)
+    if target in ATTENTION:
+        place = ATTENTION[target]
+        dropout = node.args[place] if len(node.args) > place else node.kwargs.get("dropout_p", 0.0)
         return dropout != 0.0
     if not isinstance(target, torch._ops.OpOverload):
         return target is not operator.getitem and computes_tensors(node)

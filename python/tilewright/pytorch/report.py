@@ -92,6 +92,8 @@ class _Profile(fx.Interpreter):
 
     def __init__(self, compiled: backend.Compiled):
         super().__init__(compiled.module)
+        on_gpu = (g.device for g in compiled.groups if g.device.type == "cuda")
+        self.device = next(on_gpu, torch.device("cpu"))
         self.seconds: dict[fx.Node, float] = {}
         self.steps: dict[str, list[float]] = {}
 
@@ -99,16 +101,23 @@ class _Profile(fx.Interpreter):
         if n.op == "call_module" and isinstance(group := self.fetch_attr(n.target), Group):
             args, _ = self.fetch_args_kwargs_from_env(n)
             group(*args)
-            start = time.perf_counter()
+            start = _now(group.device)
             result = group(*args)
-            self.seconds[n] = time.perf_counter() - start
+            self.seconds[n] = _now(group.device) - start
             _, times = group.timed(*args)
             self.steps[n.target] = [seconds for _, seconds in times]
             return result
-        start = time.perf_counter()
+        start = _now(self.device)
         result = super().run_node(n)
-        self.seconds[n] = time.perf_counter() - start
+        self.seconds[n] = _now(self.device) - start
         return result
+
+
+def _now(device: torch.device) -> float:
+    """The time when everything on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def explain(model, inputs, named, options, runs: int) -> Explanation:

@@ -115,6 +115,11 @@ impl Stream {
         Ok(buffer)
     }
 
+    /// Whether this is the same queue.
+    pub fn same(&self, other: &Stream) -> bool {
+        self.0.gpu.is(&other.0.gpu) && self.0.raw == other.0.raw
+    }
+
     /// Whether the stream is recording a graph.
     pub fn is_capturing(&self) -> Result<bool> {
         self.0.gpu.make_current()?;

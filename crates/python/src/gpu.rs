@@ -1,0 +1,166 @@
+//! [`GpuProgram`]: a compiled graph that runs on a GPU, in the memory and the stream of the caller.
+
+use crate::memory::run_at;
+use crate::python_error;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use tilewright::gpu::{GpuCompiler, GpuDevice, GpuModel, Session};
+use tilewright::{Precision, Result};
+use tilewright_graph::Graph;
+use tilewright_layout::Env;
+
+/// Device `ordinal`; programs of one device share their kernels.
+fn device(ordinal: u32, cache: bool) -> Result<Arc<GpuDevice>> {
+    static DEVICES: OnceLock<Mutex<BTreeMap<(u32, bool), Arc<GpuDevice>>>> = OnceLock::new();
+    let table = DEVICES.get_or_init(Mutex::default);
+    let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = table.get(&(ordinal, cache)) {
+        return Ok(known.clone());
+    }
+    let folder = if cache { tilewright::cache_dir() } else { None };
+    let opened = Arc::new(GpuDevice::open(ordinal, folder.as_deref())?);
+    Ok(table.entry((ordinal, cache)).or_insert(opened).clone())
+}
+
+/// A graph on a GPU. May be shared by threads: runs take turns.
+#[pyclass(frozen)]
+pub(crate) struct GpuProgram {
+    model: GpuModel,
+    device: Arc<GpuDevice>,
+    operators: usize,
+    session: Mutex<Session>,
+}
+
+impl GpuProgram {
+    /// Plans a graph for device `ordinal`. `cache`: keep compiled kernels on disk.
+    pub(crate) fn new(
+        graph: Graph,
+        ordinal: u32,
+        precision: Precision,
+        cache: bool,
+    ) -> Result<GpuProgram> {
+        let operators = graph.order.len();
+        let device = device(ordinal, cache)?;
+        let mut compiler = GpuCompiler::new(device.machine().clone());
+        compiler.precision = precision;
+        let model = device.load(compiler.plan(graph)?)?;
+        let session = Mutex::new(model.session()?);
+        Ok(GpuProgram { model, device, operators, session })
+    }
+
+    fn env(&self, sizes: &[i64]) -> PyResult<Env> {
+        let symbols = &self.model.planned().plan().symbols;
+        if symbols.len() != sizes.len() {
+            let message = format!("{} sizes for {} symbols", sizes.len(), symbols.len());
+            return Err(PyValueError::new_err(message));
+        }
+        for (symbol, &size) in symbols.iter().zip(sizes) {
+            if !(symbol.range.min..=symbol.range.max).contains(&size) {
+                let (min, max) = (symbol.range.min, symbol.range.max);
+                let message = format!("size {} is {size}, and must be {min} to {max}", symbol.name);
+                return Err(PyValueError::new_err(message));
+            }
+        }
+        Ok(symbols.iter().map(|s| s.name.clone()).zip(sizes.iter().copied()).collect())
+    }
+
+    /// Runs, or times each step.
+    fn execute(
+        &self,
+        py: Python<'_>,
+        tensors: (&[u64], &[u64]),
+        sizes: &[i64],
+        stream: usize,
+        timed: bool,
+    ) -> PyResult<Vec<(usize, f64)>> {
+        let env = self.env(sizes)?;
+        let plan = self.model.planned().plan();
+        if (tensors.0.len(), tensors.1.len()) != (plan.inputs.len(), plan.outputs.len()) {
+            let message = format!(
+                "{} and {} addresses for {} inputs and {} outputs",
+                tensors.0.len(),
+                tensors.1.len(),
+                plan.inputs.len(),
+                plan.outputs.len()
+            );
+            return Err(PyValueError::new_err(message));
+        }
+        py.detach(|| {
+            let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+            run_at(&mut session, &env, tensors, (self.device.gpu(), stream), timed)
+        })
+        .map_err(python_error)
+    }
+}
+
+#[pymethods]
+impl GpuProgram {
+    /// Names of the sizes that a run is given, in order.
+    #[getter]
+    fn symbols(&self) -> Vec<String> {
+        self.model.planned().plan().symbols.iter().map(|s| s.name.to_string()).collect()
+    }
+
+    /// Operators of the graph as given, steps of the plan, distinct kernels, and 0.
+    #[getter]
+    fn counts(&self) -> (usize, usize, usize, usize) {
+        let plan = self.model.planned().plan();
+        (self.operators, plan.steps.len(), plan.kernels.len(), 0)
+    }
+
+    /// Each step of the plan: label, what it is built around, the nodes fused in it.
+    #[getter]
+    fn steps(&self) -> Vec<(String, String, Vec<String>)> {
+        let note = |step: &_| {
+            let note = tilewright::explain::note_of(step);
+            (note.label.clone(), note.anchor.clone(), note.nodes.clone())
+        };
+        self.model.planned().plan().steps.iter().map(note).collect()
+    }
+
+    /// Seconds of each stage of planning.
+    #[getter]
+    fn stages(&self) -> Vec<(String, f64)> {
+        let stages = self.model.planned().stages().iter();
+        stages.map(|s| (s.name.clone(), s.time.as_secs_f64())).collect()
+    }
+
+    /// The graph after the passes, as text.
+    fn text(&self) -> String {
+        self.model.planned().graph().to_string()
+    }
+
+    /// Shapes of the outputs for these values of `symbols`.
+    fn output_shapes(&self, sizes: Vec<i64>) -> PyResult<Vec<Vec<usize>>> {
+        let env = self.env(&sizes)?;
+        Session::output_shapes(self.model.planned().plan(), &env).map_err(python_error)
+    }
+
+    /// Puts a run on the contiguous inputs at these addresses of the device, into the contiguous outputs at
+    /// those, into the stream with this handle. Addresses are aligned to 256 bytes. Sizes are as the graph says;
+    /// nothing checks the addresses.
+    fn run(
+        &self,
+        py: Python<'_>,
+        inputs: Vec<u64>,
+        outputs: Vec<u64>,
+        sizes: Vec<i64>,
+        stream: usize,
+    ) -> PyResult<()> {
+        self.execute(py, (&inputs, &outputs), &sizes, stream, false).map(|_| ())
+    }
+
+    /// As `run`; waits, and returns the number and the seconds of each step.
+    fn run_timed(
+        &self,
+        py: Python<'_>,
+        inputs: Vec<u64>,
+        outputs: Vec<u64>,
+        sizes: Vec<i64>,
+        stream: usize,
+    ) -> PyResult<Vec<(usize, f64)>> {
+        self.execute(py, (&inputs, &outputs), &sizes, stream, true)
+    }
+}
