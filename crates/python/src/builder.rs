@@ -6,6 +6,7 @@
 
 use crate::gpu::GpuProgram;
 use crate::memory::borrowed;
+#[cfg(feature = "cpu")]
 use crate::program::{Program, compiler};
 use crate::python_error;
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyValueError};
@@ -183,6 +184,7 @@ impl Builder {
     }
 
     /// Compiles the graph, which this object gives up.
+    #[cfg(feature = "cpu")]
     #[pyo3(signature = (threads=0, cache=true, precision="f32"))]
     fn compile(
         &mut self,

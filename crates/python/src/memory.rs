@@ -5,6 +5,11 @@
 //! package: an address that it passes belongs to a contiguous array of at least the bytes that go
 //! with it, and the array lives while it is used.
 
+#![cfg_attr(
+    not(feature = "cpu"),
+    allow(dead_code, reason = "arrays are for programs on processors")
+)]
+
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::sync::Arc;
