@@ -54,6 +54,32 @@ def a_group_that_does_not_compile_is_left_to_pytorch():
         Group.write = write
 
 
+def losses_of_classes_are_ours():
+    torch.manual_seed(0)
+    target = torch.tensor([3, -100, 0, 6, 2])
+    for reduction in ("mean", "sum", "none"):
+        for dtype, close in ((torch.float32, {}), (torch.bfloat16, dict(rtol=2e-2, atol=2e-2))):
+            logits = [torch.randn(5, 7).to(dtype).requires_grad_() for _ in range(2)]
+            logits[1].data.copy_(logits[0].data)
+
+            def loss(x, t):
+                return torch.nn.functional.cross_entropy(x * 2, t, reduction=reduction)
+
+            with graphs() as seen:
+                ours, eager = compiled(loss)(logits[1], target), loss(logits[0], target)
+                ours.sum().backward()
+            eager.sum().backward()
+            torch.testing.assert_close(ours, eager, **close)
+            torch.testing.assert_close(logits[1].grad, logits[0].grad, **close)
+            left = {str(n.target) for g in seen for n in g.reasons if "getitem" not in str(n.target)}
+            assert not left, (reduction, dtype, left)
+    try:
+        compiled(loss)(torch.randn(5, 7), torch.tensor([0, 1, 2, 7, 3]))
+        raise AssertionError("a target that is no class was taken")
+    except IndexError as error:
+        assert "out of bounds" in str(error), error
+
+
 def graph_breaks_are_listed():
     def broken(x):
         y = x.sin() + 1
@@ -255,6 +281,7 @@ if __name__ == "__main__":
         (
             what_is_not_ours_stays_pytorchs_inside_the_plan,
             a_group_that_does_not_compile_is_left_to_pytorch,
+            losses_of_classes_are_ours,
             graph_breaks_are_listed,
             random_numbers_are_those_of_eager,
             inputs_and_views_are_written_as_in_eager,

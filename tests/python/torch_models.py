@@ -15,6 +15,10 @@ LIBRARY = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "r
 def install() -> None:
     """Puts the package with the library of this build first on the path, with a cache of its own."""
     folder = tempfile.mkdtemp(prefix="tilewright-torch-")
+    if "TILEWRIGHT_TORCH_PACKAGE" in os.environ:
+        # A package that is whole already.
+        sys.path.insert(0, os.environ["TILEWRIGHT_TORCH_PACKAGE"])
+        return
     package = pathlib.Path(folder, "tilewright")
     shutil.copytree(ROOT / "python" / "tilewright", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(LIBRARY, package / "_native.abi3.so")
@@ -82,13 +86,74 @@ def vit():
     return model, dict(x=images(size=32))
 
 
+def resnet50():
+    return torchvision.models.resnet50(num_classes=10), dict(x=images())
+
+
+def mobilenet_large():
+    return torchvision.models.mobilenet_v3_large(num_classes=10), dict(x=images())
+
+
+def efficientnet():
+    return torchvision.models.efficientnet_b0(num_classes=10), dict(x=images())
+
+
+def convnext():
+    return torchvision.models.convnext_tiny(num_classes=10), dict(x=images())
+
+
+def swin():
+    return torchvision.models.swin_t(num_classes=10), dict(x=images())
+
+
+def mistral():
+    config = transformers.MistralConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, sliding_window=8, **SIZES,
+    )
+    return transformers.MistralForCausalLM(config), dict(input_ids=tokens(), use_cache=False)
+
+
+def qwen2():
+    config = transformers.Qwen2Config(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, **SIZES,
+    )
+    return transformers.Qwen2ForCausalLM(config), dict(input_ids=tokens(), use_cache=False)
+
+
+def t5():
+    config = transformers.T5Config(
+        d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, vocab_size=500, decoder_start_token_id=0
+    )
+    return transformers.T5Model(config), dict(input_ids=tokens(), decoder_input_ids=tokens(length=8), use_cache=False)
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=256, decoder_ffn_dim=256, vocab_size=500, max_source_positions=50, max_target_positions=32,
+        num_mel_bins=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )
+    features = torch.randn(2, 16, 100, generator=torch.Generator().manual_seed(3))
+    return transformers.WhisperModel(config), dict(
+        input_features=features, decoder_input_ids=tokens(length=8), use_cache=False
+    )
+
+
 MODELS = {f.__name__: f for f in (resnet, mobilenet, vit, bert, gpt2, llama)}
+
+# More, for the wide check of coverage: these take minutes on a processor.
+MORE = {
+    f.__name__: f
+    for f in (resnet50, mobilenet_large, efficientnet, convnext, swin, mistral, qwen2, t5, whisper)
+}
 
 
 def made(name):
     """A model with seeded weights, in inference, and its arguments."""
     torch.manual_seed(0)
-    model, arguments = MODELS[name]()
+    model, arguments = (MODELS | MORE)[name]()
     return model.eval(), arguments
 
 

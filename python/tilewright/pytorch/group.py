@@ -76,8 +76,8 @@ class Group(torch.nn.Module):
         if self.eager is not None:
             return self.eager(*args)
         if self.on_cpu:
-            for i, size in self.positions:
-                _check_positions(args[i], size)
+            for i, size, ignored in self.positions:
+                _check_positions(args[i], size, ignored)
         kept, addresses = self._addresses(args)
         sizes = [int(s) for s in args[len(self.inputs) :]]
         results = self._results(sizes)
@@ -179,7 +179,7 @@ class Group(torch.nn.Module):
                 values[node] = writer.node(node, values)
         for node, order in zip(self.outputs, self.out_orders):
             writer.builder.output(node.name, writer.in_memory_order(values[node], order).number)
-        self.positions = sorted(set(writer.positions))
+        self.positions = sorted(set(writer.positions), key=str)
         return writer
 
     def _seal_holds(self, args) -> bool:
@@ -234,10 +234,15 @@ def _inverse(order):
     return [order.index(axis) for axis in range(len(order))]
 
 
-def _check_positions(positions: torch.Tensor, size: int) -> None:
-    """PyTorch's error for lookups outside of a table."""
+def _check_positions(positions: torch.Tensor, size: int, ignored: int | None) -> None:
+    """PyTorch's error for lookups outside of a table, and for targets that are no class."""
+    if ignored is not None and not 0 <= ignored < size:
+        positions = positions[positions != ignored]
     if positions.numel() and not 0 <= positions.min().item() <= positions.max().item() < size:
-        raise IndexError(f"index out of range in self: positions reach from {positions.min().item()} to {positions.max().item()} in a table of {size}")
+        what = "index out of range in self" if ignored is None else f"Target {positions.max().item()} is out of bounds."
+        raise IndexError(
+            f"{what}: positions reach from {positions.min().item()} to {positions.max().item()} in a table of {size}"
+        )
 
 
 def _version(tensor):

@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from .sizes import Unsupported
+from .sizes import Unsupported, text
 from .sums import mean_over
-from .writer import Value, Writer, rule, used_results, wide
+from .writer import Value, Writer, dtype_name, rule, used_results, wide
 
 aten = torch.ops.aten
 
@@ -173,13 +173,13 @@ def attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=Non
     score = wide(q.dtype)
     name = {torch.float32: "f32", torch.float64: "f64"}[score]
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    text, extras = f"{{ s -> s * {name}({factor!r}) }}", []
+    body, extras = f"{{ s -> s * {name}({factor!r}) }}", []
     if attn_mask is not None:
         if attn_mask.dtype is torch.bool:
             attn_mask = w.map(f"where({{a}}, {name}(0), {name}(-inf))", attn_mask, dtype=score)
-        text, extras = f"{{ s, m -> s * {name}({factor!r}) + m }}", [w.cast(attn_mask, score)]
+        body, extras = f"{{ s, m -> s * {name}({factor!r}) + m }}", [w.cast(attn_mask, score)]
     causal = " causal" if is_causal else ""
-    return w.op(f"attention{causal} score={name} {text}", q, k, v, *extras), None
+    return w.op(f"attention{causal} score={name} {body}", q, k, v, *extras), None
 
 
 @rule(aten._scaled_dot_product_flash_attention.default)
@@ -200,3 +200,49 @@ def cudnn_attention(w, node, q, k, v, bias, logarithms, dropout_p=0.0, is_causal
 def results(first: Value, node) -> tuple:
     """The results of an operator of which only the first is used."""
     return (first, *[None] * (len(node.meta["val"]) - 1))
+
+
+def _targets(w: Writer, node, a: Value, target: Value, weight, ignore: int):
+    """The targets and the numbers of the classes, as integers beside the rows of `a`."""
+    if weight is not None or a.rank not in (1, 2):
+        raise Unsupported("the loss of classes with weights, or over more axes")
+    w.lookup(target, a.shape[-1], ignore)
+    shape = ",".join(text(s) for s in a.shape)
+    classes = w.op(f"iota axis={a.rank - 1}", dtype=torch.int64, result=f"i64[{shape}]")
+    wide_target = w.cast(target, torch.int64)
+    column = w.reshape(wide_target, [*target.shape, 1])
+    return wide_target, column, classes
+
+
+@rule(aten.nll_loss_forward.default)
+def nll_loss(w, node, a, target, weight, reduction, ignore):
+    """Minus the logarithms at the targets; targets that are no class give NaN where nobody can look at them before."""
+    result, score = node.meta["val"][0].dtype, wide(a.dtype)
+    target, column, classes = _targets(w, node, a, target, weight, ignore)
+    at_target = w.map("where({a} == {b}, {c}, 0)", classes, column, w.cast(a, score), dtype=score)
+    picked = w.reduce("sum", Value(at_target.number, score, a.shape), [a.rank - 1], False)
+    size = w.number(a.shape[-1], torch.int64)
+    name = dtype_name(score)
+    inside = f"where({{a}} < 0, {name}(nan), where({{a}} >= {{c}}, {name}(nan), -{{b}}))"
+    losses = w.map(f"where({{a}} == {ignore}, 0, {inside})", target, picked, size, dtype=score)
+    if reduction == 0:
+        return w.cast(losses, result), w.number(0, result)
+    counted = w.map(f"where({{a}} == {ignore}, {name}(0), {name}(1))", target, dtype=score)
+    axes = range(target.rank)
+    count = w.reduce("sum", Value(counted.number, score, target.shape), axes, False)
+    total = w.reduce("sum", Value(losses.number, score, target.shape), axes, False)
+    loss = w.map("{a} / {b}", total, count, dtype=score) if reduction == 1 else total
+    return w.cast(loss, result), w.cast(count, result)
+
+
+@rule(aten.nll_loss_backward.default)
+def nll_loss_backward(w, node, grad, a, target, weight, reduction, ignore, total):
+    result, score = node.meta["val"].dtype, wide(a.dtype)
+    _, column, classes = _targets(w, node, a, target, weight, ignore)
+    grad = w.cast(grad, score)
+    if reduction == 1:
+        grad = w.map("{a} / {b}", grad, w.cast(total, score), dtype=score)
+    if reduction == 0:
+        grad = w.reshape(grad, [*grad.shape, 1])
+    chosen = f"where({{b}} == {ignore}, 0, where({{a}} == {{b}}, -{{c}}, 0))"
+    return w.cast(w.map(chosen, classes, column, grad, dtype=score), result)

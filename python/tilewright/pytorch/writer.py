@@ -105,8 +105,9 @@ class Writer:
     def __init__(self, name: str, symbols: dict[str, tuple[int, int | None]]):
         self.builder = _native.Builder(name)
         self.origin = ""
-        # Inputs that hold positions, with the size that they must stay below: looked at before each run.
-        self.positions: list[tuple[int, Any]] = []
+        # Inputs that hold positions, with the size that they must stay below, and a number beside that is allowed:
+        # looked at before each run.
+        self.positions: list[tuple[int, Any, int | None]] = []
         self._sources: dict[int, int] = {}
         for symbol, (low, high) in sorted(symbols.items()):
             self.builder.symbol(symbol, low, high)
@@ -126,10 +127,10 @@ class Writer:
         number = self.builder.constant(name, type_text(like, order), memory.data_ptr(), bytes_, memory)
         return self._in_logical_order(Value(number, like.dtype, tuple(like.shape)), like, order)
 
-    def lookup(self, positions: Value, size) -> None:
-        """Positions must be in `0..size`, as PyTorch demands; checked where they are an argument."""
+    def lookup(self, positions: Value, size, ignored: int | None = None) -> None:
+        """Positions must be in `0..size` or `ignored`, as PyTorch demands; checked where they are an argument."""
         if positions.number in self._sources and isinstance(size, int):
-            self.positions.append((self._sources[positions.number], size))
+            self.positions.append((self._sources[positions.number], size, ignored))
 
     def followed(self, value: Value, view: Value) -> Value:
         """A view holds the same positions as what it is a view of."""

@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Models under `torch.compile` on a GPU: this backend beside eager PyTorch and Inductor, in one process, in turns.
+
+    gpu/torch_bench.py --out FOLDER [--warm] [--peers eager default reduce-overhead max-autotune] [CASE...]
+
+A case is a model of transformers or torchvision with random weights in bf16, in inference (`bert`, `gpt2`, `vit`, `llama`,
+`resnet50`) or a training step, forward and backward (`bert-train`, `gpt2-train`). Measured is the time between two events around
+--calls calls, in rounds that alternate; the median of the rounds counts, and ratios are taken within rounds. First calls are
+timed apart: that is compilation. Results are compared with eager float32 without TF32, relative to the norm. `--warm`
+compiles everything and measures nothing (Inductor keeps what it compiled below TORCHINDUCTOR_CACHE_DIR).
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import transformers
+
+import tilewright  # noqa: F401
+from tilewright.pytorch import backend
+
+transformers.logging.set_verbosity_error()
+LLAMA = dict(
+    hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, max_position_embeddings=4096,
+)
+
+
+def tokens(vocabulary, *shape):
+    return torch.randint(0, vocabulary, shape, device="cuda")
+
+
+def bert():
+    return transformers.BertModel(transformers.BertConfig()), (tokens(30522, 32, 128),), {}
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config()), (tokens(50257, 8, 512),), {"use_cache": False}
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), (tokens(128256, 1, 2048),), {"use_cache": False}
+
+
+def vit():
+    import torchvision
+
+    return torchvision.models.vit_b_16(), (torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
+
+
+def resnet50():
+    import torchvision
+
+    return torchvision.models.resnet50(), (torch.randn(32, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
+
+
+CASES = {f.__name__: f for f in (bert, gpt2, vit, llama, resnet50)}
+
+
+def first(result):
+    if isinstance(result, torch.Tensor):
+        return result
+    return result.logits if hasattr(result, "logits") else result[0]
+
+
+class Arm:
+    """One side: a function to call, and how long its first call took."""
+
+    def __init__(self, name, model, arguments, named, trains):
+        self.name, self.model, self.arguments, self.named, self.trains = name, model, arguments, named, trains
+        mode = {} if name == "default" else {"mode": name}
+        if name == "eager":
+            self.run = model
+        elif name == "tilewright":
+            self.run = torch.compile(model, backend=backend.tilewright_backend)
+        else:
+            self.run = torch.compile(model, **mode)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.call()
+        torch.cuda.synchronize()
+        self.first_seconds = time.perf_counter() - start
+
+    def call(self):
+        if self.name in ("reduce-overhead", "max-autotune"):
+            torch.compiler.cudagraph_mark_step_begin()
+        if self.trains:
+            self.model.zero_grad(set_to_none=True)
+            loss = first(self.run(*self.arguments, **self.named)).float().square().mean()
+            loss.backward()
+            return loss.detach()
+        with torch.no_grad():
+            return first(self.run(*self.arguments, **self.named))
+
+    def microseconds(self, calls):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            self.call()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end) / calls
+
+
+def distance(found, exact):
+    exact = exact.double()
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def measure(name, args):
+    torch.manual_seed(0)
+    trains = name.endswith("-train")
+    model, arguments, named = CASES[name.removesuffix("-train")]()
+    model = model.cuda().train(trains)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for attribute, value in list(vars(module).items()):
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+    wide = lambda t: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
+    with torch.no_grad():
+        exact = first(model.float()(*map(wide, arguments), **named)).clone()
+    model = model.bfloat16()
+    rows, arms = [], []
+    for peer in ["tilewright", *args.peers]:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        side = copy.deepcopy(model) if trains else model
+        seen = []
+        backend.OBSERVERS[:] = [seen.append]
+        arm = Arm(peer, side, arguments, named, trains)
+        with torch.no_grad():
+            error = distance(first(arm.run(*arguments, **named)), exact)
+        left = sorted({str(n.target) for g in seen for n in g.reasons if "getitem" not in str(n.target)})
+        failed = [g.failure.splitlines()[0] for s in seen for g in s.groups if g.failure]
+        rows.append({
+            "case": name, "side": peer, "first_s": arm.first_seconds, "error": error,
+            "peak_bytes": torch.cuda.max_memory_allocated(), "left_to_pytorch": left, "failed_groups": failed,
+        })
+        arms.append(arm)
+        print(f"   {name} {peer}: first call {arm.first_seconds:.1f} s, error {error:.1e} {left} {failed}", flush=True)
+    if args.warm:
+        return []
+    for arm in arms:
+        for _ in range(3):
+            arm.call()
+    times = {arm.name: [] for arm in arms}
+    for number in range(args.rounds):
+        turn = arms if number % 2 == 0 else arms[::-1]
+        for arm in turn:
+            times[arm.name].append(arm.microseconds(args.calls))
+    for row in rows:
+        mine = times[row["side"]]
+        row["us"] = statistics.median(mine)
+        ratios = sorted(t / m for t, m in zip(times["tilewright"], mine))
+        row["tilewright_over_this"] = statistics.median(ratios)
+        print(f"{name:<12} {row['side']:<16} {row['us']:>10.1f} us   ours/this {row['tilewright_over_this']:.3f}", flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--calls", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", default=["eager", "default"])
+    parser.add_argument("cases", nargs="*")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    start, rows = time.time(), []
+    for name in args.cases or [*CASES, "bert-train", "gpt2-train"]:
+        try:
+            rows += measure(name, args)
+        except Exception as error:  # one case must not take the others' figures
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            rows.append({"case": name, "side": "tilewright", "problem": f"{type(error).__name__}: {error}"[:400]})
+        torch.cuda.empty_cache()
+    if args.warm:
+        return
+    commit = os.environ.get("COMMIT", "unknown")
+    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    record = {
+        "kind": "gpu-torch", "date": now.strftime("%Y-%m-%d"), "commit": commit, "command": " ".join(sys.argv),
+        "machine": {"gpu": torch.cuda.get_device_name(), "driver": driver.stdout.split("\n")[0], "torch": torch.__version__,
+                    "transformers": transformers.__version__},
+        "protocol": __doc__.strip(), "seconds": time.time() - start, "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"gpu-torch-{record['date']}-{commit[:12]}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

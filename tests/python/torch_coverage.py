@@ -1,0 +1,113 @@
+"""The PyTorch backend over a wide list of models: inference and one training step of each, against eager and float64.
+
+    python tests/python/torch_coverage.py [--device cuda] [--json FILE] [MODEL...]
+
+Not part of `make test-torch`: on a processor it takes minutes. For each model: the errors as multiples of the budget
+(see `tilewright.verify`), what is left to PyTorch and its share of the time. Exits with 1 when a result is outside of its
+budget or something raises.
+"""
+
+import argparse
+import copy
+import json
+import traceback
+
+from torch_models import MODELS, MORE, compiled, first, graphs, made, tilewright, torch
+from torch.utils import _pytree as pytree
+
+
+def moved(tree, device):
+    return pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, tree)
+
+
+def without_dropout(model):
+    """Random numbers differ between element types."""
+    for module in model.modules():
+        for attribute, value in list(vars(module).items()):
+            if ("drop" in attribute or attribute == "p") and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def gradients(model, arguments, run):
+    model.zero_grad()
+    loss = first(run(**arguments)).square().mean()
+    loss.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return loss.item(), grads
+
+
+def distance(grads, exact) -> float:
+    size = sum(e.double().square().sum() for e in exact).sqrt()
+    return float(sum((g.double() - e.double()).square().sum() for g, e in zip(grads, exact)).sqrt() / size)
+
+
+def left(seen) -> list[str]:
+    """What PyTorch runs, and why."""
+    found = {f"{n.target}: {why}" for g in seen for n, why in g.reasons.items() if "getitem" not in str(n.target)}
+    found |= {f"group {group.name}: {group.failure.splitlines()[0]}" for g in seen for group in g.groups if group.failure}
+    return sorted(found)
+
+
+def training(name, device):
+    model, arguments = made(name)
+    model, arguments = model.to(device).train(), moved(arguments, device)
+    without_dropout(model)
+    double = lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
+    exact_model = copy.deepcopy(model).double()
+    _, exact = gradients(exact_model, pytree.tree_map(double, arguments), exact_model)
+    eager_model = copy.deepcopy(model)
+    _, eager = gradients(eager_model, arguments, eager_model)
+    with graphs() as seen:
+        _, ours = gradients(model, arguments, compiled(model))
+    return distance(ours, exact), distance(eager, exact), left(seen)
+
+
+def checked(name, device) -> dict:
+    model, arguments = made(name)
+    model, arguments = model.to(device), moved(arguments, device)
+    row = {"model": name, "device": device}
+    with graphs() as seen:
+        found = tilewright.verify(model, **arguments)
+    worst = max(found.outputs, key=lambda o: o.ratio)
+    row |= {"inference_of_budget": worst.ratio, "inference_left": left(seen)}
+    ours, eager, outside = training(name, device)
+    row |= {"gradients": ours, "eager_gradients": eager, "training_left": outside}
+    with torch.no_grad():
+        row["left_share"] = tilewright.explain(model, runs=3, **arguments).fallback_share
+    # Gradients of deep networks magnify the roundings of the forward pass, in eager as in ours.
+    row["right"] = bool(found) and ours <= max(4 * eager, 2e-5)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json")
+    parser.add_argument("models", nargs="*")
+    arguments = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    rows, wrong = [], 0
+    for name in arguments.models or [*MODELS, *MORE]:
+        try:
+            row = checked(name, arguments.device)
+            wrong += not row["right"]
+            print(
+                f"{'ok ' if row['right'] else 'BAD'} {name:<16} inference {row['inference_of_budget']:.2f} of the budget, "
+                f"gradients {row['gradients']:.1e} (eager {row['eager_gradients']:.1e}), "
+                f"{100 * row['left_share']:.1f} % in PyTorch; left: {row['inference_left']} / {row['training_left']}",
+                flush=True,
+            )
+        except Exception as error:
+            row, wrong = {"model": name, "right": False, "error": f"{type(error).__name__}: {error}"[:500]}, wrong + 1
+            print(f"BAD {name}: {row['error']}", flush=True)
+            traceback.print_exc(limit=-6)
+        rows.append(row)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    print(f"{len(rows) - wrong} of {len(rows)} models are right")
+    raise SystemExit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
