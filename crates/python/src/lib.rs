@@ -29,6 +29,15 @@ pub(crate) fn python_error(error: Error) -> PyErr {
     }
 }
 
+/// The addresses of the handlers of XLA's custom calls, by platform.
+#[pyfunction]
+fn xla_handlers() -> [(&'static str, usize); 2] {
+    [
+        ("cpu", tilewright_xla_ffi::cpu_handler as *const () as usize),
+        ("CUDA", tilewright_xla_ffi::cuda_handler as *const () as usize),
+    ]
+}
+
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     #[cfg(feature = "cpu")]
@@ -40,5 +49,5 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     }
     module.add_class::<builder::Builder>()?;
     module.add_class::<gpu::GpuProgram>()?;
-    Ok(())
+    module.add_function(wrap_pyfunction!(xla_handlers, module)?)
 }

@@ -40,9 +40,10 @@ const CRATES: &[Row] = &[
     Row { name: "tune",       may_know: &["base", "target", "cuda", "device", "kernels", "launch", "bench-gpu"] },
     Row { name: "jit",        may_know: &["base", "data", "expr", "target"] },
     Row { name: "runtime",    may_know: &["base", "layout", "data", "target", "tile", "plan", "jit"] },
-    Row { name: "tilewright", may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "text", "passes", "lower", "emit-llvm", "jit", "runtime", "cuda", "runtime-gpu"] },
+    Row { name: "tilewright", may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "text", "passes", "lower", "emit-llvm", "jit", "runtime", "cuda", "launch", "runtime-gpu"] },
+    Row { name: "xla-ffi",    may_know: &["base", "layout", "data", "graph", "tilewright"] },
     Row { name: "cli",        may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "text", "passes", "lower", "emit-llvm", "emit-triton", "device", "emit-cuda", "lower-gpu", "kernels", "cuda", "launch", "bench-gpu", "tune", "jit", "runtime", "tilewright"] },
-    Row { name: "python",     may_know: &["base", "layout", "data", "graph", "tilewright"] },
+    Row { name: "python",     may_know: &["base", "layout", "data", "graph", "tilewright", "xla-ffi"] },
     Row { name: "conformance", may_know: &["base", "data", "graph", "interp", "import", "tilewright"] },
     Row { name: "testkit",    may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "passes", "lower", "emit-llvm", "jit", "runtime", "tilewright"] },
 ];

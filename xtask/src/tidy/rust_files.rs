@@ -11,7 +11,7 @@ const TABLES: &[(&str, &str)] =
     &[("crates/emit-llvm/src/math.rs", "one elementary function after another, with coefficients")];
 
 /// Crates that may declare foreign functions.
-const FFI_CRATES: &[&str] = &["crates/cuda/", "crates/jit/", "crates/runtime/"];
+const FFI_CRATES: &[&str] = &["crates/cuda/", "crates/jit/", "crates/runtime/", "crates/xla-ffi/"];
 
 /// Where `unsafe` may stand, and why it must. Everything else asks one of these through a safe function.
 #[rustfmt::skip] // One row per place.
@@ -21,6 +21,8 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/cuda/",                   "the interfaces of the GPU's driver and compiler; its launches are unsafe"),
     ("crates/launch/",                 "launches of programs: their operands are the caller's promise"),
     ("crates/runtime-gpu/src/session.rs", "launches over its own arena and constants"),
+    ("crates/runtime-gpu/src/caller.rs", "runs in a caller's memory and stream, as it vouches for"),
+    ("crates/xla-ffi/src/",            "XLA's C interface, and runs in its memory"),
     ("crates/bench-gpu/src/bin/launch.rs", "launches of empty kernels, to time the call"),
     ("crates/bench-gpu/src/attention.rs", "launches of attention on tensors that it owns"),
     ("crates/bench-gpu/src/arms.rs",   "launches of our kernels and cuBLASLt's on matrices that it borrows"),

@@ -1,0 +1,45 @@
+//! The functions that XLA calls.
+
+use crate::api::{CallFrame, Error as XlaError};
+use crate::frame::Call;
+use crate::programs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::null_mut;
+use tilewright_base::{Error, Result};
+
+/// The handler for processors: a graph's run in XLA's memory.
+///
+/// # Safety
+/// Called by XLA, with its frame of a call.
+pub unsafe extern "C" fn cpu_handler(frame: *mut CallFrame) -> *mut XlaError {
+    // SAFETY: the caller's.
+    unsafe { handled(frame, programs::run_cpu) }
+}
+
+/// The handler for CUDA devices: a graph's run in XLA's memory and stream.
+///
+/// # Safety
+/// Called by XLA, with its frame of a call.
+pub unsafe extern "C" fn cuda_handler(frame: *mut CallFrame) -> *mut XlaError {
+    // SAFETY: the caller's.
+    unsafe { handled(frame, programs::run_cuda) }
+}
+
+/// # Safety
+/// XLA's frame of a call that is going on.
+unsafe fn handled(frame: *mut CallFrame, run: fn(&Call<'_>) -> Result<()>) -> *mut XlaError {
+    if frame.is_null() {
+        return null_mut();
+    }
+    // SAFETY: the caller's; nobody else has the frame meanwhile.
+    let Some(call) = (unsafe { Call::read(&mut *frame) }) else { return null_mut() };
+    if !call.executes() {
+        return null_mut();
+    }
+    // A panic must not cross into C++.
+    match catch_unwind(AssertUnwindSafe(|| run(&call))) {
+        Ok(Ok(())) => null_mut(),
+        Ok(Err(error)) => call.fail(&error),
+        Err(_) => call.fail(&Error::bug("a panic in a custom call")),
+    }
+}

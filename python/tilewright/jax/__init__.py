@@ -1,0 +1,425 @@
+"""Tilewright's kernels inside JAX: functions that work under `jit`, `grad` and `vmap`, on CPUs and CUDA devices.
+
+    import tilewright.jax as tj
+
+    y = tj.rms_norm(x, weight)
+    loss = jax.jit(jax.grad(lambda w: tj.softmax(tj.linear(x, w)).sum()))(w)
+
+Each function writes a graph for the shapes and types of its arguments, once; XLA carries the graph's text in a custom call
+(its typed foreign function interface), and the handler compiles the text for the device of the call when it first runs.
+On a GPU it runs in XLA's stream and memory. Narrow floats (f16, bf16) are computed in f32 and rounded once.
+
+Gradients are graphs of the same kind, except that of `attention`, which JAX derives from the textbook's formula.
+Under `vmap` calls are made one after the other (`vmap_method="sequential"`): give batched arrays where you can.
+
+JAX is needed for this module, and imported nowhere else in the package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .. import _native
+
+TARGET = "tilewright_graph"
+
+NAMES = {
+    "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32",
+    "int16": "i16", "int8": "i8", "uint64": "u64", "uint32": "u32", "uint16": "u16", "uint8": "u8", "bool": "bool",
+}  # fmt: skip
+DTYPES = {ours: name for name, ours in NAMES.items()}
+
+
+def _register() -> None:
+    for platform, address in _native.xla_handlers():
+        pointer = ctypes.cast(address, ctypes.CFUNCTYPE(None))
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(pointer), platform=platform, api_version=1)
+
+
+_register()
+
+
+class _Graph:
+    """A graph under construction."""
+
+    def __init__(self, name: str, arguments):
+        self.builder = _native.Builder(name)
+        self.types: dict[int, str] = {}
+        self.shapes: dict[int, tuple] = {}
+        self.arguments = []
+        for i, (dtype, shape) in enumerate(arguments):
+            number = self.builder.input(f"x{i}", f"{dtype}[{','.join(map(str, shape))}]")
+            self.arguments.append(self._known(number))
+
+    def _known(self, number: int) -> int:
+        dtype, shape = self.builder.type_of(number)
+        self.types[number], self.shapes[number] = dtype, tuple(int(s) for s in shape)
+        return number
+
+    def op(self, text: str, *inputs: int) -> int:
+        return self._known(self.builder.op(text, list(inputs))[0])
+
+    def map(self, text: str, *inputs: int) -> int:
+        """A formula of operands a, b, c and so on, which broadcast."""
+        return self.op(f"map {{ {', '.join('abcdef'[: len(inputs)])} -> {text} }}", *inputs)
+
+    def cast(self, value: int, dtype: str) -> int:
+        return value if self.types[value] == dtype else self.map(f"{dtype}(a)", value)
+
+    def wide(self, value: int) -> int:
+        """As f32 where it is narrower."""
+        return self.cast(value, "f32") if self.types[value] in ("f16", "bf16") else value
+
+    def sum(self, value: int, axes, keep: bool = False) -> int:
+        axes = list(axes)
+        if not axes:
+            return value
+        return self.op(f"reduce sum axes=[{','.join(map(str, axes))}]{' keep' if keep else ''}", value)
+
+    def mean(self, value: int, axes) -> int:
+        """The mean over axes, which stay with size one."""
+        count = math.prod(self.shapes[value][a] for a in axes)
+        return self.map(f"a / {float(max(count, 1))!r}", self.sum(value, axes, True))
+
+    def contract(self, spec: str, a: int, b: int) -> int:
+        dtype = self.types[a]
+        acc = "f32" if dtype in ("f16", "bf16") else dtype
+        return self.op(f'contract "{spec}" acc={acc}', a, b)
+
+    def finish(self, *values: int):
+        for i, value in enumerate(values):
+            self.builder.output(f"y{i}", value)
+        return self.builder.text(), [(self.types[v], self.shapes[v]) for v in values]
+
+
+@functools.lru_cache(maxsize=4096)
+def _written(write, arguments, settings):
+    """The text of a graph and the types of its results."""
+    graph = _Graph(write.__name__.strip("_"), arguments)
+    results = write(graph, *graph.arguments, **dict(settings))
+    return graph.finish(*(results if isinstance(results, tuple) else (results,)))
+
+
+def _call(write, *arrays, precision: str = "f32", **settings):
+    """Runs the graph that `write` writes for these arrays; a list of results."""
+    arrays = [jnp.asarray(a) for a in arrays]
+    for a in arrays:
+        if a.dtype.name not in NAMES:
+            raise TypeError(f"tilewright has no element type {a.dtype.name}")
+    arguments = tuple((NAMES[a.dtype.name], tuple(a.shape)) for a in arrays)
+    text, types = _written(write, arguments, tuple(sorted(settings.items())))
+    results = [jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype])) for dtype, shape in types]
+    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
+    return call(*arrays, graph=text, precision=precision)
+
+
+def _axis(axis: int, rank: int) -> int:
+    if not -rank <= axis < rank:
+        raise ValueError(f"axis {axis} of an array with {rank} axes")
+    return axis % rank
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# ---- softmax ---------------------------------------------------------------------------------------
+
+
+def _softmax(g, x, axis, log):
+    return g.cast(g.op(f"softmax axis={axis}{' log' if log else ''}", g.wide(x)), g.types[x])
+
+
+def _softmax_gradient(g, y, dy, axis, log):
+    p, d = g.wide(y), g.wide(dy)
+    if log:
+        dx = g.map("a - exp(b) * c", d, p, g.sum(d, [axis], True))
+    else:
+        dx = g.map("a * (b - c)", p, d, g.sum(g.map("a * b", p, d), [axis], True))
+    return g.cast(dx, g.types[y])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _softmax_of(x, axis, log):
+    return _call(_softmax, x, axis=axis, log=log)[0]
+
+
+def _softmax_forward(x, axis, log):
+    y = _softmax_of(x, axis, log)
+    return y, y
+
+
+def _softmax_backward(axis, log, y, dy):
+    return (_call(_softmax_gradient, y, dy, axis=axis, log=log)[0],)
+
+
+_softmax_of.defvjp(_softmax_forward, _softmax_backward)
+
+
+def softmax(x, axis: int = -1):
+    """`exp(x - max) / sum(exp(x - max))` along an axis, in one pass over each row. As `jax.nn.softmax`."""
+    return _softmax_of(x, _axis(axis, jnp.ndim(x)), False)
+
+
+def log_softmax(x, axis: int = -1):
+    """The logarithm of `softmax`, computed without taking it. As `jax.nn.log_softmax`."""
+    return _softmax_of(x, _axis(axis, jnp.ndim(x)), True)
+
+
+# ---- normalisations --------------------------------------------------------------------------------
+
+
+def _layer_norm(g, x, weight, bias, eps):
+    axis = len(g.shapes[x]) - 1
+    y = g.op(f"layer_norm axis={axis} eps={eps!r}", g.wide(x), *(g.cast(v, g.types[g.wide(x)]) for v in (weight, bias)))
+    return g.cast(y, g.types[x])
+
+
+def _layer_norm_gradient(g, x, weight, dy, eps):
+    axis = len(g.shapes[x]) - 1
+    wide = g.wide(x)
+    d, scale = g.cast(dy, g.types[wide]), g.cast(weight, g.types[wide])
+    centred = g.map("a - b", wide, g.mean(wide, [axis]))
+    factor = g.map(f"rsqrt(a + {eps!r})", g.mean(g.map("a * a", centred), [axis]))
+    normal, weighted = g.map("a * b", centred, factor), g.map("a * b", d, scale)
+    along = g.mean(g.map("a * b", weighted, normal), [axis])
+    dx = g.map("a * (b - c - d * e)", factor, weighted, g.mean(weighted, [axis]), normal, along)
+    rows = range(axis)
+    dweight, dbias = g.sum(g.map("a * b", d, normal), rows), g.sum(d, rows)
+    return g.cast(dx, g.types[x]), g.cast(dweight, g.types[weight]), g.cast(dbias, g.types[weight])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm_of(x, weight, bias, eps):
+    return _call(_layer_norm, x, weight, bias, eps=eps)[0]
+
+
+def _layer_norm_forward(x, weight, bias, eps):
+    return _layer_norm_of(x, weight, bias, eps), (x, weight)
+
+
+def _layer_norm_backward(eps, saved, dy):
+    return tuple(_call(_layer_norm_gradient, *saved, dy, eps=eps))
+
+
+_layer_norm_of.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def layer_norm(x, weight, bias=None, eps: float = 1e-5):
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis (Ba et al., 2016). `weight` and `bias`: `[n]`."""
+    bias = jnp.zeros_like(weight) if bias is None else bias
+    _need(jnp.shape(weight) == jnp.shape(bias) == jnp.shape(x)[-1:], "weight and bias have the last axis of x")
+    return _layer_norm_of(x, weight, jnp.asarray(bias, jnp.asarray(weight).dtype), float(eps))
+
+
+def _rms_norm(g, x, weight, eps):
+    axis, wide = len(g.shapes[x]) - 1, g.wide(x)
+    return g.cast(g.op(f"rms_norm axis={axis} eps={eps!r}", wide, g.cast(weight, g.types[wide])), g.types[x])
+
+
+def _rms_norm_gradient(g, x, weight, dy, eps):
+    axis, wide = len(g.shapes[x]) - 1, g.wide(x)
+    d, scale = g.cast(dy, g.types[wide]), g.cast(weight, g.types[wide])
+    factor = g.map(f"rsqrt(a + {eps!r})", g.mean(g.map("a * a", wide), [axis]))
+    normal, weighted = g.map("a * b", wide, factor), g.map("a * b", d, scale)
+    dx = g.map("a * (b - c * d)", factor, weighted, normal, g.mean(g.map("a * b", weighted, normal), [axis]))
+    dweight = g.sum(g.map("a * b", d, normal), range(axis))
+    return g.cast(dx, g.types[x]), g.cast(dweight, g.types[weight])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm_of(x, weight, eps):
+    return _call(_rms_norm, x, weight, eps=eps)[0]
+
+
+def _rms_norm_forward(x, weight, eps):
+    return _rms_norm_of(x, weight, eps), (x, weight)
+
+
+def _rms_norm_backward(eps, saved, dy):
+    return tuple(_call(_rms_norm_gradient, *saved, dy, eps=eps))
+
+
+_rms_norm_of.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def rms_norm(x, weight, eps: float = 1e-6):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang and Sennrich, 2019). `weight`: `[n]`."""
+    _need(jnp.shape(weight) == jnp.shape(x)[-1:], "weight has the last axis of x")
+    return _rms_norm_of(x, weight, float(eps))
+
+
+# ---- activations and products ----------------------------------------------------------------------
+
+# Value and derivative, in the language of `tw expr`.
+ACTIVATIONS = {
+    "relu": ("max(a, 0)", "where(a > 0, 1, 0)"),
+    "silu": ("a * sigmoid(a)", "sigmoid(a) * (1 + a * (1 - sigmoid(a)))"),
+    "gelu": (
+        "0.5 * a * (1 + erf(a * 0.7071067811865476))",
+        "0.5 * (1 + erf(a * 0.7071067811865476)) + a * 0.3989422804014327 * exp(-0.5 * a * a)",
+    ),
+    "gelu_tanh": (
+        "0.5 * a * (1 + tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))",
+        "0.5 * (1 + tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))"
+        " + 0.5 * a * (1 - tanh(0.7978845608028654 * (a + 0.044715 * a * a * a))"
+        " * tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))"
+        " * 0.7978845608028654 * (1 + 0.134145 * a * a)",
+    ),
+    "tanh": ("tanh(a)", "1 - tanh(a) * tanh(a)"),
+    "sigmoid": ("sigmoid(a)", "sigmoid(a) * (1 - sigmoid(a))"),
+}
+
+
+def _glu(g, gate, up, kind):
+    value = ACTIVATIONS[kind][0]
+    return g.cast(g.map(f"({value}) * b", g.wide(gate), g.wide(up)), g.types[gate])
+
+
+def _glu_gradient(g, gate, up, dy, kind):
+    value, slope = ACTIVATIONS[kind]
+    a, b, d = g.wide(gate), g.wide(up), g.wide(dy)
+    dgate, dup = g.map(f"c * b * ({slope})", a, b, d), g.map(f"b * ({value})", a, d)
+    return g.cast(dgate, g.types[gate]), g.cast(dup, g.types[up])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _glu_of(gate, up, kind):
+    return _call(_glu, gate, up, kind=kind)[0]
+
+
+_glu_of.defvjp(
+    lambda gate, up, kind: (_glu_of(gate, up, kind), (gate, up)),
+    lambda kind, saved, dy: tuple(_call(_glu_gradient, *saved, dy, kind=kind)),
+)
+
+
+def swiglu(gate, up):
+    """`silu(gate) * up` (Shazeer, 2020)."""
+    return glu(gate, up, "silu")
+
+
+def geglu(gate, up):
+    """`gelu(gate) * up` (Shazeer, 2020)."""
+    return glu(gate, up, "gelu")
+
+
+def glu(gate, up, activation: str = "sigmoid"):
+    """`activation(gate) * up`; activations: those of `ACTIVATIONS`."""
+    _need(activation in ACTIVATIONS, f"no activation {activation!r}; there are {sorted(ACTIVATIONS)}")
+    _need(jnp.shape(gate) == jnp.shape(up), "gate and up have one shape")
+    return _glu_of(gate, jnp.asarray(up, jnp.asarray(gate).dtype), activation)
+
+
+def _linear(g, x, weight, *bias, kind):
+    letters = "abcdefgh"[: len(g.shapes[x]) - 1]
+    y = g.contract(f"{letters}k,kn->{letters}n", x, weight)
+    operands = [g.wide(y), *(g.wide(b) for b in bias)]
+    value = "a + b" if bias else "a"
+    if kind:
+        body = ACTIVATIONS[kind][0]
+        z = g.map(value, *operands) if bias else operands[0]
+        return g.cast(g.map(body, z), g.types[x])
+    return g.cast(g.map(value, *operands), g.types[x]) if bias else y
+
+
+def _linear_gradient(g, x, weight, *rest, kind, biased):
+    bias, dy = rest[:-1], rest[-1]
+    letters = "abcdefgh"[: len(g.shapes[x]) - 1]
+    d = g.wide(dy)
+    if kind:
+        z = g.wide(g.contract(f"{letters}k,kn->{letters}n", x, weight))
+        z = g.map("a + b", z, g.wide(bias[0])) if biased else z
+        d = g.map(f"b * ({ACTIVATIONS[kind][1]})", z, d)
+    narrow = g.cast(d, g.types[x])
+    dx = g.contract(f"{letters}n,kn->{letters}k", narrow, weight)
+    dweight = g.contract(f"{letters}k,{letters}n->kn", x, narrow)
+    dbias = (g.cast(g.sum(d, range(len(letters))), g.types[bias[0]]),) if biased else ()
+    return (dx, dweight, *dbias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _linear_of(x, weight, bias, kind, precision):
+    return _call(_linear, x, weight, *bias, kind=kind, precision=precision)[0]
+
+
+def _linear_forward(x, weight, bias, kind, precision):
+    return _linear_of(x, weight, bias, kind, precision), (x, weight, bias)
+
+
+def _linear_backward(kind, precision, saved, dy):
+    x, weight, bias = saved
+    found = _call(_linear_gradient, x, weight, *bias, dy, kind=kind, biased=bool(bias), precision=precision)
+    return found[0], found[1], tuple(found[2:])
+
+
+_linear_of.defvjp(_linear_forward, _linear_backward)
+
+
+def linear(x, weight, bias=None, activation: str | None = None, precision: str = "f32"):
+    """`activation(x @ weight + bias)` as one kernel. `x`: `[..., k]`, `weight`: `[k, n]`, `bias`: `[n]`.
+
+    `precision`: what products of f32 may be computed in ("f32", "tf32", "f16", "bf16").
+    """
+    _need(activation is None or activation in ACTIVATIONS, f"no activation {activation!r}; there are {sorted(ACTIVATIONS)}")
+    _need(jnp.ndim(weight) == 2 and jnp.ndim(x) >= 2, "x is [..., k] and weight is [k, n]")
+    _need(jnp.shape(x)[-1] == jnp.shape(weight)[0], "the last axis of x is the first of weight")
+    _need(bias is None or jnp.shape(bias) == jnp.shape(weight)[1:], "bias has the last axis of weight")
+    _need(jnp.asarray(x).dtype == jnp.asarray(weight).dtype, "x and weight have one type")
+    return _linear_of(x, weight, () if bias is None else (bias,), activation, precision)
+
+
+# ---- attention -------------------------------------------------------------------------------------
+
+
+def _attention(g, q, k, v, causal, scale):
+    score = "f64" if g.types[q] == "f64" else "f32"
+    text = f"attention{' causal' if causal else ''} score={score} {{ s -> s * {score}({scale!r}) }}"
+    return g.op(text, q, k, v)
+
+
+def _textbook(q, k, v, causal, scale):
+    wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    repeat = q.shape[1] // k.shape[1]
+    k, v = (jnp.repeat(t, repeat, axis=1) for t in (k, v))
+    score = jnp.einsum("bhqd,bhkd->bhqk", q.astype(wide), k.astype(wide), precision="highest") * scale
+    if causal:
+        rows, columns = score.shape[-2:]
+        score = jnp.where(jnp.tril(jnp.ones((rows, columns), bool)), score, -jnp.inf)
+    y = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(score, -1), v.astype(wide), precision="highest")
+    return y.astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention_of(q, k, v, causal, scale):
+    return _call(_attention, q, k, v, causal=causal, scale=scale)[0]
+
+
+def _attention_backward(causal, scale, saved, dy):
+    return jax.vjp(lambda q, k, v: _textbook(q, k, v, causal, scale), *saved)[1](dy)
+
+
+_attention_of.defvjp(lambda q, k, v, causal, scale: (_attention_of(q, k, v, causal, scale), (q, k, v)), _attention_backward)
+
+
+def attention(q, k, v, causal: bool = False, scale: float | None = None):
+    """`softmax(scale * q k^T) v` without storing the scores (Dao et al., 2022). `q`: `[batch, heads, length, width]`,
+    `k`, `v`: `[batch, kv heads, keys, width]`; `scale` defaults to `1 / sqrt(width)`. Causal: lengths are equal."""
+    q, k, v = (jnp.asarray(t) for t in (q, k, v))
+    _need(q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape, "q, k and v are [batch, heads, length, width]")
+    _need(q.dtype == k.dtype == v.dtype, "q, k and v have one type")
+    _need(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3], "q and k have one batch and one width")
+    _need(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, "heads are a multiple of the heads of k")
+    _need(not causal or q.shape[2] == k.shape[2], "causal attention has as many keys as queries")
+    return _attention_of(q, k, v, bool(causal), float(q.shape[3] ** -0.5 if scale is None else scale))
+
+
+__all__ = [
+    "ACTIVATIONS", "attention", "geglu", "glu", "layer_norm", "linear", "log_softmax", "rms_norm", "softmax", "swiglu",
+]  # fmt: skip

@@ -1,0 +1,188 @@
+"""Tilewright's functions inside JAX: values and gradients beside JAX's own, under `jit` and `vmap`; wrong arguments.
+
+    python tests/python/test_jax.py [cuda]
+
+Needs JAX (python/requirements-jax.txt). With `cuda` it runs on JAX's default device.
+"""
+
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+if "cuda" not in sys.argv:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LIBRARY = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "libtilewright_python.so"
+
+
+def install() -> None:
+    """Puts the package with the library of this build first on the path, with a cache of its own."""
+    if "TILEWRIGHT_PACKAGE" in os.environ:
+        sys.path.insert(0, os.environ["TILEWRIGHT_PACKAGE"])
+        return
+    folder = tempfile.mkdtemp(prefix="tilewright-jax-")
+    package = pathlib.Path(folder, "tilewright")
+    shutil.copytree(ROOT / "python" / "tilewright", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(LIBRARY, package / "_native.abi3.so")
+    os.environ["TILEWRIGHT_CACHE"] = str(pathlib.Path(folder, "cache"))
+    sys.path.insert(0, folder)
+
+
+install()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+import tilewright.jax as tj  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+NUMBERS = np.random.default_rng(0)
+
+
+def array(*shape, dtype=jnp.float32):
+    return jnp.asarray(NUMBERS.normal(size=shape), dtype)
+
+
+def near(found, wanted, dtype, what):
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape, (what, found.dtype, found.shape, wanted.shape)
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    scale = max(np.abs(wanted).max(initial=0.0), 1e-30)
+    error = np.abs(found - wanted).max(initial=0.0) / scale
+    assert error <= {"float32": 2e-5, "bfloat16": 2e-2}[jnp.dtype(dtype).name], (what, error)
+
+
+def layer_norm(x, w, b):
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    y = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-5)
+    return (y * w.astype(jnp.float32) + b.astype(jnp.float32)).astype(x.dtype)
+
+
+def rms_norm(x, w):
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-6) * w.astype(jnp.float32)).astype(x.dtype)
+
+
+def attention(q, k, v):
+    return tj._textbook(q, k, v, True, q.shape[-1] ** -0.5)
+
+
+GELU = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+CASES = {
+    "softmax": (tj.softmax, jax.nn.softmax, [(5, 33)]),
+    "softmax of the first axis": (lambda x: tj.softmax(x, 0), lambda x: jax.nn.softmax(x, 0), [(7, 3)]),
+    "log_softmax": (tj.log_softmax, jax.nn.log_softmax, [(2, 3, 17)]),
+    "layer_norm": (tj.layer_norm, layer_norm, [(4, 6, 40), (40,), (40,)]),
+    "rms_norm": (tj.rms_norm, rms_norm, [(9, 48), (48,)]),
+    "swiglu": (tj.swiglu, lambda a, b: jax.nn.silu(a) * b, [(6, 20), (6, 20)]),
+    "geglu": (tj.geglu, lambda a, b: GELU(a) * b, [(6, 20), (6, 20)]),
+    "tanh glu": (lambda a, b: tj.glu(a, b, "gelu_tanh"), lambda a, b: jax.nn.gelu(a) * b, [(3, 8), (3, 8)]),
+    "linear": (tj.linear, lambda x, w: x @ w, [(2, 5, 16), (16, 24)]),
+    "linear with bias": (tj.linear, lambda x, w, b: x @ w + b, [(7, 16), (16, 24), (24,)]),
+    "linear, gelu": (
+        lambda x, w, b: tj.linear(x, w, b, "gelu"), lambda x, w, b: GELU(x @ w + b), [(7, 16), (16, 24), (24,)],
+    ),
+    "linear, relu": (lambda x, w: tj.linear(x, w, None, "relu"), lambda x, w: jax.nn.relu(x @ w), [(7, 16), (16, 8)]),
+    "attention": (
+        lambda q, k, v: tj.attention(q, k, v, causal=True), attention, [(2, 4, 16, 32), (2, 2, 16, 32), (2, 2, 16, 32)],
+    ),
+}  # fmt: skip
+
+
+def values_and_gradients_are_those_of_jax():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for name, (ours, theirs, shapes) in CASES.items():
+            arrays = [array(*shape, dtype=dtype) for shape in shapes]
+            wanted = theirs(*[a.astype(jnp.float32) for a in arrays]).astype(dtype)
+            near(jax.jit(ours)(*arrays), wanted, dtype, name)
+            weight = array(*wanted.shape)
+
+            def loss(function):
+                return lambda *xs: (function(*xs).astype(jnp.float32) * weight).sum()
+
+            numbers = tuple(range(len(arrays)))
+            found = jax.jit(jax.grad(loss(ours), numbers))(*arrays)
+            exact = jax.grad(loss(theirs), numbers)(*[a.astype(jnp.float32) for a in arrays])
+            for i, (f, e) in enumerate(zip(found, exact)):
+                near(f, e.astype(dtype), dtype, f"{name}, gradient {i}")
+
+
+def calls_are_batched():
+    x, w = array(3, 4, 10), array(10)
+    near(jax.vmap(lambda a: tj.rms_norm(a, w))(x), rms_norm(x, w), jnp.float32, "vmap")
+    near(jax.vmap(tj.softmax)(x), jax.nn.softmax(x), jnp.float32, "vmap of softmax")
+
+
+def empty_and_extreme_arrays():
+    assert tj.softmax(jnp.zeros((0, 5))).shape == (0, 5)
+    assert tj.rms_norm(jnp.zeros((0, 8)), jnp.ones(8)).shape == (0, 8)
+    y = tj.softmax(jnp.array([[1e30, -jnp.inf, 0.0], [jnp.nan, 1.0, 2.0]]))
+    np.testing.assert_array_equal(np.asarray(y[0]), [1.0, 0.0, 0.0])
+    assert np.isnan(np.asarray(y[1])).all()
+
+
+def wrong_arguments_are_named():
+    wrong = [
+        (lambda: tj.softmax(array(2, 3), 2), ValueError, "axis"),
+        (lambda: tj.rms_norm(array(2, 3), array(4)), ValueError, "last axis"),
+        (lambda: tj.linear(array(2, 3), array(4, 5)), ValueError, "first of weight"),
+        (lambda: tj.linear(array(2, 3), array(3, 5), activation="cube"), ValueError, "cube"),
+        (lambda: tj.softmax(jnp.ones((2, 3), jnp.complex64)), TypeError, "complex64"),
+        (lambda: tj.attention(array(1, 3, 4, 8), array(1, 2, 4, 8), array(1, 2, 4, 8)), ValueError, "multiple"),
+        # The handler's own errors: XLA hands them on.
+        (lambda: bare("nonsense"), Exception, "graph"),
+    ]
+    for call, kind, text in wrong:
+        try:
+            jax.block_until_ready(call())
+        except kind as error:
+            assert text in str(error), (text, error)
+        else:
+            raise AssertionError(f"nothing was said about {text}")
+
+
+def bare(text):
+    call = jax.ffi.ffi_call(tj.TARGET, jax.ShapeDtypeStruct((2,), jnp.float32))
+    return call(jnp.ones(2), graph=text)
+
+
+def training_goes_down():
+    """A small network, all of it in one jitted step."""
+    x, target = array(64, 16), array(64, 4)
+    weights = [array(16, 32) / 4, jnp.ones(32), array(32, 4) / 6]
+
+    @jax.jit
+    def step(weights):
+        def loss(weights):
+            hidden = tj.rms_norm(tj.linear(x, weights[0], None, "gelu"), weights[1])
+            return ((tj.linear(hidden, weights[2]) - target) ** 2).mean()
+
+        value, slopes = jax.value_and_grad(loss)(weights)
+        return value, [w - 0.05 * s for w, s in zip(weights, slopes)]
+
+    losses = []
+    for _ in range(30):
+        value, weights = step(weights)
+        losses.append(float(value))
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+def main() -> None:
+    tests = (
+        values_and_gradients_are_those_of_jax,
+        calls_are_batched,
+        empty_and_extreme_arrays,
+        wrong_arguments_are_named,
+        training_goes_down,
+    )
+    for test in tests:
+        test()
+        print(f"ok: {test.__name__}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
