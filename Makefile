@@ -1,6 +1,6 @@
 # The project's commands. Each installs what it needs (scripts/setup.sh) and works from a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch build wheel lint fuzz bench gpu-bundle setup docs clean
+.PHONY: help demo test test-torch test-jax build wheel lint fuzz bench gpu-bundle setup docs clean
 
 SECONDS_PER_TARGET ?= 60
 
@@ -24,6 +24,10 @@ wheel: ## Build the Python wheel into target/wheels (BUNDLE=1: with LLVM inside,
 test-torch: ## The tests of the PyTorch backend; installs PyTorch (several GB) into .venv-torch
 	@./scripts/setup.sh system test wheel torch
 	@./scripts/test.sh --only torch
+
+test-jax: ## The tests of the functions for JAX; installs JAX for processors into .venv-jax
+	@./scripts/setup.sh system test jax
+	@./scripts/test.sh --only jax
 
 lint: ## Format check, clippy and `cargo xtask tidy` only
 	@./scripts/setup.sh system

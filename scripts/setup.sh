@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the commands need. Nothing happens when everything is there already.
 #
-#   scripts/setup.sh [system] [test] [wheel] [torch] [demo] [bench] [triton] [browser] [docs]     default: system
+#   scripts/setup.sh [system] [test] [wheel] [torch] [jax] [demo] [bench] [triton] [browser] [docs]     default: system
 #
 # system: LLVM 22 with its static libraries, a C compiler for linking, Python's venv module.
 #         Through apt-get where its sources offer llvm-22-dev (Debian 12 and later); elsewhere this
@@ -12,6 +12,7 @@
 # torch: PyTorch and the models of the backend's tests, in .venv-torch. On Linux the registry's PyTorch brings
 #         CUDA's libraries with it (several GB); TILEWRIGHT_TORCH_PYTHON names an interpreter that has all of
 #         requirements-torch.txt already, and nothing is installed.
+# jax: JAX for processors, in .venv-jax.
 # triton: those of python/requirements-triton.txt, in .venv-triton; only on Linux, where Triton exists.
 # browser: Chromium, for the test that looks at HTML reports.
 # docs: mdbook, built with cargo. Only for `make docs`: it takes a minute to build, and what can break in
@@ -139,10 +140,11 @@ for part in "$@"; do
       setup_python gpu-check .venv
       ;;
     torch) [ -n "${TILEWRIGHT_TORCH_PYTHON:-}" ] || setup_python torch .venv-torch ;;
+    jax) setup_python jax .venv-jax ;;
     demo | bench | wheel) setup_python "$part" .venv ;;
     triton) [ "$(uname -s)" != Linux ] || setup_python triton .venv-triton ;;
     browser) setup_browser ;;
     docs) setup_docs ;;
-    *) fail "unknown part '$part' (system, test, wheel, torch, demo, bench, triton, browser, docs)" ;;
+    *) fail "unknown part '$part' (system, test, wheel, torch, jax, demo, bench, triton, browser, docs)" ;;
   esac
 done

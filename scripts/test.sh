@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make test`. Runs every check in order and stops at the first that fails; prints how long each took.
 #
-#   scripts/test.sh [--only lint|rust|python|fuzz|torch]
+#   scripts/test.sh [--only lint|rust|python|fuzz|torch|jax]
 #
 # To add a Rust test: `cargo test` finds it. To add a Python-driven test: tests/python/README.md.
 # To add a fuzz target: a test named fuzz_* in crates/testkit/tests/fuzz/; each runs for
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 only=all
 if [ "${1:-}" = --only ]; then only="${2:?--only needs a name}"; fi
-case "$only" in all | lint | rust | python | fuzz | torch) ;; *) echo "unknown part '$only'" >&2; exit 2 ;; esac
+case "$only" in all | lint | rust | python | fuzz | torch | jax) ;; *) echo "unknown part '$only'" >&2; exit 2 ;; esac
 
 export CARGO_TERM_PROGRESS_WHEN=never
 # setup.sh installed NVRTC, so a test that does not find it fails instead of being skipped.
@@ -56,7 +56,7 @@ python() {
   for test in tests/python/test_*.py; do
     [ -e "$test" ] || continue
     interpreter=.venv/bin/python
-    case "$test" in *test_torch*) continue ;; *triton*)
+    case "$test" in *test_torch* | *test_jax*) continue ;; *triton*)
       interpreter=.venv-triton/bin/python
       if ! [ -x "$interpreter" ]; then
         printf '\n== %s: not run, no .venv-triton (scripts/setup.sh triton, on Linux)\n' "$test"
@@ -75,6 +75,12 @@ torch() {
   for test in tests/python/test_torch_*.py; do
     step "$test" "$interpreter" "$test"
   done
+}
+
+# The functions for JAX. Not part of "all" (`make test-jax`).
+jax() {
+  step "build" cargo build --release --locked --workspace --quiet
+  step "tests/python/test_jax.py" .venv-jax/bin/python tests/python/test_jax.py
 }
 
 fuzz() {
