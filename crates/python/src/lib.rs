@@ -32,10 +32,7 @@ pub(crate) fn python_error(error: Error) -> PyErr {
 /// The addresses of the handlers of XLA's custom calls, by platform.
 #[pyfunction]
 fn xla_handlers() -> [(&'static str, usize); 2] {
-    [
-        ("cpu", tilewright_xla_ffi::cpu_handler as *const () as usize),
-        ("CUDA", tilewright_xla_ffi::cuda_handler as *const () as usize),
-    ]
+    tilewright_xla_ffi::handlers()
 }
 
 #[pymodule]

@@ -122,7 +122,7 @@ pub(crate) struct Attrs {
 
 /// One call.
 #[repr(C)]
-pub struct CallFrame {
+pub(crate) struct CallFrame {
     pub(crate) struct_size: usize,
     pub(crate) extension_start: *mut ExtensionBase,
     pub(crate) api: *const Api,

@@ -7,11 +7,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use tilewright_base::{Error, Result};
 
+/// The handlers by XLA's names of platforms, as the addresses that XLA wants (`XLA_FFI_Handler*`).
+pub fn handlers() -> [(&'static str, usize); 2] {
+    let address = |handler: Handler| handler as *const () as usize;
+    [("cpu", address(cpu_handler)), ("CUDA", address(cuda_handler))]
+}
+
+type Handler = unsafe extern "C" fn(*mut CallFrame) -> *mut XlaError;
+
 /// The handler for processors: a graph's run in XLA's memory.
 ///
 /// # Safety
 /// Called by XLA, with its frame of a call.
-pub unsafe extern "C" fn cpu_handler(frame: *mut CallFrame) -> *mut XlaError {
+pub(crate) unsafe extern "C" fn cpu_handler(frame: *mut CallFrame) -> *mut XlaError {
     // SAFETY: the caller's.
     unsafe { handled(frame, programs::run_cpu) }
 }
@@ -20,7 +28,7 @@ pub unsafe extern "C" fn cpu_handler(frame: *mut CallFrame) -> *mut XlaError {
 ///
 /// # Safety
 /// Called by XLA, with its frame of a call.
-pub unsafe extern "C" fn cuda_handler(frame: *mut CallFrame) -> *mut XlaError {
+pub(crate) unsafe extern "C" fn cuda_handler(frame: *mut CallFrame) -> *mut XlaError {
     // SAFETY: the caller's.
     unsafe { handled(frame, programs::run_cuda) }
 }

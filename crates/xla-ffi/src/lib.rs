@@ -22,4 +22,4 @@ mod frame;
 mod handler;
 mod programs;
 
-pub use handler::{cpu_handler, cuda_handler};
+pub use handler::handlers;
