@@ -207,7 +207,10 @@ def other_types_and_devices():
         eps = torch.finfo(dtype).eps
         assert got.dtype is dtype and (got.double() - exact).abs().max() <= 4 * eps * exact.abs().max(), dtype
         assert not seen[0].reasons and not seen[0].groups[0].failure
-    for options, word in (({"device": "cuda"}, "CPU"), ({"thread": 2}, "threads")):
+    wrong = [({"device": "meta"}, "CPUs"), ({"thread": 2}, "threads")]
+    if not torch.cuda.is_available():
+        wrong.append(({"device": "cuda"}, "finds none"))
+    for options, word in wrong:
         try:
             compiled(torch.nn.Linear(2, 2), options=options)(torch.randn(1, 2))
         except Exception as error:  # noqa: BLE001  (Dynamo wraps it)

@@ -101,6 +101,8 @@ class Settings:
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"tilewright compiles for CPUs and NVIDIA GPUs, not for {device}")
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("the options ask for a GPU, and PyTorch finds none")
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         precision = settings.precision
         if precision is None:
