@@ -5,7 +5,7 @@
     outputs = model.run({"input": array})          # names to NumPy arrays
     result = model(array)                          # or called, with arrays or tensors
 
-With PyTorch (which is imported only by these):
+With PyTorch (which is imported only by these, and by `tilewright.ops`, the operator pack):
 
     fast = torch.compile(model, backend="tilewright")
     print(tilewright.explain(model, *inputs))      # what is ours, what stays PyTorch's, where the time goes
@@ -35,7 +35,7 @@ __all__ = ["Model", "compile", "explain", "load", "verify"]
 class Model:
     """A compiled model; `load` makes one. It may be shared by threads: runs take turns."""
 
-    def __init__(self, native: _native.Native):
+    def __init__(self, native: "_native.Native"):
         self._native = native
         self.inputs: list[str] = [name for name, _ in native.inputs]
         self.outputs: list[str] = list(native.outputs)
@@ -86,6 +86,8 @@ def load(path: str | os.PathLike, threads: int = 0, cache: bool = True) -> Model
     `threads` of 0 uses all; `cache` keeps compiled kernels on disk. Raises ValueError for a bad file,
     NotImplementedError for an unsupported model.
     """
+    if not _native.HAS_CPU:
+        raise NotImplementedError("this build has no compiler for processors (LLVM): it has tilewright.ops only")
     return Model(_native.load(os.fspath(path), threads, cache))
 
 

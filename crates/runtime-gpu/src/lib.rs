@@ -20,10 +20,12 @@
 //! | `host` | steps on the host |
 //! | `interpret` | running a bound plan in the interpreter |
 //! | `session` | running it on a device |
+//! | `direct` | the same in a caller's stream, over a caller's memory |
 
 mod attention;
 mod bind;
 mod choose;
+mod direct;
 mod host;
 mod interpret;
 mod product;
@@ -31,5 +33,6 @@ mod session;
 
 pub use bind::{Bound, BoundStep, Slot, bind};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
+pub use direct::{Direct, Fitted};
 pub use interpret::{Interpreted, interpret};
 pub use session::{Executable, MemoryReport, RunReport, Session, StepTime};

@@ -1,0 +1,170 @@
+//! Formulas on tensors of one shape, and their gradients, found symbolically.
+//!
+//! `map([x, y], "x * sigmoid(y)")` computes the formula for each element, in `f32` (`f64` for `f64`). Tensors belong to the
+//! formula's variables in the order in which these first occur. `map_backward` gives the gradient of each tensor.
+
+use crate::plans::{Key, run};
+use crate::tensors::{float, like, plain, wide};
+use std::collections::HashMap;
+use std::sync::{OnceLock, PoisonError, RwLock};
+use tilewright_base::{DType, Error, Result};
+use tilewright_expr::{CompileOptions, Func, compile};
+use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
+
+/// The longest formula that is taken, in bytes.
+const LONGEST: usize = 10_000;
+
+/// A number for each formula: the same text, the same number.
+fn number_of(text: &str) -> u64 {
+    static KNOWN: OnceLock<RwLock<HashMap<String, u64>>> = OnceLock::new();
+    let known = KNOWN.get_or_init(RwLock::default);
+    if let Some(number) = known.read().unwrap_or_else(PoisonError::into_inner).get(text) {
+        return *number;
+    }
+    let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+    let next = known.len() as u64;
+    *known.entry(text.to_string()).or_insert(next)
+}
+
+/// The names of a formula's variables, in order.
+///
+/// # Errors
+/// The user's: what is wrong with the text, and where.
+pub fn variables(text: &str) -> Result<Vec<String>> {
+    Ok(function(text, DType::F32)?.params().iter().map(|p| p.name.to_string()).collect())
+}
+
+fn function(text: &str, c: DType) -> Result<Func> {
+    if text.len() > LONGEST {
+        return Err(Error::user(format!("a formula of {} bytes", text.len())));
+    }
+    let options = CompileOptions { default: c, ..CompileOptions::default() };
+    let func = compile(text, &options)?.func.simplify();
+    if func.dtype() != c {
+        return Err(Error::user(format!(
+            "the formula gives {}; it must give a float",
+            func.dtype()
+        ))
+        .with_hint("convert it: f32(...)"));
+    }
+    Ok(func)
+}
+
+/// The inputs of the graph, widened: `%f0`, `%f1` and so on.
+fn inputs(t: DType, count: usize) -> (String, String) {
+    let c = wide(t);
+    let (mut text, mut operands) = (String::new(), Vec::new());
+    for i in 0..count {
+        text += &format!("  %x{i} \"x{i}\": {t}[E] = input\n");
+        operands.push(format!("%f{i}"));
+    }
+    for i in 0..count {
+        text += &format!("  %f{i} = map {{ a -> {c}(a) }} %x{i}\n");
+    }
+    (text, operands.join(", "))
+}
+
+fn forward(func: &Func, t: DType) -> String {
+    let (inputs, operands) = inputs(t, func.params().len());
+    format!(
+        "graph @formula(E in 1..) {{\n{inputs}  %w = map {func} {operands}\n  %y = map {{ a -> {t}(a) }} %w\n  return \"y\": %y\n}}\n"
+    )
+}
+
+fn backward(func: &Func, t: DType) -> Result<String> {
+    let c = wide(t);
+    let count = func.params().len();
+    let (inputs, operands) = inputs(t, count);
+    let mut text = format!("graph @gradient(E in 1..) {{\n  %dy \"dy\": {t}[E] = input\n{inputs}");
+    let mut results = Vec::new();
+    for i in 0..count {
+        let slope = func.derivative(i)?;
+        text += &format!("  %s{i} = map {slope} {operands}\n");
+        text += &format!("  %d{i} = map {{ d, s -> {t}({c}(d) * s) }} %dy, %s{i}\n");
+        results.push(format!("\"d{i}\": %d{i}"));
+    }
+    Ok(format!("{text}  return {}\n}}\n", results.join(", ")))
+}
+
+/// The tensors of a call, of one shape and type, and the formula for that type.
+fn checked(tensors: Vec<Tensor>, text: &str) -> Result<(Vec<Tensor>, DType)> {
+    let Some(first) = tensors.first() else {
+        return Err(Error::user("a formula needs at least one tensor"));
+    };
+    let dtype = float("x", first)?;
+    for (index, tensor) in tensors.iter().enumerate().skip(1) {
+        like(&format!("tensor {index} of `{text}`"), tensor, first)?;
+    }
+    Ok((tensors.into_iter().map(plain).collect::<Result<_>>()?, dtype))
+}
+
+fn fits(func: &Func, tensors: &[Tensor], text: &str) -> Result<()> {
+    let (wanted, given) = (func.params().len(), tensors.len());
+    if wanted == given {
+        return Ok(());
+    }
+    Err(Error::user(format!("{given} tensors for the {wanted} variables of `{text}`")))
+}
+
+/// A formula of tensors.
+pub(crate) struct Map;
+
+impl Operator for Map {
+    const NAME: &'static str = "map";
+    const ARGS: &'static [(&'static str, Arg)] = &[("xs", Arg::Tensors), ("formula", Arg::Str)];
+    const RETURNS: &'static str = "Tensor";
+    const OVERLOADS: &'static [&'static str] = &["inference"];
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [xs, formula] = args else { return Err(Error::bug("arguments")) };
+        let text = formula.str()?;
+        let (xs, dtype) = checked(xs.tensors()?, text)?;
+        let y = Tensor::empty(abi, xs[0].sizes(), dtype, xs[0].device())?;
+        let key = Key::new("map").with(number_of(text)).dtype(dtype).with(xs.len() as u64);
+        let elements = y.elements();
+        if elements > 0 {
+            let inputs: Vec<&Tensor> = xs.iter().collect();
+            run(key, &[elements], &inputs, &[&y], || {
+                let func = function(text, wide(dtype))?;
+                fits(&func, &xs, text)?;
+                Ok(forward(&func, dtype))
+            })?;
+        }
+        Ok(vec![Value::Tensor(y)])
+    }
+}
+
+/// The gradients of [`Map`].
+pub(crate) struct MapBackward;
+
+impl Operator for MapBackward {
+    const NAME: &'static str = "map_backward";
+    const ARGS: &'static [(&'static str, Arg)] =
+        &[("dy", Arg::Tensor), ("xs", Arg::Tensors), ("formula", Arg::Str)];
+    const RETURNS: &'static str = "Tensor[]";
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [dy, xs, formula] = args else { return Err(Error::bug("arguments")) };
+        let text = formula.str()?;
+        let (xs, dtype) = checked(xs.tensors()?, text)?;
+        let dy = dy.tensor()?;
+        like("dy", &dy, &xs[0])?;
+        let dy = plain(dy)?;
+        let dxs = xs
+            .iter()
+            .map(|x| Tensor::empty(abi, x.sizes(), dtype, x.device()))
+            .collect::<Result<Vec<_>>>()?;
+        let key = Key::new("map_backward").with(number_of(text)).dtype(dtype).with(xs.len() as u64);
+        let elements = dy.elements();
+        if elements > 0 {
+            let inputs: Vec<&Tensor> = std::iter::once(&dy).chain(&xs).collect();
+            let outputs: Vec<&Tensor> = dxs.iter().collect();
+            run(key, &[elements], &inputs, &outputs, || {
+                let func = function(text, wide(dtype))?;
+                fits(&func, &xs, text)?;
+                backward(&func, dtype)
+            })?;
+        }
+        Ok(vec![Value::Tensors(dxs)])
+    }
+}
