@@ -11,6 +11,7 @@ With PyTorch (which is imported only by these, and by `tilewright.ops`, the oper
     print(tilewright.explain(model, *inputs))      # what is ours, what stays PyTorch's, where the time goes
     print(tilewright.verify(model, *inputs))       # eager, ours and float64
     program = tilewright.compile(exported_program)  # of torch.export
+    print(tilewright.patch(model))                 # fused operators in a model of transformers
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from . import _native
 if TYPE_CHECKING:
     import torch
 
+    from .patching import Patch
     from .pytorch.check import Verification
     from .pytorch.exported import CompiledProgram
     from .pytorch.report import Explanation
 
-__all__ = ["Model", "compile", "explain", "load", "verify"]
+__all__ = ["Model", "compile", "explain", "load", "patch", "verify"]
 
 
 class Model:
@@ -120,6 +122,17 @@ def compile(program: "torch.export.ExportedProgram", options: dict | None = None
     from .pytorch.exported import compile_exported as run
 
     return run(program, options)
+
+
+def patch(model: "torch.nn.Module", **which: bool) -> "Patch":
+    """Put the operator pack into a model of transformers, in place, and list what was changed.
+
+    `norms`, `activations`, `rotary`, `loss` and `attention` (all true) say what to change. `undo()` of the result takes it back.
+    """
+    _torch("patch")
+    from .patching import patch as run
+
+    return run(model, **which)
 
 
 def _torch(what: str) -> Any:

@@ -16,6 +16,8 @@
 mod ops;
 mod plans;
 mod tensors;
+#[cfg(test)]
+mod texts;
 
 pub use ops::variables;
 pub use plans::schedules;

@@ -10,19 +10,26 @@ Kernels are compiled when a type and a row length are first met, and kept on dis
 operators as `torch.ops.tilewright.*`; it needs PyTorch 2.10 or later.
 """
 
+from .attentions import attention
 from .formulas import elementwise, geglu, gelu, silu, swiglu
+from .linears import linear, linear_cross_entropy
 from .losses import cross_entropy
 from .norms import layer_norm, rms_norm
+from .rotations import rotary
 from .softmaxes import log_softmax, softmax
 
 __all__ = [
+    "attention",
     "cross_entropy",
     "elementwise",
     "geglu",
     "gelu",
     "layer_norm",
+    "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
+    "rotary",
     "silu",
     "softmax",
     "swiglu",

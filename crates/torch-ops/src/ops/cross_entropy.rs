@@ -221,3 +221,15 @@ impl Operator for CrossEntropyBackward {
         Ok(vec![Value::Tensor(dx)])
     }
 }
+
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<(String, String)> {
+    let plain =
+        Form { dtype: DType::F32, columns: 40, ignored: -100, smoothing: 0.0, z: 0.0, cap: 0.0 };
+    let rich = Form { dtype: DType::BF16, ignored: 1, smoothing: 0.1, z: 1e-3, cap: 30.0, ..plain };
+    let texts =
+        [("cross-entropy", plain), ("cross-entropy with everything", rich)].map(|(name, form)| {
+            [(name.to_string(), form.forward()), (format!("{name}, backward"), form.backward())]
+        });
+    texts.concat()
+}

@@ -15,7 +15,7 @@ use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
 const LONGEST: usize = 10_000;
 
 /// A number for each formula: the same text, the same number.
-fn number_of(text: &str) -> u64 {
+pub(super) fn number_of(text: &str) -> u64 {
     static KNOWN: OnceLock<RwLock<HashMap<String, u64>>> = OnceLock::new();
     let known = KNOWN.get_or_init(RwLock::default);
     if let Some(number) = known.read().unwrap_or_else(PoisonError::into_inner).get(text) {
@@ -34,7 +34,7 @@ pub fn variables(text: &str) -> Result<Vec<String>> {
     Ok(function(text, DType::F32)?.params().iter().map(|p| p.name.to_string()).collect())
 }
 
-fn function(text: &str, c: DType) -> Result<Func> {
+pub(super) fn function(text: &str, c: DType) -> Result<Func> {
     if text.len() > LONGEST {
         return Err(Error::user(format!("a formula of {} bytes", text.len())));
     }
@@ -166,5 +166,36 @@ impl Operator for MapBackward {
             })?;
         }
         Ok(vec![Value::Tensors(dxs)])
+    }
+}
+
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<(String, String)> {
+    let formulas = ["x * sigmoid(1.702 * x)", "x * sigmoid(x) * y"];
+    let texts = formulas.map(|text| {
+        let func = function(text, DType::F32).expect("a formula");
+        let gradient = backward(&func, DType::BF16).expect("a derivative");
+        [(text.to_string(), forward(&func, DType::F32)), (format!("{text}, backward"), gradient)]
+    });
+    texts.concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_come_in_the_order_of_their_first_use() {
+        assert_eq!(variables("b * sigmoid(a) + b").expect("a formula"), ["b", "a"]);
+        assert!(variables("x +").is_err());
+        assert!(variables("x > 1").is_err());
+        assert!(variables(&"x+".repeat(10_000)).is_err());
+    }
+
+    #[test]
+    fn the_same_text_has_the_same_number() {
+        let (a, b) = (number_of("x + 1"), number_of("x + 2"));
+        assert_ne!(a, b);
+        assert_eq!(number_of("x + 1"), a);
     }
 }

@@ -428,3 +428,22 @@ impl Operator for LayerNormBackward {
         backward(abi, Kind::Layer, dy, x, Some(mean), rstd, dh, weight, bias)
     }
 }
+
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    for (kind, dtype) in [(Kind::Rms, DType::F32), (Kind::Layer, DType::BF16)] {
+        for residual in [false, true] {
+            let weight = Some(dtype);
+            let bias = (kind == Kind::Layer).then_some(DType::F32);
+            let form = Form { kind, columns: 48, dtype, weight, bias, residual };
+            let name = format!(
+                "{} of {dtype}, residual {residual}",
+                if bias.is_some() { "layer" } else { "rms" }
+            );
+            all.push((name.clone(), form.forward(1e-5)));
+            all.push((format!("{name}, backward"), form.backward()));
+        }
+    }
+    all
+}

@@ -102,3 +102,15 @@ impl Operator for SoftmaxBackward {
         Ok(vec![Value::Tensor(dx)])
     }
 }
+
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<(String, String)> {
+    let both = [("softmax", false), ("log softmax", true)];
+    let texts = both.map(|(name, log)| {
+        [
+            (name.to_string(), forward(DType::F32, 40, log)),
+            (format!("{name}, backward"), backward(DType::BF16, 40, log)),
+        ]
+    });
+    texts.concat()
+}
