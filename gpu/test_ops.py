@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, tor
 
 def made(*shape, dtype=torch.float32, seed=0):
     generator = torch.Generator(device=DEVICE).manual_seed(seed)
-    return torch.randn(*shape, device=DEVICE, generator=generator).to(dtype)
+    return torch.randn(shape, device=DEVICE, generator=generator).to(dtype)
 
 
 def rms64(x, w, eps=1e-6):
@@ -71,6 +71,45 @@ def cases():
     }
 
 
+def rotated(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-b, a), -1) * sin.unsqueeze(1)
+
+
+def sdpa(q, k, v, causal=False):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+
+# Name, function, the same in PyTorch, tensors of a type; those after the number of differentiable ones are tables.
+def others(d):
+    angles = made(2, 33, 64, seed=5)
+    t = torch.arange(66, device=DEVICE) % 500
+    t[7] = -100
+    return {
+        "rotary": (ops.rotary, rotated, (made(2, 4, 33, 64, dtype=d),), (angles.cos().to(d), angles.sin().to(d))),
+        "linear": (ops.linear, F.linear, (made(66, 128, dtype=d), made(256, 128, dtype=d, seed=1), made(256, dtype=d, seed=2)), ()),
+        "linear, gelu, residual": (
+            lambda x, w, b, r: ops.linear(x, w, b, "gelu", r),
+            lambda x, w, b, r: F.gelu(F.linear(x, w, b)) + r,
+            (made(66, 128, dtype=d), made(256, 128, dtype=d, seed=1), made(256, dtype=d, seed=2), made(66, 256, dtype=d, seed=3)),
+            (),
+        ),
+        "linear_cross_entropy": (
+            lambda x, w, t: ops.linear_cross_entropy(x, w, t, rows=24),
+            lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
+            (made(66, 128, dtype=d), made(500, 128, dtype=d, seed=1)),
+            (t,),
+        ),
+        "attention": (ops.attention, sdpa, tuple(made(2, 4, 100, 64, dtype=d, seed=i) for i in range(3)), ()),
+        "attention, causal, shared heads": (
+            lambda q, k, v: ops.attention(q, k, v, causal=True),
+            lambda q, k, v: sdpa(q, k, v, True),
+            (made(2, 4, 100, 64, dtype=d), made(2, 2, 100, 64, dtype=d, seed=1), made(2, 2, 100, 64, dtype=d, seed=2)),
+            (),
+        ),
+    }
+
+
 def losses():
     def targets(m, n):
         t = torch.randint(0, n, (m,), device=DEVICE, generator=torch.Generator(device=DEVICE).manual_seed(3))
@@ -107,15 +146,19 @@ def error(ours, reference):
     return (ours.double() - reference).abs().max().item() / scale
 
 
-def compare(ours, reference, tensors):
+def compare(ours, reference, tensors, tables=()):
     """Errors of results and gradients against float64."""
-    mine = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    mine = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors] + list(tables)
     wide = [t.double().clone().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    wide += [t.double() if t.is_floating_point() else t for t in tables]
+    with torch.no_grad():
+        fused = flat(ours(*mine))
     given, wanted = flat(ours(*mine)), flat(reference(*wide))
     seeds = [made(*g.shape, seed=20 + i) for i, g in enumerate(given)]
     torch.autograd.backward(given, [s.to(g.dtype) for s, g in zip(seeds, given)])
     torch.autograd.backward(wanted, [s.to(g.dtype).double() for s, g in zip(seeds, given)])
     found = {f"y{i}": error(a, b) for i, (a, b) in enumerate(zip(given, wanted))}
+    found |= {f"y{i} without gradients": error(a, b) for i, (a, b) in enumerate(zip(fused, wanted))}
     for i, (a, b) in enumerate(zip(mine, wide)):
         if a.requires_grad:
             found[f"d{i}"] = error(a.grad, b.grad)
@@ -163,6 +206,19 @@ def values(report, shapes, dtypes):
                     return f"{worst:.1e}"
 
                 report.case(f"{name} {m}x{n} {str(dtype)[6:]}", run)
+
+
+def other_values(report):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name, (ours, reference, tensors, tables) in others(dtype).items():
+
+            def run():
+                found = compare(ours, reference, tensors, tables)
+                worst = max(found.values())
+                assert worst < TOLERANCE[dtype] * (8 if dtype != torch.float32 else 40), found
+                return f"{worst:.1e}"
+
+            report.case(f"{name} {str(dtype)[6:]}", run)
 
 
 def checks(report):
@@ -260,7 +316,8 @@ def checks(report):
 def host_time(report, out):
     """Microseconds of the host per call, for tensors so small that the device is never the limit."""
     x, w = made(4, 64), made(64)
-    b = made(64)
+    b, nothing = made(64), made(0, 64)
+    raw = torch.ops.tilewright.softmax.inference
 
     def per_call(f, n=2000):
         best = []
@@ -277,6 +334,9 @@ def host_time(report, out):
         "rms_norm": (lambda: ops.rms_norm(x, w), lambda: F.rms_norm(x, (64,), w, 1e-6)),
         "layer_norm": (lambda: ops.layer_norm(x, w, b), lambda: F.layer_norm(x, (64,), w, b)),
         "softmax": (lambda: ops.softmax(x), lambda: torch.softmax(x, -1)),
+        "softmax, without the function": (lambda: raw(x, False), lambda: torch.ops.aten._softmax.default(x, -1, False)),
+        "softmax of nothing": (lambda: raw(nothing, False), lambda: torch.ops.aten._softmax.default(nothing, -1, False)),
+        "an empty tensor": (lambda: torch.empty_strided((4, 64), (64, 1), device=DEVICE), lambda: torch.empty_like(x)),
         "gelu": (lambda: ops.gelu(x), lambda: F.gelu(x)),
     }
     with torch.no_grad():
@@ -364,6 +424,29 @@ def speed(report, out, seconds):
                 return ", ".join(f"{k} {v:.1f} us" for k, v in medians.items()) + f"; {rate:.2f} TB/s"
 
             report.case(f"forward {name} {m}x{n} bf16", run)
+            if name in ("rms_norm", "layer_norm", "swiglu", "softmax") and m == 16384:
+                report.case(f"both ways {name} {m}x{n} bf16", lambda: both_ways(out, name, ours, plain, tensors(m, n, d)))
+
+
+def both_ways(out, name, ours, plain, first):
+    """Forward and backward together, by events."""
+    forms = {"ours": ours, "eager": plain, "inductor": torch.compile(plain, dynamic=False)}
+    times = {k: [] for k in forms}
+    seed = made(*first[0].shape, dtype=first[0].dtype, seed=30)
+    held = [t.clone().requires_grad_() for t in first]
+    for turn in range(12):
+        for k, f in forms.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(3):
+                torch.autograd.grad(f(*held), held, seed)
+            end.record()
+            end.synchronize()
+            if turn > 2:
+                times[k].append(start.elapsed_time(end) * 1e3 / 3)
+    medians = {k: statistics.median(v) for k, v in times.items()}
+    out.append({"case": f"{name} both ways", "us": medians})
+    return ", ".join(f"{k} {v:.1f} us" for k, v in medians.items())
 
 
 def main():
@@ -377,10 +460,14 @@ def main():
     if given.what == "check":
         values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16])
         values(report, [(130, 4096)], [torch.float16])
+        other_values(report)
         checks(report)
     else:
         host_time(report, out)
         speed(report, out, given.seconds)
+        from tilewright import _native
+
+        print("\n".join(_native.operator_schedules(0, [16384])))
     if given.out:
         with open(given.out, "w") as file:
             json.dump(out, file, indent=1)

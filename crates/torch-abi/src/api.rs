@@ -100,6 +100,8 @@ functions! {
         delete_value = "torch_delete_stable_ivalue" (*mut StableValue) -> i32;
         exception = "torch_exception_get_what_without_backtrace" () -> *const c_char;
         cuda_stream = "aoti_torch_get_current_cuda_stream" (i32, *mut *mut c_void) -> i32;
+        cuda_guard = "aoti_torch_create_cuda_guard" (i32, *mut *mut c_void) -> i32;
+        delete_cuda_guard = "aoti_torch_delete_cuda_guard" (*mut c_void) -> i32;
         operator_delete = "_ZdlPv" (*mut c_void) -> ();
     }
 }
@@ -125,6 +127,21 @@ pub enum Device {
     Cpu,
     /// On this CUDA device.
     Cuda(u32),
+}
+
+/// While it lives, a CUDA device is the thread's current one; then the one before is again.
+pub struct CudaGuard {
+    abi: &'static Abi,
+    handle: *mut c_void,
+}
+
+impl Drop for CudaGuard {
+    fn drop(&mut self) {
+        if let Some(delete) = self.abi.functions.delete_cuda_guard {
+            // SAFETY: our guard, used for the last time.
+            let _ = unsafe { delete(self.handle) };
+        }
+    }
 }
 
 /// PyTorch's functions, and how it counts types and devices.
@@ -207,6 +224,21 @@ impl Abi {
         let code = unsafe { function(device.cast_signed(), &mut stream) };
         self.checked(code, "asking for the current stream")?;
         Ok(stream)
+    }
+
+    /// Makes a CUDA device the current one of this thread for as long as the result lives.
+    ///
+    /// # Errors
+    /// Unsupported where PyTorch has no CUDA.
+    pub fn cuda_guard(&'static self, device: u32) -> Result<CudaGuard> {
+        let function = self.functions.cuda_guard.ok_or_else(|| {
+            Error::unsupported("this PyTorch has no CUDA (aoti_torch_create_cuda_guard)")
+        })?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: a place for the guard.
+        let code = unsafe { function(device.cast_signed(), &mut handle) };
+        self.checked(code, "choosing a CUDA device")?;
+        Ok(CudaGuard { abi: self, handle })
     }
 
     /// Whether a call of the interface succeeded; `doing` says what it was for.

@@ -20,7 +20,7 @@ mod call;
 mod library;
 mod tensor;
 
-pub use api::{Abi, Device};
+pub use api::{Abi, CudaGuard, Device};
 pub use call::{Arg, Value};
 pub use library::{Library, Operator, schema};
-pub use tensor::{Tensor, contiguous_strides};
+pub use tensor::{Axes, Tensor, contiguous_strides};

@@ -1,8 +1,12 @@
 //! [`Tensor`]: a tensor of PyTorch, owned through the C interface.
 
 use crate::api::{Abi, Device, TensorHandle};
+use smallvec::{SmallVec, smallvec};
 use std::ptr::null_mut;
 use tilewright_base::{DType, Error, Result};
+
+/// Sizes or strides; few tensors have more axes than fit here without memory of their own.
+pub type Axes = SmallVec<[i64; 6]>;
 
 /// A reference to a tensor. Dropping it gives the reference back.
 ///
@@ -13,13 +17,13 @@ pub struct Tensor {
     handle: TensorHandle,
     dtype: i32,
     device: Device,
-    sizes: Vec<i64>,
-    strides: Vec<i64>,
+    sizes: Axes,
+    strides: Axes,
 }
 
 /// Strides of a row-major tensor of these sizes, in elements.
-pub fn contiguous_strides(sizes: &[i64]) -> Vec<i64> {
-    let mut strides = vec![1; sizes.len()];
+pub fn contiguous_strides(sizes: &[i64]) -> Axes {
+    let mut strides: Axes = smallvec![1; sizes.len()];
     for axis in (1..sizes.len()).rev() {
         strides[axis - 1] = strides[axis] * sizes[axis].max(1);
     }
@@ -38,8 +42,8 @@ impl Tensor {
             handle,
             dtype: 0,
             device: Device::Cpu,
-            sizes: Vec::new(),
-            strides: Vec::new(),
+            sizes: Axes::new(),
+            strides: Axes::new(),
         };
         const ASKING: &str = "reading a tensor";
         let f = &abi.functions;
@@ -100,7 +104,7 @@ impl Tensor {
             )
         };
         abi.checked(result, "making a tensor")?;
-        Ok(Tensor { abi, handle, dtype: code, device, sizes: sizes.to_vec(), strides })
+        Ok(Tensor { abi, handle, dtype: code, device, sizes: Axes::from_slice(sizes), strides })
     }
 
     /// The interface it came through.
@@ -232,8 +236,8 @@ mod tests {
 
     #[test]
     fn strides_are_row_major() {
-        assert_eq!(contiguous_strides(&[2, 3, 4]), [12, 4, 1]);
-        assert_eq!(contiguous_strides(&[2, 0, 4]), [4, 4, 1]);
+        assert_eq!(contiguous_strides(&[2, 3, 4])[..], [12, 4, 1]);
+        assert_eq!(contiguous_strides(&[2, 0, 4])[..], [4, 4, 1]);
         assert!(contiguous_strides(&[]).is_empty());
     }
 }

@@ -3,14 +3,20 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
-use tilewright_base::{DType, Error, Result};
+#[cfg(feature = "cpu")]
+use std::sync::Mutex;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+#[cfg(not(feature = "cpu"))]
+use tilewright_base::Error;
+use tilewright_base::{DType, Result};
 use tilewright_cuda::{Nvrtc, Stream};
 use tilewright_graph::Graph;
 use tilewright_launch::Loader;
 use tilewright_runtime_gpu::Direct;
 use tilewright_target::Gpu as Machine;
-use tilewright_torch_abi::{Abi, Device, Tensor};
+#[cfg(feature = "cpu")]
+use tilewright_torch_abi::Abi;
+use tilewright_torch_abi::{Device, Tensor};
 
 /// What a plan was compiled for: the operator and the numbers that its text depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,7 +108,10 @@ fn on_cpu(
 
 #[cfg(feature = "cpu")]
 fn first_abi(tensors: &[&Tensor]) -> Result<&'static Abi> {
-    tensors.first().map(|t| t.abi()).ok_or_else(|| Error::bug("an operator without results"))
+    tensors
+        .first()
+        .map(|t| t.abi())
+        .ok_or_else(|| tilewright_base::Error::bug("an operator without results"))
 }
 
 /// The compiler of this process, on as many threads as PyTorch has when it is first asked for.
@@ -127,7 +136,9 @@ fn compiler(process: u32, abi: &Abi) -> Result<tilewright::Compiler> {
 struct Cuda {
     loader: Arc<Loader>,
     machine: Machine,
-    /// Looked up only, never iterated.
+    /// Whether it is the only one.
+    alone: bool,
+    /// Looked up only.
     plans: RwLock<HashMap<Key, Arc<Direct>>>,
 }
 
@@ -142,7 +153,8 @@ fn cuda(index: u32) -> Result<Arc<Cuda>> {
     let nvrtc = Nvrtc::open(folder.map(|f| f.join("cuda")).as_deref())?;
     let loader = Arc::new(Loader::new(device.gpu().clone(), nvrtc));
     let machine = device.machine().clone();
-    let made = Arc::new(Cuda { loader, machine, plans: RwLock::default() });
+    let alone = tilewright_cuda::Gpu::count()? == 1;
+    let made = Arc::new(Cuda { loader, machine, alone, plans: RwLock::default() });
     let mut devices = devices.write().unwrap_or_else(PoisonError::into_inner);
     Ok(devices.entry(index).or_insert(made).clone())
 }
@@ -156,6 +168,10 @@ fn on_cuda(
     text: impl FnOnce() -> Result<String>,
 ) -> Result<()> {
     let device = cuda(index)?;
+    let Some(first) = outputs.first() else { return Ok(()) };
+    let abi = first.abi();
+    // With one device it is the current one.
+    let _guard = if device.alone { None } else { Some(abi.cuda_guard(index)?) };
     let known = device.plans.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
     let plan = match known {
         Some(plan) => plan,
@@ -169,8 +185,6 @@ fn on_cuda(
         }
     };
     let fitted = plan.fit(sizes)?;
-    let Some(first) = outputs.first() else { return Ok(()) };
-    let abi = first.abi();
     let scratch = match fitted.scratch_bytes() {
         0 => None,
         bytes => {

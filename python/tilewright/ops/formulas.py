@@ -13,9 +13,15 @@ from ._define import pair, single, wide
 _FUNCTIONS = ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "floor", "ceil", "abs")
 
 
-@functools.lru_cache(maxsize=None)
+_KNOWN: dict[str, tuple[str, ...]] = {}
+
+
+@torch.compiler.assume_constant_result
 def _variables(formula: str) -> tuple[str, ...]:
-    return tuple(_native.formula_variables(formula))
+    """The formula's variables. Inside of a compiled function this is a constant."""
+    if formula not in _KNOWN:
+        _KNOWN[formula] = tuple(_native.formula_variables(formula))
+    return _KNOWN[formula]
 
 
 def _forward_composed(xs, formula):

@@ -9,18 +9,18 @@ from . import formulas, losses
 from ._define import single
 
 _ACTIVATIONS = {
-    None: "",
-    "relu": "max(x, 0.0)",
-    "gelu": formulas._GELU.text,
-    "gelu_tanh": formulas._GELU_TANH.text,
-    "silu": formulas._SILU.text,
+    "relu": formulas.elementwise("max(x, 0.0)"),
+    "gelu": formulas._GELU,
+    "gelu_tanh": formulas._GELU_TANH,
+    "silu": formulas._SILU,
 }
 
 
 def _composed(x, weight, bias, residual, activation):
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if activation:
-        y = torch.relu(y) if activation == _ACTIVATIONS["relu"] else formulas._forward_composed([y], activation)
+        relu = activation == _ACTIVATIONS["relu"].text
+        y = torch.relu(y) if relu else formulas._forward_composed([y], activation)
     return y if residual is None else y + residual
 
 
@@ -37,17 +37,17 @@ def linear(x, weight, bias=None, activation=None, residual=None):
     `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the product is
     PyTorch's and what follows it the pack's: the gradient needs the sums before the activation.
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}")
+    if activation is not None and activation not in _ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}, or None")
     given = [t for t in (x, weight, bias, residual) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         y = F.linear(x, weight, bias)
         if activation == "relu":
             y = torch.relu(y)
         elif activation is not None:
-            y = formulas.elementwise(_ACTIVATIONS[activation])(y)
+            y = _ACTIVATIONS[activation](y)
         return y if residual is None else y + residual
-    return _linear(x, weight, bias, residual, _ACTIVATIONS[activation])
+    return _linear(x, weight, bias, residual, "" if activation is None else _ACTIVATIONS[activation].text)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -12,7 +12,8 @@ fn forward(t: DType, n: i64, log: bool) -> String {
             "  %l = map {{ s -> log(s) }} %s\n  %y = map {{ a, m, l -> {t}(a - m - l) }} %f, %m, %l\n"
         )
     } else {
-        format!("  %y = map {{ e, s -> {t}(e / s) }} %e, %s\n")
+        // One division per row, not one per element.
+        format!("  %i = map {{ s -> 1.0 / s }} %s\n  %y = map {{ e, i -> {t}(e * i) }} %e, %i\n")
     };
     format!(
         "graph @softmax(M in 1..) {{
