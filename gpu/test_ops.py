@@ -227,7 +227,8 @@ def checks(report):
     inputs = {
         "rms_norm": (x.clone().requires_grad_(), w.clone().requires_grad_(), 1e-6),
         "softmax": (x.clone().requires_grad_(), False),
-        "map": ([x.clone().requires_grad_(), x.clone().requires_grad_()], "x * sigmoid(x) * y"),
+        "map2": (x.clone().requires_grad_(), x.clone().requires_grad_(), "x * sigmoid(x) * y"),
+        "map": ([x.clone().requires_grad_() for _ in range(3)], "x * sigmoid(y) + z"),
         "cross_entropy": (x.clone().requires_grad_(), torch.arange(24, device=DEVICE), -100, 0.0, 0.0, 0.0),
     }
     for name, args in inputs.items():
@@ -334,6 +335,7 @@ def host_time(report, out):
         "rms_norm": (lambda: ops.rms_norm(x, w), lambda: F.rms_norm(x, (64,), w, 1e-6)),
         "layer_norm": (lambda: ops.layer_norm(x, w, b), lambda: F.layer_norm(x, (64,), w, b)),
         "softmax": (lambda: ops.softmax(x), lambda: torch.softmax(x, -1)),
+        "swiglu": (lambda: ops.swiglu(x, x), lambda: F.silu(x) * x),
         "softmax, without the function": (lambda: raw(x, False), lambda: torch.ops.aten._softmax.default(x, -1, False)),
         "softmax of nothing": (lambda: raw(nothing, False), lambda: torch.ops.aten._softmax.default(nothing, -1, False)),
         "an empty tensor": (lambda: torch.empty_strided((4, 64), (64, 1), device=DEVICE), lambda: torch.empty_like(x)),
@@ -350,6 +352,90 @@ def host_time(report, out):
                 return f"{a:.2f} us, PyTorch's {b:.2f} us"
 
             report.case(f"host time {name}", run)
+
+
+def training_host_time(report, out):
+    """Microseconds of the host per forward and backward of tiny tensors."""
+    x, y, w = made(4, 64).requires_grad_(), made(4, 64).requires_grad_(), made(64).requires_grad_()
+    seed = made(4, 64)
+
+    def per_call(f, held, n=200):
+        best = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(n):
+                torch.autograd.grad(f(), held, seed)
+            best.append((time.perf_counter() - start) / n * 1e6)
+        return min(best[1:])
+
+    pairs = {
+        "rms_norm": (lambda: ops.rms_norm(x, w), lambda: F.rms_norm(x, (64,), w, 1e-6), (x, w)),
+        "softmax": (lambda: ops.softmax(x), lambda: torch.softmax(x, -1), (x,)),
+        "swiglu": (lambda: ops.swiglu(x, y), lambda: F.silu(x) * y, (x, y)),
+    }
+    for name, (ours, theirs, held) in pairs.items():
+
+        def run():
+            a, b = per_call(ours, held), per_call(theirs, held)
+            out.append({"case": f"host both ways {name}", "ours_us": a, "torch_us": b})
+            return f"{a:.1f} us, PyTorch's {b:.1f} us"
+
+        report.case(f"host time both ways {name}", run)
+
+
+def losses_and_attention(report, out, deadline):
+    d = torch.bfloat16
+
+    def race(name, forms, first, work, unit):
+        def run():
+            sets = [tuple(t.clone() for t in first) for _ in range(2)]
+            with torch.no_grad():
+                graphs = {k: graph_of(f, sets, 2) for k, f in forms.items()}
+                times = {k: [] for k in graphs}
+                for _ in range(7):
+                    for k, g in graphs.items():
+                        times[k].append(timed(g, 2))
+            medians = {k: statistics.median(v) for k, v in times.items()}
+            out.append({"case": name, "us": medians})
+            return ", ".join(f"{k} {v:.1f} us" for k, v in medians.items()) + f"; {work / medians['ours'] / 1e6:.2f} {unit}"
+
+        if time.perf_counter() < deadline:
+            report.case(name, run)
+
+    logits, t = made(8192, 32768, dtype=d), torch.arange(8192, device=DEVICE) % 32768
+    race(
+        "forward cross_entropy 8192x32768 bf16",
+        {"ours": ops.cross_entropy, "eager": F.cross_entropy, "inductor": torch.compile(F.cross_entropy)},
+        (logits, t),
+        logits.numel() * 2,
+        "TB/s",
+    )
+    loss, lse = torch.ops.tilewright.cross_entropy(logits, t, -100, 0.0, 0.0, 0.0)
+    down = torch.ones_like(loss)
+    race(
+        "gradient of cross_entropy 8192x32768 bf16",
+        {"ours": lambda x, t: torch.ops.tilewright.cross_entropy_backward(down, x, t, lse, -100, 0.0, 0.0, 0.0)},
+        (logits, t),
+        logits.numel() * 4,
+        "TB/s",
+    )
+    q = tuple(made(4, 16, 4096, 128, dtype=d, seed=i) for i in range(3))
+    race(
+        "attention 4x16x4096x128 bf16",
+        {"ours": ops.attention, "eager": F.scaled_dot_product_attention},
+        q,
+        4 * 4 * 16 * 4096 * 4096 * 128,
+        "TFLOPS",
+    )
+    x, w, b = made(4096, 4096, dtype=d), made(4096, 4096, dtype=d, seed=1), made(4096, dtype=d, seed=2)
+    race(
+        "linear with gelu 4096^3 bf16",
+        {"ours": lambda x, w, b: ops.linear(x, w, b, "gelu"), "eager": lambda x, w, b: F.gelu(F.linear(x, w, b))},
+        (x, w, b),
+        2 * 4096**3,
+        "TFLOPS",
+    )
 
 
 def graph_of(f, tensors, copies):
@@ -375,8 +461,7 @@ def timed(graph, copies):
     return start.elapsed_time(end) * 1e3 / copies
 
 
-def speed(report, out, seconds):
-    deadline = time.perf_counter() + seconds
+def speed(report, out, deadline):
     d = torch.bfloat16
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
@@ -425,25 +510,38 @@ def speed(report, out, seconds):
 
             report.case(f"forward {name} {m}x{n} bf16", run)
             if name in ("rms_norm", "layer_norm", "swiglu", "softmax") and m == 16384:
-                report.case(f"both ways {name} {m}x{n} bf16", lambda: both_ways(out, name, ours, plain, tensors(m, n, d)))
+                report.case(
+                    f"both ways {name} {m}x{n} bf16",
+                    lambda: both_ways(out, name, ours, plain, tensors(m, n, d), liger.get(name)),
+                )
 
 
-def both_ways(out, name, ours, plain, first):
-    """Forward and backward together, by events."""
+def gradient_graph(f, tensors, seed):
+    """A CUDA graph of forward and backward together, so that the host's time does not count."""
+    held = [[t.clone().requires_grad_() for t in tensors] for _ in range(2)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for h in held:
+            torch.autograd.grad(f(*h), h, seed)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for h in held:
+            torch.autograd.grad(f(*h), h, seed)
+    return graph, held
+
+
+def both_ways(out, name, ours, plain, first, liger):
+    """Forward and backward together."""
     forms = {"ours": ours, "eager": plain, "inductor": torch.compile(plain, dynamic=False)}
-    times = {k: [] for k in forms}
+    if liger is not None:
+        forms["liger"] = liger
     seed = made(*first[0].shape, dtype=first[0].dtype, seed=30)
-    held = [t.clone().requires_grad_() for t in first]
-    for turn in range(12):
-        for k, f in forms.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(3):
-                torch.autograd.grad(f(*held), held, seed)
-            end.record()
-            end.synchronize()
-            if turn > 2:
-                times[k].append(start.elapsed_time(end) * 1e3 / 3)
+    graphs = {k: gradient_graph(f, first, seed) for k, f in forms.items()}
+    times = {k: [] for k in forms}
+    for _ in range(7):
+        for k, (g, _) in graphs.items():
+            times[k].append(timed(g, 2))
     medians = {k: statistics.median(v) for k, v in times.items()}
     out.append({"case": f"{name} both ways", "us": medians})
     return ", ".join(f"{k} {v:.1f} us" for k, v in medians.items())
@@ -464,7 +562,10 @@ def main():
         checks(report)
     else:
         host_time(report, out)
-        speed(report, out, given.seconds)
+        training_host_time(report, out)
+        deadline = time.perf_counter() + given.seconds
+        losses_and_attention(report, out, deadline)
+        speed(report, out, deadline)
         from tilewright import _native
 
         print("\n".join(_native.operator_schedules(0, [16384])))

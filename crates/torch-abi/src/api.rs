@@ -71,6 +71,7 @@ functions! {
         get_data_ptr = "aoti_torch_get_data_ptr" (TensorHandle, *mut *mut c_void) -> i32;
         empty_strided = "aoti_torch_empty_strided" (i64, *const i64, *const i64, i32, i32, i32, *mut TensorHandle) -> i32;
         copy = "aoti_torch_copy_" (TensorHandle, TensorHandle, i32) -> i32;
+        zero = "aoti_torch_zero_" (TensorHandle) -> i32;
         new_handle = "aoti_torch_new_tensor_handle" (TensorHandle, *mut TensorHandle) -> i32;
         delete_tensor = "aoti_torch_delete_tensor_object" (TensorHandle) -> i32;
         list_size = "torch_list_size" (*mut c_void, *mut usize) -> i32;

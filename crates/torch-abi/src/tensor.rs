@@ -183,6 +183,16 @@ impl Tensor {
         self.abi.checked(code, "copying a tensor")
     }
 
+    /// Makes all elements zero.
+    ///
+    /// # Errors
+    /// PyTorch's.
+    pub fn zero(&self) -> Result<()> {
+        // SAFETY: a tensor.
+        let code = unsafe { (self.abi.functions.zero)(self.handle) };
+        self.abi.checked(code, "clearing a tensor")
+    }
+
     /// The address of its first element.
     ///
     /// # Errors

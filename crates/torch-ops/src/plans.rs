@@ -176,7 +176,9 @@ fn on_cuda(
     let plan = match known {
         Some(plan) => plan,
         None => {
-            let compiler = tilewright::gpu::GpuCompiler::new(device.machine.clone());
+            let mut compiler = tilewright::gpu::GpuCompiler::new(device.machine.clone());
+            // The texts are written to be one kernel wherever that is possible.
+            compiler.fusion = tilewright::Choice::Greedy;
             let planned = compiler.plan(Graph::parse(&text()?)?)?;
             let plan = planned.plan().clone();
             let made = Direct::new(plan, device.loader.clone(), device.machine.clone())?;

@@ -29,21 +29,34 @@ _CPU = torch.library.Library("tilewright", "IMPL")
 class Pair:
     """An operator with a derivative: called, it takes the form that this call needs."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, kept: int | None):
         packet = getattr(torch.ops.tilewright, name)
         self.name = name
+        self.kept = kept
         self.default = packet.default
         self.inference = packet.inference
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled():
-            for arg in args:
-                if isinstance(arg, torch.Tensor):
-                    if arg.requires_grad:
-                        return self.default(*args)
-                elif isinstance(arg, (list, tuple)) and any(t.requires_grad for t in arg):
-                    return self.default(*args)
+        if torch.is_grad_enabled() and _asks_for_gradients(args):
+            return _part(self.default(*args), self.kept)
         return self.inference(*args)
+
+
+def _asks_for_gradients(args: tuple) -> bool:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, (list, tuple)) and any(t.requires_grad for t in arg):
+            return True
+    return False
+
+
+def _part(results: Any, kept: int | None) -> Any:
+    """The first results, or all."""
+    if kept is None:
+        return results
+    return results[0] if kept == 1 else tuple(results[:kept])
 
 
 def single(name: str, fake: Callable, composed: Callable) -> Any:
@@ -52,14 +65,16 @@ def single(name: str, fake: Callable, composed: Callable) -> Any:
     return getattr(torch.ops.tilewright, name).default
 
 
-def pair(name: str, fake: Callable, composed: Callable, save: Callable, gradient: Callable) -> Pair:
-    """An operator with a derivative.
+def pair(
+    name: str, fake: Callable, composed: Callable, save: Callable, gradient: Callable, kept: int | None = None
+) -> Pair:
+    """An operator with a derivative. Without gradients it has its first `kept` results only.
 
     `save(ctx, inputs, output)` keeps what `gradient(ctx, *grads)` needs, which gives one gradient per input. A second
     derivative is refused.
     """
     _add(name, fake, composed)
-    _add(name + ".inference", fake, composed)
+    _add(name + ".inference", lambda *args: _part(fake(*args), kept), lambda *args: _part(composed(*args), kept))
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -73,7 +88,7 @@ def pair(name: str, fake: Callable, composed: Callable, save: Callable, gradient
         return gradient(ctx, *grads)
 
     torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context)
-    return Pair(name)
+    return Pair(name, kept)
 
 
 def _add(name: str, fake: Callable, composed: Callable) -> None:

@@ -46,25 +46,64 @@ _map_backward = single(
     fake=lambda dy, xs, formula: [x.new_empty(x.shape) for x in xs],
     composed=_backward_composed,
 )
+_map1_backward = single(
+    "map1_backward",
+    fake=lambda dy, x, formula: x.new_empty(x.shape),
+    composed=lambda dy, x, formula: _backward_composed(dy, [x], formula)[0],
+)
+_map2_backward = single(
+    "map2_backward",
+    fake=lambda dy, x, y, formula: (x.new_empty(x.shape), y.new_empty(y.shape)),
+    composed=lambda dy, x, y, formula: tuple(_backward_composed(dy, [x, y], formula)),
+)
 
 
-def _save(ctx, inputs, output):
+def _save_list(ctx, inputs, output):
     xs, ctx.formula = inputs
     ctx.save_for_backward(*xs)
 
 
-def _gradient(ctx, dy):
+def _save(ctx, inputs, output):
+    *xs, ctx.formula = inputs
+    ctx.save_for_backward(*xs)
+
+
+def _list_gradient(ctx, dy):
     if dy is None:
         return [None] * len(ctx.saved_tensors), None
     return _map_backward(dy, list(ctx.saved_tensors), ctx.formula), None
+
+
+def _one_gradient(ctx, dy):
+    return None if dy is None else _map1_backward(dy, *ctx.saved_tensors, ctx.formula), None
+
+
+def _two_gradients(ctx, dy):
+    if dy is None:
+        return None, None, None
+    return *_map2_backward(dy, *ctx.saved_tensors, ctx.formula), None
 
 
 _map = pair(
     "map",
     fake=lambda xs, formula: xs[0].new_empty(xs[0].shape),
     composed=_forward_composed,
+    save=_save_list,
+    gradient=_list_gradient,
+)
+_map1 = pair(
+    "map1",
+    fake=lambda x, formula: x.new_empty(x.shape),
+    composed=lambda x, formula: _forward_composed([x], formula),
     save=_save,
-    gradient=_gradient,
+    gradient=_one_gradient,
+)
+_map2 = pair(
+    "map2",
+    fake=lambda x, y, formula: x.new_empty(x.shape),
+    composed=lambda x, y, formula: _forward_composed([x, y], formula),
+    save=_save,
+    gradient=_two_gradients,
 )
 
 
@@ -80,11 +119,14 @@ class Formula:
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         if len(tensors) != len(self.variables):
             raise TypeError(f"{len(tensors)} tensors for the variables {self.variables} of {self.text!r}")
-        if len(tensors) > 1:
-            first = tensors[0]
-            if any(t.shape != first.shape or t.dtype != first.dtype for t in tensors):
-                dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-                tensors = tuple(t.to(dtype) for t in torch.broadcast_tensors(*tensors))
+        if len(tensors) == 1:
+            return _map1(tensors[0], self.text)
+        first = tensors[0]
+        if any(t.shape != first.shape or t.dtype != first.dtype for t in tensors):
+            dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+            tensors = tuple(t.to(dtype) for t in torch.broadcast_tensors(*tensors))
+        if len(tensors) == 2:
+            return _map2(*tensors, self.text)
         return _map(list(tensors), self.text)
 
     def __repr__(self) -> str:

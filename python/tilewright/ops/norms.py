@@ -157,6 +157,7 @@ _rms_norm = pair(
     composed=_rms,
     save=_save_rms,
     gradient=_rms_gradient,
+    kept=1,
 )
 _add_rms_norm = pair(
     "add_rms_norm",
@@ -164,6 +165,7 @@ _add_rms_norm = pair(
     composed=_add_rms,
     save=_save_add_rms,
     gradient=_add_rms_gradient,
+    kept=2,
 )
 _layer_norm = pair(
     "layer_norm",
@@ -171,6 +173,7 @@ _layer_norm = pair(
     composed=_layer,
     save=_save_layer,
     gradient=_layer_gradient,
+    kept=1,
 )
 _add_layer_norm = pair(
     "add_layer_norm",
@@ -178,6 +181,7 @@ _add_layer_norm = pair(
     composed=_add_layer,
     save=_save_add_layer,
     gradient=_add_layer_gradient,
+    kept=2,
 )
 
 
@@ -188,10 +192,9 @@ def rms_norm(x, weight=None, eps=1e-6, residual=None):
     over memory. `weight` is a vector of any float type.
     """
     if residual is None:
-        return _rms_norm(x, weight, eps)[0]
+        return _rms_norm(x, weight, eps)
     x, residual = promoted(x, residual)
-    y, h, _ = _add_rms_norm(x, residual, weight, eps)
-    return y, h
+    return _add_rms_norm(x, residual, weight, eps)
 
 
 def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None):
@@ -200,7 +203,6 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None):
     With `residual`: of `h = x + residual`, and the result is the pair `(y, h)`.
     """
     if residual is None:
-        return _layer_norm(x, weight, bias, eps)[0]
+        return _layer_norm(x, weight, bias, eps)
     x, residual = promoted(x, residual)
-    y, h, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
-    return y, h
+    return _add_layer_norm(x, residual, weight, bias, eps)

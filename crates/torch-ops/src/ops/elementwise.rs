@@ -106,66 +106,92 @@ fn fits(func: &Func, tensors: &[Tensor], text: &str) -> Result<()> {
     Err(Error::user(format!("{given} tensors for the {wanted} variables of `{text}`")))
 }
 
-/// A formula of tensors.
-pub(crate) struct Map;
+fn value(abi: &'static Abi, xs: Vec<Tensor>, text: &str) -> Result<Tensor> {
+    let (xs, dtype) = checked(xs, text)?;
+    let y = Tensor::empty(abi, xs[0].sizes(), dtype, xs[0].device())?;
+    let key = Key::new("map").with(number_of(text)).dtype(dtype).with(xs.len() as u64);
+    let elements = y.elements();
+    if elements > 0 {
+        let inputs: Vec<&Tensor> = xs.iter().collect();
+        run(key, &[elements], &inputs, &[&y], || {
+            let func = function(text, wide(dtype))?;
+            fits(&func, &xs, text)?;
+            Ok(forward(&func, dtype))
+        })?;
+    }
+    Ok(y)
+}
 
-impl Operator for Map {
-    const NAME: &'static str = "map";
-    const ARGS: &'static [(&'static str, Arg)] = &[("xs", Arg::Tensors), ("formula", Arg::Str)];
+fn gradients(abi: &'static Abi, dy: Tensor, xs: Vec<Tensor>, text: &str) -> Result<Vec<Tensor>> {
+    let (xs, dtype) = checked(xs, text)?;
+    like("dy", &dy, &xs[0])?;
+    let dy = plain(dy)?;
+    let dxs = xs
+        .iter()
+        .map(|x| Tensor::empty(abi, x.sizes(), dtype, x.device()))
+        .collect::<Result<Vec<_>>>()?;
+    let key = Key::new("map_backward").with(number_of(text)).dtype(dtype).with(xs.len() as u64);
+    let elements = dy.elements();
+    if elements > 0 {
+        let inputs: Vec<&Tensor> = std::iter::once(&dy).chain(&xs).collect();
+        let outputs: Vec<&Tensor> = dxs.iter().collect();
+        run(key, &[elements], &inputs, &outputs, || {
+            let func = function(text, wide(dtype))?;
+            fits(&func, &xs, text)?;
+            backward(&func, dtype)
+        })?;
+    }
+    Ok(dxs)
+}
+
+/// A formula of `N` tensors; 0 stands for any number, which come as a list. PyTorch handles lists more slowly.
+pub(crate) struct Map<const N: usize>;
+
+impl<const N: usize> Operator for Map<N> {
+    const NAME: &'static str = ["map", "map1", "map2"][N];
+    const ARGS: &'static [(&'static str, Arg)] = match N {
+        0 => &[("xs", Arg::Tensors), ("formula", Arg::Str)],
+        1 => &[("x", Arg::Tensor), ("formula", Arg::Str)],
+        _ => &[("x", Arg::Tensor), ("y", Arg::Tensor), ("formula", Arg::Str)],
+    };
     const RETURNS: &'static str = "Tensor";
     const OVERLOADS: &'static [&'static str] = &["inference"];
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [xs, formula] = args else { return Err(Error::bug("arguments")) };
-        let text = formula.str()?;
-        let (xs, dtype) = checked(xs.tensors()?, text)?;
-        let y = Tensor::empty(abi, xs[0].sizes(), dtype, xs[0].device())?;
-        let key = Key::new("map").with(number_of(text)).dtype(dtype).with(xs.len() as u64);
-        let elements = y.elements();
-        if elements > 0 {
-            let inputs: Vec<&Tensor> = xs.iter().collect();
-            run(key, &[elements], &inputs, &[&y], || {
-                let func = function(text, wide(dtype))?;
-                fits(&func, &xs, text)?;
-                Ok(forward(&func, dtype))
-            })?;
-        }
-        Ok(vec![Value::Tensor(y)])
+        let Some((formula, tensors)) = args.split_last_mut() else {
+            return Err(Error::bug("arguments"));
+        };
+        let xs = match N {
+            0 => tensors[0].tensors()?,
+            _ => tensors.iter_mut().map(Value::tensor).collect::<Result<_>>()?,
+        };
+        Ok(vec![Value::Tensor(value(abi, xs, formula.str()?)?)])
     }
 }
 
 /// The gradients of [`Map`].
-pub(crate) struct MapBackward;
+pub(crate) struct MapBackward<const N: usize>;
 
-impl Operator for MapBackward {
-    const NAME: &'static str = "map_backward";
-    const ARGS: &'static [(&'static str, Arg)] =
-        &[("dy", Arg::Tensor), ("xs", Arg::Tensors), ("formula", Arg::Str)];
-    const RETURNS: &'static str = "Tensor[]";
+impl<const N: usize> Operator for MapBackward<N> {
+    const NAME: &'static str = ["map_backward", "map1_backward", "map2_backward"][N];
+    const ARGS: &'static [(&'static str, Arg)] = match N {
+        0 => &[("dy", Arg::Tensor), ("xs", Arg::Tensors), ("formula", Arg::Str)],
+        1 => &[("dy", Arg::Tensor), ("x", Arg::Tensor), ("formula", Arg::Str)],
+        _ => &[("dy", Arg::Tensor), ("x", Arg::Tensor), ("y", Arg::Tensor), ("formula", Arg::Str)],
+    };
+    const RETURNS: &'static str = ["Tensor[]", "Tensor", "(Tensor dx, Tensor dy)"][N];
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [dy, xs, formula] = args else { return Err(Error::bug("arguments")) };
-        let text = formula.str()?;
-        let (xs, dtype) = checked(xs.tensors()?, text)?;
-        let dy = dy.tensor()?;
-        like("dy", &dy, &xs[0])?;
-        let dy = plain(dy)?;
-        let dxs = xs
-            .iter()
-            .map(|x| Tensor::empty(abi, x.sizes(), dtype, x.device()))
-            .collect::<Result<Vec<_>>>()?;
-        let key = Key::new("map_backward").with(number_of(text)).dtype(dtype).with(xs.len() as u64);
-        let elements = dy.elements();
-        if elements > 0 {
-            let inputs: Vec<&Tensor> = std::iter::once(&dy).chain(&xs).collect();
-            let outputs: Vec<&Tensor> = dxs.iter().collect();
-            run(key, &[elements], &inputs, &outputs, || {
-                let func = function(text, wide(dtype))?;
-                fits(&func, &xs, text)?;
-                backward(&func, dtype)
-            })?;
-        }
-        Ok(vec![Value::Tensors(dxs)])
+        let [dy, tensors @ .., formula] = args else { return Err(Error::bug("arguments")) };
+        let xs = match N {
+            0 => tensors[0].tensors()?,
+            _ => tensors.iter_mut().map(Value::tensor).collect::<Result<_>>()?,
+        };
+        let found = gradients(abi, dy.tensor()?, xs, formula.str()?)?;
+        Ok(match N {
+            0 => vec![Value::Tensors(found)],
+            _ => found.into_iter().map(Value::Tensor).collect(),
+        })
     }
 }
 

@@ -7,7 +7,8 @@
 //! layer_norm: r = 1 / sqrt(mean((h - m)^2) + eps)       y = (h - m) * r * weight + bias
 //! ```
 //!
-//! `m` and `r` are results, for the gradient. Weights may have another float type than `x`.
+//! `m` and `r` are results, for the gradient. Weights may have another float type than `x`. Their gradients are summed in two steps,
+//! in an order that depends on the number of rows alone.
 
 use crate::plans::{Key, run};
 use crate::tensors::{Rows, float, like, plain, same_device, vector, wide};
@@ -30,6 +31,8 @@ struct Form {
     weight: Option<DType>,
     bias: Option<DType>,
     residual: bool,
+    /// `m` and `r` are results.
+    statistics: bool,
 }
 
 impl Form {
@@ -41,6 +44,7 @@ impl Form {
             .with(some(self.weight))
             .with(some(self.bias))
             .with(self.residual.into())
+            .with(self.statistics.into())
             .with(number.to_bits())
     }
 
@@ -96,34 +100,49 @@ impl Form {
         if self.residual {
             text += ", \"h\": %h";
         }
-        if self.kind == Kind::Layer {
+        if self.statistics && self.kind == Kind::Layer {
             text += ", \"mean\": %mean";
         }
-        text + ", \"rstd\": %rstd\n}\n"
+        if self.statistics {
+            text += ", \"rstd\": %rstd";
+        }
+        text + "\n}\n"
     }
 
-    /// The gradient. `residual` says that a gradient of `h` is given, too.
-    fn backward(&self) -> String {
-        let Form { columns: n, dtype: t, .. } = *self;
-        let c = wide(t);
-        let mut text = format!(
-            "graph @norm_backward(M in 1..) {{\n  %dy \"dy\": {t}[M,{n}] = input\n  %x \"x\": {t}[M,{n}] = input\n"
-        );
-        if self.kind == Kind::Layer {
-            text += &format!("  %mean \"mean\": {c}[M,1] = input\n");
-        }
-        text += &format!("  %r \"rstd\": {c}[M,1] = input\n");
-        if self.residual {
-            text += &format!("  %dh \"dh\": {t}[M,{n}] = input\n");
-        }
-        text += &Form { bias: None, ..*self }.vectors();
-        let inverse_n = 1.0 / n as f64;
-        text += &match self.kind {
+    /// `%z`, the row before its weight.
+    fn normalised(&self) -> String {
+        let c = wide(self.dtype);
+        match self.kind {
             Kind::Rms => format!("  %z = map {{ x, r -> {c}(x) * r }} %x, %r\n"),
             Kind::Layer => {
                 format!("  %z = map {{ x, m, r -> ({c}(x) - m) * r }} %x, %mean, %r\n")
             }
-        };
+        }
+    }
+
+    /// The inputs of a gradient, with these leading axes.
+    fn given(&self, lead: &str) -> String {
+        let Form { columns: n, dtype: t, .. } = *self;
+        let c = wide(t);
+        let mut text =
+            format!("  %dy \"dy\": {t}[{lead},{n}] = input\n  %x \"x\": {t}[{lead},{n}] = input\n");
+        if self.kind == Kind::Layer {
+            text += &format!("  %mean \"mean\": {c}[{lead},1] = input\n");
+        }
+        text + &format!("  %r \"rstd\": {c}[{lead},1] = input\n")
+    }
+
+    /// The gradient of `x`. `residual` says that a gradient of `h` is given, too.
+    fn backward(&self) -> String {
+        let Form { columns: n, dtype: t, .. } = *self;
+        let c = wide(t);
+        let mut text = format!("graph @norm_backward(M in 1..) {{\n{}", self.given("M"));
+        if self.residual {
+            text += &format!("  %dh \"dh\": {t}[M,{n}] = input\n");
+        }
+        text += &Form { bias: None, ..*self }.vectors();
+        text += &self.normalised();
+        let inverse_n = 1.0 / n as f64;
         text += &match self.weight {
             Some(_) => format!("  %g = map {{ d, w -> {c}(d) * {c}(w) }} %dy, %w\n"),
             None => format!("  %g = map {{ d -> {c}(d) }} %dy\n"),
@@ -145,21 +164,46 @@ impl Form {
             value = format!("{value} + {c}(h)");
         }
         text += &format!("  %dx = map {{ {names} -> {t}({value}) }} {operands}\n");
-        let mut results = "  return \"dx\": %dx".to_string();
-        if let Some(w) = self.weight {
-            text += &format!("  %dyz = map {{ d, z -> {c}(d) * z }} %dy, %z\n");
-            text += "  %dws = reduce sum axes=[0] %dyz\n";
-            text += &format!("  %dw = map {{ a -> {w}(a) }} %dws\n");
-            results += ", \"dw\": %dw";
-        }
-        if let Some(b) = self.bias {
-            text += &format!("  %dyc = map {{ d -> {c}(d) }} %dy\n");
-            text += "  %dbs = reduce sum axes=[0] %dyc\n";
-            text += &format!("  %db = map {{ a -> {b}(a) }} %dbs\n");
-            results += ", \"db\": %db";
-        }
-        text + &results + "\n}\n"
+        text + "  return \"dx\": %dx\n}\n"
     }
+
+    /// Sums for the gradients of weight and bias, over `Q` rows each: `P` parts of them.
+    fn parts(&self) -> String {
+        let c = wide(self.dtype);
+        let mut text = format!("graph @parts(P in 1.., Q in 1..) {{\n{}", self.given("P,Q"));
+        let mut results = Vec::new();
+        if self.weight.is_some() {
+            text += &self.normalised();
+            text += &format!("  %dyz = map {{ d, z -> {c}(d) * z }} %dy, %z\n");
+            text += "  %dw = reduce sum axes=[1] %dyz\n";
+            results.push("\"dw\": %dw");
+        }
+        if self.bias.is_some() {
+            text += &format!("  %dyc = map {{ d -> {c}(d) }} %dy\n");
+            text += "  %db = reduce sum axes=[1] %dyc\n";
+            results.push("\"db\": %db");
+        }
+        text + &format!("  return {}\n}}\n", results.join(", "))
+    }
+}
+
+/// The sum of `P` parts, rounded to the vector's type.
+fn whole(c: DType, to: DType, n: i64) -> String {
+    format!(
+        "graph @whole(P in 1..) {{
+  %a \"a\": {c}[P,{n}] = input
+  %s = reduce sum axes=[0] %a
+  %y = map {{ a -> {to}(a) }} %s
+  return \"y\": %y
+}}
+"
+    )
+}
+
+/// Rows to be summed in one part: about as many rows as parts, so that both sums are short and there is work for all.
+fn rows_of_a_part(rows: i64) -> i64 {
+    let root = (rows as f64).sqrt() as i64;
+    (1..=root.max(1)).rev().find(|q| rows % q == 0).unwrap_or(1)
 }
 
 /// Where a row's statistics go: the shape of `x` with a last axis of 1.
@@ -182,10 +226,12 @@ fn checked_vector(
     Ok((Some(plain(tensor)?), Some(dtype)))
 }
 
-/// `x, residual?, weight?, bias?` and `eps` to `y, h, mean?, rstd`.
+/// `x, residual?, weight?, bias?` and `eps` to `y, h?`, and with `statistics` also `mean?, rstd`.
+#[allow(clippy::too_many_arguments, reason = "the operands of the formula")]
 fn forward(
     abi: &'static Abi,
     kind: Kind,
+    with_statistics: bool,
     x: Tensor,
     residual: Option<Tensor>,
     weight: Option<Tensor>,
@@ -211,11 +257,9 @@ fn forward(
         Some(_) => Some(Tensor::empty(abi, x.sizes(), dtype, x.device())?),
         None => None,
     };
-    let mean = match kind {
-        Kind::Rms => None,
-        Kind::Layer => Some(statistics(&x, dtype)?),
-    };
-    let rstd = statistics(&x, dtype)?;
+    let some = |wanted: bool| wanted.then(|| statistics(&x, dtype)).transpose();
+    let mean = some(with_statistics && kind == Kind::Layer)?;
+    let rstd = some(with_statistics)?;
     let form = Form {
         kind,
         columns: rows.columns,
@@ -223,6 +267,7 @@ fn forward(
         weight: wt,
         bias: bt,
         residual: residual.is_some(),
+        statistics: with_statistics,
     };
     if !rows.is_empty() {
         let inputs: Vec<&Tensor> = [Some(&x), residual.as_ref(), weight.as_ref(), bias.as_ref()]
@@ -230,11 +275,11 @@ fn forward(
             .flatten()
             .collect();
         let outputs: Vec<&Tensor> =
-            [Some(&y), h.as_ref(), mean.as_ref(), Some(&rstd)].into_iter().flatten().collect();
+            [Some(&y), h.as_ref(), mean.as_ref(), rstd.as_ref()].into_iter().flatten().collect();
         let name = if kind == Kind::Rms { "rms_norm" } else { "layer_norm" };
         run(form.key(name, eps), &[rows.rows], &inputs, &outputs, || Ok(form.forward(eps)))?;
     }
-    let results = [Some(y), h, mean, Some(rstd)];
+    let results = [Some(y), h, mean, rstd];
     Ok(results.into_iter().flatten().map(Value::Tensor).collect())
 }
 
@@ -277,20 +322,45 @@ fn backward(
         Tensor::empty(abi, &[columns], ty.unwrap_or(dtype), x.device())
     };
     let (dw, db) = (gradient(wt)?, gradient(bias)?);
-    let form =
-        Form { kind, columns: rows.columns, dtype, weight: wt, bias, residual: dh.is_some() };
+    let form = Form {
+        kind,
+        columns: rows.columns,
+        dtype,
+        weight: wt,
+        bias,
+        residual: dh.is_some(),
+        statistics: true,
+    };
     if rows.is_empty() {
-        if rows.columns > 0 && (wt.is_some() || bias.is_some()) {
-            return Err(Error::unsupported("gradients of weights over no rows"));
-        }
+        dw.zero()?;
+        db.zero()?;
     } else {
-        let inputs =
-            [Some(&dy), Some(&x), mean.as_ref(), Some(&rstd), dh.as_ref(), weight.as_ref()];
-        let inputs: Vec<&Tensor> = inputs.into_iter().flatten().collect();
-        let outputs = [Some(&dx), wt.is_some().then_some(&dw), bias.is_some().then_some(&db)];
-        let outputs: Vec<&Tensor> = outputs.into_iter().flatten().collect();
+        let shared = [Some(&dy), Some(&x), mean.as_ref(), Some(&rstd)];
+        let shared: Vec<&Tensor> = shared.into_iter().flatten().collect();
+        let mut inputs = shared.clone();
+        inputs.extend([dh.as_ref(), weight.as_ref()].into_iter().flatten());
         let name = if kind == Kind::Rms { "rms_norm_backward" } else { "layer_norm_backward" };
-        run(form.key(name, 0.0), &[rows.rows], &inputs, &outputs, || Ok(form.backward()))?;
+        run(form.key(name, 0.0), &[rows.rows], &inputs, &[&dx], || Ok(form.backward()))?;
+        let wanted: Vec<(DType, &Tensor)> =
+            [wt.map(|t| (t, &dw)), bias.map(|t| (t, &db))].into_iter().flatten().collect();
+        if !wanted.is_empty() {
+            let of_a_part = rows_of_a_part(rows.rows);
+            let parts = rows.rows / of_a_part;
+            let c = wide(dtype);
+            let sums = wanted
+                .iter()
+                .map(|_| Tensor::empty(abi, &[parts, rows.columns], c, x.device()))
+                .collect::<Result<Vec<_>>>()?;
+            let form = Form { residual: false, ..form };
+            let name = if kind == Kind::Rms { "rms_norm_parts" } else { "layer_norm_parts" };
+            let outputs: Vec<&Tensor> = sums.iter().collect();
+            let sizes = [parts, of_a_part];
+            run(form.key(name, 0.0), &sizes, &shared, &outputs, || Ok(form.parts()))?;
+            for (sum, (to, gradient)) in sums.iter().zip(&wanted) {
+                let key = Key::new("sum_of_parts").dtype(c).dtype(*to).with(rows.columns as u64);
+                run(key, &[parts], &[sum], &[gradient], || Ok(whole(c, *to, rows.columns)))?;
+            }
+        }
     }
     let mut results = vec![Value::Tensor(dx), Value::Tensor(dw)];
     if kind == Kind::Layer {
@@ -300,39 +370,49 @@ fn backward(
 }
 
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last axis.
-pub(crate) struct RmsNorm;
+/// Without the statistics it is the overload `inference`.
+pub(crate) struct RmsNorm<const STATISTICS: bool>;
 
-impl Operator for RmsNorm {
-    const NAME: &'static str = "rms_norm";
+impl<const STATISTICS: bool> Operator for RmsNorm<STATISTICS> {
+    const NAME: &'static str = if STATISTICS { "rms_norm" } else { "rms_norm.inference" };
     const ARGS: &'static [(&'static str, Arg)] =
         &[("x", Arg::Tensor), ("weight", Arg::Optional), ("eps", Arg::Float)];
-    const RETURNS: &'static str = "(Tensor y, Tensor rstd)";
-    const OVERLOADS: &'static [&'static str] = &["inference"];
+    const RETURNS: &'static str = if STATISTICS { "(Tensor y, Tensor rstd)" } else { "Tensor" };
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
         let [x, weight, eps] = args else { return Err(Error::bug("arguments")) };
-        forward(abi, Kind::Rms, x.tensor()?, None, weight.optional()?, None, eps.float()?)
+        forward(
+            abi,
+            Kind::Rms,
+            STATISTICS,
+            x.tensor()?,
+            None,
+            weight.optional()?,
+            None,
+            eps.float()?,
+        )
     }
 }
 
 /// [`RmsNorm`] of `x + residual`, which is a result, too.
-pub(crate) struct AddRmsNorm;
+/// Without the statistics it is the overload `inference`.
+pub(crate) struct AddRmsNorm<const STATISTICS: bool>;
 
-impl Operator for AddRmsNorm {
-    const NAME: &'static str = "add_rms_norm";
+impl<const STATISTICS: bool> Operator for AddRmsNorm<STATISTICS> {
+    const NAME: &'static str = if STATISTICS { "add_rms_norm" } else { "add_rms_norm.inference" };
     const ARGS: &'static [(&'static str, Arg)] = &[
         ("x", Arg::Tensor),
         ("residual", Arg::Tensor),
         ("weight", Arg::Optional),
         ("eps", Arg::Float),
     ];
-    const RETURNS: &'static str = "(Tensor y, Tensor h, Tensor rstd)";
-    const OVERLOADS: &'static [&'static str] = &["inference"];
+    const RETURNS: &'static str =
+        if STATISTICS { "(Tensor y, Tensor h, Tensor rstd)" } else { "(Tensor y, Tensor h)" };
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
         let [x, r, weight, eps] = args else { return Err(Error::bug("arguments")) };
         let (x, r) = (x.tensor()?, Some(r.tensor()?));
-        forward(abi, Kind::Rms, x, r, weight.optional()?, None, eps.float()?)
+        forward(abi, Kind::Rms, STATISTICS, x, r, weight.optional()?, None, eps.float()?)
     }
 }
 
@@ -359,31 +439,34 @@ impl Operator for RmsNormBackward {
 }
 
 /// `(x - mean) / sqrt(var + eps) * weight + bias` over the last axis.
-pub(crate) struct LayerNorm;
+/// Without the statistics it is the overload `inference`.
+pub(crate) struct LayerNorm<const STATISTICS: bool>;
 
-impl Operator for LayerNorm {
-    const NAME: &'static str = "layer_norm";
+impl<const STATISTICS: bool> Operator for LayerNorm<STATISTICS> {
+    const NAME: &'static str = if STATISTICS { "layer_norm" } else { "layer_norm.inference" };
     const ARGS: &'static [(&'static str, Arg)] = &[
         ("x", Arg::Tensor),
         ("weight", Arg::Optional),
         ("bias", Arg::Optional),
         ("eps", Arg::Float),
     ];
-    const RETURNS: &'static str = "(Tensor y, Tensor mean, Tensor rstd)";
-    const OVERLOADS: &'static [&'static str] = &["inference"];
+    const RETURNS: &'static str =
+        if STATISTICS { "(Tensor y, Tensor mean, Tensor rstd)" } else { "Tensor" };
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
         let [x, weight, bias, eps] = args else { return Err(Error::bug("arguments")) };
         let (weight, bias) = (weight.optional()?, bias.optional()?);
-        forward(abi, Kind::Layer, x.tensor()?, None, weight, bias, eps.float()?)
+        forward(abi, Kind::Layer, STATISTICS, x.tensor()?, None, weight, bias, eps.float()?)
     }
 }
 
 /// [`LayerNorm`] of `x + residual`, which is a result, too.
-pub(crate) struct AddLayerNorm;
+/// Without the statistics it is the overload `inference`.
+pub(crate) struct AddLayerNorm<const STATISTICS: bool>;
 
-impl Operator for AddLayerNorm {
-    const NAME: &'static str = "add_layer_norm";
+impl<const STATISTICS: bool> Operator for AddLayerNorm<STATISTICS> {
+    const NAME: &'static str =
+        if STATISTICS { "add_layer_norm" } else { "add_layer_norm.inference" };
     const ARGS: &'static [(&'static str, Arg)] = &[
         ("x", Arg::Tensor),
         ("residual", Arg::Tensor),
@@ -391,14 +474,17 @@ impl Operator for AddLayerNorm {
         ("bias", Arg::Optional),
         ("eps", Arg::Float),
     ];
-    const RETURNS: &'static str = "(Tensor y, Tensor h, Tensor mean, Tensor rstd)";
-    const OVERLOADS: &'static [&'static str] = &["inference"];
+    const RETURNS: &'static str = if STATISTICS {
+        "(Tensor y, Tensor h, Tensor mean, Tensor rstd)"
+    } else {
+        "(Tensor y, Tensor h)"
+    };
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
         let [x, r, weight, bias, eps] = args else { return Err(Error::bug("arguments")) };
         let (x, r) = (x.tensor()?, Some(r.tensor()?));
         let (weight, bias) = (weight.optional()?, bias.optional()?);
-        forward(abi, Kind::Layer, x, r, weight, bias, eps.float()?)
+        forward(abi, Kind::Layer, STATISTICS, x, r, weight, bias, eps.float()?)
     }
 }
 
@@ -430,19 +516,27 @@ impl Operator for LayerNormBackward {
 }
 
 #[cfg(test)]
+#[test]
+fn parts_have_about_as_many_rows_as_there_are_parts() {
+    let cases = [(16384, 128), (1, 1), (7, 1), (1000, 25), (4096 * 3, 96)];
+    assert!(cases.iter().all(|&(rows, q)| rows_of_a_part(rows) == q && rows % q == 0));
+}
+
+#[cfg(test)]
 pub(crate) fn samples() -> Vec<(String, String)> {
-    let mut all = Vec::new();
+    let mut all = vec![("a sum of parts".to_string(), whole(DType::F32, DType::BF16, 48))];
     for (kind, dtype) in [(Kind::Rms, DType::F32), (Kind::Layer, DType::BF16)] {
         for residual in [false, true] {
             let weight = Some(dtype);
             let bias = (kind == Kind::Layer).then_some(DType::F32);
-            let form = Form { kind, columns: 48, dtype, weight, bias, residual };
+            let form = Form { kind, columns: 48, dtype, weight, bias, residual, statistics: true };
             let name = format!(
                 "{} of {dtype}, residual {residual}",
                 if bias.is_some() { "layer" } else { "rms" }
             );
             all.push((name.clone(), form.forward(1e-5)));
             all.push((format!("{name}, backward"), form.backward()));
+            all.push((format!("{name}, parts"), form.parts()));
         }
     }
     all

@@ -109,7 +109,7 @@ pub(crate) fn samples() -> Vec<(String, String)> {
     let both = [("softmax", false), ("log softmax", true)];
     let texts = both.map(|(name, log)| {
         [
-            (name.to_string(), forward(DType::F32, 40, log)),
+            (name.to_string(), forward(DType::BF16, 4096, log)),
             (format!("{name}, backward"), backward(DType::BF16, 40, log)),
         ]
     });
