@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Tests, then measures, on this machine's GPU. From an unpacked archive of `make gpu-bundle`: no Rust needed.
 #
-#   gpu/run.sh [tests|sanitizer|triton|bench|models|tune|all] [arguments for tw-gpu-test, tw-gpu-bench, models.py or
+#   gpu/run.sh [tests|sanitizer|triton|ops|bench|models|tune|all] [arguments for tw-gpu-test, tw-gpu-bench, models.py or
 #                                                             tw-gpu-tune]               default: all
 #
 # tests:  the driver, launches, programs of graphs, matrix products of every kind, order, odd size, stride and batch, and attention
 # sanitizer: a few products of every kind under NVIDIA's compute-sanitizer, where the toolkit is installed
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
+# ops:    the operators for PyTorch: values, PyTorch's checks, host time, speed beside eager and Inductor, where PyTorch is installed
 # models: tiny models against float64, in four precisions (also in tests); where PyTorch is installed, large
 #         ones beside it (gpu/models.py)
 # bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt; records under $RECORDS (default: records)
@@ -20,7 +21,7 @@ cd "$(dirname "$0")/.."
 export TILEWRIGHT_COMMAND="gpu/run.sh${*:+ $*}"
 part="${1:-all}"
 [ $# -eq 0 ] || shift
-case "$part" in tests | sanitizer | triton | bench | models | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
+case "$part" in tests | sanitizer | triton | ops | bench | models | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
 for program in tw tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
@@ -94,6 +95,15 @@ if [ "$part" = triton ] || [ "$part" = all ]; then
     step "Triton modules" python3 gpu/test_triton.py
   else
     printf '\n== Triton modules: not run, python3 has no torch with triton\n'
+  fi
+fi
+if [ "$part" = ops ] || [ "$part" = all ]; then
+  if python3 -c 'import torch, numpy' 2>/dev/null; then
+    step "operators for PyTorch" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" python3 gpu/test_ops.py check
+    step "operators beside PyTorch's" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" \
+      python3 gpu/test_ops.py time --out "$records/gpu-ops.json"
+  else
+    printf '\n== operators for PyTorch: not run, python3 has no torch\n'
   fi
 fi
 if [ "$part" = bench ] || [ "$part" = all ]; then

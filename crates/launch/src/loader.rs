@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tilewright_base::{Error, Result};
 use tilewright_cuda::{
     Arch, Args, CompileRequest, Compiled, Function, Gpu, LaunchShape, Nvrtc, PreparedLaunch,
-    Stream, TensorMap,
+    Stream, TensorMap, TensorMapSpec,
 };
 use tilewright_device::{Program, Stmt};
-use tilewright_emit_cuda::{COMPILER_OPTIONS, Source, emit, headers};
+use tilewright_emit_cuda::{Argument, COMPILER_OPTIONS, Source, emit, headers};
 use tilewright_layout::Env;
 
 /// Compiles and loads programs for one device, and remembers what came of each.
@@ -223,15 +223,26 @@ impl LoadedKernel {
         let Inner { program, source, function, shape, clusters_at_once, .. } = &*self.0;
         let bound = arguments(program, &source.arguments, sizes, operands)?;
         if bound.items == 0 {
-            return Ok(BoundKernel { launch: None });
+            return Ok(BoundKernel { launch: None, movable: Vec::new() });
         }
         let mut args = Args::new();
-        for value in &bound.values {
+        let mut movable = Vec::new();
+        for (index, (value, argument)) in bound.values.iter().zip(&source.arguments).enumerate() {
             args = match value {
                 Value::Map(spec) => args.value(TensorMap::encode(function.gpu(), spec)?),
                 Value::Pointer(address) => args.value(*address),
                 Value::Size(size) => args.value(*size),
             };
+            let (operand, map) = match (argument, value) {
+                (Argument::Map(id), Value::Map(spec)) => {
+                    let operand = program.maps[*id].param.index();
+                    let from_start = spec.address.wrapping_sub(operands[operand].address);
+                    (operand, Some((Box::new(spec.clone()), from_start)))
+                }
+                (Argument::Pointer(id), _) => (id.index(), None),
+                _ => continue,
+            };
+            movable.push(Movable { index, operand, map });
         }
         let blocks = program.grid_blocks(bound.items, u64::from(*clusters_at_once));
         let blocks = u32::try_from(blocks).map_err(|_| {
@@ -241,7 +252,7 @@ impl LoadedKernel {
             ))
         })?;
         let shape = LaunchShape { grid: [blocks, 1, 1], ..*shape };
-        Ok(BoundKernel { launch: Some(function.prepare(&shape, &args)?) })
+        Ok(BoundKernel { launch: Some(function.prepare(&shape, &args)?), movable })
     }
 }
 
@@ -256,9 +267,48 @@ impl fmt::Debug for LoadedKernel {
 #[derive(Debug)]
 pub struct BoundKernel {
     launch: Option<PreparedLaunch>,
+    /// What depends on where operands lie.
+    movable: Vec<Movable>,
+}
+
+/// An argument that follows from the address of an operand.
+#[derive(Debug)]
+struct Movable {
+    /// Number of the argument.
+    index: usize,
+    /// Number of the operand.
+    operand: usize,
+    /// The tensor map to encode again, and how far behind the operand's start it begins.
+    map: Option<(Box<TensorMapSpec>, u64)>,
 }
 
 impl BoundKernel {
+    /// Moves the operands: the sizes stay, `addresses` has the new place of each. They must be as long and as aligned
+    /// as those that it was bound with.
+    ///
+    /// # Errors
+    /// The driver's, for tensor maps.
+    pub fn move_to(&mut self, addresses: &[u64]) -> Result<()> {
+        let Some(launch) = &mut self.launch else { return Ok(()) };
+        for Movable { index, operand, map } in &mut self.movable {
+            let Some(&address) = addresses.get(*operand) else {
+                return Err(Error::bug(format!("no address for operand {operand}")));
+            };
+            match map {
+                None => launch.set_arg(*index, &address.to_le_bytes())?,
+                Some((spec, from_start)) => {
+                    let address = address.wrapping_add(*from_start);
+                    if spec.address != address {
+                        spec.address = address;
+                        let map = TensorMap::encode(launch.function().gpu(), spec)?;
+                        launch.set_arg(*index, map.bytes())?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Puts the launch into the stream.
     ///
     /// # Safety

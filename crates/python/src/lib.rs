@@ -4,14 +4,15 @@
 //! Arrays cross the border without copies and without knowing NumPy or PyTorch: inputs come as addresses
 //! that the Python half (python/tilewright/) takes from contiguous arrays (`memory`), outputs offer
 //! NumPy's array interface (`__array_interface__`, version 3) or are written where the caller says
-//! (`program`; on a GPU: [`gpu`]). [`builder`] is how Python writes a graph. Without the feature `cpu` (LLVM) there
-//! are graphs on GPUs alone.
+//! (`program`; on a GPU: [`gpu`]). [`builder`] is how Python writes a graph. [`operators`] registers the operator pack with
+//! PyTorch. Without the feature `cpu` (LLVM) there is what runs on GPUs alone.
 
 mod builder;
 mod gpu;
 mod memory;
 #[cfg(feature = "cpu")]
 mod model;
+mod operators;
 #[cfg(feature = "cpu")]
 mod program;
 
@@ -46,5 +47,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     }
     module.add_class::<builder::Builder>()?;
     module.add_class::<gpu::GpuProgram>()?;
-    module.add_function(wrap_pyfunction!(xla_handlers, module)?)
+    module.add_function(wrap_pyfunction!(xla_handlers, module)?)?;
+    operators::add(module)
 }

@@ -21,11 +21,13 @@
 //! | `host` | steps on the host |
 //! | `interpret` | running a bound plan in the interpreter |
 //! | `session` | running it on a device |
+//! | `direct` | the same in a caller's stream, over a caller's memory |
 
 mod attention;
 mod bind;
 mod caller;
 mod choose;
+mod direct;
 mod host;
 mod interpret;
 mod product;
@@ -33,5 +35,6 @@ mod session;
 
 pub use bind::{Bound, BoundStep, Place, Slot, bind};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
+pub use direct::{Direct, Fitted};
 pub use interpret::{Interpreted, interpret};
 pub use session::{Executable, MemoryReport, RunReport, Session, StepTime};

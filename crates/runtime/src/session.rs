@@ -419,6 +419,54 @@ impl Session {
         self.execute(at, inputs, outputs, times, None)
     }
 
+    /// As [`Session::run_sized`] on bare addresses: `sizes` are the values of the plan's symbols, in order; inputs and
+    /// outputs lie row-major where the addresses say. Nothing is allocated for sizes seen before.
+    ///
+    /// # Errors
+    /// The user's about the sizes; unsupported for plans with steps of the interpreter.
+    ///
+    /// # Safety
+    /// Each address is that of a tensor of the type and shape that the plan has for these sizes, aligned to its elements. Inputs
+    /// are not written to and outputs not used by anybody else while this runs, and outputs do not overlap with anything.
+    pub unsafe fn run_at(
+        &mut self,
+        sizes: &[i64],
+        inputs: &[usize],
+        outputs: &[usize],
+    ) -> Result<()> {
+        let plan = &self.exe.plan;
+        let counts = (sizes.len(), inputs.len(), outputs.len());
+        if counts != (plan.symbols.len(), plan.inputs.len(), plan.outputs.len()) {
+            return Err(Error::bug(format!("{counts:?} sizes, inputs and outputs for a plan")));
+        }
+        let at = match self.bound.iter().position(|b| b.key == sizes) {
+            Some(at) => at,
+            None => {
+                let names = plan.symbols.iter().map(|s| s.name.clone());
+                let env: Env = names.zip(sizes.iter().copied()).collect();
+                self.bind_given(&env)?
+            }
+        };
+        let Session { exe, arena, scratch, bound, pointers } = self;
+        let bound = &bound[at];
+        if bound.steps.iter().any(|s| matches!(s, BoundStep::Host { .. })) {
+            return Err(Error::unsupported("a step of the interpreter on bare addresses"));
+        }
+        for step in &bound.steps {
+            let BoundStep::Launch { kernel, args, sizes, blocks } = step else { continue };
+            pointers.clear();
+            pointers.extend(args.iter().map(|arg| match bound.slots[arg.index()] {
+                Slot::Input(i) => inputs[i] as *mut u8,
+                Slot::Output(i) => outputs[i] as *mut u8,
+                // SAFETY: the arena plan keeps each offset plus size inside the arena.
+                Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
+                Slot::Fixed(address) => address as *mut u8,
+            }));
+            launch(&exe.code[kernel.index()], pointers, sizes, *blocks, scratch, &exe.pool);
+        }
+        Ok(())
+    }
+
     /// The binding for sizes that a caller gives.
     fn bind_given(&mut self, env: &Env) -> Result<usize> {
         for symbol in &self.exe.plan.symbols {

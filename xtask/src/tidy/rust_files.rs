@@ -11,7 +11,8 @@ const TABLES: &[(&str, &str)] =
     &[("crates/emit-llvm/src/math.rs", "one elementary function after another, with coefficients")];
 
 /// Crates that may declare foreign functions.
-const FFI_CRATES: &[&str] = &["crates/cuda/", "crates/jit/", "crates/runtime/", "crates/xla-ffi/"];
+const FFI_CRATES: &[&str] =
+    &["crates/cuda/", "crates/jit/", "crates/runtime/", "crates/torch-abi/", "crates/xla-ffi/"];
 
 /// Where `unsafe` may stand, and why it must. Everything else asks one of these through a safe function.
 #[rustfmt::skip] // One row per place.
@@ -23,6 +24,9 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/runtime-gpu/src/session.rs", "launches over its own arena and constants"),
     ("crates/runtime-gpu/src/caller.rs", "runs in a caller's memory and stream, as it vouches for"),
     ("crates/xla-ffi/src/",            "XLA's C interface, and runs in its memory"),
+    ("crates/runtime-gpu/src/direct.rs", "launches over a caller's memory: its promise is passed on"),
+    ("crates/torch-abi/src/",          "PyTorch's C interface"),
+    ("crates/torch-ops/src/plans.rs",  "kernels on the memory of PyTorch's tensors, whose shapes were checked"),
     ("crates/bench-gpu/src/bin/launch.rs", "launches of empty kernels, to time the call"),
     ("crates/bench-gpu/src/attention.rs", "launches of attention on tensors that it owns"),
     ("crates/bench-gpu/src/arms.rs",   "launches of our kernels and cuBLASLt's on matrices that it borrows"),
@@ -81,7 +85,7 @@ pub(super) fn ffi_stays_in_its_crates(repo: &Repo) -> Vec<Problem> {
                     Problem::new(
                         path,
                         index + 1,
-                        "foreign functions belong in `cuda`, `jit` or `runtime`",
+                        "foreign functions belong in `cuda`, `jit`, `runtime` or `torch-abi`",
                     )
                 })
                 .collect::<Vec<_>>()

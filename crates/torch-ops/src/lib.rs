@@ -1,0 +1,61 @@
+//! The operator pack: operators of PyTorch whose kernels this compiler makes on the user's machine.
+//!
+//! ```text
+//! torch.ops.tilewright.rms_norm(x, weight, eps)
+//!   --dispatcher (torch-abi)--> ops::norm: checks, shapes, results
+//!   --graph text for this type and row length--> plans: compiled once, kept
+//!   --CPU: machine code on the tensors' memory | CUDA: kernels in PyTorch's current stream
+//! ```
+//!
+//! An operator is its schema, its checks, and one text: a graph in the language of `tilewright-graph`, with the number
+//! of rows as a symbol. Both devices run that text, and so does the interpreter in the tests. What Python adds (fake
+//! tensors, derivatives, functions with default values) is in `python/tilewright/ops`.
+//!
+//! To add an operator: a file in `ops/` with a type that implements `Operator`, and its name in `for_each_operator`.
+
+mod ops;
+mod plans;
+mod tensors;
+#[cfg(test)]
+mod texts;
+
+pub use ops::variables;
+pub use plans::schedules;
+
+use ops::for_each_operator;
+use std::sync::OnceLock;
+use tilewright_base::Result;
+use tilewright_torch_abi::{Abi, Library};
+
+/// The namespace of the operators in PyTorch: `torch.ops.tilewright`.
+pub const NAMESPACE: &str = "tilewright";
+
+/// Whether kernels for the processor can be made.
+pub const CPU: bool = cfg!(feature = "cpu");
+
+/// Registers all operators with the PyTorch that is loaded; the second time nothing happens.
+///
+/// # Errors
+/// Unsupported where no PyTorch is loaded, or one that is too old; PyTorch's own.
+pub fn register() -> Result<()> {
+    static DONE: OnceLock<Result<()>> = OnceLock::new();
+    DONE.get_or_init(register_once).clone()
+}
+
+fn register_once() -> Result<()> {
+    let abi = Abi::open()?;
+    let definitions = Library::define(abi, NAMESPACE)?;
+    macro_rules! define {
+        ($($operator:ty),* $(,)?) => { $(definitions.def::<$operator>()?;)* };
+    }
+    for_each_operator!(define);
+    let cpu = if CPU { Some("CPU") } else { None };
+    for key in cpu.into_iter().chain(["CUDA"]) {
+        let kernels = Library::kernels(abi, NAMESPACE, key)?;
+        macro_rules! implement {
+            ($($operator:ty),* $(,)?) => { $(kernels.kernel::<$operator>()?;)* };
+        }
+        for_each_operator!(implement);
+    }
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! A linear layer with what follows it: `activation(x weight^T + bias) + residual`, one kernel.
+//!
+//! Its derivative is taken by parts in Python: there the sums before the activation are needed, which this never stores.
+
+use crate::ops::elementwise::{function, number_of};
+use crate::plans::{Key, run};
+use crate::tensors::{Rows, float, plain, same_device, vector, wide};
+use tilewright_base::{DType, Error, Result};
+use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
+
+struct Form<'a> {
+    dtype: DType,
+    inner: i64,
+    outer: i64,
+    bias: Option<DType>,
+    residual: bool,
+    formula: &'a str,
+}
+
+impl Form<'_> {
+    fn text(&self) -> Result<String> {
+        let Form { dtype: t, inner: k, outer: n, .. } = *self;
+        let c = wide(t);
+        let mut text = format!(
+            "graph @linear(M in 1..) {{\n  %x \"x\": {t}[M,{k}] = input\n  %w \"weight\": {t}[{n},{k}] = input\n"
+        );
+        if let Some(b) = self.bias {
+            text += &format!("  %b \"bias\": {b}[{n}] = input\n");
+        }
+        if self.residual {
+            text += &format!("  %r \"residual\": {t}[M,{n}] = input\n");
+        }
+        text += &format!("  %s: {c}[M,{n}] = contract \"mk,nk->mn\" acc={c} %x, %w\n");
+        let mut value = "%s";
+        if self.bias.is_some() {
+            text += &format!("  %sb = map {{ a, b -> a + {c}(b) }} %s, %b\n");
+            value = "%sb";
+        }
+        if !self.formula.is_empty() {
+            let func = function(self.formula, c)?;
+            if func.params().len() != 1 {
+                let message = format!("the activation `{}` must have one variable", self.formula);
+                return Err(Error::user(message));
+            }
+            text += &format!("  %sa = map {func} {value}\n");
+            value = "%sa";
+        }
+        text += &match self.residual {
+            true => format!("  %y = map {{ a, r -> {t}(a + {c}(r)) }} {value}, %r\n"),
+            false => format!("  %y = map {{ a -> {t}(a) }} {value}\n"),
+        };
+        Ok(text + "  return \"y\": %y\n}\n")
+    }
+}
+
+/// `activation(x weight^T + bias) + residual` for `x [..., K]` and `weight [N, K]`.
+pub(crate) struct Linear;
+
+impl Operator for Linear {
+    const NAME: &'static str = "linear";
+    const ARGS: &'static [(&'static str, Arg)] = &[
+        ("x", Arg::Tensor),
+        ("weight", Arg::Tensor),
+        ("bias", Arg::Optional),
+        ("residual", Arg::Optional),
+        ("activation", Arg::Str),
+    ];
+    const RETURNS: &'static str = "Tensor";
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [x, weight, bias, residual, activation] = args else {
+            return Err(Error::bug("arguments"));
+        };
+        let (x, weight) = (x.tensor()?, weight.tensor()?);
+        let formula = activation.str()?;
+        let (dtype, rows) = (float("x", &x)?, Rows::of("x", &x)?);
+        same_device("weight", &weight, &x)?;
+        let &[outer, inner] = weight.sizes() else {
+            return Err(Error::user(format!("weight has shape {:?}", weight.sizes())));
+        };
+        if inner != rows.columns || weight.dtype()? != dtype {
+            let message = format!(
+                "weight is {} of shape {:?}, and x {dtype} with rows of {}",
+                weight.dtype()?,
+                weight.sizes(),
+                rows.columns
+            );
+            return Err(Error::user(message));
+        }
+        let mut sizes = x.sizes().to_vec();
+        if let Some(last) = sizes.last_mut() {
+            *last = outer;
+        }
+        let bias = bias.optional()?;
+        let bias_type = bias.as_ref().map(|b| vector("bias", b, outer, &x)).transpose()?;
+        let residual = residual.optional()?;
+        if let Some(r) = &residual {
+            same_device("residual", r, &x)?;
+            if r.sizes() != sizes || r.dtype()? != dtype {
+                let message = format!("residual has shape {:?}; it must be {sizes:?}", r.sizes());
+                return Err(Error::user(message));
+            }
+        }
+        let (x, weight) = (plain(x)?, plain(weight)?);
+        let (bias, residual) = (bias.map(plain).transpose()?, residual.map(plain).transpose()?);
+        let y = Tensor::empty(abi, &sizes, dtype, x.device())?;
+        if inner == 0 {
+            return Err(Error::unsupported("a product over rows of no numbers"));
+        }
+        if y.elements() > 0 {
+            let given = residual.is_some();
+            let form = Form { dtype, inner, outer, bias: bias_type, residual: given, formula };
+            let key = Key::new("linear").dtype(dtype).with(inner as u64).with(outer as u64);
+            let key = key.with(bias_type.map_or(0, |b| b as u64 + 1)).with(given.into());
+            let inputs = [Some(&x), Some(&weight), bias.as_ref(), residual.as_ref()];
+            let inputs: Vec<&Tensor> = inputs.into_iter().flatten().collect();
+            let key = key.with(number_of(formula));
+            run(key, &[rows.rows], &inputs, &[&y], || form.text())?;
+        }
+        Ok(vec![Value::Tensor(y)])
+    }
+}
+
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<(String, String)> {
+    let plain =
+        Form { dtype: DType::F32, inner: 24, outer: 40, bias: None, residual: false, formula: "" };
+    let rich = Form {
+        dtype: DType::BF16,
+        bias: Some(DType::BF16),
+        residual: true,
+        formula: "x * sigmoid(x)",
+        ..plain
+    };
+    [("linear", plain), ("linear with everything", rich)]
+        .map(|(name, form)| (name.to_string(), form.text().expect("a text")))
+        .to_vec()
+}

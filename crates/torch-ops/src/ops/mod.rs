@@ -1,0 +1,67 @@
+//! The operators, a file per family, and their list.
+
+mod attention;
+mod cross_entropy;
+mod elementwise;
+mod linear;
+mod norm;
+mod rotary;
+mod softmax;
+
+pub(crate) use attention::Attention;
+pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward};
+pub use elementwise::variables;
+pub(crate) use elementwise::{Map, MapBackward};
+pub(crate) use linear::Linear;
+pub(crate) use norm::{
+    AddLayerNorm, AddRmsNorm, LayerNorm, LayerNormBackward, RmsNorm, RmsNormBackward,
+};
+pub(crate) use rotary::Rotary;
+pub(crate) use softmax::{Softmax, SoftmaxBackward};
+
+/// Calls a macro of this crate with the types of all operators.
+macro_rules! for_each_operator {
+    ($macro:ident) => {
+        $macro! {
+            $crate::ops::RmsNorm<true>,
+            $crate::ops::RmsNorm<false>,
+            $crate::ops::AddRmsNorm<true>,
+            $crate::ops::AddRmsNorm<false>,
+            $crate::ops::RmsNormBackward,
+            $crate::ops::LayerNorm<true>,
+            $crate::ops::LayerNorm<false>,
+            $crate::ops::AddLayerNorm<true>,
+            $crate::ops::AddLayerNorm<false>,
+            $crate::ops::LayerNormBackward,
+            $crate::ops::Softmax,
+            $crate::ops::SoftmaxBackward,
+            $crate::ops::Map<0>,
+            $crate::ops::Map<1>,
+            $crate::ops::Map<2>,
+            $crate::ops::MapBackward<0>,
+            $crate::ops::MapBackward<1>,
+            $crate::ops::MapBackward<2>,
+            $crate::ops::CrossEntropy,
+            $crate::ops::CrossEntropyBackward,
+            $crate::ops::Rotary,
+            $crate::ops::Linear,
+            $crate::ops::Attention,
+        }
+    };
+}
+pub(crate) use for_each_operator;
+
+/// Graphs of all operators for small rows, by name.
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<(String, String)> {
+    let families = [
+        norm::samples(),
+        softmax::samples(),
+        elementwise::samples(),
+        cross_entropy::samples(),
+        rotary::samples(),
+        linear::samples(),
+        attention::samples(),
+    ];
+    families.concat()
+}

@@ -1,0 +1,221 @@
+//! Compiled graphs by key, and running them on PyTorch's tensors.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::hash::Hash;
+#[cfg(feature = "cpu")]
+use std::sync::Mutex;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+#[cfg(not(feature = "cpu"))]
+use tilewright_base::Error;
+use tilewright_base::{DType, Result};
+use tilewright_cuda::{Nvrtc, Stream};
+use tilewright_graph::Graph;
+use tilewright_launch::Loader;
+use tilewright_runtime_gpu::Direct;
+use tilewright_target::Gpu as Machine;
+#[cfg(feature = "cpu")]
+use tilewright_torch_abi::Abi;
+use tilewright_torch_abi::{Device, Tensor};
+
+/// What a plan was compiled for: the operator and the numbers that its text depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    name: &'static str,
+    words: [u64; 12],
+}
+
+impl Key {
+    pub(crate) fn new(name: &'static str) -> Key {
+        Key { name, words: [0; 12] }
+    }
+
+    /// Adds a number. Numbers are told apart by their order.
+    pub(crate) fn with(mut self, number: u64) -> Key {
+        // The first place that is still free; a place that is taken holds the number plus one.
+        if let Some(place) = self.words.iter_mut().find(|w| **w == 0) {
+            *place = number.wrapping_add(1);
+        }
+        self
+    }
+
+    pub(crate) fn dtype(self, dtype: DType) -> Key {
+        self.with(dtype as u64)
+    }
+}
+
+/// Runs the graph that `text` writes on these tensors: `sizes` are the values of its symbols, in order. Inputs and outputs are
+/// row-major, on one device, and have the graph's types and shapes.
+pub(crate) fn run(
+    key: Key,
+    sizes: &[i64],
+    inputs: &[&Tensor],
+    outputs: &[&Tensor],
+    text: impl FnOnce() -> Result<String>,
+) -> Result<()> {
+    let Some(first) = outputs.first() else { return Ok(()) };
+    match first.device() {
+        Device::Cpu => on_cpu(key, sizes, inputs, outputs, text),
+        Device::Cuda(index) => on_cuda(index, key, sizes, inputs, outputs, text),
+    }
+}
+
+// ---- on the processor ------------------------------------------------------------------------------
+
+#[cfg(feature = "cpu")]
+fn on_cpu(
+    key: Key,
+    sizes: &[i64],
+    inputs: &[&Tensor],
+    outputs: &[&Tensor],
+    text: impl FnOnce() -> Result<String>,
+) -> Result<()> {
+    type Plans = RwLock<HashMap<(u32, Key), Arc<Mutex<tilewright::Session>>>>;
+    static PLANS: OnceLock<Plans> = OnceLock::new();
+    let plans = PLANS.get_or_init(Plans::default);
+    // A forked process has none of its parent's threads: it makes plans of its own.
+    let key = (std::process::id(), key);
+    let known = plans.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+    let session = match known {
+        Some(session) => session,
+        None => {
+            let compiler = compiler(key.0, first_abi(outputs)?)?;
+            let compiled = compiler.compile_observed(Graph::parse(&text()?)?, &mut |_| {})?;
+            let session = Arc::new(Mutex::new(compiled.session()?));
+            let mut plans = plans.write().unwrap_or_else(PoisonError::into_inner);
+            plans.entry(key).or_insert(session).clone()
+        }
+    };
+    let place = |t: &&Tensor| t.address().map(|a| a as usize);
+    let inputs = inputs.iter().map(place).collect::<Result<Vec<_>>>()?;
+    let outputs = outputs.iter().map(place).collect::<Result<Vec<_>>>()?;
+    let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: the operators give tensors of the graph's types and shapes (`run`'s contract, which each keeps by checking
+    // its arguments and making its results from them), and PyTorch's tensors live until the call ends. Outputs are new.
+    unsafe { session.run_at(sizes, &inputs, &outputs) }
+}
+
+#[cfg(not(feature = "cpu"))]
+fn on_cpu(
+    _key: Key,
+    _sizes: &[i64],
+    _inputs: &[&Tensor],
+    _outputs: &[&Tensor],
+    _text: impl FnOnce() -> Result<String>,
+) -> Result<()> {
+    Err(Error::unsupported("this build has no kernels for the processor"))
+}
+
+#[cfg(feature = "cpu")]
+fn first_abi(tensors: &[&Tensor]) -> Result<&'static Abi> {
+    tensors
+        .first()
+        .map(|t| t.abi())
+        .ok_or_else(|| tilewright_base::Error::bug("an operator without results"))
+}
+
+/// The compiler of this process, on as many threads as PyTorch has when it is first asked for.
+#[cfg(feature = "cpu")]
+fn compiler(process: u32, abi: &Abi) -> Result<tilewright::Compiler> {
+    static COMPILERS: OnceLock<Mutex<HashMap<u32, tilewright::Compiler>>> = OnceLock::new();
+    let known = COMPILERS.get_or_init(Mutex::default);
+    let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(compiler) = known.get(&process) {
+        return Ok(compiler.clone());
+    }
+    let folder = tilewright::cache_dir();
+    let cpu = tilewright::host_cpu(abi.threads(), folder.as_deref())?;
+    let compiler = tilewright::Compiler::for_cpu(cpu, folder);
+    known.insert(process, compiler.clone());
+    Ok(compiler)
+}
+
+// ---- on a CUDA device ------------------------------------------------------------------------------
+
+/// A device with its compiler and its plans.
+struct Cuda {
+    loader: Arc<Loader>,
+    machine: Machine,
+    /// Whether it is the only one.
+    alone: bool,
+    /// Looked up only.
+    plans: RwLock<HashMap<Key, Arc<Direct>>>,
+}
+
+fn cuda(index: u32) -> Result<Arc<Cuda>> {
+    static DEVICES: OnceLock<RwLock<HashMap<u32, Arc<Cuda>>>> = OnceLock::new();
+    let devices = DEVICES.get_or_init(RwLock::default);
+    if let Some(known) = devices.read().unwrap_or_else(PoisonError::into_inner).get(&index) {
+        return Ok(known.clone());
+    }
+    let folder = tilewright::cache_dir();
+    let device = tilewright::gpu::GpuDevice::open(index, folder.as_deref())?;
+    let nvrtc = Nvrtc::open(folder.map(|f| f.join("cuda")).as_deref())?;
+    let loader = Arc::new(Loader::new(device.gpu().clone(), nvrtc));
+    let machine = device.machine().clone();
+    let alone = tilewright_cuda::Gpu::count()? == 1;
+    let made = Arc::new(Cuda { loader, machine, alone, plans: RwLock::default() });
+    let mut devices = devices.write().unwrap_or_else(PoisonError::into_inner);
+    Ok(devices.entry(index).or_insert(made).clone())
+}
+
+fn on_cuda(
+    index: u32,
+    key: Key,
+    sizes: &[i64],
+    inputs: &[&Tensor],
+    outputs: &[&Tensor],
+    text: impl FnOnce() -> Result<String>,
+) -> Result<()> {
+    let device = cuda(index)?;
+    let Some(first) = outputs.first() else { return Ok(()) };
+    let abi = first.abi();
+    // With one device it is the current one.
+    let _guard = if device.alone { None } else { Some(abi.cuda_guard(index)?) };
+    let known = device.plans.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+    let plan = match known {
+        Some(plan) => plan,
+        None => {
+            let mut compiler = tilewright::gpu::GpuCompiler::new(device.machine.clone());
+            // The texts are written to be one kernel wherever that is possible.
+            compiler.fusion = tilewright::Choice::Greedy;
+            let planned = compiler.plan(Graph::parse(&text()?)?)?;
+            let plan = planned.plan().clone();
+            let made = Direct::new(plan, device.loader.clone(), device.machine.clone())?;
+            let mut plans = device.plans.write().unwrap_or_else(PoisonError::into_inner);
+            plans.entry(key).or_insert(Arc::new(made)).clone()
+        }
+    };
+    let fitted = plan.fit(sizes)?;
+    let scratch = match fitted.scratch_bytes() {
+        0 => None,
+        bytes => {
+            let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+            Some(Tensor::empty(abi, &[bytes], DType::U8, Device::Cuda(index))?)
+        }
+    };
+    let place = |t: &&Tensor| t.address();
+    let inputs = inputs.iter().map(place).collect::<Result<Vec<_>>>()?;
+    let outputs = outputs.iter().map(place).collect::<Result<Vec<_>>>()?;
+    let scratch_at = scratch.as_ref().map_or(Ok(0), Tensor::address)?;
+    let stream: *mut c_void = abi.cuda_stream(index)?;
+    // SAFETY: PyTorch's current stream of this device, which belongs to the primary context and outlives the call.
+    let stream = unsafe { Stream::from_raw(device.loader.gpu(), stream) };
+    // SAFETY: tensors of the graph's types and shapes, row-major and aligned (`run`'s contract). PyTorch's allocator gives memory
+    // that is freed while kernels are in flight only to later work of the same stream.
+    unsafe { fitted.launch(&inputs, &outputs, scratch_at, &stream) }
+}
+
+/// The kernels that ran on a device for some operator so far, with their schedules: for people.
+pub fn schedules(index: u32, sizes: &[i64]) -> Result<Vec<String>> {
+    let device = cuda(index)?;
+    let plans = device.plans.read().unwrap_or_else(PoisonError::into_inner);
+    let mut lines = Vec::new();
+    for (key, plan) in plans.iter() {
+        if let Ok(fitted) = plan.fit(sizes) {
+            lines.extend(fitted.schedules().iter().map(|s| format!("{} {s}", key.name)));
+        }
+    }
+    lines.sort();
+    Ok(lines)
+}

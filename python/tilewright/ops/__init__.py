@@ -1,0 +1,36 @@
+"""The operator pack: fused operators for PyTorch, in eager mode, under torch.compile and in torch.export.
+
+    from tilewright import ops
+    y = ops.rms_norm(x, weight)                       # forward and backward are one kernel each
+    y, h = ops.rms_norm(x, weight, residual=r)        # h = x + r, y its norm, in one pass
+    y = ops.swiglu(gate, up)
+    quick_gelu = ops.elementwise("x * sigmoid(1.702 * x)")
+
+Kernels are compiled when a type and a row length are first met, and kept on disk. Importing this module registers the
+operators as `torch.ops.tilewright.*`; it needs PyTorch 2.10 or later.
+"""
+
+from .attentions import attention
+from .formulas import elementwise, geglu, gelu, silu, swiglu
+from .linears import linear, linear_cross_entropy
+from .losses import cross_entropy
+from .norms import layer_norm, rms_norm
+from .rotations import rotary
+from .softmaxes import log_softmax, softmax
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "elementwise",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "log_softmax",
+    "rms_norm",
+    "rotary",
+    "silu",
+    "softmax",
+    "swiglu",
+]

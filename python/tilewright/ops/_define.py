@@ -1,0 +1,118 @@
+"""How an operator that Rust has put into PyTorch's dispatcher gets its Python half.
+
+Rust (crates/torch-ops) registers schemas and the kernels for CPU and CUDA. Here each operator gets
+
+* `fake`: shapes and types of its results, for `torch.compile`, `torch.export` and the meta device;
+* `composed`: the same from PyTorch's operators. It is what tests compare with, what runs on the CPU where the wheel has no
+  compiler for it (built without LLVM);
+* its derivative, whose formula calls other operators of the pack.
+
+An operator with a derivative exists twice: `tilewright::name` has it, `tilewright::name.inference` is the same kernel without. The
+public functions call the second where nothing asks for a gradient, since PyTorch runs derivatives that are registered from
+Python in Python, in every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+
+from .. import _native
+
+_native.register_operators()
+
+# Kernels that Python adds; they stay for as long as this exists.
+_CPU = torch.library.Library("tilewright", "IMPL")
+
+
+class Pair:
+    """An operator with a derivative: called, it takes the form that this call needs."""
+
+    def __init__(self, name: str, kept: int | None):
+        packet = getattr(torch.ops.tilewright, name)
+        self.name = name
+        self.kept = kept
+        self.default = packet.default
+        self.inference = packet.inference
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() and _asks_for_gradients(args):
+            return _part(self.default(*args), self.kept)
+        return self.inference(*args)
+
+
+def _asks_for_gradients(args: tuple) -> bool:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, (list, tuple)) and any(t.requires_grad for t in arg):
+            return True
+    return False
+
+
+def _part(results: Any, kept: int | None) -> Any:
+    """The first results, or all."""
+    if kept is None:
+        return results
+    return results[0] if kept == 1 else tuple(results[:kept])
+
+
+def single(name: str, fake: Callable, composed: Callable) -> Any:
+    """An operator without a derivative of its own, such as the gradient of another."""
+    _add(name, fake, composed)
+    return getattr(torch.ops.tilewright, name).default
+
+
+def pair(
+    name: str, fake: Callable, composed: Callable, save: Callable, gradient: Callable, kept: int | None = None
+) -> Pair:
+    """An operator with a derivative. Without gradients it has its first `kept` results only.
+
+    `save(ctx, inputs, output)` keeps what `gradient(ctx, *grads)` needs, which gives one gradient per input. A second
+    derivative is refused.
+    """
+    _add(name, fake, composed)
+    _add(name + ".inference", lambda *args: _part(fake(*args), kept), lambda *args: _part(composed(*args), kept))
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        save(ctx, inputs, output)
+
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in _flat(grads)):
+            raise NotImplementedError(
+                f"tilewright::{name} has no second derivative; use PyTorch's own operator where one is needed"
+            )
+        return gradient(ctx, *grads)
+
+    torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context)
+    return Pair(name, kept)
+
+
+def _add(name: str, fake: Callable, composed: Callable) -> None:
+    torch.library.register_fake(f"tilewright::{name}", fake)
+    if not _native.HAS_CPU:
+        _CPU.impl(name, composed, "CPU")
+
+
+def _flat(values):
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def promoted(x: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the type that PyTorch gives their sum (mixed types occur under autocast)."""
+    if x.dtype == other.dtype:
+        return x, other
+    dtype = torch.result_type(x, other)
+    return x.to(dtype), other.to(dtype)

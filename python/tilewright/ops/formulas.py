@@ -1,0 +1,177 @@
+"""Formulas on tensors: any activation, gated ones, and their symbolic derivatives, one kernel each."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .. import _native
+from ._define import pair, single, wide
+
+# Functions of our formula language that PyTorch has under the same name.
+_FUNCTIONS = ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "floor", "ceil", "abs")
+
+
+_KNOWN: dict[str, tuple[str, ...]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _variables(formula: str) -> tuple[str, ...]:
+    """The formula's variables. Inside of a compiled function this is a constant."""
+    if formula not in _KNOWN:
+        _KNOWN[formula] = tuple(_native.formula_variables(formula))
+    return _KNOWN[formula]
+
+
+def _forward_composed(xs, formula):
+    """The formula by Python's own evaluation: for formulas that both languages read alike."""
+    names = {f: getattr(torch, f) for f in _FUNCTIONS}
+    names["relu"] = torch.relu
+    c = wide(xs[0].dtype)
+    names.update({n: x.to(c) for n, x in zip(_variables(formula), xs)})
+    return eval(compile(formula, "<formula>", "eval"), {"__builtins__": {}}, names).to(xs[0].dtype)  # noqa: S307
+
+
+def _backward_composed(dy, xs, formula):
+    with torch.enable_grad():
+        held = [x.detach().requires_grad_() for x in xs]
+        y = _forward_composed(held, formula)
+        grads = torch.autograd.grad(y, held, dy, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(xs, grads)]
+
+
+_map_backward = single(
+    "map_backward",
+    fake=lambda dy, xs, formula: [x.new_empty(x.shape) for x in xs],
+    composed=_backward_composed,
+)
+_map1_backward = single(
+    "map1_backward",
+    fake=lambda dy, x, formula: x.new_empty(x.shape),
+    composed=lambda dy, x, formula: _backward_composed(dy, [x], formula)[0],
+)
+_map2_backward = single(
+    "map2_backward",
+    fake=lambda dy, x, y, formula: (x.new_empty(x.shape), y.new_empty(y.shape)),
+    composed=lambda dy, x, y, formula: tuple(_backward_composed(dy, [x, y], formula)),
+)
+
+
+def _save_list(ctx, inputs, output):
+    xs, ctx.formula = inputs
+    ctx.save_for_backward(*xs)
+
+
+def _save(ctx, inputs, output):
+    *xs, ctx.formula = inputs
+    ctx.save_for_backward(*xs)
+
+
+def _list_gradient(ctx, dy):
+    if dy is None:
+        return [None] * len(ctx.saved_tensors), None
+    return _map_backward(dy, list(ctx.saved_tensors), ctx.formula), None
+
+
+def _one_gradient(ctx, dy):
+    return None if dy is None else _map1_backward(dy, *ctx.saved_tensors, ctx.formula), None
+
+
+def _two_gradients(ctx, dy):
+    if dy is None:
+        return None, None, None
+    return *_map2_backward(dy, *ctx.saved_tensors, ctx.formula), None
+
+
+_map = pair(
+    "map",
+    fake=lambda xs, formula: xs[0].new_empty(xs[0].shape),
+    composed=_forward_composed,
+    save=_save_list,
+    gradient=_list_gradient,
+)
+_map1 = pair(
+    "map1",
+    fake=lambda x, formula: x.new_empty(x.shape),
+    composed=lambda x, formula: _forward_composed([x], formula),
+    save=_save,
+    gradient=_one_gradient,
+)
+_map2 = pair(
+    "map2",
+    fake=lambda x, y, formula: x.new_empty(x.shape),
+    composed=lambda x, y, formula: _forward_composed([x, y], formula),
+    save=_save,
+    gradient=_two_gradients,
+)
+
+
+class Formula:
+    """A formula as a function of tensors; `elementwise` makes one."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.variables = _variables(text)
+        if not self.variables:
+            raise ValueError(f"the formula {text!r} has no variables")
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        if len(tensors) != len(self.variables):
+            raise TypeError(f"{len(tensors)} tensors for the variables {self.variables} of {self.text!r}")
+        if len(tensors) == 1:
+            return _map1(tensors[0], self.text)
+        first = tensors[0]
+        if any(t.shape != first.shape or t.dtype != first.dtype for t in tensors):
+            dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+            tensors = tuple(t.to(dtype) for t in torch.broadcast_tensors(*tensors))
+        if len(tensors) == 2:
+            return _map2(*tensors, self.text)
+        return _map(list(tensors), self.text)
+
+    def __repr__(self) -> str:
+        return f"tilewright.ops.elementwise({self.text!r})"
+
+
+def elementwise(formula: str) -> Formula:
+    """A function of tensors from a formula: `elementwise("x * sigmoid(1.702 * x)")`.
+
+    Its arguments are the formula's variables in the order in which they first occur. It is computed in float32 (float64 for
+    float64) in one pass; its derivative is found symbolically, and is one pass, too. Raises ValueError for a text that
+    is no formula.
+    """
+    return Formula(formula)
+
+
+_GELU = elementwise("0.5 * x * (1.0 + erf(x * 0.7071067811865476))")
+_GELU_TANH = elementwise("0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))")
+_SILU = elementwise("x * sigmoid(x)")
+_SWIGLU = elementwise("x * sigmoid(x) * y")
+_GEGLU = elementwise("0.5 * x * (1.0 + erf(x * 0.7071067811865476)) * y")
+_GEGLU_TANH = elementwise("0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))) * y")
+
+
+def gelu(x, approximate="none"):
+    """GELU, exact (`"none"`) or by `"tanh"`, as `torch.nn.functional.gelu`."""
+    return _kind(approximate, _GELU, _GELU_TANH)(x)
+
+
+def silu(x):
+    """`x * sigmoid(x)`"""
+    return _SILU(x)
+
+
+def swiglu(gate, up):
+    """`gate * sigmoid(gate) * up`, in one pass."""
+    return _SWIGLU(gate, up)
+
+
+def geglu(gate, up, approximate="none"):
+    """`gelu(gate) * up`, in one pass."""
+    return _kind(approximate, _GEGLU, _GEGLU_TANH)(gate, up)
+
+
+def _kind(approximate, exact, tanh):
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    return tanh if approximate == "tanh" else exact

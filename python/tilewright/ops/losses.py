@@ -1,0 +1,82 @@
+"""Cross-entropy of logits, fused, and of a linear layer whose logits are never all there."""
+
+from __future__ import annotations
+
+import torch
+
+from ._define import pair, single, wide
+
+
+def _parts(x, softcap):
+    v = x.to(wide(x.dtype))
+    return torch.tanh(v / softcap) * softcap if softcap > 0 else v
+
+
+def _composed(x, targets, ignore_index, label_smoothing, z_loss, softcap):
+    v = _parts(x, softcap)
+    lse = torch.logsumexp(v, -1)
+    inside = (targets >= 0) & (targets < v.shape[-1])
+    picked = v.gather(-1, targets.where(inside, 0).unsqueeze(-1)).squeeze(-1).where(inside, 0)
+    loss = lse - (1 - label_smoothing) * picked - label_smoothing * v.mean(-1) + z_loss * lse * lse
+    return torch.where(targets == ignore_index, 0, loss), lse
+
+
+def _backward_composed(dloss, x, targets, lse, ignore_index, label_smoothing, z_loss, softcap):
+    v = _parts(x, softcap)
+    n = v.shape[-1]
+    hit = targets.unsqueeze(-1) == torch.arange(n, device=x.device)
+    l = lse.unsqueeze(-1)
+    g = torch.exp(v - l) * (1 + 2 * z_loss * l) - hit * (1 - label_smoothing) - label_smoothing / n
+    if softcap > 0:
+        g = g * (1 - (v / softcap) ** 2)
+    g = torch.where((targets == ignore_index).unsqueeze(-1), 0, g * dloss.unsqueeze(-1))
+    return g.to(x.dtype)
+
+
+_cross_entropy_backward = single(
+    "cross_entropy_backward",
+    fake=lambda dloss, x, *_: x.new_empty(x.shape),
+    composed=_backward_composed,
+)
+
+
+def _fake(x, targets, *_):
+    loss = x.new_empty(targets.shape, dtype=wide(x.dtype))
+    return loss, torch.empty_like(loss)
+
+
+def _save(ctx, inputs, output):
+    x, targets, *ctx.numbers = inputs
+    _, lse = output
+    ctx.save_for_backward(x, targets, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _gradient(ctx, dloss, _):
+    x, targets, lse = ctx.saved_tensors
+    if dloss is None:
+        return (None,) * 6
+    return _cross_entropy_backward(dloss, x, targets, lse, *ctx.numbers), None, None, None, None, None
+
+
+_cross_entropy = pair("cross_entropy", fake=_fake, composed=_composed, save=_save, gradient=_gradient)
+
+
+def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
+    """Cross-entropy of logits `x[..., N]` and targets `[...]` (int64), computed in float32 (float64 for float64).
+
+    `softcap` replaces each logit by `softcap * tanh(x / softcap)`; `z_loss` times the square of the logarithm of the sum of
+    exponentials is added. Rows whose target is `ignore_index` count neither in the loss nor in the mean. The gradient is one
+    pass over the logits. Targets must lie inside the row: on the CPU others raise IndexError, on a GPU they are not noticed.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
+        kept = targets[targets != ignore_index]
+        if kept.numel() and not 0 <= kept.min().item() <= kept.max().item() < x.shape[-1]:
+            raise IndexError(f"targets reach from {kept.min().item()} to {kept.max().item()}, and there are {x.shape[-1]} logits")
+    loss, _ = _cross_entropy(x, targets, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum().to(total.dtype)
