@@ -110,10 +110,8 @@ fn main() -> Result<()> {
     }
     eprintln!("{} products planned in {:.1} s", plans.len(), begin.elapsed().as_secs_f64());
     for (case, candidates, chosen) in &plans {
-        let wanted: Vec<_> = chosen
-            .iter()
-            .flat_map(|i| programs(&candidates[*i]).unwrap_or_default())
-            .collect();
+        let wanted: Vec<_> =
+            chosen.iter().flat_map(|i| programs(&candidates[*i]).unwrap_or_default()).collect();
         if begin.elapsed() > limit {
             eprintln!("no time is left for {}", case.shape_text());
             continue;
