@@ -190,8 +190,12 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     busy.max(memory) + p.overlap_share * busy.min(memory) + p.walk_share * walked + tie
 }
 
-/// Clocks of a multiprocessor that a warp's copy of single elements takes from its multiply-adds.
-const NARROW_COPY_CLOCKS: f64 = 1.6;
+/// Clocks of a multiprocessor that one copy of a warp takes from its multiply-adds, and how much more with each copy of
+/// a single element that the warp has in a step.
+const COPY_CLOCKS: f64 = 1.6;
+const NARROW_COPY_CLOCKS: f64 = 0.04;
+/// Time of plain multiply-adds with two stages over that with more.
+const TWO_STAGES: f64 = 1.03;
 
 /// Microseconds of plain multiply-adds: the arithmetic units at full rate but for what each step of the depth
 /// exposes, in whole waves of blocks.
@@ -212,15 +216,18 @@ pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -
     // Small register tiles read shared memory more often than they multiply.
     let side = sums.sqrt();
     let issue = flops / gpu.f32_flops_per_clock * (1.1 + 1.2 / side);
-    // Operands along the depth are turned by copies of single elements.
-    let copies = |extent: i64, turned: bool| {
-        let each = if turned { 1 } else { i64::from(s.vector.max(1)) };
-        if each > 2 { 0.0 } else { (extent * bk / each) as f64 / 32.0 * NARROW_COPY_CLOCKS }
-    };
-    let copying = copies(bm, shape.along_depth.0) + copies(bn, shape.along_depth.1);
+    // Operands along the depth are turned by copies of single elements, which wait for each other.
+    let each = |turned: bool| if turned { 1 } else { i64::from(s.vector.max(1)) };
+    let (each_a, each_b) = (each(shape.along_depth.0), each(shape.along_depth.1));
+    let copies = |extent: i64, each: i64| (extent * bk / each) as f64 / 32.0;
+    let narrow = |extent: i64, each: i64| if each > 2 { 0.0 } else { copies(extent, each) };
+    let (all, single) =
+        (copies(bm, each_a) + copies(bn, each_b), narrow(bm, each_a) + narrow(bn, each_b));
+    let copying = COPY_CLOCKS * all + NARROW_COPY_CLOCKS * single * single / (threads / 32.0);
+    let stages = if s.stages == 2 { TWO_STAGES } else { 1.0 };
     // What a block exposes between steps, other blocks of the multiprocessor hide in part.
     let exposed = 300.0 / together.min(per_sm).max(1.0);
-    let clocks = per_sm * steps * (issue + copying + exposed);
+    let clocks = per_sm * steps * (issue * stages + copying + exposed);
     let bytes = ((shape.m * shape.k + shape.k * shape.n) * shape.operand_bytes
         + shape.m * shape.n * shape.result_bytes) as f64
         * shape.batch as f64;
