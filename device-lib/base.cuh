@@ -158,6 +158,12 @@ template <typename T> TW_INLINE void set_pair(T* to, value<T> x, value<T> y) {
 
 template <typename T> struct is_bf16 { static constexpr bool yes = false; };
 template <> struct is_bf16<bf16> { static constexpr bool yes = true; };
+template <typename T> struct is_f8 { static constexpr bool yes = false; };
+template <> struct is_f8<f8e4m3> { static constexpr bool yes = true; };
+template <> struct is_f8<f8e5m2> { static constexpr bool yes = true; };
+template <typename T> struct is_integer_byte { static constexpr bool yes = false; };
+template <> struct is_integer_byte<signed char> { static constexpr bool yes = true; };
+template <> struct is_integer_byte<u8> { static constexpr bool yes = true; };
 
 // A run as 32-bit words; `words` of fewer than 4 bytes hold it in their low part.
 template <typename T, int N> union RunWords {
@@ -200,11 +206,34 @@ template <typename T, int N> TW_INLINE Run<T, N> load_run_if(bool inside, const 
   return load_words_if<T, N>(inside, p, fill).run;
 }
 
-// Element k of a run as registers hold it. Pairs of bf16 need one instruction an element when taken from their word.
+// Two neighbouring 8-bit floats as a pair of f16, exactly. PTX ISA, "cvt".
+#if __CUDA_ARCH__ >= 890
+template <typename T> TW_INLINE u32 widen_pair(u16 pair);
+template <> TW_INLINE u32 widen_pair<f8e4m3>(u16 pair) {
+  u32 r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+  return r;
+}
+template <> TW_INLINE u32 widen_pair<f8e5m2>(u16 pair) {
+  u32 r;
+  asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(r) : "h"(pair));
+  return r;
+}
+#endif
+
+// Element k of a run as registers hold it. Elements of one or two bytes are taken from their word, 8-bit floats in
+// pairs: one conversion serves both neighbours.
 template <typename T, int N> TW_INLINE value<T> widen_at(const RunWords<T, N>& r, int k) {
   if constexpr (N % 2 == 0 && is_bf16<T>::yes) {
     const u32 word = r.words[k / 2];
     return __uint_as_float(k % 2 != 0 ? word & 0xffff0000u : word << 16);
+  } else if constexpr (N % 4 == 0 && is_integer_byte<T>::yes) {
+    return (T)(r.words[k / 4] >> (k % 4 * 8));
+#if __CUDA_ARCH__ >= 890
+  } else if constexpr (N % 4 == 0 && is_f8<T>::yes) {
+    const u32 pair = widen_pair<T>((u16)(r.words[k / 4] >> (k % 4 / 2 * 16)));
+    return widen(f16{(u16)(k % 2 != 0 ? pair >> 16 : pair)});
+#endif
   } else {
     return widen(r.run.at[k]);
   }

@@ -73,31 +73,40 @@ template <typename T, int THREADS, int LINES, int ALONG, int SPAN, int BUFFER_LI
 TW_INLINE void copy_tile_turned(smem_t tile, int line0, int along0, const T* from, int line, int along, int lines,
                                 int alongs, i64 along_stride) {
   static_assert(LINES % 8 == 0 && ALONG % 4 == 0 && THREADS % 32 == 0, "whole groups of 8 lines x 4");
-  constexpr int GROUPS = LINES / 8, UNITS = GROUPS * (ALONG / 4), WARPS = THREADS / 32;
+  constexpr int GROUPS = LINES / 8, WARPS = THREADS / 32;
+  // Warps side by side along the lines, and groups of 8 lines that each of them has.
+  constexpr int ABREAST = WARPS < GROUPS ? WARPS : GROUPS, EACH = GROUPS / ABREAST, STEP = WARPS / ABREAST * 4;
   const int w = (int)threadIdx.x % THREADS / 32, l8 = lane() % 8, a4 = lane() / 8;
-  if constexpr (WARPS % GROUPS == 0 && UNITS % WARPS == 0) {
-    // A thread keeps to its line.
-    constexpr int STEP = WARPS / GROUPS * 4;
-    const int l = w % GROUPS * 8 + l8, a = w / GROUPS * 4 + a4;
+  if constexpr (GROUPS % ABREAST == 0 && WARPS % ABREAST == 0 && ALONG % STEP == 0) {
+    // A thread keeps to its lines.
+    const int l = w % ABREAST * 8 + l8, a = w / ABREAST * 4 + a4;
     const T* p = from + (line + l) + (i64)(along + a) * along_stride;
     const i64 next = STEP * along_stride;
     if (line >= 0 && along >= 0 && line + LINES <= lines && along + ALONG <= alongs) {
 #pragma unroll
-      for (int j = 0; j < UNITS / WARPS; ++j) {
-        copy_run<T, 1>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a + j * STEP), p, true);
+      for (int j = 0; j < ALONG / STEP; ++j) {
+#pragma unroll
+        for (int g = 0; g < EACH; ++g) {
+          const smem_t at = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l + g * ABREAST * 8, along0 + a + j * STEP);
+          copy_run<T, 1>(at, p + g * ABREAST * 8, true);
+        }
         p += next;
       }
     } else {
-      const bool line_inside = (u32)(line + l) < (u32)lines;
 #pragma unroll 1
-      for (int j = 0; j < UNITS / WARPS; ++j) {
-        const bool inside = line_inside && (u32)(along + a + j * STEP) < (u32)alongs;
-        copy_run<T, 1>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a + j * STEP),
-                       inside ? p : from, inside);
+      for (int j = 0; j < ALONG / STEP; ++j) {
+        const bool along_inside = (u32)(along + a + j * STEP) < (u32)alongs;
+#pragma unroll 1
+        for (int g = 0; g < EACH; ++g) {
+          const bool inside = along_inside && (u32)(line + l + g * ABREAST * 8) < (u32)lines;
+          const smem_t at = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l + g * ABREAST * 8, along0 + a + j * STEP);
+          copy_run<T, 1>(at, inside ? p + g * ABREAST * 8 : from, inside);
+        }
         p += next;
       }
     }
   } else {
+    constexpr int UNITS = GROUPS * (ALONG / 4);
 #pragma unroll 1
     for (int u = w; u < UNITS; u += WARPS) {
       const int l = u % GROUPS * 8 + l8, a = u / GROUPS * 4 + a4;

@@ -49,38 +49,54 @@ template <int COUNT, int THREADS, int BLOCK, int SPAN, int LINES> struct OuterOp
 // acc += A * B over the whole depth of two tiles. A is [ROWS, DEPTH] from (a_row, a_depth), B is
 // [DEPTH, COLS] from (b_depth, b_col); *_DEEP: lines of the buffer run along the depth, which they must not. Rows
 // are held for two steps, a block of columns is replaced after its last use. The assembler would move these loads
-// down to where their values are used; it moves none across a synchronisation of the warp.
+// down to where their values are used; it moves none across a synchronisation of the warp. The loop's body stays
+// near a thousand multiply-adds: longer ones wait for their instructions.
 template <int ROWS, int COLS, int DEPTH, int TM, int TN, int BM, int BN, int A_SPAN, int A_LINES, bool A_DEEP,
           int B_SPAN, int B_LINES, bool B_DEEP>
 TW_INLINE void fma_tile(float* acc, smem_t a, int a_row, int a_depth, smem_t b, int b_depth, int b_col) {
   using S = OuterSpread<ROWS, COLS, TM, TN, BM, BN>;
   static_assert(DEPTH % 8 == 0 && !A_DEEP && !B_DEEP, "lines run across the depth, in groups of 8");
-  const OuterOperand<S::RM, TM, BM, A_SPAN, A_LINES> left{a, a_row + S::thread_m() * BM, a_depth};
-  const OuterOperand<S::CN, TN, BN, B_SPAN, B_LINES> right{b, b_col + S::thread_n() * BN, b_depth};
+  constexpr int WANTED = S::TILE >= 128 ? 8 : S::TILE >= 64 ? 16 : 32, STEPS = DEPTH % WANTED == 0 ? WANTED : 8;
+  OuterOperand<S::RM, TM, BM, A_SPAN, A_LINES> left{a, a_row + S::thread_m() * BM, a_depth};
+  OuterOperand<S::CN, TN, BN, B_SPAN, B_LINES> right{b, b_col + S::thread_n() * BN, b_depth};
   float fa[2][S::RM], fb[S::CN];
   left.load(fa[0], 0);
   right.load(fb, 0);
+#pragma unroll 1
+  for (int done = 0; done < DEPTH; done += STEPS) {
+    // The pattern of the swizzle repeats every 8 lines. Behind the last step lies nothing: it loads step 0 again.
+    const u32 on = done + STEPS < DEPTH ? STEPS : 0;
+    auto next_left = left;
+    auto next_right = right;
+    next_left.tile += on * A_SPAN;
+    next_right.tile += on * B_SPAN;
 #pragma unroll
-  for (int k = 0; k < DEPTH; ++k) {
-    if (k + 1 < DEPTH) {
-      left.load(fa[(k + 1) & 1], k + 1);
+    for (int k = 0; k < STEPS; ++k) {
+      const auto& l = k + 1 < STEPS ? left : next_left;
+      const auto& r = k + 1 < STEPS ? right : next_right;
+      const int next = (k + 1) % STEPS;
+      l.load(fa[(k + 1) & 1], next);
       __syncwarp();
-    }
 #pragma unroll
-    for (int c = 0; c < S::CN; ++c) {
+      for (int c = 0; c < S::CN; ++c) {
 #pragma unroll
-      for (int j = 0; j < S::RM; ++j) {
-        // Back and forth, so that neighbours in time share an operand; even rows, then odd ones.
-        constexpr int HALF = (S::RM + 1) / 2;
-        const int i = c % 2 ? S::RM - 1 - j : j, r = i < HALF ? 2 * i : 2 * (i - HALF) + 1;
-        acc[r * S::CN + c] = __fmaf_rn(fa[k & 1][r], fb[c], acc[r * S::CN + c]);
-      }
-      if (c % BN == BN - 1 && k + 1 < DEPTH) {
-        right.load_block(fb, c - (BN - 1), k + 1);
-        __syncwarp();
+        for (int j = 0; j < S::RM; ++j) {
+          // Back and forth, so that neighbours in time share an operand; even rows, then odd ones.
+          constexpr int HALF = (S::RM + 1) / 2;
+          const int i = c % 2 ? S::RM - 1 - j : j, row = i < HALF ? 2 * i : 2 * (i - HALF) + 1;
+          acc[row * S::CN + c] = __fmaf_rn(fa[k & 1][row], fb[c], acc[row * S::CN + c]);
+        }
+        if (c % BN == BN - 1) r.load_block(fb, c - (BN - 1), next);
       }
     }
+    left = next_left;
+    right = next_right;
   }
 }
+
+// The same number in a register of its own. Stores of several neighbours want them in neighbouring registers; sums
+// that lie so all through the loop have the banks of their operands. (Blocks have no third dimension, which the
+// assembler does not know.)
+TW_INLINE float detached(float x) { return __uint_as_float(__float_as_uint(x) ^ threadIdx.z); }
 
 }  // namespace tw

@@ -30,6 +30,9 @@ pub(crate) enum Command {
     #[cfg(feature = "cpu")]
     /// Print a model, or a GPU kernel, at any stage of compilation
     Inspect(InspectArgs),
+    #[cfg(not(feature = "cpu"))]
+    /// Print the GPU kernels of a matrix product
+    Inspect(InspectKernelArgs),
     #[cfg(feature = "cpu")]
     /// Embed sentences with a sentence encoder, and search among them
     Embed(EmbedArgs),
@@ -309,6 +312,14 @@ pub(crate) enum BenchWhat {
 pub(crate) enum InspectWhat {
     /// The GPU kernels of a matrix product: tw inspect gemm 4096 4096 4096 --emit cuda
     Gemm(InspectGemmArgs),
+}
+
+/// What can be printed where there is no LLVM.
+#[cfg(not(feature = "cpu"))]
+#[derive(Debug, Args)]
+pub(crate) struct InspectKernelArgs {
+    #[command(subcommand)]
+    pub(crate) what: InspectWhat,
 }
 
 #[derive(Debug, Args)]

@@ -38,6 +38,11 @@ fn run(command: &Command, output: &Output) -> Result<()> {
         Command::Explain(args) => commands::explain::run(args, output),
         #[cfg(feature = "cpu")]
         Command::Inspect(args) => commands::inspect::run(args, output),
+        #[cfg(not(feature = "cpu"))]
+        Command::Inspect(args) => {
+            let args::InspectWhat::Gemm(args) = &args.what;
+            commands::gemm::inspect(args, output)
+        }
         #[cfg(feature = "cpu")]
         Command::Embed(args) => commands::embed::run(args, output),
         #[cfg(feature = "cpu")]

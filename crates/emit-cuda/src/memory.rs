@@ -149,10 +149,15 @@ impl Printer<'_> {
             Spread::Outer { block_n, .. } => vector.min(block_n),
         };
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
+        // Neighbours in memory must not tie the sums of plain multiply-adds to neighbouring registers.
+        let sums = matches!(frag.spread, Spread::Outer { .. }) && frag.dtype == DType::F32;
+        let detach = store && vector > 1 && sums;
         // A store of a vector fragment is made by every thread that holds the element: same value.
         let registers = (0..vector)
             .map(|k| {
-                self.register(frag_ref, &if k == 0 { "i".to_owned() } else { format!("i + {k}") })
+                let at = if k == 0 { "i".to_owned() } else { format!("i + {k}") };
+                let register = self.register(frag_ref, &at)?;
+                Ok(if detach { format!("tw::detached({register})") } else { register })
             })
             .collect::<Result<Vec<_>>>()?;
         self.line("#pragma unroll");

@@ -124,6 +124,8 @@ fn pipelined_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64
     let mut tf32 = spec(DType::F32, rrr);
     tf32.math = Math::Tf32;
     add("mma tf32", tf32, mma(Arch::Sm90a, (2, 2), (64, 64, 16), 4), (70, 40, 72));
+    let two = fma((1, 2), (64, 128, 16), 4);
+    add("fma, two warps", spec(DType::F32, (Row, Col, Row)), two, (70, 132, 40));
     let s = fma((2, 2), (64, 64, 16), 4);
     add("fma", spec(DType::F32, rrr), s.clone(), (70, 72, 40));
     add("fma, both along the depth", spec(DType::F32, (Row, Col, Row)), s.clone(), (70, 72, 40));

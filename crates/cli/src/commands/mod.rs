@@ -8,7 +8,6 @@ pub(crate) mod emit;
 pub(crate) mod explain;
 #[cfg(feature = "cpu")]
 pub(crate) mod expr;
-#[cfg_attr(not(feature = "cpu"), allow(dead_code, reason = "`tw inspect` is not there without it"))]
 pub(crate) mod gemm;
 pub(crate) mod gpu;
 #[cfg(feature = "cpu")]

@@ -24,6 +24,8 @@ pub(crate) struct Shape {
     pub(crate) result_bytes: i64,
     /// Whether every line of `A`, of `B` begins at a cache line.
     pub(crate) lines_aligned: (bool, bool),
+    /// Whether lines of `A`, of `B` run along the depth.
+    pub(crate) along_depth: (bool, bool),
     /// Neighbours in memory are in one column of the result, not in one row.
     pub(crate) column_major: bool,
     /// Instructions of the epilogue per element, conversions and the first operation aside.
@@ -74,6 +76,7 @@ pub fn estimate_us(
         operand_bytes,
         result_bytes,
         lines_aligned: (true, true),
+        along_depth: (true, true),
         column_major: false,
         epilogue_instructions: 0,
     };
@@ -187,6 +190,13 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     busy.max(memory) + p.overlap_share * busy.min(memory) + p.walk_share * walked + tie
 }
 
+/// Clocks of a multiprocessor that one copy of a warp takes from its multiply-adds, and how much more with each copy of
+/// a single element that the warp has in a step.
+const COPY_CLOCKS: f64 = 1.6;
+const NARROW_COPY_CLOCKS: f64 = 0.04;
+/// Time of plain multiply-adds with two stages over that with more.
+const TWO_STAGES: f64 = 1.03;
+
 /// Microseconds of plain multiply-adds: the arithmetic units at full rate but for what each step of the depth
 /// exposes, in whole waves of blocks.
 pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
@@ -195,18 +205,29 @@ pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -
     let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
     let threads = f64::from(s.warps.0 * s.warps.1 * 32);
     let sums = (bm * bn) as f64 / threads;
-    // Blocks that registers let live on one multiprocessor.
-    let together = (65536.0 / threads / (sums + 90.0).min(255.0)).floor().clamp(1.0, 8.0);
+    // Blocks that registers and shared memory let live on one multiprocessor.
+    let stage = ((bm + bn) * bk * shape.operand_bytes) as f64;
+    let room = (f64::from(227 << 10) / (stage * f64::from(s.stages))).floor();
+    let together = (65536.0 / threads / (sums + 90.0).min(255.0)).floor().min(room).clamp(1.0, 8.0);
     let tiles = ceil(shape.m, bm) * ceil(shape.n, bn) * shape.batch * shape.splits;
     let per_sm = ceil(tiles, i64::from(gpu.sms)) as f64;
     let steps = ceil(ceil(shape.k, bk), shape.splits) as f64;
     let flops = (bm * bn * bk) as f64 * 2.0;
     // Small register tiles read shared memory more often than they multiply.
     let side = sums.sqrt();
-    let issue = flops / gpu.f32_flops_per_clock * (1.0 + 1.2 / side);
+    let issue = flops / gpu.f32_flops_per_clock * (1.1 + 1.2 / side);
+    // Operands along the depth are turned by copies of single elements, which wait for each other.
+    let each = |turned: bool| if turned { 1 } else { i64::from(s.vector.max(1)) };
+    let (each_a, each_b) = (each(shape.along_depth.0), each(shape.along_depth.1));
+    let copies = |extent: i64, each: i64| (extent * bk / each) as f64 / 32.0;
+    let narrow = |extent: i64, each: i64| if each > 2 { 0.0 } else { copies(extent, each) };
+    let (all, single) =
+        (copies(bm, each_a) + copies(bn, each_b), narrow(bm, each_a) + narrow(bn, each_b));
+    let copying = COPY_CLOCKS * all + NARROW_COPY_CLOCKS * single * single / (threads / 32.0);
+    let stages = if s.stages == 2 { TWO_STAGES } else { 1.0 };
     // What a block exposes between steps, other blocks of the multiprocessor hide in part.
     let exposed = 300.0 / together.min(per_sm).max(1.0);
-    let clocks = per_sm * steps * (issue + exposed);
+    let clocks = per_sm * steps * (issue * stages + copying + exposed);
     let bytes = ((shape.m * shape.k + shape.k * shape.n) * shape.operand_bytes
         + shape.m * shape.n * shape.result_bytes) as f64
         * shape.batch as f64;

@@ -392,6 +392,7 @@ impl<'a> Scored<'a> {
             operand_bytes: size,
             result_bytes: p.result_bytes(),
             lines_aligned: (aligned[0], aligned[1]),
+            along_depth: (spec.a == Order::Row, spec.b == Order::Col),
             column_major: o.spec.c == Order::Col,
             epilogue_instructions: instructions(&o.spec.epilogue.func),
         };

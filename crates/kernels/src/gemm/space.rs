@@ -131,28 +131,39 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
     out
 }
 
+/// Tiles of plain f32 multiply-adds, their warps, and the blocks that share a multiprocessor. Each thread holds
+/// 8 x 16, 8 x 8 or 4 x 4 sums.
+#[rustfmt::skip] // One row per shape.
+const MULTIPLY_ADD_SHAPES: [(i64, i64, (u32, u32), i64); 11] = [
+    (128, 256, (2, 4), 1),
+    (256, 128, (4, 2), 1),
+    (128, 128, (2, 2), 2),
+    ( 64, 256, (1, 4), 2),
+    ( 64, 128, (1, 2), 4),
+    (128, 128, (2, 4), 1),
+    (128, 128, (4, 2), 1),
+    ( 64, 128, (2, 4), 1),
+    ( 64,  64, (2, 4), 1),
+    ( 64,  64, (2, 2), 1),
+    ( 32,  64, (1, 4), 1),
+];
+
 /// Schedules of plain f32 multiply-adds, for operands in any layout. `vector` is how many elements one access
 /// may take.
 pub(super) fn multiply_add_space(vector: u32) -> Vec<GpuSchedule> {
     let mut out = Vec::new();
-    // Tile, warps. Each thread holds 8 x 16, 8 x 8 or 4 x 4 sums.
-    let shapes = [
-        (128, 256, (2, 4)),
-        (128, 128, (2, 4)),
-        (128, 128, (4, 2)),
-        (64, 128, (2, 4)),
-        (64, 64, (2, 4)),
-        (64, 64, (2, 2)),
-        (32, 64, (1, 4)),
-    ];
-    for (bm, bn, warps) in shapes {
+    for (bm, bn, warps, blocks) in MULTIPLY_ADD_SHAPES {
         for bk in [16, 32] {
             for stages in [3, 2] {
+                if i64::from(stages) * (bm + bn) * bk * 4 * blocks > SMEM_BYTES {
+                    continue;
+                }
                 let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
                 let mut s = GpuSchedule::pipelined(Arch::Sm90a, ProductKind::Fma, warps, &tiles);
                 s.stages = stages;
                 s.vector = vector;
                 s.raster = 8;
+                s.blocks_per_sm = blocks as u32;
                 out.push(s);
             }
         }

@@ -24,10 +24,18 @@ use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind, TileId
 pub const MOST_VECTORS: i64 = 8;
 /// Sums that a thread keeps at most, registers that hold what was read among them.
 const SUMS: i64 = 120;
-/// Bytes of the matrix that a multiprocessor must have asked for, for memory to run at full rate.
-const IN_FLIGHT_BYTES: f64 = 32768.0;
-/// Time of the step that adds up the parts of the depth, in microseconds.
-const SUM_STEP_US: f64 = 1.8;
+/// Time from a load to its data while memory is busy, in microseconds.
+const LATENCY_US: f64 = 0.63;
+/// What reading reaches at most, over the rate of a copy.
+const STREAM_OVER_COPY: f64 = 1.21;
+/// Time of the step that adds up the parts of the depth, and of each part in it, in microseconds.
+const SUM_STEP_US: f64 = 2.2;
+const SUM_PART_US: f64 = 0.13;
+/// Time until the first block runs, and after the last, in microseconds.
+const START_US: f64 = 1.5;
+/// Where memory sets the pace the model of the tensor cores' kernels is so much above what they take; the two are
+/// compared.
+const AS_TENSOR_CORES: f64 = 1.17;
 
 /// A product with `vectors` rows for all other sizes. Size symbols are those of [`GemmSpec::program`] without `M`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -304,50 +312,60 @@ impl GemvSpec {
         s
     }
 
-    /// Estimated time: that of memory as far as enough of it is asked for, or of the arithmetic.
+    /// Estimated time: that of memory as far as enough of it is asked for, or of the arithmetic. The constants are a
+    /// fit to 300 timings of 17 products on an H200 (`crates/bench-gpu/examples/candidates.rs`); the picks among
+    /// what was timed are 1.8% from the best, 2.6% with every third product held out.
     pub fn estimate_us(&self, gpu: &Gpu, sizes: &GemvSizes, form: &GemvForm) -> f64 {
         let (bn, bk) = self.tile(form);
         let size = self.operand_bytes();
+        let sms = f64::from(gpu.sms);
+        let vectors = self.vectors as f64;
         let steps = ceil(ceil(sizes.k, bk), form.splits);
         let items = ceil(sizes.n, bn) * sizes.batch * form.splits;
         let slots = self.together(form) * i64::from(gpu.sms);
         let active = items.min(slots) as f64;
-        // Bytes that all blocks read, edges included, and how many are asked for at a time.
+        let clocks_per_us = gpu.model.clock_ghz * 1e3;
+        // Instructions per element of the matrix.
+        let widen = match (size, self.gemm.operand.is_float()) {
+            (1, true) => 8.3,
+            (1, false) => 2.6,
+            (2, _) => 1.2,
+            _ => 0.0,
+        };
+        let shared = vectors * if size < 4 { 1.0 } else { 0.3 };
+        let reuse = if self.deep() { form.each } else { form.vector * form.runs } as f64;
+        let instructions = 1.33 * vectors + widen + shared / reuse + 1.2;
+        // A block asks for a piece, waits for it, and works on it: only other blocks of the multiprocessor ask
+        // meanwhile.
+        let held = (form.each * form.runs * form.vector * form.threads) as f64;
+        let work_us = held * instructions / 128.0 / clocks_per_us;
+        let asked = active / sms * held * size as f64 / (LATENCY_US + 1.36 * work_us);
+        let ceiling = STREAM_OVER_COPY * gpu.copy_bytes_per_s / 1e6 / sms;
+        let rate = sms / (asked.powi(-4) + ceiling.powi(-4)).powf(0.25);
+        // Bytes that all blocks read, edges included.
         let bytes = (sizes.n * sizes.k * sizes.batch * size) as f64;
         let padded = (items * steps * bn * bk * size) as f64;
-        let each = (form.each * form.runs * form.vector * size * form.threads) as f64;
-        let asked = active * each / f64::from(gpu.sms);
-        let rate = gpu.copy_bytes_per_s * (asked / IN_FLIGHT_BYTES).min(1.0);
         // A last round of blocks that leaves multiprocessors idle.
         let rounds = items as f64 / slots as f64;
-        let tail = if rounds <= 1.0 { 1.0 } else { 1.0 + 0.25 * (rounds.ceil() / rounds - 1.0) };
+        let tail = if rounds <= 1.0 { 1.0 } else { 1.0 + 0.18 * (rounds.ceil() / rounds - 1.0) };
         // Where a load of the matrix brings as many of the vectors, those slow it down; so do short stretches of
         // memory.
-        let beside = if self.deep() { self.vectors as f64 / form.each as f64 } else { 0.0 };
+        let beside = if self.deep() { vectors / form.each as f64 } else { 0.0 };
         let stretch = (form.lanes * form.runs * form.vector * size) as f64;
-        let weight = if size < 4 { 0.25 } else { 0.1 };
-        let beside = 1.0 + weight * beside * (4.0 / size as f64).sqrt() + 9.6 / stretch;
-        let memory = bytes.max(padded * 0.5) / rate * 1e6 * tail * beside;
-        let widen = match (size, self.gemm.operand.is_float()) {
-            (1, true) => 6.0,
-            (4, _) => 0.0,
-            _ => 1.5,
-        };
-        let shared = self.vectors as f64 * (if size < 4 { 1.5 } else { 0.5 });
-        let reuse = if self.deep() { form.each } else { form.vector * form.runs } as f64;
-        let instructions = self.vectors as f64 + widen + shared / reuse + 0.5;
-        let issue = 128.0 * gpu.model.clock_ghz * 1e9 * active.min(f64::from(gpu.sms));
-        let arithmetic = padded / size as f64 * instructions / issue * 1e6;
+        let beside = 1.0 + 0.1 * beside / (size as f64).sqrt() + 8.6 / stretch;
+        let memory = bytes.max(padded * 0.5) / rate * tail * beside;
+        let issue = 128.0 * clocks_per_us * active.min(sms);
+        let arithmetic = padded / size as f64 * instructions / issue;
         // What a block does once: it starts, and combines its sums, beside other blocks.
-        let sums = (form.each * self.vectors) as f64 * if form.lanes > 32 { 0.06 } else { 0.02 };
-        let combine = 0.3 + 0.5 * rounds.ceil() * (0.1 + sums);
+        let sums = form.each as f64 * vectors * if form.lanes > 32 { 0.045 } else { 0.021 };
+        let combine = 0.3 + 0.3 * rounds.ceil() * (0.1 + sums) + 0.3 * rounds.min(1.0);
         let parts = if form.splits > 1 {
             let bytes = (self.vectors * sizes.n * form.splits * 8) as f64;
-            SUM_STEP_US + bytes / gpu.copy_bytes_per_s * 1e6
+            SUM_STEP_US + SUM_PART_US * form.splits as f64 + bytes / gpu.copy_bytes_per_s * 1e6
         } else {
             0.0
         };
-        let start = gpu.model.launch_us * gpu.model.dependent_share + gpu.model.stream_start_us;
-        memory.max(arithmetic) + 0.1 * memory.min(arithmetic) + combine + parts + start
+        let all = memory.max(arithmetic) + 0.15 * memory.min(arithmetic) + combine + parts;
+        (all + START_US) * AS_TENSOR_CORES
     }
 }

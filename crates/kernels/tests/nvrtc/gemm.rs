@@ -25,6 +25,7 @@ const SCHEDULES: &[Row] = &[
     (DType::F32,    Math::Exact, ProductKind::Fma,     (2, 4), [128, 256, 16],  4),
     (DType::F32,    Math::Exact, ProductKind::Fma,     (4, 2), [256, 128,  8],  4),
     (DType::F32,    Math::Exact, ProductKind::Fma,     (2, 2), [ 64,  64,  8],  1),
+    (DType::F32,    Math::Exact, ProductKind::Fma,     (1, 2), [ 64, 128, 32],  4),
 ];
 
 fn entries(arch: Arch) -> Vec<Entry> {
