@@ -91,8 +91,13 @@ pub(crate) struct Micro {
     b_block: Stride,
     /// Depth comes in blocks of this size.
     block: Option<i64>,
+    /// The depth is known to be whole blocks.
+    whole_blocks: bool,
     unroll: u32,
 }
+
+/// Steps of the depth that are written out without a loop.
+const WRITTEN_OUT: i64 = 8;
 
 impl<'a> Emitter<'a> {
     /// The instruction for these operands; every other pair multiplies and adds.
@@ -183,6 +188,11 @@ impl<'a> Emitter<'a> {
                         sizes.extend(axis.block.as_ref().map(|b| b.size));
                     }
                 } else if todo.len() < 16 {
+                    // Axes that were merged into the depth.
+                    if let TileOp::Reshape(x) = op {
+                        let extents = self.extents(*x).unwrap_or_default();
+                        sizes.extend(extents.into_iter().filter(|&e| e > 1));
+                    }
                     todo.extend(crate::analyze::operands(op));
                 }
             }
@@ -364,6 +374,8 @@ impl<'a> Emitter<'a> {
             a_block: stride(self, &a_outer, "a_block"),
             b_block: Stride::Known(0),
             block,
+            whole_blocks: block
+                .is_some_and(|size| self.facts.simplify(&depth.modulo(&Dim::new(size))).is(0)),
             unroll: self.knobs.unroll_k.max(1),
         };
         let depth_v = self.dim(&depth);
@@ -804,6 +816,12 @@ fn micro_kernel(
         }
     };
     let run = |c: &mut Code, count: &str, a: &str, b: &str| {
+        if let Ok(known @ 1..=WRITTEN_OUT) = count.parse::<i64>() {
+            for i in 0..known as u32 {
+                step(c, "0", a, b, i);
+            }
+            return;
+        }
         let u = micro.unroll;
         if u > 1 {
             let whole = c.t.ins(format_args!("udiv i64 {count}, {u}"));
@@ -830,9 +848,11 @@ fn micro_kernel(
         Some(size) => {
             let open = c.t.begin_loop("0", "%depth", &size.to_string());
             let k0 = open.iv.clone();
-            let left = c.t.ins(format_args!("sub nsw i64 %depth, {k0}"));
-            let size_text = size.to_string();
-            let count = c.call("smin", "i64", 1, &[&left, &size_text]);
+            let mut count = size.to_string();
+            if !micro.whole_blocks {
+                let left = c.t.ins(format_args!("sub nsw i64 %depth, {k0}"));
+                count = c.call("smin", "i64", 1, &[&left, &count]);
+            }
             let number = c.t.ins(format_args!("udiv i64 {k0}, {size}"));
             let mut ptr = |elem: &str, base: &str, stride: &Stride| {
                 let off = c.t.ins(format_args!("mul nsw i64 {number}, {}", text(stride)));

@@ -2,9 +2,11 @@
 //!
 //! * one tap without padding: a contraction over channels ([`Product`]), spatial axes merged;
 //! * depthwise: taps multiplied and added elementwise, channels as the vector axis;
-//! * few input channels: all taps of a tile are one long sum. The data is padded once, and read
-//!   through a view in which windows overlap (an axis for taps and one for outputs over the same
-//!   elements);
+//! * few input channels: all taps of a tile are one long sum. The data is padded once, with the
+//!   channels of a row of the image next to each other (`[N, H, C, W]`), and read through a view in
+//!   which windows overlap (an axis for taps and one for outputs over the same elements). In the
+//!   order (row of the window, channel, column of the window) the sum walks memory with two
+//!   strides, so the product reads the data where it lies;
 //! * otherwise, per tap a matrix product of a strided load of the data with that tap's weights:
 //!
 //! ```text
@@ -93,7 +95,9 @@ impl Lowering<'_> {
         };
         let layout = if taps_inside && shape[2..].iter().any(|d| !d.is(1)) {
             // The sum runs over channels and taps: no axis of the weights is its depth.
-            Layout::panels(&shape, 0, width)
+            let order = channel_before_last(shape.len());
+            let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+            Layout::panels(&permuted, 0, width).permute(&inverse(&order))
         } else if taps_inside {
             panels(&shape, 1)
         } else {
@@ -101,9 +105,7 @@ impl Lowering<'_> {
             let rank = shape.len();
             let order: Vec<usize> = [0].into_iter().chain(2..rank).chain([1]).collect();
             let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
-            let mut inverse = vec![0; rank];
-            order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
-            panels(&permuted, rank - 1).permute(&inverse)
+            panels(&permuted, rank - 1).permute(&inverse(&order))
         };
         Ok(self.const_place_as(v, operands.right, layout))
     }
@@ -240,14 +242,21 @@ impl Lowering<'_> {
         self.launch(k, tiles, knobs, note)
     }
 
-    /// The data with its zeros around it, row-major.
-    pub(crate) fn padded(&mut self, conv: &Conv<'_>) -> Result<Place> {
+    /// The data with its zeros around it: row-major, or with the channels before the last axis in
+    /// memory (`channels_near`).
+    pub(crate) fn padded(&mut self, conv: &Conv<'_>, channels_near: bool) -> Result<Place> {
         let x = conv.node.inputs[0];
         let place = self.place(x)?;
         let (lo, hi) = (&conv.attrs.pads_lo, &conv.attrs.pads_hi);
-        if lo.iter().chain(hi).all(|&p| p == 0)
-            && place.layout.axes.iter().all(|a| a.block.is_none())
-        {
+        let order: Vec<usize> = match channels_near {
+            true => channel_before_last(conv.w.len()),
+            false => (0..conv.w.len()).collect(),
+        };
+        let as_wanted = |l: &Layout| match order.is_sorted() {
+            true => l.axes.iter().all(|a| a.block.is_none()),
+            false => l.permute(&order).is_row_major(),
+        };
+        if lo.iter().chain(hi).all(|&p| p == 0) && as_wanted(&place.layout) {
             return Ok(place);
         }
         let mut shape = self.graph.shape(x).to_vec();
@@ -256,7 +265,8 @@ impl Lowering<'_> {
             shape[2 + i] = &shape[2 + i] + (lo[i] + hi[i]);
             shift.push(Dim::new(-lo[i]));
         }
-        let layout = Layout::row_major(&shape);
+        let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+        let layout = Layout::row_major(&permuted).permute(&inverse(&order));
         let dtype = self.plan.buffers[place.buffer].dtype;
         let name = format!("{} padded", self.value_name(x));
         let buffer = self.plan.buffers.push(tilewright_plan::Buffer {
@@ -297,7 +307,7 @@ impl Lowering<'_> {
         let groups = conv.attrs.groups;
         let og = o / groups;
         let taps_inside = cg <= FEW_CHANNELS && conv.geometry.taps() > 1 && groups == 1;
-        let x = if taps_inside { self.padded(conv)? } else { self.place(conv.node.inputs[0])? };
+        let x = if taps_inside { self.padded(conv, true)? } else { self.place(conv.node.inputs[0])? };
         let dtype = graph.dtype(conv.node.inputs[1]);
         let acc_type = dtype.compute();
         let operands = self.conv_operands(dtype);
@@ -343,7 +353,10 @@ impl Lowering<'_> {
             dim
         };
         let bo_dim = tile(&mut k, "BO", bo);
-        let bc_dim = tile(&mut k, "BC", bc);
+        let bc_dim = match taps_inside {
+            true => Dim::new(cg),
+            false => tile(&mut k, "BC", bc),
+        };
         let bw_dim = tile(&mut k, "BW", t.bw);
         let bh_dim = (t.bh > 1).then(|| tile(&mut k, "BH", t.bh));
         let n = k.grid("pn", shape[0].clone());
@@ -376,9 +389,8 @@ impl Lowering<'_> {
         let acc_ty = TileType::new(acc_type, vec![rows.clone(), bo_dim.clone()]);
         let mut acc = vec![k.b.full(crate::block::zero(acc_type), acc_ty)];
 
-        let whole = taps_inside.then(|| conv.geometry.taps());
         let x_layout = if taps_inside { conv.overlapping(&x.layout) } else { x.layout.clone() };
-        let xp = k.input(x.buffer, dtype, x_layout);
+        let xp = k.input(x.buffer, dtype, x_layout.clone());
         let w_type = self.plan.buffers[w_place.buffer].dtype;
         let wp = k.input(w_place.buffer, w_type, w_place.layout);
         // Loops over taps, then over input channels.
@@ -395,14 +407,18 @@ impl Lowering<'_> {
             acc = inner;
             opened += 1;
         }
-        let name = k.fresh("c");
-        let (c, inner) = k.b.begin_for(&name, Dim::new(0), Dim::new(cg).ceil_div(&bc_dim), &acc);
-        acc = inner;
-        opened += 1;
-        let c0 = c * &bc_dim;
-        let depth = &bc_dim * whole.unwrap_or(1);
+        let mut c0 = Dim::new(0);
+        if !taps_inside {
+            let name = k.fresh("c");
+            let blocks = Dim::new(cg).ceil_div(&bc_dim);
+            let (c, inner) = k.b.begin_for(&name, Dim::new(0), blocks, &acc);
+            acc = inner;
+            opened += 1;
+            c0 = c * &bc_dim;
+        }
+        let depth = &bc_dim * depth_taps;
         let xt = if taps_inside {
-            conv.load_windows(&mut k, &stand, xp, &c0, &bc_dim)
+            conv.load_windows(&mut k, &stand, xp, &x_layout)
         } else {
             let channel = Pos::tile(&g * cg + &c0, bc_dim.clone());
             let zero = crate::block::zero(dtype);
@@ -413,12 +429,17 @@ impl Lowering<'_> {
         let mut index = vec![first_channel, c0.clone()];
         index.extend(tap);
         let mut load = vec![bo_dim.clone(), bc_dim.clone()];
-        load.extend(conv.geometry.kernel.iter().map(|&e| Dim::new(whole.map_or(1, |_| e))));
+        let seen = |&e: &i64| Dim::new(if taps_inside { e } else { 1 });
+        load.extend(conv.geometry.kernel.iter().map(seen));
         let wt = k.b.load(wp, index, load);
         let wt = finish_acc(&mut k, wt, w_type, operands.right);
+        let wt = match taps_inside {
+            true => k.b.permute(wt, &channel_before_last(conv.w.len())),
+            false => wt,
+        };
         let wt = k.b.reshape(wt, vec![bo_dim.clone(), depth]);
         let wt = k.b.permute(wt, &[1, 0]);
-        let limit = (cg % bc != 0).then(|| (Dim::new(cg) - c0) * whole.unwrap_or(1));
+        let limit = (!taps_inside && cg % bc != 0).then(|| Dim::new(cg) - c0);
         let mut sum = vec![k.b.mma(acc[0], xt, wt, limit)];
         for _ in 0..opened {
             sum = k.b.end_for(&sum);
@@ -446,13 +467,30 @@ pub(crate) struct Conv<'a> {
 }
 
 impl Conv<'_> {
-    /// `[N, C, taps..., outputs...]` over padded data: windows overlap in memory.
+    /// `[N, sums..., outputs...]` over padded data: windows overlap in memory. The sums are in the
+    /// order of [`channel_before_last`]; neighbours that walk memory with one stride are one axis.
     fn overlapping(&self, x: &Layout) -> Layout {
-        let mut axes = vec![x.axes[0].clone(), x.axes[1].clone()];
-        for i in 0..self.geometry.rank() {
-            let stride = &x.axes[2 + i].stride * self.geometry.dilations[i];
-            axes.push(Axis { extent: Dim::new(self.geometry.kernel[i]), stride, block: None });
+        let mut sums: Vec<Axis> = Vec::new();
+        for axis in channel_before_last(self.w.len()).into_iter().skip(1) {
+            let mut next = Axis {
+                extent: Dim::new(self.w[axis]),
+                stride: x.axes[axis].stride.clone(),
+                block: None,
+            };
+            if axis >= 2 {
+                next.stride = next.stride * self.geometry.dilations[axis - 2];
+            }
+            // The last axis stays apart: columns of neighbouring rows overlap.
+            match sums.last_mut() {
+                Some(before) if axis == 1 && before.stride == &next.stride * &next.extent => {
+                    next.extent = &next.extent * &before.extent;
+                    *before = next;
+                }
+                _ => sums.push(next),
+            }
         }
+        let mut axes = vec![x.axes[0].clone()];
+        axes.extend(sums);
         for i in 0..self.geometry.rank() {
             let stride = &x.axes[2 + i].stride * self.geometry.strides[i];
             axes.push(Axis { extent: self.shape[2 + i].clone(), stride, block: None });
@@ -460,35 +498,46 @@ impl Conv<'_> {
         Layout { axes, offset: x.offset.clone() }
     }
 
-    /// All windows of a block's outputs: `[spatial tile axes..., BC, taps...]`.
+    /// All windows of a block's outputs through [`Conv::overlapping`]: `[spatial tile axes..., sums...]`.
     fn load_windows(
         &self,
         k: &mut KernelParts,
         stand: &Stand,
         x: tilewright_tile::ParamId,
-        c0: &Dim,
-        bc: &Dim,
+        layout: &Layout,
     ) -> tilewright_tile::TileId {
-        let spatial = self.geometry.rank();
-        let mut index = vec![stand.pos[0].start.clone(), c0.clone()];
-        let mut shape = vec![Dim::new(1), bc.clone()];
-        let mut flat = vec![bc.clone()];
-        for &extent in &self.geometry.kernel {
+        let sums = &layout.axes[1..layout.axes.len() - self.geometry.rank()];
+        let mut index = vec![stand.pos[0].start.clone()];
+        let mut shape = vec![Dim::new(1)];
+        let mut flat = Vec::new();
+        for axis in sums {
             index.push(Dim::new(0));
-            shape.push(Dim::new(extent));
-            flat.push(Dim::new(extent));
+            shape.push(axis.extent.clone());
+            flat.push(axis.extent.clone());
         }
-        let sums = flat.len();
-        for i in 0..spatial {
-            let pos = &stand.pos[1 + i];
+        for pos in &stand.pos[1..=self.geometry.rank()] {
             index.push(pos.start.clone());
             shape.push(Stand::len(pos));
             flat.extend(pos.tile.clone());
         }
-        let rank = flat.len();
+        let (n, rank) = (sums.len(), flat.len());
         let tile = k.b.load(x, index, shape);
         let tile = k.b.reshape(tile, flat);
-        let perm: Vec<usize> = (sums..rank).chain(0..sums).collect();
+        let perm: Vec<usize> = (n..rank).chain(0..n).collect();
         k.b.permute(tile, &perm)
     }
+}
+
+/// The axes of `[N or O, C, spatial...]` with the channels just before the last spatial axis.
+fn channel_before_last(rank: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = [0].into_iter().chain(2..rank).collect();
+    order.insert(rank - 2, 1);
+    order
+}
+
+/// The permutation that undoes `order`.
+fn inverse(order: &[usize]) -> Vec<usize> {
+    let mut inverse = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
+    inverse
 }
