@@ -16,7 +16,10 @@
 //! |---|---|
 //! | `analyze.rs` | binding tile sizes; what part of a tile is needed; what is kept |
 //! | `emitter.rs` | state, integer expressions, memory access, loop nests |
+//! | `access.rs` | where the operands of products lie |
+//! | `alias.rs` | what LLVM is told about which memory is which |
 //! | `eval.rs` | elements of virtual tiles |
+//! | `inside.rs` | loops whose reads may lie outside: most iterations without guards |
 //! | `stmts.rs` | stores, loops, branches, which stores fuse into a product |
 //! | `mma.rs` | products: micro-kernels and the loops around them |
 //! | `amx.rs` | the micro-kernel of AMX |
@@ -26,12 +29,15 @@
 //! | `array.rs` | a scalar function over arrays |
 //! | `text.rs` | the text of a function |
 
+mod access;
+mod alias;
 mod amx;
 mod analyze;
 mod array;
 mod emitter;
 mod eval;
 mod groups;
+mod inside;
 #[allow(
     clippy::approx_constant,
     reason = "parts of split constants stand as their source prints them"
@@ -147,5 +153,6 @@ fn emit_bound(k: &Kernel, schedule: &Schedule) -> Result<Emitted> {
     if e.streamed {
         out.push_str("!0 = !{i32 1}\n");
     }
+    out.push_str(&e.alias_nodes());
     Ok(Emitted { name, llvm_ir: out, scratch_bytes: scratch })
 }

@@ -108,6 +108,7 @@ impl<'a> Emitter<'a> {
         let (axis, lanes) = self.choose_axis(value, &counts, &at)?;
         let lanes = if nibbles { 1 } else { lanes };
         let write = |e: &mut Self| {
+            e.split = Some(value);
             e.nest(base, &counts, axis, lanes, &mut |e, coords| {
                 let v = e.eval(value, coords)?;
                 let global: Vec<Dim> = index.iter().zip(coords).map(|(i, c)| i + c).collect();
@@ -194,6 +195,7 @@ impl<'a> Emitter<'a> {
         };
         let (axis, lanes) = self.choose_axis(tile, counts, &at)?;
         let buf = buf.clone();
+        self.split = Some(tile);
         self.nest(base, counts, axis, lanes, &mut |e, coords| {
             let v = e.eval(tile, coords)?;
             let place = e.buffer_place(&buf, coords);

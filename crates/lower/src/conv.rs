@@ -25,12 +25,12 @@ use crate::lowering::Lowering;
 use crate::map::block_of;
 use crate::place::Place;
 use crate::rows::func;
-use crate::schedule::{conv_tiles, panel_for};
+use crate::schedule::{ConvTiles, conv_tiles, panel_for};
 use crate::taps::{Geometry, Stand};
 use crate::views::{broadcast_axis, nominal};
 use crate::window::{canon, stand};
 use tilewright_base::{DType, Error, Result};
-use tilewright_expr::{Op as ExprOp, Value};
+use tilewright_expr::{ExprId, Op as ExprOp, Value};
 use tilewright_graph::{ConvAttrs, Node, Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout};
 use tilewright_plan::Note;
@@ -207,7 +207,7 @@ impl Lowering<'_> {
         let zero = crate::block::zero(dtype);
         let channel = stand.channel().clone();
         let along: Vec<usize> = channel.tile.iter().map(|_| tile_shape.len() - 1).collect();
-        // The taps are written out as one expression over their loads: the sum stays in a register.
+        // The taps are written out as one expression over their loads: sums stay in registers.
         let mut args = Vec::new();
         for tap in geometry.each_tap() {
             let tap: Vec<Dim> = tap.iter().map(|&t| Dim::new(t)).collect();
@@ -222,15 +222,32 @@ impl Lowering<'_> {
             args.push(Operand { tile: wt, along: along.clone() });
         }
         let types: Vec<DType> = (0..args.len()).map(|i| stored[i % 2]).collect();
+        let row_taps = geometry.kernel.last().map_or(1, |&k| k.max(1) as usize);
         let sum = func(&types, |f, a| {
-            let mut total = f.value(Value::Float(0.0), acc);
-            for (i, pair) in a.chunks(2).enumerate() {
-                let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
-                total = match i {
-                    0 => f.op(ExprOp::Mul, &[x, w]),
-                    _ => f.op(ExprOp::Fma, &[x, w, total]),
-                };
+            // One sum for each row of the window: they do not wait for each other.
+            let rows = a.chunks(2 * row_taps).map(|row| {
+                let mut total = None;
+                for pair in row.chunks(2) {
+                    let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
+                    total = Some(match total {
+                        None => f.op(ExprOp::Mul, &[x, w]),
+                        Some(total) => f.op(ExprOp::Fma, &[x, w, total]),
+                    });
+                }
+                total
+            });
+            let mut sums: Vec<ExprId> = rows.flatten().collect();
+            while sums.len() > 1 {
+                let pairs = sums.chunks(2);
+                sums = pairs
+                    .map(|p| match *p {
+                        [x, y] => f.op(ExprOp::Add, &[x, y]),
+                        _ => p[0],
+                    })
+                    .collect();
             }
+            let total = sums.first().copied();
+            let total = total.unwrap_or_else(|| f.value(Value::Float(0.0), acc));
             f.cast(total, dtype)
         });
         let result = k.b.map(sum, args, tile_shape);
@@ -242,31 +259,38 @@ impl Lowering<'_> {
         self.launch(k, tiles, knobs, note)
     }
 
-    /// The data with its zeros around it: row-major, or with the channels before the last axis in
-    /// memory (`channels_near`).
-    pub(crate) fn padded(&mut self, conv: &Conv<'_>, channels_near: bool) -> Result<Place> {
+    /// The data with its zeros around it, laid out as `order` says.
+    pub(crate) fn padded(&mut self, conv: &Conv<'_>, order: Padded<'_>) -> Result<Place> {
         let x = conv.node.inputs[0];
         let place = self.place(x)?;
-        let (lo, hi) = (&conv.attrs.pads_lo, &conv.attrs.pads_hi);
-        let order: Vec<usize> = match channels_near {
-            true => channel_before_last(conv.w.len()),
-            false => (0..conv.w.len()).collect(),
+        let (lo, mut hi) = (&conv.attrs.pads_lo, conv.attrs.pads_hi.clone());
+        let row_major = |order: &[usize], shape: &[Dim]| {
+            let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+            Layout::row_major(&permuted).permute(&inverse(order))
         };
-        let as_wanted = |l: &Layout| match order.is_sorted() {
-            true => l.axes.iter().all(|a| a.block.is_none()),
-            false => l.permute(&order).is_row_major(),
+        let near = channel_before_last(conv.w.len());
+        let as_wanted = match order {
+            Padded::RowMajor => place.layout.axes.iter().all(|a| a.block.is_none()),
+            Padded::ChannelsNear => place.layout.permute(&near).is_row_major(),
+            Padded::Blocked { more, .. } => more.iter().all(|&m| m == 0),
         };
-        if lo.iter().chain(hi).all(|&p| p == 0) && as_wanted(&place.layout) {
+        if lo.iter().chain(&hi).all(|&p| p == 0) && as_wanted {
             return Ok(place);
         }
         let mut shape = self.graph.shape(x).to_vec();
         let mut shift = vec![Dim::new(0); 2];
+        if let Padded::Blocked { more, .. } = order {
+            hi.iter_mut().zip(more).for_each(|(hi, more)| *hi += more);
+        }
         for i in 0..lo.len() {
             shape[2 + i] = &shape[2 + i] + (lo[i] + hi[i]);
             shift.push(Dim::new(-lo[i]));
         }
-        let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
-        let layout = Layout::row_major(&permuted).permute(&inverse(&order));
+        let layout = match order {
+            Padded::RowMajor => Layout::row_major(&shape),
+            Padded::ChannelsNear => row_major(&near, &shape),
+            Padded::Blocked { size, .. } => Layout::blocked(&shape, 1, size),
+        };
         let dtype = self.plan.buffers[place.buffer].dtype;
         let name = format!("{} padded", self.value_name(x));
         let buffer = self.plan.buffers.push(tilewright_plan::Buffer {
@@ -307,7 +331,10 @@ impl Lowering<'_> {
         let groups = conv.attrs.groups;
         let og = o / groups;
         let taps_inside = cg <= FEW_CHANNELS && conv.geometry.taps() > 1 && groups == 1;
-        let x = if taps_inside { self.padded(conv, true)? } else { self.place(conv.node.inputs[0])? };
+        let mut x = match taps_inside {
+            true => self.padded(conv, Padded::ChannelsNear)?,
+            false => self.place(conv.node.inputs[0])?,
+        };
         let dtype = graph.dtype(conv.node.inputs[1]);
         let acc_type = dtype.compute();
         let operands = self.conv_operands(dtype);
@@ -344,6 +371,19 @@ impl Lowering<'_> {
                 bc = divisor(cg, bc.min(b));
             }
         }
+
+        let mut pads = conv.geometry.pads.clone();
+        if let Some(size) = x_block
+            && !taps_inside
+            && groups == 1
+            && knobs.unit.depth_group() == 1
+            && (t.bh == 1 || fills_groups(t.bw, i64::from(knobs.mma_rows)))
+            && let Some(more) = conv.beyond(self.graph.shape(conv.node.inputs[0]), &t)
+        {
+            x = self.padded(conv, Padded::Blocked { size, more: &more })?;
+            pads.fill(0);
+        }
+        let geometry = Geometry { pads, ..conv.geometry.clone() };
 
         let mut k = KernelParts::new(name, symbols);
         let mut tiles = Vec::new();
@@ -422,7 +462,7 @@ impl Lowering<'_> {
         } else {
             let channel = Pos::tile(&g * cg + &c0, bc_dim.clone());
             let zero = crate::block::zero(dtype);
-            stand.load(&mut k, xp, &conv.geometry, &tap, &channel, zero)
+            stand.load(&mut k, xp, &geometry, &tap, &channel, zero)
         };
         let xt = finish_acc(&mut k, xt, dtype, operands.left);
         let xt = k.b.reshape(xt, vec![rows, depth.clone()]);
@@ -466,7 +506,54 @@ pub(crate) struct Conv<'a> {
     pub(crate) shape: &'a [Dim],
 }
 
+/// Whether micro-kernels of at most `most` rows take whole rows of an image, or equal parts of one,
+/// without leaving more than half of their registers idle.
+fn fills_groups(row: i64, most: i64) -> bool {
+    let taken = match row <= most {
+        true => most / row.max(1) * row,
+        false => (1..=most).rev().find(|r| row % r == 0).unwrap_or(1),
+    };
+    2 * taken > most
+}
+
+/// How padded data lies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Padded<'a> {
+    RowMajor,
+    /// Row-major, but the channels before the last axis.
+    ChannelsNear,
+    /// Channels in blocks of `size`; `more` zeros at the end of each spatial axis.
+    Blocked {
+        size: i64,
+        more: &'a [i64],
+    },
+}
+
 impl Conv<'_> {
+    /// Zeros that whole tiles read beyond the padding at the end of each spatial axis, when padded
+    /// data of this shape is worth it: when a product can then read it where it lies. `None` also
+    /// when there is no padding, or sizes are not known.
+    fn beyond(&self, x: &[Dim], t: &ConvTiles) -> Option<Vec<i64>> {
+        let (lo, hi) = (&self.attrs.pads_lo, &self.attrs.pads_hi);
+        if lo.iter().chain(hi).all(|&p| p == 0) {
+            return None;
+        }
+        let rank = self.geometry.rank();
+        let mut more = Vec::new();
+        for i in 0..rank {
+            let tile = match rank - 1 - i {
+                0 => t.bw,
+                1 => t.bh,
+                _ => 1,
+            };
+            let (have, outputs) = (x[2 + i].as_const()?, self.shape[2 + i].as_const()?);
+            let last = (crate::schedule::round_up(outputs, tile) - 1) * self.geometry.strides[i];
+            let reach = last + (self.geometry.kernel[i] - 1) * self.geometry.dilations[i] + 1;
+            more.push((reach - (have + lo[i] + hi[i])).max(0));
+        }
+        Some(more)
+    }
+
     /// `[N, sums..., outputs...]` over padded data: windows overlap in memory. The sums are in the
     /// order of [`channel_before_last`]; neighbours that walk memory with one stride are one axis.
     fn overlapping(&self, x: &Layout) -> Layout {
