@@ -19,9 +19,6 @@ use tilewright_base::Result;
 use tilewright_layout::{Dim, Range, linear_in, mentions, uppers};
 use tilewright_tile::{TileId, TileOp};
 
-/// From so many guarded reads on, a second body pays.
-const WORTHWHILE: u32 = 3;
-
 /// Most tiles that are looked at for guards.
 const MOST_TILES: u32 = 256;
 
@@ -35,14 +32,13 @@ struct Guard {
 }
 
 impl Emitter<'_> {
-    /// Adds the guards of all reads that the element at `coords` depends on, and counts the reads
-    /// that have some.
+    /// Adds the guards of all reads that the element at `coords` depends on.
     fn guards_of(
         &self,
         tile: TileId,
         coords: &[Dim],
         out: &mut Vec<(Dim, Dim)>,
-        [reads, tiles]: [&mut u32; 2],
+        tiles: &mut u32,
     ) -> Result<()> {
         *tiles += 1;
         let (Loc::Virtual, Some(op)) = (&self.loc[tile.index()], self.defs[tile.index()]) else {
@@ -54,14 +50,12 @@ impl Emitter<'_> {
         match op {
             TileOp::Load { param, index, steps, .. } => {
                 let global = crate::eval::global_coords(index, steps, coords);
-                let guards = self.param_place(*param, &global).guards;
-                *reads += u32::from(!guards.is_empty());
-                out.extend(guards);
+                out.extend(self.param_place(*param, &global).guards);
             }
             TileOp::Map { args, .. } => {
                 for arg in args {
                     let at = self.operand_coords(arg, coords)?;
-                    self.guards_of(arg.tile, &at, out, [&mut *reads, &mut *tiles])?;
+                    self.guards_of(arg.tile, &at, out, tiles)?;
                 }
             }
             TileOp::Permute { x, perm } => {
@@ -69,34 +63,30 @@ impl Emitter<'_> {
                 for (i, &p) in perm.iter().enumerate() {
                     at[p] = coords[i].clone();
                 }
-                self.guards_of(*x, &at, out, [reads, tiles])?;
+                self.guards_of(*x, &at, out, tiles)?;
             }
             TileOp::Reshape(x) => {
                 let at = self.reshape_coords(&self.extents(*x)?, &self.extents(tile)?, coords);
-                self.guards_of(*x, &at, out, [reads, tiles])?;
+                self.guards_of(*x, &at, out, tiles)?;
             }
             TileOp::Broadcast(operand) => {
                 let at = self.operand_coords(operand, coords)?;
-                self.guards_of(operand.tile, &at, out, [reads, tiles])?;
+                self.guards_of(operand.tile, &at, out, tiles)?;
             }
             _ => {}
         }
         Ok(())
     }
 
-    /// The guards of `tile` at `coords` that are the same for all lanes, when a body without them
-    /// pays.
+    /// The guards of `tile` at `coords` that are the same for all lanes.
     fn common_guards(&self, tile: TileId, coords: &[Dim]) -> Result<Vec<(Dim, Dim)>> {
-        let (mut guards, mut reads, mut tiles) = (Vec::new(), 0, 0);
+        let (mut guards, mut tiles) = (Vec::new(), 0);
         let coords: Vec<Dim> = coords.iter().map(|c| self.facts.simplify(c)).collect();
-        self.guards_of(tile, &coords, &mut guards, [&mut reads, &mut tiles])?;
+        self.guards_of(tile, &coords, &mut guards, &mut tiles)?;
         guards.retain(|(x, extent)| {
             let x = self.settle(x);
             !mentions(&x, PROBE) && !self.varies(&x) && !self.varies(extent)
         });
-        if reads < WORTHWHILE {
-            guards.clear();
-        }
         Ok(guards)
     }
 

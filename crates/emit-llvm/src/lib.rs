@@ -24,6 +24,7 @@
 //! | `mma.rs` | products: micro-kernels and the loops around them |
 //! | `amx.rs` | the micro-kernel of AMX |
 //! | `groups.rs` | operands of products whose instruction takes several steps of the depth at once |
+//! | `turn.rs` | copies across: squares turned in registers |
 //! | `reduce.rs` | reductions and scans |
 //! | `ops.rs`, `math.rs` | scalar operations on vectors, elementary functions |
 //! | `array.rs` | a scalar function over arrays |
@@ -48,6 +49,7 @@ mod ops;
 mod reduce;
 mod stmts;
 mod text;
+mod turn;
 
 pub use array::emit_func_array;
 use emitter::Emitter;

@@ -692,6 +692,15 @@ fn micro_kernel(
     }
     c.t.br("go");
     c.t.place("go");
+    // Where windows overlap, one step reads what another row read in the step before. LLVM would
+    // keep these for the later step, and spill them: hide that the addresses are equal.
+    let overlaps = match (&micro.a_row, &micro.a_depth) {
+        (Stride::Known(row), Stride::Known(step)) if *row > 0 && *step > 0 => {
+            (1..micro.block.unwrap_or(0).min(WRITTEN_OUT))
+                .any(|u| (u * step) % row == 0 && u * step / row < rows)
+        }
+        _ => false,
+    };
     let be = mem_elem(micro.b);
     let next = micro.ahead.then(|| {
         let past = c.t.ins(format_args!("mul nsw i64 %depth, {}", text(&micro.b_depth)));
@@ -717,7 +726,11 @@ fn micro_kernel(
             c.t.ins(format_args!("getelementptr {known}{elem}, ptr {p}, i64 {more}"))
         };
         let ae = mem_elem(micro.a);
-        let pa = at(c, ae, a, &micro.a_depth);
+        let mut a = a.to_owned();
+        if u > 0 && overlaps {
+            a = c.t.ins(format_args!("call ptr asm sideeffect \"\", \"=r,0\"(ptr {a})"));
+        }
+        let pa = at(c, ae, &a, &micro.a_depth);
         let pb = at(c, be, b, &micro.b_depth);
         if let Some(next) = &next {
             let p = at(c, be, next, &micro.b_depth);

@@ -8,6 +8,8 @@
 //! * contractions: see [`gemm_tiles`].
 
 use crate::target::CpuTarget;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use tilewright_tile::{CpuKnobs, MatrixUnit};
 
 /// Vector knobs for the target's lanes.
@@ -213,21 +215,18 @@ fn makespan(threads: i64, batch: i64, slow: &[i64], fast: &[i64]) -> f64 {
     let total = batch as f64 * sum(slow) * sum(fast);
     let most = |sizes: &[i64]| sizes.iter().copied().max().unwrap_or(0) as f64;
     let blocks = batch.saturating_mul((slow.len() * fast.len()) as i64);
-    if blocks > 16 * threads {
+    if blocks > (4 * threads).max(64) {
         // The last block of each thread ends anywhere in the last one's time.
         return total / threads as f64 + most(slow) * most(fast) / 2.0;
     }
-    let mut ends = vec![0; usize::try_from(threads).unwrap_or(1)];
-    for _ in 0..batch {
-        for s in slow {
-            for f in fast {
-                if let Some(first) = ends.iter_mut().min() {
-                    *first += s * f;
-                }
-            }
-        }
+    let mut ends: BinaryHeap<Reverse<i64>> = (0..threads).map(|_| Reverse(0)).collect();
+    let mut last = 0;
+    for work in (0..batch).flat_map(|_| slow.iter().flat_map(|s| fast.iter().map(move |f| s * f))) {
+        let Reverse(first) = ends.pop().unwrap_or(Reverse(0));
+        last = last.max(first + work);
+        ends.push(Reverse(first + work));
     }
-    ends.into_iter().max().unwrap_or(0) as f64
+    last as f64
 }
 
 /// Sizes for `[m, k] x [k, n]`, repeated over `batch` blocks of the grid.
@@ -275,6 +274,17 @@ pub(crate) fn gemm_tiles(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_end_together() {
+        assert_eq!(makespan(2, 1, &[3, 3, 2], &[1]), 5.0);
+        assert_eq!(makespan(2, 2, &[3], &[2, 1]), 9.0);
+        let target = CpuTarget::avx512();
+        let t = gemm_tiles(&target, &knobs(&target), 4, 1, [196, 1024, 256]);
+        let (down, across) = (pieces(196, t.bm, 1), pieces(1024, t.bn, 32));
+        let ideal = 196.0 * 1024.0 / target.threads as f64;
+        assert!(makespan(target.threads, 1, &across, &down) < 1.1 * ideal, "{t:?}");
+    }
 
     #[test]
     fn blocks_are_whole_micro_tiles_and_enough_for_the_threads() {
