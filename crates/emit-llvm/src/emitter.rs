@@ -112,6 +112,10 @@ pub(crate) struct Emitter<'a> {
     pub(crate) streamed: bool,
     /// Number of the loop nest that is being written.
     pub(crate) site: u32,
+    /// Guards that hold here: see `inside.rs`.
+    pub(crate) assumed: Vec<(Dim, Dim)>,
+    /// The tile that the next loop nest evaluates, when its reads may be split by their guards.
+    pub(crate) split: Option<TileId>,
     /// The first loop nest that reads a parameter, and the one that asks for the next block's.
     sites: BTreeMap<tilewright_tile::ParamId, (u32, Option<u32>)>,
 }
@@ -145,6 +149,8 @@ impl<'a> Emitter<'a> {
             streaming: false,
             streamed: false,
             site: 0,
+            assumed: Vec::new(),
+            split: None,
             sites: BTreeMap::new(),
         }
     }
@@ -512,7 +518,7 @@ impl<'a> Emitter<'a> {
             let x = self.facts.simplify(x);
             let inside = self.facts.proves_non_negative(&x)
                 && self.facts.proves_non_negative(&(&axis.extent - 1 - &x));
-            if !inside {
+            if !inside && !self.assumed.iter().any(|(a, e)| *a == x && *e == axis.extent) {
                 guards.push((x, axis.extent.clone()));
             }
         }
@@ -602,7 +608,9 @@ impl<'a> Emitter<'a> {
             if let Some(inside) = &scalar {
                 p = self.c.t.ins(format_args!("select i1 {inside}, ptr {p}, ptr %scratch"));
             }
-            let x = self.c.t.ins(format_args!("load {elem}, ptr {p}, align {align}"));
+            // Outside, the address is that of scratch memory.
+            let tag = if scalar.is_some() { String::new() } else { self.read_tag(&place.base) };
+            let x = self.c.t.ins(format_args!("load {elem}, ptr {p}, align {align}{tag}"));
             let mut x = self.c.widen(dtype, 1, &x);
             if let Some(inside) = &scalar {
                 let fill = constant(dtype, fill, 1);
@@ -620,6 +628,7 @@ impl<'a> Emitter<'a> {
         let guarded = !place.guards.is_empty();
         let v = vector(elem, lanes);
         let m = vector("i1", lanes);
+        let tag = self.read_tag(&place.base);
         let contiguous = self.vec_env_free(&place.offset)
             && linear_in(&place.offset, LANE).is_some_and(|(c, _)| c.is(1));
         let raw = if contiguous {
@@ -627,12 +636,12 @@ impl<'a> Emitter<'a> {
             let first = Place { offset: start, ..place.clone() };
             let p = self.pointer(&first, elem);
             match &mask {
-                None => self.c.t.ins(format_args!("load {v}, ptr {p}, align {align}")),
+                None => self.c.t.ins(format_args!("load {v}, ptr {p}, align {align}{tag}")),
                 Some(mask) => {
                     let name = format!("llvm.masked.load.{}.p0", suffix(elem, lanes));
                     let ptr = format!("ptr align {align}");
                     let args = [(ptr.as_str(), p.as_str()), (&m, mask), (&v, "zeroinitializer")];
-                    self.c.t.intrinsic(&v, &name, &args)
+                    self.c.t.tagged(&v, &name, &args, &tag)
                 }
             }
         } else {
@@ -713,7 +722,8 @@ impl<'a> Emitter<'a> {
             } else {
                 let p = self.pointer(place, elem);
                 let raw = self.c.narrow(dtype, 1, value);
-                self.c.t.stmt(format_args!("store {elem} {raw}, ptr {p}, align {align}"));
+                let tag = self.write_tag(&place.base);
+                self.c.t.stmt(format_args!("store {elem} {raw}, ptr {p}, align {align}{tag}"));
             }
             self.leave_if_inside(skip);
             return Ok(());
@@ -724,6 +734,7 @@ impl<'a> Emitter<'a> {
         let raw = self.c.narrow(dtype, lanes, value);
         let mask = if padded { None } else { self.access_mask(place, false) };
         let (v, m) = (vector(elem, lanes), vector("i1", lanes));
+        let tag = self.write_tag(&place.base);
         let contiguous = self.vec_env_free(&place.offset)
             && linear_in(&place.offset, LANE).is_some_and(|(c, _)| c.is(1));
         if contiguous {
@@ -733,15 +744,17 @@ impl<'a> Emitter<'a> {
                 None if self.streaming => {
                     let whole = lanes as usize * dtype.size();
                     self.c.t.stmt(format_args!(
-                        "store {v} {raw}, ptr {p}, align {whole}, !nontemporal !0"
+                        "store {v} {raw}, ptr {p}, align {whole}, !nontemporal !0{tag}"
                     ));
                 }
-                None => self.c.t.stmt(format_args!("store {v} {raw}, ptr {p}, align {align}")),
+                None => {
+                    self.c.t.stmt(format_args!("store {v} {raw}, ptr {p}, align {align}{tag}"));
+                }
                 Some(mask) => {
                     let name = format!("llvm.masked.store.{}.p0", suffix(elem, lanes));
                     let ptr = format!("ptr align {align}");
                     let args = [(v.as_str(), raw.as_str()), (&ptr, &p), (&m, &mask)];
-                    self.c.t.intrinsic("void", &name, &args);
+                    self.c.t.tagged("void", &name, &args, &tag);
                 }
             }
         } else {
@@ -863,7 +876,9 @@ impl<'a> Emitter<'a> {
         self.site += 1;
         let order: Vec<usize> = (0..counts.len()).filter(|d| Some(*d) != lane_axis).collect();
         let mut coords = base.to_vec();
-        self.nest_level(base, counts, &order, lane_axis, lanes, &mut coords, body)
+        let written = self.nest_level(base, counts, &order, lane_axis, lanes, &mut coords, body);
+        self.split = None;
+        written
     }
 
     #[allow(clippy::too_many_arguments, reason = "the recursion carries the whole nest")]
@@ -878,10 +893,17 @@ impl<'a> Emitter<'a> {
         body: &mut dyn FnMut(&mut Self, &[Dim]) -> Result<()>,
     ) -> Result<()> {
         if let Some((&axis, rest)) = order.split_first() {
-            return self.counted(&counts[axis], &mut |e, x| {
+            let innermost = self.split.take_if(|_| rest.is_empty());
+            let most = lane_axis.map_or(1, |a| self.facts.bounds(&counts[a]).max);
+            let probe = innermost.map(|t| (t, self.probe(base, coords, axis, lane_axis, most)));
+            let mut inner = |e: &mut Self, x: Dim| {
                 coords[axis] = &base[axis] + x;
                 e.nest_level(base, counts, rest, lane_axis, lanes, coords, body)
-            });
+            };
+            return match probe {
+                Some((tile, at)) => self.counted_inside(&counts[axis], tile, &at, &mut inner),
+                None => self.counted(&counts[axis], &mut inner),
+            };
         }
         let Some(axis) = lane_axis.filter(|_| lanes > 1) else {
             return match lane_axis {

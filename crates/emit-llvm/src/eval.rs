@@ -385,7 +385,7 @@ impl Emitter<'_> {
 }
 
 /// `index + step * coordinate` along each axis.
-fn global_coords(index: &[Dim], steps: &[i64], coords: &[Dim]) -> Vec<Dim> {
+pub(crate) fn global_coords(index: &[Dim], steps: &[i64], coords: &[Dim]) -> Vec<Dim> {
     index.iter().zip(steps).zip(coords).map(|((i, s), c)| i + c * *s).collect()
 }
 

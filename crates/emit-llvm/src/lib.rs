@@ -16,22 +16,29 @@
 //! |---|---|
 //! | `analyze.rs` | binding tile sizes; what part of a tile is needed; what is kept |
 //! | `emitter.rs` | state, integer expressions, memory access, loop nests |
+//! | `access.rs` | where the operands of products lie |
+//! | `alias.rs` | what LLVM is told about which memory is which |
 //! | `eval.rs` | elements of virtual tiles |
+//! | `inside.rs` | loops whose reads may lie outside: most iterations without guards |
 //! | `stmts.rs` | stores, loops, branches, which stores fuse into a product |
 //! | `mma.rs` | products: micro-kernels and the loops around them |
 //! | `amx.rs` | the micro-kernel of AMX |
 //! | `groups.rs` | operands of products whose instruction takes several steps of the depth at once |
+//! | `turn.rs` | copies across: squares turned in registers |
 //! | `reduce.rs` | reductions and scans |
 //! | `ops.rs`, `math.rs` | scalar operations on vectors, elementary functions |
 //! | `array.rs` | a scalar function over arrays |
 //! | `text.rs` | the text of a function |
 
+mod access;
+mod alias;
 mod amx;
 mod analyze;
 mod array;
 mod emitter;
 mod eval;
 mod groups;
+mod inside;
 #[allow(
     clippy::approx_constant,
     reason = "parts of split constants stand as their source prints them"
@@ -42,6 +49,7 @@ mod ops;
 mod reduce;
 mod stmts;
 mod text;
+mod turn;
 
 pub use array::emit_func_array;
 use emitter::Emitter;
@@ -147,5 +155,6 @@ fn emit_bound(k: &Kernel, schedule: &Schedule) -> Result<Emitted> {
     if e.streamed {
         out.push_str("!0 = !{i32 1}\n");
     }
+    out.push_str(&e.alias_nodes());
     Ok(Emitted { name, llvm_ir: out, scratch_bytes: scratch })
 }

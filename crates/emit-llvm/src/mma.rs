@@ -9,14 +9,14 @@
 //! Result pieces lie in scratch memory in panels; in the last iteration of the loops around, each
 //! piece goes through the epilogue and to its destination while it is still in the cache.
 
-use crate::emitter::{Buf, Emitter, Epilogue, Loc, Place};
+use crate::access::{DepthAccess, crowds};
+use crate::emitter::{Buf, Emitter, Epilogue, Loc};
 use crate::ops::{Code, mem_elem, reg_elem, splat_lit, vector};
 use crate::stmts::ScratchType;
 use std::fmt::Write;
-use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_expr::Value;
-use tilewright_layout::{Dim, Range, linear_in, mentions, uppers};
+use tilewright_layout::{Dim, Range, uppers};
 use tilewright_tile::{MatrixUnit, Stmt, TileId, TileOp};
 
 /// Shape of the micro-kernel for a product.
@@ -36,15 +36,6 @@ pub(crate) struct Geometry {
 pub(crate) enum Stride {
     Known(i64),
     Given(String),
-}
-
-/// How an operand's address moves with the depth index.
-#[derive(Clone, Debug)]
-struct DepthAccess {
-    /// Distance between neighbours (inside a block).
-    inner: Dim,
-    /// Distance between blocks.
-    outer: Dim,
 }
 
 /// How the micro-kernel multiplies. One variant per instruction family; chosen by the schedule's
@@ -85,14 +76,29 @@ pub(crate) struct Micro {
     pub(crate) b: DType,
     /// Rows of `a`, depth of `a` and of `b`, then their blocks.
     pub(crate) a_row: Stride,
+    /// Rows of `a` come in blocks of this size at this distance.
+    row_block: Option<(i64, Stride)>,
     a_depth: Stride,
     pub(crate) b_depth: Stride,
     a_block: Stride,
     b_block: Stride,
     /// Depth comes in blocks of this size.
     block: Option<i64>,
+    /// The depth is known to be whole blocks.
+    whole_blocks: bool,
+    /// Asks for what follows this panel in memory: the next panel, or the next piece of this one.
+    ahead: bool,
     unroll: u32,
 }
+
+/// Depth from which on a panel is long enough to ask ahead in it.
+const AHEAD_FROM: i64 = 32;
+
+/// Bytes of a cache line.
+const LINE: i64 = 64;
+
+/// Steps of the depth that are written out without a loop.
+const WRITTEN_OUT: i64 = 8;
 
 impl<'a> Emitter<'a> {
     /// The instruction for these operands; every other pair multiplies and adds.
@@ -138,58 +144,6 @@ impl<'a> Emitter<'a> {
             return Ok(buf);
         }
         Ok(self.new_panels(dtype, *rows, *cols, g.width))
-    }
-
-    /// Splits an offset by the depth symbol. With `block` the depth is given as
-    /// `block * outer + inner`.
-    fn depth_access(
-        &self,
-        operand: TileId,
-        coords: &dyn Fn(Dim) -> Vec<Dim>,
-        depth: &str,
-        blocks: &[i64],
-    ) -> Option<(Place, DepthAccess, Dim, Option<i64>)> {
-        let place = self.view(operand, &coords(Dim::sym(depth)))?;
-        if let Some((inner, rest)) = linear_in(&place.offset, depth) {
-            let outer = Dim::new(0);
-            return Some((place, DepthAccess { inner, outer }, rest, None));
-        }
-        for &size in blocks {
-            let mut e = self.facts.clone();
-            let bound = self.facts.bounds(&Dim::sym(depth)).max;
-            e.declare("$kb", Range { min: 0, max: bound / size }, vec![]);
-            e.declare("$ki", Range { min: 0, max: size - 1 }, vec![]);
-            let split = Dim::sym("$kb") * size + Dim::sym("$ki");
-            // Guards were checked with the plain symbol; only the address is split.
-            let offset =
-                e.simplify(&place.offset.substitute(&|s| (s == depth).then(|| split.clone())));
-            if let Some((outer, rest)) = linear_in(&offset, "$kb")
-                && let Some((inner, rest)) = linear_in(&rest, "$ki")
-                && !mentions(&outer, "$ki")
-            {
-                return Some((place, DepthAccess { inner, outer }, rest, Some(size)));
-            }
-        }
-        None
-    }
-
-    fn block_sizes(&self, operand: TileId) -> Vec<i64> {
-        let mut sizes = Vec::new();
-        let mut todo = vec![operand];
-        while let Some(t) = todo.pop() {
-            if let Some(op) = self.defs[t.index()] {
-                if let TileOp::Load { param, .. } = op {
-                    for axis in &self.k.params[*param].layout.axes {
-                        sizes.extend(axis.block.as_ref().map(|b| b.size));
-                    }
-                } else if todo.len() < 16 {
-                    todo.extend(crate::analyze::operands(op));
-                }
-            }
-        }
-        sizes.sort_unstable();
-        sizes.dedup();
-        sizes
     }
 
     /// Writes a product; see the module's head. `target` is the accumulator of the loop around.
@@ -244,9 +198,16 @@ impl<'a> Emitter<'a> {
         let whole_groups = self.facts.simplify(&depth.modulo(&Dim::new(group))).is(0);
         let mut a_access = self
             .row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks)
-            .filter(|a| group == 1 || (whole_groups && a.1.inner.is(1) && a.4.is_none()));
+            .filter(|a| group == 1 || (whole_groups && a.1.inner.is(1) && a.4.is_none()))
+            .filter(|a| match a.2.block {
+                None => true,
+                Some(size) => {
+                    let r = a.2.group(g.rows);
+                    group == 1 && 2 * r > g.rows && m.as_const().is_some_and(|m| m % size == 0)
+                }
+            });
         let crowded = a_access.as_ref().is_some_and(|(place, _, row, ..)| {
-            rows_max >= 4 && cols_max > 2 * g.width && crowds(place, row)
+            rows_max >= 4 && cols_max > 2 * g.width && crowds(place, &row.inner)
         });
         if a_access.is_none() || crowded {
             self.c.t.comment("left operand copied");
@@ -358,12 +319,20 @@ impl<'a> Emitter<'a> {
             acc: dtype,
             a: a_place.dtype,
             b: b_place.dtype,
-            a_row: stride(self, &a_row, "a_row"),
+            a_row: stride(self, &a_row.inner, "a_row"),
+            row_block: a_row.block.map(|size| (size, stride(self, &a_row.outer, "a_rows"))),
             a_depth: stride(self, &a_depth.inner, "a_depth"),
             b_depth: Stride::Known(0),
             a_block: stride(self, &a_outer, "a_block"),
             b_block: Stride::Known(0),
             block,
+            whole_blocks: block
+                .is_some_and(|size| self.facts.simplify(&depth.modulo(&Dim::new(size))).is(0)),
+            ahead: block.is_none()
+                && tail.is_none()
+                && kind != MicroKind::Bf16Tile
+                && b_place.base.starts_with("%p")
+                && self.facts.bounds(&depth).max >= AHEAD_FROM,
             unroll: self.knobs.unroll_k.max(1),
         };
         let depth_v = self.dim(&depth);
@@ -380,7 +349,14 @@ impl<'a> Emitter<'a> {
             given.push(outer);
             names.push("b_block".into());
         }
-        let variants = self.row_variants(&m, g.rows);
+        let group_rows = a_row.group(g.rows);
+        let variants = match a_row.block {
+            None => self.row_variants(&m, g.rows),
+            Some(_) => {
+                let rest = m.as_const().unwrap_or(0) % group_rows;
+                [group_rows, rest].into_iter().filter(|r| *r > 0).collect()
+            }
+        };
         let mut functions = Vec::new();
         for &rows in &variants {
             let name = format!("{}.mma{}.r{rows}", self.k.name, self.functions.len());
@@ -434,7 +410,8 @@ impl<'a> Emitter<'a> {
         self.facts.declare(&i0, Range { min: 0, max: (rows_max - 1).max(0) }, uppers(&m));
         self.bind(&i0, &row_loop.iv);
         self.push_scope();
-        let count_v = self.row_count(&m, g.rows, &variants, &row_loop.iv.clone(), &m_v);
+        let even = a_row.block.is_none();
+        let count_v = self.row_count(&m, g.rows, &variants, &row_loop.iv.clone(), &m_v, even);
         row_loop.set_step(&count_v);
         let count = self.symbol();
         let max = variants.iter().copied().max().unwrap_or(1);
@@ -483,7 +460,7 @@ impl<'a> Emitter<'a> {
             "false".into()
         };
         let a_ptr = {
-            let offset = a_rest + a_row * &i0_dim;
+            let offset = a_rest + a_row.at(&i0_dim);
             let at = self.dim(&offset);
             let elem = mem_elem(a_place.dtype);
             self.c
@@ -606,11 +583,19 @@ impl<'a> Emitter<'a> {
     }
 
     /// How many rows the group that starts at `i0` has.
-    fn row_count(&mut self, m: &Dim, rows: i64, variants: &[i64], i0: &str, m_v: &str) -> String {
+    fn row_count(
+        &mut self,
+        m: &Dim,
+        rows: i64,
+        variants: &[i64],
+        i0: &str,
+        m_v: &str,
+        even: bool,
+    ) -> String {
         if let [only] = variants {
             return only.to_string();
         }
-        if let Some(m) = m.as_const() {
+        if let Some(m) = m.as_const().filter(|_| even) {
             let groups = (m + rows - 1) / rows;
             let (base, more) = (m / groups, m % groups);
             let tall = more * (base + 1);
@@ -624,63 +609,6 @@ impl<'a> Emitter<'a> {
             count = self.c.t.ins(format_args!("select i1 {fits}, i64 {r}, i64 {count}"));
         }
         count
-    }
-
-    #[allow(clippy::type_complexity, reason = "the parts of one address")]
-    fn row_access(
-        &self,
-        tile: TileId,
-        coords: &dyn Fn(Dim) -> Vec<Dim>,
-        depth: &Arc<str>,
-        row: &Arc<str>,
-        blocks: &[i64],
-    ) -> Option<(Place, DepthAccess, Dim, Dim, Option<i64>)> {
-        let (place, access, rest, block) = self.depth_access(tile, coords, depth, blocks)?;
-        let (stride, rest) = linear_in(&rest, row)?;
-        let clean = [&access.inner, &access.outer, &stride];
-        if clean.iter().any(|d| mentions(d, row) || mentions(d, depth)) {
-            return None;
-        }
-        Some((place, access, stride, rest, block))
-    }
-
-    #[allow(clippy::type_complexity, reason = "the parts of one address")]
-    fn column_access(
-        &self,
-        tile: TileId,
-        column: &Arc<str>,
-        col: &Arc<str>,
-        depth: &Arc<str>,
-        blocks: &[i64],
-        group: i64,
-    ) -> Option<(Place, DepthAccess, Dim, Dim, Option<i64>)> {
-        let at = Dim::sym(column.clone());
-        let coords = |k: Dim| vec![k, at.clone()];
-        let (place, access, rest, block) = self.depth_access(tile, &coords, depth, blocks)?;
-        let (stride, rest) = linear_in(&rest, col)?;
-        // Within a group, neighbours of the depth lie together, and columns a group apart.
-        let one_group = block.is_none()
-            && self.facts.proves_non_negative(&(Dim::new(group - 1) - Dim::sym(depth.clone())));
-        if group > 1 && !one_group && (block != Some(group) || !access.inner.is(1)) {
-            return None;
-        }
-        if !stride.is(group) || [&access.inner, &access.outer].iter().any(|d| mentions(d, col)) {
-            return None;
-        }
-        Some((place, access, stride, rest, block))
-    }
-
-    /// Reading whole panels past the last column stays inside the operand's memory.
-    fn may_over_read(&self, _tile: TileId, place: Option<&Place>, width: i64, group: i64) -> bool {
-        let Some(place) = place else { return false };
-        let Some(param) = place.base.strip_prefix("%p").and_then(|p| p.parse::<u32>().ok()) else {
-            // Scratch memory: only panels are wide enough.
-            return false;
-        };
-        let layout = &self.k.params[tilewright_tile::ParamId(param)].layout;
-        layout.axes.iter().any(|axis| {
-            axis.block.as_ref().is_some_and(|b| b.stride.is(group) && b.size % width == 0)
-        })
     }
 }
 
@@ -716,11 +644,27 @@ fn micro_kernel(
     }
     // Rows of a from its first.
     let mut row_offsets: Vec<String> = Vec::new();
+    let times = |c: &mut Code, stride: &Stride, n: i64| match stride {
+        Stride::Known(s) => Stride::Known(s * n),
+        Stride::Given(s) => Stride::Given(c.t.ins(format_args!("mul nsw i64 {s}, {n}"))),
+    };
     for r in 0..rows {
-        row_offsets.push(match &micro.a_row {
-            Stride::Known(s) => (s * r).to_string(),
-            Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {s}, {r}")),
-        });
+        let offset = match &micro.row_block {
+            Some((size, blocks)) if r >= *size => {
+                let (a, b) =
+                    (times(&mut c, &micro.a_row, r % size), times(&mut c, blocks, r / size));
+                match (&a, &b) {
+                    (Stride::Known(a), Stride::Known(b)) => Stride::Known(a + b),
+                    _ => Stride::Given(c.t.ins(format_args!(
+                        "add nsw i64 {}, {}",
+                        text(&a),
+                        text(&b)
+                    ))),
+                }
+            }
+            _ => times(&mut c, &micro.a_row, r),
+        };
+        row_offsets.push(text(&offset));
     }
     let c_at = |c: &mut Code, r: usize, j: usize| {
         let at = r as i64 * g.width + j as i64 * i64::from(g.lanes);
@@ -748,6 +692,20 @@ fn micro_kernel(
     }
     c.t.br("go");
     c.t.place("go");
+    // Where windows overlap, one step reads what another row read in the step before. LLVM would
+    // keep these for the later step, and spill them: hide that the addresses are equal.
+    let overlaps = match (&micro.a_row, &micro.a_depth) {
+        (Stride::Known(row), Stride::Known(step)) if *row > 0 && *step > 0 => {
+            (1..micro.block.unwrap_or(0).min(WRITTEN_OUT))
+                .any(|u| (u * step) % row == 0 && u * step / row < rows)
+        }
+        _ => false,
+    };
+    let be = mem_elem(micro.b);
+    let next = micro.ahead.then(|| {
+        let past = c.t.ins(format_args!("mul nsw i64 %depth, {}", text(&micro.b_depth)));
+        c.t.ins(format_args!("getelementptr {be}, ptr %b, i64 {past}"))
+    });
     let step = |c: &mut Code, k: &str, a: &str, b: &str, u: u32| {
         // Addresses of depth k + u.
         let at = |c: &mut Code, elem: &str, base: &str, stride: &Stride| {
@@ -755,7 +713,9 @@ fn micro_kernel(
                 Stride::Known(1) => k.to_owned(),
                 s => c.t.ins(format_args!("mul nsw i64 {k}, {}", text(s))),
             };
-            let p = c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {base}, i64 {first}"));
+            // What lies ahead may be nobody's, and asking for it never faults.
+            let known = if next.as_deref() == Some(base) { "" } else { "inbounds " };
+            let p = c.t.ins(format_args!("getelementptr {known}{elem}, ptr {base}, i64 {first}"));
             if u == 0 {
                 return p;
             }
@@ -763,11 +723,25 @@ fn micro_kernel(
                 Stride::Known(s) => (s * i64::from(u)).to_string(),
                 Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {s}, {u}")),
             };
-            c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {p}, i64 {more}"))
+            c.t.ins(format_args!("getelementptr {known}{elem}, ptr {p}, i64 {more}"))
         };
-        let (ae, be) = (mem_elem(micro.a), mem_elem(micro.b));
-        let pa = at(c, ae, a, &micro.a_depth);
+        let ae = mem_elem(micro.a);
+        let mut a = a.to_owned();
+        if u > 0 && overlaps {
+            a = c.t.ins(format_args!("call ptr asm sideeffect \"\", \"=r,0\"(ptr {a})"));
+        }
+        let pa = at(c, ae, &a, &micro.a_depth);
         let pb = at(c, be, b, &micro.b_depth);
+        if let Some(next) = &next {
+            let p = at(c, be, next, &micro.b_depth);
+            let bytes = g.width * micro.kind.group() * micro.b.size() as i64;
+            for line in 0..bytes / LINE {
+                let p = c.t.ins(format_args!("getelementptr i8, ptr {p}, i64 {}", line * LINE));
+                // To read, into the second level, as data.
+                let args = [("ptr", p.as_str()), ("i32", "0"), ("i32", "2"), ("i32", "1")];
+                c.t.intrinsic("void", "llvm.prefetch.p0", &args);
+            }
+        }
         if micro.kind.group() > 1 {
             return dot_step(c, micro, [&pa, &pb], &row_offsets, &accs, &shares);
         }
@@ -804,6 +778,12 @@ fn micro_kernel(
         }
     };
     let run = |c: &mut Code, count: &str, a: &str, b: &str| {
+        if let Ok(known @ 1..=WRITTEN_OUT) = count.parse::<i64>() {
+            for i in 0..known as u32 {
+                step(c, "0", a, b, i);
+            }
+            return;
+        }
         let u = micro.unroll;
         if u > 1 {
             let whole = c.t.ins(format_args!("udiv i64 {count}, {u}"));
@@ -830,9 +810,11 @@ fn micro_kernel(
         Some(size) => {
             let open = c.t.begin_loop("0", "%depth", &size.to_string());
             let k0 = open.iv.clone();
-            let left = c.t.ins(format_args!("sub nsw i64 %depth, {k0}"));
-            let size_text = size.to_string();
-            let count = c.call("smin", "i64", 1, &[&left, &size_text]);
+            let mut count = size.to_string();
+            if !micro.whole_blocks {
+                let left = c.t.ins(format_args!("sub nsw i64 %depth, {k0}"));
+                count = c.call("smin", "i64", 1, &[&left, &count]);
+            }
             let number = c.t.ins(format_args!("udiv i64 {k0}, {size}"));
             let mut ptr = |elem: &str, base: &str, stride: &Stride| {
                 let off = c.t.ins(format_args!("mul nsw i64 {number}, {}", text(stride)));
@@ -920,13 +902,6 @@ fn dot_step(
 
 /// Four bytes of 128: added to signed bytes without carry, it makes them unsigned.
 const SHIFT: &str = "-2139062144";
-
-/// True when neighbours at this distance fall into the same few sets of the first-level cache (64
-/// sets of 64 bytes), so that a handful of them evict each other. Copying then pays.
-fn crowds(place: &Place, stride: &Dim) -> bool {
-    let bytes = stride.as_const().map_or(0, |s| s.saturating_mul(place.dtype.size() as i64));
-    place.base.starts_with("%p") && bytes >= 1024 && bytes % 512 == 0
-}
 
 /// The type whose register form accumulates.
 fn widened(acc: DType) -> DType {

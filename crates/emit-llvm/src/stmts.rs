@@ -105,15 +105,29 @@ impl<'a> Emitter<'a> {
                 .collect();
             Some(e.k.params[param].layout.offset_of(&global))
         };
-        let (axis, lanes) = self.choose_axis(value, &counts, &at)?;
+        let to = |e: &Emitter<'_>, coords: &[Dim]| {
+            let global: Vec<Dim> = index.iter().zip(coords).map(|(i, c)| i + c).collect();
+            e.param_place(param, &global)
+        };
+        let turn = self.turn_of(value, base, &counts, &to);
+        let (axis, lanes) = match turn {
+            Some(turn) => (Some(turn.to), turn.lanes),
+            None => self.choose_axis(value, &counts, &at)?,
+        };
         let lanes = if nibbles { 1 } else { lanes };
-        let write = |e: &mut Self| {
-            e.nest(base, &counts, axis, lanes, &mut |e, coords| {
+        let plain = |e: &mut Self, base: &[Dim], counts: &[Dim]| {
+            e.split = Some(value);
+            e.nest(base, counts, axis, lanes, &mut |e, coords| {
                 let v = e.eval(value, coords)?;
-                let global: Vec<Dim> = index.iter().zip(coords).map(|(i, c)| i + c).collect();
-                let place = e.param_place(param, &global);
+                let place = to(e, coords);
                 e.store(&place, &v, false)
             })
+        };
+        let write = |e: &mut Self| match turn {
+            Some(turn) => e.turn(turn, value, [base, &counts], &to, &mut |e, base, counts| {
+                plain(e, base, counts)
+            }),
+            None => plain(e, base, &counts),
         };
         if !self.knobs.stream || !self.may_stream(param, index, base, axis, lanes) {
             return write(self);
@@ -192,13 +206,25 @@ impl<'a> Emitter<'a> {
                 coords.iter().zip(base).map(|(c, b)| e.facts.expand(&(b + c))).collect();
             Some(buf.layout.offset_of(&coords))
         };
-        let (axis, lanes) = self.choose_axis(tile, counts, &at)?;
         let buf = buf.clone();
-        self.nest(base, counts, axis, lanes, &mut |e, coords| {
-            let v = e.eval(tile, coords)?;
-            let place = e.buffer_place(&buf, coords);
-            e.store(&place, &v, false)
-        })
+        let to = |e: &Emitter<'_>, coords: &[Dim]| e.buffer_place(&buf, coords);
+        let turn = self.turn_of(tile, base, counts, &to);
+        let (axis, lanes) = match turn {
+            Some(turn) => (Some(turn.to), turn.lanes),
+            None => self.choose_axis(tile, counts, &at)?,
+        };
+        let mut plain = |e: &mut Self, base: &[Dim], counts: &[Dim]| {
+            e.split = Some(tile);
+            e.nest(base, counts, axis, lanes, &mut |e, coords| {
+                let v = e.eval(tile, coords)?;
+                let place = e.buffer_place(&buf, coords);
+                e.store(&place, &v, false)
+            })
+        };
+        match turn {
+            Some(turn) => self.turn(turn, tile, [base, counts], &to, &mut plain),
+            None => plain(self, base, counts),
+        }
     }
 
     /// Copies between two buffers of one shape.

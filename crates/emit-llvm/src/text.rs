@@ -111,11 +111,22 @@ impl Text {
     /// A call of an intrinsic, declared on the way. Arguments are `(type, value)`; attributes of an
     /// argument go between.
     pub(crate) fn intrinsic(&mut self, ret: &str, name: &str, args: &[(&str, &str)]) -> String {
+        self.tagged(ret, name, args, "")
+    }
+
+    /// As [`Text::intrinsic`], with metadata behind the call.
+    pub(crate) fn tagged(
+        &mut self,
+        ret: &str,
+        name: &str,
+        args: &[(&str, &str)],
+        tag: &str,
+    ) -> String {
         let types: Vec<&str> =
             args.iter().map(|(t, _)| t.split(" align").next().unwrap_or(t)).collect();
         self.declares.insert(format!("declare {ret} @{name}({})", types.join(", ")));
         let list: Vec<String> = args.iter().map(|(t, v)| format!("{t} {v}")).collect();
-        let call = format!("call {ret} @{name}({})", list.join(", "));
+        let call = format!("call {ret} @{name}({}){tag}", list.join(", "));
         if ret == "void" {
             self.stmt(call);
             String::new()

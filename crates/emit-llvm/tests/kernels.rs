@@ -215,6 +215,48 @@ fn views_with_offset_and_zero_sizes() {
     }
 }
 
+/// A copy from one layout to another.
+fn copy(mut b: KernelBuilder, dtype: DType, from: Layout, to: Layout) -> Kernel {
+    let (bm, bn) = (b.tile("BM"), b.tile("BN"));
+    let shape = to.shape();
+    let pm = b.grid("pm", shape[0].ceil_div(&bm));
+    let pn = b.grid("pn", shape[1].ceil_div(&bn));
+    let x = b.param("x", dtype, from, Access::In);
+    let out = b.param("out", dtype, to, Access::Out);
+    let tile = b.load(x, vec![&pm * &bm, &pn * &bn], vec![bm.clone(), bn.clone()]);
+    b.store(out, vec![&pm * &bm, &pn * &bn], tile);
+    b.finish()
+}
+
+#[test]
+fn copies_across() {
+    for knobs in knobs() {
+        let s = schedule(&[("BM", 32), ("BN", 64)], knobs.clone());
+        let turned = |m: &Dim, n: &Dim| Layout::row_major(&[n.clone(), m.clone()]).permute(&[1, 0]);
+        for (m, n, t) in [
+            (16, 16, F32),
+            (32, 64, F32),
+            (37, 50, F32),
+            (37, 50, DType::I32),
+            (33, 17, DType::BF16),
+        ] {
+            let (m, n) = (d(m), d(n));
+            let row = Layout::row_major(&[m.clone(), n.clone()]);
+            let kernel = copy(KernelBuilder::new("copy"), t, turned(&m, &n), row.clone());
+            check(&kernel, &s, &[], 0.0);
+            let kernel = copy(KernelBuilder::new("copy"), t, row, turned(&m, &n));
+            check(&kernel, &s, &[], 0.0);
+        }
+        for sizes in [[16, 16], [45, 70], [15, 3]] {
+            let mut b = KernelBuilder::new("copy");
+            let (m, n) = (size(&mut b, "M"), size(&mut b, "N"));
+            let row = Layout::row_major(&[m.clone(), n.clone()]);
+            let kernel = copy(b, F32, turned(&m, &n), row);
+            check(&kernel, &s, &[("M", sizes[0]), ("N", sizes[1])], 0.0);
+        }
+    }
+}
+
 /// Softmax of rows in one block, `BN` at least the row.
 fn softmax() -> Kernel {
     let mut b = KernelBuilder::new("softmax");

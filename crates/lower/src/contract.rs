@@ -205,7 +205,9 @@ impl Lowering<'_> {
         let (n, k) = (size(&shape[near]), size(&shape[depth]));
         let bm = gemm_tiles(self.target, &knobs, bytes, batch, [size(rows), n, k]).bm;
         let blocks = (size(rows).max(1) + bm - 1) / bm;
-        let once = cost::gather_ns(self.target, elements);
+        // Gathered in memory's type where the product takes that.
+        let bytes = operands.right.size().min(self.graph.dtype(v).size());
+        let once = cost::gather_ns(self.target, elements, bytes);
         let moved = 2.0 * elements * self.graph.dtype(v).size() as f64;
         let (read, copied) = (once * blocks as f64, once + cost::copy_ns(self.target, moved));
         let name = self.value_name(v);

@@ -2,9 +2,11 @@
 //!
 //! * one tap without padding: a contraction over channels ([`Product`]), spatial axes merged;
 //! * depthwise: taps multiplied and added elementwise, channels as the vector axis;
-//! * few input channels: all taps of a tile are one long sum. The data is padded once, and read
-//!   through a view in which windows overlap (an axis for taps and one for outputs over the same
-//!   elements);
+//! * few input channels: all taps of a tile are one long sum. The data is padded once, with the
+//!   channels of a row of the image next to each other (`[N, H, C, W]`), and read through a view in
+//!   which windows overlap (an axis for taps and one for outputs over the same elements). In the
+//!   order (row of the window, channel, column of the window) the sum walks memory with two
+//!   strides, so the product reads the data where it lies;
 //! * otherwise, per tap a matrix product of a strided load of the data with that tap's weights:
 //!
 //! ```text
@@ -23,12 +25,12 @@ use crate::lowering::Lowering;
 use crate::map::block_of;
 use crate::place::Place;
 use crate::rows::func;
-use crate::schedule::{conv_tiles, panel_for};
+use crate::schedule::{ConvTiles, conv_tiles, panel_for};
 use crate::taps::{Geometry, Stand};
 use crate::views::{broadcast_axis, nominal};
 use crate::window::{canon, stand};
 use tilewright_base::{DType, Error, Result};
-use tilewright_expr::{Op as ExprOp, Value};
+use tilewright_expr::{ExprId, Op as ExprOp, Value};
 use tilewright_graph::{ConvAttrs, Node, Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout};
 use tilewright_plan::Note;
@@ -93,7 +95,9 @@ impl Lowering<'_> {
         };
         let layout = if taps_inside && shape[2..].iter().any(|d| !d.is(1)) {
             // The sum runs over channels and taps: no axis of the weights is its depth.
-            Layout::panels(&shape, 0, width)
+            let order = channel_before_last(shape.len());
+            let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+            Layout::panels(&permuted, 0, width).permute(&inverse(&order))
         } else if taps_inside {
             panels(&shape, 1)
         } else {
@@ -101,9 +105,7 @@ impl Lowering<'_> {
             let rank = shape.len();
             let order: Vec<usize> = [0].into_iter().chain(2..rank).chain([1]).collect();
             let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
-            let mut inverse = vec![0; rank];
-            order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
-            panels(&permuted, rank - 1).permute(&inverse)
+            panels(&permuted, rank - 1).permute(&inverse(&order))
         };
         Ok(self.const_place_as(v, operands.right, layout))
     }
@@ -205,7 +207,7 @@ impl Lowering<'_> {
         let zero = crate::block::zero(dtype);
         let channel = stand.channel().clone();
         let along: Vec<usize> = channel.tile.iter().map(|_| tile_shape.len() - 1).collect();
-        // The taps are written out as one expression over their loads: the sum stays in a register.
+        // The taps are written out as one expression over their loads: sums stay in registers.
         let mut args = Vec::new();
         for tap in geometry.each_tap() {
             let tap: Vec<Dim> = tap.iter().map(|&t| Dim::new(t)).collect();
@@ -220,15 +222,32 @@ impl Lowering<'_> {
             args.push(Operand { tile: wt, along: along.clone() });
         }
         let types: Vec<DType> = (0..args.len()).map(|i| stored[i % 2]).collect();
+        let row_taps = geometry.kernel.last().map_or(1, |&k| k.max(1) as usize);
         let sum = func(&types, |f, a| {
-            let mut total = f.value(Value::Float(0.0), acc);
-            for (i, pair) in a.chunks(2).enumerate() {
-                let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
-                total = match i {
-                    0 => f.op(ExprOp::Mul, &[x, w]),
-                    _ => f.op(ExprOp::Fma, &[x, w, total]),
-                };
+            // One sum for each row of the window: they do not wait for each other.
+            let rows = a.chunks(2 * row_taps).map(|row| {
+                let mut total = None;
+                for pair in row.chunks(2) {
+                    let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
+                    total = Some(match total {
+                        None => f.op(ExprOp::Mul, &[x, w]),
+                        Some(total) => f.op(ExprOp::Fma, &[x, w, total]),
+                    });
+                }
+                total
+            });
+            let mut sums: Vec<ExprId> = rows.flatten().collect();
+            while sums.len() > 1 {
+                let pairs = sums.chunks(2);
+                sums = pairs
+                    .map(|p| match *p {
+                        [x, y] => f.op(ExprOp::Add, &[x, y]),
+                        _ => p[0],
+                    })
+                    .collect();
             }
+            let total = sums.first().copied();
+            let total = total.unwrap_or_else(|| f.value(Value::Float(0.0), acc));
             f.cast(total, dtype)
         });
         let result = k.b.map(sum, args, tile_shape);
@@ -240,23 +259,38 @@ impl Lowering<'_> {
         self.launch(k, tiles, knobs, note)
     }
 
-    /// The data with its zeros around it, row-major.
-    pub(crate) fn padded(&mut self, conv: &Conv<'_>) -> Result<Place> {
+    /// The data with its zeros around it, laid out as `order` says.
+    pub(crate) fn padded(&mut self, conv: &Conv<'_>, order: Padded<'_>) -> Result<Place> {
         let x = conv.node.inputs[0];
         let place = self.place(x)?;
-        let (lo, hi) = (&conv.attrs.pads_lo, &conv.attrs.pads_hi);
-        if lo.iter().chain(hi).all(|&p| p == 0)
-            && place.layout.axes.iter().all(|a| a.block.is_none())
-        {
+        let (lo, mut hi) = (&conv.attrs.pads_lo, conv.attrs.pads_hi.clone());
+        let row_major = |order: &[usize], shape: &[Dim]| {
+            let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+            Layout::row_major(&permuted).permute(&inverse(order))
+        };
+        let near = channel_before_last(conv.w.len());
+        let as_wanted = match order {
+            Padded::RowMajor => place.layout.axes.iter().all(|a| a.block.is_none()),
+            Padded::ChannelsNear => place.layout.permute(&near).is_row_major(),
+            Padded::Blocked { more, .. } => more.iter().all(|&m| m == 0),
+        };
+        if lo.iter().chain(&hi).all(|&p| p == 0) && as_wanted {
             return Ok(place);
         }
         let mut shape = self.graph.shape(x).to_vec();
         let mut shift = vec![Dim::new(0); 2];
+        if let Padded::Blocked { more, .. } = order {
+            hi.iter_mut().zip(more).for_each(|(hi, more)| *hi += more);
+        }
         for i in 0..lo.len() {
             shape[2 + i] = &shape[2 + i] + (lo[i] + hi[i]);
             shift.push(Dim::new(-lo[i]));
         }
-        let layout = Layout::row_major(&shape);
+        let layout = match order {
+            Padded::RowMajor => Layout::row_major(&shape),
+            Padded::ChannelsNear => row_major(&near, &shape),
+            Padded::Blocked { size, .. } => Layout::blocked(&shape, 1, size),
+        };
         let dtype = self.plan.buffers[place.buffer].dtype;
         let name = format!("{} padded", self.value_name(x));
         let buffer = self.plan.buffers.push(tilewright_plan::Buffer {
@@ -297,7 +331,10 @@ impl Lowering<'_> {
         let groups = conv.attrs.groups;
         let og = o / groups;
         let taps_inside = cg <= FEW_CHANNELS && conv.geometry.taps() > 1 && groups == 1;
-        let x = if taps_inside { self.padded(conv)? } else { self.place(conv.node.inputs[0])? };
+        let mut x = match taps_inside {
+            true => self.padded(conv, Padded::ChannelsNear)?,
+            false => self.place(conv.node.inputs[0])?,
+        };
         let dtype = graph.dtype(conv.node.inputs[1]);
         let acc_type = dtype.compute();
         let operands = self.conv_operands(dtype);
@@ -335,6 +372,19 @@ impl Lowering<'_> {
             }
         }
 
+        let mut pads = conv.geometry.pads.clone();
+        if let Some(size) = x_block
+            && !taps_inside
+            && groups == 1
+            && knobs.unit.depth_group() == 1
+            && (t.bh == 1 || fills_groups(t.bw, i64::from(knobs.mma_rows)))
+            && let Some(more) = conv.beyond(self.graph.shape(conv.node.inputs[0]), &t)
+        {
+            x = self.padded(conv, Padded::Blocked { size, more: &more })?;
+            pads.fill(0);
+        }
+        let geometry = Geometry { pads, ..conv.geometry.clone() };
+
         let mut k = KernelParts::new(name, symbols);
         let mut tiles = Vec::new();
         let mut tile = |k: &mut KernelParts, name: &str, value: i64| {
@@ -343,7 +393,10 @@ impl Lowering<'_> {
             dim
         };
         let bo_dim = tile(&mut k, "BO", bo);
-        let bc_dim = tile(&mut k, "BC", bc);
+        let bc_dim = match taps_inside {
+            true => Dim::new(cg),
+            false => tile(&mut k, "BC", bc),
+        };
         let bw_dim = tile(&mut k, "BW", t.bw);
         let bh_dim = (t.bh > 1).then(|| tile(&mut k, "BH", t.bh));
         let n = k.grid("pn", shape[0].clone());
@@ -376,9 +429,8 @@ impl Lowering<'_> {
         let acc_ty = TileType::new(acc_type, vec![rows.clone(), bo_dim.clone()]);
         let mut acc = vec![k.b.full(crate::block::zero(acc_type), acc_ty)];
 
-        let whole = taps_inside.then(|| conv.geometry.taps());
         let x_layout = if taps_inside { conv.overlapping(&x.layout) } else { x.layout.clone() };
-        let xp = k.input(x.buffer, dtype, x_layout);
+        let xp = k.input(x.buffer, dtype, x_layout.clone());
         let w_type = self.plan.buffers[w_place.buffer].dtype;
         let wp = k.input(w_place.buffer, w_type, w_place.layout);
         // Loops over taps, then over input channels.
@@ -395,30 +447,39 @@ impl Lowering<'_> {
             acc = inner;
             opened += 1;
         }
-        let name = k.fresh("c");
-        let (c, inner) = k.b.begin_for(&name, Dim::new(0), Dim::new(cg).ceil_div(&bc_dim), &acc);
-        acc = inner;
-        opened += 1;
-        let c0 = c * &bc_dim;
-        let depth = &bc_dim * whole.unwrap_or(1);
+        let mut c0 = Dim::new(0);
+        if !taps_inside {
+            let name = k.fresh("c");
+            let blocks = Dim::new(cg).ceil_div(&bc_dim);
+            let (c, inner) = k.b.begin_for(&name, Dim::new(0), blocks, &acc);
+            acc = inner;
+            opened += 1;
+            c0 = c * &bc_dim;
+        }
+        let depth = &bc_dim * depth_taps;
         let xt = if taps_inside {
-            conv.load_windows(&mut k, &stand, xp, &c0, &bc_dim)
+            conv.load_windows(&mut k, &stand, xp, &x_layout)
         } else {
             let channel = Pos::tile(&g * cg + &c0, bc_dim.clone());
             let zero = crate::block::zero(dtype);
-            stand.load(&mut k, xp, &conv.geometry, &tap, &channel, zero)
+            stand.load(&mut k, xp, &geometry, &tap, &channel, zero)
         };
         let xt = finish_acc(&mut k, xt, dtype, operands.left);
         let xt = k.b.reshape(xt, vec![rows, depth.clone()]);
         let mut index = vec![first_channel, c0.clone()];
         index.extend(tap);
         let mut load = vec![bo_dim.clone(), bc_dim.clone()];
-        load.extend(conv.geometry.kernel.iter().map(|&e| Dim::new(whole.map_or(1, |_| e))));
+        let seen = |&e: &i64| Dim::new(if taps_inside { e } else { 1 });
+        load.extend(conv.geometry.kernel.iter().map(seen));
         let wt = k.b.load(wp, index, load);
         let wt = finish_acc(&mut k, wt, w_type, operands.right);
+        let wt = match taps_inside {
+            true => k.b.permute(wt, &channel_before_last(conv.w.len())),
+            false => wt,
+        };
         let wt = k.b.reshape(wt, vec![bo_dim.clone(), depth]);
         let wt = k.b.permute(wt, &[1, 0]);
-        let limit = (cg % bc != 0).then(|| (Dim::new(cg) - c0) * whole.unwrap_or(1));
+        let limit = (!taps_inside && cg % bc != 0).then(|| Dim::new(cg) - c0);
         let mut sum = vec![k.b.mma(acc[0], xt, wt, limit)];
         for _ in 0..opened {
             sum = k.b.end_for(&sum);
@@ -445,14 +506,78 @@ pub(crate) struct Conv<'a> {
     pub(crate) shape: &'a [Dim],
 }
 
+/// Whether micro-kernels of at most `most` rows take whole rows of an image, or equal parts of one,
+/// without leaving more than half of their registers idle.
+fn fills_groups(row: i64, most: i64) -> bool {
+    let taken = match row <= most {
+        true => most / row.max(1) * row,
+        false => (1..=most).rev().find(|r| row % r == 0).unwrap_or(1),
+    };
+    2 * taken > most
+}
+
+/// How padded data lies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Padded<'a> {
+    RowMajor,
+    /// Row-major, but the channels before the last axis.
+    ChannelsNear,
+    /// Channels in blocks of `size`; `more` zeros at the end of each spatial axis.
+    Blocked {
+        size: i64,
+        more: &'a [i64],
+    },
+}
+
 impl Conv<'_> {
-    /// `[N, C, taps..., outputs...]` over padded data: windows overlap in memory.
-    fn overlapping(&self, x: &Layout) -> Layout {
-        let mut axes = vec![x.axes[0].clone(), x.axes[1].clone()];
-        for i in 0..self.geometry.rank() {
-            let stride = &x.axes[2 + i].stride * self.geometry.dilations[i];
-            axes.push(Axis { extent: Dim::new(self.geometry.kernel[i]), stride, block: None });
+    /// Zeros that whole tiles read beyond the padding at the end of each spatial axis, when padded
+    /// data of this shape is worth it: when a product can then read it where it lies. `None` also
+    /// when there is no padding, or sizes are not known.
+    fn beyond(&self, x: &[Dim], t: &ConvTiles) -> Option<Vec<i64>> {
+        let (lo, hi) = (&self.attrs.pads_lo, &self.attrs.pads_hi);
+        if lo.iter().chain(hi).all(|&p| p == 0) {
+            return None;
         }
+        let rank = self.geometry.rank();
+        let mut more = Vec::new();
+        for i in 0..rank {
+            let tile = match rank - 1 - i {
+                0 => t.bw,
+                1 => t.bh,
+                _ => 1,
+            };
+            let (have, outputs) = (x[2 + i].as_const()?, self.shape[2 + i].as_const()?);
+            let last = (crate::schedule::round_up(outputs, tile) - 1) * self.geometry.strides[i];
+            let reach = last + (self.geometry.kernel[i] - 1) * self.geometry.dilations[i] + 1;
+            more.push((reach - (have + lo[i] + hi[i])).max(0));
+        }
+        Some(more)
+    }
+
+    /// `[N, sums..., outputs...]` over padded data: windows overlap in memory. The sums are in the
+    /// order of [`channel_before_last`]; neighbours that walk memory with one stride are one axis.
+    fn overlapping(&self, x: &Layout) -> Layout {
+        let mut sums: Vec<Axis> = Vec::new();
+        for axis in channel_before_last(self.w.len()).into_iter().skip(1) {
+            let mut next = Axis {
+                extent: Dim::new(self.w[axis]),
+                stride: x.axes[axis].stride.clone(),
+                block: None,
+            };
+            if axis >= 2 {
+                next.stride = next.stride * self.geometry.dilations[axis - 2];
+            }
+            // The last axis stays apart: columns of neighbouring rows overlap.
+            match sums.last_mut() {
+                Some(before) if axis == 1 && before.stride == &next.stride * &next.extent => {
+                    next.extent = &next.extent * &before.extent;
+                    *before = next;
+                }
+                _ => sums.push(next),
+            }
+        }
+        let mut axes = vec![x.axes[0].clone()];
+        axes.extend(sums);
         for i in 0..self.geometry.rank() {
             let stride = &x.axes[2 + i].stride * self.geometry.strides[i];
             axes.push(Axis { extent: self.shape[2 + i].clone(), stride, block: None });
@@ -460,35 +585,46 @@ impl Conv<'_> {
         Layout { axes, offset: x.offset.clone() }
     }
 
-    /// All windows of a block's outputs: `[spatial tile axes..., BC, taps...]`.
+    /// All windows of a block's outputs through [`Conv::overlapping`]: `[spatial tile axes..., sums...]`.
     fn load_windows(
         &self,
         k: &mut KernelParts,
         stand: &Stand,
         x: tilewright_tile::ParamId,
-        c0: &Dim,
-        bc: &Dim,
+        layout: &Layout,
     ) -> tilewright_tile::TileId {
-        let spatial = self.geometry.rank();
-        let mut index = vec![stand.pos[0].start.clone(), c0.clone()];
-        let mut shape = vec![Dim::new(1), bc.clone()];
-        let mut flat = vec![bc.clone()];
-        for &extent in &self.geometry.kernel {
+        let sums = &layout.axes[1..layout.axes.len() - self.geometry.rank()];
+        let mut index = vec![stand.pos[0].start.clone()];
+        let mut shape = vec![Dim::new(1)];
+        let mut flat = Vec::new();
+        for axis in sums {
             index.push(Dim::new(0));
-            shape.push(Dim::new(extent));
-            flat.push(Dim::new(extent));
+            shape.push(axis.extent.clone());
+            flat.push(axis.extent.clone());
         }
-        let sums = flat.len();
-        for i in 0..spatial {
-            let pos = &stand.pos[1 + i];
+        for pos in &stand.pos[1..=self.geometry.rank()] {
             index.push(pos.start.clone());
             shape.push(Stand::len(pos));
             flat.extend(pos.tile.clone());
         }
-        let rank = flat.len();
+        let (n, rank) = (sums.len(), flat.len());
         let tile = k.b.load(x, index, shape);
         let tile = k.b.reshape(tile, flat);
-        let perm: Vec<usize> = (sums..rank).chain(0..sums).collect();
+        let perm: Vec<usize> = (n..rank).chain(0..n).collect();
         k.b.permute(tile, &perm)
     }
+}
+
+/// The axes of `[N or O, C, spatial...]` with the channels just before the last spatial axis.
+fn channel_before_last(rank: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = [0].into_iter().chain(2..rank).collect();
+    order.insert(rank - 2, 1);
+    order
+}
+
+/// The permutation that undoes `order`.
+fn inverse(order: &[usize]) -> Vec<usize> {
+    let mut inverse = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
+    inverse
 }

@@ -131,10 +131,11 @@ pub(crate) fn copy_ns(target: &CpuTarget, bytes: f64) -> f64 {
     bytes / Level::holding(target, bytes).rate(target) * 1e9 + target.launch_ns
 }
 
-/// Estimated time to gather elements one by one, in nanoseconds: each takes about two vector
-/// operations.
-pub(crate) fn gather_ns(target: &CpuTarget, elements: f64) -> f64 {
-    elements * 2.0 * target.lanes as f64 / (target.flops_per_second * MAP_SHARE) * 1e9
+/// Estimated time to gather elements of `bytes` across memory, in nanoseconds: one by one each takes
+/// about two vector operations. Squares of four-byte elements are turned in registers.
+pub(crate) fn gather_ns(target: &CpuTarget, elements: f64, bytes: usize) -> f64 {
+    let each = if bytes == 4 { 0.5 } else { 2.0 };
+    elements * each * target.lanes as f64 / (target.flops_per_second * MAP_SHARE) * 1e9
 }
 
 /// Flops, weighted so that the peak does them in their time: matrix work comes near the peak, maps

@@ -8,6 +8,8 @@
 //! * contractions: see [`gemm_tiles`].
 
 use crate::target::CpuTarget;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use tilewright_tile::{CpuKnobs, MatrixUnit};
 
 /// Vector knobs for the target's lanes.
@@ -101,7 +103,7 @@ pub(crate) struct ConvTiles {
 ///   few times, several rows for small images, so that the weights are not read again for each.
 /// * The weights of one step, `bc * taps * bo * 4`, take at most half of the second-level cache, a
 ///   panel of them an eighth; few steps, because each loads and stores all accumulators.
-/// * Enough blocks for the threads, as for contractions.
+/// * Enough blocks for the threads, of equal work, as for contractions.
 #[allow(clippy::too_many_arguments, reason = "the sizes of one convolution")]
 pub(crate) fn conv_tiles(
     target: &CpuTarget,
@@ -117,24 +119,21 @@ pub(crate) fn conv_tiles(
     let panel = panel_for(target, o);
     let most = (target.l2_bytes / 8 / 4 / panel / taps).clamp(16, 1024);
     let bc = even(c, most, if taps == 1 { depth_unit(knobs.unit) } else { 1 });
-    let most = 4 * rows;
-    let bw = even(ow, most, 1);
-    let mut bh = if bw >= 2 * rows { 1 } else { even(oh, (most / bw).max(1), 1) };
+    let bw = even(ow, 4 * rows, 1);
     let most_o = (target.l2_bytes / 2 / 4 / (bc * taps).max(1)).clamp(panel, 8 * panel);
-    let mut bo = even(o, most_o, panel);
-    let want = target.threads * 3;
-    let blocks = |bh: i64, bo: i64| {
-        others * ((oh + bh - 1) / bh) * ((ow + bw - 1) / bw) * ((o + bo - 1) / bo)
+    // Several rows of the image where one does not fill the micro-kernel a few times.
+    let most_h = if bw >= 2 * rows { 1 } else { (8 * rows / bw).max(1) };
+    let (bhs, bos) = (equal_pieces(oh, most_h, 1), equal_pieces(o, most_o, panel));
+    let across = pieces(ow, bw, 1);
+    let score = |bh: i64, bo: i64| {
+        // Several rows of the image are computed whole, also where the last ones are not there.
+        let down = if bh == 1 { pieces(oh, bh, 1) } else { vec![bh; pieces(oh, bh, 1).len()] };
+        let fast: Vec<i64> = down.iter().flat_map(|h| across.iter().map(move |w| h * w)).collect();
+        Score::of(target, others, [&pieces(o, bo, panel), &fast], [bh * bw, bo])
     };
-    while blocks(bh, bo) < want {
-        if bo > panel {
-            bo = round_up(bo / 2, panel);
-        } else if bh > 1 {
-            bh = (bh + 1) / 2;
-        } else {
-            break;
-        }
-    }
+    let all = bhs.iter().flat_map(|&bh| bos.iter().map(move |&bo| (bh, bo)));
+    let best = all.min_by(|a, b| score(a.0, a.1).cmp(&score(b.0, b.1)));
+    let (bh, bo) = best.unwrap_or((1, panel));
     ConvTiles { bh, bw, bo, bc }
 }
 
@@ -157,6 +156,79 @@ pub(crate) fn attention_tiles(
     (bq, even(keys, 4 * panel(target), panel(target)))
 }
 
+/// `n` cut into ever more equal pieces, from the fewest of at most `most` on: their sizes, whole
+/// units, falling.
+fn equal_pieces(n: i64, most: i64, unit: i64) -> Vec<i64> {
+    let n = n.max(1);
+    let fewest = (n + most - 1) / most;
+    let mut sizes: Vec<i64> =
+        (fewest..fewest + 24).map(|count| round_up((n + count - 1) / count, unit)).collect();
+    sizes.dedup();
+    sizes
+}
+
+/// The sizes of the pieces of at most `size` of an axis of `n`, as work: in whole units.
+fn pieces(n: i64, size: i64, unit: i64) -> Vec<i64> {
+    let n = n.max(1);
+    let (whole, rest) = (n / size, n % size);
+    let mut sizes = vec![round_up(size.min(n), unit); usize::try_from(whole).unwrap_or(0)];
+    if rest > 0 {
+        sizes.push(round_up(rest, unit));
+    }
+    sizes
+}
+
+/// How good a blocking of a product is; the smallest is best.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Score {
+    /// Blocks that there should be more, for threads that are late or slow.
+    missing: i64,
+    /// When the last thread ends, in multiply-adds of a result's element.
+    end: f64,
+}
+
+impl Score {
+    /// For blocks of the work `slow[i] * fast[j]`, `batch` times, whose tiles have `bm` rows and
+    /// `bn` columns.
+    ///
+    /// A block reads its rows once per block of columns and its columns once per block of rows.
+    /// On a Zen 4 core copying an element of the left operand takes as long as two multiply-adds of
+    /// vectors, and a panel that comes from beyond the second level costs about four rows.
+    fn of(target: &CpuTarget, batch: i64, [slow, fast]: [&[i64]; 2], [bm, bn]: [i64; 2]) -> Score {
+        let batch = batch.max(1);
+        let blocks = batch.saturating_mul((slow.len() * fast.len()) as i64);
+        let end = makespan(target.threads, batch, slow, fast);
+        let reads = 1.0 + 2.0 / bn.max(1) as f64 + 4.0 / bm.max(1) as f64;
+        Score { missing: (target.threads * 3 - blocks).max(0), end: end * reads }
+    }
+
+    fn cmp(&self, other: &Score) -> std::cmp::Ordering {
+        self.missing.cmp(&other.missing).then(self.end.total_cmp(&other.end))
+    }
+}
+
+/// When the last of the threads ends that take blocks in order (`fast` runs fastest), each the next
+/// when it is done.
+fn makespan(threads: i64, batch: i64, slow: &[i64], fast: &[i64]) -> f64 {
+    let threads = threads.max(1);
+    let sum = |sizes: &[i64]| sizes.iter().sum::<i64>() as f64;
+    let total = batch as f64 * sum(slow) * sum(fast);
+    let most = |sizes: &[i64]| sizes.iter().copied().max().unwrap_or(0) as f64;
+    let blocks = batch.saturating_mul((slow.len() * fast.len()) as i64);
+    if blocks > (4 * threads).max(64) {
+        // The last block of each thread ends anywhere in the last one's time.
+        return total / threads as f64 + most(slow) * most(fast) / 2.0;
+    }
+    let mut ends: BinaryHeap<Reverse<i64>> = (0..threads).map(|_| Reverse(0)).collect();
+    let mut last = 0;
+    for work in (0..batch).flat_map(|_| slow.iter().flat_map(|s| fast.iter().map(move |f| s * f))) {
+        let Reverse(first) = ends.pop().unwrap_or(Reverse(0));
+        last = last.max(first + work);
+        ends.push(Reverse(first + work));
+    }
+    last as f64
+}
+
 /// Sizes for `[m, k] x [k, n]`, repeated over `batch` blocks of the grid.
 ///
 /// * `bk` is the whole sum when a panel of it takes at most an eighth of the second-level cache: each
@@ -166,8 +238,8 @@ pub(crate) fn attention_tiles(
 /// * `bm` is whole micro-tiles; the left operand's block `bm * bk * 4` takes at most half of the
 ///   second-level cache.
 /// * `bn` is whole panels.
-/// * There are at least three blocks per thread where the problem has that much, so that the last
-///   one to finish is not alone for long; blocks shrink along the longer side first.
+/// * There are at least three blocks per thread where the problem has that much, and among such
+///   blockings the one whose last thread ends first: see [`Score`].
 ///
 /// `bytes` is the size of an operand's element.
 pub(crate) fn gemm_tiles(
@@ -186,29 +258,33 @@ pub(crate) fn gemm_tiles(
         let share = round_up((n.max(1) + want - 1) / want, panel);
         return GemmTiles { bm: m.max(1), bn: share.clamp(panel, 16 * panel), bk };
     }
-    let bm_most = (target.l2_bytes / 2 / bytes / bk / rows).max(1) * rows;
-    let mut bm = even(m, bm_most.min(16 * rows), rows);
-    let mut bn = even(n, 12 * panel, panel);
-    let want = target.threads * 3;
-    let blocks = |bm: i64, bn: i64| batch * ((m + bm - 1) / bm) * ((n + bn - 1) / bn);
-    while blocks(bm, bn) < want {
-        let (next_m, next_n) = (round_up(bm / 2, rows), round_up(bn / 2, panel));
-        if bn >= bm && next_n < bn {
-            bn = next_n;
-        } else if next_m < bm {
-            bm = next_m;
-        } else if next_n < bn {
-            bn = next_n;
-        } else {
-            break;
-        }
-    }
+    let bm_most = ((target.l2_bytes / 2 / bytes / bk / rows).max(1) * rows).min(16 * rows);
+    let (bms, bns) = (equal_pieces(m, bm_most, rows), equal_pieces(n, 12 * panel, panel));
+    let score = |bm: i64, bn: i64| {
+        let (down, across) = (pieces(m, bm, 1), pieces(n, bn, panel));
+        let (slow, fast) = if m <= n { (across, down) } else { (down, across) };
+        Score::of(target, batch, [&slow, &fast], [bm, bn])
+    };
+    let all = bms.iter().flat_map(|&bm| bns.iter().map(move |&bn| (bm, bn)));
+    let best = all.min_by(|a, b| score(a.0, a.1).cmp(&score(b.0, b.1)));
+    let (bm, bn) = best.unwrap_or((rows, panel));
     GemmTiles { bm, bn, bk }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_end_together() {
+        assert_eq!(makespan(2, 1, &[3, 3, 2], &[1]), 5.0);
+        assert_eq!(makespan(2, 2, &[3], &[2, 1]), 9.0);
+        let target = CpuTarget::avx512();
+        let t = gemm_tiles(&target, &knobs(&target), 4, 1, [196, 1024, 256]);
+        let (down, across) = (pieces(196, t.bm, 1), pieces(1024, t.bn, 32));
+        let ideal = 196.0 * 1024.0 / target.threads as f64;
+        assert!(makespan(target.threads, 1, &across, &down) < 1.1 * ideal, "{t:?}");
+    }
 
     #[test]
     fn blocks_are_whole_micro_tiles_and_enough_for_the_threads() {

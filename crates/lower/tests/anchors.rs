@@ -29,7 +29,11 @@ const CASES: &[Case] = &[
     // Few input channels.
     Case { x: &[2, 3, 11, 12], w: &[20, 3, 3, 3], stride: 2, pad: 1, dilation: 1, groups: 1 },
     Case { x: &[1, 3, 9, 9], w: &[8, 3, 7, 7], stride: 1, pad: 0, dilation: 1, groups: 1 },
+    Case { x: &[1, 3, 20, 23], w: &[20, 3, 7, 7], stride: 2, pad: 3, dilation: 1, groups: 1 },
+    Case { x: &[1, 4, 10, 20], w: &[8, 4, 2, 5], stride: 1, pad: 1, dilation: 2, groups: 1 },
     // By taps.
+    Case { x: &[1, 16, 14, 14], w: &[40, 16, 3, 3], stride: 1, pad: 1, dilation: 1, groups: 1 },
+    Case { x: &[2, 16, 7, 7], w: &[16, 16, 3, 3], stride: 1, pad: 1, dilation: 1, groups: 1 },
     Case { x: &[1, 24, 9, 10], w: &[40, 24, 3, 3], stride: 1, pad: 1, dilation: 1, groups: 1 },
     Case { x: &[2, 16, 8, 7], w: &[16, 16, 3, 3], stride: 2, pad: 2, dilation: 2, groups: 1 },
     Case { x: &[1, 17, 30], w: &[5, 17, 4], stride: 3, pad: 2, dilation: 1, groups: 1 },
@@ -38,6 +42,7 @@ const CASES: &[Case] = &[
     Case { x: &[1, 32, 6, 6], w: &[48, 16, 3, 3], stride: 1, pad: 1, dilation: 1, groups: 2 },
     Case { x: &[2, 6, 6, 5], w: &[9, 2, 3, 3], stride: 1, pad: 1, dilation: 1, groups: 3 },
     Case { x: &[2, 24, 9, 9], w: &[24, 1, 3, 3], stride: 2, pad: 1, dilation: 1, groups: 24 },
+    Case { x: &[1, 20, 9, 13], w: &[20, 1, 5, 5], stride: 1, pad: 2, dilation: 1, groups: 20 },
     Case { x: &[1, 5, 20], w: &[5, 1, 3], stride: 1, pad: 1, dilation: 1, groups: 5 },
     Case { x: &[1, 4, 6, 6], w: &[8, 1, 3, 3], stride: 1, pad: 1, dilation: 1, groups: 4 },
 ];

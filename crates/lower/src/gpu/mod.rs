@@ -327,7 +327,7 @@ impl Lowering<'_> {
         let (x, w) = (conv.node.inputs[0], conv.node.inputs[1]);
         let dtype = graph.dtype(w);
         let operand = self.operand_type(dtype);
-        let padded = self.padded(conv)?;
+        let padded = self.padded(conv, crate::conv::Padded::RowMajor)?;
         let weights = self.operand_place(w, operand)?;
         let (groups, rank) = (conv.attrs.groups, conv.geometry.rank());
         let (outputs, channels) = (conv.w[0] / groups, conv.w[1]);
