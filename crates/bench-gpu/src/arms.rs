@@ -27,9 +27,11 @@ pub const PEER_ALGORITHMS: usize = 16;
 pub struct Matrices {
     pub a: Buffer,
     pub b: Buffer,
+    /// The second right operand, which lies as the first.
+    pub b2: Option<Buffer>,
     pub c: Buffer,
-    /// What the ending reads: vectors along columns and rows, and the residual.
-    pub extras: [Option<Buffer>; 3],
+    /// What the ending reads, as `Case::extras`.
+    pub extras: [Option<Buffer>; 4],
 }
 
 impl Matrices {
@@ -37,14 +39,20 @@ impl Matrices {
     pub fn new(stream: &Stream, case: &Case) -> Result<Matrices> {
         let (a, b, c) = (case.a.bytes(), case.b.bytes(), case.c.bytes());
         let [a, b, c] = [stream.alloc(a)?, stream.alloc(b)?, stream.alloc(c)?];
-        Ok(Matrices { a, b, c, extras: Matrices::extras(stream, case)? })
+        let b2 = Matrices::second(stream, case)?;
+        Ok(Matrices { a, b, b2, c, extras: Matrices::extras(stream, case)? })
+    }
+
+    /// Memory for the second right operand of a pair.
+    pub fn second(stream: &Stream, case: &Case) -> Result<Option<Buffer>> {
+        case.ending.is_pair().then(|| stream.alloc(case.b.bytes())).transpose()
     }
 
     /// Memory for what the ending reads.
-    pub fn extras(stream: &Stream, case: &Case) -> Result<[Option<Buffer>; 3]> {
-        let [cols, rows, residual] = case.extras();
+    pub fn extras(stream: &Stream, case: &Case) -> Result<[Option<Buffer>; 4]> {
+        let [cols, rows, residual, second] = case.extras();
         let alloc = |p: Option<crate::case::Place>| p.map(|p| stream.alloc(p.bytes())).transpose();
-        Ok([alloc(cols)?, alloc(rows)?, alloc(residual)?])
+        Ok([alloc(cols)?, alloc(rows)?, alloc(residual)?, alloc(second)?])
     }
 
     /// Addresses of the first elements.
@@ -135,6 +143,12 @@ impl Ours {
                         }
                         Ok(Operand { address: self.workspace.address() + offset, bytes: *bytes })
                     }
+                    Place::B2 => {
+                        let missing = || Error::bug("a pair without its second operand");
+                        let b2 = matrices.b2.as_ref().ok_or_else(missing)?;
+                        Ok(rest(b2, b2.address() + b - matrices.b.address()))
+                    }
+                    Place::Cols2 => extra(3, 0),
                     Place::Cols => extra(0, 0),
                     Place::Rows => extra(1, 0),
                     Place::Residual => extra(2, case.c.offset),

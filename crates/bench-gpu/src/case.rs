@@ -19,6 +19,8 @@ pub struct Numbers {
     pub precision: Precision,
     /// cuBLASLt may round to TF32.
     pub tf32: bool,
+    /// For 8-bit floats: sums of one tile depth are added in f32.
+    pub promoted: bool,
     /// Orders when a line gives none. 8-bit products and TF32 want both operands contiguous along
     /// the depth, in the tensor cores as in cuBLASLt.
     pub orders: &'static str,
@@ -29,13 +31,17 @@ pub struct Numbers {
 /// Every kind.
 #[rustfmt::skip]
 pub const NUMBERS: &[Numbers] = &[
-    Numbers { name: "bf16",  operand: DType::BF16,   result: DType::BF16, precision: Precision::F32,    tf32: false, orders: "rrr", in_all: true },
-    Numbers { name: "f16",   operand: DType::F16,    result: DType::F16,  precision: Precision::F32,    tf32: false, orders: "rrr", in_all: true },
-    Numbers { name: "tf32",  operand: DType::F32,    result: DType::F32,  precision: Precision::Tf32,   tf32: true,  orders: "rcr", in_all: true },
-    Numbers { name: "f32",   operand: DType::F32,    result: DType::F32,  precision: Precision::F32,    tf32: false, orders: "rrr", in_all: true },
-    Numbers { name: "f32x3", operand: DType::F32,    result: DType::F32,  precision: Precision::Tf32x3, tf32: false, orders: "rrr", in_all: false },
-    Numbers { name: "i8",    operand: DType::I8,     result: DType::I32,  precision: Precision::F32,    tf32: false, orders: "rcr", in_all: true },
-    Numbers { name: "f8",    operand: DType::F8E4M3, result: DType::BF16, precision: Precision::F32,    tf32: false, orders: "rcr", in_all: true },
+    Numbers { name: "bf16",   operand: DType::BF16,   result: DType::BF16, precision: Precision::F32,    tf32: false, promoted: false, orders: "rrr", in_all: true },
+    Numbers { name: "f16",    operand: DType::F16,    result: DType::F16,  precision: Precision::F32,    tf32: false, promoted: false, orders: "rrr", in_all: true },
+    Numbers { name: "tf32",   operand: DType::F32,    result: DType::F32,  precision: Precision::Tf32,   tf32: true,  promoted: false, orders: "rcr", in_all: true },
+    Numbers { name: "f32",    operand: DType::F32,    result: DType::F32,  precision: Precision::F32,    tf32: false, promoted: false, orders: "rrr", in_all: true },
+    Numbers { name: "f32x3",  operand: DType::F32,    result: DType::F32,  precision: Precision::Tf32x3, tf32: false, promoted: false, orders: "rrr", in_all: false },
+    Numbers { name: "i8",     operand: DType::I8,     result: DType::I32,  precision: Precision::F32,    tf32: false, promoted: false, orders: "rcr", in_all: true },
+    Numbers { name: "f8",     operand: DType::F8E4M3, result: DType::BF16, precision: Precision::F32,    tf32: false, promoted: false, orders: "rcr", in_all: true },
+    // Sums of each tile's depth are added in f32.
+    Numbers { name: "f8p",    operand: DType::F8E4M3, result: DType::BF16, precision: Precision::F32,    tf32: false, promoted: true,  orders: "rcr", in_all: false },
+    // cuBLASLt has no products of two of these.
+    Numbers { name: "f8e5m2", operand: DType::F8E5M2, result: DType::BF16, precision: Precision::F32,    tf32: false, promoted: false, orders: "rcr", in_all: false },
 ];
 
 impl Numbers {
@@ -159,12 +165,24 @@ impl Case {
         self
     }
 
-    /// Where the vectors along columns and rows and the residual lie that the ending reads.
-    pub fn extras(&self) -> [Option<Place>; 3] {
+    /// Where what the ending reads lies: vectors along columns and rows, the residual, and of a pair the second vector
+    /// along columns.
+    pub fn extras(&self) -> [Option<Place>; 4] {
         let e = self.ending.epilogue(self.numbers);
         let vector = |t: Option<DType>, n| t.map(|t| Place::dense(t, Order::Row, 1, n, 1));
         let residual = e.residual.map(|dtype| Place { dtype, ..self.c });
-        [vector(e.col_vector, self.n), vector(e.row_vector, self.m), residual]
+        let second = e.col_vector.filter(|_| self.ending.is_pair());
+        [
+            vector(e.col_vector, self.n),
+            vector(e.row_vector, self.m),
+            residual,
+            vector(second, self.n),
+        ]
+    }
+
+    /// How many right operands there are.
+    pub fn rights(&self) -> u64 {
+        1 + u64::from(self.ending.is_pair())
     }
 
     /// Without gaps, in these orders.
@@ -197,6 +215,7 @@ impl Case {
         Problem {
             batch: size(self.batch),
             precision: numbers.precision,
+            promoted: numbers.promoted,
             order: (self.a.order, self.b.order, self.c.order),
             leading: each(&|p| size(p.leading)),
             stride: each(&|p| size(p.stride)),
@@ -224,12 +243,14 @@ impl Case {
 
     /// Operations: a multiplication and an addition each.
     pub fn operations(&self) -> f64 {
-        2.0 * self.m as f64 * self.n as f64 * self.k as f64 * self.batch as f64
+        2.0 * self.m as f64 * (self.n * self.rights()) as f64 * self.k as f64 * self.batch as f64
     }
 
-    /// Bytes of all three matrices.
+    /// Bytes of all matrices and of what the ending reads.
     pub fn bytes(&self) -> usize {
-        self.a.bytes() + self.b.bytes() + self.c.bytes()
+        let rights = self.b.bytes() * self.rights() as usize;
+        let extras: usize = self.extras().iter().flatten().map(Place::bytes).sum();
+        self.a.bytes() + rights + self.c.bytes() + extras
     }
 
     /// `4096x4096x4096`, `512x64x512 x64`.

@@ -26,6 +26,9 @@ const PAIRS_MIN: usize = 5;
 /// Pairs of samples at most.
 const PAIRS_MAX: usize = 300;
 
+/// Seeds of what comes after the operands begin here.
+const SECOND_SEEDS: u64 = 1 << 32;
+
 /// Lower quartile, median, upper quartile.
 pub type Quartiles = [f64; 3];
 
@@ -112,6 +115,14 @@ impl Sets {
         for (index, set) in sets.iter().enumerate() {
             support.fill(stream, &set.a, &case.a, 2 * index as u64 + 1)?;
             support.fill(stream, &set.b, &case.b, 2 * index as u64 + 2)?;
+            if let Some(b2) = &set.b2 {
+                support.fill(stream, b2, &case.b, 2 * index as u64 + 2 + SECOND_SEEDS)?;
+            }
+            for (i, (buffer, place)) in set.extras.iter().zip(case.extras()).enumerate() {
+                if let (Some(buffer), Some(place)) = (buffer, place) {
+                    support.fill(stream, buffer, &place, (i as u64 + 2) * SECOND_SEEDS)?;
+                }
+            }
             set.c.poison(stream)?;
         }
         stream.synchronize()?;

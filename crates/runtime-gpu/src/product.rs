@@ -6,7 +6,7 @@
 use crate::choose::{Launch, Source, Way};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
-use tilewright_kernels::gemm::{self, Epilogue, Order, Place, Precision, Problem};
+use tilewright_kernels::gemm::{self, Epilogue, Order, Pair, Place, Precision, Problem};
 use tilewright_layout::{Dim, Env};
 use tilewright_lower_gpu::lower;
 use tilewright_plan::{Matrix, Product};
@@ -131,6 +131,7 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
             col_vector: dtype(&product.cols),
             row_vector: dtype(&product.rows),
             residual: dtype(&product.residual),
+            pair: Pair::None,
         },
     };
     let mut out = Vec::new();
@@ -162,6 +163,7 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
                         Place::A => Ok(at(0, &product.a)),
                         Place::B => Ok(at(1, &product.b)),
                         Place::C => Ok(at(2, &product.c)),
+                        Place::B2 | Place::Cols2 => Err(Error::bug("a pair that nobody asked for")),
                         Place::Cols => vector(&product.cols, 0, 0),
                         Place::Rows => vector(&product.rows, 1, 0),
                         Place::Residual => vector(&product.residual, 2, start[2]),

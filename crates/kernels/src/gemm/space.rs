@@ -40,7 +40,8 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
     let size = i64::from(spec.operand.bits()) / 8;
     let tensors = if spec.math == Math::Tf32x3 { 2 } else { 1 };
     let two_sums = matches!(spec.math, Math::Promoted | Math::Tf32x3);
-    let scratch = if two_sums { 2 } else { 1 };
+    let [lefts, rights] = spec.epilogue.pair.operands();
+    let scratch = if two_sums { 2 } else { 1 } * lefts * rights;
     let mut out = Vec::new();
     // (rows, consumers, mode)
     let shapes = [
@@ -102,7 +103,7 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                                 }
                             }
                         };
-                        let stage = tensors * (bm + bn) * bk * size;
+                        let stage = tensors * (lefts * bm + rights * bn) * bk * size;
                         let stages = ((SMEM_BYTES - staging) / stage).min(8);
                         // One staging tile only where it makes room for a stage.
                         if stages < 2 || stages == before {
@@ -132,8 +133,8 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
 }
 
 /// Schedules of plain f32 multiply-adds, for operands in any layout. `vector` is how many elements one access
-/// may take.
-pub(super) fn multiply_add_space(vector: u32) -> Vec<GpuSchedule> {
+/// may take; of a pair there are two sums for each result, which the largest tiles have no registers for.
+pub(super) fn multiply_add_space(vector: u32, pair: bool) -> Vec<GpuSchedule> {
     let mut out = Vec::new();
     // Tile, warps. Each thread holds 8 x 16, 8 x 8 or 4 x 4 sums.
     let shapes = [
@@ -146,6 +147,9 @@ pub(super) fn multiply_add_space(vector: u32) -> Vec<GpuSchedule> {
         (32, 64, (1, 4)),
     ];
     for (bm, bn, warps) in shapes {
+        if pair && bm * bn > 64 * 128 {
+            continue;
+        }
         for bk in [16, 32] {
             for stages in [3, 2] {
                 let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];

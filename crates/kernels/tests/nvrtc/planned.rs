@@ -11,7 +11,7 @@ use tilewright_expr::{FuncBuilder, Op};
 use tilewright_kernels::gemm::{
     Epilogue,
     Order::{self, Col, Row},
-    Precision, Problem, Step, plan,
+    Pair, Precision, Problem, Step, plan,
 };
 use tilewright_lower_gpu::lower;
 use tilewright_target::Gpu;
@@ -85,7 +85,13 @@ fn scaled(to: DType) -> Epilogue {
     let x = b.op(Op::Mul, &[sum, cols]);
     let x = b.op(Op::Mul, &[x, rows]);
     let x = b.cast(x, to);
-    Epilogue { func: b.finish(x), col_vector: Some(F32), row_vector: Some(F32), residual: None }
+    Epilogue {
+        func: b.finish(x),
+        col_vector: Some(F32),
+        row_vector: Some(F32),
+        residual: None,
+        pair: Pair::None,
+    }
 }
 
 fn residual(to: DType) -> Epilogue {
@@ -94,7 +100,13 @@ fn residual(to: DType) -> Epilogue {
     let r = b.cast(r, F32);
     let x = b.op(Op::Add, &[sum, r]);
     let x = b.cast(x, to);
-    Epilogue { func: b.finish(x), col_vector: None, row_vector: None, residual: Some(to) }
+    Epilogue {
+        func: b.finish(x),
+        col_vector: None,
+        row_vector: None,
+        residual: Some(to),
+        pair: Pair::None,
+    }
 }
 
 fn problems() -> Vec<(String, Problem)> {
