@@ -76,14 +76,27 @@ if [ "$part" = models ] || [ "$part" = all ]; then
     printf '\n== models beside PyTorch: not run, python3 has no torch\n'
   fi
 fi
+# One process per kind of numbers, side by side: the tools slow the host down more than the device.
+sanitize() { # tool and its options
+  local kind jobs=() bad=0
+  for kind in bf16 f16 tf32 f32 f32x3 i8 f8 f8p f8e5m2; do
+    "$sanitizer" --error-exitcode 1 --tool "$@" bin/tw-gpu-test --cache "$cache" --alone --types "$kind" \
+      --groups sizes,orders,strides,batches,endings --every 60 >"$records/sanitizer-$1-$kind.log" 2>&1 &
+    jobs+=("$!:$kind")
+  done
+  for job in "${jobs[@]}"; do
+    wait "${job%%:*}" || bad=1
+    printf '%s: %s\n' "${job#*:}" "$(tail -n 2 "$records/sanitizer-$1-${job#*:}.log" | tr '\n' ' ')"
+  done
+  return $bad
+}
 if [ "$part" = sanitizer ] || [ "$part" = all ]; then
   sanitizer="$(command -v compute-sanitizer || ls -d /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)"
   if [ -n "$sanitizer" ]; then
     # Asking a kernel for one parameter more than it has is how they are counted; that is no error of ours.
     for tool in "memcheck --report-api-errors no" racecheck synccheck; do
       # shellcheck disable=SC2086
-      step "compute-sanitizer ${tool%% *}" "$sanitizer" --error-exitcode 1 --tool $tool \
-        bin/tw-gpu-test --cache "$cache" --groups sizes,orders,strides,batches,endings --every 60
+      step "compute-sanitizer ${tool%% *}" sanitize $tool
     done
   else
     printf '\n== compute-sanitizer: not run, it is neither in PATH nor in /usr/local/cuda*/bin\n'

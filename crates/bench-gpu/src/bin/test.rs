@@ -12,6 +12,7 @@ use tilewright_base::{Error, Result};
 use tilewright_bench_gpu::arms::{PEER_WORKSPACE_BYTES, programs};
 use tilewright_bench_gpu::case::{Case, NUMBERS, Numbers};
 use tilewright_bench_gpu::check::{Checker, Outcome, self_check};
+use tilewright_bench_gpu::ending::ENDINGS;
 use tilewright_bench_gpu::suite::{GROUPS, large, repeated};
 use tilewright_bench_gpu::support::Support;
 use tilewright_cuda::peer::CublasLt;
@@ -29,6 +30,9 @@ struct Options {
     /// all without.
     #[arg(long, value_delimiter = ',')]
     groups: Vec<String>,
+    /// Of the group `endings`: only these, separated by commas (bias-gelu, to-i8, swiglu, ...).
+    #[arg(long, value_delimiter = ',')]
+    endings: Vec<String>,
     /// Only every n-th case of each group.
     #[arg(long, default_value_t = 1)]
     every: usize,
@@ -118,6 +122,11 @@ fn run(options: &Options) -> Result<bool> {
         return Err(Error::user(format!("there is no group `{unknown}`"))
             .with_hint(format!("there are {}", names.join(", "))));
     }
+    if let Some(unknown) = options.endings.iter().find(|e| ENDINGS.iter().all(|k| k.name() != *e)) {
+        let names: Vec<&str> = ENDINGS.iter().map(|e| e.name()).collect();
+        return Err(Error::user(format!("there is no ending `{unknown}`"))
+            .with_hint(format!("there are {}", names.join(", "))));
+    }
     let wants = |name: &str| options.groups.is_empty() || options.groups.iter().any(|g| g == name);
     let kinds = NUMBERS
         .iter()
@@ -151,7 +160,11 @@ fn run(options: &Options) -> Result<bool> {
                     .flat_map(|g| (g.cases)(numbers))
                     .collect(),
             };
-            let cases: Vec<Case> = cases.into_iter().step_by(options.every.max(1)).collect();
+            let wanted = |c: &Case| {
+                options.endings.is_empty() || options.endings.iter().any(|e| e == c.ending.name())
+            };
+            let cases = cases.into_iter().filter(|c| *name != "endings" || wanted(c));
+            let cases: Vec<Case> = cases.step_by(options.every.max(1)).collect();
             let mut tally = Tally::default();
             for chunk in cases.chunks(CHUNK) {
                 let plans: Vec<_> = chunk.iter().map(|c| checker.plan(c)).collect();
