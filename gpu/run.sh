@@ -9,7 +9,7 @@
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # models: tiny models against float64, in four precisions (also in tests); where PyTorch is installed, large
 #         ones beside it (gpu/models.py)
-# bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt; records under $RECORDS (default: records)
+# bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt, with endings against cuBLASLt and a kernel behind it; records under $RECORDS (default: records)
 # tune:   searches for faster schedules; records under $RECORDS/tuned, all in one file $RECORDS/tuned.jsonl. Not part of all
 #
 # Every part runs, whatever came of the one before; the exit code says whether all passed. Kernels are
@@ -66,8 +66,18 @@ tiny_models() {
   done
   return $bad
 }
+# The first choices of a model's first kernels do not compile: the next ones run, the results are right, and it is said.
+schedules_give_way() {
+  local said
+  said="$(TILEWRIGHT_FAIL_FIRST=3 bin/tw verify models/llama --device cuda --precision bf16 --cache "$cache" 2>&1)" || {
+    printf '%s\n' "$said"
+    return 1
+  }
+  printf '%s\n' "$said" | grep -i -A 3 'warning'
+}
 if [ "$part" = tests ] || [ "$part" = models ] || [ "$part" = all ]; then
   step "tiny models" tiny_models
+  step "kernels that do not compile give way" schedules_give_way
 fi
 if [ "$part" = models ] || [ "$part" = all ]; then
   if python3 -c 'import torch' 2>/dev/null; then
@@ -113,6 +123,7 @@ if [ "$part" = bench ] || [ "$part" = all ]; then
   step "launch overhead" bin/tw-gpu-launch --out "$records"
   step "rows" bin/tw-gpu-rows --cache "$cache" --out "$records"
   step "bench" bin/tw-gpu-bench --cache "$cache" --out "$records" "$@"
+  step "bench of endings" bin/tw-gpu-bench --cache "$cache" --out "$records" --shapes bench/gemm_endings.txt
 fi
 if [ "$part" = tune ]; then
   [ $# -gt 0 ] || set -- --shapes bench/gemm_shapes.txt --seconds 300

@@ -1,8 +1,9 @@
 //! What is multiplied.
 //!
-//! A line of the list of shapes is `TYPES M N K [xBATCH] [ORDERS]`: types separated by commas, or `all`
+//! A line of the list of shapes is `TYPES M N K [xBATCH] [ORDERS] [ENDING]`: types separated by commas, or `all`
 //! (every kind that is marked so in [`NUMBERS`]); `x64` for 64 products; `rcr` for a row-major A, a
-//! column-major B and a row-major C (without, each kind has its own). `#` starts a comment.
+//! column-major B and a row-major C (without, each kind has its own); `swiglu` for what follows the sums, by the names of
+//! `ending.rs`. `#` starts a comment.
 
 use crate::ending::{Ending, unit};
 use tilewright_base::{DType, Error, Result};
@@ -225,8 +226,14 @@ impl Case {
         }
     }
 
-    /// As cuBLASLt takes it.
+    /// As cuBLASLt takes it; with an ending it is the product alone, of a pair with both right operands as one matrix,
+    /// and its result is dense and row-major.
     pub fn of_peer(&self) -> MatmulSpec {
+        if self.ending != Ending::Plain {
+            let n = self.n * self.rights();
+            let c = Place::dense(self.numbers.result, Order::Row, self.m, n, self.batch);
+            return Case { n, c, ending: Ending::Plain, ..*self }.of_peer();
+        }
         MatmulSpec {
             m: self.m,
             n: self.n,
@@ -248,15 +255,39 @@ impl Case {
 
     /// Bytes of all matrices and of what the ending reads.
     pub fn bytes(&self) -> usize {
-        let rights = self.b.bytes() * self.rights() as usize;
         let extras: usize = self.extras().iter().flatten().map(Place::bytes).sum();
-        self.a.bytes() + rights + self.c.bytes() + extras
+        self.a.bytes() + self.right_bytes() + self.c.bytes() + extras
     }
 
     /// `4096x4096x4096`, `512x64x512 x64`.
     pub fn shape_text(&self) -> String {
         let shape = format!("{}x{}x{}", self.m, self.n, self.k);
         if self.batch == 1 { shape } else { format!("{shape} x{}", self.batch) }
+    }
+
+    /// The same with the ending, if there is one: `4096x4096x4096 swiglu`.
+    pub fn title(&self) -> String {
+        match self.ending {
+            Ending::Plain => self.shape_text(),
+            ending => format!("{} {}", self.shape_text(), ending.name()),
+        }
+    }
+
+    /// Elements from the first one of the right operand to that of the second one: the two together are one matrix of
+    /// twice the columns where its lines are columns.
+    pub fn second_at(&self) -> u64 {
+        let lines = if self.b.order == Order::Col { self.n } else { self.k };
+        (lines * self.b.leading).max(self.b.elements()).next_multiple_of(256)
+    }
+
+    /// Where the second right operand lies in the memory of the first.
+    pub fn second(&self) -> Place {
+        Place { offset: self.b.offset + self.second_at(), ..self.b }
+    }
+
+    /// Bytes of the right operands.
+    pub fn right_bytes(&self) -> usize {
+        if self.ending.is_pair() { self.second().bytes() } else { self.b.bytes() }
     }
 
     /// `rcr`.
@@ -299,7 +330,7 @@ pub fn read_list(name: &str, text: &str, types: &[String]) -> Result<Vec<Case>> 
         read_line(&words, types, &mut cases).map_err(|message| {
             Error::user(message)
                 .with_context(format!("{name}, line {}", index + 1))
-                .with_hint("a line is: TYPES M N K [xBATCH] [ORDERS]")
+                .with_hint("a line is: TYPES M N K [xBATCH] [ORDERS] [ENDING]")
         })?;
     }
     Ok(cases)
@@ -320,9 +351,12 @@ fn read_line(words: &[&str], types: &[String], cases: &mut Vec<Case>) -> Result<
     };
     let mut batch = 1;
     let mut given = None;
+    let mut ending = Ending::Plain;
     for word in &words[4..] {
         if let Some(count) = word.strip_prefix('x') {
             batch = number(count)?;
+        } else if let Some(named) = Ending::named(word) {
+            ending = named;
         } else {
             given = Some(orders(word).ok_or(format!("`{word}` are not orders such as rcr"))?);
         }
@@ -340,7 +374,7 @@ fn read_line(words: &[&str], types: &[String], cases: &mut Vec<Case>) -> Result<
     for numbers in kinds {
         if types.is_empty() || types.iter().any(|t| t == numbers.name) {
             let own = orders(numbers.orders).ok_or("orders of NUMBERS")?;
-            cases.push(Case::dense(numbers, sizes, given.unwrap_or(own)));
+            cases.push(Case::dense(numbers, sizes, given.unwrap_or(own)).ending(ending));
         }
     }
     Ok(())

@@ -98,10 +98,10 @@ pub struct Checker<'a> {
 fn filled(stream: &Stream, support: &Support, case: &Case) -> Result<Matrices> {
     let matrices = Matrices {
         a: stream.alloc(case.a.bytes())?,
-        b: stream.alloc(case.b.bytes())?,
-        b2: Matrices::second(stream, case)?,
+        b: stream.alloc(case.right_bytes())?,
         c: stream.alloc(case.c.bytes() + GUARD_BYTES)?,
         extras: Matrices::extras(stream, case)?,
+        sums: None,
     };
     for buffer in [&matrices.a, &matrices.b, &matrices.c] {
         buffer.poison(stream)?;
@@ -114,9 +114,8 @@ fn filled(stream: &Stream, support: &Support, case: &Case) -> Result<Matrices> {
     }
     support.fill(stream, &matrices.a, &once(&case.a), 1)?;
     support.fill(stream, &matrices.b, &once(&case.b), 2)?;
-    if let Some(b2) = &matrices.b2 {
-        b2.poison(stream)?;
-        support.fill(stream, b2, &once(&case.b), SECOND_SEED)?;
+    if case.ending.is_pair() {
+        support.fill(stream, &matrices.b, &once(&case.second()), SECOND_SEED)?;
     }
     Ok(matrices)
 }
@@ -197,7 +196,7 @@ impl<'a> Checker<'a> {
             let wrong = if case.ending == Ending::Plain {
                 too_wrong(case, &got, known)
             } else {
-                let ended = self.ended(case, &matrices, &samples, known)?;
+                let ended = ended(stream, self.support, case, &matrices, &samples, &known.exact)?;
                 ending_too_wrong(case, &got, known, &ended)
             };
             if let Some(wrong) = wrong {
@@ -235,55 +234,6 @@ impl<'a> Checker<'a> {
             self.known.insert(key, Known { exact, peer_error, cut_error });
         }
         Ok(key)
-    }
-
-    /// What the ending makes of the exact sums, and of each sum a little larger than it is.
-    fn ended(
-        &self,
-        case: &Case,
-        matrices: &Matrices,
-        samples: &[Sample],
-        known: &Known,
-    ) -> Result<Vec<Vec<f64>>> {
-        let places = case.extras();
-        let whole = |i: usize| -> Result<Option<Vec<f64>>> {
-            let (Some(buffer), Some(place)) = (&matrices.extras[i], places[i]) else {
-                return Ok(None);
-            };
-            let bytes = tilewright_data::Bytes::copy_from(&buffer.to_vec(self.stream)?);
-            let count = place.elements() as usize;
-            Ok(Some(tilewright_data::Tensor::new(place.dtype, [count], bytes)?.to_f64s()))
-        };
-        let (cols, rows, residual) = (whole(0)?, whole(1)?, whole(2)?);
-        let second_cols = whole(3)?;
-        let second = match &matrices.b2 {
-            Some(b2) => {
-                Some(self.support.reference(self.stream, case, [&matrices.a, b2], samples)?)
-            }
-            None => None,
-        };
-        let func = case.ending.epilogue(case.numbers).func;
-        let [sl, sr, sc] = case.c.strides();
-        let of = |factors: [f64; 2]| {
-            let mut out = Vec::with_capacity(known.exact.len());
-            for (s, (l, row)) in samples.iter().enumerate() {
-                for col in 0..case.n {
-                    let at = (case.c.offset + l * sl + row * sr + col * sc) as usize;
-                    let place = s * case.n as usize + col as usize;
-                    let mut args = vec![known.exact[place] * factors[0]];
-                    args.extend(second.as_ref().map(|v| v[place] * factors[1]));
-                    args.extend(cols.as_ref().map(|v| v[col as usize]));
-                    args.extend(second_cols.as_ref().map(|v| v[col as usize]));
-                    args.extend(rows.as_ref().map(|v| v[*row as usize]));
-                    args.extend(residual.as_ref().map(|v| v[at]));
-                    out.push(func.eval_f64(&args));
-                }
-            }
-            out
-        };
-        let mut out = vec![of([1.0, 1.0]), of([1.0 + NUDGE, 1.0])];
-        out.extend(second.is_some().then(|| of([1.0, 1.0 + NUDGE])));
-        Ok(out)
     }
 
     /// The error of 8-bit floats summed as tensor cores do, where cuBLASLt has no algorithm or sums are promoted.
@@ -335,7 +285,7 @@ impl<'a> Checker<'a> {
         self.support.fill(self.stream, &matrices.a, &once(&part.a), 1)?;
         self.support.fill(self.stream, &matrices.b, &once(&part.b), 2)?;
         matrices.c.poison(self.stream)?;
-        let arm = match Peer::new(peer, &whole, self.workspace) {
+        let arm = match Peer::new(peer, self.loader, &whole, self.workspace) {
             Ok(arm) => arm,
             Err(error) if error.kind() == Kind::Unsupported => return Ok(None),
             Err(error) => return Err(error),
@@ -418,6 +368,57 @@ impl<'a> Checker<'a> {
         };
         run().unwrap_or_else(|error| Outcome::Failed(format!("{error:?}")))
     }
+}
+
+/// What the ending makes of the exact sums of some rows, and of each sum a little larger than it is.
+pub(crate) fn ended(
+    stream: &Stream,
+    support: &Support,
+    case: &Case,
+    matrices: &Matrices,
+    samples: &[Sample],
+    exact: &[f64],
+) -> Result<Vec<Vec<f64>>> {
+    let places = case.extras();
+    let whole = |i: usize| -> Result<Option<Vec<f64>>> {
+        let (Some(buffer), Some(place)) = (&matrices.extras[i], places[i]) else {
+            return Ok(None);
+        };
+        let bytes = tilewright_data::Bytes::copy_from(&buffer.to_vec(stream)?);
+        let count = place.elements() as usize;
+        Ok(Some(tilewright_data::Tensor::new(place.dtype, [count], bytes)?.to_f64s()))
+    };
+    let (cols, rows, residual) = (whole(0)?, whole(1)?, whole(2)?);
+    let second_cols = whole(3)?;
+    let second = match case.ending.is_pair() {
+        true => {
+            let other = Case { b: case.second(), ..*case };
+            Some(support.reference(stream, &other, [&matrices.a, &matrices.b], samples)?)
+        }
+        false => None,
+    };
+    let func = case.ending.epilogue(case.numbers).func;
+    let [sl, sr, sc] = case.c.strides();
+    let of = |factors: [f64; 2]| {
+        let mut out = Vec::with_capacity(exact.len());
+        for (s, (l, row)) in samples.iter().enumerate() {
+            for col in 0..case.n {
+                let at = (case.c.offset + l * sl + row * sr + col * sc) as usize;
+                let place = s * case.n as usize + col as usize;
+                let mut args = vec![exact[place] * factors[0]];
+                args.extend(second.as_ref().map(|v| v[place] * factors[1]));
+                args.extend(cols.as_ref().map(|v| v[col as usize]));
+                args.extend(second_cols.as_ref().map(|v| v[col as usize]));
+                args.extend(rows.as_ref().map(|v| v[*row as usize]));
+                args.extend(residual.as_ref().map(|v| v[at]));
+                out.push(func.eval_f64(&args));
+            }
+        }
+        out
+    };
+    let mut out = vec![of([1.0, 1.0]), of([1.0 + NUDGE, 1.0])];
+    out.extend(second.is_some().then(|| of([1.0, 1.0 + NUDGE])));
+    Ok(out)
 }
 
 /// What is wrong with the values, if anything.

@@ -170,6 +170,11 @@ impl Ending {
         matches!(self, Ending::SwiGlu | Ending::GeGluBias)
     }
 
+    /// The one of this name; none for the plain one.
+    pub fn named(name: &str) -> Option<Ending> {
+        ENDINGS.iter().copied().find(|e| e.name() == name)
+    }
+
     /// In words, for reports.
     pub fn name(self) -> &'static str {
         match self {

@@ -628,7 +628,9 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     }
     let mut spec = o.spec.clone();
     (spec.a, spec.b) = (a.order, b.order);
-    let short = p.k <= SHORT_DEPTH && sums_per_thread(&choice.schedule, &spec) <= 32;
+    // Sums of pairs are never cut into parts, whatever the depth.
+    let alone = p.k <= SHORT_DEPTH || pair != Pair::None;
+    let short = alone && sums_per_thread(&choice.schedule, &spec) <= 32;
     if choice.schedule.product == ProductKind::Fma && short {
         // There are registers for sums of a tile's depth apart: their errors stay near those of sums in parts, which
         // others form for small products.

@@ -520,6 +520,39 @@ impl GemmSpec {
         k.finish()
     }
 
+    /// The epilogue as a kernel of its own, over sums that another kernel stored as `from`: what follows a product of a
+    /// library without such an epilogue. Tensors are `S` (of a pair also `S2`) with `lds`, what the epilogue reads, and
+    /// `C`; all row-major, tile sizes as for [`GemmSpec::sum_program`].
+    pub fn apart_program(&self, name: &str, from: DType) -> Kernel {
+        let e = &self.epilogue;
+        let mut k = KernelBuilder::new(name);
+        for size in ["M", "N", "lds", "ldc"] {
+            k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
+        }
+        let (br, bc) = (k.tile("BR"), k.tile("BC"));
+        let layout = |leading: &str| matrix("M", "N", Order::Row, leading, None);
+        let two = e.pair != Pair::None;
+        let names = ["S", "S2"].into_iter().take(1 + usize::from(two));
+        let stored: Vec<ParamId> =
+            names.map(|name| k.param(name, from, layout("lds"), Access::In)).collect();
+        let extras = declare_extras(&mut k, e, &layout("ldc"));
+        let c = k.param("C", self.result, layout("ldc"), Access::Out);
+        let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
+        let pn = k.grid("pn", Dim::sym("N").ceil_div(&bc));
+        let (at, shape) = (vec![pm * &br, pn * &bc], vec![br, bc]);
+        let mut args = Vec::new();
+        for param in stored {
+            let tile = k.load(param, at.clone(), shape.clone());
+            let wide = vec![k.plain(tile)];
+            let tile = k.map(Func::cast(from, self.sum), wide, shape.clone());
+            args.push(k.plain(tile));
+        }
+        args.extend(load_extras(&mut k, &extras, &at, &shape, true));
+        let out = k.map(e.func.clone(), args, shape);
+        k.store(c, at, out);
+        k.finish()
+    }
+
     /// The epilogue of the result or, where that is column-major, of its transposed view.
     fn epilogue_along_lines(&self) -> Epilogue {
         if self.c == Order::Row { self.epilogue.clone() } else { self.epilogue.transposed() }
