@@ -94,6 +94,19 @@ fn scaled(to: DType) -> Epilogue {
     }
 }
 
+/// `silu(gate) * up`
+fn swiglu(sum: DType, to: DType) -> Epilogue {
+    let mut b = FuncBuilder::new();
+    let [gate, up] = ["gate", "up"].map(|name| b.param(name, sum));
+    let [gate, up] = [gate, up].map(|x| b.cast(x, F32));
+    let y = b.op(Op::Sigmoid, &[gate]);
+    let y = b.op(Op::Mul, &[gate, y]);
+    let y = b.op(Op::Mul, &[y, up]);
+    let y = b.cast(y, to);
+    let (func, pair) = (b.finish(y), Pair::Right);
+    Epilogue { func, col_vector: None, row_vector: None, residual: None, pair }
+}
+
 fn residual(to: DType) -> Epilogue {
     let mut b = FuncBuilder::new();
     let (sum, r) = (b.param("sum", F32), b.param("r", to));
@@ -146,6 +159,16 @@ fn problems() -> Vec<(String, Problem)> {
                 let (_, mut p) = make(kind, sizes, &ORDERS[0]);
                 p.epilogue = epilogue(p.result);
                 out.push((what.to_owned(), p));
+            }
+        }
+    }
+    // Gated pairs, in both orders of weights.
+    for kind in KINDS {
+        for sizes in FEW_SIZES {
+            for orders in &ORDERS[..2] {
+                let (name, mut p) = make(kind, sizes, orders);
+                p.epilogue = swiglu(p.sum, p.result);
+                out.push((format!("{name} swiglu"), p));
             }
         }
     }
