@@ -10,7 +10,7 @@
 # ops:    the operators for PyTorch: values, PyTorch's checks, host time, speed beside eager and Inductor, where PyTorch is installed
 # models: tiny models against float64, in four precisions (also in tests); where PyTorch is installed, large
 #         ones beside it (gpu/models.py)
-# bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt; records under $RECORDS (default: records)
+# bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt, with endings against cuBLASLt and a kernel behind it; records under $RECORDS (default: records)
 # tune:   searches for faster schedules; records under $RECORDS/tuned, all in one file $RECORDS/tuned.jsonl. Not part of all
 #
 # Every part runs, whatever came of the one before; the exit code says whether all passed. Kernels are
@@ -67,8 +67,18 @@ tiny_models() {
   done
   return $bad
 }
+# The first choices of a model's first kernels do not compile: the next ones run, the results are right, and it is said.
+schedules_give_way() {
+  local said
+  said="$(TILEWRIGHT_FAIL_FIRST=3 bin/tw verify models/llama --device cuda --precision bf16 --cache "$cache" 2>&1)" || {
+    printf '%s\n' "$said"
+    return 1
+  }
+  printf '%s\n' "$said" | grep -i -A 3 'warning'
+}
 if [ "$part" = tests ] || [ "$part" = models ] || [ "$part" = all ]; then
   step "tiny models" tiny_models
+  step "kernels that do not compile give way" schedules_give_way
 fi
 if [ "$part" = models ] || [ "$part" = all ]; then
   if python3 -c 'import torch' 2>/dev/null; then
@@ -77,14 +87,27 @@ if [ "$part" = models ] || [ "$part" = all ]; then
     printf '\n== models beside PyTorch: not run, python3 has no torch\n'
   fi
 fi
+# One process per kind of numbers, side by side: the tools slow the host down more than the device.
+sanitize() { # tool and its options
+  local kind jobs=() bad=0
+  for kind in bf16 f16 tf32 f32 f32x3 i8 f8 f8p f8e5m2; do
+    "$sanitizer" --error-exitcode 1 --tool "$@" bin/tw-gpu-test --cache "$cache" --alone --types "$kind" \
+      --groups sizes,orders,strides,batches,endings --every 60 >"$records/sanitizer-$1-$kind.log" 2>&1 &
+    jobs+=("$!:$kind")
+  done
+  for job in "${jobs[@]}"; do
+    wait "${job%%:*}" || bad=1
+    printf '%s: %s\n' "${job#*:}" "$(tail -n 2 "$records/sanitizer-$1-${job#*:}.log" | tr '\n' ' ')"
+  done
+  return $bad
+}
 if [ "$part" = sanitizer ] || [ "$part" = all ]; then
   sanitizer="$(command -v compute-sanitizer || ls -d /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)"
   if [ -n "$sanitizer" ]; then
     # Asking a kernel for one parameter more than it has is how they are counted; that is no error of ours.
     for tool in "memcheck --report-api-errors no" racecheck synccheck; do
       # shellcheck disable=SC2086
-      step "compute-sanitizer ${tool%% *}" "$sanitizer" --error-exitcode 1 --tool $tool \
-        bin/tw-gpu-test --cache "$cache" --groups sizes,orders,strides,batches,endings --every 60
+      step "compute-sanitizer ${tool%% *}" sanitize $tool
     done
   else
     printf '\n== compute-sanitizer: not run, it is neither in PATH nor in /usr/local/cuda*/bin\n'
@@ -110,6 +133,7 @@ if [ "$part" = bench ] || [ "$part" = all ]; then
   step "launch overhead" bin/tw-gpu-launch --out "$records"
   step "rows" bin/tw-gpu-rows --cache "$cache" --out "$records"
   step "bench" bin/tw-gpu-bench --cache "$cache" --out "$records" "$@"
+  step "bench of endings" bin/tw-gpu-bench --cache "$cache" --out "$records" --shapes bench/gemm_endings.txt
 fi
 if [ "$part" = tune ]; then
   [ $# -gt 0 ] || set -- --shapes bench/gemm_shapes.txt --seconds 300

@@ -47,7 +47,7 @@ mkdir -p "$stage/models"
 for model in tests/hf/*/config.json; do
   cp -r "$(dirname "$model")" "$stage/models/"
 done
-cp bench/gemm_shapes.txt bench/rows_shapes.txt "$stage/bench/"
+cp bench/gemm_shapes.txt bench/gemm_endings.txt bench/rows_shapes.txt "$stage/bench/"
 commit="$(git rev-parse --short=12 HEAD)"
 [ -z "$(git status --porcelain --untracked-files=no)" ] || commit="$commit-changed"
 printf '%s\n' "$commit" >"$stage/COMMIT"

@@ -1,8 +1,9 @@
 //! What is multiplied.
 //!
-//! A line of the list of shapes is `TYPES M N K [xBATCH] [ORDERS]`: types separated by commas, or `all`
+//! A line of the list of shapes is `TYPES M N K [xBATCH] [ORDERS] [ENDING]`: types separated by commas, or `all`
 //! (every kind that is marked so in [`NUMBERS`]); `x64` for 64 products; `rcr` for a row-major A, a
-//! column-major B and a row-major C (without, each kind has its own). `#` starts a comment.
+//! column-major B and a row-major C (without, each kind has its own); `swiglu` for what follows the sums, by the names of
+//! `ending.rs`. `#` starts a comment.
 
 use crate::ending::{Ending, unit};
 use tilewright_base::{DType, Error, Result};
@@ -19,6 +20,8 @@ pub struct Numbers {
     pub precision: Precision,
     /// cuBLASLt may round to TF32.
     pub tf32: bool,
+    /// For 8-bit floats: sums of one tile depth are added in f32.
+    pub promoted: bool,
     /// Orders when a line gives none. 8-bit products and TF32 want both operands contiguous along
     /// the depth, in the tensor cores as in cuBLASLt.
     pub orders: &'static str,
@@ -29,13 +32,17 @@ pub struct Numbers {
 /// Every kind.
 #[rustfmt::skip]
 pub const NUMBERS: &[Numbers] = &[
-    Numbers { name: "bf16",  operand: DType::BF16,   result: DType::BF16, precision: Precision::F32,    tf32: false, orders: "rrr", in_all: true },
-    Numbers { name: "f16",   operand: DType::F16,    result: DType::F16,  precision: Precision::F32,    tf32: false, orders: "rrr", in_all: true },
-    Numbers { name: "tf32",  operand: DType::F32,    result: DType::F32,  precision: Precision::Tf32,   tf32: true,  orders: "rcr", in_all: true },
-    Numbers { name: "f32",   operand: DType::F32,    result: DType::F32,  precision: Precision::F32,    tf32: false, orders: "rrr", in_all: true },
-    Numbers { name: "f32x3", operand: DType::F32,    result: DType::F32,  precision: Precision::Tf32x3, tf32: false, orders: "rrr", in_all: false },
-    Numbers { name: "i8",    operand: DType::I8,     result: DType::I32,  precision: Precision::F32,    tf32: false, orders: "rcr", in_all: true },
-    Numbers { name: "f8",    operand: DType::F8E4M3, result: DType::BF16, precision: Precision::F32,    tf32: false, orders: "rcr", in_all: true },
+    Numbers { name: "bf16",   operand: DType::BF16,   result: DType::BF16, precision: Precision::F32,    tf32: false, promoted: false, orders: "rrr", in_all: true },
+    Numbers { name: "f16",    operand: DType::F16,    result: DType::F16,  precision: Precision::F32,    tf32: false, promoted: false, orders: "rrr", in_all: true },
+    Numbers { name: "tf32",   operand: DType::F32,    result: DType::F32,  precision: Precision::Tf32,   tf32: true,  promoted: false, orders: "rcr", in_all: true },
+    Numbers { name: "f32",    operand: DType::F32,    result: DType::F32,  precision: Precision::F32,    tf32: false, promoted: false, orders: "rrr", in_all: true },
+    Numbers { name: "f32x3",  operand: DType::F32,    result: DType::F32,  precision: Precision::Tf32x3, tf32: false, promoted: false, orders: "rrr", in_all: false },
+    Numbers { name: "i8",     operand: DType::I8,     result: DType::I32,  precision: Precision::F32,    tf32: false, promoted: false, orders: "rcr", in_all: true },
+    Numbers { name: "f8",     operand: DType::F8E4M3, result: DType::BF16, precision: Precision::F32,    tf32: false, promoted: false, orders: "rcr", in_all: true },
+    // Sums of each tile's depth are added in f32.
+    Numbers { name: "f8p",    operand: DType::F8E4M3, result: DType::BF16, precision: Precision::F32,    tf32: false, promoted: true,  orders: "rcr", in_all: false },
+    // cuBLASLt has no products of two of these.
+    Numbers { name: "f8e5m2", operand: DType::F8E5M2, result: DType::BF16, precision: Precision::F32,    tf32: false, promoted: false, orders: "rcr", in_all: false },
 ];
 
 impl Numbers {
@@ -159,12 +166,24 @@ impl Case {
         self
     }
 
-    /// Where the vectors along columns and rows and the residual lie that the ending reads.
-    pub fn extras(&self) -> [Option<Place>; 3] {
+    /// Where what the ending reads lies: vectors along columns and rows, the residual, and of a pair the second vector
+    /// along columns.
+    pub fn extras(&self) -> [Option<Place>; 4] {
         let e = self.ending.epilogue(self.numbers);
         let vector = |t: Option<DType>, n| t.map(|t| Place::dense(t, Order::Row, 1, n, 1));
         let residual = e.residual.map(|dtype| Place { dtype, ..self.c });
-        [vector(e.col_vector, self.n), vector(e.row_vector, self.m), residual]
+        let second = e.col_vector.filter(|_| self.ending.is_pair());
+        [
+            vector(e.col_vector, self.n),
+            vector(e.row_vector, self.m),
+            residual,
+            vector(second, self.n),
+        ]
+    }
+
+    /// How many right operands there are.
+    pub fn rights(&self) -> u64 {
+        1 + u64::from(self.ending.is_pair())
     }
 
     /// Without gaps, in these orders.
@@ -197,6 +216,7 @@ impl Case {
         Problem {
             batch: size(self.batch),
             precision: numbers.precision,
+            promoted: numbers.promoted,
             order: (self.a.order, self.b.order, self.c.order),
             leading: each(&|p| size(p.leading)),
             stride: each(&|p| size(p.stride)),
@@ -206,8 +226,14 @@ impl Case {
         }
     }
 
-    /// As cuBLASLt takes it.
+    /// As cuBLASLt takes it; with an ending it is the product alone, of a pair with both right operands as one matrix,
+    /// and its result is dense and row-major.
     pub fn of_peer(&self) -> MatmulSpec {
+        if self.ending != Ending::Plain {
+            let n = self.n * self.rights();
+            let c = Place::dense(self.numbers.result, Order::Row, self.m, n, self.batch);
+            return Case { n, c, ending: Ending::Plain, ..*self }.of_peer();
+        }
         MatmulSpec {
             m: self.m,
             n: self.n,
@@ -224,18 +250,44 @@ impl Case {
 
     /// Operations: a multiplication and an addition each.
     pub fn operations(&self) -> f64 {
-        2.0 * self.m as f64 * self.n as f64 * self.k as f64 * self.batch as f64
+        2.0 * self.m as f64 * (self.n * self.rights()) as f64 * self.k as f64 * self.batch as f64
     }
 
-    /// Bytes of all three matrices.
+    /// Bytes of all matrices and of what the ending reads.
     pub fn bytes(&self) -> usize {
-        self.a.bytes() + self.b.bytes() + self.c.bytes()
+        let extras: usize = self.extras().iter().flatten().map(Place::bytes).sum();
+        self.a.bytes() + self.right_bytes() + self.c.bytes() + extras
     }
 
     /// `4096x4096x4096`, `512x64x512 x64`.
     pub fn shape_text(&self) -> String {
         let shape = format!("{}x{}x{}", self.m, self.n, self.k);
         if self.batch == 1 { shape } else { format!("{shape} x{}", self.batch) }
+    }
+
+    /// The same with the ending, if there is one: `4096x4096x4096 swiglu`.
+    pub fn title(&self) -> String {
+        match self.ending {
+            Ending::Plain => self.shape_text(),
+            ending => format!("{} {}", self.shape_text(), ending.name()),
+        }
+    }
+
+    /// Elements from the first one of the right operand to that of the second one: the two together are one matrix of
+    /// twice the columns where its lines are columns.
+    pub fn second_at(&self) -> u64 {
+        let lines = if self.b.order == Order::Col { self.n } else { self.k };
+        (lines * self.b.leading).max(self.b.elements()).next_multiple_of(256)
+    }
+
+    /// Where the second right operand lies in the memory of the first.
+    pub fn second(&self) -> Place {
+        Place { offset: self.b.offset + self.second_at(), ..self.b }
+    }
+
+    /// Bytes of the right operands.
+    pub fn right_bytes(&self) -> usize {
+        if self.ending.is_pair() { self.second().bytes() } else { self.b.bytes() }
     }
 
     /// `rcr`.
@@ -278,7 +330,7 @@ pub fn read_list(name: &str, text: &str, types: &[String]) -> Result<Vec<Case>> 
         read_line(&words, types, &mut cases).map_err(|message| {
             Error::user(message)
                 .with_context(format!("{name}, line {}", index + 1))
-                .with_hint("a line is: TYPES M N K [xBATCH] [ORDERS]")
+                .with_hint("a line is: TYPES M N K [xBATCH] [ORDERS] [ENDING]")
         })?;
     }
     Ok(cases)
@@ -299,9 +351,12 @@ fn read_line(words: &[&str], types: &[String], cases: &mut Vec<Case>) -> Result<
     };
     let mut batch = 1;
     let mut given = None;
+    let mut ending = Ending::Plain;
     for word in &words[4..] {
         if let Some(count) = word.strip_prefix('x') {
             batch = number(count)?;
+        } else if let Some(named) = Ending::named(word) {
+            ending = named;
         } else {
             given = Some(orders(word).ok_or(format!("`{word}` are not orders such as rcr"))?);
         }
@@ -319,7 +374,7 @@ fn read_line(words: &[&str], types: &[String], cases: &mut Vec<Case>) -> Result<
     for numbers in kinds {
         if types.is_empty() || types.iter().any(|t| t == numbers.name) {
             let own = orders(numbers.orders).ok_or("orders of NUMBERS")?;
-            cases.push(Case::dense(numbers, sizes, given.unwrap_or(own)));
+            cases.push(Case::dense(numbers, sizes, given.unwrap_or(own)).ending(ending));
         }
     }
     Ok(())

@@ -4,7 +4,9 @@
 //! An error is relative to the exact product, in the Euclidean norm over the compared rows. It may be
 //! [`ERROR_RATIO_MAX`] times cuBLASLt's, or what rounding to the result's type alone may cost, whichever
 //! is more; integers are exact. cuBLASLt gets the same values in a layout of its liking: sizes rounded up
-//! to 16 with zeros, operands contiguous along the depth.
+//! to 16 with zeros, operands contiguous along the depth. Where it has no algorithm, and for promoted sums,
+//! 8-bit floats are measured by the error of sums that keep what tensor cores keep (`cut_sums` in `support.cu`),
+//! computed for the same values.
 
 use crate::arms::{BoundOurs, Matrices, Ours, Peer, describe, planner_gpu};
 use crate::case::{Case, Place};
@@ -20,11 +22,15 @@ use tilewright_launch::{Loader, first_that_works};
 
 /// Rows that are compared at most; all of smaller results.
 const SAMPLES: u64 = 4096;
+/// The same for results that are too large to be copied to the host.
+const LARGE_SAMPLES: u64 = 64;
 /// Bytes behind the result that must stay as they are.
 const GUARD_BYTES: usize = 256;
-/// What is allowed when cuBLASLt has no algorithm: sums of 8-bit floats keep about 13 bits.
-const LONE_ERROR_MAX: f64 = 1.0 / 256.0;
+/// Depth after which promoted sums are added in f32, at most: that of the deepest tile.
+const PROMOTED_DEPTH: u64 = 256;
 
+/// Of the second right operand of a pair.
+const SECOND_SEED: u64 = 9;
 /// By how much sums are nudged to see what their errors do.
 const NUDGE: f64 = 1e-3;
 
@@ -47,6 +53,30 @@ struct Known {
     exact: Vec<f64>,
     /// Error of cuBLASLt, if it has an algorithm.
     peer_error: Option<f64>,
+    /// Error of 8-bit floats as tensor cores sum them, where that is what counts.
+    cut_error: Option<f64>,
+}
+
+impl Known {
+    /// The error that sums of a case may have.
+    fn allowed(&self, case: &Case) -> f64 {
+        let numbers = case.numbers;
+        match (self.cut_error, self.peer_error) {
+            _ if !numbers.result.is_float() => 0.0,
+            (Some(error), _) | (None, Some(error)) => {
+                (ERROR_RATIO_MAX * error).max(numbers.result_unit())
+            }
+            (None, None) => numbers.lone_error_max(),
+        }
+    }
+
+    fn in_words(&self) -> String {
+        match (self.cut_error, self.peer_error) {
+            (Some(e), _) => format!("sums cut to 13 places {e:.2e}"),
+            (None, Some(e)) => format!("cuBLASLt {e:.2e}"),
+            (None, None) => "cuBLASLt none".into(),
+        }
+    }
 }
 
 /// Everything that checking needs.
@@ -68,9 +98,10 @@ pub struct Checker<'a> {
 fn filled(stream: &Stream, support: &Support, case: &Case) -> Result<Matrices> {
     let matrices = Matrices {
         a: stream.alloc(case.a.bytes())?,
-        b: stream.alloc(case.b.bytes())?,
+        b: stream.alloc(case.right_bytes())?,
         c: stream.alloc(case.c.bytes() + GUARD_BYTES)?,
         extras: Matrices::extras(stream, case)?,
+        sums: None,
     };
     for buffer in [&matrices.a, &matrices.b, &matrices.c] {
         buffer.poison(stream)?;
@@ -83,6 +114,9 @@ fn filled(stream: &Stream, support: &Support, case: &Case) -> Result<Matrices> {
     }
     support.fill(stream, &matrices.a, &once(&case.a), 1)?;
     support.fill(stream, &matrices.b, &once(&case.b), 2)?;
+    if case.ending.is_pair() {
+        support.fill(stream, &matrices.b, &once(&case.second()), SECOND_SEED)?;
+    }
     Ok(matrices)
 }
 
@@ -156,13 +190,13 @@ impl<'a> Checker<'a> {
         }
         let samples = spread_samples(case, SAMPLES);
         if case.c.elements() > 0 {
-            let exact = self.known(case, &matrices)?;
+            let exact = self.known(case, &matrices, SAMPLES)?;
             let got = self.support.gather(stream, case, &matrices.c, &samples)?;
             let known = &self.known[&exact];
             let wrong = if case.ending == Ending::Plain {
                 too_wrong(case, &got, known)
             } else {
-                let ended = self.ended(case, &matrices, &samples, known)?;
+                let ended = ended(stream, self.support, case, &matrices, &samples, &known.exact)?;
                 ending_too_wrong(case, &got, known, &ended)
             };
             if let Some(wrong) = wrong {
@@ -184,61 +218,47 @@ impl<'a> Checker<'a> {
         Ok(Ok(failures))
     }
 
-    /// The exact product and cuBLASLt's error, computed once for all layouts.
-    fn known(&mut self, case: &Case, matrices: &Matrices) -> Result<Key> {
+    /// The exact product and the errors of others, computed once for all layouts.
+    fn known(&mut self, case: &Case, matrices: &Matrices, rows: u64) -> Result<Key> {
         let repeats = |p: &Place| p.stride == 0 && p.batch > 1;
         let sizes = [case.m, case.n, case.k, case.batch];
         let key = (case.numbers.name, sizes, repeats(&case.a), repeats(&case.b));
         if !self.known.contains_key(&key) {
             // Cases of one product follow each other.
             self.known.clear();
-            let samples = spread_samples(case, SAMPLES);
+            let samples = spread_samples(case, rows);
             let exact =
                 self.support.reference(self.stream, case, [&matrices.a, &matrices.b], &samples)?;
-            let peer_error = self.peer_error(case, &exact)?;
-            self.known.insert(key, Known { exact, peer_error });
+            let peer_error = self.peer_error(case, &exact, rows)?;
+            let cut_error = self.cut_error(case, matrices, &samples, &exact, peer_error)?;
+            self.known.insert(key, Known { exact, peer_error, cut_error });
         }
         Ok(key)
     }
 
-    /// What the ending makes of the exact sums, and of sums that are a little larger.
-    fn ended(
+    /// The error of 8-bit floats summed as tensor cores do, where cuBLASLt has no algorithm or sums are promoted.
+    fn cut_error(
         &self,
         case: &Case,
         matrices: &Matrices,
         samples: &[Sample],
-        known: &Known,
-    ) -> Result<[Vec<f64>; 2]> {
-        let places = case.extras();
-        let whole = |i: usize| -> Result<Option<Vec<f64>>> {
-            let (Some(buffer), Some(place)) = (&matrices.extras[i], places[i]) else {
-                return Ok(None);
-            };
-            let bytes = tilewright_data::Bytes::copy_from(&buffer.to_vec(self.stream)?);
-            let count = place.elements() as usize;
-            Ok(Some(tilewright_data::Tensor::new(place.dtype, [count], bytes)?.to_f64s()))
-        };
-        let (cols, rows, residual) = (whole(0)?, whole(1)?, whole(2)?);
-        let func = case.ending.epilogue(case.numbers).func;
-        let [sl, sr, sc] = case.c.strides();
-        let of = |factor: f64| {
-            let mut out = Vec::with_capacity(known.exact.len());
-            for (s, (l, row)) in samples.iter().enumerate() {
-                for col in 0..case.n {
-                    let at = (case.c.offset + l * sl + row * sr + col * sc) as usize;
-                    let mut args = vec![known.exact[s * case.n as usize + col as usize] * factor];
-                    args.extend(cols.as_ref().map(|v| v[col as usize]));
-                    args.extend(rows.as_ref().map(|v| v[*row as usize]));
-                    args.extend(residual.as_ref().map(|v| v[at]));
-                    out.push(func.eval_f64(&args));
-                }
-            }
-            out
-        };
-        Ok([of(1.0), of(1.0 + NUDGE)])
+        exact: &[f64],
+        peer_error: Option<f64>,
+    ) -> Result<Option<f64>> {
+        let numbers = case.numbers;
+        if !numbers.operand.is_float()
+            || numbers.operand.bits() != 8
+            || (peer_error.is_some() && !numbers.promoted)
+        {
+            return Ok(None);
+        }
+        let apart = if numbers.promoted { PROMOTED_DEPTH } else { 0 };
+        let operands = [&matrices.a, &matrices.b];
+        let cut = self.support.cut_sums(self.stream, case, operands, samples, apart)?;
+        Ok(Some(relative_error(&cut, exact)))
     }
 
-    fn peer_error(&self, case: &Case, exact: &[f64]) -> Result<Option<f64>> {
+    fn peer_error(&self, case: &Case, exact: &[f64], rows: u64) -> Result<Option<f64>> {
         let Some(peer) = self.peer else { return Ok(None) };
         if case.k == 0 {
             return Ok(None);
@@ -265,13 +285,13 @@ impl<'a> Checker<'a> {
         self.support.fill(self.stream, &matrices.a, &once(&part.a), 1)?;
         self.support.fill(self.stream, &matrices.b, &once(&part.b), 2)?;
         matrices.c.poison(self.stream)?;
-        let arm = match Peer::new(peer, &whole, self.workspace) {
+        let arm = match Peer::new(peer, self.loader, &whole, self.workspace) {
             Ok(arm) => arm,
             Err(error) if error.kind() == Kind::Unsupported => return Ok(None),
             Err(error) => return Err(error),
         };
         arm.launch(0, self.stream, &whole, &matrices)?;
-        let samples = spread_samples(case, SAMPLES);
+        let samples = spread_samples(case, rows);
         let got = self.support.gather(self.stream, &part, &matrices.c, &samples)?;
         Ok(Some(relative_error(&got, exact)))
     }
@@ -316,19 +336,26 @@ impl<'a> Checker<'a> {
             }
             Err(error) => return Outcome::Failed(format!("{error}")),
         };
-        let run = || -> Result<Outcome> {
+        let mut run = || -> Result<Outcome> {
             let matrices = filled(self.stream, self.support, case)?;
             let (ours, bound, failures) = self.bind(case, &matrices, &candidates)?;
             let how = describe(ours.candidate());
             bound.launch(self.stream)?;
-            let samples = spread_samples(case, 64);
-            let exact =
-                self.support.reference(self.stream, case, [&matrices.a, &matrices.b], &samples)?;
+            let key = self.known(case, &matrices, LARGE_SAMPLES)?;
+            let samples = spread_samples(case, LARGE_SAMPLES);
             let got = self.support.gather(self.stream, case, &matrices.c, &samples)?;
-            let known = Known { exact, peer_error: None };
-            if let Some(wrong) = too_wrong(case, &got, &known) {
+            let known = &self.known[&key];
+            if let Some(wrong) = too_wrong(case, &got, known) {
                 return Ok(Outcome::Failed(format!("{wrong}; {how}")));
             }
+            let error = relative_error(&got, &known.exact);
+            println!(
+                "  {} {}: error {error:.2e}, {:.2e} allowed ({})",
+                case.numbers.name,
+                case.shape_text(),
+                known.allowed(case),
+                known.in_words()
+            );
             let first = self.support.digest(self.stream, &case.c, &matrices.c)?;
             matrices.c.zero(self.stream)?;
             bound.launch(self.stream)?;
@@ -343,14 +370,60 @@ impl<'a> Checker<'a> {
     }
 }
 
+/// What the ending makes of the exact sums of some rows, and of each sum a little larger than it is.
+pub(crate) fn ended(
+    stream: &Stream,
+    support: &Support,
+    case: &Case,
+    matrices: &Matrices,
+    samples: &[Sample],
+    exact: &[f64],
+) -> Result<Vec<Vec<f64>>> {
+    let places = case.extras();
+    let whole = |i: usize| -> Result<Option<Vec<f64>>> {
+        let (Some(buffer), Some(place)) = (&matrices.extras[i], places[i]) else {
+            return Ok(None);
+        };
+        let bytes = tilewright_data::Bytes::copy_from(&buffer.to_vec(stream)?);
+        let count = place.elements() as usize;
+        Ok(Some(tilewright_data::Tensor::new(place.dtype, [count], bytes)?.to_f64s()))
+    };
+    let (cols, rows, residual) = (whole(0)?, whole(1)?, whole(2)?);
+    let second_cols = whole(3)?;
+    let second = match case.ending.is_pair() {
+        true => {
+            let other = Case { b: case.second(), ..*case };
+            Some(support.reference(stream, &other, [&matrices.a, &matrices.b], samples)?)
+        }
+        false => None,
+    };
+    let func = case.ending.epilogue(case.numbers).func;
+    let [sl, sr, sc] = case.c.strides();
+    let of = |factors: [f64; 2]| {
+        let mut out = Vec::with_capacity(exact.len());
+        for (s, (l, row)) in samples.iter().enumerate() {
+            for col in 0..case.n {
+                let at = (case.c.offset + l * sl + row * sr + col * sc) as usize;
+                let place = s * case.n as usize + col as usize;
+                let mut args = vec![exact[place] * factors[0]];
+                args.extend(second.as_ref().map(|v| v[place] * factors[1]));
+                args.extend(cols.as_ref().map(|v| v[col as usize]));
+                args.extend(second_cols.as_ref().map(|v| v[col as usize]));
+                args.extend(rows.as_ref().map(|v| v[*row as usize]));
+                args.extend(residual.as_ref().map(|v| v[at]));
+                out.push(func.eval_f64(&args));
+            }
+        }
+        out
+    };
+    let mut out = vec![of([1.0, 1.0]), of([1.0 + NUDGE, 1.0])];
+    out.extend(second.is_some().then(|| of([1.0, 1.0 + NUDGE])));
+    Ok(out)
+}
+
 /// What is wrong with the values, if anything.
 fn too_wrong(case: &Case, got: &[f64], known: &Known) -> Option<String> {
-    let numbers = case.numbers;
-    let allowed = match known.peer_error {
-        _ if !numbers.result.is_float() => 0.0,
-        Some(peer) => (ERROR_RATIO_MAX * peer).max(numbers.result_unit()),
-        None => LONE_ERROR_MAX,
-    };
+    let allowed = known.allowed(case);
     let error = relative_error(got, &known.exact);
     if error <= allowed {
         return None;
@@ -362,8 +435,8 @@ fn too_wrong(case: &Case, got: &[f64], known: &Known) -> Option<String> {
     let (value, want) = (got.get(at)?, known.exact.get(at)?);
     let n = case.n.max(1) as usize;
     Some(format!(
-        "error {error:.2e}, {allowed:.2e} allowed (cuBLASLt {}); {count} elements far off, the first in compared row {}, column {}: {value}, not {want}",
-        known.peer_error.map_or("none".into(), |e| format!("{e:.2e}")),
+        "error {error:.2e}, {allowed:.2e} allowed ({}); {count} elements far off, the first in compared row {}, column {}: {value}, not {want}",
+        known.in_words(),
         at / n,
         at % n
     ))
@@ -372,13 +445,8 @@ fn too_wrong(case: &Case, got: &[f64], known: &Known) -> Option<String> {
 /// What is wrong with the values of an ending: sums may be as wrong as without one, and what that does to the results
 /// follows from what a nudge of the sums does; results are rounded once. 8-bit integers may be the neighbour, one of
 /// a hundred of them.
-fn ending_too_wrong(
-    case: &Case,
-    got: &[f64],
-    known: &Known,
-    ended: &[Vec<f64>; 2],
-) -> Option<String> {
-    let [want, nudged] = ended;
+fn ending_too_wrong(case: &Case, got: &[f64], known: &Known, ended: &[Vec<f64>]) -> Option<String> {
+    let (want, nudged) = ended.split_first()?;
     let name = case.ending.name();
     if case.c.dtype == DType::I8 {
         let off = got.iter().zip(want).filter(|(g, w)| g != w).count();
@@ -390,14 +458,12 @@ fn ending_too_wrong(
     let norm = |x: &[f64]| x.iter().map(|v| v * v).sum::<f64>().sqrt();
     let apart =
         |x: &[f64], y: &[f64]| norm(&x.iter().zip(y).map(|(x, y)| x - y).collect::<Vec<_>>());
-    let sums = match known.peer_error {
-        // Integer sums are exact, their scaling is not.
-        _ if !case.numbers.operand.is_float() => 2f64.powi(-22),
-        Some(peer) => (ERROR_RATIO_MAX * peer).max(case.numbers.result_unit()),
-        None => LONE_ERROR_MAX,
-    };
+    // Integer sums are exact, their scaling is not.
+    let exact = !case.numbers.operand.is_float();
+    let sums = if exact { 2f64.powi(-22) } else { known.allowed(case) };
     let least = unit(case.c.dtype).max(2f64.powi(-21));
-    let allowed = sums * apart(nudged, want) / NUDGE + least * norm(want);
+    let moved: f64 = nudged.iter().map(|n| apart(n, want)).sum();
+    let allowed = sums * moved / NUDGE + least * norm(want);
     let error = apart(got, want);
     let fine = error <= allowed && got.len() == want.len();
     (!fine)
@@ -596,7 +662,7 @@ mod tests {
         let case = case();
         let exact = vec![1.0; 6];
         let off = |by: f64| vec![1.0 + by; 6];
-        let known = |peer_error| Known { exact: exact.clone(), peer_error };
+        let known = |peer_error| Known { exact: exact.clone(), peer_error, cut_error: None };
         assert_eq!(too_wrong(&case, &off(0.019), &known(Some(0.01))), None);
         assert!(too_wrong(&case, &off(0.021), &known(Some(0.01))).is_some());
         // Rounding to bf16 alone costs up to 2^-9.

@@ -5,7 +5,7 @@
 use crate::case::Numbers;
 use tilewright_base::DType;
 use tilewright_expr::{ExprId, FuncBuilder, Op};
-use tilewright_kernels::gemm::Epilogue;
+use tilewright_kernels::gemm::{Epilogue, Pair};
 
 /// From sums to results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,10 @@ pub enum Ending {
     ToI8,
     /// To 8-bit floats: `sum * column / 8`.
     ToF8,
+    /// `silu(sum) * second sum`: a pair.
+    SwiGlu,
+    /// `gelu(sum + column) * (second sum + second column)`, by the error function: a pair.
+    GeGluBias,
 }
 
 /// All but [`Ending::Plain`].
@@ -40,6 +44,8 @@ pub const ENDINGS: &[Ending] = &[
     Ending::ScalesResidual,
     Ending::ToI8,
     Ending::ToF8,
+    Ending::SwiGlu,
+    Ending::GeGluBias,
 ];
 
 impl Ending {
@@ -63,24 +69,34 @@ impl Ending {
         }
         let f32s = Some(DType::F32);
         let (cols, rows, residual) = match self {
-            Ending::Plain | Ending::TensorScale => (None, None, None),
-            Ending::BiasGelu | Ending::BiasSilu | Ending::ToF8 => (f32s, None, None),
+            Ending::Plain | Ending::TensorScale | Ending::SwiGlu => (None, None, None),
+            Ending::BiasGelu | Ending::BiasSilu | Ending::ToF8 | Ending::GeGluBias => {
+                (f32s, None, None)
+            }
             Ending::BiasReluResidual => (f32s, None, Some(to)),
             Ending::Scales => (f32s, f32s, None),
             Ending::ScalesResidual => (f32s, f32s, Some(to)),
             Ending::ToI8 => (None, f32s, None),
         };
+        let pair = if self.is_pair() { Pair::Right } else { Pair::None };
         let mut f = FuncBuilder::new();
         let x = f.param("sum", sum);
+        let second = self.is_pair().then(|| f.param("sum2", sum));
         let cols_in = cols.map(|t| f.param("cols", t));
+        let second_cols = cols.filter(|_| self.is_pair()).map(|t| f.param("cols2", t));
         let rows_in = rows.map(|t| f.param("rows", t));
         let residual_in = residual.map(|t| f.param("residual", t));
-        let mut x = f.cast(x, DType::F32);
-        if sum == DType::I32 {
+        let start = |f: &mut FuncBuilder, x: ExprId| {
+            let x = f.cast(x, DType::F32);
+            if sum != DType::I32 {
+                return x;
+            }
             // Products of bytes are large.
             let down = f.constant(1.0 / 16384.0, DType::F32);
-            x = f.op(Op::Mul, &[x, down]);
-        }
+            f.op(Op::Mul, &[x, down])
+        };
+        let x = start(&mut f, x);
+        let second = second.map(|y| start(&mut f, y));
         let scale = |f: &mut FuncBuilder, x: ExprId, by: f64| {
             let by = f.constant(by, DType::F32);
             f.op(Op::Mul, &[x, by])
@@ -90,7 +106,7 @@ impl Ending {
         };
         let x = match self {
             Ending::Plain => x,
-            Ending::BiasGelu => {
+            Ending::BiasGelu | Ending::GeGluBias => {
                 let x = with(&mut f, Op::Add, x, cols_in);
                 let inner = scale(&mut f, x, std::f64::consts::FRAC_1_SQRT_2);
                 let e = f.op(Op::Erf, &[inner]);
@@ -104,7 +120,7 @@ impl Ending {
                 let zero = f.constant(0.0, DType::F32);
                 f.op(Op::Max, &[x, zero])
             }
-            Ending::BiasSilu => {
+            Ending::BiasSilu | Ending::SwiGlu => {
                 let x = with(&mut f, Op::Add, x, cols_in);
                 let s = f.op(Op::Sigmoid, &[x]);
                 f.op(Op::Mul, &[x, s])
@@ -131,6 +147,13 @@ impl Ending {
                 f.op(Op::Min, &[x, high])
             }
         };
+        let x = match second {
+            Some(y) => {
+                let y = with(&mut f, Op::Add, y, second_cols);
+                f.op(Op::Mul, &[x, y])
+            }
+            None => x,
+        };
         let x = match residual_in {
             Some(r) => {
                 let r = f.cast(r, DType::F32);
@@ -139,7 +162,17 @@ impl Ending {
             None => x,
         };
         let x = f.cast(x, to);
-        Epilogue { func: f.finish(x), col_vector: cols, row_vector: rows, residual }
+        Epilogue { func: f.finish(x), col_vector: cols, row_vector: rows, residual, pair }
+    }
+
+    /// Whether it reads the sums of two products of one left operand.
+    pub fn is_pair(self) -> bool {
+        matches!(self, Ending::SwiGlu | Ending::GeGluBias)
+    }
+
+    /// The one of this name; none for the plain one.
+    pub fn named(name: &str) -> Option<Ending> {
+        ENDINGS.iter().copied().find(|e| e.name() == name)
     }
 
     /// In words, for reports.
@@ -154,6 +187,8 @@ impl Ending {
             Ending::ScalesResidual => "scales-residual",
             Ending::ToI8 => "to-i8",
             Ending::ToF8 => "to-f8",
+            Ending::SwiGlu => "swiglu",
+            Ending::GeGluBias => "geglu-bias",
         }
     }
 }
@@ -165,6 +200,7 @@ pub fn unit(dtype: DType) -> f64 {
         DType::F16 => 2f64.powi(-12 + 1),
         DType::F32 => 2f64.powi(-24),
         DType::F8E4M3 => 2f64.powi(-4),
+        DType::F8E5M2 => 2f64.powi(-3),
         _ => 0.0,
     }
 }

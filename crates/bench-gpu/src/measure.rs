@@ -8,6 +8,8 @@
 
 use crate::arms::{BoundOurs, Matrices, Ours, Pass, Peer};
 use crate::case::Case;
+use crate::check::ended;
+use crate::ending::Ending;
 use crate::support::{Support, relative_error, spread_samples};
 use std::time::{Duration, Instant};
 use tilewright_base::{Error, Result};
@@ -25,6 +27,9 @@ const SAMPLE_US: f64 = 100.0;
 const PAIRS_MIN: usize = 5;
 /// Pairs of samples at most.
 const PAIRS_MAX: usize = 300;
+
+/// Seeds of what comes after the operands begin here.
+const SECOND_SEEDS: u64 = 1 << 32;
 
 /// Lower quartile, median, upper quartile.
 pub type Quartiles = [f64; 3];
@@ -112,6 +117,15 @@ impl Sets {
         for (index, set) in sets.iter().enumerate() {
             support.fill(stream, &set.a, &case.a, 2 * index as u64 + 1)?;
             support.fill(stream, &set.b, &case.b, 2 * index as u64 + 2)?;
+            if case.ending.is_pair() {
+                let seed = 2 * index as u64 + 2 + SECOND_SEEDS;
+                support.fill(stream, &set.b, &case.second(), seed)?;
+            }
+            for (i, (buffer, place)) in set.extras.iter().zip(case.extras()).enumerate() {
+                if let (Some(buffer), Some(place)) = (buffer, place) {
+                    support.fill(stream, buffer, &place, (i as u64 + 2) * SECOND_SEEDS)?;
+                }
+            }
             set.c.poison(stream)?;
         }
         stream.synchronize()?;
@@ -166,13 +180,16 @@ fn check(
 ) -> Result<(f64, u64)> {
     let (case, set) = (&sets.case, &sets.sets[index]);
     let samples = spread_samples(case, rows);
-    let want = support.reference(stream, case, [&set.a, &set.b], &samples)?;
+    let mut want = support.reference(stream, case, [&set.a, &set.b], &samples)?;
+    if case.ending != Ending::Plain {
+        want = ended(stream, support, case, set, &samples, &want)?.swap_remove(0);
+    }
     set.c.poison(stream)?;
     run()?;
     let got = support.gather(stream, case, &set.c, &samples)?;
     let untouched = support.digest(stream, &case.c, &set.c)?.all_ones;
     // An integer may have only ones for bits.
-    let untouched = if case.numbers.result.is_float() { untouched } else { 0 };
+    let untouched = if case.c.dtype.is_float() { untouched } else { 0 };
     Ok((relative_error(&got, &want), untouched))
 }
 

@@ -1,6 +1,7 @@
 //! The record of a run, and its table.
 
 use crate::case::Case;
+use crate::ending::{Ending, unit};
 use crate::measure::{Arm, Measured};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
@@ -59,8 +60,8 @@ impl Row {
         }
         let worst = |errors: [f64; 2]| errors[0].max(errors[1]);
         let peer = measured.peer.as_ref().map_or(0.0, |p| worst(p.arm.accuracy.errors));
-        let unit = self.case.numbers.result_unit();
-        let allowed = match (&measured.peer, self.case.numbers.result.is_float()) {
+        let unit = unit(self.case.c.dtype);
+        let allowed = match (&measured.peer, self.case.c.dtype.is_float()) {
             (_, false) => 0.0,
             (Some(_), true) => (ERROR_RATIO_MAX * peer).max(unit),
             (None, true) => self.case.numbers.lone_error_max(),
@@ -103,6 +104,9 @@ impl Row {
         put("k", json!(case.k));
         put("batch", json!(case.batch));
         put("orders", json!(case.orders_text()));
+        if case.ending != Ending::Plain {
+            put("ending", json!(case.ending.name()));
+        }
         put("plan", json!(self.plan));
         put("candidate", json!(self.candidate));
         if !self.failures.is_empty() {
@@ -185,7 +189,7 @@ pub fn table(rows: &[Row]) -> String {
         let head = format!(
             "{:<6} {:<22} {:<4}",
             row.case.numbers.name,
-            row.case.shape_text(),
+            row.case.title(),
             row.case.orders_text()
         );
         let _ = writeln!(out, "{head} {}", line(row));

@@ -1,7 +1,7 @@
 //! The lists of products that `tw-gpu-test` tries, by group.
 
 use crate::case::{Case, Numbers, Place, orders};
-use crate::ending::ENDINGS;
+use crate::ending::{ENDINGS, Ending};
 use tilewright_kernels::gemm::Order;
 
 /// A group of cases.
@@ -164,6 +164,7 @@ pub fn repeated(numbers: &'static Numbers) -> Vec<Case> {
     ]
     .into_iter()
     .map(|sizes| Case::dense(numbers, sizes, own))
+    .chain([Case::dense(numbers, [300, 520, 1000, 1], own).ending(Ending::SwiGlu)])
     .collect()
 }
 

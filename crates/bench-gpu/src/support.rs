@@ -97,6 +97,33 @@ impl Support {
         doubles(stream, &out)
     }
 
+    /// Rows of the product as tensor cores sum 8-bit floats (`cut_sums` in `support.cu`); `apart` is the depth after
+    /// which sums are promoted, 0 for never.
+    pub fn cut_sums(
+        &self,
+        stream: &Stream,
+        case: &Case,
+        [a, b]: [&Buffer; 2],
+        samples: &[Sample],
+        apart: u64,
+    ) -> Result<Vec<f64>> {
+        needs(a, &case.a)?;
+        needs(b, &case.b)?;
+        in_range(case, samples)?;
+        let rows = upload(stream, samples)?;
+        let out = stream.alloc(samples.len() * case.n as usize * 8)?;
+        let args = Args::new()
+            .value(start(a, &case.a))
+            .value(start(b, &case.b))
+            .buffer(&rows)
+            .value(case.n)
+            .value(case.k);
+        let args = strides(strides(args, &case.a), &case.b).value(apart).buffer(&out);
+        let grid = [case.n.div_ceil(256) as u32, samples.len() as u32, 1];
+        self.launch(stream, &format!("cut_sums_{}", case.numbers.operand), grid, &args)?;
+        doubles(stream, &out)
+    }
+
     /// Rows of a result, in float64.
     pub fn gather(
         &self,
@@ -223,7 +250,7 @@ mod tests {
             return;
         };
         let compiled = nvrtc.compile(&request(Arch::SM_90A)).unwrap();
-        assert_eq!(compiled.functions.iter().filter(|f| f.is_kernel).count(), 22);
+        assert_eq!(compiled.functions.iter().filter(|f| f.is_kernel).count(), 26);
         assert_eq!(compiled.warnings, []);
     }
 }

@@ -8,7 +8,7 @@ use tilewright_device::Arch;
 use tilewright_expr::{FuncBuilder, Op};
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, orders, run};
-use tilewright_kernels::gemm::{Epilogue, GemmSpec, Math, Order};
+use tilewright_kernels::gemm::{Epilogue, GemmSpec, Math, Order, Pair};
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, Mode as Sharing, ProductKind, StoreKind, lower};
 use tilewright_tile::Schedule;
@@ -91,7 +91,76 @@ fn cases() -> Vec<Case> {
     batched.batched = true;
     add("batched", batched, tiles(64, 32, 64).with_consumers(1), (70, 40, 72));
     pipelined_cases(&mut add);
+    pair_cases(&mut add);
     out
+}
+
+/// `max(sum, 0) * (second sum + column)` and its like: whole numbers stay whole.
+fn gated(spec: GemmSpec, with_cols: bool) -> GemmSpec {
+    let mut f = FuncBuilder::new();
+    let [gate, up] = ["gate", "up"].map(|name| f.param(name, spec.sum));
+    let cols = with_cols.then(|| ["c", "c2"].map(|name| f.param(name, spec.sum)));
+    let zero = f.constant(0.0, DType::F32);
+    let [gate, mut up] = [gate, up].map(|x| f.cast(x, DType::F32));
+    let mut gate = f.op(Op::Max, &[gate, zero]);
+    if let Some([c, c2]) = cols {
+        gate = f.op(Op::Add, &[gate, c]);
+        up = f.op(Op::Sub, &[up, c2]);
+    }
+    let x = f.op(Op::Mul, &[gate, up]);
+    let x = f.cast(x, spec.result);
+    let col_vector = with_cols.then_some(spec.sum);
+    let (func, row_vector, residual) = (f.finish(x), None, None);
+    let epilogue = Epilogue { func, col_vector, row_vector, residual, pair: Pair::Right };
+    GemmSpec { epilogue, ..spec }
+}
+
+/// Two products of one left operand, and of one right operand: joined into one instruction, side by side, promoted,
+/// and without the copy engine.
+fn pair_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64, i64, i64))) {
+    use Order::{Col, Row};
+    let rrr = (Row, Row, Row);
+    let rcr = (Row, Col, Row);
+    let f32s = |mut s: GemmSpec| {
+        s.result = DType::F32;
+        s
+    };
+    let left = |s: GemmSpec| GemmSpec { epilogue: s.epilogue.transposed(), ..s };
+    let bf16 = |orders| f32s(spec(DType::BF16, orders));
+    add("pair", gated(bf16(rrr), false), tiles(128, 64, 64), (130, 72, 200));
+    add("pair along the depth", gated(bf16(rcr), true), tiles(128, 32, 64), (130, 72, 200));
+    let wide = tiles(64, 192, 64).with_consumers(1);
+    add("wide pair, two instructions", gated(bf16(rcr), false), wide, (70, 200, 72));
+    let mut s = tiles(128, 64, 64);
+    (s.cluster, s.cluster_axis) = (2, 0);
+    add("pair, shared right operands", gated(bf16(rrr), false), s.clone(), (300, 72, 136));
+    s.cluster_axis = 1;
+    add("pair, shared left operand", gated(bf16(rcr), false), s, (130, 136, 136));
+    let mut s = tiles(64, 32, 64);
+    s.mode = Sharing::PingPong;
+    add("pair, ping-pong", gated(bf16((Row, Col, Col)), false), s, (300, 40, 72));
+    let swapped = left(gated(bf16((Row, Col, Col)), true));
+    add("left pair", swapped, tiles(128, 32, 64), (130, 40, 136));
+    let mut batched = gated(bf16(rcr), true);
+    batched.batched = true;
+    add("pair, batched", batched, tiles(64, 32, 64).with_consumers(1), (70, 40, 72));
+    let eight = gated(f32s(spec(DType::F8E4M3, rcr)), false);
+    add("pair, f8", eight.clone(), tiles(128, 32, 128), (130, 40, 272));
+    let promoted = GemmSpec { math: Math::Promoted, ..eight };
+    add("pair, f8 promoted", promoted, tiles(128, 32, 128), (130, 40, 272));
+    let bytes = gated(f32s(spec(DType::I8, rcr)), false);
+    add("pair, i8", bytes, tiles(128, 32, 128), (130, 36, 272));
+    let tf32 = GemmSpec { math: Math::Tf32, ..gated(spec(DType::F32, rcr), true) };
+    add("pair, tf32", tf32, tiles(128, 32, 32), (130, 40, 72));
+    let mma = [("BM", 64), ("BN", 32), ("BK", 32)];
+    let mma = GpuSchedule::pipelined(Arch::Sm80, ProductKind::MmaSync, (2, 2), &mma);
+    let mma = GpuSchedule { vector: 4, ..mma };
+    add("pair, mma", gated(bf16(rrr), true), mma.clone(), (70, 72, 72));
+    add("left pair, mma", left(gated(bf16(rcr), false)), mma, (70, 40, 72));
+    let fma = [("BM", 64), ("BN", 64), ("BK", 16)];
+    let fma = GpuSchedule::pipelined(Arch::Sm80, ProductKind::Fma, (2, 2), &fma);
+    let fma = GpuSchedule { vector: 4, ..fma };
+    add("pair, fma", gated(spec(DType::F32, rrr), true), fma, (70, 72, 40));
 }
 
 /// Without the copy engine: `mma.sync` and plain multiply-adds.

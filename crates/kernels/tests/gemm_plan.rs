@@ -6,7 +6,7 @@ use tilewright_base::DType;
 use tilewright_expr::{FuncBuilder, Op};
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, run};
-use tilewright_kernels::gemm::{Candidate, Epilogue, Order, Place, Precision, Problem, plan};
+use tilewright_kernels::gemm::{Candidate, Epilogue, Order, Pair, Place, Precision, Problem, plan};
 use tilewright_lower_gpu::{Mode as Roles, lower};
 use tilewright_target::Gpu;
 
@@ -92,6 +92,8 @@ fn execute(name: &str, p: &Problem, candidate: &Candidate) -> Vec<u8> {
     places.insert("A".into(), fill(p.operand, a, 1));
     places.insert("B".into(), fill(p.operand, b, 2));
     places.insert("C".into(), vec![0xff; bytes_of(p.result, c)]);
+    places.insert("B2".into(), fill(p.operand, b, 6));
+    places.insert("Cols2".into(), fill(cols, p.n as usize, 7));
     places.insert("Cols".into(), fill(cols, p.n as usize, 3));
     let rows = p.epilogue.row_vector.unwrap_or(DType::F32);
     places.insert("Rows".into(), fill(rows, p.m as usize, 4));
@@ -140,11 +142,14 @@ fn check(gpu: &Gpu, name: &str, p: &Problem) {
         };
         let a = fill(p.operand, all(p.m, p.k, p.leading.0), 1);
         let b = fill(p.operand, all(p.n, p.k, p.leading.1), 2);
+        let b2 = fill(p.operand, all(p.n, p.k, p.leading.1), 6);
+        let pair = p.epilogue.pair == Pair::Right;
         let vector = |dtype: Option<DType>, n: i64, salt: usize| {
             dtype.map(|t| (t, fill(t, n as usize, salt)))
         };
         let e = &p.epilogue;
         let (cols, rows) = (vector(e.col_vector, p.n, 3), vector(e.row_vector, p.m, 4));
+        let cols2 = vector(e.col_vector.filter(|_| pair), p.n, 7);
         let residual = vector(e.residual, all(p.m, p.n, p.leading.2) as i64, 5);
         let value = |from: &Option<(DType, Vec<u8>)>, i: usize| {
             from.as_ref().map(|(t, bytes)| read(*t, bytes, i))
@@ -152,21 +157,26 @@ fn check(gpu: &Gpu, name: &str, p: &Problem) {
         for batch in 0..p.batch {
             for row in (0..p.m).step_by(7) {
                 for col in 0..p.n {
-                    let sum: f64 = (0..p.k)
-                        .map(|k| {
-                            let x =
-                                (batch * p.stride.0) as usize + at(p.order.0, row, k, p.leading.0);
-                            let y =
-                                (batch * p.stride.1) as usize + at(p.order.1, k, col, p.leading.1);
-                            read(p.operand, &a, x) * read(p.operand, &b, y)
-                        })
-                        .sum();
+                    let sum_of = |b: &[u8]| -> f64 {
+                        (0..p.k)
+                            .map(|k| {
+                                let x = (batch * p.stride.0) as usize
+                                    + at(p.order.0, row, k, p.leading.0);
+                                let y = (batch * p.stride.1) as usize
+                                    + at(p.order.1, k, col, p.leading.1);
+                                read(p.operand, &a, x) * read(p.operand, b, y)
+                            })
+                            .sum()
+                    };
+                    let sum = sum_of(&b);
                     let z = (batch * p.stride.2) as usize + at(p.order.2, row, col, p.leading.2);
                     let mut args = vec![sum];
+                    args.extend(pair.then(|| sum_of(&b2)));
                     args.extend(value(&cols, col as usize));
+                    args.extend(value(&cols2, col as usize));
                     args.extend(value(&rows, row as usize));
                     args.extend(value(&residual, z));
-                    let exact = p.operand == DType::I8;
+                    let exact = p.result == DType::I32;
                     let want = if exact { sum } else { p.epilogue.func.eval_f64(&args) };
                     let got = read(p.result, &c, z);
                     let near =
@@ -202,7 +212,7 @@ fn scaled(to: DType) -> Epilogue {
     let x = f.op(Op::Add, &[x, r]);
     let x = f.cast(x, to);
     let t = Some(DType::F32);
-    Epilogue { func: f.finish(x), col_vector: t, row_vector: t, residual: t }
+    Epilogue { func: f.finish(x), col_vector: t, row_vector: t, residual: t, pair: Pair::None }
 }
 
 #[test]
@@ -244,6 +254,59 @@ fn few_rows_or_columns_in_every_order() {
     }
 }
 
+/// `max(gate + a, 0) * (up - b)`
+fn gated(sum: DType, to: DType) -> Epilogue {
+    let mut f = FuncBuilder::new();
+    let [gate, up] = ["gate", "up"].map(|name| f.param(name, sum));
+    let [a, b] = ["a", "b"].map(|name| f.param(name, DType::F32));
+    let [gate, up] = [gate, up].map(|x| f.cast(x, DType::F32));
+    let gate = f.op(Op::Add, &[gate, a]);
+    let zero = f.constant(0.0, DType::F32);
+    let gate = f.op(Op::Max, &[gate, zero]);
+    let up = f.op(Op::Sub, &[up, b]);
+    let x = f.op(Op::Mul, &[gate, up]);
+    let x = f.cast(x, to);
+    let (func, col_vector) = (f.finish(x), Some(DType::F32));
+    Epilogue { func, col_vector, row_vector: None, residual: None, pair: Pair::Right }
+}
+
+/// In either orientation, of every kind, with operands that are copied first, ragged, batched and over empty sums.
+#[test]
+fn pairs_are_two_products_and_what_follows() {
+    use Order::{Col, Row};
+    let gpu = Gpu::h200();
+    let bf16 = |m, n, k| Problem::dense(m, n, k, DType::BF16, DType::F32);
+    let mut problems = vec![
+        ("whole tiles", bf16(128, 256, 128)),
+        ("few rows", bf16(3, 200, 136).ordered(Row, Col, Row)),
+        ("one row", bf16(1, 96, 264).ordered(Row, Col, Row)),
+        ("copied operands", bf16(70, 33, 77)),
+        ("columns", bf16(70, 40, 72).ordered(Col, Row, Col)),
+        ("empty sum", bf16(40, 24, 0)),
+        ("f8", Problem::dense(40, 48, 272, DType::F8E4M3, DType::BF16).ordered(Row, Col, Row)),
+        ("i8", Problem::dense(40, 48, 144, DType::I8, DType::F32).ordered(Row, Col, Row)),
+        ("f32", Problem::dense(40, 48, 72, DType::F32, DType::F32)),
+    ];
+    problems.push(("tf32", Problem { precision: Precision::Tf32, ..problems[8].1.clone() }));
+    problems.push(("tf32x3", Problem { precision: Precision::Tf32x3, ..problems[8].1.clone() }));
+    problems.push(("batched", Problem { batch: 3, ..bf16(70, 40, 72).ordered(Row, Col, Row) }));
+    for (name, mut p) in problems {
+        p.epilogue = gated(p.sum, p.result);
+        check(&gpu, name, &p);
+        for candidate in plan(&p, &gpu, 3).unwrap() {
+            let last = candidate.steps.last().unwrap();
+            assert!(last.operands.contains(&Place::Cols2), "{name}");
+        }
+    }
+    // Every other line of one matrix: both operands have its lines' distance twice.
+    let mut p = bf16(70, 40, 72).ordered(Row, Col, Row);
+    (p.leading.1, p.stride.1) = (2 * 72, 0);
+    p.epilogue = gated(p.sum, p.result);
+    check(&gpu, "interleaved", &p);
+    let wrong = Problem { epilogue: p.epilogue.transposed(), ..p };
+    assert_eq!(plan(&wrong, &gpu, 1).unwrap_err().exit_code(), 2);
+}
+
 #[test]
 fn impossible_problems_are_the_users_mistake() {
     let gpu = Gpu::h200();
@@ -279,8 +342,13 @@ fn dear_epilogues_run_beside_products() {
     let mut p = Problem::dense(4096, 3072, 768, DType::BF16, DType::BF16);
     let first = |p: &Problem| plan(p, &Gpu::h200(), 1).unwrap().remove(0);
     let cheap = first(&p);
-    p.epilogue =
-        Epilogue { func: gelu(), col_vector: Some(DType::F32), row_vector: None, residual: None };
+    p.epilogue = Epilogue {
+        func: gelu(),
+        col_vector: Some(DType::F32),
+        row_vector: None,
+        residual: None,
+        pair: Pair::None,
+    };
     let dear = first(&p);
     assert_eq!(dear.steps[0].schedule.mode, Roles::PingPong, "{}", dear.steps[0].schedule);
     assert!(dear.estimate_us > cheap.estimate_us);

@@ -6,6 +6,8 @@
 
 #[path = "common/graph.rs"]
 mod graph;
+#[path = "common/tile_bound.rs"]
+mod tile_bound;
 
 use graph::{Case, buffers, programs, schedule, unequal};
 
@@ -65,6 +67,30 @@ fn programs_of_graphs_have_device_programs_that_compute_the_same() {
         reasons.keys().filter(|r| !KNOWN_REASONS.iter().any(|k| r.contains(k))).collect();
     assert!(new.is_empty(), "new reasons: {new:?}");
     assert!(right >= 1000, "{right} programs");
+}
+
+/// Results in the kernels' own types are within the bounds, and the bounds are about as narrow as the types allow.
+#[test]
+fn results_in_exact_types_are_within_their_bounds() {
+    let (mut compared, mut without, mut narrow) = (0, 0, 0);
+    for case in programs().iter().step_by(6) {
+        let before = buffers(&case.kernel, &case.env);
+        let Some(bounds) = tile_bound::bounds(&case.kernel, &case.planned, &case.env, &before)
+        else {
+            without += 1;
+            continue;
+        };
+        let mut got = before.clone();
+        tilewright_interp::tile::run(&case.kernel, &case.planned, &case.env, &mut got, Mode::Exact)
+            .unwrap();
+        let wrong = tile_bound::beyond(&case.kernel, &got, &bounds);
+        assert!(wrong.is_none(), "{}: {}\n{}", case.name, wrong.unwrap(), case.kernel);
+        let fine = |(v, e): &tile_bound::Bounded| *e <= 0.05 * (1.0 + v.abs());
+        narrow += usize::from(bounds.iter().flatten().all(fine));
+        compared += 1;
+    }
+    println!("{compared} compared, {narrow} with narrow bounds, {without} without");
+    assert!(compared > 100 && 10 * narrow > 9 * compared && 10 * without < compared);
 }
 
 #[test]

@@ -20,4 +20,4 @@ mod loader;
 
 pub use arguments::{Arguments, Operand, Value, arguments};
 pub use fallback::{Taken, first_that_works};
-pub use loader::{BoundKernel, LoadedKernel, Loader, request};
+pub use loader::{BoundKernel, FAIL_FIRST, LoadedKernel, Loader, request};

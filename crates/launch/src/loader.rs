@@ -4,6 +4,7 @@ use crate::arguments::{Operand, Value, arguments};
 use crate::fallback::{Taken, first_that_works};
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tilewright_base::{Error, Result};
 use tilewright_cuda::{
@@ -22,12 +23,30 @@ pub struct Loader {
     known: Mutex<HashMap<Program, Result<LoadedKernel>>>,
     /// Compiled and not loaded yet; looked up only.
     ahead: Mutex<HashMap<Program, Result<Compiled>>>,
+    /// How many programs are still to be spoiled ([`FAIL_FIRST`]).
+    to_fail: AtomicUsize,
 }
+
+/// Environment variable: so many programs, the first that are loaded, get a text that does not compile. For trying out
+/// what happens then.
+pub const FAIL_FIRST: &str = "TILEWRIGHT_FAIL_FIRST";
 
 impl Loader {
     /// A loader for a device.
     pub fn new(gpu: Gpu, nvrtc: Nvrtc) -> Loader {
-        Loader { gpu, nvrtc, known: Mutex::default(), ahead: Mutex::default() }
+        let to_fail = std::env::var(FAIL_FIRST).ok().and_then(|v| v.parse().ok()).unwrap_or(0);
+        let to_fail = AtomicUsize::new(to_fail);
+        Loader { gpu, nvrtc, known: Mutex::default(), ahead: Mutex::default(), to_fail }
+    }
+
+    /// The program's text, spoiled if that was asked for.
+    fn text(&self, program: &Program) -> Result<Source> {
+        let mut source = emit(program)?;
+        let one_less = |n: usize| n.checked_sub(1);
+        if self.to_fail.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok() {
+            source.text = format!("#error \"{FAIL_FIRST} is set\"\n{}", source.text);
+        }
+        Ok(source)
     }
 
     /// The device.
@@ -75,7 +94,7 @@ impl Loader {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             for program in programs {
                 if !known.contains_key(program) && !fresh.iter().any(|(p, _)| *p == program) {
-                    fresh.push((program, emit(program)));
+                    fresh.push((program, self.text(program)));
                 }
             }
         }

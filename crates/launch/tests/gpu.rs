@@ -178,3 +178,24 @@ fn a_program_is_compiled_once_and_a_bad_schedule_gives_way() {
     assert_eq!((taken.index, taken.failures.len()), (1, 1));
     assert!(taken.failures[0].message().contains("shared memory"), "{:?}", taken.failures[0]);
 }
+
+#[test]
+fn what_does_not_compile_is_kept_with_its_log_and_gives_way() {
+    let Some(loader) = loader() else { return };
+    let kernel = GemmSpec::plain(DType::BF16, DType::F32, DType::BF16).program("gemm");
+    let schedule = GpuSchedule::hopper(&[("BM", 128), ("BN", 128), ("BK", 64)]);
+    let good = lower(&kernel, &schedule).unwrap();
+    // A kernel's name that C++ does not allow.
+    let mut bad = good.clone();
+    bad.name = "while".into();
+    let taken = loader.load_or_next([Ok(bad), Ok(good)], |kernel| Ok(kernel.clone())).unwrap();
+    assert_eq!((taken.index, taken.failures.len()), (1, 1));
+    let failure = format!("{:?}", taken.failures[0]);
+    println!("{failure}");
+    let folder = failure.split("the text is in ").nth(1).and_then(|rest| rest.lines().next());
+    let folder = std::path::Path::new(folder.unwrap_or_else(|| panic!("no folder in {failure}")));
+    let text = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    assert!(text("kernel.cu").contains("while"));
+    // The compiler's log is part of the error.
+    assert!(failure.contains("error:"), "{failure}");
+}

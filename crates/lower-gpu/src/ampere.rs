@@ -16,6 +16,7 @@ use crate::hopper::{Builder, RegisterTiles, initial_values, main_loop, over_item
 use crate::raster::raster;
 use crate::schedule::{GpuSchedule, ProductKind, StoreKind};
 use crate::streams::{Step, Stream, Value, pipeline};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, IdVec, Result};
 use tilewright_device::{
@@ -65,6 +66,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         frags: IdVec::new(),
         rows,
         spread,
+        first_column: BTreeMap::new(),
     };
     let buffers: Vec<SmemId> =
         pipeline.streams.iter().map(|s| buffer(&mut b, s, schedule.stages)).collect();
@@ -72,7 +74,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
     let ahead = b.rings.push(Ring { name: "ahead".into(), stages: schedule.stages });
 
-    let tiles = RegisterTiles::new(&mut b, &pipeline, body)?;
+    let tiles = RegisterTiles::new(&mut b, &pipeline, body, false)?;
     let mut item = initial_values(before, &pipeline, body, &tiles, false)?;
 
     // The loop, with copies `stages - 1` steps early.

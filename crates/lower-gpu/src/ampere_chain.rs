@@ -19,6 +19,7 @@ use crate::hopper_chain::{Form, frag_of, initial_values, step_stmts};
 use crate::raster::raster;
 use crate::schedule::{GpuSchedule, StoreKind};
 use crate::streams::{Defs, Stream, definitions, extents};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
@@ -55,6 +56,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         frags: IdVec::new(),
         rows,
         spread,
+        first_column: BTreeMap::new(),
     };
     let chain = chain(&mut b, before, body, schedule.product)?;
     let turns = Turns::new(&mut b, &chain)?;

@@ -51,13 +51,19 @@ pub(crate) fn store_results(
             _ => return Err(Error::unsupported("loops, branches or atomics after the products")),
         }
     }
-    let Some((_, acc)) = results.iter().find(|(_, f)| b.frags[*f].extent == Extent::Tile) else {
+    let tiles: Vec<TileId> = results
+        .iter()
+        .filter(|(_, f)| b.frags[*f].extent == Extent::Tile)
+        .map(|(tile, _)| *tile)
+        .collect();
+    let Some(first) = tiles.first() else {
         return Err(Error::unsupported("a loop without results"));
     };
-    let tile_cols = b.frags[*acc].cols;
+    let tile_cols = extents(b.kernel, *first)?[1];
     let mut chunk = tile_cols;
     // Beside many accumulators and a loaded tile, a chunk takes at most 16 registers per thread.
-    let full = b.rows * tile_cols / 128 > 96 && loads_tile(b.kernel, after);
+    let held = b.rows * tile_cols / 128 * tiles.len() as u32;
+    let full = held > 96 && (loads_tile(b.kernel, after) || tiles.len() > 1);
     let most = if full { (16 * 128 / b.rows).max(8) } else { 64 };
     // What has one value per row leaves from registers.
     let (stores, vectors): (Vec<_>, Vec<_>) = stores.into_iter().partition(|(_, _, value)| {
@@ -422,7 +428,9 @@ impl<'b, 'k> Evaluator<'b, 'k> {
     /// A tile of two axes.
     fn tile(&mut self, tile: TileId) -> Result<FragRef> {
         if let Some(frag) = self.results.get(&tile) {
-            return Ok(FragRef { frag: *frag, col: self.column.clone(), cols: Some(self.chunk) });
+            let first = i64::from(self.b.first_column.get(&tile).copied().unwrap_or(0));
+            let col = self.column.clone() + &Dim::new(first);
+            return Ok(FragRef { frag: *frag, col, cols: Some(self.chunk) });
         }
         if let Some(done) = self.columns_done.get(&(tile, true)) {
             return Ok(done.clone());

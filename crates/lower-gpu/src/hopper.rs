@@ -9,6 +9,7 @@ use crate::epilogue;
 use crate::raster::raster;
 use crate::schedule::{GpuSchedule, Mode, StoreKind};
 use crate::streams::{Pipeline, Step, Stream, Value, definitions, extents, pipeline};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
@@ -38,6 +39,8 @@ pub(crate) struct Builder<'a> {
     pub(crate) rows: u32,
     /// How accumulators are spread over an instance.
     pub(crate) spread: Spread,
+    /// First column of a tile that shares its fragment with another.
+    pub(crate) first_column: BTreeMap<TileId, u32>,
 }
 
 impl Builder<'_> {
@@ -130,15 +133,21 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         frags: IdVec::new(),
         rows,
         spread: Spread::Wgmma,
+        first_column: BTreeMap::new(),
     };
     // Shared memory and tensor maps of the streams.
     let cluster_symbol = cluster_symbol(kernel, schedule);
-    let mut stages = Vec::new();
-    for stream in &pipeline.streams {
+    let joined = joined_products(&pipeline, body);
+    let mut stages: Vec<Stage> = Vec::new();
+    for (i, stream) in pipeline.streams.iter().enumerate() {
         let shared = cluster_symbol
             .as_ref()
             .is_some_and(|s| !stream.view.index.iter().any(|d| mentions(d, s)));
-        stages.push(stage(&mut b, stream, shared, schedule.stages)?);
+        let beside = joined.as_ref().filter(|j| j.right.1 == i).map(|j| stages[j.right.0].smem);
+        stages.push(match beside {
+            None => stage(&mut b, stream, shared, schedule.stages)?,
+            Some(smem) => stage_beside(&mut b, stream, shared, smem)?,
+        });
     }
     let multicast = stages.iter().any(|s| s.shared);
     let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
@@ -150,7 +159,8 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         slots: schedule.stages,
         arrivals: readers * if multicast { schedule.cluster } else { 1 },
     });
-    let bytes: u32 = stages.iter().map(|s| b.smem[s.smem].slot_bytes()).sum();
+    let buffers: BTreeSet<SmemId> = stages.iter().map(|s| s.smem).collect();
+    let bytes: u32 = buffers.iter().map(|s| b.smem[*s].slot_bytes()).sum();
 
     // The producer.
     let item = Dim::sym("item");
@@ -177,10 +187,21 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), produce);
 
     // Consumers.
-    let tiles = RegisterTiles::new(&mut b, &pipeline, body)?;
+    let tiles = RegisterTiles::new(&mut b, &pipeline, body, joined.is_some())?;
     let depth = body.hi.clone() - &body.lo;
     let start = initial_values(before, &pipeline, body, &tiles, true)?;
-    let products = multiply(&b, &pipeline, &stages, &tiles, body, ring, full, empty, multicast);
+    let products = multiply(
+        &b,
+        &pipeline,
+        &stages,
+        &tiles,
+        body,
+        ring,
+        full,
+        empty,
+        multicast,
+        joined.is_some(),
+    );
     let results = tiles.results(body);
     let finish = epilogue::store_results(&mut b, before, after, &results)?;
     let other = Dim::new(1) - &Dim::sym(CONSUMER);
@@ -343,6 +364,8 @@ pub(crate) struct Stage {
     /// Lines and contiguous elements of one box.
     box_lines: u32,
     box_along: u32,
+    /// Of the stream's tile in the buffer, which two streams may share.
+    first_column: u32,
 }
 
 /// Shared memory and the tensor map of a stream, `slots` tiles.
@@ -352,6 +375,37 @@ pub(crate) fn stage(
     shared: bool,
     slots: u32,
 ) -> Result<Stage> {
+    let param = &b.kernel.params[stream.view.param];
+    let smem = Smem {
+        name: format!("s{}", named(b, &param.name)),
+        dtype: param.dtype,
+        rows: stream.rows,
+        cols: stream.cols,
+        contiguous: stream.contiguous,
+        swizzle: stream.swizzle,
+        slots,
+    };
+    let (map, box_lines, box_along) = tensor_map(b, stream, shared)?;
+    let smem = b.smem.push(smem);
+    Ok(Stage { smem, map, shared, box_lines, box_along, first_column: 0 })
+}
+
+/// The same for a stream whose tiles lie to the right of those that are in a buffer already, in tiles of the same form.
+fn stage_beside(b: &mut Builder<'_>, stream: &Stream, shared: bool, smem: SmemId) -> Result<Stage> {
+    let (map, box_lines, box_along) = tensor_map(b, stream, shared)?;
+    let first_column = b.smem[smem].cols;
+    b.smem[smem].cols += stream.cols;
+    Ok(Stage { smem, map, shared, box_lines, box_along, first_column })
+}
+
+/// A tensor's name, numbered when there is one of that name in shared memory already.
+fn named(b: &Builder<'_>, name: &str) -> String {
+    let same = b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == name).count();
+    if same == 0 { name.to_owned() } else { format!("{name}_{same}") }
+}
+
+/// The tensor map of a stream, with the lines and the contiguous elements of its box.
+fn tensor_map(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<(MapId, u32, u32)> {
     let param = &b.kernel.params[stream.view.param];
     let share = if shared { b.schedule.cluster } else { 1 };
     let span = stream.swizzle.span_bytes() * 8 / param.dtype.bits();
@@ -371,27 +425,15 @@ pub(crate) fn stage(
     };
     box_shape[line_axis] = box_lines;
     box_shape[along_axis] = span;
-    let same =
-        b.smem.iter().filter(|(_, s)| s.name.trim_start_matches('s') == &*param.name).count();
-    let suffix = if same == 0 { String::new() } else { format!("_{same}") };
     let map = b.maps.push(TensorMap {
-        name: format!("{}{suffix}", param.name),
+        name: named(b, &param.name),
         param: stream.view.param,
         box_shape,
         contiguous: along_axis,
         swizzle: stream.swizzle,
         tf32: stream.tf32,
     });
-    let smem = b.smem.push(Smem {
-        name: format!("s{}{suffix}", param.name),
-        dtype: param.dtype,
-        rows: stream.rows,
-        cols: stream.cols,
-        contiguous: stream.contiguous,
-        swizzle: stream.swizzle,
-        slots,
-    });
-    Ok(Stage { smem, map, shared, box_lines, box_along: span })
+    Ok((map, box_lines, span))
 }
 
 /// The copies that fill one stage: panel by panel, and a share of the lines when the tile is shared.
@@ -421,6 +463,7 @@ pub(crate) fn loads(
             let mut at = stream.view.index.clone();
             at[stream.view.axes[0]] = at[stream.view.axes[0]].clone() + &row;
             at[stream.view.axes[1]] = at[stream.view.axes[1]].clone() + &col;
+            let col = col + &Dim::new(i64::from(stage.first_column));
             out.push(Stmt::TmaLoad {
                 map: stage.map,
                 at,
@@ -441,44 +484,82 @@ struct Products {
     drain: Vec<Stmt>,
 }
 
+/// Two products of one left operand that are issued as one, on right operands side by side: the tensor cores read the
+/// left operand once.
+struct Joined {
+    /// Streams of the right operands.
+    right: (usize, usize),
+}
+
+/// The most columns of an instruction.
+const WGMMA_COLUMNS: u32 = 256;
+
+/// Whether the loop is two products of one left operand, with right operands that lie alike, and nothing else.
+fn joined_products(pipeline: &Pipeline, body: &For) -> Option<Joined> {
+    let [Step::Product { acc: Value::Carried(0), a, b, starts: true }, second] =
+        &pipeline.steps[..]
+    else {
+        return None;
+    };
+    let Step::Product { acc: Value::Carried(1), a: again, b: other, starts: true } = second else {
+        return None;
+    };
+    let (first, next) = (&pipeline.streams[*b], &pipeline.streams[*other]);
+    let form = |s: &Stream| (s.rows, s.cols, s.contiguous, s.swizzle, s.tf32);
+    let fits = a == again
+        && b < other
+        && body.carry.len() == 2
+        && form(first) == form(next)
+        && first.cols.is_multiple_of(8)
+        && 2 * first.cols <= WGMMA_COLUMNS;
+    fits.then_some(Joined { right: (*b, *other) })
+}
+
 /// The fragments of a loop's register tiles.
 pub(crate) struct RegisterTiles {
-    carried: Vec<FragId>,
-    scratch: Vec<FragId>,
+    carried: Vec<FragRef>,
+    scratch: Vec<FragRef>,
 }
 
 impl RegisterTiles {
-    /// A fragment for every register tile of the loop.
+    /// A fragment for every register tile of the loop; one for both carried tiles when they are `joined`.
     pub(crate) fn new(
         b: &mut Builder<'_>,
         pipeline: &Pipeline,
         body: &For,
+        joined: bool,
     ) -> Result<RegisterTiles> {
-        Ok(RegisterTiles {
-            carried: body
-                .carry
-                .iter()
-                .map(|(tile, _)| tile_frag(b, "acc", *tile))
-                .collect::<Result<_>>()?,
-            scratch: pipeline
-                .scratch
-                .iter()
-                .map(|tile| tile_frag(b, "turn_sum", *tile))
-                .collect::<Result<_>>()?,
-        })
+        let whole = |frag: FragId| FragRef { frag, col: Dim::new(0), cols: None };
+        let mut carried: Vec<FragRef> = Vec::new();
+        for (i, (tile, _)) in body.carry.iter().enumerate() {
+            let Some(first) = carried.first().filter(|_| joined).map(|f| f.frag) else {
+                carried.push(whole(tile_frag(b, "acc", *tile)?));
+                continue;
+            };
+            let (col, cols) = (b.frags[first].cols, extents(b.kernel, *tile)?[1]);
+            b.frags[first].cols += cols;
+            b.first_column.insert(body.results[i], col);
+            let col = Dim::new(i64::from(col));
+            carried.push(FragRef { frag: first, col, cols: Some(cols) });
+        }
+        let scratch = pipeline
+            .scratch
+            .iter()
+            .map(|tile| tile_frag(b, "turn_sum", *tile).map(whole))
+            .collect::<Result<_>>()?;
+        Ok(RegisterTiles { carried, scratch })
     }
 
     /// What the loop leaves behind.
     pub(crate) fn results(&self, body: &For) -> Vec<(TileId, FragId)> {
-        body.results.iter().copied().zip(self.carried.iter().copied()).collect()
+        body.results.iter().copied().zip(self.carried.iter().map(|f| f.frag)).collect()
     }
 
     pub(crate) fn of(&self, value: Value) -> FragRef {
-        let frag = match value {
-            Value::Carried(i) => self.carried[i],
-            Value::Scratch(i) => self.scratch[i],
-        };
-        FragRef { frag, col: Dim::new(0), cols: None }
+        match value {
+            Value::Carried(i) => self.carried[i].clone(),
+            Value::Scratch(i) => self.scratch[i].clone(),
+        }
     }
 }
 
@@ -556,6 +637,7 @@ fn multiply(
     full: tilewright_device::BarrierId,
     empty: tilewright_device::BarrierId,
     multicast: bool,
+    joined: bool,
 ) -> Products {
     let reach = if multicast { Reach::All } else { Reach::Own };
     let release = |slot: Slot| Stmt::Arrive {
@@ -566,8 +648,11 @@ fn multiply(
     let slices = slices(pipeline);
     let product = |acc: Value, a: usize, bb: usize, slice: u32, zero_if: Option<Cond>| {
         let depth = pipeline.streams[a].cols / slices;
+        // The first of two joined products stands for both.
+        let operands = if joined { 2 } else { 1 };
+        let acc = if joined { FragRef { cols: None, ..tiles.of(acc) } } else { tiles.of(acc) };
         Stmt::Wgmma {
-            acc: tiles.of(acc),
+            acc,
             a: WgmmaA::Smem(SmemTile {
                 smem: stages[a].smem,
                 slot: Slot::Ring(ring),
@@ -582,7 +667,7 @@ fn multiply(
                 row: Dim::new(i64::from(slice * depth)),
                 col: Dim::new(0),
                 rows: depth,
-                cols: pipeline.streams[bb].cols,
+                cols: pipeline.streams[bb].cols * operands,
             },
             zero_if,
         }
@@ -606,6 +691,7 @@ fn multiply(
         (0..slices).flat_map(|slice| pipeline.steps.iter().enumerate().map(move |s| (slice, s)));
     for (slice, (i, s)) in turns {
         match s {
+            Step::Product { .. } if joined && i > 0 => {}
             Step::Product { acc, a, b: bb, starts } => {
                 if !open && (i > 0 || slice > 0) {
                     step.push(Stmt::WgmmaFence);

@@ -48,6 +48,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         frags: IdVec::new(),
         rows: rows_each(kernel, body, schedule)?,
         spread: Spread::Wgmma,
+        first_column: std::collections::BTreeMap::new(),
     };
     let chain = chain(&mut b, before, body, schedule.product)?;
 

@@ -93,6 +93,9 @@ pub fn lower_with(
     }
     low.outputs()?;
     fusion.views = low.views;
+    if low.device == Device::Gpu {
+        crate::gpu::pair_products(&mut low.plan)?;
+    }
     if cfg!(debug_assertions) {
         verify_plan(&low.plan)?;
     }

@@ -16,6 +16,7 @@ mod edit;
 mod fold_constants;
 mod histogram;
 mod infer_shapes;
+mod join_products;
 mod layout;
 mod manager;
 mod pack_weights;
@@ -26,6 +27,7 @@ mod view;
 
 pub use decompose::{decompose_all, decompose_products};
 pub use histogram::{Histogram, op_name};
+pub use join_products::join_products;
 pub use layout::{Layouts, choose_layouts};
 pub use manager::{
     Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,

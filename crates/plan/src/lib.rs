@@ -18,7 +18,7 @@ pub mod bind;
 mod product;
 
 pub use attention::{Attention, Heads};
-pub use product::{Matrix, Product, Repeat, Vector};
+pub use product::{Matrix, Product, Repeat, Second, Vector};
 
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};

@@ -46,6 +46,15 @@ pub struct Repeat {
     pub strides: [Dim; 3],
 }
 
+/// The second right operand of a pair of products with one left operand.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Second {
+    /// `[k, n]`; its rows and columns are as far apart as those of the first.
+    pub b: Matrix,
+    /// A vector along the columns of `C`, when the first product has one.
+    pub cols: Option<Vector>,
+}
+
 /// A matrix product, batched and strided, with what happens to its sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Product {
@@ -67,7 +76,8 @@ pub struct Product {
     pub tf32: bool,
     /// Type of the sums.
     pub sum: DType,
-    /// From the sum, and then those of `cols`, `rows` and `residual` that are there, to the type of `C`.
+    /// From the sum (of a pair: both), and then those of `cols` (of a pair: both), `rows` and `residual` that are there,
+    /// to the type of `C`.
     pub epilogue: Func,
     /// A vector along the columns of `C`.
     pub cols: Option<Vector>,
@@ -75,4 +85,6 @@ pub struct Product {
     pub rows: Option<Vector>,
     /// A matrix that lies as `C` does, in memory of its own.
     pub residual: Option<Vector>,
+    /// A second product with the same `A`, whose sum the epilogue reads, too. `repeat` strides are those of `B`.
+    pub second: Option<Second>,
 }

@@ -6,7 +6,7 @@
 use crate::choose::{Launch, Source, Way};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
-use tilewright_kernels::gemm::{self, Epilogue, Order, Place, Precision, Problem};
+use tilewright_kernels::gemm::{self, Epilogue, Order, Pair, Place, Precision, Problem};
 use tilewright_layout::{Dim, Env};
 use tilewright_lower_gpu::lower;
 use tilewright_plan::{Matrix, Product};
@@ -97,9 +97,17 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
         let size = matrix.dtype.size() as i64;
         align[i] = alignment(starts.iter().map(|s| (s[i] + offsets[i]) * size));
     }
+    // The second right operand of a pair: where it is.
+    let mut second = 0;
+    if let Some(pair) = &product.second {
+        second = number(&pair.b.offset, sizes)?;
+        let size = pair.b.dtype.size() as i64;
+        align[1] = align[1].min(alignment(starts.iter().map(|s| (s[1] + second) * size)));
+    }
     // Vectors and the residual count as aligned as the result.
     let mut extras = Vec::new();
-    for vector in [&product.cols, &product.rows, &product.residual] {
+    let second_cols = product.second.as_ref().map_or(&None, |s| &s.cols);
+    for vector in [&product.cols, &product.rows, &product.residual, second_cols] {
         let offset = match vector {
             Some(v) => {
                 let offset = number(&v.offset, sizes)?;
@@ -131,6 +139,7 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
             col_vector: dtype(&product.cols),
             row_vector: dtype(&product.rows),
             residual: dtype(&product.residual),
+            pair: if product.second.is_some() { Pair::Right } else { Pair::None },
         },
     };
     let mut out = Vec::new();
@@ -162,6 +171,13 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
                         Place::A => Ok(at(0, &product.a)),
                         Place::B => Ok(at(1, &product.b)),
                         Place::C => Ok(at(2, &product.c)),
+                        Place::B2 => {
+                            let pair = product.second.as_ref();
+                            let pair = pair.ok_or_else(|| Error::bug("a pair of one product"))?;
+                            let offset = (start[1] + second) * pair.b.dtype.size() as i64;
+                            Ok(Source::Param { param: pair.b.param, offset: offset as u64 })
+                        }
+                        Place::Cols2 => vector(second_cols, 3, 0),
                         Place::Cols => vector(&product.cols, 0, 0),
                         Place::Rows => vector(&product.rows, 1, 0),
                         Place::Residual => vector(&product.residual, 2, start[2]),

@@ -522,7 +522,11 @@ impl Session {
             match taken {
                 Ok(taken) => {
                     let name = &self.exe.plan.kernels[*kernel].kernel.name;
-                    let lost = taken.failures.iter().map(|e| format!("{name}: {e}"));
+                    // The last note says where text and log are.
+                    let lost = taken.failures.iter().map(|e| {
+                        let kept = e.notes().last().map_or(String::new(), |n| format!(" ({n})"));
+                        format!("{name}: a schedule gave way: {e}{kept}")
+                    });
                     report.warnings.extend(lost);
                     report.launches += taken.value.len();
                     let way = &choice.ways[taken.index];

@@ -94,7 +94,7 @@ fn size(t: &Tensor, i: usize) -> f64 {
 }
 
 /// Roundings of `n` terms.
-fn roundings(n: f64) -> f64 {
+pub fn roundings(n: f64) -> f64 {
     n.min(2.0 * n.sqrt() + 2.0)
 }
 
@@ -300,6 +300,20 @@ impl Analysis<'_> {
 
 /// A function over elements; operands of extent 1 stretch.
 fn map(func: &Func, x: &[Tensor], e: &[Vec<f64>], y: &Tensor) -> Vec<f64> {
+    evaluated(func, x, e, y.shape()).into_iter().map(|(_, error)| error).collect()
+}
+
+/// A function of `count` elements of each operand, which may be off by `e`: values in float64, and how far they may be
+/// off when each node is computed in its type.
+pub fn map_errors(func: &Func, x: &[Tensor], e: &[Vec<f64>], count: usize) -> Vec<(f64, f64)> {
+    let number = |v: Value| match v {
+        Value::Float(x) => x,
+        Value::Int(x) => x as f64,
+    };
+    evaluated(func, x, e, &[count]).into_iter().map(|(v, error)| (number(v), error)).collect()
+}
+
+fn evaluated(func: &Func, x: &[Tensor], e: &[Vec<f64>], shape: &[usize]) -> Vec<(Value, f64)> {
     // Each node as a function of its own.
     let nodes: Vec<(&ExprNode, DType, Option<Func>)> = func
         .nodes()
@@ -323,9 +337,8 @@ fn map(func: &Func, x: &[Tensor], e: &[Vec<f64>], y: &Tensor) -> Vec<f64> {
             (node, dtype, own)
         })
         .collect();
-    let shape = y.shape();
-    (0..y.len())
-        .map(|i| {
+    (0..shape.iter().product())
+        .map(|i: usize| {
             let at = |t: &Tensor| {
                 let (mut rest, mut flat, mut stride) = (i, 0, 1);
                 for (d, &extent) in shape.iter().enumerate().rev() {
@@ -358,7 +371,7 @@ fn map(func: &Func, x: &[Tensor], e: &[Vec<f64>], y: &Tensor) -> Vec<f64> {
                     _ => (Value::Int(0), f64::INFINITY),
                 });
             }
-            known[func.result().index()].1
+            known[func.result().index()]
         })
         .collect()
 }

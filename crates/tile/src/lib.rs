@@ -27,6 +27,7 @@ mod in_place;
 mod ir;
 mod parse;
 mod print;
+mod rename;
 mod schedule;
 mod verify;
 
@@ -36,5 +37,6 @@ pub use ir::{
     Access, Block, Compare, For, GridAxis, If, Kernel, Operand, Param, ParamId, ReduceKind, Stmt,
     TileId, TileInfo, TileOp, TileType,
 };
+pub use rename::Names;
 pub use schedule::{CpuKnobs, MatrixUnit, Schedule};
 pub use verify::{verify, verify_schedule};

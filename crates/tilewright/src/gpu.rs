@@ -126,6 +126,13 @@ impl GpuCompiler {
             stages.push(StageTime { name, time });
         }
         let start = Instant::now();
+        if tilewright_passes::join_products(&mut graph)? {
+            tilewright_graph::verify(&graph)?;
+            tilewright_passes::run(&mut graph, &context)?;
+        }
+        observe(Stage::Graph("join-products", &graph));
+        stages.push(StageTime { name: "join-products".into(), time: start.elapsed() });
+        let start = Instant::now();
         if tilewright_passes::decompose_products(&mut graph, keep)? {
             tilewright_graph::verify(&graph)?;
             tilewright_passes::run(&mut graph, &context)?;
@@ -420,7 +427,8 @@ fn library(plan: &Plan, report: &KernelReport, env: &tilewright_layout::Env) -> 
             let batch = if batch == 1 { String::new() } else { format!(" x{batch}") };
             let rest =
                 if calls > 1 { format!(" + {} elementwise", calls - 1) } else { String::new() };
-            format!("cublasLtMatmul {} {m}x{n}x{k}{batch}{rest}", p.a.dtype)
+            let twice = if p.second.is_some() { "2 times " } else { "" };
+            format!("{twice}cublasLtMatmul {} {m}x{n}x{k}{batch}{rest}", p.a.dtype)
         }
         None => match report.anchor.as_str() {
             "rows" => format!("cuDNN/framework norm, softmax or sum + {} elementwise", calls - 1),

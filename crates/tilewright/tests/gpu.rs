@@ -13,7 +13,7 @@ use tilewright_import::hf::{LoadOptions, load_model, safetensors};
 use tilewright_interp::Mode;
 use tilewright_interp::graph::order_inputs;
 use tilewright_layout::{Dim, Env, Range};
-use tilewright_plan::Form;
+use tilewright_plan::{Form, Step};
 use tilewright_target::Gpu;
 
 /// Directories of models, in order.
@@ -161,5 +161,62 @@ fn a_small_convolutional_network_is_within_the_contract() {
             .filter(|(_, k)| k.forms.iter().any(|f| matches!(f, Form::Product(_))));
         assert_eq!(products.count(), 4, "{precision}: all but the depthwise one are products");
         holds(&format!("cnn {precision}"), &graph, &planned, &[numbers(&[2, 3, 13, 11], 5)], 0);
+    }
+}
+
+/// How many steps are products with two right operands.
+fn pairs(planned: &GpuPlan) -> usize {
+    let plan = planned.plan();
+    let paired = |step: &&Step| {
+        let Step::Launch { kernel, .. } = step else { return false };
+        let forms = &plan.kernels[*kernel].forms;
+        forms.iter().any(|f| matches!(f, Form::Product(p) if p.second.is_some()))
+    };
+    plan.steps.iter().filter(paired).count()
+}
+
+#[test]
+fn gated_units_are_one_product() {
+    for model in ["llama", "mistral", "qwen2", "qwen3"] {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf").join(model);
+        let config = std::fs::read_to_string(directory.join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        let layers = config["num_hidden_layers"].as_u64().unwrap() as usize;
+        let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
+        for precision in PRECISIONS {
+            assert_eq!(pairs(&plan(&graph, precision)), layers, "{model} {precision}");
+        }
+    }
+    // With a bias each, the gate on either side; and what must stay two products: another reader of the gate.
+    for (name, swapped, read_again, count) in [
+        ("gate first", false, false, 1),
+        ("up first", true, false, 1),
+        ("gate twice", false, true, 0),
+    ] {
+        let mut b = GraphBuilder::new("gated");
+        let m = b.symbol("M", Range { min: 1, max: 64 });
+        let x = b.input("x", TensorType::new(DType::F32, vec![m, Dim::new(24)]));
+        let mut sums = Vec::new();
+        for i in 0..2 {
+            let w = b.constant(format!("w{i}"), numbers(&[24, 40], i));
+            let bias = b.constant(format!("b{i}"), numbers(&[40], 7 + i));
+            let y = b.contract("mk,kn->mn", x, w).unwrap();
+            sums.push(b.binary(ExprOp::Add, y, bias).unwrap());
+        }
+        let gate = b.unary(ExprOp::Tanh, sums[0]).unwrap();
+        let args = if swapped { (sums[1], gate) } else { (gate, sums[1]) };
+        let y = b.binary(ExprOp::Mul, args.0, args.1).unwrap();
+        b.output("y", y);
+        if read_again {
+            let z = b.unary(ExprOp::Neg, gate).unwrap();
+            b.output("z", z);
+        }
+        let graph = b.finish();
+        for precision in PRECISIONS {
+            let planned = plan(&graph, precision);
+            let name = format!("{name} {precision}");
+            assert_eq!(pairs(&planned), count, "{name}");
+            holds(&name, &graph, &planned, &[numbers(&[33, 24], 3)], 0);
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tilewright_base::{Error, Result};
 use tilewright_bench_gpu::case::{Case, Numbers, orders, read_list};
+use tilewright_bench_gpu::ending::{ENDINGS, Ending};
 use tilewright_bench_gpu::record::geometric_mean;
 use tilewright_kernels::gemm::{Records, Source, plan_with};
 
@@ -25,13 +26,16 @@ pub struct ProductArgs {
     /// How many products
     #[arg(long, default_value_t = 1)]
     pub batch: u64,
-    /// Kinds of numbers, separated by commas: bf16, f16, tf32, f32, f32x3, i8, e4m3 (or f8)
+    /// Kinds of numbers, separated by commas: bf16, f16, tf32, f32, f32x3, i8, e4m3 (or f8), e5m2, f8p (promoted sums)
     #[arg(long = "type", value_delimiter = ',', value_name = "TYPE")]
     pub types: Vec<String>,
     /// Contiguous axes of A, B and C, r for row-major, c for column-major: rcr; without, the kind's own
     #[arg(long)]
     pub order: Option<String>,
-    /// A list of products instead, a line each: TYPES M N K [xBATCH] [ORDERS]
+    /// What follows the sums: bias-gelu, bias-relu-residual, bias-silu, swiglu, geglu-bias, scales, ...
+    #[arg(long)]
+    pub ending: Option<String>,
+    /// A list of products instead, a line each: TYPES M N K [xBATCH] [ORDERS] [ENDING]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["m", "n", "k"])]
     pub shapes: Option<PathBuf>,
 }
@@ -45,7 +49,11 @@ impl ProductArgs {
         let types: Vec<String> = self
             .types
             .iter()
-            .map(|t| if t == "e4m3" { "f8".to_owned() } else { t.clone() })
+            .map(|t| match t.as_str() {
+                "e4m3" => "f8".to_owned(),
+                "e5m2" => "f8e5m2".to_owned(),
+                _ => t.clone(),
+            })
             .collect();
         if let Some(path) = &self.shapes {
             let name = path.display().to_string();
@@ -80,7 +88,14 @@ impl ProductArgs {
                 Error::user(format!("`{text}` are no orders of three matrices"))
                     .with_hint("three letters, r for row-major, c for column-major: rcr")
             })?;
-            Ok(Case::dense(numbers, [m, n, k, self.batch], order))
+            let case = Case::dense(numbers, [m, n, k, self.batch], order);
+            let Some(name) = &self.ending else { return Ok(case) };
+            let ending = Ending::named(name).ok_or_else(|| {
+                let known: Vec<&str> = ENDINGS.iter().map(|e| e.name()).collect();
+                Error::user(format!("there is no ending `{name}`"))
+                    .with_hint(format!("known: {}", known.join(", ")))
+            })?;
+            Ok(case.ending(ending))
         };
         types.iter().map(case).collect()
     }
@@ -226,7 +241,7 @@ fn export(store: &Store, path: &Path) -> Result<()> {
 }
 
 fn title(case: &Case) -> String {
-    format!("{:<6} {:<22} {:<4}", case.numbers.name, case.shape_text(), case.orders_text())
+    format!("{:<6} {:<22} {:<4}", case.numbers.name, case.title(), case.orders_text())
 }
 
 fn row(case: &Case, tuned: &Tuned) -> String {
@@ -284,7 +299,7 @@ impl Outcome {
             .map(|(case, tuned)| {
                 let mut row = json!({
                     "type": case.numbers.name, "m": case.m, "n": case.n, "k": case.k,
-                    "batch": case.batch, "orders": case.orders_text(),
+                    "batch": case.batch, "orders": case.orders_text(), "ending": case.ending.name(),
                 });
                 match tuned {
                     Err(e) => row["error"] = json!(e),

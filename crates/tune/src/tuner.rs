@@ -9,6 +9,7 @@ use std::time::Instant;
 use tilewright_base::{Error, Result};
 use tilewright_bench_gpu::arms::{Ours, PEER_WORKSPACE_BYTES, Peer, describe, planner_gpu};
 use tilewright_bench_gpu::case::Case;
+use tilewright_bench_gpu::ending::unit;
 use tilewright_bench_gpu::measure::{Sets, check_peer};
 use tilewright_bench_gpu::record::{ERROR_RATIO_MAX, now, nvidia_smi};
 use tilewright_bench_gpu::support::Support;
@@ -224,16 +225,16 @@ impl Tuner {
     /// The greatest error that counts as right: twice cuBLASLt's, or what rounding to the result's type may cost.
     fn allowed(&self, case: &Case, sets: &Sets, rows: u64) -> Result<f64> {
         let numbers = case.numbers;
-        if !numbers.result.is_float() {
+        if !case.c.dtype.is_float() {
             return Ok(0.0);
         }
         let of_peer = self.peer.as_ref().and_then(|peer| {
-            let peer = Peer::new(peer, case, &self.workspace).ok()?;
+            let peer = Peer::new(peer, &self.loader, case, &self.workspace).ok()?;
             check_peer(&self.stream, &self.support, sets, &peer, rows).ok()
         });
         self.stream.synchronize()?;
         Ok(match of_peer {
-            Some(error) => (ERROR_RATIO_MAX * error).max(numbers.result_unit()),
+            Some(error) => (ERROR_RATIO_MAX * error).max(unit(case.c.dtype)),
             None => numbers.lone_error_max(),
         })
     }

@@ -12,6 +12,7 @@ use tilewright_bench_gpu::arms::{
     Ours, PEER_ALGORITHMS, PEER_WORKSPACE_BYTES, Peer, describe, planner_gpu, programs,
 };
 use tilewright_bench_gpu::case::{Case, read_list};
+use tilewright_bench_gpu::ending::Ending;
 use tilewright_bench_gpu::measure::{Measured, Sets, compare_ours, measure, time_ours};
 use tilewright_bench_gpu::record::{self, Row, Tuned};
 use tilewright_bench_gpu::support::Support;
@@ -119,6 +120,7 @@ fn run(options: &Options) -> Result<bool> {
             "samples": "alternating A B, B A; quartiles of each, and of the ratios of neighbours",
             "cublaslt": format!("the fastest of up to {PEER_ALGORITHMS} proposed algorithms, {PEER_WORKSPACE_BYTES} bytes of workspace"),
             "candidates_timed": options.candidates,
+            "endings": "behind cuBLASLt's product a kernel of its own, one of ours; a pair is one product of twice the columns there",
             "tuned": options.tuned,
             "seconds_per_shape": options.seconds_per_shape,
         }),
@@ -169,7 +171,9 @@ fn run(options: &Options) -> Result<bool> {
         rows.len()
     );
     if !options.no_record {
-        record::write(&options.out, "gpu-gemm", &record::record(head, &rows))?;
+        let endings = cases.iter().any(|c| c.ending != Ending::Plain);
+        let name = if endings { "gpu-endings" } else { "gpu-gemm" };
+        record::write(&options.out, name, &record::record(head, &rows))?;
     }
     Ok(wrong == 0 && rows.len() == cases.len())
 }
@@ -189,7 +193,7 @@ fn cases(options: &Options) -> Result<Vec<Case>> {
     };
     let mut cases = read_list(&name, &text, &options.types)?;
     if let Some(part) = &options.filter {
-        cases.retain(|c| format!("{} {}", c.shape_text(), c.orders_text()).contains(part));
+        cases.retain(|c| format!("{} {}", c.title(), c.orders_text()).contains(part));
     }
     if cases.is_empty() {
         return Err(Error::user("no shape is left to measure"));
@@ -250,7 +254,7 @@ impl Bench<'_> {
     fn measure(&self, case: &Case, candidates: &[Candidate], row: &mut Row) -> Result<Measured> {
         let sets = Sets::new(self.stream, self.support, case)?;
         let peer = match self.peer {
-            Some(peer) => match Peer::new(peer, case, self.workspace) {
+            Some(peer) => match Peer::new(peer, self.loader, case, self.workspace) {
                 Ok(peer) => Some(peer),
                 Err(error) => {
                     row.peer_missing = Some(error.message().to_owned());

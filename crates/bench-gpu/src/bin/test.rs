@@ -12,6 +12,7 @@ use tilewright_base::{Error, Result};
 use tilewright_bench_gpu::arms::{PEER_WORKSPACE_BYTES, programs};
 use tilewright_bench_gpu::case::{Case, NUMBERS, Numbers};
 use tilewright_bench_gpu::check::{Checker, Outcome, self_check};
+use tilewright_bench_gpu::ending::ENDINGS;
 use tilewright_bench_gpu::suite::{GROUPS, large, repeated};
 use tilewright_bench_gpu::support::Support;
 use tilewright_cuda::peer::CublasLt;
@@ -29,12 +30,19 @@ struct Options {
     /// all without.
     #[arg(long, value_delimiter = ',')]
     groups: Vec<String>,
+    /// Of the group `endings`: only these, separated by commas (bias-gelu, to-i8, swiglu, ...).
+    #[arg(long, value_delimiter = ',')]
+    endings: Vec<String>,
     /// Only every n-th case of each group.
     #[arg(long, default_value_t = 1)]
     every: usize,
     /// Unsupported cases count as failures.
     #[arg(long)]
     strict: bool,
+    /// Without cuBLASLt: errors are measured by what the kinds of numbers promise. For tools that slow every kernel
+    /// of the process down.
+    #[arg(long)]
+    alone: bool,
     /// Folder of compiled kernels; nothing is cached without.
     #[arg(long)]
     cache: Option<PathBuf>,
@@ -114,6 +122,11 @@ fn run(options: &Options) -> Result<bool> {
         return Err(Error::user(format!("there is no group `{unknown}`"))
             .with_hint(format!("there are {}", names.join(", "))));
     }
+    if let Some(unknown) = options.endings.iter().find(|e| ENDINGS.iter().all(|k| k.name() != *e)) {
+        let names: Vec<&str> = ENDINGS.iter().map(|e| e.name()).collect();
+        return Err(Error::user(format!("there is no ending `{unknown}`"))
+            .with_hint(format!("there are {}", names.join(", "))));
+    }
     let wants = |name: &str| options.groups.is_empty() || options.groups.iter().any(|g| g == name);
     let kinds = NUMBERS
         .iter()
@@ -125,11 +138,11 @@ fn run(options: &Options) -> Result<bool> {
     let support = Support::new(&gpu, &nvrtc)?;
     self_check(&stream, &support)?;
     println!("the checkers agree with the host");
-    let peer = CublasLt::open(&gpu);
-    if let Err(error) = &peer {
+    let peer = (!options.alone).then(|| CublasLt::open(&gpu));
+    if let Some(Err(error)) = &peer {
         println!("testing without cuBLASLt: {error}");
     }
-    let peer = peer.ok();
+    let peer = peer.and_then(Result::ok);
     let workspace = stream.alloc(PEER_WORKSPACE_BYTES)?;
     let loader = Loader::new(gpu.clone(), nvrtc);
     let mut checker = Checker::new(&stream, &support, &loader, peer.as_ref(), &workspace);
@@ -147,7 +160,11 @@ fn run(options: &Options) -> Result<bool> {
                     .flat_map(|g| (g.cases)(numbers))
                     .collect(),
             };
-            let cases: Vec<Case> = cases.into_iter().step_by(options.every.max(1)).collect();
+            let wanted = |c: &Case| {
+                options.endings.is_empty() || options.endings.iter().any(|e| e == c.ending.name())
+            };
+            let cases = cases.into_iter().filter(|c| *name != "endings" || wanted(c));
+            let cases: Vec<Case> = cases.step_by(options.every.max(1)).collect();
             let mut tally = Tally::default();
             for chunk in cases.chunks(CHUNK) {
                 let plans: Vec<_> = chunk.iter().map(|c| checker.plan(c)).collect();

@@ -63,7 +63,7 @@ fn planned(
 }
 
 fn title(case: &Case) -> String {
-    format!("{} {} {}", case.numbers.name, case.shape_text(), case.orders_text())
+    format!("{} {} {}", case.numbers.name, case.title(), case.orders_text())
 }
 
 pub(crate) fn inspect(args: &InspectGemmArgs, output: &Output) -> Result<()> {
@@ -198,7 +198,7 @@ pub(crate) fn bench(args: &BenchGemmArgs, output: &Output) -> Result<()> {
         let _progress = progress(format!("measuring {}", title(case)));
         let planned = planned(case, &target, &args.tuning, PEER_ALGORITHMS)?;
         let sets = Sets::new(&stream, &support, case)?;
-        let theirs = peer.as_ref().and_then(|peer| Peer::new(peer, case, &workspace).ok());
+        let theirs = peer.as_ref().and_then(|peer| Peer::new(peer, &loader, case, &workspace).ok());
         let budget = Duration::from_secs_f64(args.seconds);
         let taken = first_that_works(&planned.candidates, |candidate| {
             let ours = Ours::load(&loader, &stream, candidate)?;

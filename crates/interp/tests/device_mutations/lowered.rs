@@ -7,6 +7,7 @@ use crate::mutants::mutants;
 use std::sync::Arc;
 use tilewright_base::DType;
 use tilewright_device::{Arch, Program, verify};
+use tilewright_expr::Func;
 use tilewright_interp::device::check;
 use tilewright_kernels::gemm::{Epilogue, GemmSpec, Math, Order};
 use tilewright_layout::Env;
@@ -90,6 +91,11 @@ fn cases() -> Vec<Case> {
         sizes(64, 64, 128),
         &[FED, STORED_F32, ADDED],
     );
+    let mut pair = spec(DType::BF16, DType::BF16);
+    pair.epilogue = Epilogue::gated(&Func::identity(DType::F32), DType::BF16);
+    add("pair", &pair, false, &hopper(1, 64, 16, 64), sizes(64, 64, 256), &[FED, STORED_PAIR]);
+    let left = GemmSpec { epilogue: pair.epilogue.transposed(), ..pair };
+    add("left pair", &left, false, &hopper(1, 64, 16, 64), sizes(64, 64, 256), &[FED, STORED_LEFT]);
     let direct =
         GpuSchedule { store: StoreKind::Direct, persistent: false, ..hopper(2, 128, 16, 64) };
     add("direct store", &bf16, false, &direct, sizes(120, 16, 320), &[FED, ONE_ITEM]);
@@ -169,6 +175,32 @@ const STORED_PARTS: &[Equivalent] = &[
     ),
     ("consumer `advance out_P by 1` before `sync named consumer + 1 threads 128`", STORED[2].1),
     ("consumer `advance out_P by 1` before `once`", STORED[2].1),
+];
+
+/// The same of a pair, whose sums lie side by side.
+const STORED_PAIR: &[Equivalent] = &[
+    STORED[0],
+    STORED[1],
+    STORED[2],
+    STORED[3],
+    STORED[4],
+    (
+        "consumer `advance out_C by 1` before `t = map(acc[:, 16*chunk +16], acc[:, 16*chunk + 16 +16]) { gate, up -> bf16(gate * up) }`",
+        STORED[2].1,
+    ),
+];
+
+/// The same of a pair of left operands, whose sums lie apart.
+const STORED_LEFT: &[Equivalent] = &[
+    STORED[0],
+    STORED[1],
+    STORED[2],
+    STORED[3],
+    STORED[4],
+    (
+        "consumer `advance out_C by 1` before `t = map(acc[:, 16*chunk +16], acc1[:, 16*chunk +16]) { gate, up -> bf16(gate * up) }`",
+        STORED[2].1,
+    ),
 ];
 
 /// Of kernels with one item of work.

@@ -27,7 +27,7 @@ pub use plan::{
     Candidate, Choice, Place, Step, candidate, choices, estimate_choice, picked, plan_untuned,
 };
 pub use problem::{Precision, Problem};
-pub use program::{Epilogue, GemmSpec, Math, Order};
+pub use program::{Epilogue, GemmSpec, Math, Order, Pair};
 pub use record::{
     Device, FORMAT, Key, Knobs, Planned, Record, Records, Source, code_of, plan, plan_with, slug,
 };

@@ -20,6 +20,8 @@ pub(crate) struct Shape {
     pub(crate) splits: i64,
     /// Products per step: 3 for three-part TF32.
     pub(crate) products: i64,
+    /// Left and right operands: two of one for a pair.
+    pub(crate) operands: [i64; 2],
     pub(crate) operand_bytes: i64,
     pub(crate) result_bytes: i64,
     /// Whether every line of `A`, of `B` begins at a cache line.
@@ -73,6 +75,7 @@ pub fn estimate_us(
         batch: 1,
         splits: 1,
         products: 1,
+        operands: [1, 1],
         operand_bytes,
         result_bytes,
         lines_aligned: (true, true),
@@ -109,9 +112,10 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     let active = (items.min(slots) * cluster) as f64;
     let steps = ceil(ceil(shape.k, bk), shape.splits) as f64;
     let products = shape.products as f64;
-    let (a_elements, b_elements) = ((bm * bk) as f64, (bn * bk) as f64);
+    let [lefts, rights] = shape.operands;
+    let (a_elements, b_elements) = ((lefts * bm * bk) as f64, (rights * bn * bk) as f64);
     let tensors = if shape.products > 1 { 2.0 } else { 1.0 };
-    let tensor = (bm * bn * bk) as f64 * 2.0 / rate * products;
+    let tensor = (lefts * rights * bm * bn * bk) as f64 * 2.0 / rate * products;
     // Every warpgroup's instruction reads its 64 rows of A and all of B; the copy engine writes both.
     let read = (a_elements + (bm as f64 / 64.0) * b_elements) * size * products;
     let written = (a_elements + b_elements) * size * tensors;
@@ -155,14 +159,14 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     };
     let launch = p.launch_us * if s.dependent { p.dependent_share } else { 1.0 };
     let busy = clocks / p.clock_ghz / 1e3 + launch + if cluster > 1 { p.cluster_us } else { 0.0 };
-    let operands = (shape.m * shape.k + shape.k * shape.n) as f64 * size * tensors;
+    let operands = (lefts * shape.m + rights * shape.n) as f64 * shape.k as f64 * size * tensors;
     let results = (shape.m * shape.n) as f64 * result * shape.splits as f64;
     let bytes = (operands + results) * shape.batch as f64;
     // Device memory streams at full rate only while enough of it is asked for.
     let useful = |tile: i64, extent: i64| tile.min(extent) as f64;
     let in_flight = active
         * f64::from(s.stages).min(steps)
-        * (useful(bm, shape.m) + useful(bn, shape.n))
+        * (lefts as f64 * useful(bm, shape.m) + rights as f64 * useful(bn, shape.n))
         * bk as f64
         * size;
     let slow = (p.stream_bytes_in_flight / in_flight.max(1.0)).max(1.0);
@@ -183,7 +187,8 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     let rows = ceil(together, cols).min(tiles_m).max(1);
     let (along_m, along_n) =
         if s.cluster_axis == 0 { (cluster as f64, 1.0) } else { (1.0, cluster as f64) };
-    let read = rows as f64 * along_m * bm as f64 + cols as f64 * along_n * bn as f64;
+    let read =
+        rows as f64 * along_m * (lefts * bm) as f64 + cols as f64 * along_n * (rights * bn) as f64;
     let walked = read * shape.k as f64 * size * per_block / p.stream_bytes_per_s * 1e6;
     // The shorter of the two counts a little: they overlap, but not wholly. The walk only contends with the rest.
     let tie = 1e-6 * (f64::from(s.raster) - 8.0).abs();
@@ -204,15 +209,16 @@ pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -
     let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
     let (bm, bn, bk) = (tile("BM"), tile("BN"), tile("BK"));
     let threads = f64::from(s.warps.0 * s.warps.1 * 32);
-    let sums = (bm * bn) as f64 / threads;
+    let [lefts, rights] = shape.operands;
+    let sums = (lefts * rights * bm * bn) as f64 / threads;
     // Blocks that registers and shared memory let live on one multiprocessor.
-    let stage = ((bm + bn) * bk * shape.operand_bytes) as f64;
+    let stage = ((lefts * bm + rights * bn) * bk * shape.operand_bytes) as f64;
     let room = (f64::from(227 << 10) / (stage * f64::from(s.stages))).floor();
     let together = (65536.0 / threads / (sums + 90.0).min(255.0)).floor().min(room).clamp(1.0, 8.0);
     let tiles = ceil(shape.m, bm) * ceil(shape.n, bn) * shape.batch * shape.splits;
     let per_sm = ceil(tiles, i64::from(gpu.sms)) as f64;
     let steps = ceil(ceil(shape.k, bk), shape.splits) as f64;
-    let flops = (bm * bn * bk) as f64 * 2.0;
+    let flops = (lefts * rights * bm * bn * bk) as f64 * 2.0;
     // Small register tiles read shared memory more often than they multiply.
     let side = sums.sqrt();
     let issue = flops / gpu.f32_flops_per_clock * (1.1 + 1.2 / side);
@@ -221,14 +227,16 @@ pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -
     let (each_a, each_b) = (each(shape.along_depth.0), each(shape.along_depth.1));
     let copies = |extent: i64, each: i64| (extent * bk / each) as f64 / 32.0;
     let narrow = |extent: i64, each: i64| if each > 2 { 0.0 } else { copies(extent, each) };
-    let (all, single) =
-        (copies(bm, each_a) + copies(bn, each_b), narrow(bm, each_a) + narrow(bn, each_b));
+    let (all, single) = (
+        copies(lefts * bm, each_a) + copies(rights * bn, each_b),
+        narrow(lefts * bm, each_a) + narrow(rights * bn, each_b),
+    );
     let copying = COPY_CLOCKS * all + NARROW_COPY_CLOCKS * single * single / (threads / 32.0);
     let stages = if s.stages == 2 { TWO_STAGES } else { 1.0 };
     // What a block exposes between steps, other blocks of the multiprocessor hide in part.
     let exposed = 300.0 / together.min(per_sm).max(1.0);
     let clocks = per_sm * steps * (issue * stages + copying + exposed);
-    let bytes = ((shape.m * shape.k + shape.k * shape.n) * shape.operand_bytes
+    let bytes = ((lefts * shape.m + rights * shape.n) * shape.k * shape.operand_bytes
         + shape.m * shape.n * shape.result_bytes) as f64
         * shape.batch as f64;
     let memory = bytes / p.stream_bytes_per_s * 1e6;

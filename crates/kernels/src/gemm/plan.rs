@@ -2,7 +2,7 @@
 
 use crate::gemm::model::{Shape, estimate, estimate_multiply_add, instructions};
 use crate::gemm::problem::{Precision, Problem};
-use crate::gemm::program::{GemmSpec, Math, Order, copy_program};
+use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program};
 use crate::gemm::space::{multiply_add_space, space};
 use crate::gemm::vector;
 use std::sync::Arc;
@@ -20,8 +20,12 @@ pub enum Place {
     A,
     /// Right operand.
     B,
+    /// The second right operand of a pair.
+    B2,
     /// Vector along the columns of the result.
     Cols,
+    /// The same for the second sum of a pair.
+    Cols2,
     /// Vector along the rows of the result.
     Rows,
     /// Matrix that the epilogue reads.
@@ -276,7 +280,11 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
         return Ok(vec![empty_sum(problem, gpu, &orient(problem, false))?]);
     }
     let orientations = [orient(problem, false), orient(problem, true)];
-    let vectors = vector::candidates(problem, &orientations, gpu, most)?;
+    let is_pair = problem.epilogue.pair != Pair::None;
+    let vectors = match is_pair {
+        true => Vec::new(),
+        false => vector::candidates(problem, &orientations, gpu, most)?,
+    };
     if vector::alone(problem) && !vectors.is_empty() {
         return Ok(vectors);
     }
@@ -361,6 +369,7 @@ impl<'a> Scored<'a> {
     fn new(p: &'a Problem, gpu: &'a Gpu, o: &'a Oriented) -> Scored<'a> {
         let size = p.operand_bytes();
         let parts = if o.spec.math == Math::Tf32x3 { 2 } else { 1 };
+        let pair = o.spec.epilogue.pair;
         let (mut spec, mut copies_us) = (o.spec.clone(), 0.0);
         let mut aligned = [true; 2];
         for (operand, lines) in [(0, o.m), (1, o.n)] {
@@ -369,6 +378,7 @@ impl<'a> Scored<'a> {
             let (mut stride, mut align) = (pick(o.stride), pick(o.align));
             if needs_copy(p, o, operand) {
                 let bytes = (lines * p.k * p.batch * size * (1 + parts)) as f64;
+                let bytes = bytes * pair.operands()[operand] as f64;
                 copies_us += bytes / gpu.copy_bytes_per_s * 1e6 + EXTRA_LAUNCH_US;
                 if operand == 0 {
                     spec.a = Order::Row
@@ -389,6 +399,7 @@ impl<'a> Scored<'a> {
             batch: p.batch,
             splits: 1,
             products: if parts == 2 { 3 } else { 1 },
+            operands: pair.operands(),
             operand_bytes: size,
             result_bytes: p.result_bytes(),
             lines_aligned: (aligned[0], aligned[1]),
@@ -436,11 +447,12 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
         ((o.m + bm - 1) / bm) * ((o.n + bn - 1) / bn)
     };
     let steps_of = |s: &GpuSchedule| (p.k + tile(s, "BK") - 1) / tile(s, "BK");
+    let is_pair = o.spec.epilogue.pair != Pair::None;
     if scored.is_plain() {
-        for schedule in multiply_add_space(access_vector(p, o)) {
+        for schedule in multiply_add_space(access_vector(p, o), is_pair) {
             for splits in SPLITS {
                 let few = tiles_of(&schedule) * splits <= 4 * i64::from(gpu.sms);
-                if p.batch != 1 || splits * 8 > steps_of(&schedule) || !few {
+                if p.batch != 1 || is_pair || splits * 8 > steps_of(&schedule) || !few {
                     break;
                 }
                 add(splits, schedule.clone());
@@ -455,7 +467,8 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
             add(1, schedule);
         }
     }
-    if p.batch != 1 {
+    // Sums in parts of a pair are not there.
+    if p.batch != 1 || is_pair {
         return;
     }
     let mut partial = scored.spec.clone();
@@ -502,10 +515,12 @@ pub(super) fn lines(
 }
 
 /// Makes an operand readable: as it is, or a packed copy with its depth contiguous.
+/// Of a pair, `second` is the other one of an operand that there are two of.
 fn prepare(
     p: &Problem,
     o: &Oriented,
     operand: usize,
+    second: bool,
     steps: &mut Vec<Step>,
     workspace: &mut Workspace,
 ) -> Result<Ready> {
@@ -513,6 +528,7 @@ fn prepare(
     let order = if operand == 0 { o.spec.a } else { o.spec.b };
     let places = operand_places(o);
     let place = if operand == 0 { places.0 } else { places.1 };
+    let place = if second { Place::B2 } else { place };
     let (leading, stride) = (pick(o.leading), pick(o.stride));
     if !needs_copy(p, o, operand) {
         return Ok(Ready { place, low: None, order, leading, stride });
@@ -546,9 +562,10 @@ fn prepare(
 const SHORT_DEPTH: i64 = 512;
 
 /// Sums that each thread of plain multiply-adds keeps.
-fn sums_per_thread(s: &GpuSchedule) -> i64 {
+fn sums_per_thread(s: &GpuSchedule, spec: &GemmSpec) -> i64 {
     let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
-    tile("BM") * tile("BN") / i64::from(s.warps.0 * s.warps.1 * 32).max(1)
+    let sums = spec.epilogue.pair.operands().into_iter().max().unwrap_or(1);
+    sums * tile("BM") * tile("BN") / i64::from(s.warps.0 * s.warps.1 * 32).max(1)
 }
 
 /// Where the operands of an orientation are.
@@ -562,9 +579,14 @@ pub(super) fn extras(spec: &GemmSpec, swapped: bool) -> Vec<Place> {
     let (cols, rows) =
         if swapped { (Place::Rows, Place::Cols) } else { (Place::Cols, Place::Rows) };
     let mut out = Vec::new();
-    out.extend(e.col_vector.map(|_| cols));
-    out.extend(e.row_vector.map(|_| rows));
-    out.extend(e.residual.map(|_| Place::Residual));
+    let place = |slot: Slot| match slot {
+        Slot::Sum { .. } => None,
+        Slot::Cols { second: true } | Slot::Rows { second: true } => Some(Place::Cols2),
+        Slot::Cols { second: false } => Some(cols),
+        Slot::Rows { second: false } => Some(rows),
+        Slot::Residual => Some(Place::Residual),
+    };
+    out.extend(e.slots().into_iter().filter_map(place));
     out.push(Place::C);
     out
 }
@@ -594,11 +616,22 @@ fn empty_sum(p: &Problem, gpu: &Gpu, o: &Oriented) -> Result<Candidate> {
 fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     let mut workspace = Workspace::default();
     let mut steps = Vec::new();
-    let a = prepare(p, o, 0, &mut steps, &mut workspace)?;
-    let b = prepare(p, o, 1, &mut steps, &mut workspace)?;
+    let a = prepare(p, o, 0, false, &mut steps, &mut workspace)?;
+    let mut operands = vec![a.place];
+    let pair = o.spec.epilogue.pair;
+    if pair == Pair::Left {
+        operands.push(prepare(p, o, 0, true, &mut steps, &mut workspace)?.place);
+    }
+    let b = prepare(p, o, 1, false, &mut steps, &mut workspace)?;
+    operands.push(b.place);
+    if pair == Pair::Right {
+        operands.push(prepare(p, o, 1, true, &mut steps, &mut workspace)?.place);
+    }
     let mut spec = o.spec.clone();
     (spec.a, spec.b) = (a.order, b.order);
-    let short = p.k <= SHORT_DEPTH && sums_per_thread(&choice.schedule) <= 32;
+    // Sums of pairs are never cut into parts, whatever the depth.
+    let alone = p.k <= SHORT_DEPTH || pair != Pair::None;
+    let short = alone && sums_per_thread(&choice.schedule, &spec) <= 32;
     if choice.schedule.product == ProductKind::Fma && short {
         // There are registers for sums of a tile's depth apart: their errors stay near those of sums in parts, which
         // others form for small products.
@@ -606,7 +639,6 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     }
     let mut values =
         vec![("M", o.m), ("N", o.n), ("K", p.k), ("lda", a.leading), ("ldb", b.leading)];
-    let mut operands = vec![a.place, b.place];
     if let (Some(a), Some(b)) = (a.low, b.low) {
         operands.extend([a, b]);
     }

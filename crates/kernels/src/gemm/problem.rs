@@ -1,6 +1,6 @@
 //! [`Problem`]: one matrix product with its sizes.
 
-use crate::gemm::program::{Epilogue, GemmSpec, Math, Order};
+use crate::gemm::program::{Epilogue, GemmSpec, Math, Order, Pair};
 use tilewright_base::{DType, Error, Result};
 
 /// How exactly f32 operands are multiplied.
@@ -17,7 +17,7 @@ pub enum Precision {
 /// `C[m,n] = epilogue(sum over k of A[m,k] * B[k,n])`, repeated over `batch`.
 ///
 /// Leading dimensions and batch strides count elements; alignments are those of the addresses, in
-/// bytes.
+/// bytes. An epilogue of a pair ([`Pair::Right`]) reads the sums of `A B` and of `A B2`; `B2` lies as `B`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
     /// Rows of `A` and `C`.
@@ -87,7 +87,8 @@ impl Problem {
     pub fn spec(&self) -> GemmSpec {
         let math = match (self.operand, self.precision) {
             (DType::F32, Precision::Tf32) => Math::Tf32,
-            (DType::F32, Precision::Tf32x3) => Math::Tf32x3,
+            // Pairs are summed by plain multiply-adds.
+            (DType::F32, Precision::Tf32x3) if self.epilogue.pair == Pair::None => Math::Tf32x3,
             _ if self.promoted => Math::Promoted,
             _ => Math::Exact,
         };
@@ -137,6 +138,11 @@ impl Problem {
                     "leading dimension {leading} of {name}: lines have {line} elements"
                 )));
             }
+        }
+        if self.epilogue.pair == Pair::Left {
+            let message =
+                "a pair of left operands: give the transposed product a pair of right ones";
+            return Err(Error::user(message));
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use tilewright_base::DType;
 use tilewright_expr::{Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
-use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, TileId, TileType};
+use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ParamId, TileId, TileType};
 
 /// Which axis of a matrix is contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -14,8 +14,35 @@ pub enum Order {
     Col,
 }
 
-/// What happens to a tile of sums before it is stored. Parameters of `func` are the sum and then,
-/// in this order, those of `col_vector`, `row_vector` and `residual` that are present.
+/// Which operand there are two of: the epilogue then reads two sums for each result, as gated units do
+/// (`silu(A B) * (A B2)`: SwiGLU, GeGLU and so on; Shazeer, "GLU variants improve transformer", 2020).
+///
+/// The second one lies as the first, in other memory: it may be the second half of one matrix, or (by leading
+/// dimensions of two lines) every other line of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Pair {
+    /// One product.
+    None,
+    /// `A B` and `A B2`.
+    Right,
+    /// `A B` and `A2 B`: the transposed view of the other.
+    Left,
+}
+
+impl Pair {
+    /// How many left and right operands there are.
+    pub(super) fn operands(self) -> [i64; 2] {
+        match self {
+            Pair::None => [1, 1],
+            Pair::Right => [1, 2],
+            Pair::Left => [2, 1],
+        }
+    }
+}
+
+/// What happens to a tile of sums before it is stored. Parameters of `func` are the sum (of a pair: both) and then,
+/// in this order, those of `col_vector`, `row_vector` and `residual` that are present. A vector along the operand that
+/// there are two of is two vectors, one for each sum.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Epilogue {
     /// From the sum (in the accumulation type) and the extra operands to the result's type.
@@ -26,27 +53,84 @@ pub struct Epilogue {
     pub row_vector: Option<DType>,
     /// Type of a matrix `[M, N]`, laid out as the result.
     pub residual: Option<DType>,
+    /// Whether there are two sums.
+    pub pair: Pair,
+}
+
+/// A parameter of an epilogue's function. Of a pair there is a second one of some.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Slot {
+    Sum { second: bool },
+    Cols { second: bool },
+    Rows { second: bool },
+    Residual,
+}
+
+/// A list for the first of a pair and, if there are two, for the second.
+fn each(two: bool) -> impl Iterator<Item = bool> {
+    [false, true].into_iter().take(1 + usize::from(two))
 }
 
 impl Epilogue {
     /// Only the conversion to the result's type.
     pub fn cast(from: DType, to: DType) -> Epilogue {
-        Epilogue { func: Func::cast(from, to), col_vector: None, row_vector: None, residual: None }
+        let func = Func::cast(from, to);
+        Epilogue { func, col_vector: None, row_vector: None, residual: None, pair: Pair::None }
+    }
+
+    /// `activation(sum) * second sum`, in f32: a gated unit, with [`Pair::Right`]. `activation` maps f32 to f32.
+    pub fn gated(activation: &Func, to: DType) -> Epilogue {
+        let mut b = FuncBuilder::new();
+        let (gate, up) = (b.param("gate", DType::F32), b.param("up", DType::F32));
+        let x = b.inline(activation, &[gate]);
+        let x = b.op(Op::Mul, &[x, up]);
+        let x = b.cast(x, to);
+        let func = b.finish(x);
+        Epilogue { func, col_vector: None, row_vector: None, residual: None, pair: Pair::Right }
+    }
+
+    /// The parameters of `func`, in order.
+    pub(super) fn slots(&self) -> Vec<Slot> {
+        let mut out: Vec<Slot> =
+            each(self.pair != Pair::None).map(|second| Slot::Sum { second }).collect();
+        if self.col_vector.is_some() {
+            out.extend(each(self.pair == Pair::Right).map(|second| Slot::Cols { second }));
+        }
+        if self.row_vector.is_some() {
+            out.extend(each(self.pair == Pair::Left).map(|second| Slot::Rows { second }));
+        }
+        out.extend(self.residual.map(|_| Slot::Residual));
+        out
     }
 
     /// The epilogue of the transposed product: vectors along rows and columns change places.
     #[must_use]
     pub fn transposed(&self) -> Epilogue {
-        let mut out =
-            Epilogue { col_vector: self.row_vector, row_vector: self.col_vector, ..self.clone() };
-        if self.col_vector.is_some() && self.row_vector.is_some() {
+        let pair = match self.pair {
+            Pair::None => Pair::None,
+            Pair::Right => Pair::Left,
+            Pair::Left => Pair::Right,
+        };
+        let (col_vector, row_vector) = (self.row_vector, self.col_vector);
+        let mut out = Epilogue { col_vector, row_vector, pair, ..self.clone() };
+        let from = |slot: Slot| match slot {
+            Slot::Cols { second } => Slot::Rows { second },
+            Slot::Rows { second } => Slot::Cols { second },
+            same => same,
+        };
+        let mine = self.slots();
+        let theirs: Vec<Slot> = out.slots().into_iter().map(from).collect();
+        if mine != theirs {
+            // The same parameters in another order.
             let mut b = FuncBuilder::new();
-            let mut order: Vec<usize> = (0..self.func.params().len()).collect();
-            order.swap(1, 2);
             let params = self.func.params();
+            let at = |slot: &Slot| mine.iter().position(|m| m == slot);
+            let order: Vec<usize> = theirs.iter().filter_map(at).collect();
             let new: Vec<_> =
                 order.iter().map(|i| b.param(&params[*i].name, params[*i].dtype)).collect();
-            let args: Vec<_> = order.iter().map(|i| new[*i]).collect();
+            let args: Vec<_> = (0..mine.len())
+                .filter_map(|i| order.iter().position(|o| *o == i).map(|at| new[at]))
+                .collect();
             let result = b.inline(&self.func, &args);
             out.func = b.finish(result);
         }
@@ -64,7 +148,8 @@ impl Epilogue {
             x = b.inline(f, &[x]);
         }
         let x = b.cast(x, to);
-        Epilogue { func: b.finish(x), col_vector: Some(bias), row_vector: None, residual: None }
+        let (func, col_vector) = (b.finish(x), Some(bias));
+        Epilogue { func, col_vector, row_vector: None, residual: None, pair: Pair::None }
     }
 }
 
@@ -88,7 +173,7 @@ pub enum Math {
 ///
 /// Size symbols: `M`, `N`, `K`, with `batched` also `L`; `lda`, `ldb`, `ldc` are the distances in
 /// elements between neighbours along the axis that is not contiguous, and `sa`, `sb`, `sc` those
-/// between batches.
+/// between batches. Of a pair the second operand, `A2` or `B2`, lies as the first, and `epilogue` reads both sums.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct GemmSpec {
     /// Type of the operands.
@@ -133,6 +218,57 @@ fn matrix(rows: &str, cols: &str, order: Order, leading: &str, batch: Option<&st
     Layout { axes, offset: Dim::new(0) }
 }
 
+/// Declares what an epilogue reads besides sums, in order; a residual lies as `residual` says.
+fn declare_extras(k: &mut KernelBuilder, e: &Epilogue, residual: &Layout) -> Vec<(Slot, ParamId)> {
+    let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
+    let mut out = Vec::new();
+    for slot in e.slots() {
+        let (name, dtype, layout) = match slot {
+            Slot::Sum { .. } => continue,
+            Slot::Cols { second } => {
+                (["cols", "cols2"][second as usize], e.col_vector, vector("N"))
+            }
+            Slot::Rows { second } => {
+                (["rows", "rows2"][second as usize], e.row_vector, vector("M"))
+            }
+            Slot::Residual => ("R", e.residual, residual.clone()),
+        };
+        out.extend(dtype.map(|t| (slot, k.param(name, t, layout, Access::In))));
+    }
+    out
+}
+
+/// Loads them for a tile at `at`; rows and columns are its last two axes. The operands are of a map over the tile, or
+/// over its last two axes alone.
+fn load_extras(
+    k: &mut KernelBuilder,
+    extras: &[(Slot, ParamId)],
+    at: &[Dim],
+    shape: &[Dim],
+    whole: bool,
+) -> Vec<Operand> {
+    let first = shape.len() - 2;
+    let mut out = Vec::new();
+    for (slot, param) in extras {
+        let axis = match slot {
+            Slot::Rows { .. } => first,
+            Slot::Cols { .. } => first + 1,
+            Slot::Sum { .. } | Slot::Residual => {
+                let mut tile = k.load(*param, at.to_vec(), shape.to_vec());
+                if !whole && first > 0 {
+                    tile = k.reshape(tile, shape[first..].to_vec());
+                }
+                out.push(k.plain(tile));
+                continue;
+            }
+        };
+        let tile = k.load(*param, vec![at[axis].clone()], vec![shape[axis].clone()]);
+        let along = vec![if whole { axis } else { axis - first }];
+        out.push(Operand { tile, along });
+    }
+    out
+}
+
 impl GemmSpec {
     /// Row-major `A`, `B`, `C`, no epilogue but the conversion.
     pub fn plain(operand: DType, sum: DType, result: DType) -> GemmSpec {
@@ -156,7 +292,7 @@ impl GemmSpec {
 
     /// The program of a product whose depth is cut into parts: part `ps` sums `part` tiles of depth and
     /// stores its sums to `P[ps]`, a tensor `[S, M, N]` in the order of `C`. [`GemmSpec::sum_program`]
-    /// adds the parts up. Not for batches.
+    /// adds the parts up. Not for batches, and not for pairs.
     pub fn part_program(&self, name: &str) -> Kernel {
         self.build(name, true)
     }
@@ -182,23 +318,26 @@ impl GemmSpec {
         let (bm, bn, bk) = (k.tile("BM"), k.tile("BN"), k.tile("BK"));
         let (m, n, depth) = (Dim::sym("M"), Dim::sym("N"), Dim::sym("K"));
         let batch = |s: &'static str| self.batched.then_some(s);
-        let a =
-            k.param("A", self.operand, matrix("M", "K", self.a, "lda", batch("sa")), Access::In);
-        let b =
-            k.param("B", self.operand, matrix("K", "N", self.b, "ldb", batch("sb")), Access::In);
+        let pair = self.epilogue.pair;
+        let name_of = |name: &str, second: bool| format!("{name}{}", if second { "2" } else { "" });
+        let mut operand = |name: &str, two: bool, layout: Layout| -> Vec<ParamId> {
+            each(two)
+                .map(|s| k.param(&name_of(name, s), self.operand, layout.clone(), Access::In))
+                .collect()
+        };
+        let a_layout = matrix("M", "K", self.a, "lda", batch("sa"));
+        let a = operand("A", pair == Pair::Left, a_layout);
+        let b_layout = matrix("K", "N", self.b, "ldb", batch("sb"));
+        let b = operand("B", pair == Pair::Right, b_layout);
         let low = (self.math == Math::Tf32x3).then(|| {
             let a = matrix("M", "K", self.a, "lda", batch("sa"));
             let b = matrix("K", "N", self.b, "ldb", batch("sb"));
             let a = k.param("A_low", self.operand, a, Access::In);
             (a, k.param("B_low", self.operand, b, Access::In))
         });
-        let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
         let e = &self.epilogue;
-        let with = |t: Option<DType>| t.filter(|_| !split);
-        let col = with(e.col_vector).map(|t| k.param("cols", t, vector("N"), Access::In));
-        let row = with(e.row_vector).map(|t| k.param("rows", t, vector("M"), Access::In));
         let c_layout = || matrix("M", "N", self.c, "ldc", batch("sc"));
-        let residual = with(e.residual).map(|t| k.param("R", t, c_layout(), Access::In));
+        let extras = if split { vec![] } else { declare_extras(&mut k, e, &c_layout()) };
         let c = if split {
             let mut layout = matrix("M", "N", self.c, "ldc", None);
             let parts = Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None };
@@ -221,6 +360,7 @@ impl GemmSpec {
         };
         let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let init = k.full(zero, TileType::new(self.sum, [bm.clone(), bn.clone()]));
+        let sums = a.len().max(b.len());
         let steps = depth.ceil_div(&bk);
         let (lo, hi) = match &ps {
             None => (Dim::new(0), steps),
@@ -230,23 +370,36 @@ impl GemmSpec {
                 (lo, hi)
             }
         };
-        let (var, carried) = k.begin_for("k", lo, hi, &[init]);
+        let (var, carried) = k.begin_for("k", lo, hi, &vec![init; sums]);
         let row0 = pm * &bm;
         let col0 = pn * &bn;
         let k0 = var * &bk;
-        let mut ta = k.load(a, at(row0.clone(), k0.clone()), shape(&bm, &bk));
-        let mut tb = k.load(b, at(k0.clone(), col0.clone()), shape(&bk, &bn));
-        if self.batched {
-            ta = k.reshape(ta, vec![bm.clone(), bk.clone()]);
-            tb = k.reshape(tb, vec![bk.clone(), bn.clone()]);
-        }
         let limit = depth - &k0;
-        let next = match self.math {
-            Math::Exact => k.mma(carried[0], ta, tb, Some(limit)),
-            Math::Tf32 => {
-                let (ra, rb) = (round(&mut k, ta), round(&mut k, tb));
-                k.mma(carried[0], ra, rb, Some(limit))
-            }
+        let mut left = Vec::new();
+        for param in &a {
+            left.push(k.load(*param, at(row0.clone(), k0.clone()), shape(&bm, &bk)));
+        }
+        let mut right = Vec::new();
+        for param in &b {
+            right.push(k.load(*param, at(k0.clone(), col0.clone()), shape(&bk, &bn)));
+        }
+        if self.batched {
+            left = left.iter().map(|t| k.reshape(*t, vec![bm.clone(), bk.clone()])).collect();
+            right = right.iter().map(|t| k.reshape(*t, vec![bk.clone(), bn.clone()])).collect();
+        }
+        if self.math == Math::Tf32 {
+            left = left.iter().map(|t| round(&mut k, *t)).collect();
+            right = right.iter().map(|t| round(&mut k, *t)).collect();
+        }
+        let (ta, tb) = (left[0], right[0]);
+        let operands = |i: usize| (left[i.min(left.len() - 1)], right[i.min(right.len() - 1)]);
+        let next: Vec<TileId> = match self.math {
+            Math::Exact | Math::Tf32 => (0..sums)
+                .map(|i| {
+                    let (ta, tb) = operands(i);
+                    k.mma(carried[i], ta, tb, Some(limit.clone()))
+                })
+                .collect(),
             Math::Tf32x3 => {
                 let (a_low, b_low) = low.expect("declared for this math");
                 let mut la = k.load(a_low, at(row0.clone(), k0.clone()), shape(&bm, &bk));
@@ -263,37 +416,28 @@ impl GemmSpec {
                 let x = k.mma(x, ha, lb, Some(limit.clone()));
                 let part = k.mma(x, ha, hb, Some(limit));
                 let args = vec![k.plain(carried[0]), k.plain(part)];
-                k.map(Func::binary(Op::Add, self.sum), args, vec![bm.clone(), bn.clone()])
-            }
-            Math::Promoted => {
-                let part = k.mma(init, ta, tb, Some(limit));
                 let add = Func::binary(Op::Add, self.sum);
-                let args = vec![k.plain(carried[0]), k.plain(part)];
-                k.map(add, args, vec![bm.clone(), bn.clone()])
+                vec![k.map(add, args, vec![bm.clone(), bn.clone()])]
             }
+            Math::Promoted => (0..sums)
+                .map(|i| {
+                    let (ta, tb) = operands(i);
+                    let part = k.mma(init, ta, tb, Some(limit.clone()));
+                    let add = Func::binary(Op::Add, self.sum);
+                    let args = vec![k.plain(carried[i]), k.plain(part)];
+                    k.map(add, args, vec![bm.clone(), bn.clone()])
+                })
+                .collect(),
         };
-        let sums = k.end_for(&[next])[0];
+        let sums = k.end_for(&next);
         if let Some(ps) = ps {
-            let out = k.reshape(sums, vec![Dim::new(1), bm, bn]);
+            let out = k.reshape(sums[0], vec![Dim::new(1), bm, bn]);
             k.store(c, vec![ps, row0, col0], out);
             return k.finish();
         }
-        let mut args = vec![k.plain(sums)];
-        if let Some(p) = col {
-            let v = k.load(p, vec![col0.clone()], vec![bn.clone()]);
-            args.push(Operand { tile: v, along: vec![1] });
-        }
-        if let Some(p) = row {
-            let v = k.load(p, vec![row0.clone()], vec![bm.clone()]);
-            args.push(Operand { tile: v, along: vec![0] });
-        }
-        if let Some(p) = residual {
-            let mut t = k.load(p, at(row0.clone(), col0.clone()), shape(&bm, &bn));
-            if self.batched {
-                t = k.reshape(t, vec![bm.clone(), bn.clone()]);
-            }
-            args.push(k.plain(t));
-        }
+        let mut args: Vec<Operand> = sums.iter().map(|t| k.plain(*t)).collect();
+        let place = at(row0.clone(), col0.clone());
+        args.extend(load_extras(&mut k, &extras, &place, &shape(&bm, &bn), false));
         let mut out = k.map(e.func.clone(), args, vec![bm.clone(), bn.clone()]);
         if self.batched {
             out = k.reshape(out, shape(&bm, &bn));
@@ -315,11 +459,8 @@ impl GemmSpec {
         let mut parts = matrix("M", "N", Order::Row, "ldp", None);
         parts.axes.insert(0, Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None });
         let p = k.param("P", self.sum, parts, Access::In);
-        let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
         let c_layout = || matrix("M", "N", Order::Row, "ldc", None);
-        let col = e.col_vector.map(|t| k.param("cols", t, vector("N"), Access::In));
-        let row = e.row_vector.map(|t| k.param("rows", t, vector("M"), Access::In));
-        let residual = e.residual.map(|t| k.param("R", t, c_layout(), Access::In));
+        let extras = declare_extras(&mut k, &e, &c_layout());
         let c = k.param("C", self.result, c_layout(), Access::Out);
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
         let pn = k.grid("pn", Dim::sym("N").ceil_div(&bc));
@@ -337,18 +478,8 @@ impl GemmSpec {
         let next = k.map(Func::binary(Op::Add, self.sum), args, vec![br.clone(), bc.clone()]);
         let sums = k.end_for(&[next])[0];
         let mut args = vec![k.plain(sums)];
-        if let Some(p) = col {
-            let v = k.load(p, vec![col0.clone()], vec![bc.clone()]);
-            args.push(Operand { tile: v, along: vec![1] });
-        }
-        if let Some(p) = row {
-            let v = k.load(p, vec![row0.clone()], vec![br.clone()]);
-            args.push(Operand { tile: v, along: vec![0] });
-        }
-        if let Some(p) = residual {
-            let t = k.load(p, vec![row0.clone(), col0.clone()], vec![br.clone(), bc.clone()]);
-            args.push(k.plain(t));
-        }
+        let place = [row0.clone(), col0.clone()];
+        args.extend(load_extras(&mut k, &extras, &place, &[br.clone(), bc.clone()], false));
         let out = k.map(e.func.clone(), args, vec![br, bc]);
         k.store(c, vec![row0, col0], out);
         k.finish()
@@ -367,36 +498,56 @@ impl GemmSpec {
         }
         let (br, bc) = (k.tile("BR"), k.tile("BC"));
         let batch = self.batched.then_some("sc");
-        let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
         let c_layout = || matrix("M", "N", Order::Row, "ldc", batch);
-        let col = e.col_vector.map(|t| k.param("cols", t, vector("N"), Access::In));
-        let row = e.row_vector.map(|t| k.param("rows", t, vector("M"), Access::In));
-        let residual = e.residual.map(|t| k.param("R", t, c_layout(), Access::In));
+        let extras = declare_extras(&mut k, &e, &c_layout());
         let c = k.param("C", self.result, c_layout(), Access::Out);
         let pl = self.batched.then(|| k.grid("pl", Dim::sym("L")));
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
         let pn = k.grid("pn", Dim::sym("N").ceil_div(&bc));
         let (row0, col0) = (pm * &br, pn * &bc);
-        let mut at = vec![row0.clone(), col0.clone()];
-        let mut shape = vec![br.clone(), bc.clone()];
+        let mut at = vec![row0, col0];
+        let mut shape = vec![br, bc];
         if let Some(pl) = pl {
             at.insert(0, pl);
             shape.insert(0, Dim::new(1));
         }
         let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let sums = k.full(zero, TileType::new(self.sum, shape.clone()));
-        let mut args = vec![k.plain(sums)];
-        let lines = shape.len() - 2;
-        for (param, start, extent, axis) in [(col, col0, bc, lines + 1), (row, row0, br, lines)] {
-            if let Some(p) = param {
-                let v = k.load(p, vec![start], vec![extent]);
-                args.push(Operand { tile: v, along: vec![axis] });
-            }
+        let mut args: Vec<Operand> = each(e.pair != Pair::None).map(|_| k.plain(sums)).collect();
+        args.extend(load_extras(&mut k, &extras, &at, &shape, true));
+        let out = k.map(e.func.clone(), args, shape);
+        k.store(c, at, out);
+        k.finish()
+    }
+
+    /// The epilogue as a kernel of its own, over sums that another kernel stored as `from`: what follows a product of a
+    /// library without such an epilogue. Tensors are `S` (of a pair also `S2`) with `lds`, what the epilogue reads, and
+    /// `C`; all row-major, tile sizes as for [`GemmSpec::sum_program`].
+    pub fn apart_program(&self, name: &str, from: DType) -> Kernel {
+        let e = &self.epilogue;
+        let mut k = KernelBuilder::new(name);
+        for size in ["M", "N", "lds", "ldc"] {
+            k.symbol(Symbol { name: size.into(), range: Range { min: 1, max: i32::MAX.into() } });
         }
-        if let Some(p) = residual {
-            let t = k.load(p, at.clone(), shape.clone());
-            args.push(k.plain(t));
+        let (br, bc) = (k.tile("BR"), k.tile("BC"));
+        let layout = |leading: &str| matrix("M", "N", Order::Row, leading, None);
+        let two = e.pair != Pair::None;
+        let names = ["S", "S2"].into_iter().take(1 + usize::from(two));
+        let stored: Vec<ParamId> =
+            names.map(|name| k.param(name, from, layout("lds"), Access::In)).collect();
+        let extras = declare_extras(&mut k, e, &layout("ldc"));
+        let c = k.param("C", self.result, layout("ldc"), Access::Out);
+        let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
+        let pn = k.grid("pn", Dim::sym("N").ceil_div(&bc));
+        let (at, shape) = (vec![pm * &br, pn * &bc], vec![br, bc]);
+        let mut args = Vec::new();
+        for param in stored {
+            let tile = k.load(param, at.clone(), shape.clone());
+            let wide = vec![k.plain(tile)];
+            let tile = k.map(Func::cast(from, self.sum), wide, shape.clone());
+            args.push(k.plain(tile));
         }
+        args.extend(load_extras(&mut k, &extras, &at, &shape, true));
         let out = k.map(e.func.clone(), args, shape);
         k.store(c, at, out);
         k.finish()

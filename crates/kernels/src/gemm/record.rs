@@ -11,7 +11,7 @@
 
 use crate::gemm::plan::{Candidate, Choice, candidate, choices, plan_untuned};
 use crate::gemm::problem::{Precision, Problem};
-use crate::gemm::program::Order;
+use crate::gemm::program::{Order, Pair};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -87,8 +87,9 @@ impl Key {
             stride: stride.into(),
             align: [align(p.align.0), align(p.align.1), align(p.align.2)],
             epilogue: format!(
-                "{}{}{}{}",
+                "{}{}{}{}{}",
                 e.func,
+                if e.pair == Pair::None { "" } else { " pair" },
                 extra("cols", e.col_vector),
                 extra("rows", e.row_vector),
                 extra("residual", e.residual)

@@ -40,7 +40,8 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
     let size = i64::from(spec.operand.bits()) / 8;
     let tensors = if spec.math == Math::Tf32x3 { 2 } else { 1 };
     let two_sums = matches!(spec.math, Math::Promoted | Math::Tf32x3);
-    let scratch = if two_sums { 2 } else { 1 };
+    let [lefts, rights] = spec.epilogue.pair.operands();
+    let scratch = if two_sums { 2 } else { 1 } * lefts * rights;
     let mut out = Vec::new();
     // (rows, consumers, mode)
     let shapes = [
@@ -102,7 +103,7 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                                 }
                             }
                         };
-                        let stage = tensors * (bm + bn) * bk * size;
+                        let stage = tensors * (lefts * bm + rights * bn) * bk * size;
                         let stages = ((SMEM_BYTES - staging) / stage).min(8);
                         // One staging tile only where it makes room for a stage.
                         if stages < 2 || stages == before {
@@ -149,13 +150,18 @@ const MULTIPLY_ADD_SHAPES: [(i64, i64, (u32, u32), i64); 11] = [
 ];
 
 /// Schedules of plain f32 multiply-adds, for operands in any layout. `vector` is how many elements one access
-/// may take.
-pub(super) fn multiply_add_space(vector: u32) -> Vec<GpuSchedule> {
+/// may take; of a pair there are two sums for each result, which the largest tiles have no registers for.
+pub(super) fn multiply_add_space(vector: u32, pair: bool) -> Vec<GpuSchedule> {
     let mut out = Vec::new();
     for (bm, bn, warps, blocks) in MULTIPLY_ADD_SHAPES {
+        let sums = bm * bn / i64::from(warps.0 * warps.1 * 32);
+        if pair && sums > 32 {
+            continue;
+        }
         for bk in [16, 32] {
             for stages in [3, 2] {
-                if i64::from(stages) * (bm + bn) * bk * 4 * blocks > SMEM_BYTES {
+                let columns = if pair { 2 * bn } else { bn };
+                if i64::from(stages) * (bm + columns) * bk * 4 * blocks > SMEM_BYTES {
                     continue;
                 }
                 let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];

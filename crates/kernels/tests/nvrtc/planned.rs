@@ -11,7 +11,7 @@ use tilewright_expr::{FuncBuilder, Op};
 use tilewright_kernels::gemm::{
     Epilogue,
     Order::{self, Col, Row},
-    Precision, Problem, Step, plan,
+    Pair, Precision, Problem, Step, plan,
 };
 use tilewright_lower_gpu::lower;
 use tilewright_target::Gpu;
@@ -85,7 +85,26 @@ fn scaled(to: DType) -> Epilogue {
     let x = b.op(Op::Mul, &[sum, cols]);
     let x = b.op(Op::Mul, &[x, rows]);
     let x = b.cast(x, to);
-    Epilogue { func: b.finish(x), col_vector: Some(F32), row_vector: Some(F32), residual: None }
+    Epilogue {
+        func: b.finish(x),
+        col_vector: Some(F32),
+        row_vector: Some(F32),
+        residual: None,
+        pair: Pair::None,
+    }
+}
+
+/// `silu(gate) * up`
+fn swiglu(sum: DType, to: DType) -> Epilogue {
+    let mut b = FuncBuilder::new();
+    let [gate, up] = ["gate", "up"].map(|name| b.param(name, sum));
+    let [gate, up] = [gate, up].map(|x| b.cast(x, F32));
+    let y = b.op(Op::Sigmoid, &[gate]);
+    let y = b.op(Op::Mul, &[gate, y]);
+    let y = b.op(Op::Mul, &[y, up]);
+    let y = b.cast(y, to);
+    let (func, pair) = (b.finish(y), Pair::Right);
+    Epilogue { func, col_vector: None, row_vector: None, residual: None, pair }
 }
 
 fn residual(to: DType) -> Epilogue {
@@ -94,7 +113,13 @@ fn residual(to: DType) -> Epilogue {
     let r = b.cast(r, F32);
     let x = b.op(Op::Add, &[sum, r]);
     let x = b.cast(x, to);
-    Epilogue { func: b.finish(x), col_vector: None, row_vector: None, residual: Some(to) }
+    Epilogue {
+        func: b.finish(x),
+        col_vector: None,
+        row_vector: None,
+        residual: Some(to),
+        pair: Pair::None,
+    }
 }
 
 fn problems() -> Vec<(String, Problem)> {
@@ -134,6 +159,16 @@ fn problems() -> Vec<(String, Problem)> {
                 let (_, mut p) = make(kind, sizes, &ORDERS[0]);
                 p.epilogue = epilogue(p.result);
                 out.push((what.to_owned(), p));
+            }
+        }
+    }
+    // Gated pairs, in both orders of weights.
+    for kind in KINDS {
+        for sizes in FEW_SIZES {
+            for orders in &ORDERS[..2] {
+                let (name, mut p) = make(kind, sizes, orders);
+                p.epilogue = swiglu(p.sum, p.result);
+                out.push((format!("{name} swiglu"), p));
             }
         }
     }

@@ -10,6 +10,7 @@
 //!   matrices ([`Lowering::product_packed`]);
 //! * attention is an [`Attention`](tilewright_plan::Attention) (`attention.rs`);
 //! * a convolution with taps is such a product with a copy of its windows (`im2col`);
+//! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
 //! * a reduction over rows is also given with whole rows in a tile (`rows.rs`).
 //!
 //! Under `f16` and `bf16`, weights and what is computed from them are *stored* in that type: kernels widen
@@ -17,9 +18,11 @@
 //! weight (positions, masks) and the caller's inputs and outputs keep their type.
 
 mod attention;
+mod pairs;
 
 pub(crate) use attention::Attended;
 pub use attention::attention_fits;
+pub(crate) use pairs::pair_products;
 
 use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
 use crate::contract::{Product, Side};
@@ -193,6 +196,7 @@ impl Lowering<'_> {
             cols: None,
             rows: None,
             residual: None,
+            second: None,
         };
         // What the epilogue reads, in the order of its function's parameters.
         let mut leaves = Vec::new();
