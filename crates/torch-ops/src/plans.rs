@@ -159,6 +159,16 @@ fn cuda(index: u32) -> Result<Arc<Cuda>> {
     Ok(devices.entry(index).or_insert(made).clone())
 }
 
+/// A graph planned for a GPU. The texts are written to be one kernel wherever that is possible, and the search, which does not
+/// know how many rows there will be, does not always find it: of its plan and the plain rule's, the one with fewer kernels.
+pub(crate) fn planned(machine: &Machine, graph: &Graph) -> Result<tilewright::gpu::GpuPlan> {
+    let mut compiler = tilewright::gpu::GpuCompiler::new(machine.clone());
+    let found = compiler.plan(graph.clone())?;
+    compiler.fusion = tilewright::Choice::Greedy;
+    let plain = compiler.plan(graph.clone())?;
+    Ok(if plain.plan().steps.len() < found.plan().steps.len() { plain } else { found })
+}
+
 fn on_cuda(
     index: u32,
     key: Key,
@@ -176,10 +186,7 @@ fn on_cuda(
     let plan = match known {
         Some(plan) => plan,
         None => {
-            let mut compiler = tilewright::gpu::GpuCompiler::new(device.machine.clone());
-            // The texts are written to be one kernel wherever that is possible.
-            compiler.fusion = tilewright::Choice::Greedy;
-            let planned = compiler.plan(Graph::parse(&text()?)?)?;
+            let planned = planned(&device.machine, &Graph::parse(&text()?)?)?;
             let plan = planned.plan().clone();
             let made = Direct::new(plan, device.loader.clone(), device.machine.clone())?;
             let mut plans = device.plans.write().unwrap_or_else(PoisonError::into_inner);
