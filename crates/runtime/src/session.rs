@@ -420,7 +420,8 @@ impl Session {
     }
 
     /// As [`Session::run_sized`] on bare addresses: `sizes` are the values of the plan's symbols, in order; inputs and
-    /// outputs lie row-major where the addresses say. Nothing is allocated for sizes seen before.
+    /// outputs lie row-major where the addresses say. Nothing is allocated for sizes seen before. With `alone` the calling
+    /// thread does it all: for work that is done before the others have woken up.
     ///
     /// # Errors
     /// The user's about the sizes; unsupported for plans with steps of the interpreter.
@@ -433,6 +434,7 @@ impl Session {
         sizes: &[i64],
         inputs: &[usize],
         outputs: &[usize],
+        alone: bool,
     ) -> Result<()> {
         let plan = &self.exe.plan;
         let counts = (sizes.len(), inputs.len(), outputs.len());
@@ -462,7 +464,8 @@ impl Session {
                 Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
                 Slot::Fixed(address) => address as *mut u8,
             }));
-            launch(&exe.code[kernel.index()], pointers, sizes, *blocks, scratch, &exe.pool);
+            let pool = if alone { None } else { Some(&*exe.pool) };
+            launch(&exe.code[kernel.index()], pointers, sizes, *blocks, scratch, pool);
         }
         Ok(())
     }
@@ -562,7 +565,14 @@ impl Session {
                             Slot::Fixed(address) => address as *mut u8,
                         });
                     }
-                    launch(&exe.code[kernel.index()], pointers, sizes, *blocks, scratch, &exe.pool);
+                    launch(
+                        &exe.code[kernel.index()],
+                        pointers,
+                        sizes,
+                        *blocks,
+                        scratch,
+                        Some(&exe.pool),
+                    );
                 }
                 BoundStep::Host { step } => {
                     host_step(exe, bound, *step, inputs, outputs, arena)?;
@@ -651,7 +661,7 @@ impl Session {
                         &values,
                         blocks,
                         &self.scratch,
-                        &exe.pool,
+                        Some(&exe.pool),
                     );
                 }
             }
@@ -684,7 +694,7 @@ fn launch(
     sizes: &[i64],
     blocks: i64,
     scratch: &[AlignedBuffer],
-    pool: &Pool,
+    pool: Option<&Pool>,
 ) {
     /// Raw addresses that worker threads may use.
     struct Addresses(*const *mut u8);
@@ -692,7 +702,7 @@ fn launch(
     unsafe impl Sync for Addresses {}
     let addresses = Addresses(pointers.as_ptr());
     let addresses = &addresses;
-    pool.run(blocks, &|first, last, worker| {
+    let share = |first, last, worker: usize| {
         // SAFETY: `Code::from_library` sees to it that the entry follows `KernelFn` and stays inside its
         // buffers and scratch; every pointer refers to a buffer of at least its layout's size
         // (checked for inputs and outputs by `bind_symbols` and `run_into`, by construction for
@@ -700,7 +710,12 @@ fn launch(
         unsafe {
             (code.entry)(addresses.0, sizes.as_ptr(), first, last, scratch[worker].as_ptr());
         }
-    });
+    };
+    match pool {
+        Some(pool) => pool.run(blocks, &share),
+        None if blocks > 0 => share(0, blocks, 0),
+        None => {}
+    }
 }
 
 fn call_host(

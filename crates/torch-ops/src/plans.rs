@@ -22,20 +22,22 @@ use tilewright_torch_abi::{Device, Tensor};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     name: &'static str,
+    used: usize,
     words: [u64; 12],
 }
 
 impl Key {
     pub(crate) fn new(name: &'static str) -> Key {
-        Key { name, words: [0; 12] }
+        Key { name, used: 0, words: [0; 12] }
     }
 
-    /// Adds a number. Numbers are told apart by their order.
+    /// Adds a number. Numbers are told apart by their order; no operator has more than there is room for.
     pub(crate) fn with(mut self, number: u64) -> Key {
-        // The first place that is still free; a place that is taken holds the number plus one.
-        if let Some(place) = self.words.iter_mut().find(|w| **w == 0) {
-            *place = number.wrapping_add(1);
+        debug_assert!(self.used < self.words.len(), "{} has too many numbers", self.name);
+        if let Some(place) = self.words.get_mut(self.used) {
+            *place = number;
         }
+        self.used += 1;
         self
     }
 
@@ -62,6 +64,10 @@ pub(crate) fn run(
 
 // ---- on the processor ------------------------------------------------------------------------------
 
+/// Fewer elements than this are computed by the calling thread (PyTorch's own bound for maps).
+#[cfg(feature = "cpu")]
+const FEW: i64 = 32768;
+
 #[cfg(feature = "cpu")]
 fn on_cpu(
     key: Key,
@@ -86,13 +92,14 @@ fn on_cpu(
             plans.entry(key).or_insert(session).clone()
         }
     };
+    let alone = inputs.iter().chain(outputs).map(|t| t.elements()).sum::<i64>() < FEW;
     let place = |t: &&Tensor| t.address().map(|a| a as usize);
     let inputs = inputs.iter().map(place).collect::<Result<Vec<_>>>()?;
     let outputs = outputs.iter().map(place).collect::<Result<Vec<_>>>()?;
     let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: the operators give tensors of the graph's types and shapes (`run`'s contract, which each keeps by checking
     // its arguments and making its results from them), and PyTorch's tensors live until the call ends. Outputs are new.
-    unsafe { session.run_at(sizes, &inputs, &outputs) }
+    unsafe { session.run_at(sizes, &inputs, &outputs, alone) }
 }
 
 #[cfg(not(feature = "cpu"))]
@@ -159,6 +166,16 @@ fn cuda(index: u32) -> Result<Arc<Cuda>> {
     Ok(devices.entry(index).or_insert(made).clone())
 }
 
+/// A graph planned for a GPU. The texts are written to be one kernel wherever that is possible, and the search, which does not
+/// know how many rows there will be, does not always find it: of its plan and the plain rule's, the one with fewer kernels.
+pub(crate) fn planned(machine: &Machine, graph: &Graph) -> Result<tilewright::gpu::GpuPlan> {
+    let mut compiler = tilewright::gpu::GpuCompiler::new(machine.clone());
+    let found = compiler.plan(graph.clone())?;
+    compiler.fusion = tilewright::Choice::Greedy;
+    let plain = compiler.plan(graph.clone())?;
+    Ok(if plain.plan().steps.len() < found.plan().steps.len() { plain } else { found })
+}
+
 fn on_cuda(
     index: u32,
     key: Key,
@@ -176,10 +193,7 @@ fn on_cuda(
     let plan = match known {
         Some(plan) => plan,
         None => {
-            let mut compiler = tilewright::gpu::GpuCompiler::new(device.machine.clone());
-            // The texts are written to be one kernel wherever that is possible.
-            compiler.fusion = tilewright::Choice::Greedy;
-            let planned = compiler.plan(Graph::parse(&text()?)?)?;
+            let planned = planned(&device.machine, &Graph::parse(&text()?)?)?;
             let plan = planned.plan().clone();
             let made = Direct::new(plan, device.loader.clone(), device.machine.clone())?;
             let mut plans = device.plans.write().unwrap_or_else(PoisonError::into_inner);

@@ -3,9 +3,8 @@
 //! The same graphs on the processor are tested from Python (`tests/python/test_torch_ops.py`).
 
 use crate::ops::samples;
+use crate::plans::planned;
 use std::collections::BTreeMap;
-use tilewright::Choice;
-use tilewright::gpu::GpuCompiler;
 use tilewright_graph::Graph;
 use tilewright_target::Gpu;
 
@@ -17,9 +16,7 @@ fn every_operator_runs_on_a_gpu_within_the_contract() {
         let chosen: BTreeMap<String, i64> =
             graph.symbols.iter().map(|s| (s.name.to_string(), 5)).collect();
         let inputs = tilewright::inputs::random(&graph, &chosen, 7).expect("inputs");
-        let mut compiler = GpuCompiler::new(Gpu::h200());
-        compiler.fusion = Choice::Greedy;
-        let planned = match compiler.plan(graph.clone()) {
+        let planned = match planned(&Gpu::h200(), &graph) {
             Ok(planned) => planned,
             Err(e) => {
                 wrong.push(format!("{name}: {e:?}"));

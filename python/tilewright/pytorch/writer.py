@@ -103,6 +103,8 @@ class Writer:
     """A graph under construction."""
 
     def __init__(self, name: str, symbols: dict[str, tuple[int, int | None]]):
+        if not _native.HAS_CPU:
+            raise NotImplementedError("this build has no compiler for processors (LLVM): it has tilewright.ops only")
         self.builder = _native.Builder(name)
         self.origin = ""
         # Inputs that hold positions, with the size that they must stay below, and a number beside that is allowed:
