@@ -19,11 +19,13 @@
 //! | `bind` | a plan and sizes to steps over one block of memory |
 //! | `host` | steps on the host |
 //! | `interpret` | running a bound plan in the interpreter |
+//! | `decode` | language models step by step, with a cache |
 //! | `session` | running it on a device |
 
 mod attention;
 mod bind;
 mod choose;
+pub mod decode;
 mod host;
 mod interpret;
 mod product;

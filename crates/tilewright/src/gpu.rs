@@ -244,6 +244,11 @@ impl GpuDevice {
         &self.gpu
     }
 
+    /// The device, its compiler, and the device as data.
+    pub fn into_parts(self) -> (Gpu, Nvrtc, Machine) {
+        (self.gpu, self.nvrtc, self.machine)
+    }
+
     /// Copies the weights of a planned model to the device.
     ///
     /// # Errors
