@@ -68,7 +68,7 @@ impl AttentionParts {
         let m = k.param("M", DType::F32, shape(&flat), InOut);
         let l = k.param("L", DType::F32, shape(&flat), InOut);
         let row = k.grid("row", d(count));
-        let group = k.grid("group", d(self.kv_heads));
+        let group = k.grid("kv_head", d(self.kv_heads));
         let part = k.grid("part", d(parts));
         let (sequence, position) = self.rows.place(&row);
         let seen = self.seen(&position);

@@ -113,10 +113,10 @@ impl VectorProduct {
             runs /= 2;
         }
         // Every row has sums of its own.
-        while runs * each * self.planes() * self.vector() * self.rows.count() > 128 && runs > 1 {
+        while runs * each * self.planes() * self.vector() * self.rows.count() > 64 && runs > 1 {
             runs /= 2;
         }
-        while runs * each * self.planes() * self.vector() * self.rows.count() > 128 && each > 1 {
+        while runs * each * self.planes() * self.vector() * self.rows.count() > 64 && each > 1 {
             each /= 2;
         }
         Form { threads, lanes, each, runs, ahead: true }

@@ -346,7 +346,7 @@ impl Draw {
         k.store(tokens, vec![row.clone()], one);
         let one = k.reshape(token, vec![d(1), d(1)]);
         k.store(history, vec![next_row, row.clone()], one);
-        let threads = 1024;
+        let threads = 512;
         let schedule = schedule(arch, &[("BV", threads * 4)], (threads, threads, 4), true);
         Ok(Scheduled { kernel: k.finish(), schedule })
     }
