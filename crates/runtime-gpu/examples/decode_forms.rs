@@ -47,9 +47,11 @@ fn forms(spec: &VectorProduct, sms: i64) -> Vec<Form> {
     for threads in [128, 256] {
         for (each, runs) in [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
         {
-            let form = Form { threads, lanes: 32, each, runs, ahead: true };
-            if !out.contains(&form) {
-                out.push(form);
+            for blocks in [1, 768 / threads, 1024 / threads] {
+                let form = Form { threads, lanes: 32, each, runs, blocks, ahead: true };
+                if !out.contains(&form) {
+                    out.push(form);
+                }
             }
         }
     }
@@ -95,7 +97,7 @@ fn main() -> Result<()> {
     for at in (0..pool.len()).step_by(block.len()) {
         pool.write_at(&stream, at, &block)?;
     }
-    let small = stream.alloc(64 << 20)?;
+    let small = stream.alloc(128 << 20)?;
     small.zero(&stream)?;
     let mut last = String::new();
     for ((spec, form, program), kernel) in cases.iter().zip(loaded) {
@@ -114,7 +116,7 @@ fn main() -> Result<()> {
         let mut bound: Vec<BoundKernel> = Vec::new();
         let mut at = pool.address();
         for copy in 0..copies {
-            let mut scratch = small.address() + (copy % 2) * (32 << 20);
+            let mut scratch = small.address() + (copy % 2) * (64 << 20);
             let mut operands = Vec::new();
             for (_, p) in program.params.iter() {
                 if matches!(&*p.name, "W" | "U") {
@@ -155,12 +157,13 @@ fn main() -> Result<()> {
             last.clone_from(&spec.name);
         }
         println!(
-            "  {:>7.2} us {:>5.0} GB/s  threads {} each {} runs {} ahead {} regs {:?}",
+            "  {:>7.2} us {:>5.0} GB/s  threads {} each {} runs {} blocks {} ahead {} regs {:?}",
             median,
             bytes as f64 / median * 1e-3,
             form.threads,
             form.each,
             form.runs,
+            form.blocks,
             form.ahead,
             kernel.compiled().resources(&kernel.source().entry).map(|r| r.registers),
         );

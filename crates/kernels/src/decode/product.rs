@@ -67,6 +67,8 @@ pub struct Form {
     pub each: i64,
     /// Accesses of 16 bytes that it makes to each.
     pub runs: i64,
+    /// Blocks that share a multiprocessor, for which registers are limited.
+    pub blocks: i64,
     /// Weights are asked for while the kernel before still runs.
     pub ahead: bool,
 }
@@ -119,7 +121,7 @@ impl VectorProduct {
         while runs * each * self.planes() * self.vector() * self.rows.count() > 64 && each > 1 {
             each /= 2;
         }
-        Form { threads, lanes, each, runs, ahead: true }
+        Form { threads, lanes, each, runs, blocks: 1, ahead: true }
     }
 
     /// The kernel in the form that suits the machine.
@@ -155,6 +157,7 @@ impl VectorProduct {
         ];
         let mut schedule = schedule(arch, &tiles, (form.threads, form.lanes, vector), true);
         schedule.lines.ahead &= form.ahead;
+        schedule.blocks_per_sm = form.blocks.clamp(1, 16) as u32;
         Ok(Scheduled { kernel: self.program()?, schedule })
     }
 
