@@ -21,6 +21,8 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/cuda/",                   "the interfaces of the GPU's driver and compiler; its launches are unsafe"),
     ("crates/launch/",                 "launches of programs: their operands are the caller's promise"),
     ("crates/runtime-gpu/src/session.rs", "launches over its own arena and constants"),
+    ("crates/runtime-gpu/src/decode/device.rs", "launches over its own weights and state"),
+    ("crates/runtime-gpu/examples/decode_forms.rs", "launches over its own memory, to time them"),
     ("crates/bench-gpu/src/bin/launch.rs", "launches of empty kernels, to time the call"),
     ("crates/bench-gpu/src/attention.rs", "launches of attention on tensors that it owns"),
     ("crates/bench-gpu/src/arms.rs",   "launches of our kernels and cuBLASLt's on matrices that it borrows"),

@@ -286,8 +286,8 @@ impl Net {
         for (value, name) in [(k, "key"), (v, "value")] {
             let shape = [self.batch.clone(), Dim::new(heads), past.clone(), Dim::new(width)];
             let ty = TensorType::new(self.compute, shape);
-            let old = self.b.input(&format!("past_key_values.{layer}.{name}"), ty);
-            self.b.set_origin(&format!("present.{layer}.{name}"));
+            let old = self.b.input(format!("past_key_values.{layer}.{name}"), ty);
+            self.b.set_origin(format!("present.{layer}.{name}"));
             *value = self.b.op(Op::Concat(2), &[old, *value])?;
             self.present.push((format!("present.{layer}.{name}"), *value));
         }

@@ -11,6 +11,9 @@ use tilewright_expr::{Func, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout};
 use tilewright_tile::{Access, KernelBuilder, Operand, ReduceKind, TileId, TileType};
 
+/// Sums that a thread keeps at most, as long as it has one access to each matrix.
+const MOST_SUMS: i64 = 64;
+
 /// What happens to the sums.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Ending {
@@ -93,6 +96,10 @@ impl VectorProduct {
         while vector > 1 && self.depth % vector != 0 {
             vector /= 2;
         }
+        // Every row has sums of its own, and registers are better spent on more threads.
+        while vector > 4 && vector * self.planes() * self.rows.count() > MOST_SUMS {
+            vector /= 2;
+        }
         vector
     }
 
@@ -114,11 +121,12 @@ impl VectorProduct {
         while runs > 1 && runs > useful {
             runs /= 2;
         }
-        // Every row has sums of its own.
-        while runs * each * self.planes() * self.vector() * self.rows.count() > 64 && runs > 1 {
+        let sums =
+            |each: i64, runs: i64| runs * each * self.planes() * self.vector() * self.rows.count();
+        while runs > 1 && sums(each, runs) > MOST_SUMS {
             runs /= 2;
         }
-        while runs * each * self.planes() * self.vector() * self.rows.count() > 64 && each > 1 {
+        while each > 1 && sums(each, runs) > MOST_SUMS {
             each /= 2;
         }
         Form { threads, lanes, each, runs, blocks: 1, ahead: true }
