@@ -67,6 +67,25 @@ tiny_models() {
   done
   return $bad
 }
+decoders() {
+  local model bad=0
+  for model in llama mistral qwen2; do
+    for batch in 1 3; do
+      bin/tw generate "models/$model" --device cuda --cache "$cache" --tokens 5,9,1,17,3,3,20,8,11,2,4 --max-tokens 1 \
+        --batch "$batch" --verify || bad=1
+    done
+    # The first prompt of generated.json, and what transformers makes of it.
+    python3 - "$model" <<'PY' || bad=1
+import json, subprocess, sys
+folder = f"models/{sys.argv[1]}"
+known = json.load(open(f"{folder}/generated.json"))
+found = subprocess.run(["bin/tw", "--json", "generate", folder, "--device", "cuda", "--ignore-eos", "--max-tokens", "10", "--tokens",
+                        ",".join(map(str, known["prompts"][0]))], capture_output=True, text=True, check=True).stdout
+sys.exit(json.loads(found)["tokens"][0] != known["tokens"][0])
+PY
+  done
+  return $bad
+}
 # The first choices of a model's first kernels do not compile: the next ones run, the results are right, and it is said.
 schedules_give_way() {
   local said
@@ -78,11 +97,13 @@ schedules_give_way() {
 }
 if [ "$part" = tests ] || [ "$part" = models ] || [ "$part" = all ]; then
   step "tiny models" tiny_models
+  step "decoders" decoders
   step "kernels that do not compile give way" schedules_give_way
 fi
 if [ "$part" = models ] || [ "$part" = all ]; then
   if python3 -c 'import torch' 2>/dev/null; then
     step "models beside PyTorch" python3 gpu/models.py --tw bin/tw --json "$records/gpu-models.json" "$@"
+    step "decoding beside PyTorch" python3 gpu/decode.py --tw bin/tw --out "$records/gpu-decode.json"
   else
     printf '\n== models beside PyTorch: not run, python3 has no torch\n'
   fi

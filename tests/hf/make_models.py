@@ -2,6 +2,7 @@
 
     python tests/hf/make_models.py                (torch, transformers, safetensors)
     python tests/hf/make_models.py MINILM_DIR     (minilm/expected.safetensors alone)
+    python tests/hf/make_models.py generate       (generated.json of the decoders alone)
 
 Each folder gets config.json and model.safetensors (as `save_pretrained` writes them) and
 expected.safetensors with inputs (`in.<name>`) and float32 outputs (`out.<name>`). Weights are random
@@ -138,7 +139,21 @@ def minilm(directory):
     save_file({**tensors, "out.sentence_embedding": pooled.contiguous()}, HERE / "minilm" / "expected.safetensors")
 
 
-if len(sys.argv) > 1:
+def generate():
+    """generated.json: how transformers continues two prompts greedily, with its cache, in float32."""
+    for folder in ["gpt2", "llama", "mistral", "qwen2", "qwen3"]:
+        model = tf.AutoModelForCausalLM.from_pretrained(HERE / folder, dtype=torch.float32, attn_implementation="eager")
+        prompts = torch.tensor([[5, 9, 1, 17], [3, 3, 20, 8]])
+        with torch.no_grad():
+            out = model.eval().generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+                                        max_new_tokens=10, min_new_tokens=10, eos_token_id=None, pad_token_id=0)
+        found = {"prompts": prompts.tolist(), "tokens": out[:, prompts.shape[1]:].tolist()}
+        (HERE / folder / "generated.json").write_text(json.dumps(found) + "\n")
+
+
+if sys.argv[1:] == ["generate"]:
+    generate()
+elif len(sys.argv) > 1:
     minilm(sys.argv[1])
 else:
     main()

@@ -23,6 +23,8 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Time a model, or a matrix product on a GPU against cuBLASLt
     Bench(BenchArgs),
+    /// Continue a text with a language model, token by token
+    Generate(GenerateArgs),
     /// Find the fastest schedule on this machine's GPU by measuring, and keep it
     Tune(TuneArgs),
     /// Show what each kernel does, costs and reaches, and how memory is used
@@ -140,6 +142,9 @@ pub(crate) struct ModelArgs {
     /// One kernel per operator, to find what a fusion breaks
     #[arg(long)]
     pub(crate) no_fusion: bool,
+    /// Random weights of this seed: a Hugging Face directory then needs config.json only
+    #[arg(long, value_name = "SEED")]
+    pub(crate) random_weights: Option<u64>,
     /// Compile everything anew
     #[arg(long)]
     pub(crate) no_cache: bool,
@@ -285,6 +290,54 @@ pub(crate) struct EmbedArgs {
     /// Write the embeddings as a NumPy file
     #[arg(long, value_name = "FILE.npy")]
     pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// The text to continue; the directory has a tokenizer.json
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// Tokens to continue instead, e.g. --tokens 1,15043,29892
+    #[arg(long, value_name = "N,N,...", conflicts_with = "prompt")]
+    pub(crate) tokens: Option<String>,
+    /// New tokens at most
+    #[arg(long, default_value_t = 64)]
+    pub(crate) max_tokens: usize,
+    /// The longest sequence that memory is made for (default: prompt and new tokens)
+    #[arg(long)]
+    pub(crate) max_length: Option<i64>,
+    /// Draw tokens by their probabilities, logits divided by this; 0 takes the likeliest
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Draw among the K likeliest tokens only
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<i64>,
+    /// Draw among the likeliest tokens whose probabilities reach P together
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f64>,
+    /// Seed of the random numbers
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Continue the prompt so many times side by side (up to 8 on a GPU)
+    #[arg(long, default_value_t = 1)]
+    pub(crate) batch: usize,
+    /// Go on behind the token that ends a text
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Compare the logits of every position of the prompt, taken with the cache, with the float64 oracle without one (GPU)
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Show what a step costs, launch by launch, against the bytes that it must read (GPU)
+    #[arg(long, conflicts_with = "verify")]
+    pub(crate) explain: bool,
+    /// Generate twice and report the second time (GPU)
+    #[arg(long)]
+    pub(crate) warm: bool,
+    /// Launch kernels one by one instead of as a recorded graph (GPU)
+    #[arg(long)]
+    pub(crate) no_graph: bool,
 }
 
 #[derive(Debug, Args)]

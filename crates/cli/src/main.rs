@@ -34,6 +34,7 @@ fn run(command: &Command, output: &Output) -> Result<()> {
         Command::Run(args) => commands::run::run(args, output),
         Command::Verify(args) => commands::verify::run(args, output),
         Command::Bench(args) => commands::bench::run(args, output),
+        Command::Generate(args) => commands::generate::run(args, output),
         Command::Tune(args) => commands::gemm::tune(args, output),
         Command::Explain(args) => commands::explain::run(args, output),
         #[cfg(feature = "cpu")]

@@ -653,6 +653,16 @@ pub struct Role {
     pub body: Vec<Stmt>,
 }
 
+/// Sizes whose names begin so are numbers in memory of the device: a launch passes the address of an `i32`, and the
+/// kernel reads it when it starts. One recorded graph then serves every value. Grids and the extents of tensors must
+/// not depend on such a size, and no kernel may write it that the reading one can overlap with.
+pub const LIVE: &str = "live_";
+
+/// Whether a size is read from memory; see [`LIVE`].
+pub fn is_live(size: &str) -> bool {
+    size.starts_with(LIVE)
+}
+
 /// A scheduled kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Program {

@@ -98,6 +98,20 @@ pub enum LineStep {
         /// What.
         src: FragRef,
     },
+    /// Asks for lines of a tensor to be brought into the second-level cache: `rows` of them from `at` on along an axis, each
+    /// from its beginning. Nothing waits for it and nothing is read, so it may stand before the grid wait.
+    Prefetch {
+        /// The tensor; its last axis is contiguous.
+        param: ParamId,
+        /// Coordinate of the first line, one per axis of the tensor; 0 along the last.
+        at: Vec<Dim>,
+        /// Along which axis the lines follow each other.
+        row: usize,
+        /// How many.
+        rows: u32,
+        /// Of each, a multiple of 16, and not more than it has.
+        bytes: u32,
+    },
     /// Combines what the blocks of the cluster hold, in the order of their indices; all of them get the
     /// result. All threads of the cluster meet.
     AcrossCluster {
@@ -118,7 +132,7 @@ impl LineStep {
             | LineStep::Scan { dst, .. }
             | LineStep::Random { dst, .. } => Some(dst),
             LineStep::AcrossCluster { frag, .. } => Some(frag),
-            LineStep::Add { .. } => None,
+            LineStep::Add { .. } | LineStep::Prefetch { .. } => None,
         }
     }
 
@@ -130,7 +144,7 @@ impl LineStep {
             | LineStep::Scan { src, .. }
             | LineStep::Add { src, .. } => Some(src),
             LineStep::AcrossCluster { frag, .. } => Some(frag),
-            LineStep::Turn { .. } | LineStep::Random { .. } => None,
+            LineStep::Turn { .. } | LineStep::Random { .. } | LineStep::Prefetch { .. } => None,
         }
     }
 }

@@ -342,6 +342,10 @@ impl Printer<'_> {
             LineStep::Add { param, at, axes, src } => {
                 format!("add {}, {}", Self::global(p, *param, at, *axes), Self::frag(p, src))
             }
+            LineStep::Prefetch { param, at, row, rows, bytes } => {
+                let from = Self::global(p, *param, at, (Some(*row), None));
+                format!("prefetch {rows} lines of {bytes} bytes of {from}")
+            }
             LineStep::AcrossCluster { frag, kind } => {
                 let frag = Self::frag(p, frag);
                 format!("{frag} = {} {frag} across the cluster", reduce_text(*kind))

@@ -36,6 +36,8 @@ pub enum Argument {
     Pointer(ParamId),
     /// A size symbol, as a 32-bit integer.
     Size(String),
+    /// The address of a size symbol that is read when the kernel starts, a 32-bit integer.
+    Live(String),
 }
 
 /// CUDA C++ of one kernel.
@@ -130,11 +132,19 @@ pub fn emit(program: &Program) -> Result<Source> {
                 format!("{constant}{}* __restrict__ p_{}", memory_type(param.dtype), param.name)
             }
             Argument::Size(s) => format!("const int {s}"),
+            Argument::Live(s) => format!("const int* __restrict__ {s}_at"),
+        })
+        .collect();
+    let live: String = arguments
+        .iter()
+        .filter_map(|a| match a {
+            Argument::Live(s) => Some(format!("  const int {s} = *{s}_at;\n")),
+            _ => None,
         })
         .collect();
     let _ = write!(
         text,
-        "\nextern \"C\" __global__ void __launch_bounds__({}, {})\n{}(\n    {}) {{\n{body}}}\n",
+        "\nextern \"C\" __global__ void __launch_bounds__({}, {})\n{}(\n    {}) {{\n{live}{body}}}\n",
         program.threads,
         program.blocks_per_sm,
         entry,

@@ -167,8 +167,40 @@ impl Printer<'_> {
             }
             LineStep::Random { dst, seed, start, steps } => self.random(dst, *seed, start, *steps),
             LineStep::Add { param, at, axes, src } => self.add(*param, at, *axes, src),
+            LineStep::Prefetch { param, at, row, rows, bytes } => {
+                self.prefetch(*param, at, *row, (*rows, *bytes));
+                Ok(())
+            }
             LineStep::AcrossCluster { frag, kind } => self.across_cluster(frag, *kind),
         }
+    }
+
+    /// One thread a line; one instruction each (PTX ISA, "cp.async.bulk.prefetch").
+    fn prefetch(&mut self, param: ParamId, at: &[Dim], row: usize, (rows, bytes): (u32, u32)) {
+        self.pointers.insert(param);
+        self.define(
+            "TW_INLINE void prefetch_line(const void* p, u32 bytes) {\n  asm volatile(\"cp.async.bulk.prefetch.L2.global [%0], %1;\" ::\"l\"(__cvta_generic_to_global(p)), \"r\"(bytes) : \"memory\");\n}"
+                .to_owned(),
+        );
+        let p = self.program.params[param].clone();
+        let mut place = self.scope.wide(&p.layout.offset);
+        for (axis, coordinate) in at.iter().enumerate() {
+            let stride = self.scope.wide(&p.layout.axes[axis].stride);
+            let here = match axis == row {
+                true => "(tw::i64)line".to_owned(),
+                false => self.scope.wide(coordinate),
+            };
+            place += &format!(" + {here} * {stride}");
+        }
+        let (first, extent) =
+            (self.scope.text(&at[row]), self.scope.text(&p.layout.axes[row].extent));
+        self.line(&format!("for (int i = threadIdx.x; i < {rows}; i += blockDim.x) {{"));
+        self.line(&format!("  const int line = {first} + i;"));
+        self.line(&format!(
+            "  if (line < {extent}) prefetch_line(p_{} + {place}, {bytes});",
+            p.name
+        ));
+        self.line("}");
     }
 
     fn across_cluster(&mut self, frag: &FragRef, kind: ReduceKind) -> Result<()> {

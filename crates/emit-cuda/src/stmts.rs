@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{
     BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase, Program,
-    Reach, RingId, Role, Slot, SmemTile, Spread, Stmt, THREAD,
+    Reach, RingId, Role, Slot, SmemTile, Spread, Stmt, THREAD, is_live,
 };
 use tilewright_expr::Value;
 use tilewright_layout::{Dim, Range};
@@ -217,7 +217,10 @@ impl<'a> Printer<'a> {
     pub(crate) fn arguments(&self) -> Vec<Argument> {
         let maps = self.program.maps.iter().map(|(id, _)| Argument::Map(id));
         let pointers = self.pointers.iter().map(|p| Argument::Pointer(*p));
-        let sizes = self.program.symbols.iter().map(|s| Argument::Size(s.name.to_string()));
+        let sizes = self.program.symbols.iter().map(|s| match is_live(&s.name) {
+            true => Argument::Live(s.name.to_string()),
+            false => Argument::Size(s.name.to_string()),
+        });
         maps.chain(pointers).chain(sizes).collect()
     }
 

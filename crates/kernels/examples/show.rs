@@ -123,7 +123,7 @@ fn json(line: &str, program: &Program, source: &Source) -> String {
                 )
             }
             Argument::Pointer(p) => format!("{{\"pointer\": {}}}", quoted(&program.params[*p].name)),
-            Argument::Size(s) => format!("{{\"size\": {}}}", quoted(s)),
+            Argument::Size(s) | Argument::Live(s) => format!("{{\"size\": {}}}", quoted(s)),
         })
         .collect();
     format!(

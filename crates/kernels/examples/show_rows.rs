@@ -149,7 +149,7 @@ fn json(line: &str, shown: &Shown) -> String {
             Argument::Pointer(p) => {
                 format!("{{\"pointer\": {}}}", quoted(&program.params[*p].name))
             }
-            Argument::Size(s) => format!("{{\"size\": {}}}", quoted(s)),
+            Argument::Size(s) | Argument::Live(s) => format!("{{\"size\": {}}}", quoted(s)),
         })
         .collect();
     let sizes: Vec<String> =

@@ -2,6 +2,7 @@
 //! tuning, and how to launch it.
 
 pub mod attention;
+pub mod decode;
 pub mod gemm;
 pub mod map;
 pub mod reduce;

@@ -5,7 +5,7 @@
 
 use tilewright_base::{Error, Result};
 use tilewright_cuda::{L2Promotion, MapElement, OobFill, Swizzle, TensorMapSpec};
-use tilewright_device::{self as device, Program, TensorMap};
+use tilewright_device::{self as device, Program, TensorMap, is_live};
 use tilewright_emit_cuda::Argument;
 use tilewright_layout::{Dim, Env};
 use tilewright_tile::{Access, Param};
@@ -48,7 +48,9 @@ struct Concrete<'a> {
     address: u64,
 }
 
-/// Works out the arguments of a program for these sizes and operands (one per parameter, in order).
+/// Works out the arguments of a program for these sizes and operands: one per parameter, in order, and then one of
+/// four bytes for each size that is read from memory ([`tilewright_device::LIVE`]). `sizes` has values for those,
+/// too, by which ranges and lengths are checked.
 ///
 /// # Errors
 /// A bug when sizes or operands do not fit the program; unsupported, in words, when the copy engine
@@ -69,8 +71,11 @@ pub fn arguments(
             return Err(wrong(format!("size {} is {value}, and a size has 31 bits", symbol.name)));
         }
     }
-    if operands.len() != program.params.len() {
-        let (given, wanted) = (operands.len(), program.params.len());
+    let live: Vec<&str> =
+        program.symbols.iter().map(|s| &*s.name).filter(|name| is_live(name)).collect();
+    let wanted = program.params.len() + live.len();
+    if operands.len() != wanted {
+        let given = operands.len();
         return Err(wrong(format!("{given} operands for {wanted} tensors")));
     }
     let tensors: Vec<Concrete<'_>> = program
@@ -117,6 +122,16 @@ pub fn arguments(
             // The text adds the offset of the layout itself.
             Argument::Pointer(id) => Ok(Value::Pointer(operands[id.index()].address)),
             Argument::Size(name) => Ok(Value::Size(size(name))),
+            Argument::Live(name) => {
+                let at = live.iter().position(|l| l == name);
+                let operand = at.and_then(|at| operands.get(program.params.len() + at));
+                match operand {
+                    Some(o) if o.bytes >= 4 && o.address.is_multiple_of(4) => {
+                        Ok(Value::Pointer(o.address))
+                    }
+                    _ => Err(wrong(format!("size {name} has no memory of its own"))),
+                }
+            }
         })
         .collect::<Result<_>>()?;
     Ok(Arguments { values, items })

@@ -227,11 +227,13 @@ impl Lines<'_> {
         let Some(direction) = self.directions.of(x)[axis] else {
             return self.single(id, x, (kind, limit), out);
         };
-        let mut src = self.plane(x, out)?;
+        let folded = self.folded.get(&id).copied();
+        let line = folded.is_some_and(|acc| self.frags[acc].extent != Extent::Tile);
+        let mut src = if line { self.get(x)? } else { self.plane(x, out)? };
         if let Some(limit) = limit {
             src = self.below(src, kind, (direction, limit), out);
         }
-        if let Some(acc) = self.folded.get(&id).copied() {
+        if let Some(acc) = folded {
             let func = Func::binary(crate::lines::combine(kind), self.dtype(x));
             out.push(Stmt::Map { dst: whole(acc), func, args: vec![whole(acc), whole(src)] });
             return Ok(());

@@ -32,6 +32,10 @@ use tilewright_tile::{
     Access, Block, Compare, For, If, Kernel, ParamId, ReduceKind, TileId, TileOp,
 };
 
+/// So much of its weights a block asks for before the kernel's turn: all blocks that are there together ask for a third
+/// of the second-level cache.
+const AHEAD_BYTES: i64 = 32768;
+
 pub(crate) fn combine(kind: ReduceKind) -> Op {
     match kind {
         ReduceKind::Sum => Op::Add,
@@ -168,9 +172,19 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
             rest = Dim::sym(outer);
         }
     }
+    let indices = work.len();
     lines.block(&kernel.body, &mut work)?;
     let mut body = Vec::new();
-    if schedule.dependent && schedule.arch >= Arch::Sm90a {
+    let dependent = schedule.dependent && schedule.arch >= Arch::Sm90a;
+    let ahead = dependent && knobs.ahead && !schedule.persistent;
+    if ahead {
+        // The next kernel may start as soon as all blocks of this one have: it waits for their end itself.
+        let mut first = vec![Stmt::GridRelease];
+        first.extend(work.drain(..indices));
+        first.extend(lines.lines_ahead(&kernel.body));
+        first.push(Stmt::GridWait);
+        work.splice(0..0, first);
+    } else if dependent {
         body.push(Stmt::GridWait);
     }
     if schedule.persistent {
@@ -180,7 +194,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         body.push(Stmt::Let { name: "item".into(), value: Dim::sym(CLUSTER) });
         body.extend(work);
     }
-    if schedule.dependent && schedule.arch >= Arch::Sm90a {
+    if dependent && !ahead {
         body.push(Stmt::GridRelease);
     }
     Ok(Program {
@@ -286,6 +300,42 @@ impl Lines<'_> {
         Ok(())
     }
 
+    /// Asks for the beginnings of the lines of matrices that the first loop reads planes from.
+    fn lines_ahead(&self, block: &Block) -> Vec<Stmt> {
+        let first = block.stmts.iter().find_map(|s| match s {
+            tilewright_tile::Stmt::For(f) => Some(f),
+            _ => None,
+        });
+        let Some(f) = first else { return Vec::new() };
+        let begin = |name: &str| (*name == *f.var).then(|| f.lo.clone());
+        // The parameter, where its lines begin, and the bytes of one.
+        let line = |s: &tilewright_tile::Stmt| {
+            let tilewright_tile::Stmt::Let(id, TileOp::Load { param, index, .. }) = s else {
+                return None;
+            };
+            let (row, col) = (
+                self.directions.axis(*id, Direction::Row),
+                self.directions.axis(*id, Direction::Col),
+            );
+            let p = &self.kernel.params[*param];
+            let [lines, depth] = p.layout.axes.as_slice() else { return None };
+            let at: Vec<Dim> = index.iter().map(|d| d.substitute(&begin)).collect();
+            let bytes = |d: &Dim| d.as_const().map(|n| n * i64::from(p.dtype.bits()) / 8);
+            let whole = (row, col) == (Some(0), Some(1)) && depth.stride.is(1) && at[1].is(0);
+            let aligned = bytes(&lines.stride).is_some_and(|b| b % 16 == 0);
+            (p.access == Access::In && whole && aligned).then_some(())?;
+            Some((*param, at, bytes(&depth.extent)?))
+        };
+        let all: Vec<_> = f.body.stmts.iter().filter_map(line).collect();
+        let each = AHEAD_BYTES / (i64::from(self.rows) * all.len().max(1) as i64);
+        let ask = |(param, at, bytes): (ParamId, Vec<Dim>, i64)| {
+            let bytes = u32::try_from(bytes.min(each) / 16 * 16).ok().filter(|b| *b > 0)?;
+            let rows = self.rows;
+            Some(Stmt::Line(LineStep::Prefetch { param, at, row: 0, rows, bytes }))
+        };
+        all.into_iter().filter_map(ask).collect()
+    }
+
     /// All stores of the program.
     pub(crate) fn stores(&self) -> Vec<(ParamId, &[Dim], TileId)> {
         fn visit<'b>(block: &'b Block, found: &mut Vec<(ParamId, &'b [Dim], TileId)>) {
@@ -355,7 +405,8 @@ impl Lines<'_> {
             let init = self.get(*init)?;
             if let Some(fold) = fold {
                 let dtype = self.dtype(fold.x);
-                let acc = self.frag(dtype, Extent::Tile);
+                // A vector along the columns keeps its sums once per column, not once per element of the plane.
+                let acc = self.frag(dtype, self.extent(fold.x));
                 out.push(Stmt::Fill { dst: whole(acc), value: identity(fold.kind, dtype) });
                 self.folded.insert(fold.reduce, acc);
                 self.skipped.push(fold.next);
@@ -406,7 +457,12 @@ impl Lines<'_> {
             };
             let init = self.get(f.carry[i].1)?;
             let sum = self.frag(self.dtype(fold.reduce), self.extent(fold.reduce));
-            self.reduce(sum, fold.kind, carried[i], out)?;
+            let mut all = carried[i];
+            if self.frags[all].extent != Extent::Tile {
+                all = self.frag(self.dtype(fold.x), Extent::Tile);
+                self.copy(all, carried[i], out);
+            }
+            self.reduce(sum, fold.kind, all, out)?;
             let result = self.new_tile(f.results[i]);
             out.push(Stmt::Map {
                 dst: whole(result),
@@ -435,11 +491,14 @@ impl Lines<'_> {
             (false, true) => a.tile,
             _ => return None,
         };
-        let TileOp::Reduce { kind, x, .. } = definition(reduce)? else { return None };
+        let TileOp::Reduce { kind, x, axis, limit } = definition(reduce)? else { return None };
         let once =
             |tile| uses(&f.body, tile) + f.yields.iter().filter(|y| **y == tile).count() == 1;
         let plane = self.extent(*x) == Extent::Tile && self.extent(reduce) != Extent::Tile;
-        (op == combine(*kind) && plane && once(inner) && once(reduce) && once(next))
+        let line = self.extent(*x) == Extent::PerCol
+            && self.directions.of(*x)[*axis] == Some(Direction::Col)
+            && limit.is_none();
+        (op == combine(*kind) && (plane || line) && once(inner) && once(reduce) && once(next))
             .then_some(Folded { reduce, next, kind: *kind, x: *x })
     }
 

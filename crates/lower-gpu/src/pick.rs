@@ -510,6 +510,7 @@ impl Picker<'_> {
             lanes: choice.lanes as u32,
             vector: schedule.vector,
             early: choice.cluster == 1,
+            ahead: false,
         };
         // Registers are given out in steps of 8.
         let needed = (self.registers(choice, schedule.lines.early) + 7) / 8 * 8;

@@ -49,11 +49,14 @@ pub struct LinesKnobs {
     pub vector: u32,
     /// Loads start before the reductions above them.
     pub early: bool,
+    /// For kernels that are launched early: the next one may start with this one, not with its end, and matrices that the
+    /// first loop reads are weights, which no kernel writes: their lines are asked for while the kernel before still runs.
+    pub ahead: bool,
 }
 
 impl Default for LinesKnobs {
     fn default() -> LinesKnobs {
-        LinesKnobs { threads: 256, lanes: 256, vector: 1, early: true }
+        LinesKnobs { threads: 256, lanes: 256, vector: 1, early: true, ahead: false }
     }
 }
 
@@ -155,13 +158,14 @@ impl GpuSchedule {
     /// What of a schedule a program without products reads, in a line.
     pub fn lines_text(&self) -> String {
         let tiles: Vec<String> = self.tiles.iter().map(|(name, v)| format!("{name}={v}")).collect();
-        let LinesKnobs { threads, lanes, vector, early } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early, ahead } = self.lines;
         format!(
-            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}",
+            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}{}",
             tiles.join(" "),
             self.cluster,
             self.blocks_per_sm,
-            if early { " early" } else { "" }
+            if early { " early" } else { "" },
+            if ahead { " ahead" } else { "" }
         )
     }
 }
@@ -171,7 +175,7 @@ impl fmt::Display for GpuSchedule {
         for (name, size) in &self.tiles {
             write!(f, "{name}={size} ")?;
         }
-        let LinesKnobs { threads, lanes, vector, early } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early, ahead } = self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
             Mode::PingPong => "ping-pong",
@@ -189,7 +193,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -202,6 +206,7 @@ impl fmt::Display for GpuSchedule {
             if self.turns { " turns" } else { "" },
             if self.serpentine { " serpentine" } else { "" },
             if self.dependent { " dependent" } else { "" },
+            if ahead { " ahead" } else { "" },
         )
     }
 }

@@ -15,9 +15,11 @@
 pub mod arena;
 mod attention;
 pub mod bind;
+mod decoder;
 mod product;
 
 pub use attention::{Attention, Heads};
+pub use decoder::{Decoder, DecoderLayer};
 pub use product::{Matrix, Product, Repeat, Second, Vector};
 
 use std::sync::Arc;

@@ -20,6 +20,7 @@
 //! | `bind` | a plan and sizes to steps over one block of memory |
 //! | `host` | steps on the host |
 //! | `interpret` | running a bound plan in the interpreter |
+//! | `decode` | language models step by step, with a cache |
 //! | `session` | running it on a device |
 //! | `direct` | the same in a caller's stream, over a caller's memory |
 
@@ -27,6 +28,7 @@ mod attention;
 mod bind;
 mod caller;
 mod choose;
+pub mod decode;
 mod direct;
 mod host;
 mod interpret;

@@ -252,6 +252,11 @@ impl GpuDevice {
         self.loader.gpu()
     }
 
+    /// Its kernels, for those who load programs of their own.
+    pub(crate) fn loader(&self) -> &Arc<Loader> {
+        &self.loader
+    }
+
     /// Copies the weights of a planned model to the device. Models of one device share their kernels.
     ///
     /// # Errors

@@ -26,6 +26,7 @@ mod compile;
 pub mod explain;
 #[cfg(feature = "cpu")]
 pub mod expr;
+pub mod generate;
 pub mod gpu;
 mod host;
 pub mod html;

@@ -31,6 +31,17 @@ pub struct Model {
 }
 
 impl Model {
+    /// As [`Model::open`] for a Hugging Face directory of which only `config.json` is needed: weights are random.
+    ///
+    /// # Errors
+    /// The user's when it is no such directory.
+    pub fn open_random(path: &Path, seed: u64) -> Result<Model> {
+        let options = hf::LoadOptions { random_weights: Some(seed), ..Default::default() };
+        let model = hf::load_model(path, &options)?;
+        let source = Source::HuggingFace { architecture: model.architecture };
+        Ok(Model { path: path.to_path_buf(), source, graph: model.graph })
+    }
+
     /// Reads a model: a directory with `config.json`, a `.onnx` file, or a `.tw` graph text.
     pub fn open(path: &Path) -> Result<Model> {
         let name = path.display();

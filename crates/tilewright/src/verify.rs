@@ -135,7 +135,7 @@ pub(crate) fn compare(
 }
 
 /// `share` is what narrow operands may cost, relative to the largest magnitude.
-fn deviation(
+pub(crate) fn deviation(
     name: String,
     got: &Tensor,
     wide: &Tensor,

@@ -25,7 +25,7 @@ const CRATES: &[Row] = &[
     Row { name: "device",     may_know: &["base", "layout", "data", "expr", "tile"] },
     Row { name: "plan",       may_know: &["base", "layout", "data", "expr", "tile"] },
     Row { name: "interp",     may_know: &["base", "layout", "data", "expr", "graph", "tile", "device", "plan"] },
-    Row { name: "import",     may_know: &["base", "layout", "data", "expr", "graph", "interp"] },
+    Row { name: "import",     may_know: &["base", "layout", "data", "expr", "graph", "plan", "interp"] },
     Row { name: "text",       may_know: &["base", "data"] },
     Row { name: "passes",     may_know: &["base", "layout", "data", "expr", "graph", "interp"] },
     Row { name: "lower",      may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan"] },

@@ -27,6 +27,8 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/runtime-gpu/src/direct.rs", "launches over a caller's memory: its promise is passed on"),
     ("crates/torch-abi/src/",          "PyTorch's C interface"),
     ("crates/torch-ops/src/plans.rs",  "kernels on the memory of PyTorch's tensors, whose shapes were checked"),
+    ("crates/runtime-gpu/src/decode/device.rs", "launches over its own weights and state"),
+    ("crates/runtime-gpu/examples/decode_forms.rs", "launches over its own memory, to time them"),
     ("crates/bench-gpu/src/bin/launch.rs", "launches of empty kernels, to time the call"),
     ("crates/bench-gpu/src/attention.rs", "launches of attention on tensors that it owns"),
     ("crates/bench-gpu/src/arms.rs",   "launches of our kernels and cuBLASLt's on matrices that it borrows"),

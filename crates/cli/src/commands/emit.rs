@@ -7,7 +7,7 @@ use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use tilewright::{Model, Result, Stage};
+use tilewright::{Result, Stage};
 use tilewright_base::{Error, Kind};
 use tilewright_emit_triton::{Emitted, Knobs, emit_kernel};
 use tilewright_tile::{Kernel, Schedule, verify, verify_schedule};
@@ -91,7 +91,7 @@ fn of_model(args: &InspectArgs, sizes: &Sizes) -> Result<Vec<(Arc<Kernel>, Sched
             .with_hint("tw inspect MODEL --emit triton, or tw inspect --tile FILE --emit triton"));
     }
     let compiler = compiler(&args.model)?;
-    let model = Model::open(&args.model.model)?;
+    let model = super::open(&args.model)?;
     let mut kernels = Vec::new();
     compiler.compile_observed(model.graph, &mut |stage| {
         let Stage::Plan(plan) = stage else { return };

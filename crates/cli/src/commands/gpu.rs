@@ -17,7 +17,7 @@ use tilewright_base::Error;
 fn load(args: &ModelArgs) -> Result<(Model, GpuModel)> {
     let cache = if args.no_cache { None } else { super::cache_folder(args) };
     let device = GpuDevice::open(ordinal(&args.device)?, cache.as_deref())?;
-    let model = Model::open(&args.model)?;
+    let model = super::open(args)?;
     let mut compiler = GpuCompiler::new(device.machine().clone());
     if args.no_fusion {
         compiler.fusion = Choice::Apart;

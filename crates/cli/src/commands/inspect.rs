@@ -5,7 +5,7 @@ use crate::args::{InspectArgs, InspectWhat, NO_MODEL};
 use crate::output::Output;
 use serde_json::json;
 use std::fmt::Write as _;
-use tilewright::{Model, Result, Stage};
+use tilewright::{Result, Stage};
 use tilewright_base::Error;
 use tilewright_jit::{Jit, Options, Source};
 use tilewright_passes::PIPELINE;
@@ -43,7 +43,7 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
         return Err(Error::user("no model was given").with_hint("tw inspect MODEL --stage NAME"));
     }
     let compiler = compiler(&args.model)?;
-    let model = Model::open(&args.model.model)?;
+    let model = super::open(&args.model)?;
     let chosen = |name: &str| args.kernel.as_deref().is_none_or(|k| name.contains(k));
     let mut text = String::new();
     let mut sources: Vec<Source> = Vec::new();

@@ -9,6 +9,7 @@ pub(crate) mod explain;
 #[cfg(feature = "cpu")]
 pub(crate) mod expr;
 pub(crate) mod gemm;
+pub(crate) mod generate;
 pub(crate) mod gpu;
 #[cfg(feature = "cpu")]
 pub(crate) mod inspect;
@@ -62,6 +63,14 @@ fn compiler(args: &ModelArgs) -> Result<Compiler> {
     Ok(compiler)
 }
 
+/// Reads the model.
+fn open(args: &ModelArgs) -> Result<Model> {
+    match args.random_weights {
+        None => Model::open(&args.model),
+        Some(seed) => Model::open_random(&args.model, seed),
+    }
+}
+
 /// The cache folder: the argument, or the usual one.
 fn cache_folder(args: &ModelArgs) -> Option<PathBuf> {
     args.cache.cache.clone().or_else(tilewright::cache_dir)
@@ -71,7 +80,7 @@ fn cache_folder(args: &ModelArgs) -> Option<PathBuf> {
 /// Reads and compiles the model; cache trouble is said, not fatal.
 fn compile(args: &ModelArgs) -> Result<(Model, Compiled)> {
     let compiler = compiler(args)?;
-    let model = Model::open(&args.model)?;
+    let model = open(args)?;
     let compiled = {
         let _progress = progress(format!("compiling {}", model.graph.name));
         compiler.compile(&model)?

@@ -458,6 +458,16 @@ impl Checker<'_> {
                     self.step(stmt, same, "the element types differ");
                 }
             }
+            LineStep::Prefetch { param, at, row, rows, bytes } => {
+                if self.coordinates(stmt, *param, at) {
+                    let layout = &p.params[*param].layout;
+                    let near = layout.axes.last().is_some_and(|a| a.stride.is(1));
+                    let line = row + 1 < at.len() && near && at.last().is_some_and(|d| d.is(0));
+                    self.step(stmt, line, "not whole lines of a tensor");
+                    self.step(stmt, *rows > 0, "no lines");
+                    self.step(stmt, *bytes > 0 && bytes % 16 == 0, "not units of 16 bytes");
+                }
+            }
             LineStep::AcrossCluster { .. } => {
                 self.step(stmt, !tile(to), "the operand is a tile");
                 let all = self.role.is_some_and(|r| r.warps * 32 == p.threads);

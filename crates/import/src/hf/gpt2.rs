@@ -31,8 +31,7 @@ pub(super) fn build(
     let prefix = if net.weights.has_prefix("transformer.") { "transformer." } else { "" };
     net.declare_tokens(positions.min(options.max_tokens));
     let ids = net.token_input("input_ids");
-    let mask = net.token_input("attention_mask");
-    let mask = net.additive_mask(mask)?;
+    let mask = net.padding_mask()?;
 
     let table = format!("{prefix}wte.weight");
     let words = net.embedding(ids, &table, vocabulary, hidden)?;
@@ -50,7 +49,8 @@ pub(super) fn build(
         let root = if scaled { 1.0 / (width as f64).sqrt() } else { 1.0 };
         let scale = if by_layer { root / (i + 1) as f64 } else { root };
         let attention = Heads { q: heads, width, scale, causal: true };
-        let y = net.attend(qkv, &attention, Some(mask), &format!("{layer}.attn"))?;
+        net.remember(&mut qkv, i, heads, width)?;
+        let y = net.attend(qkv, &attention, mask, &format!("{layer}.attn"))?;
         let y = net.conv1d(y, &format!("{layer}.attn.c_proj"), hidden, hidden)?;
         x = net.add(y, x)?;
         let y = net.layer_norm(x, &format!("{layer}.ln_2"), hidden, eps)?;
@@ -65,10 +65,11 @@ pub(super) fn build(
         let own = "lm_head.weight".to_string();
         let head = if net.weights.has(&own) { own } else { table };
         let head = net.weight(&head, &[vocabulary, hidden])?;
+        let x = net.asked_for(x)?;
         let y = net.project(x, head, "oi", None, "lm_head")?;
-        net.b.output("logits", y);
+        net.outputs_with_cache("logits", y);
     } else {
-        net.b.output("last_hidden_state", x);
+        net.outputs_with_cache("last_hidden_state", x);
     }
     Ok(Summary { hidden, layers, heads, kv_heads: heads, vocabulary, ..Summary::default() })
 }

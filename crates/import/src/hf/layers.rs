@@ -28,6 +28,10 @@ pub(crate) struct Net {
     /// Sequence length, when the model has one.
     pub(crate) seq: Dim,
     most_tokens: i64,
+    /// Tokens whose keys and values are remembered, in a model with a cache; see [`Net::with_cache`].
+    past: Option<Dim>,
+    /// Keys and values of all tokens so far, to be outputs.
+    present: Vec<(String, ValueId)>,
     loaded: BTreeMap<String, ValueId>,
     cast: BTreeMap<String, ValueId>,
     problems: Vec<String>,
@@ -58,11 +62,29 @@ impl Net {
             batch,
             seq: Dim::new(1),
             most_tokens: 1,
+            past: None,
+            present: Vec::new(),
             loaded: BTreeMap::new(),
             cast: BTreeMap::new(),
             problems: Vec::new(),
             unsupported: Vec::new(),
         }
+    }
+
+    /// Makes it a step of generation: keys and values of `P` earlier tokens are inputs, those of all tokens are outputs,
+    /// only the last position's result is computed, and there is no padding.
+    pub(crate) fn with_cache(&mut self) {
+        self.past = Some(Dim::new(0));
+    }
+
+    /// Whether the model can remember; families that cannot are refused.
+    pub(crate) fn remembers(&self) -> bool {
+        !self.present.is_empty()
+    }
+
+    /// The number of earlier tokens.
+    pub(crate) fn past(&self) -> Dim {
+        self.past.clone().unwrap_or_else(|| Dim::new(0))
     }
 
     /// An error with everything noted so far, if anything was.
@@ -96,7 +118,7 @@ impl Net {
         if let Some(&value) = self.loaded.get(name) {
             return Ok(value);
         }
-        let tensor = self.weights.get(name).cloned();
+        let tensor = self.weights.get(name, shape).cloned();
         let fits = |t: &Tensor| {
             t.shape().len() == shape.len()
                 && t.shape().iter().zip(shape).all(|(&a, &b)| usize::try_from(b) == Ok(a))
@@ -224,11 +246,11 @@ impl Net {
         self.b.cast(picked, self.compute)
     }
 
-    /// The first `S` rows of a table of positions, `[S, width]`.
+    /// The rows of a table of positions for these tokens, `[S, width]`.
     pub(crate) fn positions(&mut self, name: &str, rows: i64, width: i64) -> Result<ValueId> {
         let table = self.stored(name, &[rows, width])?;
         self.b.set_origin(name);
-        let picked = self.b.slice_axis(table, 0, Dim::new(0), self.seq.clone())?;
+        let picked = self.b.slice_axis(table, 0, self.past(), self.seq.clone())?;
         self.b.cast(picked, self.compute)
     }
 
@@ -236,6 +258,56 @@ impl Net {
     pub(crate) fn declare_tokens(&mut self, most: i64) {
         self.most_tokens = most;
         self.seq = self.b.symbol("S", Range { min: 1, max: most });
+        if self.past.is_some() {
+            self.past = Some(self.b.symbol("P", Range { min: 0, max: most - 1 }));
+        }
+    }
+
+    /// What is added to the scores for the input `attention_mask`; none in a model with a cache.
+    pub(crate) fn padding_mask(&mut self) -> Result<Option<ValueId>> {
+        if self.past.is_some() {
+            return Ok(None);
+        }
+        let mask = self.token_input("attention_mask");
+        self.additive_mask(mask).map(Some)
+    }
+
+    /// In a model with a cache, puts the keys and values of earlier tokens in front of these, `[B,heads,S,width]`.
+    ///
+    /// They are named as `optimum` names them: inputs `past_key_values.0.key`, outputs `present.0.key`.
+    pub(crate) fn remember(
+        &mut self,
+        [_, k, v]: &mut [ValueId; 3],
+        layer: i64,
+        heads: i64,
+        width: i64,
+    ) -> Result<()> {
+        let Some(past) = self.past.clone() else { return Ok(()) };
+        for (value, name) in [(k, "key"), (v, "value")] {
+            let shape = [self.batch.clone(), Dim::new(heads), past.clone(), Dim::new(width)];
+            let ty = TensorType::new(self.compute, shape);
+            let old = self.b.input(format!("past_key_values.{layer}.{name}"), ty);
+            self.b.set_origin(format!("present.{layer}.{name}"));
+            *value = self.b.op(Op::Concat(2), &[old, *value])?;
+            self.present.push((format!("present.{layer}.{name}"), *value));
+        }
+        Ok(())
+    }
+
+    /// The positions whose logits are asked for: with a cache the last one, otherwise all.
+    pub(crate) fn asked_for(&mut self, x: ValueId) -> Result<ValueId> {
+        match self.past {
+            None => Ok(x),
+            Some(_) => self.b.slice_axis(x, 1, self.seq.clone() - 1, Dim::new(1)),
+        }
+    }
+
+    /// Declares the output, and the cache behind it.
+    pub(crate) fn outputs_with_cache(&mut self, name: &str, value: ValueId) {
+        self.b.output(name, value);
+        for (name, value) in self.present.clone() {
+            self.b.output(&name, value);
+        }
     }
 
     /// The largest `S`.

@@ -6,8 +6,10 @@
 use super::config::Config;
 use super::layers::{Heads, Net};
 use super::rotary::{Rotary, rotate};
+use super::weights::Weights;
 use super::{LoadOptions, Summary, Task};
-use tilewright_base::Result;
+use tilewright_base::{Error, Result};
+use tilewright_plan::{Decoder, DecoderLayer};
 
 /// What the relatives differ in.
 struct Variant {
@@ -24,79 +26,75 @@ struct Variant {
     default_eps: f64,
 }
 
-pub(super) fn build_llama(
-    config: &mut Config,
-    net: &mut Net,
-    task: Task,
-    options: &LoadOptions,
-) -> Result<Summary> {
+fn llama(config: &mut Config) -> Variant {
     let bias = config.flag("attention_bias", false);
     let mlp_bias = config.flag("mlp_bias", false);
-    let variant = Variant {
+    Variant {
         qkv_bias: bias,
         output_bias: bias,
         mlp_bias,
         head_norms: false,
         window: None,
         default_eps: 1e-6,
-    };
-    build(config, net, task, options, &variant)
+    }
 }
 
-pub(super) fn build_mistral(
-    config: &mut Config,
-    net: &mut Net,
-    task: Task,
-    options: &LoadOptions,
-) -> Result<Summary> {
+fn mistral(config: &mut Config) -> Variant {
     // Absent means the default of the first Mistral; null means none.
     let absent = config.is_absent("sliding_window").then_some(4096);
     let window = config.optional_size("sliding_window").or(absent);
-    let variant = Variant {
+    Variant {
         qkv_bias: false,
         output_bias: false,
         mlp_bias: false,
         head_norms: false,
         window,
         default_eps: 1e-6,
-    };
-    build(config, net, task, options, &variant)
+    }
 }
 
-pub(super) fn build_qwen2(
-    config: &mut Config,
-    net: &mut Net,
-    task: Task,
-    options: &LoadOptions,
-) -> Result<Summary> {
-    let variant = Variant {
+fn qwen2(config: &mut Config) -> Variant {
+    Variant {
         qkv_bias: true,
         output_bias: false,
         mlp_bias: false,
         head_norms: false,
         window: qwen_window(config),
         default_eps: 1e-6,
-    };
-    build(config, net, task, options, &variant)
+    }
 }
 
-pub(super) fn build_qwen3(
-    config: &mut Config,
-    net: &mut Net,
-    task: Task,
-    options: &LoadOptions,
-) -> Result<Summary> {
+fn qwen3(config: &mut Config) -> Variant {
     let bias = config.flag("attention_bias", false);
-    let variant = Variant {
+    Variant {
         qkv_bias: bias,
         output_bias: bias,
         mlp_bias: false,
         head_norms: true,
         window: qwen_window(config),
         default_eps: 1e-6,
-    };
-    build(config, net, task, options, &variant)
+    }
 }
+
+/// Builds the graph of a family.
+macro_rules! builder {
+    ($name:ident, $variant:ident) => {
+        pub(super) fn $name(
+            config: &mut Config,
+            net: &mut Net,
+            task: Task,
+            options: &LoadOptions,
+        ) -> Result<Summary> {
+            let variant = $variant(config);
+            build(config, net, task, options, &variant)
+        }
+    };
+}
+
+builder!(build_llama, llama);
+builder!(build_mistral, mistral);
+builder!(build_qwen2, qwen2);
+builder!(build_qwen3, qwen3);
 
 /// Qwen switches its window on by a flag, and for some layers only.
 fn qwen_window(config: &mut Config) -> Option<i64> {
@@ -112,13 +110,23 @@ fn qwen_window(config: &mut Config) -> Option<i64> {
     (layers > first).then_some(window)
 }
 
-fn build(
-    config: &mut Config,
-    net: &mut Net,
-    task: Task,
-    options: &LoadOptions,
-    variant: &Variant,
-) -> Result<Summary> {
+/// What the configuration says.
+struct Sizes {
+    hidden: i64,
+    layers: i64,
+    heads: i64,
+    kv_heads: i64,
+    width: i64,
+    inner: i64,
+    vocabulary: i64,
+    eps: f64,
+    act: &'static str,
+    tied: bool,
+    rotary: Rotary,
+    most_tokens: i64,
+}
+
+fn read(config: &mut Config, options: &LoadOptions, variant: &Variant) -> Result<Sizes> {
     let hidden = config.size("hidden_size");
     let layers = config.layers("num_hidden_layers");
     let heads = config.size("num_attention_heads");
@@ -147,12 +155,37 @@ fn build(
         ));
     }
     config.check()?;
+    Ok(Sizes {
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        width,
+        inner,
+        vocabulary,
+        eps,
+        act,
+        tied,
+        rotary,
+        most_tokens,
+    })
+}
+
+fn build(
+    config: &mut Config,
+    net: &mut Net,
+    task: Task,
+    options: &LoadOptions,
+    variant: &Variant,
+) -> Result<Summary> {
+    let sizes = read(config, options, variant)?;
+    let Sizes { hidden, layers, heads, kv_heads, width, inner, vocabulary, eps, act, .. } = sizes;
+    let Sizes { tied, rotary, most_tokens, .. } = sizes;
 
     let prefix = if net.weights.has_prefix("model.") { "model." } else { "" };
     net.declare_tokens(most_tokens);
     let ids = net.token_input("input_ids");
-    let mask = net.token_input("attention_mask");
-    let mask = net.additive_mask(mask)?;
+    let mask = net.padding_mask()?;
 
     let table = format!("{prefix}embed_tokens.weight");
     let mut x = net.embedding(ids, &table, vocabulary, hidden)?;
@@ -184,7 +217,8 @@ fn build(
             }
             *part = p;
         }
-        let y = net.attend(qkv, &attention, Some(mask), &a)?;
+        net.remember(&mut qkv, i, kv_heads, width)?;
+        let y = net.attend(qkv, &attention, mask, &a)?;
         let y =
             net.linear(y, &format!("{a}.o_proj"), heads * width, hidden, variant.output_bias)?;
         x = net.add(y, x)?;
@@ -203,10 +237,97 @@ fn build(
         let own = "lm_head.weight".to_string();
         let head = if tied && !net.weights.has(&own) { table } else { own };
         let head = net.weight(&head, &[vocabulary, hidden])?;
+        let x = net.asked_for(x)?;
         let y = net.project(x, head, "oi", None, "lm_head")?;
-        net.b.output("logits", y);
+        net.outputs_with_cache("logits", y);
     } else {
-        net.b.output("last_hidden_state", x);
+        net.outputs_with_cache("last_hidden_state", x);
     }
     Ok(Summary { hidden, layers, heads, kv_heads, vocabulary, ..Summary::default() })
+}
+
+/// The weights of a decoder as they are stored, with what a step needs to know.
+pub(super) fn decoder(
+    config: &mut Config,
+    weights: &mut Weights,
+    options: &LoadOptions,
+    model_type: &str,
+) -> Result<Decoder> {
+    let variant = match model_type {
+        "llama" => llama(config),
+        "mistral" => mistral(config),
+        "qwen2" => qwen2(config),
+        "qwen3" => qwen3(config),
+        other => {
+            return Err(Error::unsupported(format!("decoding of `{other}` step by step on a GPU"))
+                .with_hint("llama, mistral and qwen2 are supported there; others run on the CPU"));
+        }
+    };
+    if variant.head_norms {
+        return Err(Error::unsupported("norms over each head, step by step on a GPU"));
+    }
+    let sizes = read(config, options, &variant)?;
+    let Sizes { hidden, layers, heads, kv_heads, width, inner, vocabulary, .. } = sizes;
+    let prefix = if weights.has_prefix("model.") { "model." } else { "" };
+    let mut get = |name: String, shape: &[i64]| weights.shaped(&name, shape);
+    let (q, kv) = (heads * width, kv_heads * width);
+    let table = get(format!("{prefix}embed_tokens.weight"), &[vocabulary, hidden])?;
+    let mut all = Vec::new();
+    for i in 0..layers {
+        let a = format!("{prefix}layers.{i}.self_attn");
+        let m = format!("{prefix}layers.{i}.mlp");
+        let parts = [("q", q), ("k", kv), ("v", kv)];
+        let mut qkv = Vec::new();
+        let mut qkv_bias = Vec::new();
+        for (name, lines) in parts {
+            qkv.push(get(format!("{a}.{name}_proj.weight"), &[lines, hidden])?);
+            if variant.qkv_bias {
+                qkv_bias.push(get(format!("{a}.{name}_proj.bias"), &[lines])?);
+            }
+        }
+        let mut bias = |there: bool, name: String, lines: i64| {
+            there.then(|| get(format!("{name}.bias"), &[lines])).transpose()
+        };
+        let o_bias = bias(variant.output_bias, format!("{a}.o_proj"), hidden)?;
+        let gate_bias = bias(variant.mlp_bias, format!("{m}.gate_proj"), inner)?;
+        let up_bias = bias(variant.mlp_bias, format!("{m}.up_proj"), inner)?;
+        let down_bias = bias(variant.mlp_bias, format!("{m}.down_proj"), hidden)?;
+        let layer = format!("{prefix}layers.{i}");
+        all.push(DecoderLayer {
+            input_norm: get(format!("{layer}.input_layernorm.weight"), &[hidden])?,
+            qkv,
+            qkv_bias,
+            o: get(format!("{a}.o_proj.weight"), &[hidden, q])?,
+            o_bias,
+            post_norm: get(format!("{layer}.post_attention_layernorm.weight"), &[hidden])?,
+            gate: get(format!("{m}.gate_proj.weight"), &[inner, hidden])?,
+            up: get(format!("{m}.up_proj.weight"), &[inner, hidden])?,
+            gate_bias,
+            up_bias,
+            down: get(format!("{m}.down_proj.weight"), &[hidden, inner])?,
+            down_bias,
+        });
+    }
+    let norm = get(format!("{prefix}norm.weight"), &[hidden])?;
+    let own = "lm_head.weight".to_string();
+    let head = match sizes.tied {
+        true => None,
+        false => Some(get(own, &[vocabulary, hidden])?),
+    };
+    Ok(Decoder {
+        hidden,
+        heads,
+        kv_heads,
+        width,
+        inner,
+        vocabulary,
+        eps: sizes.eps,
+        gate: sizes.act.to_string(),
+        most_tokens: sizes.most_tokens,
+        frequencies: sizes.rotary.frequencies().to_vec(),
+        table,
+        layers: all,
+        norm,
+        head,
+    })
 }

@@ -19,6 +19,7 @@ mod gpt2;
 mod layers;
 mod llama;
 mod pooling;
+mod random;
 mod roberta;
 mod rotary;
 pub mod safetensors;
@@ -32,6 +33,7 @@ use layers::Net;
 use std::path::Path;
 use tilewright_base::{DType, Error, Result, ResultExt};
 use tilewright_graph::Graph;
+use tilewright_plan::Decoder;
 use weights::Weights;
 
 /// How a directory is loaded.
@@ -43,11 +45,22 @@ pub struct LoadOptions {
     pub max_batch: i64,
     /// The longest sequence: `S` ends here or at what the model knows, whichever is less.
     pub max_tokens: i64,
+    /// A step of generation: keys and values of `P` earlier tokens come in as `past_key_values.0.key` and so on, all
+    /// `[B,heads,P,width]`; those of all tokens go out as `present.0.key`, and `logits` are those of the last position.
+    pub cache: bool,
+    /// No files of weights: random ones of this seed, in the type that the configuration states (or bf16).
+    pub random_weights: Option<u64>,
 }
 
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
-        LoadOptions { compute: DType::F32, max_batch: 1024, max_tokens: 32768 }
+        LoadOptions {
+            compute: DType::F32,
+            max_batch: 1024,
+            max_tokens: 32768,
+            cache: false,
+            random_weights: None,
+        }
     }
 }
 
@@ -223,12 +236,42 @@ fn load_dir(dir: &Path, options: &LoadOptions) -> Result<HfModel> {
     }
     let config = Config::open(dir)?;
     let encoder_tokens = pooling::most_tokens(dir).unwrap_or(i64::MAX);
-    let model = build(config, || Weights::open(dir), options)?;
+    let random = options.random_weights.map(|seed| Weights::random(seed, stated_type(&config)));
+    let model = build(config, || random.map_or_else(|| Weights::open(dir), Ok), options)?;
     Ok(HfModel {
         max_tokens: model.max_tokens.min(encoder_tokens),
         pooling: pooling::detect(dir),
         ..model
     })
+}
+
+/// The type of the weights that a configuration states.
+fn stated_type(config: &Config) -> DType {
+    match config.text("dtype").or(config.text("torch_dtype")) {
+        Some("float32") => DType::F32,
+        Some("float16") => DType::F16,
+        _ => DType::BF16,
+    }
+}
+
+/// Loads a decoder taken apart.
+///
+/// # Errors
+/// The user's about the files; unsupported for what is no decoder of the kind of Llama.
+pub fn load_decoder(dir: &Path, options: &LoadOptions) -> Result<Decoder> {
+    let load = || {
+        let mut config = Config::open(dir)?;
+        let (family, _, task) = recognise(&config)?;
+        if task != Task::CausalLanguage {
+            return Err(Error::unsupported("generation with a model that gives no logits"));
+        }
+        let mut weights = match options.random_weights {
+            Some(seed) => Weights::random(seed, stated_type(&config)),
+            None => Weights::open(dir)?,
+        };
+        llama::decoder(&mut config, &mut weights, options, family.model_type)
+    };
+    load().context(|| format!("loading the model in `{}`", dir.display()))
 }
 
 /// Loads a model from memory: the text of `config.json` and the bytes of one `model.safetensors`.
@@ -251,8 +294,14 @@ fn build(
     }
     let (family, architecture, task) = recognise(&config)?;
     let mut net = Net::new(&architecture, weights()?, options.compute, options.max_batch);
+    if options.cache {
+        net.with_cache();
+    }
     let mut summary = (family.build)(&mut config, &mut net, task, options)?;
     net.check()?;
+    if options.cache && !net.remembers() {
+        return Err(Error::unsupported(format!("{architecture} with a cache of keys and values")));
+    }
     let parameters = net.weights.used().map(|t| t.len() as u64).sum();
     let weight_bytes = net.weights.used().map(|t| t.bytes().len() as u64).sum();
     summary = Summary { parameters, weight_bytes, ..summary };

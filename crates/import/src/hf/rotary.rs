@@ -62,7 +62,12 @@ impl Rotary {
         Rotary { frequencies }
     }
 
-    /// Cosines and sines for the positions `0..S`.
+    /// The angle of each pair at position 1.
+    pub(super) fn frequencies(&self) -> &[f64] {
+        &self.frequencies
+    }
+
+    /// Cosines and sines for the positions of the tokens: from the number of remembered ones on.
     ///
     /// Angles and tables are computed in `f64` from `f32` frequencies: those are what a model was
     /// trained with; an angle rounded to `f32` would be off by 2e-4 at position 4096.
@@ -74,9 +79,9 @@ impl Rotary {
             let shape = [usize::try_from(rows).unwrap_or(0), self.frequencies.len()];
             let tensor = Tensor::from_f64s(net.compute, &shape, &values)?;
             let table = net.b.constant(name, tensor);
-            let seq = net.seq.clone();
+            let (past, seq) = (net.past(), net.seq.clone());
             net.b.set_origin(name);
-            net.b.slice_axis(table, 0, Dim::new(0), seq)
+            net.b.slice_axis(table, 0, past, seq)
         };
         Ok(Tables { cos: table("rotary.cos", f64::cos)?, sin: table("rotary.sin", f64::sin)? })
     }

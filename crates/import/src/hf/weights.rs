@@ -1,11 +1,12 @@
 //! [`Weights`]: the tensors of a model directory, from one file or from shards.
 
 use super::config::read_json;
+use super::random::RandomWeights;
 use super::safetensors::{self, Contents};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
-use tilewright_base::{Error, Result};
+use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
 
 /// Named tensors, and which of them were asked for.
@@ -13,6 +14,7 @@ use tilewright_data::Tensor;
 pub(crate) struct Weights {
     contents: Contents,
     used: BTreeSet<String>,
+    random: Option<RandomWeights>,
 }
 
 impl Weights {
@@ -84,8 +86,36 @@ impl Weights {
         Err(missing.into_iter().take(100).fold(error, Error::with_note))
     }
 
-    /// The tensor of this name.
-    pub(crate) fn get(&mut self, name: &str) -> Option<&Tensor> {
+    /// No files: every tensor that is asked for is there, with random numbers of this type.
+    pub(crate) fn random(seed: u64, dtype: DType) -> Weights {
+        Weights { random: Some(RandomWeights::new(seed, dtype)), ..Weights::default() }
+    }
+
+    /// The tensor of this name and shape.
+    ///
+    /// # Errors
+    /// The user's when it is missing or has another shape.
+    pub(crate) fn shaped(&mut self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let Some(tensor) = self.get(name, shape) else {
+            return Err(Error::user(format!("tensor `{name}` of shape {shape:?} is missing")));
+        };
+        let is = tensor.shape();
+        let fits = is.len() == shape.len()
+            && is.iter().zip(shape).all(|(&a, &b)| usize::try_from(b) == Ok(a));
+        if !fits {
+            return Err(Error::user(format!("tensor `{name}` has shape {is:?}, not {shape:?}")));
+        }
+        Ok(tensor.clone())
+    }
+
+    /// The tensor of this name; `shape` is what a random one gets.
+    pub(crate) fn get(&mut self, name: &str, shape: &[i64]) -> Option<&Tensor> {
+        if let Some(random) = &mut self.random
+            && !self.contents.tensors.contains_key(name)
+        {
+            let tensor = random.tensor(name, shape)?;
+            self.contents.tensors.insert(name.into(), tensor);
+        }
         let tensor = self.contents.tensors.get(name)?;
         if !self.used.contains(name) {
             self.used.insert(name.to_string());
@@ -100,6 +130,9 @@ impl Weights {
 
     /// Whether some tensor's name begins so.
     pub(crate) fn has_prefix(&self, prefix: &str) -> bool {
+        if self.random.is_some() {
+            return true;
+        }
         let from = self.contents.tensors.range(prefix.to_string()..).next();
         from.is_some_and(|(name, _)| name.starts_with(prefix))
     }

@@ -137,6 +137,16 @@ impl<'p> Machine<'p, '_> {
                     self.element_write(*param, &here, access, mapping, value)?;
                 }
             }
+            LineStep::Prefetch { param, at, bytes, .. } => {
+                // No values: only that lines are as long as it says.
+                self.dims(agent, stmt, at)?;
+                let p = &self.program.params[*param];
+                let extent = p.layout.axes.last().and_then(|a| a.extent.as_const());
+                let line = extent.and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+                if p.dtype.bytes_for(line).is_none_or(|have| have < *bytes as usize) {
+                    return Err(self.fail(agent, stmt, "asks for more than a line has"));
+                }
+            }
             LineStep::AcrossCluster { .. } => {
                 return Err(Error::bug("a meeting among plain steps"));
             }

@@ -1,0 +1,372 @@
+//! Products of a matrix with few vectors, with what comes before and after them in a decoder.
+//!
+//! `W [N, K]` lies as checkpoints have it, rows along the depth. A row of threads reads lines of it; the vectors come
+//! from the caches. The RMS norm needs no pass of its own: `norm(x) W = (x * gain) W / rms(x)`, and the sum of squares is
+//! taken on the way.
+
+use super::{Rows, Scheduled, along, scalar, schedule, text};
+use tilewright_base::{DType, Result};
+use tilewright_device::Arch;
+use tilewright_expr::{Func, Op, Value};
+use tilewright_layout::{Axis, Dim, Layout};
+use tilewright_tile::{Access, KernelBuilder, Operand, ReduceKind, TileId, TileType};
+
+/// Sums that a thread keeps at most, as long as it has one access to each matrix.
+const MOST_SUMS: i64 = 64;
+
+/// What happens to the sums.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ending {
+    /// `Y[m, n]`, with `residual` plus `R[m, n]`.
+    Plain {
+        /// Adds `R`.
+        residual: bool,
+    },
+    /// `act(sum with W) * (sum with U)`; the function is from f32 to f32.
+    Gated(Func),
+    /// The lines of `W` are `heads + 2 * kv_heads` heads: queries and keys are rotated to their position. Queries go to
+    /// `Q [rows, heads, width]`, keys and values to the caches `[batch, kv_heads, positions, width]`.
+    Rotary {
+        /// Heads of the queries.
+        heads: i64,
+        /// Heads of keys and values.
+        kv_heads: i64,
+        /// Width of a head, even.
+        width: i64,
+    },
+}
+
+/// A product for a few vectors. Parameters in order: `X [rows, K]` f32, the gain, `W`, `U`, the bias (of a gate two), and what the ending
+/// has: `R` and `Y`; `Y`; `cos` and `sin` `[2, positions, width/2]` (first of what turns, then of what does not), `Q`, keys,
+/// values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VectorProduct {
+    /// Its name.
+    pub name: String,
+    /// Rows of `X`.
+    pub rows: Rows,
+    /// Lines of `W`.
+    pub lines: i64,
+    /// Depth.
+    pub depth: i64,
+    /// Type of the weights.
+    pub weight: DType,
+    /// Type of the gain of an RMS norm, and what is added to the mean of squares.
+    pub norm: Option<(DType, f64)>,
+    /// A bias of the weights' type, one per line.
+    pub bias: bool,
+    /// What happens to the sums.
+    pub ending: Ending,
+}
+
+/// How threads share the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    /// Threads of a block.
+    pub threads: i64,
+    /// Neighbouring threads along a line.
+    pub lanes: i64,
+    /// Lines that a thread reads at once.
+    pub each: i64,
+    /// Accesses of 16 bytes that it makes to each.
+    pub runs: i64,
+    /// Blocks that share a multiprocessor, for which registers are limited.
+    pub blocks: i64,
+    /// Weights are asked for while the kernel before still runs.
+    pub ahead: bool,
+}
+
+impl VectorProduct {
+    /// Matrices, or pairs of lines of one, that a block reads side by side.
+    fn planes(&self) -> i64 {
+        if matches!(self.ending, Ending::Plain { .. }) { 1 } else { 2 }
+    }
+
+    /// Lines that are counted in blocks of `BN`.
+    fn blocked(&self) -> i64 {
+        match &self.ending {
+            Ending::Rotary { width, .. } => width / 2,
+            _ => self.lines,
+        }
+    }
+
+    /// Elements of one access.
+    fn vector(&self) -> i64 {
+        let mut vector = 128 / i64::from(self.weight.bits());
+        while vector > 1 && self.depth % vector != 0 {
+            vector /= 2;
+        }
+        // Every row has sums of its own, and registers are better spent on more threads.
+        while vector > 4 && vector * self.planes() * self.rows.count() > MOST_SUMS {
+            vector /= 2;
+        }
+        vector
+    }
+
+    /// The form for a machine with this many multiprocessors: four accesses in flight a thread, and more lines a thread
+    /// only as long as every multiprocessor has several blocks.
+    pub fn form(&self, sms: i64) -> Form {
+        let (threads, lanes) = (256, 32);
+        let at_once = (4 / self.planes()).max(1);
+        let all = match &self.ending {
+            Ending::Rotary { width, .. } => self.lines / width * (width / 2),
+            _ => self.lines,
+        };
+        let useful = (self.depth + lanes * self.vector() - 1) / (lanes * self.vector());
+        let mut each = 1;
+        while each * 2 <= at_once && all / (threads / lanes * each * 2) >= 4 * sms {
+            each *= 2;
+        }
+        let mut runs = at_once / each;
+        while runs > 1 && runs > useful {
+            runs /= 2;
+        }
+        let sums =
+            |each: i64, runs: i64| runs * each * self.planes() * self.vector() * self.rows.count();
+        while runs > 1 && sums(each, runs) > MOST_SUMS {
+            runs /= 2;
+        }
+        while each > 1 && sums(each, runs) > MOST_SUMS {
+            each /= 2;
+        }
+        Form { threads, lanes, each, runs, blocks: 1, ahead: true }
+    }
+
+    /// The kernel in the form that suits the machine.
+    ///
+    /// # Errors
+    /// Our bug.
+    pub fn scheduled(&self, arch: Arch, sms: i64) -> Result<Scheduled> {
+        self.in_form(arch, &self.form(sms))
+    }
+
+    /// The kernel in a form.
+    ///
+    /// # Errors
+    /// Our bug.
+    pub fn in_form(&self, arch: Arch, form: &Form) -> Result<Scheduled> {
+        let vector = self.vector();
+        let mut form = *form;
+        // Blocks of lines do not straddle heads.
+        if let Ending::Rotary { width, .. } = &self.ending {
+            while (width / 2) % (form.threads / form.lanes * form.each) != 0 {
+                if form.each > 1 {
+                    form.each /= 2;
+                } else if form.threads > form.lanes.max(32) {
+                    form.threads /= 2;
+                } else {
+                    break;
+                }
+            }
+        }
+        let tiles = [
+            ("BN", form.threads / form.lanes * form.each),
+            ("BK", form.lanes * vector * form.runs),
+        ];
+        let mut schedule = schedule(arch, &tiles, (form.threads, form.lanes, vector), true);
+        schedule.lines.ahead &= form.ahead;
+        schedule.blocks_per_sm = form.blocks.clamp(1, 16) as u32;
+        Ok(Scheduled { kernel: self.program()?, schedule })
+    }
+
+    fn program(&self) -> Result<tilewright_tile::Kernel> {
+        use Access::{In, InOut, Out};
+        let mut k = KernelBuilder::new(&self.name);
+        let rows = self.rows.count();
+        let (bn, bk) = (k.tile("BN"), k.tile("BK"));
+        let d = Dim::new;
+        let shape = |s: &[i64]| Layout::row_major(&s.iter().map(|&n| d(n)).collect::<Vec<_>>());
+        let x = k.param("X", DType::F32, shape(&[rows, self.depth]), In);
+        let gain = self.norm.map(|(t, _)| k.param("gain", t, shape(&[self.depth]), In));
+        let w = k.param("W", self.weight, shape(&[self.lines, self.depth]), In);
+        let u = match self.ending {
+            Ending::Gated(_) => k.param("U", self.weight, shape(&[self.lines, self.depth]), In),
+            _ => w,
+        };
+        let bias = self.bias.then(|| k.param("bias", self.weight, shape(&[self.lines]), In));
+        let bias2 = match self.ending {
+            Ending::Gated(_) if self.bias => {
+                Some(k.param("bias2", self.weight, shape(&[self.lines]), In))
+            }
+            _ => bias,
+        };
+
+        // Where the lines of this block begin, and those of its second plane.
+        let (first, second, head, within) = match &self.ending {
+            Ending::Rotary { heads, kv_heads, width } => {
+                let head = k.grid("head", d(heads + 2 * kv_heads));
+                let at = k.grid("pn", d(self.blocked()).ceil_div(&bn)) * &bn;
+                let first = head.clone() * *width + &at;
+                (first.clone(), first + &d(width / 2), head, at)
+            }
+            _ => {
+                let at = k.grid("pn", d(self.lines).ceil_div(&bn)) * &bn;
+                (at.clone(), at.clone(), d(0), at)
+            }
+        };
+        let two = self.planes() == 2;
+        let planes = if two { 2 } else { 1 };
+        let sum = TileType::new(DType::F32, [bn.clone()]);
+        let zero = Value::Float(0.0);
+        let mut init: Vec<TileId> = (0..planes * rows).map(|_| k.full(zero, sum.clone())).collect();
+        if self.norm.is_some() {
+            let one = TileType::new(DType::F32, Vec::new());
+            init.extend((0..rows).map(|_| k.full(zero, one.clone())));
+        }
+        let (var, sums) = k.begin_for("piece", d(0), d(self.depth).ceil_div(&bk), &init);
+        let k0 = var * &bk;
+        let plane = vec![bn.clone(), bk.clone()];
+        let mut weights = vec![k.load(w, vec![first.clone(), k0.clone()], plane.clone())];
+        if two {
+            weights.push(k.load(u, vec![second.clone(), k0.clone()], plane.clone()));
+        }
+        let gains = gain.map(|g| k.load(g, vec![k0.clone()], vec![bk.clone()]));
+        let add = Func::binary(Op::Add, DType::F32);
+        let mut next = Vec::new();
+        let mut squares = Vec::new();
+        for row in 0..rows {
+            let x = k.load(x, vec![d(row), k0.clone()], vec![d(1), bk.clone()]);
+            let x = k.reshape(x, vec![bk.clone()]);
+            let mut scaled = x;
+            if let (Some(g), Some((t, _))) = (gains, self.norm) {
+                let f = text("{ x, g -> x * f32(g) }", &[DType::F32, t])?;
+                scaled = k.map(f, vec![along(x, 0), along(g, 0)], vec![bk.clone()]);
+                let f = text("{ x -> x * x }", &[DType::F32])?;
+                let square = k.map(f, vec![along(x, 0)], vec![bk.clone()]);
+                let part = k.reduce(ReduceKind::Sum, square, 0, None);
+                let old = sums[(planes * rows + row) as usize];
+                squares.push(k.map(add.clone(), vec![scalar(old), scalar(part)], vec![]));
+            }
+            for (p, w) in weights.iter().enumerate() {
+                let f = text("{ w, x -> f32(w) * x }", &[self.weight, DType::F32])?;
+                let product = k.map(f, vec![k.plain(*w), along(scaled, 1)], plane.clone());
+                let part = k.reduce(ReduceKind::Sum, product, 1, None);
+                let old = sums[row as usize * weights.len() + p];
+                let args = vec![along(old, 0), along(part, 0)];
+                next.push(k.map(add.clone(), args, vec![bn.clone()]));
+            }
+        }
+        next.extend(squares);
+        let sums = k.end_for(&next);
+
+        let line = vec![bn.clone()];
+        let biases: Vec<TileId> = [(bias, first), (bias2, second)]
+            .into_iter()
+            .take(planes as usize)
+            .filter_map(|(b, at)| b.map(|b| k.load(b, vec![at], line.clone())))
+            .collect();
+        let mut finished = Vec::new();
+        for row in 0..rows {
+            for p in 0..planes {
+                let mut y = sums[(row * planes + p) as usize];
+                if let Some((_, eps)) = self.norm {
+                    let q = sums[(planes * rows + row) as usize];
+                    let of = self.depth;
+                    let f = format!("{{ s, q -> s * rsqrt(q / f32({of}) + f32({eps:?})) }}");
+                    let f = text(&f, &[DType::F32; 2])?;
+                    y = k.map(f, vec![along(y, 0), scalar(q)], line.clone());
+                }
+                if let Some(b) = biases.get(p as usize) {
+                    let f = text("{ s, b -> s + f32(b) }", &[DType::F32, self.weight])?;
+                    y = k.map(f, vec![along(y, 0), along(*b, 0)], line.clone());
+                }
+                finished.push(y);
+            }
+        }
+        match &self.ending {
+            Ending::Plain { residual } => {
+                let flat = shape(&[rows, self.lines]);
+                let r = residual.then(|| k.param("R", DType::F32, flat.clone(), In));
+                let y = k.param("Y", DType::F32, flat, Out);
+                for (row, mut value) in finished.into_iter().enumerate() {
+                    let at = vec![d(row as i64), within.clone()];
+                    let one = vec![d(1), bn.clone()];
+                    if let Some(r) = r {
+                        let old = k.load(r, at.clone(), one.clone());
+                        let old = k.reshape(old, line.clone());
+                        let args: Vec<Operand> = vec![along(value, 0), along(old, 0)];
+                        value = k.map(add.clone(), args, line.clone());
+                    }
+                    let value = k.reshape(value, one);
+                    k.store(y, at, value);
+                }
+            }
+            Ending::Gated(act) => {
+                let y = k.param("Y", DType::F32, shape(&[rows, self.lines]), Out);
+                for (row, pair) in finished.chunks(2).enumerate() {
+                    let gate = k.map(act.clone(), vec![along(pair[0], 0)], line.clone());
+                    let f = Func::binary(Op::Mul, DType::F32);
+                    let value = k.map(f, vec![along(gate, 0), along(pair[1], 0)], line.clone());
+                    let value = k.reshape(value, vec![d(1), bn.clone()]);
+                    k.store(y, vec![d(row as i64), within.clone()], value);
+                }
+            }
+            Ending::Rotary { heads, kv_heads, width } => {
+                self.rows.declare(&mut k);
+                let (half, positions) = (width / 2, self.rows.positions);
+                let table = shape(&[2, positions, half]);
+                let cos = k.param("cos", DType::F32, table.clone(), In);
+                let sin = k.param("sin", DType::F32, table, In);
+                let q = k.param("Q", DType::F32, shape(&[rows, *heads, *width]), InOut);
+                let cache = || cache_layout(&self.rows, *kv_heads, *width);
+                let caches = [
+                    k.param("keys", self.weight, cache(), InOut),
+                    k.param("values", self.weight, cache(), InOut),
+                ];
+                let kind = head.floor_div(&d(heads + kv_heads));
+                for (row, pair) in finished.chunks(2).enumerate() {
+                    let (sequence, position) = self.rows.place(&d(row as i64));
+                    let at = vec![kind.clone(), position.clone(), within.clone()];
+                    let one = vec![d(1), d(1), bn.clone()];
+                    let [c, s] = [cos, sin].map(|t| {
+                        let t = k.load(t, at.clone(), one.clone());
+                        k.reshape(t, line.clone())
+                    });
+                    for (turn, start) in [
+                        ("{ a, b, c, s -> a * c - b * s }", d(0)),
+                        ("{ a, b, c, s -> b * c + a * s }", d(half)),
+                    ] {
+                        let f = text(turn, &[DType::F32; 4])?;
+                        let args = [pair[0], pair[1], c, s].map(|t| along(t, 0)).to_vec();
+                        let y = k.map(f, args, line.clone());
+                        let col = within.clone() + &start;
+                        let one = k.reshape(y, one.clone());
+                        k.store(q, vec![d(row as i64), head.clone(), col.clone()], one);
+                        let narrow = narrowed(&mut k, y, self.weight)?;
+                        for (i, cache) in caches.iter().enumerate() {
+                            // What is not of this kind lies outside, and outside nothing is stored.
+                            let head = head.clone() - &d(heads + i as i64 * kv_heads);
+                            let at = vec![sequence.clone(), head, position.clone(), col.clone()];
+                            let shape = vec![d(1), d(1), d(1), bn.clone()];
+                            let y = k.reshape(narrow, shape);
+                            k.store(*cache, at, y);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(k.finish())
+    }
+}
+
+/// `[batch, kv_heads, positions, width]`.
+pub(super) fn cache_layout(rows: &Rows, kv_heads: i64, width: i64) -> Layout {
+    let extents = [rows.batch, kv_heads, rows.positions, width];
+    let mut stride = 1;
+    let mut axes = Vec::new();
+    for extent in extents.into_iter().rev() {
+        axes.insert(0, Axis { extent: Dim::new(extent), stride: Dim::new(stride), block: None });
+        stride *= extent;
+    }
+    Layout { axes, offset: Dim::new(0) }
+}
+
+/// A line in another type.
+fn narrowed(k: &mut KernelBuilder, x: TileId, dtype: DType) -> Result<TileId> {
+    if dtype == DType::F32 {
+        return Ok(x);
+    }
+    let shape = k.ty(x).shape.clone();
+    let f = text(&format!("{{ x -> {dtype}(x) }}"), &[DType::F32])?;
+    Ok(k.map(f, vec![along(x, 0)], shape))
+}

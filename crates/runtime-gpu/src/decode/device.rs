@@ -1,0 +1,181 @@
+//! [`DeviceDecoder`]: a plan on a device.
+
+use super::{DecodeMachine, DecodePlan, DecodeStep, Which};
+use std::sync::Arc;
+use tilewright_base::{Error, Result, ResultExt};
+use tilewright_cuda::{Buffer, GraphExec, Stream};
+use tilewright_launch::{BoundKernel, Loader, Operand};
+
+/// Starts of regions are multiples of this.
+const ALIGNED: usize = 256;
+
+/// Launches that are ready.
+struct Ready {
+    kernels: Vec<BoundKernel>,
+    graph: Option<GraphExec>,
+}
+
+/// Weights and state on a device, with one recorded graph per kind of step.
+pub struct DeviceDecoder {
+    plan: Arc<DecodePlan>,
+    loader: Arc<Loader>,
+    stream: Stream,
+    weights: Buffer,
+    state: Buffer,
+    /// First byte of each region in its buffer.
+    starts: Vec<usize>,
+    token: Ready,
+    chunk: Ready,
+    /// Why a step is not recorded.
+    warnings: Vec<String>,
+}
+
+impl DeviceDecoder {
+    /// Copies weights to the device, one tensor at a time from the mapped files, compiles, and records.
+    ///
+    /// # Errors
+    /// When memory does not suffice, which is known before anything is copied; the compiler's and the driver's.
+    pub fn new(plan: Arc<DecodePlan>, loader: Arc<Loader>, graphs: bool) -> Result<DeviceDecoder> {
+        let stream = loader.gpu().stream()?;
+        let (weight_bytes, state_bytes) = plan.bytes();
+        let all = (weight_bytes + state_bytes) as u64;
+        let weights = stream.alloc_planned(weight_bytes, all)?;
+        let state = stream.alloc_planned(state_bytes, all)?;
+        state.poison(&stream)?;
+        let (mut at, mut starts) = ([0, 0], Vec::new());
+        for region in &plan.regions {
+            let place = &mut at[usize::from(region.data.is_empty())];
+            starts.push(*place);
+            let mut offset = *place;
+            for tensor in &region.data {
+                let rounded = tensor.rounded(region.dtype)?;
+                weights.write_at(&stream, offset, rounded.bytes())?;
+                offset += rounded.bytes().len();
+            }
+            *place = (*place + region.bytes).next_multiple_of(ALIGNED);
+        }
+        let mut programs: Vec<_> =
+            plan.token.iter().chain(&plan.chunk).map(|s| s.program.clone()).collect();
+        programs.sort_by_key(|p| Arc::as_ptr(p) as usize);
+        programs.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        let programs: Vec<_> = programs.iter().map(|p| (**p).clone()).collect();
+        loader.load_all(&programs).into_iter().try_for_each(|r| r.map(drop))?;
+        let empty = || Ready { kernels: Vec::new(), graph: None };
+        let mut this = DeviceDecoder {
+            plan: plan.clone(),
+            loader,
+            stream,
+            weights,
+            state,
+            starts,
+            token: empty(),
+            chunk: empty(),
+            warnings: Vec::new(),
+        };
+        this.token = this.ready(&plan.token, graphs)?;
+        this.chunk = this.ready(&plan.chunk, graphs)?;
+        Ok(this)
+    }
+
+    fn operand(&self, region: usize) -> Operand {
+        let r = &self.plan.regions[region];
+        let buffer = if r.data.is_empty() { &self.state } else { &self.weights };
+        let address = buffer.address() + self.starts[region] as u64;
+        Operand { address, bytes: r.bytes as u64 }
+    }
+
+    fn ready(&mut self, steps: &[DecodeStep], graphs: bool) -> Result<Ready> {
+        let mut kernels = Vec::new();
+        for step in steps {
+            let operands: Vec<Operand> = step.operands.iter().map(|&r| self.operand(r)).collect();
+            let kernel = self.loader.load(&step.program)?;
+            let bound = kernel.bind(&step.sizes, &operands);
+            kernels.push(bound.context(|| format!("binding {}", step.label))?);
+        }
+        let mut graph = None;
+        if graphs && !kernels.is_empty() {
+            let recorded = self
+                .stream
+                .capture(|stream| launch_all(&kernels, stream))
+                .and_then(|graph| graph.instantiate());
+            match recorded {
+                Ok(recorded) => graph = Some(recorded),
+                Err(error) => self.warnings.push(format!("a step is not recorded: {error}")),
+            }
+        }
+        Ok(Ready { kernels, graph })
+    }
+
+    /// What did not go as planned.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Bytes of weights and of everything else on the device.
+    pub fn bytes(&self) -> (usize, usize) {
+        (self.weights.len(), self.state.len())
+    }
+
+    /// The stream in which it runs.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Time of each launch of a step with the next token, in microseconds: from the end of the one before, with the device
+    /// kept busy so that launches do not show. The position moves on by two.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn launch_times_us(&mut self) -> Result<Vec<f64>> {
+        // While the device is busy with this step, the host gets ahead of it.
+        self.run(Which::Token)?;
+        let mut marks = vec![self.stream.record()?];
+        for kernel in &self.token.kernels {
+            launch_all(std::slice::from_ref(kernel), &self.stream)?;
+            marks.push(self.stream.record()?);
+        }
+        self.stream.synchronize()?;
+        marks.windows(2).map(|pair| pair[1].since_us(&pair[0])).collect()
+    }
+}
+
+fn launch_all(kernels: &[BoundKernel], stream: &Stream) -> Result<()> {
+    for kernel in kernels {
+        // SAFETY: weights and state live as long as the decoder, which synchronises before it drops them;
+        // nobody else uses them, and always in this stream.
+        unsafe { kernel.launch(stream)? };
+    }
+    Ok(())
+}
+
+impl DecodeMachine for DeviceDecoder {
+    fn write(&mut self, region: usize, bytes: &[u8]) -> Result<()> {
+        let r = &self.plan.regions[region];
+        if !r.data.is_empty() || bytes.len() > r.bytes {
+            return Err(Error::bug(format!("{} bytes for {}", bytes.len(), r.name)));
+        }
+        self.state.write_at(&self.stream, self.starts[region], bytes)
+    }
+
+    fn read(&mut self, region: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.plan.regions[region].bytes];
+        self.state.read_at(&self.stream, self.starts[region], &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn run(&mut self, which: Which) -> Result<()> {
+        let ready = if which == Which::Token { &self.token } else { &self.chunk };
+        match &ready.graph {
+            // SAFETY: as in `launch_all`; recordings are dropped with the memory that they name.
+            Some(graph) => unsafe { graph.launch(&self.stream) },
+            None => launch_all(&ready.kernels, &self.stream),
+        }
+    }
+}
+
+impl Drop for DeviceDecoder {
+    fn drop(&mut self) {
+        // Memory goes only when the device is done with it; there is nobody to tell of an error.
+        let _ = self.stream.synchronize();
+    }
+}

@@ -1,0 +1,487 @@
+//! [`DecodePlan`]: regions of memory and the launches of a step.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tilewright_base::{DType, Error, Result};
+use tilewright_data::Tensor;
+use tilewright_device::{Arch, Program};
+use tilewright_kernels::decode::{
+    AT, AttentionParts, Draw, Ending, MOST_ROWS, Rows, Scheduled, VectorProduct, activation,
+    advance, embed, pick, pieces,
+};
+use tilewright_layout::Env;
+use tilewright_lower_gpu::lower;
+use tilewright_plan::Decoder;
+use tilewright_target::Gpu;
+
+/// How a decoder is run.
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeOptions {
+    /// Sequences, 1 to 8.
+    pub batch: i64,
+    /// The longest sequence that there is memory for.
+    pub positions: i64,
+    /// The type in which matrices and the cache are stored; that of the files when it is none.
+    pub stored: Option<DType>,
+    /// Tokens are drawn: whether only the `k` likeliest count, and whether only those up to a probability. Otherwise the
+    /// likeliest token is taken.
+    pub draw: Option<(bool, bool)>,
+}
+
+/// A piece of memory.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// For people.
+    pub name: String,
+    /// Length.
+    pub bytes: usize,
+    /// Weights: tensors one after another, in this type. Empty: memory that steps change.
+    pub data: Vec<Tensor>,
+    /// Type of the data.
+    pub dtype: DType,
+}
+
+/// One launch.
+#[derive(Clone, Debug)]
+pub struct DecodeStep {
+    /// What it does: `qkv`.
+    pub label: String,
+    /// The program.
+    pub program: Arc<Program>,
+    /// Sizes for checking: the largest position.
+    pub sizes: Env,
+    /// A region for each parameter, and then one for each size that is read from memory.
+    pub operands: Vec<usize>,
+    /// Bytes of weights that it reads.
+    pub weight_bytes: u64,
+    /// Bytes of the cache that it reads for each position.
+    pub cache_bytes: u64,
+    /// Its schedule, for people.
+    pub schedule: String,
+}
+
+/// Memory and launches of a step.
+#[derive(Debug)]
+pub struct DecodePlan {
+    /// Sequences.
+    pub batch: i64,
+    /// Positions that there is memory for.
+    pub positions: i64,
+    /// Words.
+    pub vocabulary: i64,
+    /// Tokens of a prompt that a chunk takes; 0: there are none.
+    pub chunk_rows: i64,
+    /// Memory.
+    pub regions: Vec<Region>,
+    /// A step with the next token.
+    pub token: Vec<DecodeStep>,
+    /// A chunk of a prompt.
+    pub chunk: Vec<DecodeStep>,
+    pub(super) at: usize,
+    pub(super) tokens: usize,
+    pub(super) chunk_tokens: usize,
+    pub(super) history: usize,
+    pub(super) logits: usize,
+    pub(super) knobs: usize,
+    pub(super) random: usize,
+}
+
+/// Regions of one layer.
+struct Layer {
+    input_norm: usize,
+    qkv: usize,
+    qkv_bias: Option<usize>,
+    o: usize,
+    o_bias: Option<usize>,
+    post_norm: usize,
+    gate: usize,
+    up: usize,
+    gate_bias: Option<usize>,
+    up_bias: Option<usize>,
+    down: usize,
+    down_bias: Option<usize>,
+    keys: usize,
+    values: usize,
+}
+
+/// What steps work on.
+struct Work {
+    x: [usize; 2],
+    q: usize,
+    parts: [usize; 3],
+    mixed: usize,
+    inner: usize,
+}
+
+struct Builder<'a> {
+    decoder: &'a Decoder,
+    options: DecodeOptions,
+    stored: DType,
+    regions: Vec<Region>,
+}
+
+impl Builder<'_> {
+    fn weights(&mut self, name: String, data: Vec<Tensor>, dtype: DType) -> Result<usize> {
+        let mut bytes = 0;
+        for t in &data {
+            bytes +=
+                dtype.bytes_for(t.len()).ok_or_else(|| Error::user("a weight is too large"))?;
+        }
+        self.regions.push(Region { name, bytes, data, dtype });
+        Ok(self.regions.len() - 1)
+    }
+
+    fn memory(&mut self, name: impl Into<String>, extents: &[i64], dtype: DType) -> Result<usize> {
+        let name = name.into();
+        let count = extents.iter().try_fold(1i64, |a, b| a.checked_mul(*b));
+        let bytes = count
+            .and_then(|n| usize::try_from(n).ok())
+            .and_then(|n| dtype.bytes_for(n))
+            .ok_or_else(|| Error::user(format!("{name} of {extents:?} is too large")))?;
+        self.regions.push(Region { name, bytes, data: Vec::new(), dtype });
+        Ok(self.regions.len() - 1)
+    }
+
+    fn layers(&mut self) -> Result<Vec<Layer>> {
+        let d = self.decoder;
+        let cache = [self.options.batch, d.kv_heads, self.options.positions, d.width];
+        let mut all = Vec::new();
+        for (i, l) in d.layers.iter().enumerate() {
+            let stored = self.stored;
+            let name = |what: &str| format!("layer {i} {what}");
+            let one = |t: &Tensor| vec![t.clone()];
+            let input_norm =
+                self.weights(name("input norm"), one(&l.input_norm), l.input_norm.dtype())?;
+            let post_norm =
+                self.weights(name("post norm"), one(&l.post_norm), l.post_norm.dtype())?;
+            let qkv = self.weights(name("qkv"), l.qkv.clone(), stored)?;
+            let qkv_bias = match l.qkv_bias.is_empty() {
+                true => None,
+                false => Some(self.weights(name("qkv bias"), l.qkv_bias.clone(), stored)?),
+            };
+            let mut optional = |what: &str, t: &Option<Tensor>| {
+                t.as_ref().map(|t| self.weights(name(what), one(t), stored)).transpose()
+            };
+            let (o_bias, down_bias) =
+                (optional("o bias", &l.o_bias)?, optional("down bias", &l.down_bias)?);
+            let (gate_bias, up_bias) =
+                (optional("gate bias", &l.gate_bias)?, optional("up bias", &l.up_bias)?);
+            all.push(Layer {
+                input_norm,
+                qkv,
+                qkv_bias,
+                o: self.weights(name("o"), one(&l.o), stored)?,
+                o_bias,
+                post_norm,
+                gate: self.weights(name("gate"), one(&l.gate), stored)?,
+                up: self.weights(name("up"), one(&l.up), stored)?,
+                gate_bias,
+                up_bias,
+                down: self.weights(name("down"), one(&l.down), stored)?,
+                down_bias,
+                keys: self.memory(name("keys"), &cache, stored)?,
+                values: self.memory(name("values"), &cache, stored)?,
+            });
+        }
+        Ok(all)
+    }
+
+    /// Cosines and sines `[2, positions, width/2]`: of what turns, and of what does not.
+    fn tables(&mut self) -> Result<[usize; 2]> {
+        let (rows, f) = (self.options.positions, self.decoder.frequencies.clone());
+        let shape = [2, rows as usize, f.len()];
+        let mut table = |name: &str, of: fn(f64) -> f64, still: f64| {
+            let turning = (0..rows).flat_map(|p| f.iter().map(move |f| p as f64 * f)).map(of);
+            let mut values: Vec<f64> = turning.collect();
+            values.resize(2 * values.len(), still);
+            let tensor = Tensor::from_f64s(DType::F32, &shape, &values)?;
+            self.weights(name.into(), vec![tensor], DType::F32)
+        };
+        Ok([table("cosines", f64::cos, 1.0)?, table("sines", f64::sin, 0.0)?])
+    }
+}
+
+/// Launches under construction.
+struct Steps<'a> {
+    regions: &'a [Region],
+    at: usize,
+    positions: i64,
+    known: BTreeMap<String, (Arc<Program>, String)>,
+    out: Vec<DecodeStep>,
+}
+
+impl Steps<'_> {
+    /// Adds a launch; kernels of one label are the same.
+    fn launch(
+        &mut self,
+        label: &str,
+        make: &dyn Fn() -> Result<Scheduled>,
+        operands: Vec<usize>,
+        cache_bytes: i64,
+    ) -> Result<()> {
+        let (program, schedule) = match self.known.get(label) {
+            Some(known) => known.clone(),
+            None => {
+                let Scheduled { kernel, schedule } = make()?;
+                let made = (Arc::new(lower(&kernel, &schedule)?), schedule.to_string());
+                self.known.insert(label.into(), made.clone());
+                made
+            }
+        };
+        let mut operands = operands;
+        let mut sizes = Env::new();
+        for symbol in &program.symbols {
+            if &*symbol.name != AT {
+                return Err(Error::bug(format!("{label} has a size {}", symbol.name)));
+            }
+            sizes.insert(symbol.name.clone(), self.positions);
+            operands.push(self.at);
+        }
+        let weights = operands.iter().map(|&r| &self.regions[r]).filter(|r| !r.data.is_empty());
+        // Of tables only single rows are read.
+        let read = weights.filter(|r| !matches!(&*r.name, "cosines" | "sines"));
+        let weight_bytes = match label {
+            "embed" => 0,
+            _ => read.map(|r| r.bytes as u64).sum(),
+        };
+        self.out.push(DecodeStep {
+            label: label.into(),
+            program,
+            sizes,
+            operands,
+            weight_bytes,
+            cache_bytes: cache_bytes.unsigned_abs(),
+            schedule,
+        });
+        Ok(())
+    }
+}
+
+impl DecodePlan {
+    /// Plans the steps of a decoder.
+    ///
+    /// # Errors
+    /// The user's for sizes that the model or the machine does not have; our bugs.
+    pub fn new(decoder: &Decoder, gpu: &Gpu, options: &DecodeOptions) -> Result<DecodePlan> {
+        let (batch, positions) = (options.batch, options.positions);
+        if !(1..=MOST_ROWS).contains(&batch) {
+            return Err(Error::unsupported(format!(
+                "{batch} sequences at a time: a step takes 1 to {MOST_ROWS}"
+            )));
+        }
+        if !(1..=decoder.most_tokens).contains(&positions) {
+            return Err(Error::user(format!(
+                "sequences of {positions} tokens: the model knows up to {}",
+                decoder.most_tokens
+            )));
+        }
+        if decoder.width > 256 || decoder.width % 2 != 0 {
+            return Err(Error::unsupported(format!("heads of width {}", decoder.width)));
+        }
+        let stored = options.stored.unwrap_or(decoder.table.dtype());
+        if !matches!(stored, DType::F32 | DType::F16 | DType::BF16) {
+            return Err(Error::unsupported(format!("a decoder with weights in {stored}")));
+        }
+        let arch = match gpu.capability {
+            90.. => Arch::Sm90a,
+            89 => Arch::Sm89,
+            _ => Arch::Sm80,
+        };
+        let sms = i64::from(gpu.sms);
+        let mut b = Builder { decoder, options: *options, stored, regions: Vec::new() };
+        let chunk_rows = if batch == 1 { MOST_ROWS } else { 0 };
+        let most_rows = batch.max(chunk_rows);
+        let table = b.weights("embedding".into(), vec![decoder.table.clone()], stored)?;
+        let [cos, sin] = b.tables()?;
+        let layers = b.layers()?;
+        let norm_type = decoder.norm.dtype();
+        let norm = b.weights("norm".into(), vec![decoder.norm.clone()], norm_type)?;
+        let head = match &decoder.head {
+            None => table,
+            Some(head) => b.weights("head".into(), vec![head.clone()], stored)?,
+        };
+        // One kernel serves all layers.
+        let same = |t: &Tensor| t.dtype() == norm_type;
+        if !decoder.layers.iter().all(|l| same(&l.input_norm) && same(&l.post_norm)) {
+            return Err(Error::unsupported("norms of several types in one decoder"));
+        }
+        let (hidden, heads, kv_heads) = (decoder.hidden, decoder.heads, decoder.kv_heads);
+        let (width, inner, vocabulary) = (decoder.width, decoder.inner, decoder.vocabulary);
+        let at = b.memory("position", &[1], DType::I32)?;
+        let tokens = b.memory("tokens", &[batch], DType::I32)?;
+        let chunk_tokens = b.memory("chunk tokens", &[MOST_ROWS], DType::I32)?;
+        let history = b.memory("history", &[positions + 1, batch], DType::I32)?;
+        let f32s = DType::F32;
+        let logits = b.memory("logits", &[batch, vocabulary], f32s)?;
+        let knobs = b.memory("knobs", &[4], f32s)?;
+        let random = b.memory("random", &[positions + 1, batch], f32s)?;
+        let count = (vocabulary + 1023) / 1024;
+        let best = b.memory("best", &[batch, count], f32s)?;
+        let which = b.memory("which", &[batch, count], DType::I32)?;
+        let attention = |rows: Rows| AttentionParts {
+            rows,
+            heads,
+            kv_heads,
+            width,
+            cache: stored,
+            scale: 1.0 / (width as f64).sqrt(),
+            part: 64,
+        };
+        let parts = attention(Rows { batch: 1, new: 1, positions }).parts();
+        let flat = [most_rows, heads, parts];
+        let work = Work {
+            x: [
+                b.memory("x", &[most_rows, hidden], f32s)?,
+                b.memory("x2", &[most_rows, hidden], f32s)?,
+            ],
+            q: b.memory("q", &[most_rows, heads, width], f32s)?,
+            parts: [
+                b.memory("parts", &[most_rows, heads, parts, width], f32s)?,
+                b.memory("maxima", &flat, f32s)?,
+                b.memory("sums", &flat, f32s)?,
+            ],
+            mixed: b.memory("mixed", &[most_rows, heads, width], f32s)?,
+            inner: b.memory("inner", &[most_rows, inner], f32s)?,
+        };
+        let Builder { regions, .. } = b;
+
+        let gate = activation(&decoder.gate)?;
+        let eps = decoder.eps;
+        let body = |steps: &mut Steps<'_>, rows: Rows| -> Result<()> {
+            let attention = attention(rows);
+            let product =
+                |name: &str, (lines, depth): (i64, i64), norm: bool, bias: bool, ending| {
+                    VectorProduct {
+                        name: format!("decode_{name}"),
+                        rows,
+                        lines,
+                        depth,
+                        weight: stored,
+                        norm: norm.then_some((norm_type, eps)),
+                        bias,
+                        ending,
+                    }
+                };
+            for l in &layers {
+                let rotary = Ending::Rotary { heads, kv_heads, width };
+                let qkv = product(
+                    "qkv",
+                    ((heads + 2 * kv_heads) * width, hidden),
+                    true,
+                    l.qkv_bias.is_some(),
+                    rotary,
+                );
+                let mut operands = vec![work.x[0], l.input_norm, l.qkv];
+                operands.extend(l.qkv_bias);
+                operands.extend([cos, sin, work.q, l.keys, l.values]);
+                steps.launch("qkv", &|| qkv.scheduled(arch, sms), operands, 0)?;
+                let cache = 2 * batch * kv_heads * width * stored.size() as i64;
+                let [p, m, s] = work.parts;
+                steps.launch(
+                    "attention",
+                    &|| attention.partial(arch),
+                    vec![work.q, l.keys, l.values, p, m, s],
+                    cache,
+                )?;
+                let operands = vec![p, m, s, work.mixed];
+                steps.launch("combine", &|| attention.combine(arch), operands, 0)?;
+                let residual = Ending::Plain { residual: true };
+                let bias = l.o_bias.is_some();
+                let o = product("o", (hidden, heads * width), false, bias, residual.clone());
+                let mut operands = vec![work.mixed, l.o];
+                operands.extend(l.o_bias);
+                operands.extend([work.x[0], work.x[1]]);
+                steps.launch("o", &|| o.scheduled(arch, sms), operands, 0)?;
+                let gated = Ending::Gated(gate.clone());
+                let bias = l.gate_bias.is_some();
+                let gate_up = product("gate_up", (inner, hidden), true, bias, gated);
+                let mut operands = vec![work.x[1], l.post_norm, l.gate, l.up];
+                operands.extend(l.gate_bias);
+                operands.extend(l.up_bias);
+                operands.push(work.inner);
+                steps.launch("gate_up", &|| gate_up.scheduled(arch, sms), operands, 0)?;
+                let bias = l.down_bias.is_some();
+                let down = product("down", (hidden, inner), false, bias, residual);
+                let mut operands = vec![work.inner, l.down];
+                operands.extend(l.down_bias);
+                operands.extend([work.x[1], work.x[0]]);
+                steps.launch("down", &|| down.scheduled(arch, sms), operands, 0)?;
+            }
+            Ok(())
+        };
+        let begin =
+            || Steps { regions: &regions, at, positions, known: BTreeMap::new(), out: Vec::new() };
+        let embedding = |rows: i64| move || embed(rows, vocabulary, hidden, stored, arch);
+
+        let rows = Rows { batch, new: 1, positions };
+        let mut steps = begin();
+        steps.launch("embed", &embedding(batch), vec![tokens, table, work.x[0]], 0)?;
+        body(&mut steps, rows)?;
+        let last = VectorProduct {
+            name: "decode_head".into(),
+            rows,
+            lines: vocabulary,
+            depth: hidden,
+            weight: stored,
+            norm: Some((norm_type, eps)),
+            bias: false,
+            ending: Ending::Plain { residual: false },
+        };
+        let operands = vec![work.x[0], norm, head, logits];
+        steps.launch("head", &|| last.scheduled(arch, sms), operands, 0)?;
+        match options.draw {
+            None => {
+                let make = || pieces(batch, vocabulary, arch);
+                steps.launch("pieces", &make, vec![logits, best, which], 0)?;
+                let operands = vec![best, which, tokens, history];
+                steps.launch("pick", &|| pick(&rows, vocabulary, arch), operands, 0)?;
+            }
+            Some((top_k, top_p)) => {
+                let draw = Draw { rows, vocabulary, top_k, top_p };
+                let operands = vec![logits, knobs, random, tokens, history];
+                steps.launch("draw", &|| draw.scheduled(arch), operands, 0)?;
+            }
+        }
+        steps.launch("advance", &|| advance(1, arch), vec![at], 0)?;
+        let token = steps.out;
+
+        let mut steps = begin();
+        if chunk_rows > 0 {
+            let operands = vec![chunk_tokens, table, work.x[0]];
+            steps.launch("embed", &embedding(chunk_rows), operands, 0)?;
+            body(&mut steps, Rows { batch: 1, new: chunk_rows, positions })?;
+            steps.launch("advance", &|| advance(chunk_rows, arch), vec![at], 0)?;
+        }
+        let chunk = steps.out;
+        Ok(DecodePlan {
+            batch,
+            positions,
+            vocabulary,
+            chunk_rows,
+            regions,
+            token,
+            chunk,
+            at,
+            tokens,
+            chunk_tokens,
+            history,
+            logits,
+            knobs,
+            random,
+        })
+    }
+
+    /// Bytes of weights, and of the memory that steps change.
+    pub fn bytes(&self) -> (usize, usize) {
+        let of = |weights: bool| {
+            let chosen = self.regions.iter().filter(|r| r.data.is_empty() != weights);
+            chosen.map(|r| r.bytes.next_multiple_of(256)).sum()
+        };
+        (of(true), of(false))
+    }
+
+    /// Bytes that a step with `positions` in the cache reads at least: weights, and the valid part of the cache.
+    pub fn step_bytes(&self, positions: i64) -> u64 {
+        self.token.iter().map(|s| s.weight_bytes + s.cache_bytes * positions.unsigned_abs()).sum()
+    }
+}

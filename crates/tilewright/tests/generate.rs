@@ -1,0 +1,143 @@
+//! Generation with a cache: on the CPU against what transformers generates, and the device programs of a step in the
+//! device interpreter against the whole model without a cache in float64.
+
+use std::path::{Path, PathBuf};
+use tilewright::Compiler;
+use tilewright::generate::{
+    CpuGenerator, Generated, GpuGeneratorOptions, GpuGeneratorPlan, Request, Sampling, choose,
+    end_tokens, random_numbers,
+};
+use tilewright_runtime_gpu::decode::HostDecoder;
+use tilewright_target::Gpu;
+
+fn directory(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf").join(name)
+}
+
+/// Prompts and their continuations, as transformers has them.
+fn expected(name: &str) -> [Vec<Vec<i64>>; 2] {
+    let text = std::fs::read_to_string(directory(name).join("generated.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    ["prompts", "tokens"].map(|key| serde_json::from_value(json[key].clone()).unwrap())
+}
+
+fn request(prompts: Vec<Vec<i64>>, count: usize, sampling: Option<Sampling>) -> Request {
+    Request { prompts, count, sampling, seed: 7, ends: Vec::new() }
+}
+
+fn on_cpu(name: &str, request: &Request) -> Generated {
+    let compiler = Compiler::new().unwrap();
+    CpuGenerator::open(&directory(name), &compiler, 16, None)
+        .and_then(|mut g| g.generate(request))
+        .unwrap_or_else(|e| panic!("{name}: {e} {:?}", e.notes()))
+}
+
+#[test]
+fn greedy_generation_is_that_of_transformers() {
+    for name in ["gpt2", "llama", "qwen3"] {
+        let [prompts, tokens] = expected(name);
+        let got = on_cpu(name, &request(prompts, 10, None));
+        assert_eq!(got.tokens, tokens, "{name}");
+    }
+}
+
+fn options(batch: i64, max_length: i64, sampling: Option<Sampling>) -> GpuGeneratorOptions {
+    GpuGeneratorOptions { batch, max_length, stored: None, sampling, random_weights: None }
+}
+
+fn planned(name: &str, options: &GpuGeneratorOptions) -> GpuGeneratorPlan {
+    GpuGeneratorPlan::open(&directory(name), Gpu::h200(), options)
+        .unwrap_or_else(|e| panic!("{name}: {e} {:?}", e.notes()))
+}
+
+#[test]
+fn device_programs_generate_what_transformers_does() {
+    for name in ["llama", "mistral", "qwen2"] {
+        let [prompts, tokens] = expected(name);
+        let plan = planned(name, &options(2, 16, None));
+        let mut generator = plan.interpreted().unwrap();
+        let got = generator.generate(&request(prompts, 10, None)).unwrap();
+        assert_eq!(got.tokens, tokens, "{name}");
+    }
+}
+
+#[test]
+fn every_position_with_the_cache_is_that_of_the_whole_model_in_float64() {
+    let sequence = |seed: i64| (0..11).map(|i| (i * i * 7 + seed) % 24).collect::<Vec<i64>>();
+    for (name, batch) in [("llama", 1), ("mistral", 3), ("qwen2", 2)] {
+        let mut generator = planned(name, &options(batch, 12, None)).interpreted().unwrap();
+        let sequences: Vec<Vec<i64>> = (0..batch).map(sequence).collect();
+        let report = generator.verify(&sequences, &directory(name), None).unwrap();
+        assert_eq!(report.outputs.len(), 11, "{name}");
+        for d in &report.outputs {
+            assert!(d.ratio <= 1.0 && d.max_error > 0.0, "{name}: {d:?}");
+        }
+    }
+}
+
+#[test]
+fn prompts_in_chunks_give_what_single_tokens_give() {
+    let prompt: Vec<i64> = (0..13).map(|i| (i * 5 + 3) % 24).collect();
+    let plan = planned("llama", &options(1, 20, None));
+    assert_eq!(plan.plan().chunk_rows, 8);
+    let mut chunks = plan.interpreted().unwrap();
+    let got = chunks.generate(&request(vec![prompt.clone()], 4, None)).unwrap();
+    let mut single = plan.interpreted().unwrap();
+    single.decoding().start(None, &[]).unwrap();
+    for token in &prompt {
+        single.decoding().prompt(&[vec![*token]]).unwrap();
+    }
+    assert_eq!(single.decoding().generate(4, &[]).unwrap(), got.tokens);
+}
+
+#[test]
+fn drawn_tokens_follow_the_seed_and_end_where_they_should() {
+    let sampling = Sampling { temperature: 0.8, top_k: Some(9), top_p: Some(0.9) };
+    let [prompts, _] = expected("qwen2");
+    let drawn = request(prompts.clone(), 8, Some(sampling));
+    let wanted = on_cpu("qwen2", &drawn).tokens;
+    let plan = planned("qwen2", &options(2, 16, Some(sampling)));
+    let mut generator = plan.interpreted().unwrap();
+    // The same random numbers: f32 sums on the device, f64 on the host.
+    assert_eq!(generator.generate(&drawn).unwrap().tokens, wanted);
+    let other = Request { seed: 8, ..drawn.clone() };
+    assert_ne!(generator.generate(&other).unwrap().tokens, wanted);
+    let ends = Request { ends: vec![wanted[0][2]], ..drawn };
+    let short = generator.generate(&ends).unwrap().tokens;
+    assert_eq!(short[0].last(), Some(&wanted[0][2]));
+    assert!(short[0].len() <= 3, "{short:?}");
+    assert_eq!(end_tokens(&directory("qwen2")), [2]);
+}
+
+#[test]
+fn the_rule_of_choice() {
+    let logits = [1.0, 3.0, 2.0, 3.0, f64::NEG_INFINITY];
+    assert_eq!(choose(&logits, None, 0.5), 1);
+    let all = Sampling { temperature: 1.0, top_k: None, top_p: None };
+    assert_eq!(choose(&logits, Some(&all), 0.0), 0);
+    assert_eq!(choose(&logits, Some(&all), 0.999), 3);
+    let two = Sampling { top_k: Some(2), ..all };
+    assert_eq!([0.0, 0.49, 0.51].map(|u| choose(&logits, Some(&two), u)), [1, 1, 3]);
+    let cold = Sampling { temperature: 1e-3, ..all };
+    assert_eq!(choose(&logits, Some(&cold), 0.75), 3);
+    let numbers = random_numbers(3, 1000);
+    assert!(numbers.iter().all(|u| (0.0..1.0).contains(u)));
+    let mean = numbers.iter().sum::<f32>() / 1000.0;
+    assert!((mean - 0.5).abs() < 0.05, "{mean}");
+}
+
+#[test]
+fn too_long_sequences_and_unknown_tokens_are_errors_in_words() {
+    let plan = planned("llama", &options(1, 8, None));
+    let mut g: tilewright::generate::GpuGenerator<HostDecoder> = plan.interpreted().unwrap();
+    let long = g.generate(&request(vec![vec![1; 6]], 4, None)).unwrap_err();
+    assert!(long.message().contains("9 tokens") && long.exit_code() == 2, "{long}");
+    let foreign = g.generate(&request(vec![vec![24]], 1, None)).unwrap_err();
+    assert!(foreign.message().contains("token 24"), "{foreign}");
+    let many = GpuGeneratorPlan::open(&directory("llama"), Gpu::h200(), &options(9, 8, None));
+    assert!(many.is_err_and(|e| e.exit_code() == 3));
+    let gpt2 = GpuGeneratorPlan::open(&directory("gpt2"), Gpu::h200(), &options(1, 8, None));
+    assert!(gpt2.is_err_and(|e| e.message().contains("gpt2") && e.exit_code() == 3));
+    // What is asked for beyond the model's own length is cut to it.
+    assert_eq!(planned("llama", &options(1, 99, None)).plan().positions, 32);
+}

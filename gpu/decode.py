@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Decoding step by step on a GPU beside PyTorch: Llama sizes of 1B and 8B, bf16, random weights, batch 1.
+
+    python gpu/decode.py --tw bin/tw [--models 1b,8b] [--position 512] [--max-length 1024] [--out record.json]
+
+PyTorch's step is written by hand and captured in a CUDA graph (no host in the loop, as ours): `eager` calls its operators,
+`compiled` has each layer and the head through torch.compile. Keys and values are in a static cache; attention reads
+the first `--max-length` positions under a mask (so do static caches of transformers). Times are of whole steps, sampling of
+the likeliest token included, eight in a row between two events, medians; ours come from `tw generate --explain`.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+SIZES = {
+    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True),
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False),
+}
+
+
+def config(size):
+    return dict(architectures=["LlamaForCausalLM"], model_type="llama", dtype="bfloat16", hidden_act="silu",
+                rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=131072, **SIZES[size])
+
+
+def ours(tw, size, position, max_length):
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(config(size)))
+        prompt = ",".join(str(i * 37 % 1000 + 1) for i in range(position))
+        begin = time.time()
+        done = subprocess.run([tw, "--json", "generate", folder, "--device", "cuda", "--random-weights", "1", "--tokens",
+                               prompt, "--max-length", str(max_length), "--explain"], capture_output=True, text=True)
+        if done.returncode != 0:
+            return {"error": done.stdout[-2000:] + done.stderr[-2000:]}
+        report = json.loads(done.stdout)
+        report["whole_s"] = time.time() - begin
+        return report
+
+
+def peer(size, position, max_length, compiled):
+    import torch
+    import torch.nn.functional as F
+
+    s = config(size)
+    h, inner, heads, kv, d = (s[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads",
+                                             "num_key_value_heads", "head_dim"))
+    weight = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
+    one = lambda: torch.ones(h, device="cuda", dtype=torch.bfloat16)
+    layers = [dict(n1=one(), qkv=weight((heads + 2 * kv) * d, h), o=weight(h, heads * d), n2=one(),
+                   gate_up=weight(2 * inner, h), down=weight(h, inner),
+                   k=torch.zeros(1, kv, max_length, d, device="cuda", dtype=torch.bfloat16),
+                   v=torch.zeros(1, kv, max_length, d, device="cuda", dtype=torch.bfloat16))
+              for _ in range(s["num_hidden_layers"])]
+    table = weight(s["vocab_size"], h)
+    head = table if s["tie_word_embeddings"] else weight(s["vocab_size"], h)
+    norm = one()
+    at = torch.tensor([position], device="cuda")
+    token = torch.tensor([[7]], device="cuda")
+    angles = torch.outer(torch.arange(max_length), 500000.0 ** (-torch.arange(0, d, 2) / d)).repeat(1, 2)
+    cos, sin = angles.cos().cuda().bfloat16(), angles.sin().cuda().bfloat16()
+    places = torch.arange(max_length, device="cuda")
+
+    def turn(x, c, si):
+        return x * c + torch.cat((-x[..., d // 2:], x[..., : d // 2]), -1) * si
+
+    def layer(x, n1, qkv, o, n2, gate_up, down, k, v, at, c, si, mask):
+        y = F.rms_norm(x, (h,), n1, 1e-5)
+        q, nk, nv = F.linear(y, qkv).split([heads * d, kv * d, kv * d], -1)
+        q = turn(q.view(1, 1, heads, d).transpose(1, 2), c, si)
+        nk = turn(nk.view(1, 1, kv, d).transpose(1, 2), c, si)
+        k.index_copy_(2, at, nk)
+        v.index_copy_(2, at, nv.view(1, 1, kv, d).transpose(1, 2))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        x = x + F.linear(y.transpose(1, 2).reshape(1, 1, heads * d), o)
+        y = F.rms_norm(x, (h,), n2, 1e-5)
+        g, u = F.linear(y, gate_up).split(inner, -1)
+        return x + F.linear(F.silu(g) * u, down)
+
+    def last(x):
+        return F.linear(F.rms_norm(x, (h,), norm, 1e-5), head).argmax(-1)
+
+    if compiled:
+        layer = torch.compile(layer, dynamic=False, fullgraph=True)
+        last = torch.compile(last, dynamic=False, fullgraph=True)
+
+    def step():
+        x = F.embedding(token, table)
+        c, si = cos[at], sin[at]
+        mask = (places <= at)[None, None, None]
+        for w in layers:
+            x = layer(x, w["n1"], w["qkv"], w["o"], w["n2"], w["gate_up"], w["down"], w["k"], w["v"], at, c, si, mask)
+        token.copy_(last(x))
+
+    with torch.no_grad():
+        begin = time.time()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        ready = time.time() - begin
+        times = []
+        for _ in range(25):
+            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            a.record()
+            for _ in range(8):
+                graph.replay()
+            b.record()
+            b.synchronize()
+            times.append(a.elapsed_time(b) * 1e3 / 8)
+    return {"step_us": statistics.median(times[5:]), "fastest_us": min(times[5:]), "ready_s": ready,
+            "memory_bytes": torch.cuda.max_memory_allocated(), "torch": torch.__version__}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tw", default="bin/tw")
+    p.add_argument("--models", default="1b,8b")
+    p.add_argument("--position", type=int, default=512)
+    p.add_argument("--max-length", type=int, default=1024)
+    p.add_argument("--kinds", default="ours,eager,compiled")
+    p.add_argument("--out")
+    p.add_argument("--peer", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.peer:
+        size, kind = a.peer.split(":")
+        print(json.dumps(peer(size, a.position, a.max_length, kind == "compiled")))
+        return
+    record = {"date": datetime.date.today().isoformat(), "position": a.position, "max_length": a.max_length, "models": {}}
+    for size in a.models.split(","):
+        found = record["models"][size] = {"config": config(size)}
+        for kind in a.kinds.split(","):
+            if kind == "ours":
+                found["tilewright"] = ours(a.tw, size, a.position, a.max_length)
+                continue
+            # A process of its own: memory is free again after it.
+            done = subprocess.run([sys.executable, __file__, "--peer", f"{size}:{kind}", "--position", str(a.position),
+                                   "--max-length", str(a.max_length)], capture_output=True, text=True)
+            ok = done.returncode == 0
+            found[kind] = json.loads(done.stdout.splitlines()[-1]) if ok else {"error": done.stderr[-2000:]}
+        mine = found.get("tilewright", {})
+        line = [f"{size}: ours {mine.get('step_us', math.nan):.0f} us (floor {mine.get('floor_us', math.nan):.0f} us)"]
+        line += [f"{k} {found[k].get('step_us', math.nan):.0f} us" for k in ("eager", "compiled") if k in found]
+        print(", ".join(line), flush=True)
+        for kind, value in found.items():
+            if "error" in value:
+                print(kind, value["error"], file=sys.stderr)
+    if a.out:
+        pathlib.Path(a.out).write_text(json.dumps(record, indent=1) + "\n")
+
+
+main()
