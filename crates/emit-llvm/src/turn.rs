@@ -105,6 +105,7 @@ impl Emitter<'_> {
     }
 
     /// Copies this part of a tile, turned. `plain` copies a part without.
+    #[allow(clippy::type_complexity, reason = "a callback over the emitter's state")]
     pub(crate) fn turn(
         &mut self,
         turn: Turn,
