@@ -45,7 +45,8 @@ assert checked
 # Every operator that PyTorch kept, every fused kernel with its share of the time.
 
 # %%
-report = tilewright.explain(model, ids)
+with torch.no_grad():
+    report = tilewright.explain(model, ids)
 print("\n".join(str(report).splitlines()[:20]))
 assert report.fallback_share < 0.02
 

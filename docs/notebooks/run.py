@@ -42,6 +42,9 @@ def main() -> None:
         NotebookClient(book, timeout=600, resources={"metadata": {"path": str(HERE)}}).execute()
         for cell in book.cells:
             cell.metadata = {}
+            # Warnings of libraries name paths of the machine.
+            if cell.cell_type == "code":
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         nbformat.validate(book)
         (HERE / f"{name}.ipynb").write_text(nbformat.writes(book) + "\n")
         print(f"{name}.ipynb: {len(book.cells)} cells")

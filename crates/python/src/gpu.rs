@@ -5,7 +5,7 @@ use crate::python_error;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use tilewright::gpu::{GpuCompiler, GpuDevice, GpuModel, Session};
 use tilewright::{Precision, Result};
 use tilewright_graph::Graph;
@@ -13,9 +13,9 @@ use tilewright_layout::Env;
 
 /// Device `ordinal`; programs of one device share their kernels.
 fn device(ordinal: u32, cache: bool) -> Result<Arc<GpuDevice>> {
-    static DEVICES: OnceLock<Mutex<BTreeMap<(u32, bool), Arc<GpuDevice>>>> = OnceLock::new();
-    let table = DEVICES.get_or_init(Mutex::default);
-    let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
+    /// By number, and whether compiled kernels are kept on disk.
+    static DEVICES: Mutex<BTreeMap<(u32, bool), Arc<GpuDevice>>> = Mutex::new(BTreeMap::new());
+    let mut table = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(known) = table.get(&(ordinal, cache)) {
         return Ok(known.clone());
     }

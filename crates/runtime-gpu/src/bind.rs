@@ -146,7 +146,15 @@ impl Bound {
 ///
 /// # Errors
 /// The user's when a size is not known or too large, or layouts are not those of a plan for a GPU; our bugs.
-pub fn bind(plan: &Plan, env: &Env, place: Place<'_>, chooser: &mut Chooser) -> Result<Bound> {
+pub fn bind(plan: &Plan, env: &Env, chooser: &mut Chooser) -> Result<Bound> {
+    bind_at(plan, env, Place::Arena, chooser)
+}
+
+/// Binds a plan to sizes, with inputs and outputs in the caller's memory or in the arena.
+///
+/// # Errors
+/// As [`bind`]; a bug when addresses are missing.
+pub fn bind_at(plan: &Plan, env: &Env, place: Place<'_>, chooser: &mut Chooser) -> Result<Bound> {
     let (mut shapes, mut bytes) = (Vec::new(), Vec::new());
     for (_, buffer) in plan.buffers.iter() {
         let shape = concrete(&buffer.layout.shape(), env)?;

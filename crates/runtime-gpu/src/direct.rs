@@ -8,7 +8,7 @@
 //! Fitted --launch(addresses, stream)--> the driver
 //! ```
 
-use crate::bind::{self, BoundStep, bind};
+use crate::bind::{BoundStep, bind};
 use crate::choose::{Chooser, Launch, Source};
 use crate::host::constant;
 use crate::product::ALIGNED;
@@ -126,7 +126,7 @@ impl Direct {
         }
         let bound = {
             let mut chooser = self.chooser.lock().unwrap_or_else(PoisonError::into_inner);
-            bind(&self.plan, &env, bind::Place::Arena, &mut chooser)?
+            bind(&self.plan, &env, &mut chooser)?
         };
         if let Some((_, reason)) = bound.host_steps(&self.plan).into_iter().next() {
             return Err(Error::unsupported(format!("no kernel for the device: {reason}")));

@@ -1,7 +1,7 @@
 //! [`interpret`]: a bound plan in the device interpreter, over one arena as on the device. The whole way
 //! from a model to device programs is tested with it, without a GPU.
 
-use crate::bind::{Bound, BoundStep, Place, Slot, bind};
+use crate::bind::{Bound, BoundStep, Slot, bind};
 use crate::choose::{Chooser, Source};
 use crate::host::{self, Memory, constant, merged};
 use std::collections::BTreeMap;
@@ -66,7 +66,7 @@ pub fn interpret(plan: &Plan, inputs: &[Tensor], chooser: &mut Chooser) -> Resul
     if has_unbacked(plan, &env) {
         return Err(Error::unsupported("sizes that depend on data, on a GPU"));
     }
-    let bound = bind(plan, &env, Place::Arena, chooser)?;
+    let bound = bind(plan, &env, chooser)?;
     let mut arena = Arena { bound: &bound, bytes: vec![0xFF; bound.total_bytes()] };
     for (id, buffer) in plan.buffers.iter() {
         if let Storage::Input(i) = buffer.storage {

@@ -35,7 +35,7 @@ mod interpret;
 mod product;
 mod session;
 
-pub use bind::{Bound, BoundStep, Place, Slot, bind};
+pub use bind::{Bound, BoundStep, Place, Slot, bind, bind_at};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted};
 pub use interpret::{Interpreted, interpret};

@@ -3,7 +3,7 @@
 //! Weights go to the device once, straight from the mapped file. A session has one arena; for each set of
 //! sizes it keeps the loaded kernels with their arguments, recorded as graphs between host steps.
 
-use crate::bind::{Bound, BoundStep, Place, Slot, bind};
+use crate::bind::{Bound, BoundStep, Place, Slot, bind_at};
 use crate::choose::{Chooser, Source, Way};
 use crate::host::{self, Memory, constant};
 use crate::product::ALIGNED;
@@ -460,7 +460,7 @@ impl Session {
                 .with_hint("it runs on the CPU: leave out --device"));
         }
         let mut chooser = exe.chooser.lock().unwrap_or_else(PoisonError::into_inner);
-        bind(&exe.plan, env, place, &mut chooser)
+        bind_at(&exe.plan, env, place, &mut chooser)
     }
 
     /// Makes the arena large enough, and room for one more set of sizes among `most`.

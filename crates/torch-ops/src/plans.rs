@@ -224,12 +224,12 @@ fn on_cuda(
 pub fn schedules(index: u32, sizes: &[i64]) -> Result<Vec<String>> {
     let device = cuda(index)?;
     let plans = device.plans.read().unwrap_or_else(PoisonError::into_inner);
-    let mut lines = Vec::new();
-    for (key, plan) in plans.iter() {
-        if let Ok(fitted) = plan.fit(sizes) {
-            lines.extend(fitted.schedules().iter().map(|s| format!("{} {s}", key.name)));
-        }
-    }
+    let fitted = plans.iter().filter_map(|(key, plan)| Some((&key.name, plan.fit(sizes).ok()?)));
+    let mut lines: Vec<String> = fitted
+        .flat_map(|(name, f)| {
+            f.schedules().iter().map(|s| format!("{name} {s}")).collect::<Vec<_>>()
+        })
+        .collect();
     lines.sort();
     Ok(lines)
 }

@@ -10,7 +10,10 @@ use tilewright_graph::Graph;
 use tilewright_layout::{Dim, Env};
 
 /// A value that is made once per key; looked up only, never iterated.
-struct Once<K, V>(OnceLock<Mutex<HashMap<K, Arc<Mutex<Option<Arc<V>>>>>>>);
+struct Once<K, V>(OnceLock<Mutex<HashMap<K, Place<V>>>>);
+
+/// Where one value goes; locked while it is made.
+type Place<V> = Arc<Mutex<Option<Arc<V>>>>;
 
 impl<K: std::hash::Hash + Eq + Clone, V> Once<K, V> {
     const fn new() -> Once<K, V> {
