@@ -312,7 +312,8 @@ pub fn machine(gpu: &Gpu, nvrtc: &Nvrtc, peer: Option<&CublasLt>) -> Value {
 /// The whole record.
 pub fn record(head: Map<String, Value>, rows: &[Row]) -> Value {
     let mut record = Map::new();
-    record.insert("kind".into(), json!("gpu-gemm"));
+    let endings = rows.iter().any(|r| r.case.ending != Ending::Plain);
+    record.insert("kind".into(), json!(if endings { "gpu-endings" } else { "gpu-gemm" }));
     record.extend(head);
     let means: Map<String, Value> = ratios_by_kind(rows)
         .into_iter()

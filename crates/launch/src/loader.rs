@@ -39,6 +39,12 @@ impl Loader {
         Loader { gpu, nvrtc, known: Mutex::default(), ahead: Mutex::default(), to_fail }
     }
 
+    /// The same with so many programs spoiled, the first that are loaded, as [`FAIL_FIRST`] asks for.
+    #[must_use]
+    pub fn failing_first(self, programs: usize) -> Loader {
+        Loader { to_fail: AtomicUsize::new(programs), ..self }
+    }
+
     /// The program's text, spoiled if that was asked for.
     fn text(&self, program: &Program) -> Result<Source> {
         let mut source = emit(program)?;
