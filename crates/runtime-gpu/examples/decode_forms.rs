@@ -88,7 +88,7 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let stream = gpu.stream()?;
-    let pool = stream.alloc((ROUND_BYTES as usize) * 4)?;
+    let pool = stream.alloc((ROUND_BYTES as usize) * 6)?;
     let mut block = vec![0u8; 1 << 20];
     // Numbers around 0.01 of changing sign.
     for (i, b) in block.iter_mut().enumerate() {

@@ -1,6 +1,6 @@
 //! Attention of few queries over a cache, cut into parts so that one sequence fills the machine.
 //!
-//! A block has one head of keys and values and [`AttentionParts::part`] positions: it reads them once for all heads of
+//! A block has one head of keys and values and [`AttentionParts::part`] positions: it reads them once for one or all heads of
 //! queries that share them, and leaves for each its maximum `M`, its sum `L` of exponentials, and its weighted values `P`.
 //! Blocks behind the position do nothing. The second kernel combines the parts of a head in their order, so that results
 //! do not depend on who was first.
@@ -42,6 +42,12 @@ impl AttentionParts {
         (self.rows.positions + self.part - 1) / self.part
     }
 
+    /// Heads of queries that a block serves: one after another, so that few are sooner done; all that share keys where these
+    /// are so many that reading them again costs more.
+    fn together(&self) -> i64 {
+        if self.rows.positions <= 8192 { 1 } else { self.heads / self.kv_heads }
+    }
+
     /// Positions that a row sees.
     fn seen(&self, position: &Dim) -> Dim {
         position.clone() + 1
@@ -55,7 +61,7 @@ impl AttentionParts {
     pub fn partial(&self, arch: Arch) -> Result<Scheduled> {
         use Access::{In, InOut};
         let d = Dim::new;
-        let (count, parts, each) = (self.rows.count(), self.parts(), self.heads / self.kv_heads);
+        let (count, parts, each) = (self.rows.count(), self.parts(), self.together());
         let mut k = KernelBuilder::new("decode_attention");
         let (bt, bd) = (k.tile("BT"), k.tile("BD"));
         self.rows.declare(&mut k);
@@ -68,7 +74,8 @@ impl AttentionParts {
         let m = k.param("M", DType::F32, shape(&flat), InOut);
         let l = k.param("L", DType::F32, shape(&flat), InOut);
         let row = k.grid("row", d(count));
-        let group = k.grid("kv_head", d(self.kv_heads));
+        let first = k.grid("heads", d(self.heads / each)) * each;
+        let group = first.floor_div(&d(self.heads / self.kv_heads));
         let part = k.grid("part", d(parts));
         let (sequence, position) = self.rows.place(&row);
         let seen = self.seen(&position);
@@ -85,7 +92,7 @@ impl AttentionParts {
         });
         let factor = self.scale * std::f64::consts::LOG2_E;
         for e in 0..each {
-            let head = group.clone() * each + e;
+            let head = first.clone() + e;
             let at = vec![row.clone(), head.clone(), d(0)];
             let query = k.load(q, at, vec![d(1), d(1), bd.clone()]);
             let query = k.reshape(query, vec![bd.clone()]);
@@ -120,7 +127,7 @@ impl AttentionParts {
         // Four positions a thread.
         let threads = power_of_two(self.part * lanes / 4).clamp(lanes.max(32), 256);
         let tiles = [("BT", self.part), ("BD", wide)];
-        let schedule = schedule(arch, &tiles, (threads, lanes, vector), true);
+        let schedule = schedule(arch, &tiles, (threads, lanes, vector), self.width, true);
         Ok(Scheduled { kernel: k.finish(), schedule })
     }
 
@@ -193,7 +200,7 @@ impl AttentionParts {
         let threads = (lanes * 8).clamp(64, 256);
         let bs = threads / lanes * power_of_two(parts * lanes / threads).clamp(1, 4);
         let tiles = [("BS", bs), ("BD", wide)];
-        let schedule = schedule(arch, &tiles, (threads, lanes, vector), true);
+        let schedule = schedule(arch, &tiles, (threads, lanes, vector), self.width, true);
         Ok(Scheduled { kernel: k.finish(), schedule })
     }
 }

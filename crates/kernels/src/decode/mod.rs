@@ -77,18 +77,20 @@ pub struct Scheduled {
     pub schedule: GpuSchedule,
 }
 
-/// A schedule of lines: `dependent` kernels start beside the tail of the one before.
+/// A schedule of lines: `dependent` kernels start beside the tail of the one before. Lines of the tensors have `line`
+/// elements, or multiples of that: accesses are not wider than that allows.
 fn schedule(
     arch: Arch,
     tiles: &[(&str, i64)],
     (threads, lanes, vector): (i64, i64, i64),
+    line: i64,
     dependent: bool,
 ) -> GpuSchedule {
     let mut s = GpuSchedule::hopper(tiles);
     s.arch = arch;
     s.persistent = false;
     s.dependent = dependent && arch >= Arch::Sm90a;
-    s.vector = vector as u32;
+    s.vector = vector.min(1 << line.max(1).trailing_zeros().min(8)) as u32;
     s.lines = LinesKnobs {
         threads: threads as u32,
         lanes: lanes as u32,

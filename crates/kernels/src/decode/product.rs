@@ -103,21 +103,18 @@ impl VectorProduct {
         vector
     }
 
-    /// The form for a machine with this many multiprocessors: four accesses in flight a thread, and more lines a thread
-    /// only as long as every multiprocessor has several blocks.
+    /// The form for a machine with this many multiprocessors, as measured on an H200
+    /// (`crates/runtime-gpu/examples/decode_forms.rs`).
     pub fn form(&self, sms: i64) -> Form {
-        let (threads, lanes) = (256, 32);
-        let at_once = (4 / self.planes()).max(1);
-        let all = match &self.ending {
-            Ending::Rotary { width, .. } => self.lines / width * (width / 2),
-            _ => self.lines,
+        let lanes = 32;
+        let (threads, mut each, mut runs) = match &self.ending {
+            Ending::Rotary { .. } => (128, 2, 2),
+            Ending::Gated(_) => (if self.depth <= 2048 { 256 } else { 128 }, 2, 1),
+            // So many lines that every multiprocessor has many blocks.
+            Ending::Plain { .. } if self.lines >= 128 * sms => (128, 4, 2),
+            Ending::Plain { .. } => (256, 1, 4),
         };
         let useful = (self.depth + lanes * self.vector() - 1) / (lanes * self.vector());
-        let mut each = 1;
-        while each * 2 <= at_once && all / (threads / lanes * each * 2) >= 4 * sms {
-            each *= 2;
-        }
-        let mut runs = at_once / each;
         while runs > 1 && runs > useful {
             runs /= 2;
         }
@@ -163,7 +160,8 @@ impl VectorProduct {
             ("BN", form.threads / form.lanes * form.each),
             ("BK", form.lanes * vector * form.runs),
         ];
-        let mut schedule = schedule(arch, &tiles, (form.threads, form.lanes, vector), true);
+        let mut schedule =
+            schedule(arch, &tiles, (form.threads, form.lanes, vector), self.depth, true);
         schedule.lines.ahead &= form.ahead;
         schedule.blocks_per_sm = form.blocks.clamp(1, 16) as u32;
         Ok(Scheduled { kernel: self.program()?, schedule })

@@ -49,7 +49,7 @@ pub fn embed(
     let wide = k.map(f, vec![k.plain(picked)], one);
     k.store(x, vec![row, at], wide);
     // The first kernel of a step: it waits for the whole step before, which changes what others read early.
-    let schedule = schedule(arch, &[("BC", 512)], (128, 128, 4), false);
+    let schedule = schedule(arch, &[("BC", 512)], (128, 128, 4), hidden, false);
     Ok(Scheduled { kernel: k.finish(), schedule })
 }
 
@@ -78,7 +78,7 @@ pub fn pieces(rows: i64, vocabulary: i64, arch: Arch) -> Result<Scheduled> {
     k.store(best, vec![row.clone(), piece.clone()], most);
     let at = k.reshape(at, vec![d(1), d(1)]);
     k.store(which, vec![row, piece], at);
-    let schedule = schedule(arch, &[("BV", PIECE)], (128, 128, 4), true);
+    let schedule = schedule(arch, &[("BV", PIECE)], (128, 128, 4), vocabulary, true);
     Ok(Scheduled { kernel: k.finish(), schedule })
 }
 
@@ -116,7 +116,7 @@ pub fn pick(rows: &Rows, vocabulary: i64, arch: Arch) -> Result<Scheduled> {
     let wide = power_of_two(count).max(32);
     let threads = wide.min(256);
     let tiles = [("BP", wide)];
-    let schedule = schedule(arch, &tiles, (threads, threads, 1), true);
+    let schedule = schedule(arch, &tiles, (threads, threads, 1), 1, true);
     Ok(Scheduled { kernel: k.finish(), schedule })
 }
 
@@ -133,7 +133,7 @@ pub fn advance(new: i64, arch: Arch) -> Result<Scheduled> {
     let f = text(&format!("{{ p -> p + {new} }}"), &[DType::I32])?;
     let next = k.map(f, vec![along(old, 0)], vec![d(1)]);
     k.store(at, vec![d(0)], next);
-    let schedule = schedule(arch, &[], (32, 32, 1), true);
+    let schedule = schedule(arch, &[], (32, 32, 1), 1, true);
     Ok(Scheduled { kernel: k.finish(), schedule })
 }
 
@@ -347,7 +347,8 @@ impl Draw {
         let one = k.reshape(token, vec![d(1), d(1)]);
         k.store(history, vec![next_row, row.clone()], one);
         let threads = 512;
-        let schedule = schedule(arch, &[("BV", threads * 4)], (threads, threads, 4), true);
+        let schedule =
+            schedule(arch, &[("BV", threads * 4)], (threads, threads, 4), self.vocabulary, true);
         Ok(Scheduled { kernel: k.finish(), schedule })
     }
 }
