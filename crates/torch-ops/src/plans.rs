@@ -1,6 +1,6 @@
 //! Compiled graphs by key, and running them on PyTorch's tensors.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::hash::Hash;
 #[cfg(feature = "cpu")]
@@ -19,7 +19,7 @@ use tilewright_torch_abi::Abi;
 use tilewright_torch_abi::{Device, Tensor};
 
 /// What a plan was compiled for: the operator and the numbers that its text depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Key {
     name: &'static str,
     used: usize,
@@ -145,8 +145,7 @@ struct Cuda {
     machine: Machine,
     /// Whether it is the only one.
     alone: bool,
-    /// Looked up only.
-    plans: RwLock<HashMap<Key, Arc<Direct>>>,
+    plans: RwLock<BTreeMap<Key, Arc<Direct>>>,
 }
 
 fn cuda(index: u32) -> Result<Arc<Cuda>> {
