@@ -284,7 +284,7 @@ mod tests {
         assert_eq!(makespan(2, 1, &[3, 3, 2], &[1]), 5.0);
         assert_eq!(makespan(2, 2, &[3], &[2, 1]), 9.0);
         let target = CpuTarget::avx512();
-        let t = gemm_tiles(&target, &knobs(&target), 4, 1, [196, 1024, 256]);
+        let t = gemm_tiles(&target, &knobs(&target), 4, 1, [196, 1024, 256], false);
         let (down, across) = (pieces(196, t.bm, 1), pieces(1024, t.bn, 32));
         let ideal = 196.0 * 1024.0 / target.threads as f64;
         assert!(makespan(target.threads, 1, &across, &down) < 1.1 * ideal, "{t:?}");
