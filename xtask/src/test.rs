@@ -6,10 +6,9 @@
 //! it fails. A program runs in the folder of its package, as under cargo, a command in the repository's.
 //!
 //! Those that took longest the last time start first (`test-seconds` in the target folder), so that none is left alone at
-//! the end. Examples in documentation are tests where they stand between fences: `cargo test --doc` is
-//! asked for the packages that have such examples only, because rustdoc reads every other one in vain.
+//! the end.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 use std::sync::Mutex;
@@ -18,8 +17,6 @@ use std::time::{Duration, Instant};
 
 /// How tests are built: as everything else is, so that nothing is compiled twice.
 const BUILD: [&str; 4] = ["test", "--release", "--locked", "--workspace"];
-/// As [`BUILD`], for some packages.
-const EXAMPLES: [&str; 5] = ["test", "--release", "--locked", "--quiet", "--doc"];
 /// Programs that take longer are named.
 const LONG: Duration = Duration::from_secs(2);
 
@@ -34,9 +31,9 @@ struct Job {
 /// Builds and runs all tests, and the commands `beside` them.
 pub(crate) fn run(beside: &[&str]) -> ExitCode {
     let cargo = std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from);
-    let mut jobs = match build(&cargo).and_then(|tests| Ok((tests, examples(&cargo)?))) {
-        Ok((mut tests, examples)) => {
-            tests.push(examples);
+    let mut jobs = match build(&cargo) {
+        Ok(mut tests) => {
+            tests.push(examples(&cargo));
             tests
         }
         Err(message) => {
@@ -70,71 +67,10 @@ fn command(line: &str) -> Option<Job> {
     Some(Job { name: line.to_owned(), program, arguments, folder: PathBuf::from(".") })
 }
 
-/// The tests in the documentation of all packages that have some.
-fn examples(cargo: &Path) -> Result<Job, String> {
-    let packages = with_examples(Path::new("crates"))?;
-    let mut arguments: Vec<String> = EXAMPLES.iter().map(|a| (*a).to_owned()).collect();
-    for package in &packages {
-        arguments.extend(["--package".to_owned(), package.clone()]);
-    }
-    if packages.is_empty() {
-        return Err("no package has an example in its documentation".into());
-    }
-    let folder = PathBuf::from(".");
-    Ok(Job { name: "documentation".into(), program: cargo.into(), arguments, folder })
-}
-
-/// Names of the packages below `folder` whose documentation has code that is not marked as text.
-fn with_examples(folder: &Path) -> Result<BTreeSet<String>, String> {
-    let mut found = BTreeSet::new();
-    for package in entries(folder)?.iter().filter(|p| p.join("src").is_dir()) {
-        let mut folders = vec![package.join("src")];
-        let mut here = false;
-        while let (Some(folder), false) = (folders.pop(), here) {
-            for entry in entries(&folder)? {
-                if entry.is_dir() {
-                    folders.push(entry);
-                } else if entry.extension().is_some_and(|e| e == "rs") {
-                    let text = std::fs::read_to_string(&entry)
-                        .map_err(|e| format!("{}: {e}", entry.display()))?;
-                    here |= has_example(&text);
-                }
-            }
-        }
-        if here {
-            let manifest = std::fs::read_to_string(package.join("Cargo.toml"))
-                .map_err(|e| format!("{}: {e}", package.display()))?;
-            let name = manifest.lines().find_map(|l| l.strip_prefix("name = \""));
-            let name = name.and_then(|l| l.strip_suffix('"'));
-            found.insert(name.ok_or_else(|| format!("{} has no name", package.display()))?.into());
-        }
-    }
-    Ok(found)
-}
-
-/// What is in a folder.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, String> {
-    let said = |e: std::io::Error| format!("{}: {e}", folder.display());
-    let entries = std::fs::read_dir(folder).map_err(said)?;
-    entries.map(|entry| entry.map(|e| e.path()).map_err(said)).collect()
-}
-
-/// Whether the documentation in a source file has a fence that opens code.
-fn has_example(source: &str) -> bool {
-    let mut inside = false;
-    for line in source.lines().map(str::trim_start) {
-        let Some(said) = line.strip_prefix("///").or(line.strip_prefix("//!")) else {
-            inside = false;
-            continue;
-        };
-        if let Some(kind) = said.trim_start().strip_prefix("```") {
-            if !inside && !kind.starts_with("text") {
-                return true;
-            }
-            inside = !inside;
-        }
-    }
-    false
+/// The tests in the documentation, of all packages: fewer would be built with other features of the dependencies.
+fn examples(cargo: &Path) -> Job {
+    let arguments = BUILD.iter().chain(&["--quiet", "--doc"]).map(|a| (*a).to_owned()).collect();
+    Job { name: "documentation".into(), program: cargo.into(), arguments, folder: ".".into() }
 }
 
 /// What `run_all` wrote the last time: seconds by name.
@@ -303,15 +239,5 @@ mod tests {
         let names: Vec<&str> = jobs.iter().map(|j| j.name.as_str()).collect();
         assert_eq!(names, ["new", "two words", "a", "c"]);
         assert!(command("  ").is_none());
-    }
-
-    #[test]
-    fn examples_are_fences_that_are_no_text() {
-        assert!(has_example("//! A.\n//! ```\n//! f();\n//! ```\n"));
-        assert!(has_example("    /// ```no_run\n    /// f();\n    /// ```\n"));
-        assert!(!has_example("/// ```text\n/// f();\n/// ```\nfn f() {}\n"));
-        assert!(!has_example("// ```\nlet a = \"```\";\n"));
-        let packages = with_examples(Path::new("../crates")).expect("the crates are there");
-        assert!(packages.contains("tilewright-layout") && !packages.contains("tilewright-cli"));
     }
 }
