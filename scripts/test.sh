@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# `make test`. Runs every check in order and stops at the first that fails; prints how long each took.
+# `make test`. Runs every check and stops at the first step that fails; prints how long each took. Without --only the last
+# step is one pool of everything that builds nothing: format, structure, Rust and Python tests side by side, longest first.
 #
 #   scripts/test.sh [--only lint|rust|python|fuzz|torch|jax]
 #
@@ -42,16 +43,24 @@ lint() {
   step "structure" cargo xtask tidy
 }
 
-rust() {
+build() {
   step "build" cargo build --release --locked --workspace --quiet
+}
+
+cases() {
   # The official ONNX cases come with the `onnx` package; the conformance test reads them as files.
   step "ONNX backend cases" .venv/bin/python tests/onnx_backend/dump.py target/onnx_backend
+}
+
+rust() {
+  build
+  cases
   # As `cargo test --release --workspace`, with several test programs at a time.
   step "Rust tests" cargo xtask test
 }
 
-python() {
-  step "build" cargo build --release --locked --workspace --quiet
+# The commands of the Python tests that can run here, one a line.
+python_tests() {
   local test interpreter
   for test in tests/python/test_*.py; do
     [ -e "$test" ] || continue
@@ -59,13 +68,33 @@ python() {
     case "$test" in *test_torch* | *test_jax*) continue ;; *triton*)
       interpreter=.venv-triton/bin/python
       if ! [ -x "$interpreter" ]; then
-        printf '\n== %s: not run, no .venv-triton (scripts/setup.sh triton, on Linux)\n' "$test"
+        printf '\n== %s: not run, no .venv-triton (scripts/setup.sh triton, on Linux)\n' "$test" >&2
         continue
       fi
       ;;
     esac
-    step "$test" "$interpreter" "$test"
+    printf '%s %s\n' "$interpreter" "$test"
   done
+}
+
+python() {
+  build
+  local commands command
+  mapfile -t commands < <(python_tests)
+  for command in "${commands[@]}"; do
+    # shellcheck disable=SC2086  # Words are arguments.
+    step "$command" $command
+  done
+}
+
+everything() {
+  step "clippy" cargo clippy --release --locked --workspace --all-targets --quiet -- -D warnings
+  build
+  cases
+  local commands command beside=(--beside "cargo fmt --all --check" --beside "${CARGO_TARGET_DIR:-target}/release/xtask tidy")
+  mapfile -t commands < <(python_tests)
+  for command in "${commands[@]}"; do beside+=(--beside "$command"); done
+  step "tests" cargo xtask test "${beside[@]}"
 }
 
 # The PyTorch backend. Not part of "all": PyTorch's packages are several GB (`make test-torch`).
@@ -93,9 +122,7 @@ if [ "$only" = all ]; then
   if compgen -G 'tests/python/test_*triton*.py' >/dev/null; then parts+=(triton); fi
   if compgen -G 'tests/python/test_*html*.py' >/dev/null; then parts+=(browser); fi
   step "setup" ./scripts/setup.sh "${parts[@]}"
-  lint
-  rust
-  python
+  everything
 else
   "$only"
 fi

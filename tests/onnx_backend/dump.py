@@ -6,17 +6,18 @@ classic layout: CASE/model.onnx, CASE/test_data_set_0/{input,output}_N.pb, and C
     python tests/onnx_backend/dump.py OUTPUT_FOLDER
 """
 
+import importlib.metadata
 import pathlib
 import sys
 import warnings
 
-import numpy as np
-import onnx
-from onnx import numpy_helper
-
 
 def to_proto(value, type_proto):
     """One test value as the message that its declared type asks for, or None for an absent optional."""
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
     if isinstance(value, (onnx.TensorProto, onnx.SequenceProto, onnx.OptionalProto)):
         return value
     kind = type_proto.WhichOneof("value")
@@ -28,14 +29,17 @@ def to_proto(value, type_proto):
 
 
 def main():
-    warnings.simplefilter("ignore")
-    np.seterr(all="ignore")
-    from onnx.backend.test.case import node
-
     out = pathlib.Path(sys.argv[1])
     stamp = out / "version.txt"
-    if stamp.exists() and stamp.read_text() == onnx.__version__:
+    version = importlib.metadata.version("onnx")
+    if stamp.exists() and stamp.read_text() == version:
         return
+    # The packages take seconds to import: not before it is known that they are needed.
+    import numpy as np
+    from onnx.backend.test.case import node
+
+    warnings.simplefilter("ignore")
+    np.seterr(all="ignore")
     skipped = 0
     cases = node.collect_testcases(None)
     for case in cases:
@@ -57,7 +61,7 @@ def main():
                     print(f"{case.name}: {stem} {i}: {error}", file=sys.stderr)
                     continue
                 (data / f"{stem}_{i}.pb").write_bytes(message)
-    stamp.write_text(onnx.__version__)
+    stamp.write_text(version)
     print(f"{len(cases)} cases written to {out}, {skipped} values skipped")
 
 

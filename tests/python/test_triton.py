@@ -3,7 +3,7 @@
 Compiled: by Triton for compute capability 9.0, down to machine code (Triton brings its own ptxas).
 Run: in Triton's interpreter (TRITON_INTERPRET=1), on arrays with odd sizes, unusual strides and
 poisoned outputs, against NumPy in float64. PyTorch is not needed: `Tensor` below is what a launcher
-asks of a tensor.
+asks of a tensor. Triton keeps what it compiled below target/triton, found again by source and options.
 
 To add one: a case in crates/emit-triton/tests/golden/*.txt, and here a function in CASES that makes
 its arguments and what should come out.
@@ -476,13 +476,14 @@ def run_all(folder):
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        if len(sys.argv) > 1:
+    if len(sys.argv) > 1:
+        with tempfile.TemporaryDirectory() as folder:
             return {"compile": compile_all, "run": run_all}[sys.argv[1]](folder)
-        for part, environment in (("compile", {}), ("run", {"TRITON_INTERPRET": "1"})):
-            print(f"{part}:", flush=True)
-            variables = os.environ | environment | {"TRITON_CACHE_DIR": folder}
-            subprocess.run([sys.executable, __file__, part], check=True, env=variables)
+    kept = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "triton"
+    for part, environment in (("compile", {}), ("run", {"TRITON_INTERPRET": "1"})):
+        print(f"{part}:", flush=True)
+        variables = os.environ | environment | {"TRITON_CACHE_DIR": str(kept)}
+        subprocess.run([sys.executable, __file__, part], check=True, env=variables)
 
 
 main()

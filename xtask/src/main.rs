@@ -11,7 +11,8 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 usage: cargo xtask <command>
 
-  test    build and run all Rust tests, several programs at a time
+  test    build and run all Rust tests, several programs at a time;
+          --beside COMMAND (any number of them): other tests, run among them
   tidy    check crate arrows, file heads, docs lists, links and words
 ";
 
@@ -19,7 +20,13 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["test"] => test::run(),
+        ["test", rest @ ..] => match beside(rest) {
+            Some(commands) => test::run(&commands),
+            None => {
+                eprint!("{USAGE}");
+                ExitCode::from(2)
+            }
+        },
         ["tidy"] => run_tidy(),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
@@ -30,6 +37,15 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// The commands of `--beside COMMAND ...`.
+fn beside<'a>(arguments: &[&'a str]) -> Option<Vec<&'a str>> {
+    let pairs = arguments.chunks(2).map(|pair| match pair {
+        ["--beside", command] => Some(*command),
+        _ => None,
+    });
+    pairs.collect()
 }
 
 fn run_tidy() -> ExitCode {

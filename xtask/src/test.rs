@@ -1,9 +1,14 @@
-//! Runs the workspace's tests: every test program that cargo builds, as many at a time as there are processors.
+//! Runs the workspace's tests: every test program that cargo builds, as many at a time as there are processors, and
+//! beside them whatever commands the caller names (`--beside "python tests/x.py"`; words are split at spaces).
 //!
-//! `cargo test` runs them one after another, and most have a long test that leaves the other processors idle. Here each
-//! worker takes the next program, with the documentation's tests as one of them; what a program prints is shown when
-//! it fails. A program runs in the folder of its package, as under cargo.
+//! `cargo test` runs programs one after another, and most have a long test that leaves the other processors idle. Here each
+//! worker takes the next one, with the documentation's tests as one of them; what a program prints is shown when
+//! it fails. A program runs in the folder of its package, as under cargo, a command in the repository's.
+//!
+//! Those that took longest the last time start first (`test-seconds` in the target folder), so that none is left alone at
+//! the end.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 use std::sync::Mutex;
@@ -23,20 +28,28 @@ struct Job {
     folder: PathBuf,
 }
 
-/// Builds and runs all tests.
-pub(crate) fn run() -> ExitCode {
+/// Builds and runs all tests, and the commands `beside` them.
+pub(crate) fn run(beside: &[&str]) -> ExitCode {
     let cargo = std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from);
     let mut jobs = match build(&cargo) {
-        Ok(jobs) => jobs,
+        Ok(mut tests) => {
+            tests.push(examples(&cargo));
+            tests
+        }
         Err(message) => {
             eprintln!("test: {message}");
             return ExitCode::FAILURE;
         }
     };
-    let arguments = BUILD.iter().chain(&["--quiet", "--doc"]).map(|a| (*a).to_owned()).collect();
-    let folder = PathBuf::from(".");
-    jobs.insert(0, Job { name: "documentation".into(), program: cargo, arguments, folder });
-    let failed = run_all(&jobs);
+    jobs.extend(beside.iter().filter_map(|line| command(line)));
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
+    let kept = target.join("test-seconds");
+    let last = std::fs::read_to_string(&kept).unwrap_or_default();
+    longest_first(&mut jobs, &seconds(&last));
+    let Ran { failed, took } = run_all(&jobs);
+    let lines: Vec<String> = took.iter().map(|(name, s)| format!("{s:.2} {name}\n")).collect();
+    // Without it the order is another, no more.
+    let _ = std::fs::write(&kept, lines.concat());
     if failed.is_empty() {
         println!("{} test programs passed", jobs.len());
         ExitCode::SUCCESS
@@ -44,6 +57,35 @@ pub(crate) fn run() -> ExitCode {
         eprintln!("{} of {} test programs failed: {}", failed.len(), jobs.len(), failed.join(", "));
         ExitCode::FAILURE
     }
+}
+
+/// A line of words as something to run; `None` without any.
+fn command(line: &str) -> Option<Job> {
+    let mut words = line.split_whitespace();
+    let program = PathBuf::from(words.next()?);
+    let arguments = words.map(str::to_owned).collect();
+    Some(Job { name: line.to_owned(), program, arguments, folder: PathBuf::from(".") })
+}
+
+/// The tests in the documentation, of all packages: fewer would be built with other features of the dependencies.
+fn examples(cargo: &Path) -> Job {
+    let arguments = BUILD.iter().chain(&["--quiet", "--doc"]).map(|a| (*a).to_owned()).collect();
+    Job { name: "documentation".into(), program: cargo.into(), arguments, folder: ".".into() }
+}
+
+/// What `run_all` wrote the last time: seconds by name.
+fn seconds(text: &str) -> BTreeMap<&str, f64> {
+    let line = |line: &'_ str| -> Option<(usize, f64)> {
+        let (seconds, _) = line.split_once(' ')?;
+        Some((seconds.len() + 1, seconds.parse().ok()?))
+    };
+    text.lines().filter_map(|l| line(l).map(|(at, s)| (&l[at..], s))).collect()
+}
+
+/// Jobs in the order in which they start; those that never ran come first.
+fn longest_first(jobs: &mut [Job], last: &BTreeMap<&str, f64>) {
+    let took = |job: &Job| last.get(job.name.as_str()).copied().unwrap_or(f64::INFINITY);
+    jobs.sort_by(|a, b| took(b).total_cmp(&took(a)));
 }
 
 /// Builds the test programs; what cargo says of each is one line of JSON.
@@ -88,16 +130,28 @@ fn field(line: &str, name: &str) -> Option<String> {
     }
 }
 
-/// Runs the jobs and gives the names of those that failed, in their order.
-fn run_all(jobs: &[Job]) -> Vec<String> {
+/// What became of the jobs.
+struct Ran {
+    /// Names of those that failed, in their order.
+    failed: Vec<String>,
+    /// Seconds that each took, by name.
+    took: BTreeMap<String, f64>,
+}
+
+/// Runs the jobs.
+fn run_all(jobs: &[Job]) -> Ran {
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(Vec::new());
+    let seconds = Mutex::new(BTreeMap::new());
     let work = || {
         while let Some((index, job)) = take(&next, jobs) {
             let start = Instant::now();
             let mut command = Command::new(&job.program);
             let result = command.args(&job.arguments).current_dir(&job.folder).output();
             let took = start.elapsed();
+            if let Ok(mut seconds) = seconds.lock() {
+                seconds.insert(job.name.clone(), took.as_secs_f64());
+            }
             let text = match result {
                 Ok(output) if output.status.success() => {
                     if took > LONG {
@@ -122,7 +176,8 @@ fn run_all(jobs: &[Job]) -> Vec<String> {
     });
     let mut failed = failed.into_inner().unwrap_or_default();
     failed.sort();
-    failed.into_iter().map(|(_, name)| name).collect()
+    let failed = failed.into_iter().map(|(_, name)| name).collect();
+    Ran { failed, took: seconds.into_inner().unwrap_or_default() }
 }
 
 fn take<'a>(next: &AtomicUsize, jobs: &'a [Job]) -> Option<(usize, &'a Job)> {
@@ -165,6 +220,24 @@ mod tests {
             folder: ".".into(),
         };
         let jobs = [job("a", "/no/such/program"), job("b", env!("CARGO")), job("c", "/no/such")];
-        assert_eq!(run_all(&jobs), ["a", "c"]);
+        let ran = run_all(&jobs);
+        assert_eq!(ran.failed, ["a", "c"]);
+        let lines: Vec<String> = ran.took.iter().map(|(n, s)| format!("{s:.2} {n}\n")).collect();
+        let names: Vec<&str> = ran.took.keys().map(String::as_str).collect();
+        assert!(seconds(&lines.concat()).keys().eq(&names), "{lines:?}");
+    }
+
+    #[test]
+    fn the_longest_start_first_and_new_ones_before_them() {
+        let last = seconds("1.50 a\n20.00 two words\nnonsense\n0.10 c\n");
+        let mut jobs: Vec<Job> =
+            ["c", "a", "new", "two words"].iter().filter_map(|line| command(line)).collect();
+        // The name is the whole line, the program its first word.
+        assert_eq!(jobs[3].program, Path::new("two"));
+        assert_eq!(jobs[3].arguments, ["words"]);
+        longest_first(&mut jobs, &last);
+        let names: Vec<&str> = jobs.iter().map(|j| j.name.as_str()).collect();
+        assert_eq!(names, ["new", "two words", "a", "c"]);
+        assert!(command("  ").is_none());
     }
 }

@@ -141,6 +141,12 @@ mod onnx {
         bytes(5, [tensor_head(name, shape), bytes(9, raw)].concat())
     }
 
+    pub(super) fn integers(name: &str, values: &[i64]) -> Vec<u8> {
+        let raw: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let head = [number(1, values.len() as u64), number(2, 7), bytes(8, name)].concat();
+        bytes(5, [head, bytes(9, raw)].concat())
+    }
+
     pub(super) fn outside_weight(name: &str, shape: &[u64], file: &str) -> Vec<u8> {
         let entry = [bytes(1, "location"), bytes(2, file)].concat();
         bytes(5, [tensor_head(name, shape), bytes(13, entry), number(14, 1)].concat())
@@ -312,6 +318,30 @@ fn sizes_outside_their_range() {
     run("N=2147483648").fails(2, &["N"]);
     run("N=4611686018427387904").fails(2, &["N"]);
     tw(&["bench", &digits(), "--dim", "N=134217728"]).fails(2, &["N"]);
+}
+
+/// Rows of three of `N` elements are there for some `N` only.
+#[test]
+fn sizes_that_a_reshape_does_not_divide() {
+    let dir = Temp::new();
+    let shape = onnx::integers("shape", &[3, -1]);
+    let model = onnx::model(&[
+        onnx::node("Reshape", "rows", &["x", "shape"], &["y"]),
+        shape,
+        onnx::input("x", &[Named("N")]),
+        onnx::output("y", &[Is(3), Named("M")]),
+    ]);
+    let path = dir.file("rows.onnx", model);
+    tw(&["run", &path, "--dim", "N=6"]).succeeds();
+    for command in ["run", "verify", "bench"] {
+        let said = tw(&[command, &path, "--dim", "N=7"]);
+        said.fails(2, &["rows", "[7] has 7 elements", "[3,2] has 6"]);
+    }
+}
+
+#[test]
+fn more_threads_than_there_can_be() {
+    tw(&["run", &digits(), "--threads", "1000000"]).fails(2, &["1000000 threads"]);
 }
 
 #[test]

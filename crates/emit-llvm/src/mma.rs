@@ -246,6 +246,10 @@ impl<'a> Emitter<'a> {
             group == 1 && rows_max >= 3 * g.rows && crowds(place, &depth_access.inner)
         });
         let mut tail = None;
+        // Read in a narrower type than its tile has: a panel of it would be copied in the tile's.
+        let widened = b_access
+            .as_ref()
+            .is_some_and(|(place, ..)| place.dtype != self.k.ty(b_tile).dtype.size_aligned());
         let over_read =
             even || self.may_over_read(b_tile, b_access.as_ref().map(|b| &b.0), width, group);
         if group > 1 {
@@ -257,7 +261,7 @@ impl<'a> Emitter<'a> {
                 self.forget_values();
                 b_access = self.column_access(b_tile, &n_sym, &col, &k_sym, &[group], group);
             }
-        } else if b_access.is_none() || crowded {
+        } else if b_access.is_none() || crowded || (!over_read && widened) {
             self.c.t.comment("right operand copied");
             let kept =
                 self.new_panels(self.k.ty(b_tile).dtype.size_aligned(), depth_max, cols_max, width);

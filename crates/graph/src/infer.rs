@@ -258,7 +258,7 @@ pub fn infer(op: &Op, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
             }
             float(&inputs[0])?;
             for ty in &inputs[1..] {
-                if ty.rank() != 1 || conflict(&ty.shape[0], &inputs[0].shape[1]) {
+                if ty.rank() != 1 || ty.shape[0] != inputs[0].shape[1] {
                     return Err(Error::user(format!(
                         "per-channel operand {} for data {}",
                         list(&ty.shape),

@@ -340,9 +340,11 @@ impl Machine<'_, '_> {
     fn store(&self, param: ParamId, index: &[Dim], value: TileId, add: bool) -> Result<()> {
         let tile = self.tile(value)?;
         let base = self.dims(index)?;
+        let (mut coord, mut next) = (base.clone(), 0);
         for_each(&tile.shape, |at| {
-            let coord: Vec<i64> = base.iter().zip(at).map(|(b, &x)| b + x as i64).collect();
-            self.write(param, &coord, tile.data.get(flat(at, &tile.shape)), add)
+            coord.iter_mut().zip(&base).zip(at).for_each(|((c, b), &x)| *c = b + x as i64);
+            next += 1;
+            self.write(param, &coord, tile.data.get(next - 1), add)
         })
     }
 
@@ -363,13 +365,12 @@ impl Machine<'_, '_> {
             TileOp::Full(value) => self.make(dtype, shape, |_| Ok(*value)),
             TileOp::Load { param, index, steps, fill } => {
                 let base = self.dims(index)?;
+                let mut coord = base.clone();
                 self.make(dtype, shape, |at| {
-                    let coord: Vec<i64> = base
-                        .iter()
-                        .zip(steps)
-                        .zip(at)
-                        .map(|((b, step), &x)| b + step * x as i64)
-                        .collect();
+                    let from = base.iter().zip(steps).zip(at);
+                    for (c, ((b, step), &x)) in coord.iter_mut().zip(from) {
+                        *c = b + step * x as i64;
+                    }
                     self.read(*param, &coord, *fill)
                 })
             }
@@ -388,26 +389,23 @@ impl Machine<'_, '_> {
             }
             TileOp::Map { func, args } => {
                 let args = args.iter().map(|a| self.operand(a)).collect::<Result<Vec<_>>>()?;
-                self.make(dtype, shape, |at| {
-                    let values: Vec<Value> = args
-                        .iter()
-                        .map(|(tile, along)| {
-                            let i = along.iter().zip(&tile.shape).fold(0, |acc, (&axis, &d)| {
-                                acc * d + if d == 1 { 0 } else { at[axis] }
-                            });
-                            tile.data.get(i)
-                        })
-                        .collect();
-                    Ok(self.call(func, &values))
+                let args: Vec<Data> =
+                    args.iter().map(|(tile, along)| repeated(tile, along, &shape)).collect();
+                let count = shape.iter().product();
+                let mut values = self.call(func, &args, count).into_iter();
+                self.make(dtype, shape, |_| {
+                    values.next().ok_or_else(|| Error::bug("a function of fewer elements"))
                 })
             }
             TileOp::Reduce { kind, x, axis, limit } => {
                 let x = self.tile(*x)?;
                 let count = self.limit(limit, x.shape[*axis])?;
+                let line = Line::of(&x.shape, *axis);
                 self.make(dtype, shape, |at| {
                     let mut total = identity(*kind, dtype);
+                    let first = line.first(at);
                     for i in 0..count {
-                        let value = x.data.get(flat(&with(at, *axis, i), &x.shape));
+                        let value = x.data.get(first + i * line.step);
                         total = self.combine(*kind, dtype, total, value);
                     }
                     Ok(total)
@@ -416,8 +414,10 @@ impl Machine<'_, '_> {
             TileOp::ArgReduce { kind, x, axis, limit, last } => {
                 let x = self.tile(*x)?;
                 let count = self.limit(limit, x.shape[*axis])?;
+                let line = Line::of(&x.shape, *axis);
                 self.make(dtype, shape, |at| {
-                    let value = |i: usize| x.data.get(flat(&with(at, *axis, i), &x.shape));
+                    let first = line.first(at);
+                    let value = |i: usize| x.data.get(first + i * line.step);
                     let mut best = 0;
                     for i in 1..count {
                         let (new, old) = (value(i), value(best));
@@ -431,20 +431,16 @@ impl Machine<'_, '_> {
             TileOp::Scan { kind, x, axis, exclusive, reverse } => {
                 let x = self.tile(*x)?;
                 let extent = x.shape[*axis];
+                let step = Line::of(&x.shape, *axis).step;
                 self.make(dtype, shape, |at| {
                     let mut total = identity(*kind, dtype);
                     let here = at[*axis];
-                    let range: Vec<usize> = match (reverse, exclusive) {
-                        (false, false) => (0..here + 1).collect(),
-                        (false, true) => (0..here).collect(),
-                        (true, false) => (here..extent).rev().collect(),
-                        (true, true) => (here + 1..extent).rev().collect(),
-                    };
-                    for i in range {
-                        let mut other = at.to_vec();
-                        other[*axis] = i;
-                        total =
-                            self.combine(*kind, dtype, total, x.data.get(flat(&other, &x.shape)));
+                    let first = flat(at, &x.shape) - here * step;
+                    let (count, skipped) =
+                        (if *reverse { extent - here } else { here + 1 }, *exclusive);
+                    for i in 0..count - usize::from(skipped) {
+                        let i = if *reverse { extent - 1 - i } else { i };
+                        total = self.combine(*kind, dtype, total, x.data.get(first + i * step));
                     }
                     Ok(total)
                 })
@@ -452,28 +448,29 @@ impl Machine<'_, '_> {
             TileOp::Mma { acc, a, b, limit } => {
                 let (acc, a, b) = (self.tile(*acc)?, self.tile(*a)?, self.tile(*b)?);
                 let count = self.limit(limit, a.shape[1])?;
+                let (depth, cols) = (a.shape[1], b.shape[1]);
                 self.make(dtype, shape, |at| {
-                    let mut total = acc.data.get(flat(at, &acc.shape));
-                    for k in 0..count {
-                        let x = a.data.get(at[0] * a.shape[1] + k);
-                        let y = b.data.get(k * b.shape[1] + at[1]);
-                        total = match (total, x, y) {
-                            (Value::Float(t), Value::Float(x), Value::Float(y)) => {
-                                Value::Float(self.round(dtype, t + x * y))
-                            }
-                            (Value::Int(t), Value::Int(x), Value::Int(y)) => {
-                                Value::Int(wrap(dtype, t.wrapping_add(x.wrapping_mul(y))))
-                            }
-                            _ => return Err(Error::bug("mma mixes integers and floats")),
-                        };
-                    }
-                    Ok(total)
+                    let start = flat(at, &acc.shape);
+                    let pairs = (0..count).map(|k| (at[0] * depth + k, k * cols + at[1]));
+                    Ok(match (&acc.data, &a.data, &b.data) {
+                        (Data::Float(acc), Data::Float(a), Data::Float(b)) => {
+                            let add = |t: f64, (x, y)| self.round(dtype, t + a[x] * b[y]);
+                            Value::Float(pairs.fold(acc[start], add))
+                        }
+                        (Data::Int(acc), Data::Int(a), Data::Int(b)) => {
+                            let add = |t: i64, (x, y): (usize, usize)| {
+                                wrap(dtype, t.wrapping_add(a[x].wrapping_mul(b[y])))
+                            };
+                            Value::Int(pairs.fold(acc[start], add))
+                        }
+                        _ => return Err(Error::bug("mma mixes integers and floats")),
+                    })
                 })
             }
             TileOp::Permute { x, perm } => {
                 let x = self.tile(*x)?;
+                let mut from = vec![0; shape.len()];
                 self.make(dtype, shape, |at| {
-                    let mut from = vec![0; at.len()];
                     for (i, &p) in perm.iter().enumerate() {
                         from[p] = at[i];
                     }
@@ -485,18 +482,12 @@ impl Machine<'_, '_> {
                 if x.len() != shape.iter().product::<usize>() {
                     return Err(Error::bug(format!("reshape of {:?} to {shape:?}", x.shape)));
                 }
-                let target = shape.clone();
-                self.make(dtype, shape, |at| Ok(x.data.get(flat(at, &target))))
+                Ok(Tile { shape, data: x.data.clone() })
             }
             TileOp::Broadcast(operand) => {
                 let (x, along) = self.operand(operand)?;
-                self.make(dtype, shape, |at| {
-                    let i = along
-                        .iter()
-                        .zip(&x.shape)
-                        .fold(0, |acc, (&axis, &d)| acc * d + if d == 1 { 0 } else { at[axis] });
-                    Ok(x.data.get(i))
-                })
+                let data = repeated(&x, &along, &shape);
+                Ok(Tile { shape, data })
             }
             TileOp::Iota { axis, start } => {
                 let start = self.dim(start)?;
@@ -520,29 +511,37 @@ impl Machine<'_, '_> {
         }
     }
 
-    fn call(&self, func: &Func, args: &[Value]) -> Value {
-        match self.mode {
-            Mode::Exact => func.eval(args),
-            Mode::F64
-                if func.dtype().is_float() || args.iter().any(|a| matches!(a, Value::Float(_))) =>
-            {
-                let args: Vec<f64> = args
-                    .iter()
-                    .map(|a| match a {
-                        Value::Float(v) => *v,
-                        Value::Int(v) => *v as f64,
-                    })
-                    .collect();
-                let result = func.eval_f64(&args);
-                if func.dtype().is_float() {
-                    Value::Float(result)
-                } else {
-                    Value::Int(result as i64)
-                }
-            }
-            // Integers through and through: exact in 64 bits.
-            Mode::F64 => func.eval(args),
+    /// A function of `count` elements at a time.
+    fn call(&self, func: &Func, args: &[Data], count: usize) -> Vec<Value> {
+        let float = func.dtype().is_float() || args.iter().any(|a| matches!(a, Data::Float(_)));
+        if self.mode == Mode::F64 && float {
+            let args: Vec<Vec<f64>> = args
+                .iter()
+                .map(|a| match a {
+                    Data::Float(v) => v.clone(),
+                    Data::Int(v) => v.iter().map(|&v| v as f64).collect(),
+                })
+                .collect();
+            let slices: Vec<&[f64]> = args.iter().map(Vec::as_slice).collect();
+            let mut out = vec![0.0; count];
+            func.eval_f64_many(&slices, &mut out);
+            return match func.dtype().is_float() {
+                true => out.into_iter().map(Value::Float).collect(),
+                false => out.into_iter().map(|v| Value::Int(v as i64)).collect(),
+            };
         }
+        // In F64: integers through and through, exact in 64 bits.
+        let args: Vec<Vec<Value>> = args
+            .iter()
+            .map(|a| match a {
+                Data::Float(v) => v.iter().map(|&v| Value::Float(v)).collect(),
+                Data::Int(v) => v.iter().map(|&v| Value::Int(v)).collect(),
+            })
+            .collect();
+        let slices: Vec<&[Value]> = args.iter().map(Vec::as_slice).collect();
+        let mut out = vec![Value::Int(0); count];
+        func.eval_many(&slices, &mut out);
+        out
     }
 
     fn combine(&self, kind: ReduceKind, dtype: DType, a: Value, b: Value) -> Value {
@@ -574,11 +573,43 @@ impl Machine<'_, '_> {
     }
 }
 
-/// Inserts `i` at `axis`.
-fn with(at: &[usize], axis: usize, i: usize) -> Vec<usize> {
-    let mut full = at.to_vec();
-    full.insert(axis, i);
-    full
+/// The elements along one axis of a row-major shape.
+struct Line<'a> {
+    shape: &'a [usize],
+    axis: usize,
+    /// Distance between neighbours.
+    step: usize,
+}
+
+impl Line<'_> {
+    fn of(shape: &[usize], axis: usize) -> Line<'_> {
+        Line { shape, axis, step: shape[axis + 1..].iter().product() }
+    }
+
+    /// Where the line begins that stands at `at` on the other axes.
+    fn first(&self, at: &[usize]) -> usize {
+        let before = flat(&at[..self.axis], &self.shape[..self.axis]) * self.shape[self.axis];
+        let after = flat(&at[self.axis..], &self.shape[self.axis + 1..]);
+        before * self.step + after
+    }
+}
+
+/// A tile over `shape`, along whose axes `along` its own axes run.
+fn repeated(tile: &Tile, along: &[usize], shape: &[usize]) -> Data {
+    if tile.shape == shape && along.iter().copied().eq(0..shape.len()) {
+        return tile.data.clone();
+    }
+    let mut places = Vec::with_capacity(shape.iter().product());
+    let found = for_each(shape, |at| {
+        let axes = along.iter().zip(&tile.shape);
+        places.push(axes.fold(0, |i, (&axis, &d)| i * d + if d == 1 { 0 } else { at[axis] }));
+        Ok(())
+    });
+    debug_assert!(found.is_ok(), "nothing above fails");
+    match &tile.data {
+        Data::Float(v) => Data::Float(places.iter().map(|&i| v[i]).collect()),
+        Data::Int(v) => Data::Int(places.iter().map(|&i| v[i]).collect()),
+    }
 }
 
 pub(crate) fn beats(kind: ReduceKind, new: Value, old: Value) -> bool {

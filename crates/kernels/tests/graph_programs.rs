@@ -44,12 +44,12 @@ fn programs_of_graphs_have_device_programs_that_compute_the_same() {
     let mut reasons: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let (mut right, mut wrong) = (0, Vec::new());
     for case in programs() {
-        match schedule(&case, Arch::Sm90a) {
+        match schedule(case, Arch::Sm90a) {
             Err(reason) => {
                 let what = format!("{}\n{}", case.name, case.kernel);
                 reasons.entry(reason).or_default().push(what);
             }
-            Ok(schedule) => match differences(&case, &schedule) {
+            Ok(schedule) => match differences(case, &schedule) {
                 Ok(()) => right += 1,
                 Err(how) => {
                     wrong.push(format!("{}: {how}\n{}\n{:?}", case.name, case.kernel, case.env));

@@ -20,6 +20,7 @@ use crate::gpu::{Fit, Tried, Written};
 use crate::lowering::Lowering;
 use crate::map::{block_of, extent};
 use crate::place::Place;
+use crate::prologue::Computed;
 use crate::rows::func;
 use crate::schedule::{depth_unit, even, gemm_tiles, panel_for, round_up};
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
@@ -45,6 +46,8 @@ pub(crate) struct Product {
     pub(crate) result_axes: usize,
     pub(crate) lhs: Side,
     pub(crate) rhs: Side,
+    /// Operands that the kernel computes; their sides then only say how what they are computed from lies.
+    pub(crate) computed: [Option<Computed>; 2],
     pub(crate) operands: Operands,
     pub(crate) dtype: DType,
 }
@@ -131,8 +134,16 @@ impl Lowering<'_> {
         let operands = if right == 0 { [operands[1], operands[0]] } else { operands };
         let operands = Operands { left: operands[0], right: operands[1], acc: *acc };
         let mut sides = Vec::new();
+        let mut computed = [None, None];
         for (i, letters) in [(0, lhs), (1, rhs)] {
             let v = node.inputs[i];
+            let at = |l| space.iter().position(|s| *s == l).unwrap_or_default();
+            let axes: Vec<usize> = letters.chars().map(at).collect();
+            if let Some((side, made)) = self.computed_side(group, i, &axes, &sizes)? {
+                computed[i] = Some(made);
+                sides.push(side);
+                continue;
+            }
             let left = (i == 0) != swapped;
             let wanted = if left { operands.left } else { operands.right };
             let mut place = self.operand_place(v, wanted)?;
@@ -164,11 +175,15 @@ impl Lowering<'_> {
         let lhs_side = sides.pop().ok_or_else(|| Error::bug("an operand"))?;
         let (lhs_side, rhs_side) =
             if swapped { (rhs_side, lhs_side) } else { (lhs_side, rhs_side) };
+        if swapped {
+            computed.reverse();
+        }
         let product = Product {
             space: sizes,
             result_axes: out.chars().count(),
             lhs: lhs_side,
             rhs: rhs_side,
+            computed,
             operands,
             dtype: *dtype,
         };
@@ -203,7 +218,7 @@ impl Lowering<'_> {
         let elements = size(&numel(&shape)) as f64;
         let batch = size(&numel(&shape)) / (size(&shape[near]) * size(&shape[depth])).max(1);
         let (n, k) = (size(&shape[near]), size(&shape[depth]));
-        let bm = gemm_tiles(self.target, &knobs, bytes, batch, [size(rows), n, k]).bm;
+        let bm = gemm_tiles(self.target, &knobs, bytes, batch, [size(rows), n, k], false).bm;
         let blocks = (size(rows).max(1) + bm - 1) / bm;
         // Gathered in memory's type where the product takes that.
         let bytes = operands.right.size().min(self.graph.dtype(v).size());
@@ -304,13 +319,24 @@ impl Lowering<'_> {
         let dag = &dag;
         let mut sides = [product.lhs.clone(), product.rhs.clone()];
         sides.iter_mut().for_each(|s| widen(&mut s.layout, &space));
-        let (lhs, rhs) = (&sides[0].layout, &sides[1].layout);
-        let layouts: Vec<&Layout> = dag.layouts().into_iter().chain([lhs, rhs]).collect();
-        let has = |l: &Layout, a: usize| !is_broadcast(&l.axes[a]);
+        let mut computed = product.computed.clone();
+        computed.iter_mut().flatten().for_each(|c| extend_dag(&mut c.dag, &space, rank));
+        let lhs = &sides[0].layout;
+        // What each operand is read from.
+        let read: [Vec<&Layout>; 2] = [0, 1].map(|i| match &computed[i] {
+            Some(c) => c.dag.layouts(),
+            None => vec![&sides[i].layout],
+        });
+        let layouts: Vec<&Layout> =
+            dag.layouts().into_iter().chain(read.iter().flatten().copied()).collect();
+        let has = |i: usize, a: usize| match &computed[i] {
+            Some(c) => c.varies(a),
+            None => !is_broadcast(&sides[i].layout.axes[a]),
+        };
         let of = |in_l: bool, in_r: bool| -> Vec<usize> {
             let wanted = |&&a: &&usize| {
                 // A letter of extent 1 everywhere is an M letter.
-                let (l, r) = (has(lhs, a), has(rhs, a));
+                let (l, r) = (has(0, a), has(1, a));
                 let (l, r) = if !l && !r { (true, false) } else { (l, r) };
                 (l, r) == (in_l, in_r)
             };
@@ -346,14 +372,15 @@ impl Lowering<'_> {
         let depth_unit = depth_unit(knobs.unit);
         let bytes = left.size().max(right.size()) as i64;
         let sizes = [size(units), size(units + 1), size(last)];
-        let mut t = gemm_tiles(self.target, &knobs, bytes, batch_size, sizes);
+        let mut t =
+            gemm_tiles(self.target, &knobs, bytes, batch_size, sizes, computed[0].is_some());
         // A tile of a blocked axis is one block, so that it stays affine; packed panels are made
         // for the micro-kernel and may be several side by side.
-        let operand_block = |c: usize, l: &Layout| block_of(&[l], &canon[c]);
-        if let Some(b) = operand_block(units, lhs) {
+        let operand_block = |c: usize, i: usize| block_of(&read[i], &canon[c]);
+        if let Some(b) = operand_block(units, 0) {
             t.bm = b;
         }
-        if let Some(b) = operand_block(last, lhs).or(operand_block(last, rhs)) {
+        if let Some(b) = operand_block(last, 0).or(operand_block(last, 1)) {
             t.bk = even(size(last), t.bk, b.max(depth_unit));
         }
         let outs: Vec<&Layout> = dag.layouts();
@@ -390,8 +417,11 @@ impl Lowering<'_> {
         pos.push(Pos::tile(pm * &bm, bm.clone()));
         pos.push(Pos::tile(pn * &bn, bn.clone()));
 
-        let a_param = side_param(&mut k, &sides[0], &canon, &[units, last]);
-        let b_param = side_param(&mut k, &sides[1], &canon, &[units + 1, last]);
+        let tiled = [[units, last], [units + 1, last]];
+        let params = [0, 1].map(|i| match &computed[i] {
+            Some(_) => None,
+            None => Some(side_param(&mut k, &sides[i], &canon, &tiled[i])),
+        });
         let acc_ty = TileType::new(acc_type, vec![bm.clone(), bn.clone()]);
         let zero = crate::block::zero(acc_type);
         let mut acc = vec![k.b.full(zero, acc_ty)];
@@ -407,8 +437,18 @@ impl Lowering<'_> {
             });
             acc = inner;
         }
-        let a = side_tile(&mut k, &a_param, left, &pos, [units, last]);
-        let b = side_tile(&mut k, &b_param, right, &pos, [last, units + 1]);
+        let wanted = [(left, [units, last]), (right, [last, units + 1])];
+        let mut tiles_of = Vec::new();
+        for (i, (dtype, want)) in wanted.into_iter().enumerate() {
+            let tile = match (&computed[i], &params[i]) {
+                (Some(c), _) => c.tile(&mut k, &canon, &pos, want),
+                (None, Some(param)) => side_tile(&mut k, param, &pos, want),
+                (None, None) => return Err(Error::bug("an operand")),
+            };
+            let from = k.b.ty(tile).dtype;
+            tiles_of.push(finish_acc(&mut k, tile, from, dtype));
+        }
+        let (a, b) = (tiles_of[0], tiles_of[1]);
         let k_extent = extent(space, &canon[last]);
         let divides = k_extent.as_const().is_some_and(|e| e % t.bk == 0);
         let limit = (!divides).then(|| k_extent - &pos[last].start);
@@ -495,11 +535,10 @@ fn side_param(
     (k.input(side.buffer, side.dtype, layout), kept)
 }
 
-/// Loads an operand's tile as a matrix whose axes are the canonical axes `want`, in type `dtype`.
+/// Loads an operand's tile as a matrix whose axes are the canonical axes `want`.
 fn side_tile(
     k: &mut KernelParts,
     (param, kept): &(ParamId, Vec<usize>),
-    dtype: DType,
     pos: &[Pos],
     want: [usize; 2],
 ) -> TileId {
@@ -512,7 +551,5 @@ fn side_tile(
     let have: Vec<usize> = kept.iter().copied().filter(|&c| pos[c].tile.is_some()).collect();
     let flat: Vec<Dim> = have.iter().filter_map(|&c| pos[c].tile.clone()).collect();
     let tile = k.b.reshape(tile, flat);
-    let from = k.b.ty(tile).dtype;
-    let tile = finish_acc(k, tile, from, dtype);
     if have == want { tile } else { k.b.permute(tile, &[1, 0]) }
 }

@@ -131,36 +131,45 @@ impl Lowering<'_> {
         let outputs = graph.shape(w)[0].as_const().unwrap_or(1);
         let dtype = graph.dtype(w);
         let operands = self.conv_operands(dtype);
-        let x = self.operand_place(node.inputs[0], operands.left)?;
         let wp = self.conv_weights(w, panel_for(self.target, outputs), true, operands)?;
-        let types = [x.buffer, wp.buffer].map(|b| self.plan.buffers[b].dtype);
         let channels = graph.shape(w)[1].clone();
         // The space: the result's axes, then the input channels.
         let mut space = group.shape.clone();
         space.push(channels);
+        let result_axes = group.shape.len();
+        let x_axes: Vec<usize> = [0, result_axes].into_iter().chain(2..result_axes).collect();
         let axis = |a: &Axis, extent: &Dim, step: i64| match &a.block {
             _ if a.extent.is(1) => broadcast_axis(extent.clone()),
             None => Axis { extent: extent.clone(), stride: &a.stride * step, block: None },
             Some(_) => Axis { extent: extent.clone(), ..a.clone() },
         };
-        let mut lhs = vec![axis(&x.layout.axes[0], &space[0], 1), broadcast_axis(space[1].clone())];
-        for i in 0..geometry.rank() {
-            lhs.push(axis(&x.layout.axes[2 + i], &space[2 + i], geometry.strides[i]));
-        }
-        lhs.push(x.layout.axes[1].clone());
+        let side = |low: &Self, place: &Place, axes: Vec<Axis>| Side {
+            buffer: place.buffer,
+            dtype: low.plan.buffers[place.buffer].dtype,
+            layout: Layout { axes, offset: place.layout.offset.clone() },
+        };
+        let (lhs, computed) = match self.computed_side(group, 0, &x_axes, &space)? {
+            Some((side, made)) => (side, Some(made)),
+            None => {
+                let x = self.operand_place(node.inputs[0], operands.left)?;
+                let n = axis(&x.layout.axes[0], &space[0], 1);
+                let mut axes = vec![n, broadcast_axis(space[1].clone())];
+                for i in 0..geometry.rank() {
+                    axes.push(axis(&x.layout.axes[2 + i], &space[2 + i], geometry.strides[i]));
+                }
+                axes.push(x.layout.axes[1].clone());
+                (side(self, &x, axes), None)
+            }
+        };
         let mut rhs: Vec<Axis> = space.iter().map(|d| broadcast_axis(d.clone())).collect();
         rhs[1] = wp.layout.axes[0].clone();
         let last = rhs.len() - 1;
         rhs[last] = wp.layout.axes[1].clone();
-        let side = |place: &Place, dtype: DType, axes: Vec<Axis>| Side {
-            buffer: place.buffer,
-            dtype,
-            layout: Layout { axes, offset: place.layout.offset.clone() },
-        };
         let product = Product {
-            result_axes: group.shape.len(),
-            lhs: side(&x, types[0], lhs),
-            rhs: side(&wp, types[1], rhs),
+            result_axes,
+            lhs,
+            rhs: side(self, &wp, rhs),
+            computed: [computed, None],
             operands,
             dtype,
             space,

@@ -11,7 +11,8 @@
 
 use crate::block::func_cost;
 use crate::fuse::{Anchor, Group, WHOLE_ROW, row_axes, see_through};
-use crate::schedule::{map_tiles, row_tile};
+use crate::prologue::{Prologue, operand_axes};
+use crate::schedule::{gemm_tiles, knobs, map_tiles, row_tile};
 use crate::survey::Survey;
 use crate::target::CpuTarget;
 use std::collections::{BTreeMap, BTreeSet};
@@ -154,7 +155,7 @@ fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
             _ => 0.25,
         };
         let times = match &node.op {
-            Op::Map(_) => s.elements(node.outputs[0]) * blocks_again(s, group, node.outputs[0]),
+            Op::Map(_) => s.elements(node.outputs[0]) * times_computed(s, group, node.outputs[0]),
             _ => 1.0,
         };
         flops += s.work(n) * times * walks.of_node(n) / share;
@@ -162,6 +163,73 @@ fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
     let spilled = crowded(s, group) * group.shape.iter().map(|d| s.extent(d)).product::<f64>();
     // A value that does not fit the registers is stored and loaded again.
     flops + spilled * 2.0 / MAP_SHARE
+}
+
+/// How often each element of a map's result is computed.
+fn times_computed(s: &Survey<'_>, group: &Group, v: ValueId) -> f64 {
+    match group.prologues.iter().find(|p| p.vals.contains_key(&v)) {
+        Some(p) => Again::of(s, group, p).map_or(1.0, |again| again.of_value(s, p, v)),
+        None => blocks_again(s, group, v),
+    }
+}
+
+/// The blocks of a product that compute an operand, with the tiles that its kernel will have.
+struct Again {
+    /// Blocks along the result's other axis: each computes the operand's tile.
+    others: f64,
+    /// Blocks along the operand's own axes in the result.
+    own: f64,
+    /// Steps along the sum.
+    steps: f64,
+}
+
+impl Again {
+    fn of(s: &Survey<'_>, group: &Group, p: &Prologue) -> Option<Again> {
+        let mut nodes = group.nodes.iter().map(|&n| &s.graph.nodes[n]);
+        let node = nodes.find(|n| matches!(n.op, Op::Contract { .. } | Op::Conv(_)))?;
+        let mut has = [0, 1].map(|_| vec![false; group.shape.len()]);
+        for (i, has) in has.iter_mut().enumerate() {
+            let shape = s.graph.shape(node.inputs[i]);
+            let axes = operand_axes(&node.op, i, shape.len());
+            let real = axes.iter().zip(shape).filter(|(_, d)| !d.is(1));
+            real.filter_map(|(a, _)| *a).for_each(|a| has[a] = true);
+        }
+        let size = |l: bool, r: bool| -> f64 {
+            let those = (0..group.shape.len()).filter(|&a| (has[0][a], has[1][a]) == (l, r));
+            those.map(|a| s.extent(&group.shape[a])).product::<f64>().max(1.0)
+        };
+        let (m, n, batch) = (size(true, false), size(false, true), size(true, true));
+        let k = (s.elements(node.inputs[0]) / (m * batch)).max(1.0);
+        // The operand with the result's nearest axis is the right one of a contraction's kernel.
+        let near = (0..group.shape.len()).rfind(|&a| !group.shape[a].is(1));
+        let turned =
+            matches!(node.op, Op::Contract { .. }) && near.is_some_and(|a| has[0][a] && !has[1][a]);
+        let (rows, cols) = if turned { (n, m) } else { (m, n) };
+        let left = (p.operand == 0) != turned;
+        let sizes = [rows, cols, k].map(|x| x as i64);
+        let t = gemm_tiles(s.target, &knobs(s.target), 4, batch as i64, sizes, left);
+        let up = |x: f64, tile: i64| (x / tile as f64).ceil().max(1.0);
+        let (of_rows, of_cols) = (up(rows, t.bm), up(cols, t.bn));
+        let (own, others) = if left { (of_rows, of_cols) } else { (of_cols, of_rows) };
+        Some(Again { others, own: own * batch, steps: up(k, t.bk) })
+    }
+
+    /// How often an element of a value inside the prologue is computed: also in each block along axes of the
+    /// operand that it lacks, but no more often than there are elements of the operand for it.
+    fn of_value(&self, s: &Survey<'_>, p: &Prologue, v: ValueId) -> f64 {
+        let operand = p.nodes.last().map(|&n| s.graph.nodes[n].outputs[0]);
+        let whole = operand.map_or(1.0, |o| s.elements(o) / s.elements(v).max(1.0));
+        self.others * (self.own * self.steps).min(whole).max(1.0)
+    }
+}
+
+/// Seconds in which products write and read the operands that they compute: their tiles lie in a near cache.
+fn kept(s: &Survey<'_>, group: &Group) -> f64 {
+    let tiles = group.prologues.iter().filter_map(|p| {
+        let operand = s.graph.nodes[*p.nodes.last()?].outputs[0];
+        Some(2.0 * s.bytes(operand) * Again::of(s, group, p)?.others)
+    });
+    tiles.sum::<f64>() / s.target.l2_bytes_per_second
 }
 
 /// In how many blocks a value is computed again because it does not vary along an axis that is cut
@@ -243,7 +311,7 @@ fn traffic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
     let t = s.target;
     let rate = Level::holding(t, touched).rate(t);
     let weights = Level::holding(t, s.constant_bytes.max(touched)).rate(t);
-    let mut seconds = stored / rate;
+    let mut seconds = stored / rate + kept(s, group);
     for (v, (bytes, walked)) in read {
         seconds += bytes / if s.is_constant(v) { weights } else { rate };
         // Walking a row again finds it in a cache.

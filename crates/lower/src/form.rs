@@ -6,6 +6,7 @@
 //! where it stands.
 
 use crate::fuse::{Anchor, AxisMap, Group, is_identity, result_axes, row_axes};
+use crate::prologue::{operand_axes, prologues};
 use crate::survey::Survey;
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_graph::{NodeId, Op, ValueId};
@@ -18,21 +19,33 @@ type Frame = (Anchor, Vec<Dim>, Vec<usize>);
 /// and estimate are not filled in.
 pub(crate) fn form(s: &Survey<'_>, nodes: &[NodeId]) -> Option<Group> {
     let (anchor, shape, reduced) = frame(s, nodes)?;
-    let mut f = Form { s, nodes, shape: &shape, made: BTreeSet::new(), vals: BTreeMap::new() };
-    f.made = nodes.iter().filter_map(|&n| s.graph.nodes[n].outputs.first().copied()).collect();
+    // What computes operands of the anchor is a space of its own.
+    let prologues = prologues(s, nodes, anchor)?;
+    let apart = |n: &NodeId| prologues.iter().any(|p| p.nodes.contains(n));
+    let around: Vec<NodeId> = nodes.iter().copied().filter(|n| !apart(n)).collect();
+    let mut f = Form::new(s, &around, &shape);
     f.seeds(anchor)?;
     f.hand_along()?;
     if !f.agrees() {
         return None;
     }
-    let vals = f.vals;
+    let mut vals = f.vals;
     // Programs of these kinds know their block by single axes.
     let full = |m: &AxisMap| shape.iter().enumerate().all(|(a, d)| d.is(1) || m.contains(&Some(a)));
     let plain = matches!(anchor, Anchor::Map | Anchor::Rows | Anchor::Contract | Anchor::Conv);
     if !plain && !vals.values().all(full) {
         return None;
     }
+    for p in &prologues {
+        let op = nodes.iter().map(|&n| &s.graph.nodes[n].op);
+        let op = op.into_iter().find(|op| matches!(op, Op::Contract { .. } | Op::Conv(_)))?;
+        for (v, axes) in &p.vals {
+            let of_operand = operand_axes(op, p.operand, p.rank);
+            vals.insert(*v, axes.iter().map(|a| a.and_then(|a| of_operand[a])).collect());
+        }
+    }
     Some(Group {
+        prologues,
         anchor,
         nodes: nodes.to_vec(),
         shape,
@@ -49,12 +62,28 @@ pub(crate) fn form(s: &Survey<'_>, nodes: &[NodeId]) -> Option<Group> {
 /// its own.
 pub(crate) fn can_store(group: &Group, v: ValueId) -> bool {
     let Some(axes) = group.vals.get(&v) else { return false };
+    if group.prologues.iter().any(|p| p.vals.contains_key(&v)) {
+        return false;
+    }
     let has = |a: usize| group.shape[a].is(1) || axes.contains(&Some(a));
     let rows: Vec<bool> = group.reduced.iter().map(|&a| has(a)).collect();
     let others = (0..group.shape.len()).filter(|a| !group.reduced.contains(a)).all(has);
     let real = |a: &&usize| !group.shape[**a].is(1);
     let none = group.reduced.iter().filter(real).all(|&a| !has(a));
     others && (rows.iter().all(|&r| r) || none)
+}
+
+/// The axes of maps that make `result`, each read where it stands; over the result's axes.
+pub(crate) fn in_place(
+    s: &Survey<'_>,
+    nodes: &[NodeId],
+    result: ValueId,
+) -> Option<BTreeMap<ValueId, AxisMap>> {
+    let shape = s.graph.shape(result).to_vec();
+    let mut f = Form::new(s, nodes, &shape);
+    f.vals.insert(result, f.identity());
+    f.hand_along()?;
+    f.agrees().then_some(f.vals)
 }
 
 fn frame(s: &Survey<'_>, nodes: &[NodeId]) -> Option<Frame> {
@@ -123,7 +152,12 @@ struct Form<'a, 's> {
     vals: BTreeMap<ValueId, AxisMap>,
 }
 
-impl Form<'_, '_> {
+impl<'a, 's> Form<'a, 's> {
+    fn new(s: &'a Survey<'s>, nodes: &'a [NodeId], shape: &'a [Dim]) -> Form<'a, 's> {
+        let made = nodes.iter().filter_map(|&n| s.graph.nodes[n].outputs.first().copied());
+        Form { s, nodes, shape, made: made.collect(), vals: BTreeMap::new() }
+    }
+
     fn identity(&self) -> AxisMap {
         (0..self.shape.len()).map(Some).collect()
     }

@@ -14,8 +14,10 @@
 //! `greedy` makes the first grouping, `moves` lists what could be different, `cost` estimates, and
 //! `planner` searches. [`FusionPlan`] prints the groups with what was considered.
 
+use crate::Device;
 use crate::greedy::greedy;
 use crate::planner::{Planner, Verdict};
+use crate::prologue::Prologue;
 use crate::survey::Survey;
 use crate::target::CpuTarget;
 use crate::views::nominal;
@@ -105,6 +107,8 @@ pub struct Group {
     pub reasons: Vec<String>,
     /// Nodes that other groups compute, too: no result of theirs is stored from here.
     pub copies: BTreeSet<NodeId>,
+    /// Which of its nodes compute operands of the anchor.
+    pub(crate) prologues: Vec<Prologue>,
     /// Values inside, with their axes.
     pub(crate) vals: BTreeMap<ValueId, AxisMap>,
 }
@@ -317,9 +321,9 @@ pub(crate) fn label(node: &Node) -> String {
     }
 }
 
-/// Groups the nodes of a graph; see the module's head.
-pub fn fuse(graph: &Graph, target: &CpuTarget, choice: Choice) -> FusionPlan {
-    let survey = Survey::new(graph, target);
+/// Groups the nodes of a graph for a device; see the module's head.
+pub fn fuse(graph: &Graph, target: &CpuTarget, choice: Choice, device: Device) -> FusionPlan {
+    let survey = Survey::new(graph, target, device);
     let first = greedy(graph, target, choice != Choice::Apart);
     let mut planner = Planner::new(&survey, first);
     let greedy_ns = planner.total_ns();
@@ -367,6 +371,15 @@ fn finish(planner: &Planner<'_>, greedy_ns: f64) -> FusionPlan {
             names.join(" "),
             time(group.estimate_ns)
         ));
+        for p in &group.prologues {
+            let names: Vec<String> = p.nodes.iter().map(|n| label(&graph.nodes[*n])).collect();
+            plan.lines.push(format!(
+                "     prologue: {} compute{} operand {}",
+                names.join(" "),
+                if names.len() == 1 { "s" } else { "" },
+                p.operand
+            ));
+        }
         plan.lines.extend(group.reasons.iter().map(|r| format!("     {r}")));
         for (_, said) in verdict.iter().filter(|(s, _)| *s == slot) {
             match said {

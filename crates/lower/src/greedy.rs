@@ -165,6 +165,7 @@ impl Fuser<'_> {
             outputs: Vec::new(),
             estimate_ns: 0.0,
             reasons: Vec::new(),
+            prologues: Vec::new(),
             vals,
             copies: BTreeSet::new(),
         }));

@@ -32,6 +32,7 @@ mod map;
 mod moves;
 mod place;
 mod planner;
+mod prologue;
 mod rows;
 mod schedule;
 mod survey;

@@ -9,8 +9,10 @@ use crate::{Device, Layouts, Options, cost};
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_graph::{Graph, NodeId, Op, PadMode, ValueId};
-use tilewright_layout::{Axis, Dim, Layout};
-use tilewright_plan::{BufferId, Form, HostCall, KernelId, Note, Plan, PlanKernel, Step, Storage};
+use tilewright_layout::{Axis, Dim, Layout, numel};
+use tilewright_plan::{
+    BufferId, Form, HostCall, KernelId, Note, Plan, PlanKernel, Reshaped, Step, Storage,
+};
 use tilewright_target::Precision;
 use tilewright_tile::{CpuKnobs, MatrixUnit, ReduceKind, Schedule};
 
@@ -55,7 +57,7 @@ pub fn lower_with(
     host: &dyn Fn(&Graph, NodeId) -> HostCall,
     options: &Options,
 ) -> Result<(Plan, FusionPlan)> {
-    let mut fusion = fuse(graph, target, options.fusion);
+    let mut fusion = fuse(graph, target, options.fusion, options.device);
     let mut low = Lowering {
         graph,
         target,
@@ -67,6 +69,7 @@ pub fn lower_with(
             symbols: graph.symbols.clone(),
             inputs: signature(graph, graph.inputs.iter().map(|&v| (name_of(graph, v), v))),
             outputs: signature(graph, graph.outputs.iter().cloned()),
+            reshapes: reshapes(graph),
             ..Plan::default()
         },
         places: BTreeMap::new(),
@@ -116,6 +119,22 @@ pub fn verify_plan(plan: &Plan) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Reshapes that are right for some sizes only.
+fn reshapes(graph: &Graph) -> Vec<Reshaped> {
+    let shapes = graph.live().filter_map(|(_, node)| match &node.op {
+        Op::Reshape(to) => Some((node, graph.shape(node.inputs[0]), to)),
+        _ => None,
+    });
+    shapes
+        .filter(|(_, from, to)| numel(from) != numel(to))
+        .map(|(node, from, to)| Reshaped {
+            node: node.origin.clone(),
+            from: from.to_vec(),
+            to: to.clone(),
+        })
+        .collect()
 }
 
 fn name_of(graph: &Graph, v: ValueId) -> String {
@@ -286,17 +305,14 @@ impl Lowering<'_> {
         let mut dag = Dag::default();
         let mut made: BTreeMap<ValueId, usize> = BTreeMap::new();
         let rank = group.shape.len();
-        for &id in &group.nodes {
+        let computed = |n: &&NodeId| group.prologues.iter().any(|p| p.nodes.contains(n));
+        for &id in group.nodes.iter().filter(|n| !computed(n)) {
             let node = &graph.nodes[id];
             let out = node.outputs[0];
             let result = match &node.op {
-                Op::Map(func) => {
-                    let axes = group.vals[&out].clone();
-                    let mut args = Vec::new();
-                    for &v in &node.inputs {
-                        args.push(self.operand(&mut dag, group, &made, v, &axes)?);
-                    }
-                    dag.map(func.clone(), args, rank)
+                Op::Map(_) => {
+                    self.map_node(&mut dag, &group.vals, &group.shape, &mut made, id)?;
+                    continue;
                 }
                 Op::Iota { ty, axis } => {
                     let mut varies = vec![false; rank];
@@ -329,9 +345,9 @@ impl Lowering<'_> {
                         let r = graph.shape(v).len();
                         let axes: AxisMap = identity[rank - r..].to_vec();
                         args.push(if i == 0 {
-                            self.operand(&mut dag, group, &made, v, &identity)?
+                            self.operand(&mut dag, &group.shape, &made, v, &identity)?
                         } else {
-                            self.operand(&mut dag, group, &made, v, &axes)?
+                            self.operand(&mut dag, &group.shape, &made, v, &axes)?
                         });
                     }
                     crate::rows::expand(&mut dag, op, &args, &group.reduced, &group.shape)
@@ -349,12 +365,33 @@ impl Lowering<'_> {
         Ok(dag)
     }
 
-    /// An operand of a node inside a group, whose result runs along `axes`: a node made before, or
-    /// a load.
+    /// Adds a map, with what it loads; `vals` has its axes in `shape`.
+    pub(crate) fn map_node(
+        &mut self,
+        dag: &mut Dag,
+        vals: &BTreeMap<ValueId, AxisMap>,
+        shape: &[Dim],
+        made: &mut BTreeMap<ValueId, usize>,
+        id: NodeId,
+    ) -> Result<()> {
+        let node = &self.graph.nodes[id];
+        let Op::Map(func) = &node.op else { return Err(Error::bug("a map")) };
+        let axes = vals[&node.outputs[0]].clone();
+        let mut args = Vec::new();
+        for &v in &node.inputs {
+            args.push(self.operand(dag, shape, made, v, &axes)?);
+        }
+        let result = dag.map(func.clone(), args, shape.len());
+        made.insert(node.outputs[0], result);
+        Ok(())
+    }
+
+    /// An operand of a node inside a group over `reference`, whose result runs along `axes`: a node made
+    /// before, or a load.
     fn operand(
         &mut self,
         dag: &mut Dag,
-        group: &Group,
+        reference: &[Dim],
         made: &BTreeMap<ValueId, usize>,
         v: ValueId,
         axes: &AxisMap,
@@ -366,7 +403,7 @@ impl Lowering<'_> {
         let rank = self.graph.shape(v).len();
         let shift = axes.len() - rank;
         let aligned: AxisMap = axes[shift..].to_vec();
-        self.outside(dag, v, &aligned, &group.shape)
+        self.outside(dag, v, &aligned, reference)
     }
 
     /// Copies a tensor from one place to another.

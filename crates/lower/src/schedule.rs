@@ -241,13 +241,15 @@ fn makespan(threads: i64, batch: i64, slow: &[i64], fast: &[i64]) -> f64 {
 /// * There are at least three blocks per thread where the problem has that much, and among such
 ///   blockings the one whose last thread ends first: see [`Score`].
 ///
-/// `bytes` is the size of an operand's element.
+/// `bytes` is the size of an operand's element. `computed`: the kernel computes its left operand, in each block of
+/// columns again; then blocks shrink along the rows first.
 pub(crate) fn gemm_tiles(
     target: &CpuTarget,
     knobs: &CpuKnobs,
     bytes: i64,
     batch: i64,
     [m, n, k]: [i64; 3],
+    computed: bool,
 ) -> GemmTiles {
     let (rows, panel) = (i64::from(knobs.mma_rows), panel(target));
     let most = (target.l2_bytes / 8 / bytes / panel).clamp(64, 4096 / bytes);
@@ -260,6 +262,8 @@ pub(crate) fn gemm_tiles(
     }
     let bm_most = ((target.l2_bytes / 2 / bytes / bk / rows).max(1) * rows).min(16 * rows);
     let (bms, bns) = (equal_pieces(m, bm_most, rows), equal_pieces(n, 12 * panel, panel));
+    let widest = bns.iter().copied().max();
+    let bns: Vec<i64> = bns.into_iter().filter(|b| !computed || Some(*b) == widest).collect();
     let score = |bm: i64, bn: i64| {
         let (down, across) = (pieces(m, bm, 1), pieces(n, bn, panel));
         let (slow, fast) = if m <= n { (across, down) } else { (down, across) };
@@ -280,7 +284,7 @@ mod tests {
         assert_eq!(makespan(2, 1, &[3, 3, 2], &[1]), 5.0);
         assert_eq!(makespan(2, 2, &[3], &[2, 1]), 9.0);
         let target = CpuTarget::avx512();
-        let t = gemm_tiles(&target, &knobs(&target), 4, 1, [196, 1024, 256]);
+        let t = gemm_tiles(&target, &knobs(&target), 4, 1, [196, 1024, 256], false);
         let (down, across) = (pieces(196, t.bm, 1), pieces(1024, t.bn, 32));
         let ideal = 196.0 * 1024.0 / target.threads as f64;
         assert!(makespan(target.threads, 1, &across, &down) < 1.1 * ideal, "{t:?}");
@@ -290,7 +294,7 @@ mod tests {
     fn blocks_are_whole_micro_tiles_and_enough_for_the_threads() {
         let target = CpuTarget::avx512();
         for (m, n, k) in [(128, 768, 768), (128, 3072, 768), (1024, 1024, 1024), (17, 40, 9)] {
-            let t = gemm_tiles(&target, &knobs(&target), 4, 1, [m, n, k]);
+            let t = gemm_tiles(&target, &knobs(&target), 4, 1, [m, n, k], false);
             assert_eq!((t.bm % 14, t.bn % 32), (0, 0), "{t:?}");
             let blocks = (m + t.bm - 1) / t.bm * ((n + t.bn - 1) / t.bn);
             assert!(blocks >= 6 || (t.bm == 14 && t.bn == 32), "{m} {n} {k}: {t:?}");

@@ -1,5 +1,6 @@
 //! [`Survey`]: what the planner asks about a graph again and again, looked up once.
 
+use crate::Device;
 use crate::block::func_cost;
 use crate::cost::node_flops;
 use crate::fuse::{Anchor, AxisMap, anchor_of, bytes_of, is_view, root, see_through};
@@ -21,12 +22,14 @@ pub(crate) struct Survey<'a> {
     elements: Vec<f64>,
     constant: Vec<bool>,
     asked: Vec<bool>,
+    /// Whether kernels may compute operands of products.
+    pub(crate) prologues: bool,
     /// Bytes of all constants together.
     pub(crate) constant_bytes: f64,
 }
 
 impl<'a> Survey<'a> {
-    pub(crate) fn new(graph: &'a Graph, target: &'a CpuTarget) -> Survey<'a> {
+    pub(crate) fn new(graph: &'a Graph, target: &'a CpuTarget, device: Device) -> Survey<'a> {
         let mut position = vec![usize::MAX; graph.nodes.len()];
         graph.order.iter().enumerate().for_each(|(i, n)| position[n.index()] = i);
         // Operands of dead nodes may have changed since their types were checked: nobody asks.
@@ -70,6 +73,7 @@ impl<'a> Survey<'a> {
             elements,
             constant,
             asked,
+            prologues: device == Device::Cpu,
             constant_bytes,
         }
     }

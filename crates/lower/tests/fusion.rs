@@ -7,8 +7,9 @@ use support::{check_with, dims, f32s, host, numbers, steps, tensor};
 use tilewright_base::DType;
 use tilewright_data::Tensor;
 use tilewright_expr::{Func, FuncBuilder, Op as ExprOp};
-use tilewright_graph::{Graph, GraphBuilder, Op, ReduceKind, TensorType, ValueId};
+use tilewright_graph::{ConvAttrs, Graph, GraphBuilder, Op, ReduceKind, TensorType, ValueId};
 use tilewright_lower::{Choice, CpuTarget, FusionPlan, Layouts, Options, lower_with};
+use tilewright_passes::{PassContext, choose_layouts};
 
 /// A machine whose memory is slow at every level.
 fn slow_memory() -> CpuTarget {
@@ -19,6 +20,13 @@ fn slow_memory() -> CpuTarget {
 /// A machine whose arithmetic is slow.
 fn slow_arithmetic() -> CpuTarget {
     CpuTarget { flops_per_second: 1e8, launch_ns: 10.0, ..CpuTarget::avx2() }
+}
+
+/// A machine whose memory is slow but for its caches, which hold next to nothing.
+fn far_memory() -> CpuTarget {
+    let (l2_bytes, l3_bytes) = (16 << 10, 16 << 10);
+    let target = CpuTarget { l2_bytes, l3_bytes, ..CpuTarget::avx2() };
+    CpuTarget { bytes_per_second: 1e8, l2_bytes_per_second: 1e11, ..target }
 }
 
 /// Lowers for a machine, checks the values against the oracle and what holds of every choice.
@@ -129,6 +137,59 @@ fn the_text_says_what_was_considered() {
     assert_eq!(text.matches("taken: ").count(), fusion.decisions.len(), "{text}");
     let (_, fusion) = plan(&graph, &inputs, &slow_arithmetic());
     assert!(fusion.to_string().contains("not: compute exp"), "{fusion}");
+}
+
+#[test]
+fn an_operand_is_computed_in_its_product_where_that_is_sooner() {
+    // A gate along the depth, and a product of few or many blocks of columns: each of them gates the rows again.
+    let graph = |columns: i64| {
+        let mut b = GraphBuilder::new("gated");
+        let (x, gate) = (b.input("x", f32s(&[96, 64])), b.input("gate", f32s(&[64])));
+        let w = b.input("w", f32s(&[64, columns]));
+        let y = b.node(Op::Map(Func::binary(ExprOp::Mul, DType::F32)), &[x, gate]).unwrap()[0];
+        let z = b.contract("mk,kn->mn", y, w).unwrap();
+        b.output("z", z);
+        b.finish()
+    };
+    let inputs = |columns: usize| {
+        [(&[96, 64][..], 1), (&[64], 2), (&[64, columns], 3)]
+            .map(|(shape, seed)| tensor(DType::F32, shape, seed))
+    };
+    let (one, fusion) = plan(&graph(16), &inputs(16), &far_memory());
+    assert_eq!(one, ["mul_contract"], "{fusion}");
+    assert!(fusion.to_string().contains("prologue: mul computes operand 0"), "{fusion}");
+    let (many, fusion) = plan(&graph(512), &inputs(512), &slow_arithmetic());
+    assert_eq!(many, ["mul", "contract"], "{fusion}");
+    assert!(fusion.to_string().contains("not: move mul into its only reader"), "{fusion}");
+}
+
+#[test]
+fn gates_before_pointwise_convolutions_are_computed_in_them() {
+    // As after squeeze and excitation, with a gate that is itself made here, row-major and in blocks of channels.
+    let mut b = GraphBuilder::new("excited");
+    let x = b.input("x", f32s(&[2, 24, 12, 10]));
+    let squeezed = b.input("squeezed", f32s(&[2, 24, 1, 1]));
+    let w = b.constant("w", tensor(DType::F32, &[16, 24, 1, 1], 3));
+    let gate = b.node(Op::Map(Func::unary(ExprOp::Sigmoid, DType::F32)), &[squeezed]).unwrap()[0];
+    let y = b.node(Op::Map(Func::binary(ExprOp::Mul, DType::F32)), &[x, gate]).unwrap()[0];
+    let attrs = ConvAttrs {
+        strides: vec![1; 2],
+        pads_lo: vec![0; 2],
+        pads_hi: vec![0; 2],
+        dilations: vec![1; 2],
+        groups: 1,
+    };
+    let z = b.node(Op::Conv(attrs), &[y, w]).unwrap()[0];
+    b.output("z", z);
+    let graph = b.finish();
+    let inputs = [tensor(DType::F32, &[2, 24, 12, 10], 1), tensor(DType::F32, &[2, 24, 1, 1], 2)];
+    let context = PassContext { vector_lanes: 4, panel_width: 8, ..PassContext::default() };
+    for layouts in [Layouts::new(), choose_layouts(&graph, &context)] {
+        let plan = check_with(&graph, &inputs, &layouts, &far_memory(), &Options::default());
+        let steps = steps(&plan);
+        assert!(steps.last().is_some_and(|s| s.ends_with("mul_conv")), "{steps:?}");
+        assert!(steps.iter().all(|s| s != "mul"), "{steps:?}");
+    }
 }
 
 #[test]

@@ -13,14 +13,15 @@ use tilewright_lower::{Choice, CpuTarget, Layouts, Options, lower_with};
 use tilewright_passes::{PassContext, choose_layouts};
 use tilewright_testkit as kit;
 
+/// What plans had.
+#[derive(Default)]
+struct Seen {
+    moves: Cell<usize>,
+    prologues: Cell<usize>,
+}
+
 /// What is wrong with the plan of this graph, if anything.
-fn wrong(
-    graph: &Graph,
-    seed: u64,
-    fusion: Choice,
-    blocked: bool,
-    taken: &Cell<usize>,
-) -> Option<String> {
+fn wrong(graph: &Graph, seed: u64, fusion: Choice, blocked: bool, seen: &Seen) -> Option<String> {
     let mut rng = kit::data::Rng::new(seed);
     let env = kit::data::random_env(graph, &mut rng);
     let inputs = kit::data::random_inputs(graph, &env, &mut rng);
@@ -54,7 +55,9 @@ fn wrong(
             Choice::Any(_) => fused.considered,
             _ => fused.decisions.len(),
         };
-        taken.set(taken.get() + moves);
+        seen.moves.set(seen.moves.get() + moves);
+        let prologues = fused.to_string().matches("prologue: ").count();
+        seen.prologues.set(seen.prologues.get() + prologues);
         if fusion == Choice::Fastest && fused.estimate_ns > fused.greedy_ns {
             return Err(format!("slower than the greedy grouping\n{fused}"));
         }
@@ -79,7 +82,7 @@ fn wrong(
 fn plans_of_random_graphs_match_the_oracle() {
     let first: u64 = std::env::var("TW_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
     let count: u64 = std::env::var("TW_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(150);
-    let taken = Cell::new(0);
+    let seen = Seen::default();
     for seed in first..first + count {
         let dtype = if seed % 5 == 0 { DType::BF16 } else { DType::F32 };
         let nodes = 4 + (seed % 20) as usize;
@@ -89,13 +92,16 @@ fn plans_of_random_graphs_match_the_oracle() {
         for (fusion, blocked) in
             [(Choice::Fastest, true), (Choice::Apart, false), (any[0], false), (any[1], true)]
         {
-            let Some(problem) = wrong(&graph, seed, fusion, blocked, &taken) else { continue };
-            let again = |g: &Graph| wrong(g, seed, fusion, blocked, &taken);
+            let Some(problem) = wrong(&graph, seed, fusion, blocked, &seen) else { continue };
+            let again = |g: &Graph| wrong(g, seed, fusion, blocked, &seen);
             let small = kit::shrink::shrink(&graph, |g| again(g).is_some());
             let now = again(&small);
             panic!("seed {seed}, fusion {fusion:?}: {problem}\nsmallest: {now:?}\n{small}");
         }
     }
     // The plans are not the greedy ones only.
-    assert!(taken.get() as u64 >= 4 * count, "{} moves taken in {count} graphs", taken.get());
+    let (moves, prologues) = (seen.moves.get() as u64, seen.prologues.get() as u64);
+    assert!(moves >= 4 * count, "{moves} moves taken in {count} graphs");
+    assert!(prologues >= count / 10, "{prologues} prologues in {count} graphs");
+    println!("{moves} moves, {prologues} prologues");
 }

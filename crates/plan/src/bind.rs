@@ -1,11 +1,11 @@
 //! Sizes of a plan from the inputs of a run.
 
-use crate::Plan;
+use crate::{Plan, Reshaped};
 use tilewright_base::{Error, Result};
 use tilewright_data::Tensor;
-use tilewright_layout::{Dim, Env};
+use tilewright_layout::{Dim, Env, numel};
 
-/// Finds the symbols' values from the inputs' shapes, and checks every input.
+/// Finds the symbols' values from the inputs' shapes, and checks every input and what the model does to shapes.
 pub fn bind_symbols(plan: &Plan, inputs: &[Tensor]) -> Result<Env> {
     if inputs.len() != plan.inputs.len() {
         let names: Vec<&str> = plan.inputs.iter().map(|(n, ..)| n.as_str()).collect();
@@ -64,13 +64,36 @@ pub fn bind_symbols(plan: &Plan, inputs: &[Tensor]) -> Result<Env> {
     for ((name, _, shape), tensor) in plan.inputs.iter().zip(inputs) {
         for (dim, &extent) in shape.iter().zip(tensor.shape()) {
             if dim.eval(&env) != Some(extent as i64) {
-                return Err(Error::user(format!(
+                let error = Error::user(format!(
                     "input `{name}` has shape {:?}, the model takes {}",
                     tensor.shape(),
                     text(shape)
-                ))
-                .with_hint(format!("`{dim}` is {:?} here", dim.eval(&env))));
+                ));
+                return Err(match (dim.as_const(), dim.eval(&env)) {
+                    (None, Some(value)) => error.with_hint(format!("`{dim}` is {value} here")),
+                    _ => error,
+                });
             }
+        }
+    }
+    for Reshaped { node, from, to } in &plan.reshapes {
+        let count = |shape: &[Dim]| numel(shape).eval(&env);
+        if let (Some(have), Some(want)) = (count(from), count(to))
+            && have != want
+        {
+            let sizes = |shape: &[Dim]| {
+                shape.iter().filter_map(|d| d.eval(&env)).map(Dim::new).collect::<Vec<_>>()
+            };
+            return Err(Error::user(format!(
+                "node `{node}`: {} has {have} elements, {} has {want}",
+                text(&sizes(from)),
+                text(&sizes(to))
+            ))
+            .with_hint(format!(
+                "the model takes {} as {} there",
+                text(from),
+                text(to)
+            )));
         }
     }
     Ok(env)

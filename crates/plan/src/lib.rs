@@ -162,6 +162,17 @@ pub struct Note {
     pub estimate_ns: f64,
 }
 
+/// A change of shape that is one for some sizes only, such as rows of three made of `N` elements.
+#[derive(Clone, Debug)]
+pub struct Reshaped {
+    /// Where it came from, for people.
+    pub node: String,
+    /// The shape that is read.
+    pub from: Vec<Dim>,
+    /// The shape that it becomes.
+    pub to: Vec<Dim>,
+}
+
 /// Ordered kernels over buffers.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
@@ -175,6 +186,8 @@ pub struct Plan {
     pub kernels: IdVec<KernelId, PlanKernel>,
     /// What to do, in order.
     pub steps: Vec<Step>,
+    /// Shapes that must hold equally many elements, and are not known to.
+    pub reshapes: Vec<Reshaped>,
     /// Names of the inputs, in order, with element type and shape.
     pub inputs: Vec<(String, DType, Vec<Dim>)>,
     /// Names of the outputs, in order, with element type and shape.

@@ -94,9 +94,13 @@ pub struct Cpu {
     pub ceilings: Ceilings,
 }
 
+/// More threads than any machine has processors: beyond it starting them takes memory that the process needs.
+const MOST_THREADS: usize = 1024;
+
 impl Cpu {
     /// Reads this machine: name, caches and features; ceilings are guesses. `threads` of 0 means
-    /// all that the system offers. Errors when the machine lacks AVX2 and FMA.
+    /// all that the system offers. Errors when the machine lacks AVX2 and FMA, and when more than 1024
+    /// threads are asked for.
     pub fn detect(threads: usize) -> tilewright_base::Result<Cpu> {
         let features = detect_features();
         let has = |f: &str| features.iter().any(|x| x == f);
@@ -104,6 +108,11 @@ impl Cpu {
             return Err(tilewright_base::Error::unsupported(
                 "this processor lacks AVX2 and FMA, the least that compiled kernels need",
             ));
+        }
+        if threads > MOST_THREADS {
+            return Err(tilewright_base::Error::user(format!(
+                "{threads} threads are asked for, {MOST_THREADS} are possible"
+            )));
         }
         let available = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = if threads == 0 { available } else { threads };

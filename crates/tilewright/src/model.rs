@@ -53,7 +53,7 @@ impl Model {
                 .map_err(|e| Error::user(format!("cannot read {name}: {e}")))?;
             (Source::Text, Graph::parse_with(&name.to_string(), &text, Constants::None)?)
         } else {
-            (Source::Onnx, onnx::load(path).context(|| format!("reading {name}"))?)
+            (Source::Onnx, onnx::load(path).context(|| "reading the model".to_owned())?)
         };
         Ok(Model { path: path.to_path_buf(), source, graph })
     }

@@ -63,12 +63,17 @@ pub(crate) fn describe(
         let (low, high) = finite
             .clone()
             .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
-        let mean = finite.sum::<f64>() / numbers.len().max(1) as f64;
+        let count = finite.clone().count();
+        let mean = finite.sum::<f64>() / count as f64;
+        let range = match count {
+            0 => "nothing finite".to_owned(),
+            _ => format!("min {low:.5}  mean {mean:.5}  max {high:.5}"),
+        };
         let head: Vec<String> = numbers.iter().take(6).map(|v| format!("{v:.5}")).collect();
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{name}: {}{:?}  min {low:.5}  mean {mean:.5}  max {high:.5}  [{}{}]",
+            "{name}: {}{:?}  {range}  [{}{}]",
             tensor.dtype(),
             tensor.shape(),
             head.join(", "),

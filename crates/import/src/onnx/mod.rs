@@ -146,6 +146,12 @@ fn decode(bytes: Bytes, source: tensor::Source, options: &ImportOptions) -> Resu
         Error::user(format!("not an ONNX model, or a damaged one: {e}"))
             .with_hint("an interrupted download often looks like this")
     })?;
+    if model.ir_version <= 0 {
+        // Most bytes are some protobuf message; every model says this.
+        return Err(Error::user(
+            "not an ONNX model, or a damaged one: it has no version of the format",
+        ));
+    }
     model::convert(&model, source, options)
 }
 

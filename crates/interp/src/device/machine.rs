@@ -6,7 +6,7 @@ use super::values::View;
 use super::{Options, Order};
 use crate::tile::Placed;
 use crate::value::Buf;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
 use tilewright_device::*;
@@ -182,6 +182,76 @@ fn any_step(block: &[Stmt], found: &dyn Fn(&Stmt) -> bool) -> bool {
     })
 }
 
+/// First thread, number of threads, and the instance of a role, if they are one.
+type Staff<'p> = (u32, u32, Option<(&'p Role, u32)>);
+
+/// Who there is in a block: the instances, and the warps that no role has.
+fn staff(program: &Program) -> Result<Vec<Staff<'_>>> {
+    let mut instances = Vec::new();
+    for role in &program.roles {
+        for instance in 0..role.instances {
+            let first = (role.first_warp + instance * role.warps) * 32;
+            instances.push((first, role.warps * 32, Some((role, instance))));
+        }
+    }
+    instances.sort_by_key(|s| s.0);
+    let mut all = Vec::new();
+    let mut next = 0;
+    for &(first, threads, role) in &instances {
+        if first < next {
+            return Err(Error::bug(format!("roles of {} overlap", program.name)));
+        }
+        if first > next {
+            all.push((next, first - next, None));
+        }
+        all.push((first, threads, role));
+        next = first + threads;
+    }
+    if next > program.threads {
+        return Err(Error::bug(format!("roles of {} exceed its threads", program.name)));
+    }
+    if next < program.threads {
+        all.push((next, program.threads - next, None));
+    }
+    Ok(all)
+}
+
+/// Instances (`per_block` of them in each block) in the order in which they are asked to step.
+fn precedence(order: &Order, blocks: usize, per_block: usize) -> Vec<usize> {
+    let mut all: Vec<usize> = (0..blocks * per_block).collect();
+    if let Order::Fixed { last_role_first, last_block_first, blocks_apart, .. } = *order {
+        let key = |&a: &usize| {
+            let (block, role) = (a / per_block, a % per_block);
+            let block = if last_block_first { blocks - 1 - block } else { block };
+            let role = if last_role_first { per_block - 1 - role } else { role };
+            if blocks_apart { (block, role) } else { (role, block) }
+        };
+        all.sort_by_key(key);
+    }
+    all
+}
+
+/// Those of `orders` that can make a difference: a cluster of one block has no order of blocks, a program without copies
+/// into shared memory no end of theirs, and one instance alone no order at all.
+pub(super) fn that_differ(program: &Program, orders: Vec<Order>) -> Result<Vec<Order>> {
+    let (blocks, per_block) = (program.cluster as usize, staff(program)?.len());
+    let copies = blocks_of(program).any(|b| any_step(b, &|s| matches!(s, Stmt::TmaLoad { .. })));
+    let mut seen = BTreeSet::new();
+    let mut differs = |order: &Order| match *order {
+        Order::Fixed { late, .. } => {
+            seen.insert((precedence(order, blocks, per_block), late && copies))
+        }
+        Order::Random { .. } => copies || blocks * per_block > 1,
+    };
+    Ok(orders.into_iter().filter(|order| differs(order)).collect())
+}
+
+/// The blocks of steps that a program consists of.
+fn blocks_of(program: &Program) -> impl Iterator<Item = &[Stmt]> {
+    let shared = [program.setup.as_slice(), program.teardown.as_slice()];
+    program.roles.iter().map(|r| r.body.as_slice()).chain(shared)
+}
+
 impl<'p, 'g> Machine<'p, 'g> {
     pub(super) fn new(
         program: &'p Program,
@@ -200,33 +270,7 @@ impl<'p, 'g> Machine<'p, 'g> {
             .iter()
             .map(|(_, p)| Placed::new(p, &eval))
             .collect::<Result<Vec<_>>>()?;
-        // Who there is: for each block the instances, and the warps that no role has.
-        let mut staff = Vec::new();
-        for role in &program.roles {
-            for instance in 0..role.instances {
-                let first = (role.first_warp + instance * role.warps) * 32;
-                staff.push((first, role.warps * 32, Some((role, instance))));
-            }
-        }
-        staff.sort_by_key(|s| s.0);
-        let mut all = Vec::new();
-        let mut next = 0;
-        for &(first, threads, role) in &staff {
-            if first < next {
-                return Err(Error::bug(format!("roles of {} overlap", program.name)));
-            }
-            if first > next {
-                all.push((next, first - next, None));
-            }
-            all.push((first, threads, role));
-            next = first + threads;
-        }
-        if next > program.threads {
-            return Err(Error::bug(format!("roles of {} exceed its threads", program.name)));
-        }
-        if next < program.threads {
-            all.push((next, program.threads - next, None));
-        }
+        let all = staff(program)?;
         let blocks = program.cluster as usize;
         let n_agents = all.len() * blocks;
         let per_block: usize = program.barriers.iter().map(|(_, b)| b.slots as usize).sum();
@@ -250,11 +294,7 @@ impl<'p, 'g> Machine<'p, 'g> {
             params,
             global,
             buffers: None,
-            uses_grid_wait: program
-                .roles
-                .iter()
-                .map(|r| r.body.as_slice())
-                .chain([program.setup.as_slice(), program.teardown.as_slice()])
+            uses_grid_wait: blocks_of(program)
                 .any(|b| any_step(b, &|s| matches!(s, Stmt::GridWait))),
             grid_component: (n - 1) as u32,
             steps: 0,
@@ -327,7 +367,10 @@ impl<'p, 'g> Machine<'p, 'g> {
                 gone: false,
             });
         }
-        machine.precedence = machine.in_order(&options.order, all.len());
+        if let Order::Random { seed } = options.order {
+            machine.random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        }
+        machine.precedence = precedence(&options.order, blocks, all.len());
         Ok(machine)
     }
 
@@ -350,24 +393,6 @@ impl<'p, 'g> Machine<'p, 'g> {
             });
             agent.frags = frags.collect();
         }
-    }
-
-    fn in_order(&mut self, order: &Order, per_block: usize) -> Vec<usize> {
-        let mut all: Vec<usize> = (0..self.agents.len()).collect();
-        match *order {
-            Order::Random { seed } => self.random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
-            Order::Fixed { last_role_first, last_block_first, blocks_apart, .. } => {
-                let blocks = self.agents.len() / per_block.max(1);
-                let key = |&a: &usize| {
-                    let (block, role) = (a / per_block, a % per_block);
-                    let block = if last_block_first { blocks - 1 - block } else { block };
-                    let role = if last_role_first { per_block - 1 - role } else { role };
-                    if blocks_apart { (block, role) } else { (role, block) }
-                };
-                all.sort_by_key(key);
-            }
-        }
-        all
     }
 
     /// A number below `n` (xorshift64*).

@@ -3,7 +3,7 @@
 use crate::gemm::model::{Shape, estimate, estimate_multiply_add, instructions};
 use crate::gemm::problem::{Precision, Problem};
 use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program};
-use crate::gemm::space::{multiply_add_space, space};
+use crate::gemm::space::{RASTERS, each_schedule, multiply_add_space};
 use crate::gemm::vector;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Kind, Result};
@@ -462,11 +462,11 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
         return;
     }
     let store = if stores_by_engine(p, o) { StoreKind::Tma } else { StoreKind::Direct };
-    for schedule in space(&scored.spec, store, result_vector(p, o)) {
-        if walks_apart(&schedule, o.m) {
-            add(1, schedule);
+    each_schedule(&scored.spec, store, result_vector(p, o), &RASTERS, &mut |schedule| {
+        if walks_apart(schedule, o.m) {
+            add(1, schedule.clone());
         }
-    }
+    });
     // Sums in parts of a pair are not there.
     if p.batch != 1 || is_pair {
         return;
@@ -475,25 +475,25 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
     partial.result = scored.spec.sum;
     let line = if partial.c == Order::Row { o.n } else { o.m };
     let store = if line % 4 == 0 { StoreKind::Tma } else { StoreKind::Direct };
-    for schedule in space(&partial, store, 1) {
-        let tiles = tiles_of(&schedule);
+    // Parts of few rows of tiles have nothing to walk.
+    each_schedule(&partial, store, 1, &[8], &mut |schedule| {
+        let tiles = tiles_of(schedule);
         let cooperative = schedule.mode == tilewright_lower_gpu::Mode::Cooperative;
         let takes = match extent {
             Extent::Picker => tiles * 2 <= i64::from(gpu.sms) && cooperative,
             Extent::Whole => true,
         };
-        // Parts of few rows of tiles have nothing to walk.
-        if schedule.raster != 8 || !takes {
-            continue;
+        if !takes {
+            return;
         }
         for splits in SPLITS {
             // Every part has at least four steps.
-            if splits * 4 > steps_of(&schedule) || tiles * splits > 2 * i64::from(gpu.sms) {
+            if splits * 4 > steps_of(schedule) || tiles * splits > 2 * i64::from(gpu.sms) {
                 break;
             }
             add(splits, schedule.clone());
         }
-    }
+    });
 }
 
 pub(super) fn sizes(pairs: &[(&str, i64)]) -> Env {

@@ -37,12 +37,27 @@ fn staging_bytes(rows: i64, bn: i64, result: DType, order: Order, slots: i64) ->
 /// Every legal schedule of `spec` on Hopper, in a fixed order. `store` and `vector` follow from the
 /// alignment of the result.
 pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule> {
+    let mut out = Vec::new();
+    each_schedule(spec, store, vector, &RASTERS, &mut |s| out.push(s.clone()));
+    out
+}
+
+/// Rows of tiles that are walked together.
+pub(super) const RASTERS: [u32; 3] = [8, 16, 4];
+
+/// Shows every schedule of [`space`] with one of these rasters, in its order: there are thousands, and most callers keep few.
+pub(super) fn each_schedule(
+    spec: &GemmSpec,
+    store: StoreKind,
+    vector: u32,
+    rasters: &[u32],
+    visit: &mut dyn FnMut(&GpuSchedule),
+) {
     let size = i64::from(spec.operand.bits()) / 8;
     let tensors = if spec.math == Math::Tf32x3 { 2 } else { 1 };
     let two_sums = matches!(spec.math, Math::Promoted | Math::Tf32x3);
     let [lefts, rights] = spec.epilogue.pair.operands();
     let scratch = if two_sums { 2 } else { 1 } * lefts * rights;
-    let mut out = Vec::new();
     // (rows, consumers, mode)
     let shapes = [
         (64, 1, Mode::Cooperative),
@@ -73,6 +88,12 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
             }
             for depth_bytes in [128, 256] {
                 let bk = depth_bytes / size;
+                let mut s = GpuSchedule::hopper(&[("BM", bm), ("BN", bn), ("BK", bk)]);
+                s.mode = mode;
+                s.consumers = consumers as u32;
+                s.dependent = true;
+                s.store = store;
+                s.vector = vector;
                 for (cluster, axis) in [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1)] {
                     // A shared tile is loaded in equal parts of whole groups of 8 lines.
                     let shared_lines = if axis == 0 {
@@ -110,26 +131,19 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
                             continue;
                         }
                         before = stages;
-                        for raster in [8, 16, 4] {
-                            let mut s = GpuSchedule::hopper(&[("BM", bm), ("BN", bn), ("BK", bk)]);
-                            s.mode = mode;
-                            s.consumers = consumers as u32;
-                            s.stages = stages as u32;
-                            s.cluster = cluster as u32;
-                            s.dependent = true;
-                            s.cluster_axis = axis;
+                        s.stages = stages as u32;
+                        s.cluster = cluster as u32;
+                        s.cluster_axis = axis;
+                        s.store_slots = slots as u32;
+                        for &raster in rasters {
                             s.raster = raster;
-                            s.store = store;
-                            s.store_slots = slots as u32;
-                            s.vector = vector;
-                            out.push(s);
+                            visit(&s);
                         }
                     }
                 }
             }
         }
     }
-    out
 }
 
 /// Tiles of plain f32 multiply-adds, their warps, and the blocks that share a multiprocessor. Each thread holds

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::collections::BTreeSet;
+use std::sync::LazyLock;
 use tilewright_base::DType;
 use tilewright_device::Arch;
 use tilewright_expr::Op as E;
@@ -119,8 +120,13 @@ pub(crate) struct Case {
     pub(crate) env: Env,
 }
 
-/// Kernels without products of the random graphs, each once.
-pub(crate) fn programs() -> Vec<Case> {
+/// Kernels without products of the random graphs, each once; made when first asked for.
+pub(crate) fn programs() -> &'static [Case] {
+    static PROGRAMS: LazyLock<Vec<Case>> = LazyLock::new(make_programs);
+    &PROGRAMS
+}
+
+fn make_programs() -> Vec<Case> {
     let mut out = Vec::new();
     let mut seen = BTreeSet::new();
     for seed in 1..=SEEDS {

@@ -313,6 +313,7 @@ impl Lowering<'_> {
             result_axes: product.result_axes,
             lhs,
             rhs,
+            computed: [None, None],
             operands: product.operands,
             dtype: product.dtype,
         };
@@ -388,6 +389,7 @@ impl Lowering<'_> {
             result_axes,
             lhs: side(weights.buffer, lhs, &weights.layout.offset),
             rhs: side(buffer, rhs, &Dim::new(0)),
+            computed: [None, None],
             operands: self.conv_operands(dtype),
             dtype,
             space,

@@ -138,8 +138,8 @@ fn offset(
 /// sum (a - za) * (b - zb) = sum a * b  -  za * sum b  -  zb * sum (a - za)
 /// ```
 ///
-/// All of it wraps in 32 bits, so the two sides are equal, not only near. Constant unsigned weights
-/// become signed ones with another zero point.
+/// All of it wraps in 32 bits, so the two sides are equal, not only near. An unsigned right operand
+/// becomes a signed one with another zero point: before, when it is constant, else where it is read.
 fn byte_product(
     cx: &mut Cx,
     a: ValueId,
@@ -152,12 +152,18 @@ fn byte_product(
     let turns = cx.dtype(b) == DType::U8;
     let turned = cx.as_const(b).filter(|_| turns).cloned();
     let direct = bytes(cx.dtype(a)) && bytes(cx.dtype(b)) && ra >= 2 && rb >= 2;
-    if !direct || (turns && turned.is_none()) {
+    if !direct {
         let a = centred(cx, a, za, ra.saturating_sub(2))?;
         let b = centred(cx, b, zb, rb.saturating_sub(1))?;
         return product(cx, a, b);
     }
     let (b, shift) = match turned {
+        None if turns => {
+            let wide = cx.cast(b, DType::I32)?;
+            let by = cx.constant(Tensor::from_i64s(DType::I32, &[], &[128])?);
+            let moved = cx.sub(wide, by)?;
+            (cx.cast(moved, DType::I8)?, 128)
+        }
         None => (b, 0),
         Some(tensor) => {
             let values: Vec<i64> = tensor.to_i64s().iter().map(|v| v - 128).collect();
