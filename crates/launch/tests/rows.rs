@@ -80,11 +80,11 @@ fn programs_of_graphs_compute_the_same_on_the_device() {
     // All of them, every n-th, or only those with views that run backwards.
     let only_backwards = std::env::var("TILEWRIGHT_BACKWARDS").is_ok_and(|v| v == "1");
     let all: Vec<_> = programs()
-        .into_iter()
+        .iter()
         .filter(|case| !only_backwards || backwards(case))
         .step_by(std::env::var("TILEWRIGHT_EVERY").ok().and_then(|v| v.parse().ok()).unwrap_or(1))
         .filter_map(|case| {
-            let schedule = schedule(&case, Arch::Sm90a).ok()?;
+            let schedule = schedule(case, Arch::Sm90a).ok()?;
             let program = lower(&case.kernel, &schedule).ok()?;
             Some((case, schedule, program))
         })
