@@ -128,10 +128,7 @@ impl Lines<'_> {
             .position(|s| matches!(s, TileStmt::Store { param, .. } if *param == key.param));
         let after = before.is_none_or(|store| here.is_some_and(|load| load < store));
         let is_last = |s: &TileStmt| matches!(s, TileStmt::For(f) if f.var == last.var);
-        let others = Block {
-            stmts: block.stmts.iter().filter(|s| !is_last(s)).cloned().collect(),
-            ..block.clone()
-        };
+        let others = Block { stmts: block.stmts.iter().filter(|s| !is_last(s)).cloned().collect() };
         apart
             && after
             && !writes(&others, key.param, &|_, _| false)
