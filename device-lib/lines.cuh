@@ -5,6 +5,7 @@
 // are kept in four chains and combined in one order, so the same schedule gives the same bits.
 #pragma once
 #include "tw/frag.cuh"
+#include "tw/copy.cuh"
 #include "tw/sync.cuh"
 
 namespace tw {
@@ -156,6 +157,30 @@ TW_INLINE void scan_rows(const V (&x)[N], V (&out)[N], V identity, V* scratch, F
       carry = combine(carry, all);
     }
   }
+}
+
+// Shelves: tiles in shared memory of which each thread has for itself what it would have in registers. Unit i / VECTOR
+// of a slot lies beside those of the other threads, so that a warp's accesses meet no bank twice.
+template <typename S, typename T, int VECTOR> TW_INLINE smem_t on_shelf(smem_t shelf, int slot, int i) {
+  constexpr int UNITS = S::TILE / VECTOR, THREADS = S::LINES * S::LANES_A_ROW;
+  return shelf + (u32)(((slot * UNITS + i / VECTOR) * THREADS + S::me()) * VECTOR * (int)sizeof(T));
+}
+template <typename T, int VECTOR> TW_INLINE void fetch_run(smem_t to, const T* from, bool inside, T fill) {
+  constexpr int BYTES = VECTOR * (int)sizeof(T);
+  if constexpr (BYTES >= 4) {
+    if (inside) return copy_async<BYTES>(to, from, BYTES);
+  } else {
+    if (inside) fill = *from;
+  }
+  Run<T, VECTOR> run;
+#pragma unroll
+  for (int k = 0; k < VECTOR; ++k) run.at[k] = fill;
+  smem_store_run<T, VECTOR>(to, run);
+}
+template <typename T, int VECTOR> TW_INLINE RunWords<T, VECTOR> recall_run(smem_t at) {
+  RunWords<T, VECTOR> r;
+  r.run = smem_load_run<T, VECTOR>(at);
+  return r;
 }
 
 // Transposed loads: runs of UNIT neighbouring rows (16 bytes of T) go to shared memory as they come, one line per

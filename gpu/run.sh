@@ -4,13 +4,13 @@
 #   gpu/run.sh [tests|sanitizer|triton|ops|bench|models|tune|all] [arguments for tw-gpu-test, tw-gpu-bench, models.py or
 #                                                             tw-gpu-tune]               default: all
 #
-# tests:  the driver, launches, programs of graphs, matrix products of every kind, order, odd size, stride and batch, and attention
+# tests:  the driver, launches, programs of graphs, row kernels against float64, matrix products of every kind, order, odd size, stride and batch, and attention
 # sanitizer: a few products of every kind under NVIDIA's compute-sanitizer, where the toolkit is installed
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # ops:    the operators for PyTorch: values, PyTorch's checks, host time, speed beside eager and Inductor, where PyTorch is installed
 # models: tiny models against float64, in four precisions (also in tests); where PyTorch is installed, large
 #         ones beside it (gpu/models.py)
-# bench:  the cost of a launch, row kernels against a copy, matrix products against cuBLASLt, with endings against cuBLASLt and a kernel behind it; records under $RECORDS (default: records)
+# bench:  the cost of a launch, row kernels against a copy and beside PyTorch's compiler, matrix products against cuBLASLt, with endings against cuBLASLt and a kernel behind it; records under $RECORDS (default: records)
 # tune:   searches for faster schedules; records under $RECORDS/tuned, all in one file $RECORDS/tuned.jsonl. Not part of all
 #
 # Every part runs, whatever came of the one before; the exit code says whether all passed. Kernels are
@@ -96,6 +96,14 @@ if [ "$part" = tests ] || [ "$part" = models ] || [ "$part" = all ]; then
   step "decoders" decoders
   step "kernels that do not compile give way" schedules_give_way
 fi
+has_torch() { python3 -c 'import torch; from cuda.bindings import nvrtc' 2>/dev/null; }
+if [ "$part" = tests ] || [ "$part" = all ]; then
+  if has_torch; then
+    step "row kernels against float64" python3 gpu/rows_peer.py check gpu/rows.json
+  else
+    printf '\n== row kernels against float64: not run, python3 has no torch with cuda.bindings\n'
+  fi
+fi
 if [ "$part" = models ] || [ "$part" = all ]; then
   if python3 -c 'import torch' 2>/dev/null; then
     step "models beside PyTorch" python3 gpu/models.py --tw bin/tw --json "$records/gpu-models.json" "$@"
@@ -149,6 +157,11 @@ fi
 if [ "$part" = bench ] || [ "$part" = all ]; then
   step "launch overhead" bin/tw-gpu-launch --out "$records"
   step "rows" bin/tw-gpu-rows --cache "$cache" --out "$records"
+  if has_torch; then
+    step "rows beside PyTorch" python3 gpu/rows_peer.py bench gpu/rows_peer.json --record "$records/gpu-rows-peer.json"
+  else
+    printf '\n== rows beside PyTorch: not run, python3 has no torch with cuda.bindings\n'
+  fi
   step "bench" bin/tw-gpu-bench --cache "$cache" --out "$records" "$@"
   step "bench of endings" bin/tw-gpu-bench --cache "$cache" --out "$records" --shapes bench/gemm_endings.txt
 fi

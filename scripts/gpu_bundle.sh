@@ -43,6 +43,11 @@ mkdir -p "$stage/python"
 cp -r python/tilewright "$stage/python/"
 strip -o "$stage/python/tilewright/_native.abi3.so" "$target/release/libtilewright_python.so"
 find "$stage/gpu" "$stage/python" -name __pycache__ -prune -exec rm -rf {} +
+# Row kernels as text, for gpu/rows_peer.py.
+cp -r device-lib "$stage/device-lib"
+for list in rows rows_peer; do
+  cargo run --release --locked --package tilewright-kernels --example show_rows -- --json "gpu/$list.txt" >"$stage/gpu/$list.json"
+done
 mkdir -p "$stage/models"
 for model in tests/hf/*/config.json; do
   cp -r "$(dirname "$model")" "$stage/models/"

@@ -114,7 +114,7 @@ impl RowCase {
                 let plan = spec.plan(Arch::Sm90a, &size)?;
                 env.insert("P".into(), plan.parts_count);
                 env.insert("C".into(), plan.pieces);
-                vec![plan.parts, plan.finish]
+                std::iter::once(plan.parts).chain(plan.finish).collect()
             }
         };
         Ok(RowCase { name: (*name).into(), dtype, shape: (m, n), work, env, steps })

@@ -11,7 +11,7 @@
 //! | [`CLUSTERS`] | number of clusters in the grid |
 //! | [`THREAD`] | thread within the block; only inside `setup` and `teardown` |
 
-use crate::lines::LineStep;
+use crate::lines::{LineStep, Shelf, ShelfId};
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};
 use tilewright_expr::{Func, Value};
@@ -695,6 +695,8 @@ pub struct Program {
     pub rings: IdVec<RingId, Ring>,
     /// Register tiles; each instance that uses one has its own.
     pub frags: IdVec<FragId, Frag>,
+    /// Tiles that threads keep for themselves in shared memory.
+    pub shelves: IdVec<ShelfId, Shelf>,
     /// Runs first, by all threads.
     pub setup: Vec<Stmt>,
     /// Run side by side.
@@ -704,12 +706,13 @@ pub struct Program {
 }
 
 impl Program {
-    /// Bytes of shared memory for tiles, each slot aligned to 1024, and barriers.
+    /// Bytes of shared memory for tiles, each slot aligned to 1024, barriers, and shelves.
     pub fn smem_bytes(&self) -> u32 {
         let tiles: u32 =
             self.smem.iter().map(|(_, s)| s.slot_bytes().next_multiple_of(1024) * s.slots).sum();
         let barriers: u32 = self.barriers.iter().map(|(_, b)| b.slots * 8).sum();
-        tiles + barriers.next_multiple_of(16)
+        let start = tiles + barriers.next_multiple_of(16);
+        self.shelves.iter().fold(start, |at, (_, s)| at.saturating_add(s.bytes()))
     }
 
     /// Blocks of a launch: `items` as the sizes give it, `clusters_at_once` what the device holds.

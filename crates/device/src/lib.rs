@@ -19,5 +19,5 @@ mod print;
 mod verify;
 
 pub use ir::*;
-pub use lines::{LineStep, identity};
+pub use lines::{LineStep, Shelf, ShelfId, ShelfRef, identity};
 pub use verify::verify;

@@ -3,11 +3,54 @@
 //! They are one variant of [`Stmt`](crate::Stmt), because nothing but programs without products has them.
 //! What one of them needs of shared memory belongs to the step: the printer declares it.
 
-use crate::ir::FragRef;
-use tilewright_base::DType;
+use crate::ir::{FragRef, Spread};
+use tilewright_base::{DType, typed_id};
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::{ParamId, ReduceKind};
+
+typed_id!(
+    /// A shelf.
+    ShelfId,
+    "shelf"
+);
+
+/// `slots` tiles `[rows, cols]` in shared memory, of which every thread has for itself what it would have in
+/// registers: nobody else reads it, so threads need not meet, and slots are numbered at run time.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Shelf {
+    /// For people.
+    pub name: String,
+    /// Element type, as in global memory.
+    pub dtype: DType,
+    /// Rows of a tile.
+    pub rows: u32,
+    /// Columns of a tile.
+    pub cols: u32,
+    /// Over which threads: lines.
+    pub spread: Spread,
+    /// Neighbouring columns that are moved together; divides the spread's.
+    pub vector: u32,
+    /// How many tiles.
+    pub slots: u32,
+}
+
+impl Shelf {
+    /// Bytes of all slots.
+    pub fn bytes(&self) -> u32 {
+        let bits = u64::from(self.rows) * u64::from(self.cols) * self.dtype.bits() as u64;
+        u32::try_from(bits / 8 * u64::from(self.slots)).unwrap_or(u32::MAX).next_multiple_of(16)
+    }
+}
+
+/// A tile of a shelf.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ShelfRef {
+    /// The shelf.
+    pub shelf: ShelfId,
+    /// Which slot.
+    pub slot: Dim,
+}
 
 /// A step on fragments in lines; every thread of the role's instance takes part.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +90,27 @@ pub enum LineStep {
         fill: Value,
         /// Neighbouring rows that one access takes.
         vector: u32,
+    },
+    /// Starts a [`Stmt::Load`](crate::Stmt::Load) of a tile into a slot of a shelf. Its group (`CopyCommit`) must be
+    /// complete (`CopyWait`) before the slot is recalled.
+    Fetch {
+        /// What is written.
+        to: ShelfRef,
+        /// The tensor.
+        param: ParamId,
+        /// Coordinate of the first element, one per axis of the tensor.
+        at: Vec<Dim>,
+        /// Axes of the tensor along which rows and columns run.
+        axes: (Option<usize>, Option<usize>),
+        /// What lies outside.
+        fill: Value,
+    },
+    /// A tile of a shelf into registers.
+    Recall {
+        /// What is written: a tile.
+        dst: FragRef,
+        /// What is read.
+        from: ShelfRef,
     },
     /// Position (`i64`) of the first (or last) extreme element of each row among the first `limit`; NaN is
     /// extreme, and of no elements it is 0.
@@ -128,11 +192,12 @@ impl LineStep {
         match self {
             LineStep::Pick { dst, .. }
             | LineStep::Turn { dst, .. }
+            | LineStep::Recall { dst, .. }
             | LineStep::ArgReduce { dst, .. }
             | LineStep::Scan { dst, .. }
             | LineStep::Random { dst, .. } => Some(dst),
             LineStep::AcrossCluster { frag, .. } => Some(frag),
-            LineStep::Add { .. } | LineStep::Prefetch { .. } => None,
+            LineStep::Add { .. } | LineStep::Fetch { .. } | LineStep::Prefetch { .. } => None,
         }
     }
 
@@ -144,7 +209,11 @@ impl LineStep {
             | LineStep::Scan { src, .. }
             | LineStep::Add { src, .. } => Some(src),
             LineStep::AcrossCluster { frag, .. } => Some(frag),
-            LineStep::Turn { .. } | LineStep::Random { .. } | LineStep::Prefetch { .. } => None,
+            LineStep::Turn { .. }
+            | LineStep::Random { .. }
+            | LineStep::Prefetch { .. }
+            | LineStep::Fetch { .. }
+            | LineStep::Recall { .. } => None,
         }
     }
 }

@@ -90,6 +90,10 @@ impl Program {
         for (_, frag) in self.frags.iter() {
             writeln!(out, "  frag {} = {frag}", frag.name)?;
         }
+        for (_, s) in self.shelves.iter() {
+            write!(out, "  shelf {} = {}[{},{}]", s.name, s.dtype, s.rows, s.cols)?;
+            writeln!(out, " x{} vector {}", s.slots, s.vector)?;
+        }
         Ok(())
     }
 
@@ -256,6 +260,10 @@ impl Printer<'_> {
         self.out.push_str(&text);
     }
 
+    fn shelf(p: &Program, shelf: &crate::ShelfRef) -> String {
+        format!("{}[{}]", name!(p.shelves, shelf.shelf), shelf.slot)
+    }
+
     fn slot(p: &Program, slot: &Slot) -> String {
         match slot {
             Slot::Ring(ring) => name!(p.rings, *ring),
@@ -323,6 +331,14 @@ impl Printer<'_> {
                 let from = Self::global(p, *param, at, (Some(axes.0), Some(axes.1)));
                 let (dst, fill) = (Self::frag(p, dst), value_text(*fill, of_param(param)));
                 format!("{dst} = turn {from} fill {fill} vector {vector}")
+            }
+            LineStep::Fetch { to, param, at, axes, fill } => {
+                let from = Self::global(p, *param, at, *axes);
+                let fill = value_text(*fill, of_param(param));
+                format!("{} <- fetch {from} fill {fill}", Self::shelf(p, to))
+            }
+            LineStep::Recall { dst, from } => {
+                format!("{} = recall {}", Self::frag(p, dst), Self::shelf(p, from))
             }
             LineStep::ArgReduce { dst, kind, src, limit, last } => {
                 let which = if *last { "last" } else { "first" };

@@ -135,6 +135,14 @@ impl Printer<'_> {
                 let fill = constant(*fill, self.program.params[*param].dtype);
                 self.turn(dst, *param, at, *axes, &fill, *vector)
             }
+            LineStep::Fetch { to, param, at, axes, fill } => {
+                self.pointers.insert(*param);
+                let (rows, vector) = (None, 1);
+                let steps = (1, 1);
+                let access = Access { param: *param, at, axes: *axes, steps, rows, vector };
+                self.fetch(to, &access, *fill)
+            }
+            LineStep::Recall { dst, from } => self.recall(dst, from),
             LineStep::ArgReduce { dst, kind, src, limit, last } => {
                 let frag = &self.program.frags[src.frag];
                 let (spread, held) = (Self::spread(frag, frag.cols), memory_type(frag.dtype));

@@ -7,7 +7,7 @@ use crate::memory_type;
 use crate::stmts::{Printer, constant};
 use std::fmt::Write;
 use tilewright_base::{Error, Result};
-use tilewright_device::{Extent, FragRef};
+use tilewright_device::{Extent, FragRef, ShelfRef};
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::ParamId;
@@ -26,27 +26,32 @@ pub(crate) struct Access<'a> {
     pub(crate) vector: u32,
 }
 
+/// What [`Printer::place`] finds.
+struct Place {
+    lets: Vec<String>,
+    inside: String,
+    pointer: String,
+}
+
 /// `text` times a step that is often 1.
 fn times(text: &str, step: i64) -> String {
     if step == 1 { text.to_owned() } else { format!("{text} * {step}") }
 }
 
 impl Printer<'_> {
-    /// A load (with `fill`) or a store.
-    pub(crate) fn global_lines(
+    /// Where the elements of a tile (or a vector of it) lie: what must be computed first, the condition that
+    /// register `i` is inside, and its address. `picked` gives the text of data that is added to a coordinate.
+    fn place(
         &mut self,
-        frag_ref: &FragRef,
+        spread: &str,
+        extent: Extent,
         access: &Access<'_>,
-        fill: Option<Value>,
-    ) -> Result<()> {
-        let Access { param, at, axes, steps, rows, vector } = *access;
+        picked: Option<&str>,
+        constant: bool,
+    ) -> Result<Place> {
+        let Access { param, at, axes, steps, rows, .. } = *access;
         let p = self.program.params[param].clone();
-        let frag = self.program.frags[frag_ref.frag].clone();
-        let cols = self.cols(frag_ref);
-        let spread = Self::spread(&frag, cols);
-        let count = Self::count(&frag, cols);
-        let ty = memory_type(p.dtype);
-        let (row, col) = match frag.extent {
+        let (row, col) = match extent {
             Extent::Tile => (Some(("row0()", "row_step(i)")), Some(("col0()", "col_step(i)"))),
             Extent::PerRow => (Some(("row0()", "row_step(i * spread_t::EACH)")), None),
             Extent::PerCol => (None, Some(("col0()", "col_step(i)"))),
@@ -84,11 +89,8 @@ impl Printer<'_> {
                 }
             };
             let _ = write!(base, " + (tw::i64){name} * {stride}");
-            if let Some((picked, rows)) = rows
-                && picked == axis
-            {
+            if let Some(by) = picked.filter(|_| rows.is_some_and(|(a, _)| a == axis)) {
                 // Wide, because the data may be anything.
-                let by = self.operand(frag_ref, rows, "i")?;
                 let place = format!("((tw::i64){here} + (tw::i64){by})");
                 let _ = write!(offset, " + (tw::i64){by} * {stride}");
                 inside.push(format!("{place} >= 0"));
@@ -100,11 +102,80 @@ impl Printer<'_> {
             }
             inside.push(format!("{here} < {}", self.scope.text(&a.extent)));
         }
-        let constant_pointer = if fill.is_some() { "const " } else { "" };
-        lets.push(format!("{constant_pointer}{ty}* const first_at = p_{} + ({base});", p.name));
+        let constant = if constant { "const " } else { "" };
+        let ty = memory_type(p.dtype);
+        lets.push(format!("{constant}{ty}* const first_at = p_{} + ({base});", p.name));
         let inside = if inside.is_empty() { "true".to_owned() } else { inside.join(" && ") };
+        Ok(Place { lets, inside, pointer: format!("first_at{offset}") })
+    }
+
+    /// Address of this thread's unit `i / vector` in a slot of a shelf, as text.
+    fn on_shelf(&self, of: &ShelfRef) -> String {
+        let shelf = &self.program.shelves[of.shelf];
+        let (spread, ty) = (Self::spread_of(shelf.spread, shelf.rows, shelf.cols), shelf.dtype);
+        let (slot, vector, name) =
+            (self.scope.text(&of.slot), shelf.vector, self.shelf_name(of.shelf));
+        format!("tw::on_shelf<{spread}, {}, {vector}>({name}, {slot}, i)", memory_type(ty))
+    }
+
+    /// Starts to copy a tile to a shelf.
+    pub(crate) fn fetch(&mut self, to: &ShelfRef, access: &Access<'_>, fill: Value) -> Result<()> {
+        let shelf = self.program.shelves[to.shelf].clone();
+        let spread = Self::spread_of(shelf.spread, shelf.rows, shelf.cols);
+        let place = self.place(&spread, Extent::Tile, access, None, true)?;
+        let (ty, vector, value) =
+            (memory_type(shelf.dtype), shelf.vector, constant(fill, shelf.dtype));
+        let slot = self.on_shelf(to);
+        self.line("{");
+        place.lets.iter().for_each(|text| self.line(&format!("  {text}")));
+        self.line("#pragma unroll");
+        self.line(&format!("  for (int i = 0; i < spread_t::TILE; i += {vector}) {{"));
+        self.line(&format!(
+            "    tw::fetch_run<{ty}, {vector}>({slot}, {}, {}, tw::narrow_to<{ty}>::from({value}));",
+            place.pointer, place.inside
+        ));
+        self.line("  }");
+        self.line("}");
+        Ok(())
+    }
+
+    /// A tile of a shelf into registers.
+    pub(crate) fn recall(&mut self, dst: &FragRef, from: &ShelfRef) -> Result<()> {
+        let shelf = self.program.shelves[from.shelf].clone();
+        let frag = self.program.frags[dst.frag].clone();
+        let count = Self::count(&frag, frag.cols);
+        let (ty, vector, slot) = (memory_type(shelf.dtype), shelf.vector, self.on_shelf(from));
+        let register = self.register(dst, "i + k")?;
+        self.line("#pragma unroll");
+        self.line(&format!("for (int i = 0; i < {count}; i += {vector}) {{"));
+        self.line(&format!(
+            "  const tw::RunWords<{ty}, {vector}> run = tw::recall_run<{ty}, {vector}>({slot});"
+        ));
+        self.line("#pragma unroll");
+        self.line(&format!(
+            "  for (int k = 0; k < {vector}; ++k) {register} = tw::widen_at(run, k);"
+        ));
+        self.line("}");
+        Ok(())
+    }
+
+    /// A load (with `fill`) or a store.
+    pub(crate) fn global_lines(
+        &mut self,
+        frag_ref: &FragRef,
+        access: &Access<'_>,
+        fill: Option<Value>,
+    ) -> Result<()> {
+        let frag = self.program.frags[frag_ref.frag].clone();
+        let cols = self.cols(frag_ref);
+        let spread = Self::spread(&frag, cols);
+        let count = Self::count(&frag, cols);
+        let ty = memory_type(self.program.params[access.param].dtype);
+        let vector = access.vector;
+        let picked = access.rows.map(|(_, rows)| self.operand(frag_ref, rows, "i")).transpose()?;
+        let Place { lets, inside, pointer } =
+            self.place(&spread, frag.extent, access, picked.as_deref(), fill.is_some())?;
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
-        let pointer = format!("first_at{offset}");
         let Some(fill) = fill else {
             let registers = (0..vector)
                 .map(|k| self.register(frag_ref, &format!("i + {k}")))

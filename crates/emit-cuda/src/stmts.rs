@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{
     BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase, Program,
-    Reach, RingId, Role, Slot, SmemTile, Spread, Stmt, THREAD, is_live,
+    Reach, RingId, Role, ShelfId, Slot, SmemTile, Spread, Stmt, THREAD, is_live,
 };
 use tilewright_expr::Value;
 use tilewright_layout::{Dim, Range};
@@ -243,23 +243,31 @@ impl<'a> Printer<'a> {
         self.frag_names[frag.index()].clone()
     }
 
+    pub(crate) fn shelf_name(&self, shelf: ShelfId) -> String {
+        format!("shelf_{}", shelf.index())
+    }
+
     fn ring_name(&self, ring: RingId) -> String {
         self.ring_names[ring.index()].clone()
     }
 
     /// The spread of a fragment's columns `[0, cols)`, as a C++ type.
     pub(crate) fn spread(frag: &Frag, cols: u32) -> String {
-        match frag.spread {
-            Spread::Wgmma => format!("tw::WgmmaSpread<{}, {cols}>", frag.rows),
+        Self::spread_of(frag.spread, frag.rows, cols)
+    }
+
+    /// A spread of a tile, as a C++ type.
+    pub(crate) fn spread_of(spread: Spread, rows: u32, cols: u32) -> String {
+        match spread {
+            Spread::Wgmma => format!("tw::WgmmaSpread<{rows}, {cols}>"),
             Spread::MmaSync { warps_m, warps_n } => {
-                format!("tw::MmaSpread<{}, {cols}, {warps_m}, {warps_n}>", frag.rows)
+                format!("tw::MmaSpread<{rows}, {cols}, {warps_m}, {warps_n}>")
             }
             Spread::Lines { lanes, vector, threads } => {
-                format!("tw::LineSpread<{}, {cols}, {lanes}, {vector}, {threads}>", frag.rows)
+                format!("tw::LineSpread<{rows}, {cols}, {lanes}, {vector}, {threads}>")
             }
             Spread::Outer { threads_m, threads_n, block_m, block_n } => format!(
-                "tw::OuterSpread<{}, {cols}, {threads_m}, {threads_n}, {block_m}, {block_n}>",
-                frag.rows
+                "tw::OuterSpread<{rows}, {cols}, {threads_m}, {threads_n}, {block_m}, {block_n}>"
             ),
         }
     }
@@ -428,6 +436,11 @@ impl<'a> Printer<'a> {
         }
         for ((_, bar), offset) in program.barriers.iter().zip(self.barrier_offsets.clone()) {
             self.line(&format!("const tw::smem_t {} = smem + {offset};", identifier(&bar.name)));
+        }
+        let mut at = program.smem_bytes();
+        for (id, shelf) in program.shelves.iter().collect::<Vec<_>>().into_iter().rev() {
+            at -= shelf.bytes();
+            self.line(&format!("const tw::smem_t {} = smem + {at};", self.shelf_name(id)));
         }
         if program.cluster > 1 {
             self.line("const int cta = (int)tw::cluster_cta();");

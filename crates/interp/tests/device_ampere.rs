@@ -44,6 +44,7 @@ fn program(name: &str, warps: u32, symbols: &[&str], items: Dim, body: Vec<Stmt>
         barriers: IdVec::new(),
         rings: IdVec::new(),
         frags: IdVec::new(),
+        shelves: IdVec::new(),
         setup: vec![],
         roles: vec![Role {
             name: "all".to_string(),

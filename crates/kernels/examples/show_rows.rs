@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release -p tilewright-kernels --example show_rows -- softmax bf16 M=16384 N=8192` prints
 //! one; sizes choose the schedule, and `key=value` pairs in lower case change it. With `--json FILE`, each
-//! line of FILE is such a list, and the output is a JSON list of texts with what a launch needs.
+//! line of FILE is such a list, and the output is a JSON list of their kernels, in order, with what a launch needs.
+//! Both understand the operations of [`build`]; `gpu/rows_peer.py` runs them beside PyTorch.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,9 +11,13 @@ use tilewright_base::DType;
 use tilewright_device::{Arch, Program};
 use tilewright_emit_cuda::{Argument, Source};
 use tilewright_kernels::gemm::{GemmSpec, Order};
-use tilewright_kernels::map::MapSpec;
-use tilewright_kernels::rows::{GemvForm, GemvSpec, RowOp, RowSpec};
-use tilewright_lower_gpu::lower;
+use tilewright_kernels::map::{AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
+use tilewright_kernels::reduce::{ClipSpec, Over, ReduceSpec};
+use tilewright_kernels::rows::{
+    CrossEntropySpec, GemvForm, GemvSpec, NormBackwardSpec, RowOp, RowSpec, TopKSpec,
+};
+use tilewright_lower_gpu::{GpuSchedule, lower};
+use tilewright_tile::Kernel;
 
 struct Shown {
     program: Program,
@@ -22,7 +27,7 @@ struct Shown {
     sizes: BTreeMap<String, i64>,
 }
 
-fn build(args: &[String]) -> Result<Shown, String> {
+fn build(args: &[String]) -> Result<Vec<Shown>, String> {
     let [op, dtype, ..] = args else { return Err("name and type expected".into()) };
     let dtype: DType = dtype.parse().map_err(|_| format!("{dtype} is not a type"))?;
     let mut sizes: BTreeMap<String, i64> = BTreeMap::new();
@@ -39,10 +44,14 @@ fn build(args: &[String]) -> Result<Shown, String> {
         }
     }
     let n = sizes.get("N").copied().unwrap_or(1);
-    for ld in ["ldx", "ldy", "ld0", "ld1"] {
+    for ld in ["ldx", "ldy", "ld0", "ld1", "ld"] {
         sizes.entry(ld.into()).or_insert(n);
     }
-    let size = |name: &str| sizes.get(name).copied();
+    if op == "sumall" {
+        sizes.insert("N".into(), n * sizes.get("M").copied().unwrap_or(1));
+    }
+    let given = sizes.clone();
+    let size = |name: &str| given.get(name).copied();
     let number = |key: &str| -> Result<Option<u32>, String> {
         keys.get(key).map(|v| v.parse::<u32>().map_err(|e| format!("{key}={v}: {e}"))).transpose()
     };
@@ -56,9 +65,32 @@ fn build(args: &[String]) -> Result<Shown, String> {
         _ => Arch::Sm90a,
     };
     let residual = number("residual")? == Some(1);
-    let row = |op| RowSpec { op, dtype, residual }.kernel("kernel", arch, &size);
+    let pieces = number("pieces")? == Some(1);
+    let row = |op| {
+        let spec = RowSpec { op, dtype, residual };
+        if number("whole").ok().flatten() == Some(1) {
+            let kernel = spec.program("kernel", true);
+            let schedule = GpuSchedule::lines_for(&kernel, arch, &size)?;
+            return Ok((kernel, schedule.ok_or_else(|| tilewright_base::Error::bug("too long"))?));
+        }
+        if !pieces {
+            return spec.kernel("kernel", arch, &size);
+        }
+        let kernel = spec.program("kernel", false);
+        let schedule = GpuSchedule::lines_for(&kernel, arch, &size)?;
+        Ok((kernel, schedule.ok_or_else(|| tilewright_base::Error::bug("no schedule"))?))
+    };
     let map = |spec: MapSpec| spec.kernel("kernel", arch, &size);
-    let (kernel, mut schedule) = match op.as_str() {
+    let one = |built: tilewright_base::Result<(Kernel, GpuSchedule)>| built.map(|b| vec![b]);
+    let row = |op| one(row(op));
+    let map = |spec| one(map(spec));
+    let mut reduce = |over| {
+        let plan = ReduceSpec::sum(over, dtype).plan(arch, &size)?;
+        sizes.insert("P".into(), plan.parts_count);
+        sizes.insert("C".into(), plan.pieces);
+        Ok(std::iter::once(plan.parts).chain(plan.finish).collect())
+    };
+    let kernels = match op.as_str() {
         "softmax" => row(RowOp::Softmax),
         "logsoftmax" => row(RowOp::LogSoftmax),
         "layernorm" => row(RowOp::LayerNorm { eps: 1e-5 }),
@@ -70,6 +102,54 @@ fn build(args: &[String]) -> Result<Shown, String> {
         "biasgelu" => map(MapSpec::bias_gelu(dtype)),
         "swiglu" => map(MapSpec::swiglu(dtype)),
         "fused" => map(MapSpec::scale_shift_relu_add(dtype)),
+        "layernormbwd" | "rmsnormbwd" => {
+            let op = match op.starts_with("layer") {
+                true => RowOp::LayerNorm { eps: 1e-5 },
+                false => RowOp::RmsNorm { eps: 1e-6 },
+            };
+            let plan =
+                NormBackwardSpec { op, dtype }.plan(arch, &size).map_err(|e| e.to_string())?;
+            sizes.insert("P".into(), plan.parts_count);
+            sizes.insert("C".into(), plan.turns);
+            Ok([vec![plan.parts], plan.finish].concat())
+        }
+        "topk" => {
+            let count = number("count")?.unwrap_or(8);
+            one(TopKSpec { dtype, count }.kernel("kernel", arch, &size))
+        }
+        "dropout" => {
+            sizes.insert("O".into(), 5);
+            let spec = DropoutSpec { dtype, residual, drop: 0.25, seed: 0x1234_5678_9abc };
+            one(spec.kernel("kernel", arch, &size))
+        }
+        "crossentropy" => one(CrossEntropySpec { dtype }.kernel("kernel", arch, &size)),
+        "adamw" => {
+            let copy = (dtype != DType::F32).then_some(dtype);
+            one(AdamWSpec { gradient: dtype, copy }.kernel("kernel", arch, &size))
+        }
+        "adamwtable" => {
+            sizes.insert("N".into(), given["R"] * given["B"]);
+            let all = sizes.clone();
+            let size = |name: &str| all.get(name).copied();
+            let plan =
+                ClipSpec { dtype, most: 1.0 }.plan(arch, &size).map_err(|e| e.to_string())?;
+            sizes.insert("P".into(), plan.parts_count);
+            sizes.insert("C".into(), plan.pieces);
+            let (mut parts, finish) = (plan.parts, plan.finish);
+            let mut finish = finish.ok_or("a norm has two steps")?;
+            for ((_, p), name) in parts.0.params.iter_mut().zip(["G", "PARTS"]) {
+                p.name = name.into();
+            }
+            for ((_, p), name) in finish.0.params.iter_mut().zip(["PARTS", "Y", "S"]) {
+                p.name = name.into();
+            }
+            let copy = (dtype != DType::F32).then_some(dtype);
+            let spec = AdamWTableSpec { one: AdamWSpec { gradient: dtype, copy } };
+            let step = spec.kernel("kernel", arch, &size).map_err(|e| e.to_string())?;
+            Ok(vec![parts, finish, step])
+        }
+        "sumall" => reduce(Over::All),
+        "sumrows" => reduce(Over::Rows),
         "gemv" => {
             let result = if dtype == DType::I8 { DType::I32 } else { to };
             let sum = if dtype == DType::I8 { DType::I32 } else { DType::F32 };
@@ -90,39 +170,47 @@ fn build(args: &[String]) -> Result<Shown, String> {
                 vector: form("vector", vector)?,
                 splits: 1,
             };
-            Ok((spec.program("kernel", false), spec.schedule(arch, &form)))
+            Ok(vec![(spec.program("kernel", false), spec.schedule(arch, &form))])
         }
         _ => return Err(format!("unknown operation {op}")),
     }
     .map_err(|e| e.to_string())?;
-    for key in keys.keys() {
-        let Some(value) = number(key).ok().flatten() else { continue };
-        match key.as_str() {
-            "bm" | "bn" => {
-                schedule.tiles.insert(key.to_uppercase().into(), value.into());
+    let shown = |(kernel, mut schedule): (Kernel, GpuSchedule)| -> Result<Shown, String> {
+        for key in keys.keys() {
+            let Some(value) = number(key).ok().flatten() else { continue };
+            match key.as_str() {
+                "bm" | "bn" => {
+                    schedule.tiles.insert(key.to_uppercase().into(), value.into());
+                }
+                "threads" => schedule.lines.threads = value,
+                "lanes" => schedule.lines.lanes = value,
+                "vector" => schedule.lines.vector = value,
+                "blocks" => schedule.blocks_per_sm = value,
+                "early" => schedule.lines.early = value == 1,
+                "kept" => schedule.lines.kept = value,
+                "ahead" => schedule.lines.fetched = value,
+                "cluster" => schedule.cluster = value,
+                "persistent" => schedule.persistent = value == 1,
+                "residual" | "time" | "peer" | "pieces" | "count" | "whole" => {}
+                "pin" if value == 0 => schedule.sizes.clear(),
+                "pin" => {
+                    schedule.sizes.insert("N".into(), sizes["N"]);
+                }
+                "deep" | "each" | "runs" | "vectors" => {}
+                _ => return Err(format!("unknown key {key}")),
             }
-            "threads" => schedule.lines.threads = value,
-            "lanes" => schedule.lines.lanes = value,
-            "vector" => schedule.lines.vector = value,
-            "blocks" => schedule.blocks_per_sm = value,
-            "early" => schedule.lines.early = value == 1,
-            "cluster" => schedule.cluster = value,
-            "persistent" => schedule.persistent = value == 1,
-            "residual" | "time" => {}
-            "deep" | "each" | "runs" | "vectors" => {}
-            _ => return Err(format!("unknown key {key}")),
         }
-    }
-    tilewright_tile::verify(&kernel).map_err(|e| e.to_string())?;
-    let program = lower(&kernel, &schedule).map_err(|e| e.to_string())?;
-    let source = tilewright_emit_cuda::emit(&program).map_err(|e| e.to_string())?;
-    let items = program.items.eval_with(&size).ok_or("items without a value")?;
-    let sizes = program
-        .symbols
-        .iter()
-        .filter_map(|s| size(&s.name).map(|v| (s.name.to_string(), v)))
-        .collect();
-    Ok(Shown { program, source, schedule: schedule.to_string(), items, sizes })
+        tilewright_tile::verify(&kernel).map_err(|e| e.to_string())?;
+        let program = lower(&kernel, &schedule).map_err(|e| e.to_string())?;
+        let source = tilewright_emit_cuda::emit(&program).map_err(|e| e.to_string())?;
+        let size = |name: &str| sizes.get(name).copied();
+        let items = program.items.eval_with(&size).ok_or("items without a value")?;
+        let of_program =
+            |s: &tilewright_layout::Symbol| size(&s.name).map(|v| (s.name.to_string(), v));
+        let sizes = program.symbols.iter().filter_map(of_program).collect();
+        Ok(Shown { program, source, schedule: schedule.lines_text(), items, sizes })
+    };
+    kernels.into_iter().map(shown).collect()
 }
 
 fn quoted(text: &str) -> String {
@@ -139,7 +227,7 @@ fn quoted(text: &str) -> String {
     out
 }
 
-fn json(line: &str, shown: &Shown) -> String {
+fn json(shown: &Shown) -> String {
     let Shown { program, source, .. } = shown;
     let arguments: Vec<String> = source
         .arguments
@@ -155,8 +243,7 @@ fn json(line: &str, shown: &Shown) -> String {
     let sizes: Vec<String> =
         shown.sizes.iter().map(|(name, v)| format!("{}: {v}", quoted(name))).collect();
     format!(
-        "{{\"line\": {}, \"schedule\": {}, \"entry\": {}, \"cluster\": {}, \"text\": {}, \"smem\": {}, \"threads\": {}, \"persistent\": {}, \"items\": {}, \"sizes\": {{{}}}, \"arguments\": [{}]}}",
-        quoted(line),
+        "{{\"schedule\": {}, \"entry\": {}, \"cluster\": {}, \"text\": {}, \"smem\": {}, \"threads\": {}, \"persistent\": {}, \"items\": {}, \"sizes\": {{{}}}, \"arguments\": [{}]}}",
         quoted(&shown.schedule),
         quoted(&source.entry),
         source.cluster,
@@ -173,18 +260,21 @@ fn json(line: &str, shown: &Shown) -> String {
 fn main() -> Result<(), String> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     if args.first().map(String::as_str) != Some("--json") {
-        let shown = build(&args)?;
-        println!("// {}\n{}", shown.schedule, shown.source.text);
+        for shown in build(&args)? {
+            println!("// {}\n{}", shown.schedule, shown.source.text);
+        }
         return Ok(());
     }
     let list = std::fs::read_to_string(&args[1]).map_err(|e| format!("{}: {e}", args[1]))?;
     let mut out = String::from("[");
-    for line in list.lines().filter(|l| !l.trim().is_empty()) {
+    for line in list.lines().filter(|l| !l.trim().is_empty() && !l.starts_with('#')) {
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
         match build(&words) {
             Ok(shown) => {
-                let _ =
-                    write!(out, "{}{}", if out.len() > 1 { ",\n" } else { "" }, json(line, &shown));
+                let kernels: Vec<String> = shown.iter().map(json).collect();
+                let comma = if out.len() > 1 { ",\n" } else { "" };
+                let (line, kernels) = (quoted(line), kernels.join(", "));
+                let _ = write!(out, "{comma}{{\"line\": {line}, \"kernels\": [{kernels}]}}");
             }
             Err(error) => eprintln!("{line}: {error}"),
         }

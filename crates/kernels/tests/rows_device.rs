@@ -7,9 +7,11 @@ use tilewright_device::Arch;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, run};
 use tilewright_kernels::gemm::{GemmSpec, Order};
-use tilewright_kernels::map::{ADAMW_NUMBERS, AdamWSpec, MapSpec};
-use tilewright_kernels::reduce::{Over, ReduceSpec};
-use tilewright_kernels::rows::{CrossEntropySpec, GemvForm, GemvSpec, RowOp, RowSpec};
+use tilewright_kernels::map::{ADAMW_NUMBERS, AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
+use tilewright_kernels::reduce::{ClipSpec, Over, ReduceSpec};
+use tilewright_kernels::rows::{
+    CrossEntropySpec, GemvForm, GemvSpec, NormBackwardSpec, RowOp, RowSpec, TopKSpec,
+};
 use tilewright_layout::{Dim, Env, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, Schedule};
@@ -163,6 +165,78 @@ fn cases() -> Vec<Case> {
     for (spec, sizes) in steps {
         add("adamw", sizes, &|size| spec.kernel("adamw", Arch::Sm80, size));
     }
+    let table: Sizes = &[("R", 7), ("B", 264), ("K", 3)];
+    add("adamw of a table", table, &|size| {
+        let one = AdamWSpec { gradient: DType::BF16, copy: Some(DType::BF16) };
+        AdamWTableSpec { one }.kernel("adamw", Arch::Sm90a, size)
+    });
+    let clip = ClipSpec { dtype: DType::BF16, most: 1.0 };
+    let many: Sizes = &[("N", 70001), ("P", 5), ("C", 2)];
+    add("parts of a norm", many, &|size| Ok(clip.plan(Arch::Sm90a, size)?.parts));
+    add("norm and factor", many, &|size| {
+        Ok(clip.plan(Arch::Sm90a, size)?.finish.expect("two steps"))
+    });
+    let gradients: [(RowOp, DType, Sizes); 4] = [
+        (norm, DType::F32, &[("M", 11), ("N", 100), ("ld", 104), ("P", 2), ("C", 3)]),
+        (norm, DType::BF16, &[("M", 9), ("N", 1032), ("ld", 1032), ("P", 2), ("C", 5)]),
+        (rms, DType::F16, &[("M", 5), ("N", 77), ("ld", 77), ("P", 1), ("C", 1)]),
+        (rms, DType::BF16, &[("M", 7), ("N", 4096), ("ld", 4096), ("P", 3), ("C", 3)]),
+    ];
+    for (op, dtype, sizes) in gradients {
+        let spec = NormBackwardSpec { op, dtype };
+        for ahead in [0, 3] {
+            add("gradient of a norm", sizes, &|size| {
+                let (kernel, mut schedule) = spec.plan(Arch::Sm90a, size)?.parts;
+                // Rows that fit the sizes of parts above.
+                let lines = schedule.lines.threads / schedule.lines.lanes;
+                schedule.tiles.insert("BM".into(), i64::from(lines));
+                schedule.lines.fetched = ahead;
+                Ok((kernel, schedule))
+            });
+        }
+    }
+    // Long rows whose pieces stay in shared memory: all of them, or as many as fit.
+    for kept in [1, 2, 5] {
+        for (op, residual) in [(RowOp::Softmax, false), (norm, true)] {
+            add("kept pieces", &[("M", 2), ("N", 4000), ("ldx", 4008)], &|size| {
+                let kernel = RowSpec { op, dtype: DType::BF16, residual }.program("rows", false);
+                let mut schedule =
+                    GpuSchedule::lines_for(&kernel, Arch::Sm90a, size)?.expect("fits");
+                schedule.tiles.insert("BM".into(), 1);
+                schedule.tiles.insert("BN".into(), 2048);
+                schedule.cluster = 2;
+                schedule.lines.threads = 64;
+                schedule.lines.lanes = 64;
+                schedule.lines.kept = kept;
+                Ok((kernel, schedule))
+            });
+        }
+    }
+    add("kept logits", &[("M", 2), ("N", 20001)], &|size| {
+        let kernel = CrossEntropySpec { dtype: DType::F16 }.program("entropy", false);
+        Ok((kernel.clone(), GpuSchedule::lines_kept(&kernel, Arch::Sm90a, size)?.expect("long")))
+    });
+    add("top k", &[("M", 5), ("N", 77)], &|size| {
+        TopKSpec { dtype: DType::BF16, count: 5 }.kernel("top_k", Arch::Sm90a, size)
+    });
+    add("dropout", &[("N", 5003), ("O", 7)], &|size| {
+        let spec = DropoutSpec { dtype: DType::F16, residual: true, drop: 0.25, seed: 99 };
+        spec.kernel("dropout", Arch::Sm90a, size)
+    });
+    // Items of a persistent grid that are fetched ahead.
+    let items: [(RowOp, Sizes); 2] =
+        [(norm, &[("M", 37), ("N", 520)]), (RowOp::Softmax, &[("M", 5), ("N", 77)])];
+    for (op, sizes) in items {
+        add("items ahead", sizes, &|size| {
+            let spec = RowSpec { op, dtype: DType::BF16, residual: false };
+            let kernel = spec.program("rows", true);
+            let mut schedule = GpuSchedule::lines_for(&kernel, Arch::Sm90a, size)?.expect("fits");
+            schedule.cluster = 1;
+            schedule.persistent = true;
+            schedule.lines.fetched = 3;
+            Ok((kernel, schedule))
+        });
+    }
     let additions: [Sizes; 2] = [&[("M", 300), ("N", 77)], &[("M", 5), ("N", 264)]];
     for sizes in additions {
         add("additions", sizes, &|size| {
@@ -226,8 +300,9 @@ fn buffers(kernel: &Kernel, env: &Env) -> Vec<Vec<u8>> {
             let read = param.access != Access::Out;
             let value = match &*param.name {
                 // Targets and squares.
+                "T" if param.dtype == DType::I32 => (mixed % 3) as f64,
                 "T" => (mixed % 9) as f64 - 1.0,
-                "V" | "H" => mixed as f64 / 1009.0,
+                "V" | "H" | "P" | "PARTS" => mixed as f64 / 1009.0,
                 _ if read => mixed as f64 / 250.0 - 2.0,
                 _ => -99.0,
             };

@@ -94,6 +94,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         barriers: IdVec::new(),
         rings: b.rings,
         frags: b.frags,
+        shelves: IdVec::new(),
         setup,
         roles: vec![Role {
             name: "all".into(),

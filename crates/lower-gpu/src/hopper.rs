@@ -270,6 +270,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         barriers,
         rings: b.rings,
         frags: b.frags,
+        shelves: IdVec::new(),
         setup,
         roles: vec![
             Role {

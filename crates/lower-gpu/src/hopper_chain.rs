@@ -159,6 +159,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         barriers,
         rings: b.rings,
         frags: b.frags,
+        shelves: IdVec::new(),
         setup,
         roles: vec![
             role("producer", 0, 1, true, registers.map(|r| r.0), producer_body),

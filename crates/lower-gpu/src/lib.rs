@@ -24,6 +24,7 @@ mod lines;
 mod pick;
 mod raster;
 mod schedule;
+mod shelf;
 mod specialise;
 mod streams;
 

@@ -13,13 +13,13 @@ use tilewright_tile::{Compare, Operand, ParamId, ReduceKind, TileId, TileOp};
 const TURN_BYTES: u32 = 32 << 10;
 
 impl Lines<'_> {
-    fn axes(&self, tile: TileId) -> (Option<usize>, Option<usize>) {
+    pub(crate) fn axes(&self, tile: TileId) -> (Option<usize>, Option<usize>) {
         let axis = |d| self.directions.axis(tile, d);
         (axis(Direction::Row), axis(Direction::Col))
     }
 
     /// Coordinates of this block's part of a tile.
-    fn here(
+    pub(crate) fn here(
         &self,
         at: &[Dim],
         axes: (Option<usize>, Option<usize>),
@@ -37,7 +37,7 @@ impl Lines<'_> {
     }
 
     /// Neighbouring columns that one access may take.
-    fn run(&self, param: ParamId, axis: Option<usize>, at: &[Dim]) -> u32 {
+    pub(crate) fn run(&self, param: ParamId, axis: Option<usize>, at: &[Dim]) -> u32 {
         let p = &self.kernel.params[param];
         let Some(axis) = axis else { return 1 };
         if !p.layout.axes[axis].stride.is(1) {
@@ -49,7 +49,7 @@ impl Lines<'_> {
     }
 
     /// Neighbouring rows that one access may take, when a tile is better read along rows and turned.
-    fn turns(
+    pub(crate) fn turned(
         &self,
         id: TileId,
         param: ParamId,
@@ -253,7 +253,8 @@ impl Lines<'_> {
         let step = |axis: Option<usize>| axis.map_or(1, |a| steps[a]);
         let steps = (step(axes.0), step(axes.1));
         let at = self.here(index, axes, steps);
-        let dst = whole(self.new_tile(id));
+        let frag = self.new_tile(id);
+        let dst = whole(frag);
         if steps != (1, 1) {
             let vector = if steps.1 == 1 { self.run(param, axes.1, &at) } else { 1 };
             let rows = None;
@@ -261,13 +262,14 @@ impl Lines<'_> {
             out.push(Stmt::Line(step));
             return Ok(());
         }
-        if let (Some(vector), (Some(row), Some(col))) = (self.turns(id, param, axes, &at), axes) {
+        if let (Some(vector), (Some(row), Some(col))) = (self.turned(id, param, axes, &at), axes) {
             let step = LineStep::Turn { dst, param, at, axes: (row, col), fill, vector };
             out.push(Stmt::Line(step));
             return Ok(());
         }
         let vector = self.run(param, axes.1, &at);
-        out.push(Stmt::Load { dst, param, at, axes, fill, vector });
+        let plain = Stmt::Load { dst, param, at, axes, fill, vector };
+        out.push(self.recalled((param, index, fill), (id, frag), plain));
         Ok(())
     }
 

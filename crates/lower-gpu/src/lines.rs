@@ -18,13 +18,14 @@
 use crate::axes::{Direction, Directions, directions};
 use crate::extents::Extents;
 use crate::schedule::GpuSchedule;
+use crate::shelf::{ITEM_TURN, Turns, item_of_turn, turns_of_items};
 use crate::streams::extents;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
     Arch, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, LineStep, Program, Role,
-    Spread, Stmt, identity,
+    Shelf, ShelfId, Spread, Stmt, identity,
 };
 use tilewright_expr::{Func, Op};
 use tilewright_layout::Dim;
@@ -74,7 +75,12 @@ pub(crate) struct Lines<'a> {
     /// The direction that is shared out over the blocks of a cluster.
     pub(crate) shared: Option<Direction>,
     /// Loops around the step.
-    loops: usize,
+    pub(crate) loops: usize,
+    pub(crate) shelves: IdVec<ShelfId, Shelf>,
+    /// What the innermost loop finds on shelves.
+    pub(crate) turns: Option<Turns>,
+    /// The items of the grid are fetched ahead.
+    pub(crate) items_ahead: bool,
     pub(crate) frags: IdVec<FragId, Frag>,
     pub(crate) tiles: BTreeMap<TileId, FragId>,
     /// Positions less a limit, by direction and limit.
@@ -149,6 +155,9 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         cols,
         shared,
         loops: 0,
+        shelves: IdVec::new(),
+        turns: None,
+        items_ahead: false,
         frags: IdVec::new(),
         tiles: BTreeMap::new(),
         masks: BTreeMap::new(),
@@ -172,6 +181,11 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
             rest = Dim::sym(outer);
         }
     }
+    // What is under way before the steps is known before they are lowered.
+    let turns = turns_of_items(&items);
+    let mut fetched_first = Vec::new();
+    lines.turns = lines.items_ahead(&turns, &mut fetched_first);
+    let fetched = lines.turns.clone();
     let indices = work.len();
     lines.block(&kernel.body, &mut work)?;
     let mut body = Vec::new();
@@ -187,7 +201,17 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     } else if dependent {
         body.push(Stmt::GridWait);
     }
-    if schedule.persistent {
+    if let Some(fetched) = &fetched {
+        body.extend(fetched_first);
+        let mut turn = Vec::new();
+        lines.begin_turn(fetched, &turns, &mut turn);
+        let item = item_of_turn(&Dim::sym(ITEM_TURN));
+        turn.push(Stmt::Let { name: "item".into(), value: item });
+        turn.extend(work);
+        let (lo, step) = (Dim::new(0), Dim::new(1));
+        body.push(Stmt::For { var: ITEM_TURN.into(), lo, hi: turns, step, body: turn });
+        body.push(Stmt::CopyWait { pending: 0 });
+    } else if schedule.persistent {
         let (lo, step) = (Dim::sym(CLUSTER), Dim::sym(CLUSTERS));
         body.push(Stmt::For { var: "item".into(), lo, hi: items.clone(), step, body: work });
     } else {
@@ -212,6 +236,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         barriers: IdVec::new(),
         rings: IdVec::new(),
         frags: lines.frags,
+        shelves: lines.shelves,
         setup: Vec::new(),
         roles: vec![Role {
             name: "lines".into(),
@@ -284,7 +309,9 @@ impl Lines<'_> {
     }
 
     fn block(&mut self, block: &Block, out: &mut Vec<Stmt>) -> Result<()> {
-        for stmt in early_loads(self.kernel, block, self.schedule.lines.early) {
+        let kept = self.find_kept(block);
+        for (place, stmt) in early_loads(self.kernel, block, self.schedule.lines.early) {
+            self.fetch_kept(&kept, place, out);
             match stmt {
                 tilewright_tile::Stmt::Let(id, op) => self.operation(*id, op, out)?,
                 tilewright_tile::Stmt::Store { param, index, value } => {
@@ -293,7 +320,10 @@ impl Lines<'_> {
                 tilewright_tile::Stmt::AtomicAdd { param, index, value } => {
                     self.atomic_add(*param, index, *value, out)?;
                 }
-                tilewright_tile::Stmt::For(f) => self.for_loop(f, out)?,
+                tilewright_tile::Stmt::For(f) => {
+                    let shared = self.turns_of_kept(&kept, place, f);
+                    self.for_loop(f, shared, out)?;
+                }
                 tilewright_tile::Stmt::If(f) => self.branch(f, out)?,
             }
         }
@@ -397,7 +427,7 @@ impl Lines<'_> {
         }
     }
 
-    fn for_loop(&mut self, f: &For, out: &mut Vec<Stmt>) -> Result<()> {
+    fn for_loop(&mut self, f: &For, kept: Option<Turns>, out: &mut Vec<Stmt>) -> Result<()> {
         let folds: Vec<Option<Folded>> =
             (0..f.carry.len()).map(|i| self.folded_reduction(f, i)).collect();
         let mut carried = Vec::new();
@@ -419,9 +449,16 @@ impl Lines<'_> {
         }
         let outer_masks = self.masks.clone();
         let mut body = Vec::new();
+        let ahead = if kept.is_none() { self.turns_ahead(f, out) } else { None };
+        let fetches = ahead.is_some();
+        if let Some(turns) = &ahead {
+            self.begin_turn(turns, &f.hi, &mut body);
+        }
+        let outer_turns = std::mem::replace(&mut self.turns, kept.or(ahead));
         self.loops += 1;
         let done = self.block(&f.body, &mut body);
         self.loops -= 1;
+        self.turns = outer_turns;
         done?;
         self.masks = outer_masks;
         // All next values are read before any carried tile changes.
@@ -450,6 +487,9 @@ impl Lines<'_> {
             step: Dim::new(1),
             body,
         });
+        if fetches {
+            out.push(Stmt::CopyWait { pending: 0 });
+        }
         for (i, fold) in folds.iter().enumerate() {
             let Some(fold) = fold else {
                 self.tiles.insert(f.results[i], carried[i]);
@@ -524,19 +564,19 @@ impl Lines<'_> {
     }
 }
 
-/// The steps of a block, loads of what nobody writes first: their data are under way while reductions wait.
+/// The steps of a block with their places, loads of what nobody writes first: their data are under way while reductions wait.
 fn early_loads<'b>(
     kernel: &Kernel,
     block: &'b Block,
     early: bool,
-) -> Vec<&'b tilewright_tile::Stmt> {
-    let early = |stmt: &&tilewright_tile::Stmt| {
+) -> Vec<(usize, &'b tilewright_tile::Stmt)> {
+    let early = |(_, stmt): &(usize, &tilewright_tile::Stmt)| {
         early
             && matches!(stmt, tilewright_tile::Stmt::Let(_, TileOp::Load { param, .. })
             if kernel.params[*param].access == Access::In)
     };
-    let first = block.stmts.iter().filter(early);
-    first.chain(block.stmts.iter().filter(|s| !early(s))).collect()
+    let all = || block.stmts.iter().enumerate();
+    all().filter(early).chain(all().filter(|s| !early(s))).collect()
 }
 
 /// How often steps of a block read a tile, nested blocks included.

@@ -7,6 +7,7 @@
 
 use crate::axes::{Direction, Directions, directions};
 use crate::schedule::{GpuSchedule, LinesKnobs};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
 use tilewright_device::Arch;
@@ -29,6 +30,13 @@ const SHARE: i64 = 8192;
 /// Threads of a block that has a long row alone, and of each block of a cluster that shares a longer one.
 const LANES_ALONE: i64 = 256;
 const LANES_SHARED: i64 = 128;
+/// Elements of a row from which its pieces are kept in shared memory, and bytes that a block keeps if it can choose:
+/// three blocks then share a multiprocessor.
+const KEPT_FROM: i64 = 16384;
+const KEPT_BYTES: i64 = 72 << 10;
+/// Bytes that a block keeps at most, and elements of a piece that a thread has.
+const KEPT_MOST: i64 = 200 << 10;
+const KEPT_EACH: i64 = 16;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
 
@@ -37,6 +45,8 @@ struct Shape {
     /// Name of the tile size along rows and along columns.
     row: Option<Arc<str>>,
     col: Option<Arc<str>>,
+    /// Sizes that are the extent of a tensor along columns.
+    col_sizes: BTreeMap<Arc<str>, i64>,
     /// Extents of the tensors along them.
     rows: i64,
     cols: i64,
@@ -71,8 +81,23 @@ fn reduces_outside_loops(directions: &Directions, block: &Block) -> bool {
             reduces_outside_loops(directions, &f.then)
                 || reduces_outside_loops(directions, &f.otherwise)
         }
+        // A loop that does not move along what is reduced reduces whole lines in every turn.
+        Stmt::For(f) => !moves_along(directions, f) && reduces_outside_loops(directions, &f.body),
         _ => false,
     })
+}
+
+/// Whether a loop loads different pieces of the lines that are reduced.
+fn moves_along(directions: &Directions, f: &tilewright_tile::For) -> bool {
+    let mut found = false;
+    accesses(&f.body, &mut |_, tile, index| {
+        for (axis, at) in index.iter().enumerate() {
+            let along = directions.of(tile).get(axis).copied().flatten();
+            let here = along.is_some() && along == directions.reduces;
+            at.for_each_symbol(&mut |s| found |= here && *s == f.var);
+        }
+    });
+    found
 }
 
 fn has_order(block: &Block) -> bool {
@@ -156,6 +181,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
     let mut out = Shape {
         row: None,
         col: None,
+        col_sizes: BTreeMap::new(),
         rows: 1,
         cols: 1,
         vector: 16,
@@ -188,6 +214,9 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                 } else {
                     out.cols = out.cols.max(extent);
                     out.col = out.col.take().or(name);
+                    if let Some(size) = a.extent.as_symbol() {
+                        out.col_sizes.insert(size.clone(), extent);
+                    }
                     // What is stored once per column does not matter when columns are reduced.
                     if row.is_some() || out.reduces != Some(Direction::Row) {
                         out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
@@ -337,7 +366,9 @@ impl Picker<'_> {
             return None;
         }
         let runs = up(self.runs, cluster);
-        let keep = (KEEP / s.vector).max(1);
+        // Elements that are read one by one take an address each.
+        let single = s.aligned == 1 && s.vector > 1;
+        let keep = (if single { KEEP / 2 } else { KEEP } / s.vector).max(1);
         let lanes = match runs {
             r if r <= 32 && cluster == 1 => power_of_two_from(r),
             r if r <= 32 * keep => 32,
@@ -349,8 +380,10 @@ impl Picker<'_> {
             return None;
         }
         let runs_each = up(runs, lanes);
-        let rows_each = if cluster > 1 { 1 } else { (self.in_flight / runs_each).max(1) };
-        let threads = if cluster > 1 { lanes } else { lanes.max(128) };
+        let alone = cluster > 1 || single;
+        let rows_each = if alone { 1 } else { (self.in_flight / runs_each).max(1) };
+        let least = if single { 256 } else { 128 };
+        let threads = if cluster > 1 { lanes } else { lanes.max(least) };
         Some(self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster }))
     }
 
@@ -430,10 +463,16 @@ impl Picker<'_> {
         let each = choice.rows_each * choice.runs_each * s.vector;
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
         let single = each * planes + choice.runs_each * s.vector * s.vectors;
-        let addresses = if s.aligned < s.vector { 48 + single } else { 0 };
+        // Of few elements, addresses are worked out as they are needed.
+        let few = s.aligned == 1 && s.whole && each <= KEEP / 2;
+        let addresses = match s.aligned < s.vector {
+            true if few => 16,
+            true => 48 + single,
+            false => 0,
+        };
         let vectors = s.vectors * if early { choice.runs_each * 2 + 2 } else { 8 };
         // Vectors of several rows are addressed apart.
-        let rows = if choice.lines() > 1 && s.vectors > 0 { 24 } else { 0 };
+        let rows = if choice.lines() > 1 && s.vectors > 0 && early && !few { 24 } else { 0 };
         28 + each * (planes + s.folds) + vectors + rows + addresses
     }
 
@@ -497,6 +536,44 @@ impl Picker<'_> {
         choice
     }
 
+    /// Rows in pieces that stay in shared memory between the loops that read them; `None` for rows that are short.
+    fn kept(&self) -> Option<GpuSchedule> {
+        let s = &self.s;
+        if s.whole || s.reduces != Some(Direction::Col) || s.ordered || s.cols <= KEPT_FROM {
+            return None;
+        }
+        let bytes = s.cols * s.planes.max(1) * 16 / s.vector;
+        let most = if self.clusters_work() { CLUSTER_MOST } else { 1 };
+        let mut cluster = 1;
+        let long = |cluster: i64| up(bytes, cluster) > KEPT_BYTES;
+        let few =
+            |cluster: i64| s.rows * cluster * 2 <= PROCESSORS && s.cols >= 2 * SHARE * cluster;
+        while cluster < most && (long(cluster) || few(cluster)) {
+            cluster *= 2;
+        }
+        // More blocks than every device offers, for the longest rows only.
+        if cluster == CLUSTER_MOST
+            && most == CLUSTER_MOST
+            && up(bytes, cluster) > KEPT_BYTES * 3 / 2
+        {
+            cluster *= 2;
+        }
+        let room = i64::from(self.arch.smem_bytes()).min(KEPT_MOST);
+        let threads = 256;
+        let runs_each = (KEPT_EACH / s.vector).max(1);
+        let choice = Choice { threads, lanes: threads, rows_each: 1, runs_each, cluster };
+        let piece = threads * runs_each * s.vector;
+        let piece_bytes = piece * s.planes.max(1) * 16 / s.vector;
+        let kept = up(s.cols, piece * cluster).min(room / piece_bytes).max(1);
+        let mut schedule = self.schedule(choice);
+        let fit = (220 << 10) / (kept * piece_bytes + 2048);
+        schedule.blocks_per_sm = schedule.blocks_per_sm.min(fit.max(1) as u32);
+        schedule.lines.kept = kept as u32;
+        // The number of pieces is a number then, and so is whether all of them are kept.
+        schedule.sizes = s.col_sizes.clone();
+        Some(schedule)
+    }
+
     fn schedule(&self, choice: Choice) -> GpuSchedule {
         let s = &self.s;
         let mut schedule = GpuSchedule::hopper(&[]);
@@ -509,8 +586,11 @@ impl Picker<'_> {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
             vector: schedule.vector,
-            early: choice.cluster == 1,
+            // Rows of a warp wait for no other: registers for another block are worth more.
+            early: choice.cluster == 1 && (!s.whole || choice.lanes > 32),
             ahead: false,
+            kept: 0,
+            fetched: 0,
         };
         // Registers are given out in steps of 8.
         let needed = (self.registers(choice, schedule.lines.early) + 7) / 8 * 8;
@@ -529,11 +609,33 @@ impl Picker<'_> {
             };
             schedule.tiles.insert(name.clone(), extent);
         }
+        // Where a tile is as long as the rows, nothing lies behind them: no element is asked whether it does.
+        if s.whole && s.reduces == Some(Direction::Col) {
+            let full = s.col_sizes.iter().filter(|(_, extent)| **extent == cols);
+            schedule.sizes = full.map(|(name, extent)| (name.clone(), *extent)).collect();
+        }
         schedule
     }
 }
 
 impl GpuSchedule {
+    /// A schedule for a program whose loops go over the same pieces of rows, and that keeps these in shared memory.
+    /// Tensors start at multiples of 16 bytes. `None` when the rows are so short that registers hold them.
+    ///
+    /// # Errors
+    /// A size without a value; a program that has no rows and columns.
+    pub fn lines_kept(
+        kernel: &Kernel,
+        arch: Arch,
+        size: &dyn Fn(&str) -> Option<i64>,
+    ) -> Result<Option<GpuSchedule>> {
+        let s = shape(kernel, size, 16)?;
+        let runs = up(s.cols, s.vector);
+        let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
+        let kept = Picker { kernel, arch, size, s, runs, in_flight }.kept();
+        Ok(kept.filter(|schedule| crate::lower(kernel, schedule).is_ok()))
+    }
+
     /// As [`GpuSchedule::lines_for_addresses`], for tensors that start at multiples of 16 bytes.
     ///
     /// # Errors

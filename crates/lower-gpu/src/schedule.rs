@@ -52,11 +52,23 @@ pub struct LinesKnobs {
     /// For kernels that are launched early: the next one may start with this one, not with its end, and matrices that the
     /// first loop reads are weights, which no kernel writes: their lines are asked for while the kernel before still runs.
     pub ahead: bool,
+    /// Pieces that loops of one block share and keep in shared memory; 0: each loop reads them.
+    pub kept: u32,
+    /// Turns of a loop whose loads are under way at a time; below 2: each turn loads for itself.
+    pub fetched: u32,
 }
 
 impl Default for LinesKnobs {
     fn default() -> LinesKnobs {
-        LinesKnobs { threads: 256, lanes: 256, vector: 1, early: true, ahead: false }
+        LinesKnobs {
+            threads: 256,
+            lanes: 256,
+            vector: 1,
+            early: true,
+            ahead: false,
+            kept: 0,
+            fetched: 0,
+        }
     }
 }
 
@@ -68,6 +80,8 @@ pub struct GpuSchedule {
     pub arch: Arch,
     /// A value for each of the kernel's tile sizes.
     pub tiles: BTreeMap<Arc<str>, i64>,
+    /// Sizes that the kernel is compiled for, as numbers: it takes no others. Only programs without products have some.
+    pub sizes: BTreeMap<Arc<str>, i64>,
     /// Which instructions multiply.
     pub product: ProductKind,
     /// Warps along the rows and the columns of a tile, for `MmaSync` and `Fma`.
@@ -113,6 +127,7 @@ impl GpuSchedule {
         GpuSchedule {
             arch: Arch::Sm90a,
             tiles: tiles.iter().map(|(name, size)| (Arc::from(*name), *size)).collect(),
+            sizes: BTreeMap::new(),
             product: ProductKind::Wgmma,
             warps: (4, 1),
             mode: Mode::Cooperative,
@@ -157,25 +172,28 @@ impl GpuSchedule {
 impl GpuSchedule {
     /// What of a schedule a program without products reads, in a line.
     pub fn lines_text(&self) -> String {
-        let tiles: Vec<String> = self.tiles.iter().map(|(name, v)| format!("{name}={v}")).collect();
-        let LinesKnobs { threads, lanes, vector, early, ahead } = self.lines;
+        let all = self.tiles.iter().chain(&self.sizes);
+        let tiles: Vec<String> = all.map(|(name, v)| format!("{name}={v}")).collect();
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched } = self.lines;
         format!(
-            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}{}",
+            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}{}{}{}",
             tiles.join(" "),
             self.cluster,
             self.blocks_per_sm,
             if early { " early" } else { "" },
-            if ahead { " ahead" } else { "" }
+            if ahead { " ahead" } else { "" },
+            if kept > 0 { format!(" kept={kept}") } else { String::new() },
+            if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
         )
     }
 }
 
 impl fmt::Display for GpuSchedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (name, size) in &self.tiles {
+        for (name, size) in self.tiles.iter().chain(&self.sizes) {
             write!(f, "{name}={size} ")?;
         }
-        let LinesKnobs { threads, lanes, vector, early, ahead } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched } = self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
             Mode::PingPong => "ping-pong",
@@ -193,7 +211,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}{}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -203,6 +221,8 @@ impl fmt::Display for GpuSchedule {
             self.vector,
             self.blocks_per_sm,
             if early { " early" } else { "" },
+            if kept > 0 { format!(" kept={kept}") } else { String::new() },
+            if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
             if self.turns { " turns" } else { "" },
             if self.serpentine { " serpentine" } else { "" },
             if self.dependent { " dependent" } else { "" },

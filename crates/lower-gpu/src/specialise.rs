@@ -1,8 +1,9 @@
-//! Puts the schedule's tile sizes into a tile program, so that every extent is a number.
+//! Puts the schedule's tile sizes, and the sizes that it is for, into a tile program, so that every extent of a tile
+//! is a number.
 
 use crate::schedule::GpuSchedule;
 use tilewright_base::{Error, Result};
-use tilewright_layout::Dim;
+use tilewright_layout::{Dim, Range};
 use tilewright_tile::{Block, For, If, Kernel, Stmt, TileOp};
 
 /// The program with numbers for tile sizes.
@@ -12,7 +13,8 @@ pub(crate) fn specialise(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Kern
             return Err(Error::bug(format!("tile size {name} of {} has no value", kernel.name)));
         }
     }
-    let lookup = |name: &str| schedule.tiles.get(name).map(|v| Dim::new(*v));
+    let number = |name: &str| schedule.tiles.get(name).or_else(|| schedule.sizes.get(name));
+    let lookup = |name: &str| number(name).map(|v| Dim::new(*v));
     let sub = |dim: &Dim| dim.substitute(&lookup);
     let mut out = kernel.clone();
     for axis in &mut out.grid {
@@ -25,6 +27,18 @@ pub(crate) fn specialise(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Kern
         }
     }
     block(&mut out.body, &sub);
+    for (_, param) in out.params.iter_mut() {
+        for axis in &mut param.layout.axes {
+            (axis.extent, axis.stride) = (sub(&axis.extent), sub(&axis.stride));
+        }
+        param.layout.offset = sub(&param.layout.offset);
+    }
+    // The kernel takes no other values.
+    for symbol in &mut out.symbols {
+        if let Some(v) = schedule.sizes.get(&symbol.name) {
+            symbol.range = Range { min: *v, max: *v };
+        }
+    }
     out.tiles.clear();
     Ok(out)
 }

@@ -2,6 +2,7 @@
 
 use super::{Checker, walk};
 use crate::ir::*;
+use crate::lines::Shelf;
 use std::collections::BTreeSet;
 use tilewright_base::DType;
 
@@ -35,6 +36,9 @@ impl Checker<'_> {
         self.maps();
         for (_, f) in p.frags.iter() {
             self.spread(f);
+        }
+        for (_, s) in p.shelves.iter() {
+            self.shelf_spread(s);
         }
         if p.arch < Arch::Sm90a {
             self.before_hopper();
@@ -182,6 +186,23 @@ impl Checker<'_> {
         };
         let some = f.rows > 0 && f.cols > 0;
         self.require(fits && some, || format!("fragment {} = {f} does not fit its spread", f.name));
+    }
+
+    /// Every thread has whole runs of a shelf's tiles.
+    fn shelf_spread(&mut self, s: &Shelf) {
+        let fits = match s.spread {
+            Spread::Lines { lanes, vector, threads } => {
+                let lines = threads / lanes.max(1);
+                lines > 0
+                    && s.vector > 0
+                    && vector.is_multiple_of(s.vector)
+                    && s.rows.is_multiple_of(lines)
+                    && s.cols.is_multiple_of(lanes.saturating_mul(vector).max(1))
+            }
+            _ => false,
+        };
+        let some = s.rows > 0 && s.cols > 0 && s.slots > 0 && s.dtype.bits() >= 8;
+        self.require(fits && some, || format!("shelf {} does not fit its spread", s.name));
     }
 
     fn before_hopper(&mut self) {

@@ -2,7 +2,7 @@
 
 use super::Checker;
 use crate::ir::*;
-use crate::lines::LineStep;
+use crate::lines::{LineStep, Shelf, ShelfRef};
 use tilewright_base::DType;
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
@@ -395,6 +395,18 @@ impl Checker<'_> {
         }
     }
 
+    /// The shelf that a step names.
+    fn shelf(&mut self, stmt: &Stmt, of: &ShelfRef) -> Option<Shelf> {
+        self.known(stmt, &of.slot);
+        let shelf = self.program.shelves.get(of.shelf).cloned();
+        self.step(stmt, shelf.is_some(), "the shelf does not exist");
+        let (slot, slots) =
+            (self.put_in(&of.slot).as_const(), shelf.as_ref().map_or(0, |s| s.slots));
+        let inside = slot.is_none_or(|slot| (0..i64::from(slots)).contains(&slot));
+        self.step(stmt, inside, "the shelf has no such slot");
+        shelf
+    }
+
     /// Steps of threads in lines.
     fn line_step(&mut self, stmt: &Stmt, step: &LineStep) {
         let p = self.program;
@@ -433,6 +445,23 @@ impl Checker<'_> {
                 self.step(stmt, *vector >= 1, "accesses of no elements");
                 let all = self.role.is_some_and(|r| r.warps * 32 == p.threads);
                 self.step(stmt, all, "belongs to all threads of the block");
+            }
+            LineStep::Fetch { to, param, at, axes, fill } => {
+                if !self.coordinates(stmt, *param, at) {
+                    return;
+                }
+                self.axes(stmt, *axes, at.len());
+                self.value(stmt, p.params[*param].dtype, *fill);
+                if let Some(shelf) = self.shelf(stmt, to) {
+                    let same = shelf.dtype == p.params[*param].dtype;
+                    self.step(stmt, same, "the element types differ");
+                }
+            }
+            LineStep::Recall { from, .. } => {
+                let Some(shelf) = self.shelf(stmt, from) else { return };
+                let of_shelf = (shelf.dtype, shelf.rows, shelf.cols, shelf.spread);
+                let same = to.is_some_and(|f| (f.dtype, f.rows, f.cols, f.spread) == of_shelf);
+                self.step(stmt, same && tile(to), "the result is not a tile as the shelf's");
             }
             LineStep::ArgReduce { limit, .. } => {
                 self.known(stmt, limit);

@@ -6,9 +6,62 @@ use super::values::{View, along, combine, convert, set, value_at};
 use crate::tile::{beats, identity};
 use crate::value::Buf;
 use tilewright_base::{Error, Result};
-use tilewright_device::{FragRef, LineStep, Stmt};
+use tilewright_device::{Extent, FragRef, LineStep, Program, ShelfId, Stmt};
 use tilewright_expr::Value;
 use tilewright_tile::ReduceKind;
+
+/// What an instance's threads have on shelves, and which of it has come.
+#[derive(Debug)]
+pub(super) struct Shelves {
+    /// Per shelf and slot: the group that its latest contents came with, and these.
+    slots: Vec<Vec<(u32, Option<Buf>)>>,
+    committed: u32,
+    complete: u32,
+}
+
+impl Shelves {
+    pub(super) fn new(program: &Program) -> Shelves {
+        let empty = |slots: u32| (0..slots).map(|_| (0, None)).collect();
+        let slots = program.shelves.iter().map(|(_, s)| empty(s.slots)).collect();
+        Shelves { slots, committed: 0, complete: 0 }
+    }
+
+    pub(super) fn commit(&mut self) {
+        self.committed += 1;
+    }
+
+    pub(super) fn wait(&mut self, pending: u32) {
+        self.complete = self.complete.max(self.committed.saturating_sub(pending));
+    }
+
+    fn fetch(
+        &mut self,
+        shelf: ShelfId,
+        slot: i64,
+        data: Option<Buf>,
+    ) -> std::result::Result<(), &'static str> {
+        let (group, complete) = (self.committed + 1, self.complete);
+        let slot = usize::try_from(slot).ok().and_then(|s| self.slots[shelf.index()].get_mut(s));
+        let slot = slot.ok_or("uses a slot that the shelf does not have")?;
+        if slot.0 > complete {
+            return Err("fetches into a slot whose last fetch may be under way");
+        }
+        *slot = (group, data);
+        Ok(())
+    }
+
+    fn recall(&self, shelf: ShelfId, slot: i64) -> std::result::Result<Option<&Buf>, &'static str> {
+        let slot = usize::try_from(slot).ok().and_then(|s| self.slots[shelf.index()].get(s));
+        match slot {
+            None => Err("uses a slot that the shelf does not have"),
+            Some((0, _)) => Err("recalls a slot that nothing was fetched to"),
+            Some((group, _)) if *group > self.complete => {
+                Err("recalls a slot whose fetch may be under way")
+            }
+            Some((_, data)) => Ok(data.as_ref()),
+        }
+    }
+}
 
 impl<'p> Machine<'p, '_> {
     /// A step of lines; those that meet are in `step.rs`.
@@ -70,6 +123,30 @@ impl<'p> Machine<'p, '_> {
                     let from = self.program.params[*param].dtype;
                     let to = self.program.frags[dst.frag].dtype;
                     self.reg_put(agent, view, convert(data, from, to, self.options.mode));
+                }
+            }
+            LineStep::Fetch { to, param, at, axes, fill } => {
+                let at = self.dims(agent, stmt, at)?;
+                let slot = self.dim(agent, stmt, &to.slot)?;
+                let shelf = &self.program.shelves[to.shelf];
+                let shape = (shelf.rows, shelf.cols, shelf.spread, Extent::Tile);
+                let mapping = self.mapping_of(shape, 0, &at, *axes);
+                let shape = (shelf.rows as usize, shelf.cols as usize);
+                let data =
+                    self.global_read(agent, stmt, *param, (&at, *axes), shape, *fill, mapping)?;
+                if let Err(what) = self.agents[agent].shelves.fetch(to.shelf, slot, data) {
+                    return Err(self.fail(agent, stmt, what));
+                }
+            }
+            LineStep::Recall { dst, from } => {
+                let slot = self.dim(agent, stmt, &from.slot)?;
+                let view = self.reg_write(agent, stmt, dst)?;
+                let data = match self.agents[agent].shelves.recall(from.shelf, slot) {
+                    Ok(data) => data.cloned(),
+                    Err(what) => return Err(self.fail(agent, stmt, what)),
+                };
+                if let Some(data) = data {
+                    self.reg_put(agent, view, data);
                 }
             }
             LineStep::ArgReduce { dst, kind, src, limit, last } => {

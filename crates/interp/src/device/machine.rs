@@ -1,6 +1,7 @@
 //! One cluster at work: its instances, the state of its blocks, and who steps next.
 
 use super::clock::{Clock, Groups, PARTS, Part, Threads, component};
+use super::lines::Shelves;
 use super::memory::{Access, Conflict, FragState, Global, Rect, SmemSlot};
 use super::values::View;
 use super::{Options, Order};
@@ -63,6 +64,7 @@ pub(super) struct Agent<'p> {
     /// Stages moved forward since the start.
     pub(super) rings: Vec<i64>,
     pub(super) frags: Vec<FragState>,
+    pub(super) shelves: Shelves,
     pub(super) clocks: Threads,
     pub(super) stores: Groups,
     pub(super) wgmma: Groups,
@@ -331,6 +333,7 @@ impl<'p, 'g> Machine<'p, 'g> {
                     env,
                     rings: vec![0; program.rings.len()],
                     frags: Vec::new(),
+                    shelves: Shelves::new(program),
                     clocks: Threads::new(machine.agents.len(), n),
                     stores: Groups::default(),
                     wgmma: Groups::default(),

@@ -277,11 +277,13 @@ impl<'p> Machine<'p, '_> {
                     false => &mut a.clocks.others_copy,
                 };
                 groups.commit();
+                a.shelves.commit();
             }
             Stmt::CopyWait { pending } => {
                 let a = &mut self.agents[agent];
                 let solo = a.solo();
                 a.clocks.copy_wait(*pending, solo);
+                a.shelves.wait(*pending);
             }
             Stmt::WgmmaFence => {
                 let columns = self.agents[agent].frags.iter_mut().flat_map(|f| &mut f.columns);

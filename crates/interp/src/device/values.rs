@@ -560,8 +560,18 @@ impl<'p> Machine<'p, '_> {
         axes: (Option<usize>, Option<usize>),
     ) -> u32 {
         let f = &self.program.frags[frag.frag];
-        let (rect, shape) = (view.rect, (f.rows, f.cols, f.spread, f.extent));
-        self.global.mapping(format!("{shape:?} {} {at:?} {axes:?}", rect.c0))
+        self.mapping_of((f.rows, f.cols, f.spread, f.extent), view.rect.c0, at, axes)
+    }
+
+    /// The same for what is spread like that, from a column on.
+    pub(super) fn mapping_of(
+        &mut self,
+        shape: (u32, u32, Spread, Extent),
+        col: usize,
+        at: &[i64],
+        axes: (Option<usize>, Option<usize>),
+    ) -> u32 {
+        self.global.mapping(format!("{shape:?} {col} {at:?} {axes:?}"))
     }
 
     fn buffer_offset(&self, param: ParamId, at: &[i64]) -> Result<Option<usize>> {

@@ -226,6 +226,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
         barriers,
         rings,
         frags,
+        shelves: tilewright_base::IdVec::new(),
         setup: vec![Stmt::Once(vec![Stmt::BarrierInit, Stmt::FenceBarrierInit]), Stmt::SyncCluster],
         roles: vec![
             role("producer", 0, 1, "p", true, 40, vec![over_tiles(vec![over_depth(produce)])]),

@@ -10,8 +10,11 @@ use tilewright_device::{Arch, Program, verify};
 use tilewright_expr::Func;
 use tilewright_interp::device::check;
 use tilewright_kernels::gemm::{Epilogue, GemmSpec, Math, Order};
+use tilewright_kernels::rows::{NormBackwardSpec, RowOp, RowSpec};
 use tilewright_layout::Env;
-use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind, lower};
+use tilewright_lower_gpu::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind, lower};
+
+use tilewright_tile::Kernel;
 
 /// A form of kernel.
 struct Case {
@@ -110,6 +113,28 @@ fn cases() -> Vec<Case> {
     add("plain copies, persistent", &bf16, false, &direct, sizes(32, 96, 160), &[COPIED]);
     let staged = pipelined(96, StoreKind::Staged, false);
     add("plain copies, staged", &bf16, false, &staged, sizes(32, 96, 224), &[COPIED_STAGED]);
+    // Rows: pieces that loops share, items and turns of a loop that are fetched ahead.
+    let mut rows = |name, kernel: Kernel, knobs: LinesKnobs, persistent, sizes: &[(&str, i64)]| {
+        let tiles = [("BM", 1), ("BN", if persistent { 320 } else { 128 })];
+        let plain = GpuSchedule::hopper(&tiles);
+        let schedule = GpuSchedule { persistent, vector: 4, lines: knobs, ..plain };
+        let program = lower(&kernel, &schedule).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let sizes = sizes.iter().map(|(s, v)| (Arc::from(*s), *v)).collect();
+        out.push(Case { name, program, sizes, equivalent: &[FETCHED] });
+    };
+    let threads = LinesKnobs { threads: 32, lanes: 32, vector: 4, ..LinesKnobs::default() };
+    let softmax = RowSpec { op: RowOp::Softmax, dtype: DType::F32, residual: false };
+    let long = [("M", 2), ("N", 320), ("ldx", 320), ("ldy", 320)];
+    let kept = LinesKnobs { kept: 2, ..threads };
+    rows("kept pieces", softmax.program("rows", false), kept, false, &long);
+    let ahead = LinesKnobs { fetched: 3, ..threads };
+    let many = [("M", 9), ("N", 320), ("ldx", 320), ("ldy", 320)];
+    let wide = LinesKnobs { vector: 2, lanes: 32, ..ahead };
+    rows("items ahead", softmax.program("rows", true), wide, true, &many);
+    let gradient = NormBackwardSpec { op: RowOp::RmsNorm { eps: 1e-6 }, dtype: DType::F32 };
+    let gradient = gradient.program("rows").unwrap();
+    let turns = [("M", 9), ("N", 100), ("ld", 100), ("P", 2), ("C", 5)];
+    rows("turns ahead", gradient, ahead, false, &turns);
     out
 }
 
@@ -275,6 +300,15 @@ const COPIED_STAGED: &[Equivalent] = &[
     ),
 ];
 
+/// Of rows that are fetched to shelves. A star stands for any rest.
+const FETCHED: &[Equivalent] = &[
+    (
+        "lines `copy wait 0` after *",
+        "no fetch is open there, or only registers are touched before the next recall",
+    ),
+    ("lines `copy wait 2` after `let *", "integers only"),
+];
+
 #[test]
 fn every_weaker_lowered_program_is_caught() {
     for case in cases() {
@@ -299,6 +333,11 @@ fn every_weaker_lowered_program_is_caught() {
         );
         let equivalent = case.equivalent.iter().copied().flatten();
         let mut expected: Vec<&str> = equivalent.map(|e| e.0).collect();
+        survivors.retain(|s| {
+            let known = |e: &&str| e.strip_suffix('*').is_some_and(|start| s.starts_with(start));
+            !expected.iter().any(known)
+        });
+        expected.retain(|e| !e.ends_with('*'));
         expected.sort_unstable();
         survivors.sort_unstable();
         assert_eq!(survivors, expected, "{}", case.name);

@@ -142,6 +142,17 @@ fn weaker(p: &Program, stmt: &Stmt) -> Vec<(String, Stmt)> {
         Stmt::CopyWait { pending } => {
             out.push(("one more pending".into(), Stmt::CopyWait { pending: pending + 1 }));
         }
+        Stmt::Line(LineStep::Fetch { to, param, at, axes, fill }) => {
+            let to = ShelfRef { shelf: to.shelf, slot: &to.slot + 1 };
+            let (at, axes) = (at.clone(), *axes);
+            let fetch = LineStep::Fetch { to, param: *param, at, axes, fill: *fill };
+            out.push(("next slot".into(), Stmt::Line(fetch)));
+        }
+        Stmt::Line(LineStep::Recall { dst, from }) => {
+            let from = ShelfRef { shelf: from.shelf, slot: &from.slot + 1 };
+            let recall = LineStep::Recall { dst: dst.clone(), from };
+            out.push(("next slot".into(), Stmt::Line(recall)));
+        }
         Stmt::CopyIn { param, at, axes, to, vector } => {
             if let Some(slot) = other(&to.slot) {
                 let (at, to) = (at.clone(), SmemTile { slot, ..to.clone() });

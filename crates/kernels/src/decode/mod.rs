@@ -97,6 +97,7 @@ fn schedule(
         vector: vector as u32,
         early: false,
         ahead: s.dependent,
+        ..LinesKnobs::default()
     };
     s.blocks_per_sm = 1;
     s

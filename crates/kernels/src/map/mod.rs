@@ -4,8 +4,10 @@
 //! ([`AdamWSpec`]).
 
 mod adamw;
+mod dropout;
 
-pub use adamw::{ADAMW_NUMBERS, AdamWSpec};
+pub use adamw::{ADAMW_NUMBERS, AdamWSpec, AdamWTableSpec};
+pub use dropout::DropoutSpec;
 
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;

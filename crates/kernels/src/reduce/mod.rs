@@ -8,6 +8,10 @@
 //! The number of parts depends on the sizes and the machine alone, so the order of every sum is fixed. Reductions of
 //! rows need no second step: `parts` is then all there is (see also `rows`).
 
+mod clip;
+
+pub use clip::ClipSpec;
+
 use crate::rows::{func, sizes};
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{Arch, identity};
@@ -36,15 +40,18 @@ pub struct ReduceSpec {
     pub dtype: DType,
     /// Type of the result.
     pub result: DType,
+    /// Elements are squared first.
+    pub squares: bool,
 }
 
-/// Two kernels, the second after the first.
+/// One kernel, or two, the second after the first.
 #[derive(Clone, Debug)]
 pub struct ReducePlan {
     /// Parameters `X` and `P`; sizes those of the tensor, and `P`, `C` (see [`ReducePlan::parts_count`]).
     pub parts: (Kernel, GpuSchedule),
-    /// Parameters `P` and `Y`; sizes `N` and `P`, or `P` alone.
-    pub finish: (Kernel, GpuSchedule),
+    /// Parameters `P` and `Y`; sizes `N` and `P`, or `P` alone. With a single part there is none: the first step then
+    /// writes `Y` in the place of `P`.
+    pub finish: Option<(Kernel, GpuSchedule)>,
     /// How many parts there are: the size `P`.
     pub parts_count: i64,
     /// Pieces of a part: the size `C`.
@@ -79,17 +86,27 @@ fn layout(axes: Vec<Axis>) -> Layout {
 impl ReduceSpec {
     /// Sums of all elements or of columns.
     pub fn sum(over: Over, dtype: DType) -> ReduceSpec {
-        ReduceSpec { kind: ReduceKind::Sum, over, dtype, result: DType::F32 }
+        ReduceSpec { kind: ReduceKind::Sum, over, dtype, result: DType::F32, squares: false }
     }
 
     fn wide(&self, k: &mut KernelBuilder, x: TileId, shape: Vec<Dim>) -> TileId {
         let args = vec![k.plain(x)];
-        k.map(Func::cast(self.dtype, DType::F32), args, shape)
+        let wide = func(&[self.dtype], |f, a| {
+            let x = f.cast(a[0], DType::F32);
+            if self.squares { f.op(Op::Mul, &[x, x]) } else { x }
+        });
+        k.map(wide, args, shape)
     }
 
     /// The first step. Tile sizes: `BN`, and `BM` for columns.
     pub fn parts(&self, name: &str) -> Kernel {
+        self.step(name, "P", DType::F32)
+    }
+
+    /// The first step, its results under this name and in this type.
+    fn step(&self, name: &str, to: &str, result: DType) -> Kernel {
         let mut k = KernelBuilder::new(name);
+        let last = func(&[DType::F32], |f, a| f.cast(a[0], result));
         let fill = identity(self.kind, self.dtype);
         let start = identity(self.kind, DType::F32);
         let one = Dim::new(1);
@@ -98,7 +115,7 @@ impl ReduceSpec {
                 sizes(&mut k, &["N", "P", "C"]);
                 let bn = k.tile("BN");
                 let x = k.param("X", self.dtype, layout(vec![axis("N", one.clone())]), Access::In);
-                let p = k.param("P", DType::F32, layout(vec![axis("P", one)]), Access::Out);
+                let p = k.param(to, result, layout(vec![axis("P", one)]), Access::Out);
                 let part = k.grid("part", Dim::sym("P"));
                 let init = k.full(start, TileType::new(DType::F32, []));
                 let (piece, carried) = k.begin_for("piece", Dim::new(0), Dim::sym("C"), &[init]);
@@ -109,6 +126,8 @@ impl ReduceSpec {
                 let args = vec![k.plain(carried[0]), k.plain(r)];
                 let next = k.map(combine(self.kind), args, vec![]);
                 let all = k.end_for(&[next])[0];
+                let args = vec![k.plain(all)];
+                let all = k.map(last, args, vec![]);
                 let all = k.reshape(all, vec![Dim::new(1)]);
                 k.store(p, vec![part], all);
             }
@@ -118,7 +137,7 @@ impl ReduceSpec {
                 let axes = vec![axis("M", Dim::sym("ldx")), axis("N", one.clone())];
                 let x = k.param("X", self.dtype, layout(axes), Access::In);
                 let axes = vec![axis("P", Dim::sym("N")), axis("N", one.clone())];
-                let p = k.param("P", DType::F32, layout(axes), Access::Out);
+                let p = k.param(to, result, layout(axes), Access::Out);
                 let part = k.grid("part", Dim::sym("P"));
                 let pn = k.grid("pn", Dim::sym("N").ceil_div(&bn));
                 let col = pn * &bn;
@@ -132,6 +151,8 @@ impl ReduceSpec {
                 let args = vec![k.plain(carried[0]), k.plain(r)];
                 let next = k.map(combine(self.kind), args, vec![bn.clone()]);
                 let all = k.end_for(&[next])[0];
+                let args = vec![k.plain(all)];
+                let all = k.map(last, args, vec![bn.clone()]);
                 let all = k.reshape(all, vec![one, bn]);
                 k.store(p, vec![part, col], all);
             }
@@ -199,6 +220,21 @@ impl ReduceSpec {
     /// # Errors
     /// A size without a value.
     pub fn plan(&self, arch: Arch, size: &dyn Fn(&str) -> Option<i64>) -> Result<ReducePlan> {
+        let mut plan = self.plan_with(self.finish("reduce_finish"), arch, size)?;
+        if plan.parts_count == 1 {
+            plan.parts.0 = self.step("reduce_parts", "Y", self.result);
+            plan.finish = None;
+        }
+        Ok(plan)
+    }
+
+    /// The first step for these sizes, and the second as it is given.
+    fn plan_with(
+        &self,
+        finish: Kernel,
+        arch: Arch,
+        size: &dyn Fn(&str) -> Option<i64>,
+    ) -> Result<ReducePlan> {
         let none = |what: &str| Error::bug(format!("a reduction without {what}"));
         let need = |name: &str| size(name).ok_or_else(|| none(name));
         let n = need("N")?;
@@ -220,9 +256,13 @@ impl ReduceSpec {
         };
         let pieces = up(all, wanted.clamp(1, all.max(1)));
         let parts_count = up(all, pieces.max(1)).max(1);
-        let finish = self.finish("reduce_finish");
         let few = |name: &str| if name == "P" { Some(parts_count) } else { size(name) };
         let last = scheduled(&finish, &few)?;
-        Ok(ReducePlan { parts: (parts, schedule), finish: (finish, last), parts_count, pieces })
+        Ok(ReducePlan {
+            parts: (parts, schedule),
+            finish: Some((finish, last)),
+            parts_count,
+            pieces,
+        })
     }
 }

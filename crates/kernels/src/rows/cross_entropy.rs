@@ -1,12 +1,14 @@
 //! Cross-entropy of rows of logits, with its gradient written over them.
 
-use super::program::{along, func, lines, sizes};
-use tilewright_base::{DType, Error, Result};
+use super::program::{along, exponential, func, lines, sizes, whole_or_pieces};
+use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
-use tilewright_expr::{Func, Op, Value};
+use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Dim, Layout};
 use tilewright_lower_gpu::GpuSchedule;
-use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind};
+use tilewright_tile::{
+    Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
+};
 
 /// For every row `x` of `X[M, N]` and its target `t = T[i]` (`i64`), in f32:
 ///
@@ -16,16 +18,125 @@ use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind};
 /// ```
 ///
 /// A target outside `0..N` is ignored: its loss is 0, and so is its row's gradient. Size symbols: `M`, `N`, and `ldx`,
-/// the distance in elements between rows. A row is read once and written once.
+/// the distance in elements between rows. A row that a tile holds whole, or that shared memory keeps, is read once and
+/// written once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CrossEntropySpec {
     /// Type of the logits.
     pub dtype: DType,
 }
 
+/// A program under construction.
+struct Builder {
+    k: KernelBuilder,
+    dtype: DType,
+    x: ParamId,
+    bm: Dim,
+    bn: Dim,
+    row0: Dim,
+}
+
+impl Builder {
+    fn shape(&self) -> Vec<Dim> {
+        vec![self.bm.clone(), self.bn.clone()]
+    }
+
+    fn map(
+        &mut self,
+        args: Vec<Operand>,
+        shape: Vec<Dim>,
+        f: impl FnOnce(&mut FuncBuilder, &[ExprId]) -> ExprId,
+    ) -> TileId {
+        let types: Vec<DType> = args.iter().map(|a| self.k.ty(a.tile).dtype).collect();
+        self.k.map(func(&types, f), args, shape)
+    }
+
+    /// The logits from column `col` on, in f32.
+    fn logits(&mut self, col: &Dim) -> TileId {
+        let at = vec![self.row0.clone(), col.clone()];
+        let (fill, shape) = (Value::Float(f64::NEG_INFINITY), self.shape());
+        let raw = self.k.load_with(self.x, at, vec![1, 1], fill, shape.clone());
+        let args = vec![self.k.plain(raw)];
+        self.k.map(Func::cast(self.dtype, DType::F32), args, shape)
+    }
+
+    /// `exp(v - max)`
+    fn exponentials(&mut self, v: TileId, max: TileId) -> TileId {
+        let (args, shape) = (vec![self.k.plain(v), along(max, 0)], self.shape());
+        let dtype = self.dtype;
+        self.map(args, shape, |f, a| exponential(f, dtype, a[0], a[1]))
+    }
+
+    /// Numbers of the columns from `col` on.
+    fn columns(&mut self, col: &Dim) -> TileId {
+        self.k.iota(DType::I32, 0, col.clone(), vec![self.bn.clone()])
+    }
+
+    /// The target's logit, zero elsewhere.
+    fn picked(&mut self, v: TileId, col: &Dim, target: TileId) -> TileId {
+        let here = self.columns(col);
+        let (args, shape) = (vec![self.k.plain(v), along(here, 1), along(target, 0)], self.shape());
+        self.map(args, shape, |f, a| {
+            let hit = f.op(Op::Eq, &[a[1], a[2]]);
+            let nothing = f.constant(0.0, DType::F32);
+            f.op(Op::Select, &[hit, a[0], nothing])
+        })
+    }
+
+    /// A loop over the pieces of a row that carries reductions of what `piece` makes of its logits.
+    fn over_pieces<const COUNT: usize>(
+        &mut self,
+        name: &str,
+        kinds: [ReduceKind; COUNT],
+        piece: impl FnOnce(&mut Builder, TileId, &Dim) -> [TileId; COUNT],
+    ) -> [TileId; COUNT] {
+        let init = kinds.map(|kind| {
+            let start = if kind == ReduceKind::Max { f64::NEG_INFINITY } else { 0.0 };
+            self.k.full(Value::Float(start), TileType::new(DType::F32, [self.bm.clone()]))
+        });
+        let pieces = Dim::sym("N").ceil_div(&self.bn);
+        let (var, carried) = self.k.begin_for(name, Dim::new(0), pieces, &init);
+        let col = var * &self.bn;
+        let v = self.logits(&col);
+        let tiles = piece(self, v, &col);
+        let mut next = Vec::new();
+        for ((kind, tile), old) in kinds.into_iter().zip(tiles).zip(carried) {
+            let part = self.k.reduce(kind, tile, 1, None);
+            let args = vec![self.k.plain(old), self.k.plain(part)];
+            let op = if kind == ReduceKind::Max { Op::Max } else { Op::Add };
+            next.push(self.k.map(Func::binary(op, DType::F32), args, vec![self.bm.clone()]));
+        }
+        let done = self.k.end_for(&next);
+        std::array::from_fn(|i| done[i])
+    }
+
+    /// Writes the gradient from column `col` on: `e * share`, less `factor` at the target.
+    fn gradient(&mut self, e: TileId, col: &Dim, [share, factor, target]: [TileId; 3]) {
+        let (here, dtype) = (self.columns(col), self.dtype);
+        let args = vec![
+            self.k.plain(e),
+            along(share, 0),
+            along(factor, 0),
+            along(here, 1),
+            along(target, 0),
+        ];
+        let shape = self.shape();
+        let g = self.map(args, shape, |f, a| {
+            let hit = f.op(Op::Eq, &[a[3], a[4]]);
+            let nothing = f.constant(0.0, DType::F32);
+            let off = f.op(Op::Select, &[hit, a[2], nothing]);
+            let share = f.op(Op::Mul, &[a[0], a[1]]);
+            let g = f.op(Op::Sub, &[share, off]);
+            f.cast(g, dtype)
+        });
+        self.k.store(self.x, vec![self.row0.clone(), col.clone()], g);
+    }
+}
+
 impl CrossEntropySpec {
-    /// The tile program, with tile sizes `BM`, `BN`; `BN` must be at least `N`.
-    pub fn program(&self, name: &str) -> Kernel {
+    /// The tile program, with tile sizes `BM`, `BN`. With `whole`, `BN` must be at least `N`; without, rows are gone
+    /// over in pieces three times.
+    pub fn program(&self, name: &str, whole: bool) -> Kernel {
         let dtype = self.dtype;
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["M", "N", "ldx"]);
@@ -37,92 +148,81 @@ impl CrossEntropySpec {
         let loss = k.param("L", DType::F32, rows(), Access::Out);
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&bm));
         let row0 = pm * &bm;
-        let (zero, plane) = (Dim::new(0), vec![bm.clone(), bn.clone()]);
-        let (row, f32s) = (vec![bm.clone()], |n: usize| vec![DType::F32; n]);
-
+        let (zero, row) = (Dim::new(0), vec![bm.clone()]);
         let t = k.load(targets, vec![row0.clone()], row.clone());
         let s = k.load(scale, vec![zero.clone()], vec![Dim::new(1)]);
         let s = k.reshape(s, vec![]);
-        let at = vec![row0.clone(), zero.clone()];
-        let fill = Value::Float(f64::NEG_INFINITY);
-        let raw = k.load_with(x, at.clone(), vec![1, 1], fill, plane.clone());
-        let args = vec![k.plain(raw)];
-        let v = k.map(Func::cast(dtype, DType::F32), args, plane.clone());
-        let max = k.reduce(ReduceKind::Max, v, 1, None);
-        let exp = func(&f32s(2), |f, a| {
-            let d = f.op(Op::Sub, &[a[0], a[1]]);
-            f.op(Op::Exp, &[d])
-        });
-        let args = vec![k.plain(v), along(max, 0)];
-        let e = k.map(exp, args, plane.clone());
-        let sum = k.reduce(ReduceKind::Sum, e, 1, None);
-        // The target's logit, by adding zeros to it.
-        let here = k.iota(DType::I64, 0, zero, vec![bn]);
-        let pick = func(&[DType::F32, DType::I64, DType::I64], |f, a| {
-            let hit = f.op(Op::Eq, &[a[1], a[2]]);
-            let nothing = f.constant(0.0, DType::F32);
-            f.op(Op::Select, &[hit, a[0], nothing])
-        });
-        let args = vec![k.plain(v), along(here, 1), along(t, 0)];
-        let picked = k.map(pick, args, plane.clone());
-        let logit = k.reduce(ReduceKind::Sum, picked, 1, None);
+        let mut b = Builder { k, dtype, x, bm, bn, row0: row0.clone() };
+        // A target that wraps to a column is outside, and then its row counts nothing.
+        let args = vec![b.k.plain(t)];
+        let target = b.map(args, row.clone(), |f, a| f.cast(a[0], DType::I32));
+        let v = whole.then(|| b.logits(&zero));
+        let (max, sum, logit, e) = match v {
+            Some(v) => {
+                let max = b.k.reduce(ReduceKind::Max, v, 1, None);
+                let e = b.exponentials(v, max);
+                let sum = b.k.reduce(ReduceKind::Sum, e, 1, None);
+                let picked = b.picked(v, &zero, target);
+                (max, sum, b.k.reduce(ReduceKind::Sum, picked, 1, None), Some(e))
+            }
+            None => {
+                let [max] = b.over_pieces("piece1", [ReduceKind::Max], |_, v, _| [v]);
+                let kinds = [ReduceKind::Sum, ReduceKind::Sum];
+                let [sum, logit] = b.over_pieces("piece2", kinds, |b, v, col| {
+                    [b.exponentials(v, max), b.picked(v, col, target)]
+                });
+                (max, sum, logit, None)
+            }
+        };
         // Whether the row counts, as a factor.
-        let n = k.iota(DType::I64, 0, Dim::sym("N"), vec![Dim::new(1)]);
-        let n = k.reshape(n, vec![]);
-        let counts = func(&[DType::I64, DType::I64], |f, a| {
+        let n = b.k.iota(DType::I64, 0, Dim::sym("N"), vec![Dim::new(1)]);
+        let n = b.k.reshape(n, vec![]);
+        let scalar = |tile| Operand { tile, along: vec![] };
+        let args = vec![b.k.plain(t), scalar(n)];
+        let counts = b.map(args, row.clone(), |f, a| {
             let zero = f.constant_int(0, DType::I64);
             let low = f.op(Op::Ge, &[a[0], zero]);
             let high = f.op(Op::Lt, &[a[0], a[1]]);
             let both = f.op(Op::And, &[low, high]);
             f.cast(both, DType::F32)
         });
-        let scalar = |tile| Operand { tile, along: vec![] };
-        let args = vec![k.plain(t), scalar(n)];
-        let counts = k.map(counts, args, row.clone());
-        let value = func(&f32s(4), |f, a| {
+        let args = [max, sum, logit, counts].iter().map(|x| b.k.plain(*x)).collect();
+        let value = b.map(args, row.clone(), |f, a| {
             let log = f.op(Op::Log, &[a[1]]);
             let whole = f.op(Op::Add, &[log, a[0]]);
             let loss = f.op(Op::Sub, &[whole, a[2]]);
             f.op(Op::Mul, &[loss, a[3]])
         });
-        let args = [max, sum, logit, counts].iter().map(|x| k.plain(*x)).collect();
-        let value = k.map(value, args, row.clone());
-        k.store(loss, vec![row0], value);
-        let factor = func(&f32s(2), |f, a| f.op(Op::Mul, &[a[0], a[1]]));
-        let args = vec![k.plain(counts), scalar(s)];
-        let factor = k.map(factor, args, row.clone());
-        let share = func(&f32s(2), |f, a| f.op(Op::Div, &[a[0], a[1]]));
-        let args = vec![k.plain(factor), k.plain(sum)];
-        let share = k.map(share, args, row);
-        let types = [DType::F32, DType::F32, DType::F32, DType::I64, DType::I64];
-        let gradient = func(&types, |f, a| {
-            let hit = f.op(Op::Eq, &[a[3], a[4]]);
-            let nothing = f.constant(0.0, DType::F32);
-            let off = f.op(Op::Select, &[hit, a[2], nothing]);
-            let share = f.op(Op::Mul, &[a[0], a[1]]);
-            let g = f.op(Op::Sub, &[share, off]);
-            f.cast(g, dtype)
-        });
-        let args = vec![k.plain(e), along(share, 0), along(factor, 0), along(here, 1), along(t, 0)];
-        let g = k.map(gradient, args, plane);
-        k.store(x, at, g);
-        k.finish()
+        b.k.store(loss, vec![row0], value);
+        let args = vec![b.k.plain(counts), scalar(s)];
+        let factor = b.map(args, row.clone(), |f, a| f.op(Op::Mul, &[a[0], a[1]]));
+        let args = vec![b.k.plain(factor), b.k.plain(sum)];
+        let share = b.map(args, row, |f, a| f.op(Op::Div, &[a[0], a[1]]));
+        match e {
+            Some(e) => b.gradient(e, &zero, [share, factor, target]),
+            None => {
+                let pieces = Dim::sym("N").ceil_div(&b.bn);
+                let (var, _) = b.k.begin_for("piece3", Dim::new(0), pieces, &[]);
+                let col = var * &b.bn;
+                let v = b.logits(&col);
+                let e = b.exponentials(v, max);
+                b.gradient(e, &col, [share, factor, target]);
+                b.k.end_for(&[]);
+            }
+        }
+        b.k.finish()
     }
 
     /// The program and schedule for these sizes.
     ///
     /// # Errors
-    /// A size without a value; unsupported when a row has more elements than the registers of a cluster hold.
+    /// A size without a value.
     pub fn kernel(
         &self,
         name: &str,
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
-        let kernel = self.program(name);
-        let schedule = GpuSchedule::lines_for(&kernel, arch, size)?.ok_or_else(|| {
-            Error::unsupported(format!("cross-entropy of rows this long on {}", arch.name()))
-        })?;
-        Ok((kernel, schedule))
+        whole_or_pieces(arch, size, |whole| self.program(name, whole))
     }
 }

@@ -306,7 +306,7 @@ impl GemvSpec {
             lanes: form.lanes as u32,
             vector: form.vector as u32,
             early: false,
-            ahead: false,
+            ..LinesKnobs::default()
         };
         // The registers are an estimate: what it falls short of must not spill.
         s.blocks_per_sm = (self.together(form) * 3 / 4).max(1) as u32;

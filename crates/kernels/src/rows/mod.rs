@@ -6,11 +6,15 @@
 //!
 //! To add an operation: a variant of [`RowOp`], its statistics in `program.rs`.
 
+mod backward;
 mod cross_entropy;
 mod gemv;
 mod program;
+mod top_k;
 
+pub use backward::{NormBackwardPlan, NormBackwardSpec};
 pub use cross_entropy::CrossEntropySpec;
 pub use gemv::{GemvForm, GemvSizes, GemvSpec, MOST_VECTORS};
 pub use program::{RowOp, RowSpec};
 pub(crate) use program::{func, sizes};
+pub use top_k::TopKSpec;

@@ -69,6 +69,24 @@ pub(crate) fn sizes(k: &mut KernelBuilder, names: &[&str]) {
     }
 }
 
+/// `exp(x - most)` of elements of a type. Where that has 16 bits, as `2^(x log2(e) - most log2(e))`, zero below 2^-126:
+/// the products round by less than `|x - most|` times 2^-24, which such results do not show.
+pub(super) fn exponential(f: &mut FuncBuilder, dtype: DType, x: ExprId, most: ExprId) -> ExprId {
+    if dtype.bits() > 16 {
+        let d = f.op(Op::Sub, &[x, most]);
+        return f.op(Op::Exp, &[d]);
+    }
+    let log2_e = f.constant(std::f64::consts::LOG2_E, DType::F32);
+    let less = f.constant(-std::f64::consts::LOG2_E, DType::F32);
+    let start = f.op(Op::Mul, &[most, less]);
+    let power = f.op(Op::Fma, &[x, log2_e, start]);
+    let least = f.constant(-126.0, DType::F32);
+    let nothing = f.constant(0.0, DType::F32);
+    let low = f.op(Op::Lt, &[power, least]);
+    let value = f.op(Op::Exp2, &[power]);
+    f.op(Op::Select, &[low, nothing, value])
+}
+
 /// A row vector or a column vector as an operand of a map on a tile.
 pub(super) fn along(tile: TileId, axis: usize) -> Operand {
     Operand { tile, along: vec![axis] }
@@ -145,10 +163,8 @@ impl Rows<'_> {
             Piece::Square => func(&two[..1], |f, a| f.op(Op::Mul, &[a[0], a[0]])),
             Piece::Exp(m) => {
                 args.push(along(*m, 0));
-                func(&two, |f, a| {
-                    let d = f.op(Op::Sub, &[a[0], a[1]]);
-                    f.op(Op::Exp, &[d])
-                })
+                let dtype = self.spec.dtype;
+                func(&two, |f, a| exponential(f, dtype, a[0], a[1]))
             }
             Piece::SquaredDistance(m) => {
                 args.push(along(*m, 0));
@@ -260,8 +276,7 @@ impl Rows<'_> {
                 let s = self.reduce(ReduceKind::Sum, &Piece::Exp(m), x, false);
                 let inverse = self.per_row(inverse(), &[s]);
                 let f = func(&three, |f, a| {
-                    let d = f.op(Op::Sub, &[a[0], a[1]]);
-                    let e = f.op(Op::Exp, &[d]);
+                    let e = exponential(f, dtype, a[0], a[1]);
                     let y = f.op(Op::Mul, &[e, a[2]]);
                     f.cast(y, dtype)
                 });
@@ -375,13 +390,25 @@ impl RowSpec {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
-        let whole = self.program(name, true);
-        if let Some(schedule) = GpuSchedule::lines_for(&whole, arch, size)? {
-            return Ok((whole, schedule));
-        }
-        let kernel = self.program(name, false);
-        let schedule = GpuSchedule::lines_for(&kernel, arch, size)?
-            .ok_or_else(|| Error::bug("a row in pieces has a schedule"))?;
-        Ok((kernel, schedule))
+        whole_or_pieces(arch, size, |whole| self.program(name, whole))
     }
+}
+
+/// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule.
+pub(super) fn whole_or_pieces(
+    arch: Arch,
+    size: &dyn Fn(&str) -> Option<i64>,
+    program: impl Fn(bool) -> Kernel,
+) -> Result<(Kernel, GpuSchedule)> {
+    let pieces = program(false);
+    if let Some(schedule) = GpuSchedule::lines_kept(&pieces, arch, size)? {
+        return Ok((pieces, schedule));
+    }
+    let whole = program(true);
+    if let Some(schedule) = GpuSchedule::lines_for(&whole, arch, size)? {
+        return Ok((whole, schedule));
+    }
+    let schedule = GpuSchedule::lines_for(&pieces, arch, size)?
+        .ok_or_else(|| Error::bug("a row in pieces has a schedule"))?;
+    Ok((pieces, schedule))
 }

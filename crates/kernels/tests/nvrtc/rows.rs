@@ -6,14 +6,20 @@ use std::sync::Arc;
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_kernels::gemm::{GemmSpec, Order};
-use tilewright_kernels::map::MapSpec;
-use tilewright_kernels::rows::{GemvForm, GemvSizes, GemvSpec, RowOp, RowSpec};
+use tilewright_kernels::map::{AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
+use tilewright_kernels::reduce::ClipSpec;
+use tilewright_kernels::rows::{
+    CrossEntropySpec, GemvForm, GemvSizes, GemvSpec, NormBackwardSpec, RowOp, RowSpec, TopKSpec,
+};
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_tile::Kernel;
 
 /// Row lengths: short ones, odd ones, the longest that registers hold, and longer ones.
 const LENGTHS: [i64; 11] = [1, 33, 128, 777, 1000, 1024, 4096, 8192, 32767, 32768, 262_144];
+
+type Sizes<'a> = &'a dyn Fn(&str) -> Option<i64>;
+type Built = (Kernel, GpuSchedule);
 
 fn kernels(arch: Arch) -> Vec<(String, Kernel, GpuSchedule)> {
     let mut out = Vec::new();
@@ -81,7 +87,43 @@ fn kernels(arch: Arch) -> Vec<(String, Kernel, GpuSchedule)> {
             }
         }
     }
+    training(arch, &mut out);
     out
+}
+
+/// What a training step has besides, and a choice of tokens.
+fn training(arch: Arch, out: &mut Vec<(String, Kernel, GpuSchedule)>) {
+    let mut add = |name: &str,
+                   sizes: &[(&str, i64)],
+                   build: &dyn Fn(Sizes<'_>) -> Result<Built>| {
+        let size =
+            |name: &str| sizes.iter().find(|(known, _)| *known == name).map(|(_, value)| *value);
+        let built = build(&size).unwrap_or_else(|e| panic!("{name}: {e}"));
+        out.push((format!("{name} of {sizes:?}"), built.0, built.1));
+    };
+    let one = AdamWSpec { gradient: DType::BF16, copy: Some(DType::BF16) };
+    add("AdamW", &[("N", 1 << 20)], &|size| one.kernel("adamw", arch, size));
+    let table = AdamWTableSpec { one };
+    let chunks = [("R", 1600), ("B", 65536), ("K", 3)];
+    add("AdamW of a table", &chunks, &|size| table.kernel("adamw", arch, size));
+    let clip = ClipSpec { dtype: DType::BF16, most: 1.0 };
+    add("parts of a norm", &[("N", 1 << 20)], &|size| Ok(clip.plan(arch, size)?.parts));
+    let dropout = DropoutSpec { dtype: DType::BF16, residual: true, drop: 0.1, seed: 7 };
+    add("dropout", &[("N", 1 << 20), ("O", 0)], &|size| dropout.kernel("dropout", arch, size));
+    let top = TopKSpec { dtype: DType::BF16, count: 8 };
+    add("top 8", &[("M", 64), ("N", 8192), ("ldx", 8192)], &|size| top.kernel("top", arch, size));
+    for n in [1000, 8192, 32000, 128_256] {
+        let sizes = [("M", 4096), ("N", n), ("ldx", n)];
+        let spec = CrossEntropySpec { dtype: DType::BF16 };
+        add("cross-entropy", &sizes, &|size| spec.kernel("entropy", arch, size));
+    }
+    for n in [768, 1023, 4096, 8192] {
+        let sizes = [("M", 16384), ("N", n), ("ld", n)];
+        for op in [RowOp::LayerNorm { eps: 1e-5 }, RowOp::RmsNorm { eps: 1e-6 }] {
+            let spec = NormBackwardSpec { op, dtype: DType::BF16 };
+            add(&format!("gradient of {op:?}"), &sizes, &|size| Ok(spec.plan(arch, size)?.parts));
+        }
+    }
 }
 
 #[test]
