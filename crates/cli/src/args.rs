@@ -210,6 +210,10 @@ pub(crate) struct BenchArgs {
     /// Stop after this many seconds
     #[arg(long, default_value_t = 20.0)]
     pub(crate) seconds: f64,
+    /// Print a line once ready, and then a result for every line of standard input, so that another program can be
+    /// measured in turns (GPUs only)
+    #[arg(long)]
+    pub(crate) turns: bool,
 }
 
 #[derive(Debug, Args)]
