@@ -14,6 +14,8 @@ Outputs are compared with PyTorch in float32 without TF32: error relative to the
 sum of its blocks (weights, arena, workspace); for PyTorch the allocator's peak in eager mode, and per form what it allocated at
 its peak and what it holds afterwards (graphs keep their pools, which the peak of a replay does not count). `first_s` is the time to the
 first result with empty caches: for `tw` the whole process, for PyTorch the first call.
+
+A second call of the same day and commit adds its rows to the record, in place of those of the same models.
 """
 
 import argparse
@@ -22,10 +24,12 @@ import gc
 import json
 import os
 import pathlib
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 MODES = {"compile": "default", "graphs": "reduce-overhead", "autotune": "max-autotune"}
@@ -240,6 +244,14 @@ def record(args, rows, before, after):
     }
 
 
+def listen(lines, said):
+    """Puts a worker's JSON lines into a queue, and None at their end; PyTorch's tuner prints others."""
+    for line in lines:
+        if line.startswith("{"):
+            said.put(json.loads(line))
+    said.put(None)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("models", nargs="*")
@@ -250,6 +262,7 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--peers", default="graphs,autotune")
     p.add_argument("--out", type=pathlib.Path, help="folder for the record")
+    p.add_argument("--patience", type=float, help="seconds after which models that are not ready are left out")
     p.add_argument("--prepare", action="store_true", help="only compile, into the caches")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -264,23 +277,29 @@ def main():
     if unknown:
         p.error(f"no model {', '.join(unknown)}: there are {', '.join(model_zoo.CASES)}")
     before = nvidia_smi(CLOCKS)
-    workers = {}
+    workers, said = {}, {}
     for name in names:
         # One cache of compiled kernels per model, so that each is made ready at the same time as the others.
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(args.work / f"inductor-{name}")}
         call = [sys.executable, __file__, "--worker", name, "--tw", args.tw, "--work", str(args.work), "--precision", args.precision,
                 "--runs", str(args.runs), "--peers", named[name]] + ["--prepare"] * args.prepare
         workers[name] = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        said[name] = queue.Queue()
+        threading.Thread(target=listen, args=(workers[name].stdout, said[name]), daemon=True).start()
 
-    def answer(name):
-        """The worker's next line of JSON; PyTorch's tuner prints others."""
-        for line in workers[name].stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        return None
+    def answer(name, until=None):
+        """The worker's next line of JSON. None when it ended, or `until` is past."""
+        try:
+            return said[name].get(timeout=None if until is None else max(0, until - time.monotonic()))
+        except queue.Empty:
+            return None
 
     rows, failed = [], 0
-    live = [name for name in names if answer(name)]
+    until = time.monotonic() + args.patience if args.patience else None
+    live = [name for name in names if answer(name, until)]
+    for name in set(names) - set(live):
+        print(f"{name}: not ready", flush=True)
+        workers[name].kill()
     began = time.monotonic()
     for name in live if not args.prepare else []:
         row = None
@@ -301,6 +320,12 @@ def main():
         date, commit, value = record(args, rows, before, nvidia_smi(CLOCKS))
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"gpu-models-{date:%Y-%m-%d}-{commit}.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            new = {(r["model"], r["type"]): r for r in rows}
+            value["rows"] = [new.pop((r["model"], r["type"]), r) for r in before["rows"]] + list(new.values())
+            value["command"] = f"{before['command']}; {value['command']}"
+            value["clocks_before"] = before["clocks_before"]
         path.write_text(json.dumps(value, indent=2) + "\n")
         print(path)
     return 1 if failed or (not args.prepare and len(rows) < len(names)) else 0

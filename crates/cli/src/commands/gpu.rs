@@ -23,6 +23,7 @@ fn load(args: &ModelArgs) -> Result<(Model, GpuModel)> {
     if args.no_fusion {
         compiler.fusion = Choice::Apart;
     }
+    compiler.windows = args.windows;
     compiler.precision = args.precision.parse().map_err(Error::user)?;
     let _progress = progress(format!("planning {}", model.graph.name));
     let planned = compiler.plan(model.graph.clone())?;
@@ -153,9 +154,6 @@ fn measure(
 }
 
 pub(crate) fn explain(args: &ExplainArgs, output: &Output) -> Result<()> {
-    if args.html.is_some() {
-        return Err(Error::unsupported("--html for a GPU"));
-    }
     let (model, loaded) = load(&args.model)?;
     let inputs = super::inputs(&model, &args.inputs)?;
     let report = loaded.explain(&inputs, args.runs)?;
@@ -164,6 +162,10 @@ pub(crate) fn explain(args: &ExplainArgs, output: &Output) -> Result<()> {
         text += &format!("\n{}", loaded.planned().fusion());
     } else {
         text += &format!("fusion: {}\n", loaded.planned().fusion().summary());
+    }
+    if let Some(file) = &args.html {
+        crate::npy::write_whole(file, tilewright::html::gpu_page(&report).as_bytes())?;
+        text += &format!("\nwrote {}", file.display());
     }
     let value = serde_json::to_value(&report).map_err(|e| Error::bug(e.to_string()))?;
     output.result(&text, &value);
