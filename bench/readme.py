@@ -21,6 +21,7 @@ README = ROOT / "README.md"
 IMAGES = ROOT / "docs" / "src" / "images"
 GRAPH = IMAGES / "cpu-peers.svg"
 GPU_GRAPH = IMAGES / "gpu-gemm.svg"
+MODELS_GRAPH = IMAGES / "gpu-models.svg"
 
 TITLES = {
     "sgemm1024": "SGEMM 1024 x 1024 x 1024",
@@ -189,6 +190,57 @@ def gpu_graph(record: dict) -> str:
     return bars("Time relative to cuBLASLt", "Time of matrix products relative to cuBLASLt, per kind of numbers", note, rows)
 
 
+GPU_MODELS = {
+    "bert": "BERT-base",
+    "minilm": "MiniLM",
+    "gpt2": "GPT-2, no head",
+    "vit": "ViT-B/16",
+    "llama": "Llama 1B, prefill, no head",
+    "resnet50": "ResNet-50",
+    "mobilenetv3": "MobileNetV3-Large",
+}
+MODES = {"eager": "eager", "compile": "compiled", "graphs": "`reduce-overhead`", "autotune": "`max-autotune`"}
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.0f}"
+
+
+def models_section(path: pathlib.Path, record: dict) -> str:
+    machine = record["machine"]
+    lines = [
+        f"Whole models, measured {record['date'][:10]} at commit `{record['commit']}` on {machine['gpu']} (driver {machine['driver']}) beside"
+        f" PyTorch {machine['torch']}, random weights, in turns. The record: [{path.name}](records/{path.name}).",
+        "",
+        "| model, input | Tilewright, ms | PyTorch, ms | ratio (quartiles) | error to f32: ours, PyTorch's | memory, MB: ours, PyTorch's eager peak"
+        " | to the first result, s: ours, PyTorch's |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        tw, peer = row["tw"], row[row["fastest_peer"]]
+        low, middle, high = row["latency_ratio"]
+        name = f"{GPU_MODELS.get(row['model'], row['model'])}, {row['type']}, {' x '.join(map(str, row['shape']))}"
+        lines.append(
+            f"| {name} | {tw['ms'][1]:.3f} | {peer['ms'][1]:.3f} ({MODES[row['fastest_peer']]}) | {middle:.2f} ({low:.2f} to {high:.2f})"
+            f" | {tw['error']:.1e}, {peer['error']:.1e} | {megabytes(tw['memory_bytes'])}, {megabytes(row['eager']['peak_bytes'])}"
+            f" | {tw['first_s']:.1f}, {peer['first_s']:.1f} |"
+        )
+    lines += [
+        "",
+        "PyTorch is the fastest of the forms that the record has for the model. Ratio: our time over PyTorch's, so below 1 is faster. To the"
+        " first result: with empty caches, ours from the file on, several models side by side.",
+        "",
+        f"![Time relative to PyTorch]({MODELS_GRAPH.relative_to(ROOT).as_posix()})",
+    ]
+    return "\n".join(lines)
+
+
+def models_graph(record: dict) -> str:
+    rows = [(GPU_MODELS.get(row["model"], row["model"]), row["latency_ratio"]) for row in record["rows"]]
+    note = f"{record['machine']['gpu']}, {record['date'][:10]}, {record['rows'][0]['type']}"
+    return bars("Time relative to PyTorch", "Time of whole models relative to PyTorch, per model", note, rows)
+
+
 def bars(heading: str, description: str, note: str, rows: list[tuple[str, list[float]]]) -> str:
     """Horizontal bars of ratios, a line at 1, whiskers for the quartiles."""
     left, right, top, pitch, bar = 240, 90, 66, 38, 20
@@ -236,6 +288,7 @@ def bars(heading: str, description: str, note: str, rows: list[tuple[str, list[f
 SECTIONS = [
     ("", "cpu-peers", section, graph, GRAPH, "`make bench` writes a record"),
     ("gpu ", "gpu-gemm", gpu_section, gpu_graph, GPU_GRAPH, "`gpu/run.sh` of `make gpu-bundle` writes a record"),
+    ("gpu models ", "gpu-models", models_section, models_graph, MODELS_GRAPH, "`gpu/run.sh bench` writes a record"),
 ]
 
 

@@ -44,6 +44,21 @@ TW_TMA_LOAD(3, "%4, %5, %6", "r"(c0), "r"(c1), "r"(c2))
 TW_TMA_LOAD(4, "%4, %5, %6, %7", "r"(c0), "r"(c1), "r"(c2), "r"(c3))
 TW_TMA_LOAD(5, "%4, %5, %6, %7, %8", "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4))
 
+// Positions of a window over images (PTX ISA, "im2col mode"): channel, column, row and image of the first window's first
+// pixel; the tap's distance from it, to the right and down.
+TW_INLINE void tma_load_windows(smem_t to, const TensorMap& map, smem_t bar, u64 policy, int c, int x, int y, int n, int right,
+                                int down) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
+               ".L2::cache_hint [%0], [%1, {%4, %5, %6, %7}], [%2], {%8, %9}, %3;" ::"r"(to), "l"(&map), "r"(bar), "l"(policy),
+               "r"(c), "r"(x), "r"(y), "r"(n), "h"((u16)right), "h"((u16)down) : "memory");
+}
+TW_INLINE void tma_load_windows_multicast(smem_t to, const TensorMap& map, smem_t bar, u64 policy, u16 ctas, int c, int x, int y,
+                                          int n, int right, int down) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
+               ".multicast::cluster.L2::cache_hint [%0], [%1, {%4, %5, %6, %7}], [%2], {%8, %9}, %10, %3;" ::"r"(to), "l"(&map),
+               "r"(bar), "l"(policy), "r"(c), "r"(x), "r"(y), "r"(n), "h"((u16)right), "h"((u16)down), "h"(ctas) : "memory");
+}
+
 #define TW_TMA_STORE(N, COORDS, ...)                                                                      \
   TW_INLINE void tma_store(const TensorMap& map, smem_t from, TW_INTS_##N) {                               \
     asm volatile("cp.async.bulk.tensor." #N "d.global.shared::cta.bulk_group [%0, {" COORDS "}], [%1];"    \

@@ -1,429 +1,335 @@
 #!/usr/bin/env python3
-"""Whole models on a GPU: `tw --device cuda` beside PyTorch, the same weights and inputs, in turns.
+"""Whole models on a GPU: `tw --device cuda` beside PyTorch, the same weights and inputs, in turns; writes a record.
 
-    gpu/models.py --tw bin/tw --work FOLDER --json models.json [bert vit gpt2 minilm llama]
+    gpu/models.py --tw bin/tw --out records [bert vit gpt2 minilm llama=graphs resnet50 mobilenetv3]
 
-Each model is written here in plain PyTorch (its attention is `scaled_dot_product_attention`), gets random
-weights from a seed, and is exported as a Hugging Face directory (config.json, model.safetensors), which `tw`
-reads. Nothing but PyTorch and NumPy is needed.
+`model_zoo.py` has the models. One process per model makes it ready (exports it, lets `tw` and PyTorch compile), all side by
+side; then they are timed one after another, alone. Measured is a run on the device between two events. In each round every
+side runs --runs times, the first one of a round goes last in the next; a side's figure is the median of its rounds' medians,
+the ratio is taken within rounds. `tw` replays graphs; PyTorch (under `inference_mode`) has the forms of --peers: `eager`,
+`compile` (`torch.compile`), `graphs` (its mode `reduce-overhead`, which replays graphs, too), `autotune` (`max-autotune`, graphs
+and tuned kernels, minutes to compile; what is compiled stays in --work); `MODEL=PEERS` has peers of its own.
 
-Measured is a run on the device between two events, in rounds that alternate; the lowest median of the rounds
-counts. For `tw` that is a replayed graph, for PyTorch (under `inference_mode`) those of --peers: `eager`,
-`compile` (`torch.compile`), `graphs` (its mode `reduce-overhead`, which replays graphs, too), `autotune`
-(`max-autotune`, which takes minutes). Outputs are compared with PyTorch in float32 without TF32: error relative
-to the largest magnitude. Peak memory is what PyTorch's allocator reports, for `tw` the sum of its blocks.
+Outputs are compared with PyTorch in float32 without TF32: error relative to the largest magnitude. Memory: for `tw` the
+sum of its blocks (weights, arena, workspace); for PyTorch the allocator's peak in eager mode, and per form what it allocated at
+its peak and what it holds afterwards (graphs keep their pools, which the peak of a replay does not count). `first_s` is the time to the
+first result with empty caches: for `tw` the whole process, for PyTorch the first call.
+
+A second call of the same day and commit adds its rows to the record, in place of those of the same models.
 """
 
 import argparse
+import datetime
 import gc
 import json
-import math
+import os
 import pathlib
+import queue
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-CASES = {
-    "bert": dict(kind="bert", hidden=768, layers=12, heads=12, inner=3072, vocab=30522, positions=512, shape=(32, 128)),
-    "minilm": dict(kind="bert", hidden=384, layers=6, heads=12, inner=1536, vocab=30522, positions=512, shape=(32, 128)),
-    "gpt2": dict(kind="gpt2", hidden=768, layers=12, heads=12, vocab=50257, positions=1024, shape=(8, 512)),
-    "vit": dict(kind="vit", hidden=768, layers=12, heads=12, inner=3072, image=224, patch=16, shape=(64,)),
-    "llama": dict(kind="llama", hidden=2048, layers=16, heads=32, kv=8, inner=8192, vocab=128256, positions=4096, shape=(1, 2048)),
-}
+MODES = {"compile": "default", "graphs": "reduce-overhead", "autotune": "max-autotune"}
+CLOCKS = ["clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active"]
 
 
-class Linear(nn.Linear):
-    pass
+def nvidia_smi(fields):
+    done = subprocess.run(["nvidia-smi", "--query-gpu=" + ",".join(fields), "--format=csv,noheader", "--id=0"], capture_output=True, text=True)
+    return dict(zip(fields, [f.strip() for f in done.stdout.split(",")])) if done.returncode == 0 else {}
 
 
-class BertLayer(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        h, i = c["hidden"], c["inner"]
-        self.q, self.k, self.v, self.o = (Linear(h, h) for _ in range(4))
-        self.up, self.down = Linear(h, i), Linear(i, h)
-        self.n1, self.n2 = nn.LayerNorm(h, 1e-12), nn.LayerNorm(h, 1e-12)
-        self.heads = c["heads"]
-
-    def forward(self, x, mask):
-        b, s, h = x.shape
-        split = lambda y: y.view(b, s, self.heads, -1).transpose(1, 2)
-        y = F.scaled_dot_product_attention(split(self.q(x)), split(self.k(x)), split(self.v(x)), attn_mask=mask)
-        x = self.n1(self.o(y.transpose(1, 2).reshape(b, s, h)) + x)
-        return self.n2(self.down(F.gelu(self.up(x))) + x)
+def quartiles(values):
+    values = sorted(values)
+    if len(values) < 3:
+        return [values[0], statistics.median(values), values[-1]]
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
-class Bert(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        h = c["hidden"]
-        self.words, self.types = nn.Embedding(c["vocab"], h), nn.Embedding(2, h)
-        self.places = nn.Embedding(c["positions"], h)
-        self.norm = nn.LayerNorm(h, 1e-12)
-        self.layers = nn.ModuleList(BertLayer(c) for _ in range(c["layers"]))
+class FirstTimes:
+    """Seconds to the first result of each side, kept beside the caches: only the first time they are empty."""
 
-    def forward(self, ids, mask, types):
-        x = self.words(ids) + self.types(types) + self.places.weight[: ids.shape[1]]
-        x = self.norm(x)
-        low = torch.finfo(x.dtype).min
-        add = ((1 - mask) * low).to(x.dtype)[:, None, None, :]
-        for layer in self.layers:
-            x = layer(x, add)
-        return x
+    def __init__(self, work, name, precision):
+        self.path = work / f"first-{name}-{precision}.json"
+        self.seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def export(self, c):
-        config = dict(architectures=["BertModel"], model_type="bert", hidden_size=c["hidden"], hidden_act="gelu",
-                      num_hidden_layers=c["layers"], num_attention_heads=c["heads"], intermediate_size=c["inner"],
-                      vocab_size=c["vocab"], type_vocab_size=2, max_position_embeddings=c["positions"],
-                      layer_norm_eps=1e-12)
-        names = {"words": "embeddings.word_embeddings", "types": "embeddings.token_type_embeddings",
-                 "places": "embeddings.position_embeddings", "norm": "embeddings.LayerNorm"}
-        parts = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
-                 "o": "attention.output.dense", "n1": "attention.output.LayerNorm", "up": "intermediate.dense",
-                 "down": "output.dense", "n2": "output.LayerNorm"}
-        for i in range(c["layers"]):
-            names |= {f"layers.{i}.{p}": f"encoder.layer.{i}.{n}" for p, n in parts.items()}
-        return config, names, {}
-
-    @staticmethod
-    def inputs(c, g):
-        ids = torch.randint(0, c["vocab"], c["shape"], generator=g)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    def keep(self, side, seconds):
+        if side not in self.seconds:
+            self.seconds[side] = seconds
+            self.path.write_text(json.dumps(self.seconds))
+        return self.seconds[side]
 
 
-class Gpt2Layer(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        h = c["hidden"]
-        self.n1, self.n2 = nn.LayerNorm(h, 1e-5), nn.LayerNorm(h, 1e-5)
-        self.qkv, self.o, self.up, self.down = Linear(h, 3 * h), Linear(h, h), Linear(h, 4 * h), Linear(4 * h, h)
-        self.heads = c["heads"]
+class Tw:
+    """The command, for one model; `turn` measures with a process that stays."""
 
-    def forward(self, x):
-        b, s, h = x.shape
-        q, k, v = (y.view(b, s, self.heads, -1).transpose(1, 2) for y in self.qkv(self.n1(x)).split(h, 2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(y.transpose(1, 2).reshape(b, s, h))
-        return x + self.down(F.gelu(self.up(self.n2(x)), approximate="tanh"))
+    def __init__(self, args, model, folder, inputs, precision):
+        self.tail = [str(model), "--device", "cuda", "--precision", precision, "--json", "--cache", str(args.work / f"cache-{folder.name}")]
+        for name in inputs:
+            self.tail += ["--input", f"{name}={folder / (name + '.npy')}"]
+        self.args, self.bench = args, None
 
+    def call(self, command, *more):
+        done = subprocess.run([self.args.tw, command, *self.tail, *more], capture_output=True, text=True)
+        if done.stderr.strip():
+            print("   tw says:", done.stderr.strip()[:2000], file=sys.stderr)
+        if done.returncode != 0:
+            raise RuntimeError(f"tw {command} ended with {done.returncode}: {done.stdout[:800]}")
+        return json.loads(done.stdout)
 
-class Gpt2(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.words, self.places = nn.Embedding(c["vocab"], c["hidden"]), nn.Embedding(c["positions"], c["hidden"])
-        self.layers = nn.ModuleList(Gpt2Layer(c) for _ in range(c["layers"]))
-        self.norm = nn.LayerNorm(c["hidden"], 1e-5)
+    def turn(self):
+        if self.bench is None:
+            call = [self.args.tw, "bench", *self.tail, "--turns", "--runs", str(self.args.runs), "--warmup", "3"]
+            self.bench = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.answer()
+        print(file=self.bench.stdin, flush=True)
+        return self.answer()
 
-    def forward(self, ids):
-        x = self.words(ids) + self.places.weight[: ids.shape[1]]
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
-
-    def export(self, c):
-        config = dict(architectures=["GPT2Model"], model_type="gpt2", n_embd=c["hidden"], n_layer=c["layers"],
-                      n_head=c["heads"], n_positions=c["positions"], vocab_size=c["vocab"],
-                      activation_function="gelu_new", layer_norm_epsilon=1e-5)
-        names = {"words": "wte", "places": "wpe", "norm": "ln_f"}
-        parts = {"n1": "ln_1", "n2": "ln_2", "qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-        for i in range(c["layers"]):
-            names |= {f"layers.{i}.{p}": f"h.{i}.{n}" for p, n in parts.items()}
-        # GPT-2's files hold these transposed.
-        turned = {f"layers.{i}.{p}.weight" for i in range(c["layers"]) for p in ("qkv", "o", "up", "down")}
-        return config, names, turned
-
-    @staticmethod
-    def inputs(c, g):
-        ids = torch.randint(0, c["vocab"], c["shape"], generator=g)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def answer(self):
+        line = self.bench.stdout.readline()
+        if not line.startswith("{"):
+            raise RuntimeError(f"tw bench said {line!r}")
+        return json.loads(line)
 
 
-class VitLayer(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        h, i = c["hidden"], c["inner"]
-        self.n1, self.n2 = nn.LayerNorm(h, 1e-12), nn.LayerNorm(h, 1e-12)
-        self.q, self.k, self.v, self.o = (Linear(h, h) for _ in range(4))
-        self.up, self.down = Linear(h, i), Linear(i, h)
-        self.heads = c["heads"]
+def worker(args, name):
+    """Makes one model ready, says so, and measures a round for every line of the standard input."""
+    import numpy as np
+    import torch
 
-    def forward(self, x):
-        b, s, h = x.shape
-        split = lambda y: y.view(b, s, self.heads, -1).transpose(1, 2)
-        n = self.n1(x)
-        y = F.scaled_dot_product_attention(split(self.q(n)), split(self.k(n)), split(self.v(n)))
-        x = x + self.o(y.transpose(1, 2).reshape(b, s, h))
-        return x + self.down(F.gelu(self.up(self.n2(x))))
+    import model_zoo
 
+    say = lambda value: print(json.dumps(value), flush=True)
+    precision = args.precision
+    row = {"model": name, "type": precision, "shape": model_zoo.CASES[name]["shape"]}
+    first = FirstTimes(args.work, name, precision)
+    model, inputs = model_zoo.make(name)
+    folder = args.work / name
+    path = folder / "model.onnx" if isinstance(model, model_zoo.Net) else folder
+    if not (folder / "ready").exists():
+        path = model_zoo.export(name, model, folder)
+        for key, t in inputs.items():
+            np.save(folder / f"{key}.npy", t.numpy())
+        (folder / "ready").touch()
+    tw = Tw(args, path, folder, inputs, precision)
+    given = model_zoo.given(name, inputs)
+    allow = lambda tf32: (setattr(torch.backends.cuda.matmul, "allow_tf32", tf32), setattr(torch.backends.cudnn, "allow_tf32", tf32))
 
-class Vit(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        h = c["hidden"]
-        patches = (c["image"] // c["patch"]) ** 2
-        self.patch = nn.Conv2d(3, h, c["patch"], c["patch"])
-        self.first, self.places = nn.Parameter(torch.zeros(1, 1, h)), nn.Parameter(torch.zeros(1, patches + 1, h))
-        self.layers = nn.ModuleList(VitLayer(c) for _ in range(c["layers"]))
-        self.norm = nn.LayerNorm(h, 1e-12)
+    def error(got):
+        got = got.astype(np.float64)
+        return float(np.abs(got - want).max() / np.abs(want).max())
 
-    def forward(self, pixels):
-        x = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1) + self.places
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
-
-    def export(self, c):
-        config = dict(architectures=["ViTModel"], model_type="vit", hidden_size=c["hidden"], hidden_act="gelu",
-                      num_hidden_layers=c["layers"], num_attention_heads=c["heads"], intermediate_size=c["inner"],
-                      image_size=c["image"], patch_size=c["patch"], num_channels=3, qkv_bias=True, layer_norm_eps=1e-12)
-        names = {"patch": "embeddings.patch_embeddings.projection", "norm": "layernorm",
-                 "first": "embeddings.cls_token", "places": "embeddings.position_embeddings"}
-        parts = {"q": "attention.attention.query", "k": "attention.attention.key", "v": "attention.attention.value",
-                 "o": "attention.output.dense", "n1": "layernorm_before", "up": "intermediate.dense",
-                 "down": "output.dense", "n2": "layernorm_after"}
-        for i in range(c["layers"]):
-            names |= {f"layers.{i}.{p}": f"encoder.layer.{i}.{n}" for p, n in parts.items()}
-        return config, names, {}
-
-    @staticmethod
-    def inputs(c, g):
-        return {"pixel_values": torch.randn(c["shape"][0], 3, c["image"], c["image"], generator=g)}
-
-
-class RmsNorm(nn.Module):
-    def __init__(self, h, eps=1e-5):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(h)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class LlamaLayer(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        h, i, d = c["hidden"], c["inner"], c["hidden"] // c["heads"]
-        self.n1, self.n2 = RmsNorm(h), RmsNorm(h)
-        self.q, self.o = Linear(h, h, bias=False), Linear(h, h, bias=False)
-        self.k, self.v = (Linear(h, c["kv"] * d, bias=False) for _ in range(2))
-        self.gate, self.up, self.down = Linear(h, i, bias=False), Linear(h, i, bias=False), Linear(i, h, bias=False)
-        self.d = d
-
-    def forward(self, x, cos, sin):
-        b, s, h = x.shape
-        split = lambda y: y.view(b, s, -1, self.d).transpose(1, 2)
-
-        def turn(y):
-            a, c = y.chunk(2, -1)
-            return y * cos + torch.cat([-c, a], -1) * sin
-
-        n = self.n1(x)
-        q, k, v = turn(split(self.q(n))), turn(split(self.k(n))), split(self.v(n))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.o(y.transpose(1, 2).reshape(b, s, h))
-        n = self.n2(x)
-        return x + self.down(F.silu(self.gate(n)) * self.up(n))
-
-
-class Llama(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.words = nn.Embedding(c["vocab"], c["hidden"])
-        self.layers = nn.ModuleList(LlamaLayer(c) for _ in range(c["layers"]))
-        self.norm = RmsNorm(c["hidden"])
-        self.d = c["hidden"] // c["heads"]
-
-    def forward(self, ids):
-        x = self.words(ids)
-        at = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
-        rate = 500000.0 ** (-torch.arange(0, self.d, 2, device=ids.device, dtype=torch.float32) / self.d)
-        angle = at[:, None] * rate[None, :]
-        angle = torch.cat([angle, angle], -1)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        return self.norm(x)
-
-    def export(self, c):
-        config = dict(architectures=["LlamaModel"], model_type="llama", hidden_size=c["hidden"], hidden_act="silu",
-                      num_hidden_layers=c["layers"], num_attention_heads=c["heads"], num_key_value_heads=c["kv"],
-                      head_dim=c["hidden"] // c["heads"], intermediate_size=c["inner"], vocab_size=c["vocab"],
-                      max_position_embeddings=c["positions"], rms_norm_eps=1e-5, rope_theta=500000.0,
-                      attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
-        names = {"words": "embed_tokens", "norm": "norm"}
-        parts = {"n1": "input_layernorm", "n2": "post_attention_layernorm", "q": "self_attn.q_proj",
-                 "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-                 "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-        for i in range(c["layers"]):
-            names |= {f"layers.{i}.{p}": f"layers.{i}.{n}" for p, n in parts.items()}
-        return config, names, {}
-
-    @staticmethod
-    def inputs(c, g):
-        ids = torch.randint(0, c["vocab"], c["shape"], generator=g)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-KINDS = {"bert": Bert, "gpt2": Gpt2, "vit": Vit, "llama": Llama}
-DTYPES = {"f32": torch.float32, "tf32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-
-def save(path, tensors):
-    """A safetensors file: length of the header, the header, the data."""
-    header, at = {}, 0
-    for name, t in tensors.items():
-        size = t.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)))
-        f.write(text)
-        for t in tensors.values():
-            f.write(t.detach().cpu().contiguous().numpy().tobytes())
-
-
-def export(model, case, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    config, names, turned = model.export(case)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    tensors = {}
-    for name, t in model.state_dict().items():
-        stem, _, last = name.rpartition(".")
-        to = names[name] if name in names else f"{names[stem]}.{last}"
-        tensors[to] = t.T if name in turned else t
-    save(folder / "model.safetensors", tensors)
-
-
-def median_ms(step, runs, warmup=5):
-    for _ in range(warmup):
-        step()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(runs):
+    def events(step):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         step()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        return start.elapsed_time(end)
 
-
-def tw(args, command, folder, inputs, precision, more=()):
-    call = [args.tw, command, str(folder), "--device", "cuda", "--precision", precision, "--json",
-            "--cache", str(args.work / "cache"), *more]
-    for name in inputs:
-        call += ["--input", f"{name}={folder / (name + '.npy')}"]
-    done = subprocess.run(call, capture_output=True, text=True)
-    if done.stderr.strip():
-        print("   tw says:", done.stderr.strip()[:2000], file=sys.stderr)
-    if done.returncode != 0:
-        raise RuntimeError(f"tw {command} ended with {done.returncode}: {done.stdout[:500]}")
-    return json.loads(done.stdout)
-
-
-def error(got, want):
-    got, want = got.astype(np.float64), want.astype(np.float64)
-    return float(np.abs(got - want).max() / np.abs(want).max())
-
-
-def measure(args, name, precision):
-    case = CASES[name]
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = KINDS[case["kind"]](case).eval()
-    for key, p in model.named_parameters():
-        if p.dim() > 1:
-            # Sums of a row keep their size, so that activations and scores look like a trained model's.
-            nn.init.normal_(p, 0, 0.02 if p.dim() != 2 else 0.7 / math.sqrt(p.shape[1]))
-    folder = args.work / name
-    g = torch.Generator().manual_seed(1)
-    inputs = KINDS[case["kind"]].inputs(case, g)
-    if not (folder / "model.safetensors").exists():
-        export(model, case, folder)
-        for key, t in inputs.items():
-            np.save(folder / f"{key}.npy", t.numpy())
-    given = [t.cuda() for t in inputs.values()]
-    if case["kind"] in ("gpt2", "llama"):
-        given = given[:1]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    result = {"model": name, "shape": case["shape"], "precision": precision, "runs": args.runs}
     with torch.inference_mode():
-        want = model(*given).float().cpu().numpy()
-        dtype = DTYPES[precision]
-        model = model.to(dtype)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        gc.collect()
-        torch.cuda.empty_cache()
-        modes = {"compile": "default", "graphs": "reduce-overhead", "autotune": "max-autotune"}
+        allow(False)
+        want = model(*given).double().cpu().numpy()
+        allow(precision == "tf32")
+        model = model.to({"f16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))
+        if isinstance(model, model_zoo.Net):
+            model = model.to(memory_format=torch.channels_last)
+        row["torch_weight_bytes"] = sum(p.nbytes for p in model.parameters())
+
+        began = time.monotonic()
+        ran = tw.call("run", "--output", str(folder / f"out-{precision}"))
+        first_s = first.keep("tw", time.monotonic() - began)
+        out = np.load(folder / f"out-{precision}" / ("output.npy" if isinstance(model, model_zoo.Net) else "last_hidden_state.npy"))
+        row["tw"] = {"error": error(out), "first_s": first_s, "host_steps": ran["host_steps"], "round_ms": []}
+
         peers = {}
-        for peer in args.peers.split(","):
+        for peer in ["eager", *[p for p in args.peers.split(",") if p != "eager"]]:
             # Each mode compiles anew, of an instance of its own.
-            peers[peer] = model if peer == "eager" else torch.compile(model, mode=modes[peer], dynamic=False)
-        for peer, run in peers.items():
-            torch.cuda.reset_peak_memory_stats()
+            run = model if peer == "eager" else torch.compile(model, mode=MODES[peer], dynamic=False)
+            gc.collect()
+            torch.cuda.empty_cache()
+            held = torch.cuda.memory_reserved()
+            began = time.monotonic()
+            run(*given)
+            torch.cuda.synchronize()
+            first_s = first.keep(peer, time.monotonic() - began)
             for _ in range(3):
                 got = run(*given).float().cpu().numpy()
-            result[peer] = {"error": error(got, want), "ms": []}
-            run(*given)
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             run(*given)
-            result[peer]["peak_bytes"] = torch.cuda.max_memory_allocated()
-        out = folder / f"out-{precision}"
-        ran = tw(args, "run", folder, inputs, precision, ["--output", str(out)])
-        got = np.load(out / "last_hidden_state.npy")
-        result["tw"] = {"error": error(got, want), "ms": [], "host_steps": ran["host_steps"]}
-        for _ in range(args.rounds):
-            for peer, run in peers.items():
-                result[peer]["ms"].append(median_ms(lambda: run(*given), args.runs))
-            bench = tw(args, "bench", folder, inputs, precision, ["--runs", str(args.runs)])
-            result["tw"]["ms"].append(bench["median_ms"])
-            result["tw"] |= {k: bench[k] for k in ("memory_bytes", "weight_bytes", "arena_bytes", "launches", "graphs")}
-    # The fastest round of each side: right after compiling, PyTorch's helpers still take the host's time.
-    ours = min(result["tw"]["ms"])
-    line = f"{name} {precision}: tw {ours:.3f} ms (error {result['tw']['error']:.1e}, {result['tw']['memory_bytes'] / 1e6:.0f} MB, {len(result['tw']['host_steps'])} host steps)"
-    for peer in peers:
-        ms = min(result[peer]["ms"])
-        line += f"; {peer} {ms:.3f} ms ({ms / ours:.2f}x, error {result[peer]['error']:.1e}, {result[peer]['peak_bytes'] / 1e6:.0f} MB)"
-    print(line, flush=True)
-    return result
+            row[peer] = {
+                "error": error(got), "first_s": first_s, "round_ms": [], "peak_bytes": torch.cuda.max_memory_allocated(),
+                "grown_bytes": torch.cuda.memory_reserved() - held,
+            }
+            if peer in args.peers.split(","):
+                peers[peer] = run
+        sides = {p: (lambda run=run: statistics.median(events(lambda: run(*given)) for _ in range(args.runs))) for p, run in peers.items()}
+        if not args.prepare:
+            tw.turn()
+            sides["tw"] = lambda: tw.turn()
+        say({"ready": name})
+        for number, _ in enumerate(sys.stdin):
+            names = list(sides)
+            shift = number % len(names)
+            for side in names[shift:] + names[:shift]:
+                if side == "tw":
+                    bench = sides[side]()
+                    row["tw"]["round_ms"].append(bench["median_ms"])
+                    row["tw"] |= {k: bench[k] for k in ("memory_bytes", "weight_bytes", "arena_bytes", "workspace_bytes", "launches", "graphs")}
+                else:
+                    for _ in range(3):
+                        peers[side](*given)
+                    row[side]["round_ms"].append(sides[side]())
+            say(row)
+    if tw.bench:
+        tw.bench.stdin.close()
+        tw.bench.wait()
+
+
+def peers_of(row):
+    return [p for p in ["eager", *MODES] if p in row and row[p]["round_ms"]]
+
+
+def finish(row):
+    """Figures from the rounds."""
+    peers = peers_of(row)
+    for side in ["tw", *peers]:
+        if row[side]["round_ms"]:
+            row[side]["ms"] = quartiles(row[side]["round_ms"])
+    fastest = min(peers, key=lambda p: row[p]["ms"][1])
+    row["fastest_peer"] = fastest
+    row["latency_ratio"] = quartiles([a / b for a, b in zip(row["tw"]["round_ms"], row[fastest]["round_ms"])])
+
+
+def summary(row):
+    tw = row["tw"]
+    line = (f"{row['model']} {row['type']}: tw {tw['ms'][1]:.3f} ms (error {tw['error']:.1e}, {tw['memory_bytes'] / 1e6:.0f} MB of which"
+            f" {tw['weight_bytes'] / 1e6:.0f} weights, first {tw['first_s']:.1f} s, {len(tw['host_steps'])} host steps)")
+    for peer in peers_of(row):
+        p = row[peer]
+        line += (f"; {peer} {p['ms'][1]:.3f} ms ({p['ms'][1] / tw['ms'][1]:.2f}x, error {p['error']:.1e}, peak {p['peak_bytes'] / 1e6:.0f} MB,"
+                 f" grown {p['grown_bytes'] / 1e6:.0f} MB, first {p['first_s']:.1f} s)")
+    return line + f"; eager peak {row['eager']['peak_bytes'] / 1e6:.0f} MB"
+
+
+def record(args, rows, before, after):
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    date = datetime.datetime.now(datetime.timezone.utc)
+    commit_file = pathlib.Path(__file__).resolve().parent.parent / "COMMIT"
+    commit = os.environ.get("TILEWRIGHT_COMMIT") or (commit_file.read_text().strip() if commit_file.exists() else "unknown")
+    return date, commit, {
+        "kind": "gpu-models",
+        "date": date.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit,
+        "command": os.environ.get("TILEWRIGHT_COMMAND") or " ".join(["gpu/models.py", *sys.argv[1:]]),
+        "machine": {
+            "gpu": properties.name, "sms": properties.multi_processor_count, "memory_bytes": properties.total_memory,
+            "driver": nvidia_smi(["driver_version"]).get("driver_version"), "torch": torch.__version__, "torch_cuda": torch.version.cuda,
+        },
+        "clocks_before": before,
+        "protocol": {
+            "timing": "between two events around one run; medians within a round, quartiles over rounds; rounds alternate between the sides",
+            "runs": args.runs, "rounds": args.rounds, "weights": "random, the same on both sides",
+            "memory": "tw: its blocks; PyTorch: the allocator's peak, and what its reserve grew by",
+            "first_s": f"to the first result with empty caches, {len(rows)} models side by side",
+        },
+        "clocks_after": after,
+        "rows": rows,
+    }
+
+
+def listen(lines, said):
+    """Puts a worker's JSON lines into a queue, and None at their end; PyTorch's tuner prints others."""
+    for line in lines:
+        if line.startswith("{"):
+            said.put(json.loads(line))
+    said.put(None)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("models", nargs="*", default=list(CASES))
+    p.add_argument("models", nargs="*")
     p.add_argument("--tw", default="tw")
     p.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "tw-models")
-    p.add_argument("--precisions", default="bf16")
-    p.add_argument("--runs", type=int, default=50)
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--peers", default="eager,compile,graphs")
-    p.add_argument("--json", type=pathlib.Path)
+    p.add_argument("--precision", default="bf16", choices=["f32", "tf32", "f16", "bf16"])
+    p.add_argument("--runs", type=int, default=20)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--peers", default="graphs,autotune")
+    p.add_argument("--out", type=pathlib.Path, help="folder for the record")
+    p.add_argument("--patience", type=float, help="seconds after which models that are not ready are left out")
+    p.add_argument("--prepare", action="store_true", help="only compile, into the caches")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
     args = p.parse_args()
-    results = []
-    for name in args.models:
-        for precision in args.precisions.split(","):
-            try:
-                results.append(measure(args, name, precision))
-            except Exception as e:  # The other models are measured all the same.
-                print(f"{name} {precision}: failed: {e}", flush=True)
-                results.append({"model": name, "precision": precision, "failed": str(e)})
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-            if args.json:
-                args.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}, indent=1))
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.worker:
+        return worker(args, args.worker)
+    import model_zoo
+
+    named = dict((m.split("=") + [args.peers])[:2] for m in args.models or model_zoo.CASES)
+    names = list(named)
+    unknown = [n for n in names if n not in model_zoo.CASES]
+    if unknown:
+        p.error(f"no model {', '.join(unknown)}: there are {', '.join(model_zoo.CASES)}")
+    before = nvidia_smi(CLOCKS)
+    workers, said = {}, {}
+    for name in names:
+        # One cache of compiled kernels per model, so that each is made ready at the same time as the others.
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(args.work / f"inductor-{name}")}
+        call = [sys.executable, __file__, "--worker", name, "--tw", args.tw, "--work", str(args.work), "--precision", args.precision,
+                "--runs", str(args.runs), "--peers", named[name]] + ["--prepare"] * args.prepare
+        workers[name] = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        said[name] = queue.Queue()
+        threading.Thread(target=listen, args=(workers[name].stdout, said[name]), daemon=True).start()
+
+    def answer(name, until=None):
+        """The worker's next line of JSON. None when it ended, or `until` is past."""
+        try:
+            return said[name].get(timeout=None if until is None else max(0, until - time.monotonic()))
+        except queue.Empty:
+            return None
+
+    rows, failed = [], 0
+    until = time.monotonic() + args.patience if args.patience else None
+    live = [name for name in names if answer(name, until)]
+    for name in set(names) - set(live):
+        print(f"{name}: not ready", flush=True)
+        workers[name].kill()
+    began = time.monotonic()
+    for name in live if not args.prepare else []:
+        row = None
+        for _ in range(args.rounds):
+            print(file=workers[name].stdin, flush=True)
+            row = answer(name) or row
+        if row and row["tw"]["round_ms"]:
+            finish(row)
+            print(summary(row), flush=True)
+            rows.append(row)
+    for name, process in workers.items():
+        process.stdin.close()
+        if process.wait() != 0:
+            failed += 1
+            print(f"{name}: failed with {process.returncode}", flush=True)
+    print(f"{len(live)} of {len(names)} models ready, timed in {time.monotonic() - began:.0f} s", flush=True)
+    if args.out and rows:
+        date, commit, value = record(args, rows, before, nvidia_smi(CLOCKS))
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"gpu-models-{date:%Y-%m-%d}-{commit}.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            new = {(r["model"], r["type"]): r for r in rows}
+            value["rows"] = [new.pop((r["model"], r["type"]), r) for r in before["rows"]] + list(new.values())
+            value["command"] = f"{before['command']}; {value['command']}"
+            value["clocks_before"] = before["clocks_before"]
+        path.write_text(json.dumps(value, indent=2) + "\n")
+        print(path)
+    return 1 if failed or (not args.prepare and len(rows) < len(names)) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,8 +9,8 @@
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # ops:    the operators for PyTorch: values, PyTorch's checks, host time, speed beside eager and Inductor, where PyTorch is installed
 # models: tiny models against float64, in four precisions (also in tests); where PyTorch is installed, large
-#         ones beside it (gpu/models.py)
-# bench:  the cost of a launch, row kernels against a copy and beside PyTorch's compiler, matrix products against cuBLASLt, with endings against cuBLASLt and a kernel behind it; records under $RECORDS (default: records)
+#         ones beside it (gpu/models.py), with a record
+# bench:  the cost of a launch, row kernels against a copy and beside PyTorch's compiler, matrix products against cuBLASLt, with endings against cuBLASLt and a kernel behind it; models beside PyTorch where it is installed; records under $RECORDS (default: records)
 # tune:   searches for faster schedules; records under $RECORDS/tuned, all in one file $RECORDS/tuned.jsonl. Not part of all
 #
 # Every part runs, whatever came of the one before; the exit code says whether all passed. Kernels are
@@ -104,13 +104,16 @@ if [ "$part" = tests ] || [ "$part" = all ]; then
     printf '\n== row kernels against float64: not run, python3 has no torch with cuda.bindings\n'
   fi
 fi
-if [ "$part" = models ] || [ "$part" = all ]; then
+large_models() {
   if python3 -c 'import torch' 2>/dev/null; then
-    step "models beside PyTorch" python3 gpu/models.py --tw bin/tw --json "$records/gpu-models.json" "$@"
+    step "models beside PyTorch" python3 gpu/models.py --tw bin/tw --out "$records" "$@"
     step "decoding beside PyTorch" python3 gpu/decode.py --tw bin/tw --out "$records/gpu-decode.json"
   else
     printf '\n== models beside PyTorch: not run, python3 has no torch\n'
   fi
+}
+if [ "$part" = models ]; then
+  large_models "$@"
 fi
 # One process per kind of numbers, side by side: the tools slow the host down more than the device.
 sanitize() { # tool and its options
@@ -164,6 +167,7 @@ if [ "$part" = bench ] || [ "$part" = all ]; then
   fi
   step "bench" bin/tw-gpu-bench --cache "$cache" --out "$records" "$@"
   step "bench of endings" bin/tw-gpu-bench --cache "$cache" --out "$records" --shapes bench/gemm_endings.txt
+  large_models
 fi
 if [ "$part" = tune ]; then
   [ $# -gt 0 ] || set -- --shapes bench/gemm_shapes.txt --seconds 300

@@ -132,6 +132,9 @@ pub(crate) struct ModelArgs {
     /// Threads to use; 0 for all
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: usize,
+    /// Convolutions read their windows through the copy engine (GPUs only; has run with few images)
+    #[arg(long)]
+    pub(crate) windows: bool,
     /// Where it runs: cpu, cuda, or cuda:1 for the second GPU
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
@@ -210,6 +213,10 @@ pub(crate) struct BenchArgs {
     /// Stop after this many seconds
     #[arg(long, default_value_t = 20.0)]
     pub(crate) seconds: f64,
+    /// Print a line once ready, and then a result for every line of standard input, so that another program can be
+    /// measured in turns (GPUs only)
+    #[arg(long)]
+    pub(crate) turns: bool,
 }
 
 #[derive(Debug, Args)]

@@ -52,7 +52,7 @@ pub use arch::Arch;
 pub use driver::{
     Args, Buffer, DeviceMemory, Event, Function, FunctionAttributes, Gpu, Graph, GraphExec,
     KernelNode, L2Promotion, LaunchShape, MapElement, Module, OobFill, PinnedBuffer, Plain,
-    PreparedLaunch, Properties, RawLaunch, Stream, Swizzle, TensorMap, TensorMapSpec,
+    PreparedLaunch, Properties, RawLaunch, Stream, Swizzle, TensorMap, TensorMapSpec, WindowBox,
     driver_version,
 };
 pub use nvrtc::{CompileRequest, Compiled, FunctionResources, Nvrtc, Warning, WarningKind};

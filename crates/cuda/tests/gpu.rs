@@ -482,6 +482,7 @@ fn a_tensor_map_fetches_a_box() {
     let (x, y) = (32, -2);
     for swizzle in [Swizzle::None, Swizzle::B128] {
         let spec = TensorMapSpec {
+            windows: None,
             element: MapElement::of(DType::F32).unwrap(),
             address: matrix.address(),
             sizes: vec![columns as u64, rows as u64],

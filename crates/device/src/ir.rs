@@ -130,6 +130,51 @@ pub struct TensorMap {
     pub swizzle: Swizzle,
     /// Loads round f32 to TF32 (nearest), since the tensor cores drop the low bits.
     pub tf32: bool,
+    /// The tensor is a list of pixels, and boxes are positions of a window.
+    pub windows: Option<Windows>,
+}
+
+/// Windows over images, for convolutions: the tensor `[images * height * width, channels]` is read as if it
+/// were the matrix with a line per output and tap, without making it.
+///
+/// A load from such a map has two coordinates more, the tap's distances `(down, right)` from the window's first
+/// pixel. Line `i` of the box at `pixel` is output `pixel + i`, counted over images, rows and columns of outputs:
+///
+/// ```text
+/// image = output / (rows * cols)
+/// y = output / cols % rows * step_y + down - before_y      x = output % cols * step_x + right - before_x
+/// ```
+///
+/// It holds pixel `(image * height + y) * width + x`, and zeros where `y` or `x` lies outside the image.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Windows {
+    /// Height and width of an image.
+    pub size: [Dim; 2],
+    /// Rows and columns of outputs.
+    pub outputs: [Dim; 2],
+    /// Distance between neighbouring windows, 1 to 8.
+    pub steps: [i64; 2],
+    /// Rows and columns of zeros before the image.
+    pub before: [i64; 2],
+}
+
+impl Windows {
+    /// The line of the tensor that output number `output` sees at `tap`; `None` outside the image. `size` and
+    /// `outputs` are the numbers of those fields.
+    pub fn line(
+        &self,
+        size: [i64; 2],
+        outputs: [i64; 2],
+        output: i64,
+        tap: [i64; 2],
+    ) -> Option<i64> {
+        let [rows, cols] = outputs.map(|n| n.max(1));
+        let image = output.div_euclid(rows * cols);
+        let at = [output.div_euclid(cols).rem_euclid(rows), output.rem_euclid(cols)];
+        let [y, x] = [0, 1].map(|i| at[i] * self.steps[i] + tap[i] - self.before[i]);
+        let inside = (0..size[0]).contains(&y) && (0..size[1]).contains(&x);
+        inside.then(|| (image * size[0] + y) * size[1] + x)
+    }
 }
 
 /// A buffer of `slots` tiles `[rows, cols]` in shared memory. A tile is stored as panels: the

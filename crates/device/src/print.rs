@@ -76,7 +76,11 @@ impl Program {
             let (param, swizzle) = (param_name(self, m.param), m.swizzle);
             write!(out, "  map {} = {param} box {:?}", m.name, m.box_shape)?;
             let tf32 = if m.tf32 { " tf32" } else { "" };
-            writeln!(out, " contiguous {} swizzle {swizzle}{tf32}", m.contiguous)?;
+            write!(out, " contiguous {} swizzle {swizzle}{tf32}", m.contiguous)?;
+            if let Some(Windows { size: [h, w], outputs: [r, c], steps, before }) = &m.windows {
+                write!(out, " windows {r} x {c} of {h} x {w} steps {steps:?} before {before:?}")?;
+            }
+            writeln!(out)?;
         }
         for (_, s) in self.smem.iter() {
             writeln!(out, "  smem {} = {s}", s.name)?;

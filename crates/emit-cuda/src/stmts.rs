@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{
     BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase, Program,
-    Reach, RingId, Role, ShelfId, Slot, SmemTile, Spread, Stmt, THREAD, is_live,
+    Reach, RingId, Role, ShelfId, Slot, SmemTile, Spread, Stmt, THREAD, Windows, is_live,
 };
 use tilewright_expr::Value;
 use tilewright_layout::{Dim, Range};
@@ -426,6 +426,20 @@ impl<'a> Printer<'a> {
             .join(", ")
     }
 
+    /// Channel, the first window's pixel (column, row, image), and the tap's distance from it (right, down).
+    fn window_coordinates(&self, w: &Windows, at: &[Dim]) -> String {
+        let [pixel, channel, down, right] = at else {
+            unreachable!("the verifier counts coordinates")
+        };
+        let [rows, cols] = &w.outputs;
+        let first = |at: Dim, i: usize| at * w.steps[i] - w.before[i];
+        let x = first(pixel.modulo(cols), 1);
+        let y = first(pixel.floor_div(cols).modulo(rows), 0);
+        let image = pixel.floor_div(&(rows.clone() * cols));
+        let all = [channel, &x, &y, &image, right, down];
+        all.map(|d| self.scope.text(d)).join(", ")
+    }
+
     pub(crate) fn kernel_body(&mut self) -> Result<String> {
         let program = self.program;
         self.declare_line_scratch()?;
@@ -724,13 +738,20 @@ impl<'a> Printer<'a> {
                 let name = identifier(&format!("map_{}", self.program.maps[*map].name));
                 let to = self.box_address(to);
                 let bar = self.barrier(barrier);
-                let coordinates = self.coordinates(*map, at);
+                let (windows, coordinates) = match &self.program.maps[*map].windows {
+                    Some(w) => ("_windows", self.window_coordinates(w, at)),
+                    None => ("", self.coordinates(*map, at)),
+                };
                 let text = match reach {
                     Reach::All if self.program.cluster > 1 => format!(
-                        "tw::tma_load_multicast({to}, {name}, {bar}, {policy}, (tw::u16){}, {coordinates});",
+                        "tw::tma_load{windows}_multicast({to}, {name}, {bar}, {policy}, (tw::u16){}, {coordinates});",
                         (1u32 << self.program.cluster) - 1
                     ),
-                    _ => format!("tw::tma_load({to}, {name}, {bar}, {policy}, {coordinates});"),
+                    _ => {
+                        format!(
+                            "tw::tma_load{windows}({to}, {name}, {bar}, {policy}, {coordinates});"
+                        )
+                    }
                 };
                 self.leader_line(&text);
             }

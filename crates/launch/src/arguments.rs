@@ -4,8 +4,8 @@
 //! parameter first, then the others from the last to the first.
 
 use tilewright_base::{Error, Result};
-use tilewright_cuda::{L2Promotion, MapElement, OobFill, Swizzle, TensorMapSpec};
-use tilewright_device::{self as device, Program, TensorMap, is_live};
+use tilewright_cuda::{L2Promotion, MapElement, OobFill, Swizzle, TensorMapSpec, WindowBox};
+use tilewright_device::{self as device, Program, TensorMap, Windows, is_live};
 use tilewright_emit_cuda::Argument;
 use tilewright_layout::{Dim, Env};
 use tilewright_tile::{Access, Param};
@@ -113,7 +113,11 @@ pub fn arguments(
             Argument::Map(id) => {
                 let map = &program.maps[*id];
                 let tensor = &tensors[map.param.index()];
-                spec(map, tensor).map(Value::Map).map_err(|message| {
+                let made = match &map.windows {
+                    Some(w) => window_spec(map, w, tensor, sizes),
+                    None => spec(map, tensor),
+                };
+                made.map(Value::Map).map_err(|message| {
                     Error::unsupported(message)
                         .with_context(format!("binding {}", program.name))
                         .with_hint("a schedule with plain loads and stores has no such limits")
@@ -261,7 +265,47 @@ fn spec(map: &TensorMap, tensor: &Concrete<'_>) -> std::result::Result<TensorMap
             _ => L2Promotion::B64,
         },
         oob_fill: OobFill::Zero,
+        windows: None,
         strides_bytes,
+    };
+    spec.problem().map_or(Ok(spec), |problem| Err(format!("{name}: {problem}")))
+}
+
+/// The map of windows over images. The tensor is the list of their pixels.
+fn window_spec(
+    map: &TensorMap,
+    w: &Windows,
+    tensor: &Concrete<'_>,
+    sizes: &Env,
+) -> std::result::Result<TensorMapSpec, String> {
+    let name = &tensor.param.name;
+    let two = |d: &[Dim; 2]| Ok::<_, String>([value(&d[0], sizes)?, value(&d[1], sizes)?]);
+    let ([height, width], outputs) = (two(&w.size)?, two(&w.outputs)?);
+    let image = height * width;
+    let lines = tensor.extents[0] as i64;
+    if image <= 0 || outputs.iter().any(|n| *n < 1) || lines % image != 0 {
+        return Err(format!("{name}: {lines} pixels are no images of {height} x {width}"));
+    }
+    let plain = spec(&TensorMap { windows: None, ..map.clone() }, tensor)?;
+    let line = plain.strides_bytes[0];
+    let corner =
+        |at: i64| i32::try_from(at).map_err(|_| format!("{name}: windows of {image} pixels"));
+    let mut corners = [[0; 2]; 2];
+    // The accelerator counts columns before rows.
+    for (to, axis) in [(0, 1), (1, 0)] {
+        let last = (outputs[axis] - 1) * w.steps[axis] - w.before[axis];
+        corners[0][to] = corner(-w.before[axis])?;
+        corners[1][to] = corner(last - ([height, width][axis] - 1))?;
+    }
+    let [lower, upper] = corners;
+    let steps = w.steps.map(|s| s.clamp(0, 9) as u32);
+    let spec = TensorMapSpec {
+        sizes: vec![plain.sizes[0], width as u64, height as u64, (lines / image) as u64],
+        strides_bytes: vec![line, line * width as u64, line * image as u64],
+        box_sizes: vec![plain.box_sizes[0], plain.box_sizes[1], 1, 1],
+        element_strides: vec![1, steps[1], steps[0], 1],
+        windows: Some(WindowBox { lower, upper }),
+        ..plain
     };
     spec.problem().map_or(Ok(spec), |problem| Err(format!("{name}: {problem}")))
 }

@@ -67,6 +67,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         rows,
         spread,
         first_column: BTreeMap::new(),
+        streamed: None,
     };
     let buffers: Vec<SmemId> =
         pipeline.streams.iter().map(|s| buffer(&mut b, s, schedule.stages)).collect();

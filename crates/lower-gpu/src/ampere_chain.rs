@@ -57,6 +57,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         rows,
         spread,
         first_column: BTreeMap::new(),
+        streamed: None,
     };
     let chain = chain(&mut b, before, body, schedule.product)?;
     let turns = Turns::new(&mut b, &chain)?;

@@ -6,14 +6,15 @@
 //! while the next tile is multiplied.
 
 use crate::hopper::{Builder, CONSUMER, STORE_BARRIER};
-use crate::schedule::StoreKind;
+use crate::schedule::{Mode, StoreKind};
 use crate::streams::{Defs, definitions, extents};
 use std::collections::BTreeMap;
-use tilewright_base::{DType, Error, Result};
+use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
-    Extent, Frag, FragId, FragRef, MapId, Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
-    Swizzle, TensorMap,
+    Barrier, BarrierId, BarrierRef, CLUSTERS, Extent, Frag, FragId, FragRef, MapId, Phase, Reach,
+    Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt, Swizzle, TensorMap,
 };
+use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::{Kernel, ParamId, TileId, TileOp};
 
@@ -23,6 +24,146 @@ pub(crate) struct Finish {
     pub(crate) stmts: Vec<Stmt>,
     /// After the last item.
     pub(crate) last: Vec<Stmt>,
+}
+
+/// A tile that the epilogue reads and the copy engine brings, from the start of the item on: a residual. Each consumer
+/// has its rows in a buffer of its own, and a barrier that counts their bytes once per item.
+#[derive(Clone, Debug)]
+pub(crate) struct Streamed {
+    tile: TileId,
+    param: ParamId,
+    index: Vec<Dim>,
+    smem: SmemId,
+    map: MapId,
+    barrier: BarrierId,
+    span: u32,
+    cols: u32,
+}
+
+/// Elements of one panel of a residual with lines of `cols` elements that can be streamed beside a result; `None` when
+/// it is loaded from registers. The schedule space counts the buffer with the same words.
+pub fn residual_span(cols: u32, residual: DType, result: DType) -> Option<u32> {
+    let bits = residual.bits();
+    // Strides and addresses are those of the result in elements, at multiples of 16 bytes.
+    if bits < 16 || bits < result.bits() {
+        return None;
+    }
+    let bytes = cols * bits / 8;
+    [128, 64, 32].into_iter().find(|span| bytes.is_multiple_of(*span)).map(|span| span * 8 / bits)
+}
+
+/// Finds the residual of a warp-specialised kernel and makes room for it.
+pub(crate) fn stream_residual(
+    b: &mut Builder<'_>,
+    after: &[tilewright_tile::Stmt],
+    tile_cols: u32,
+    barriers: &mut IdVec<BarrierId, Barrier>,
+) -> Result<Option<Streamed>> {
+    // Two consumers with tiles of their own have not run with it on a device.
+    let together = b.schedule.mode == Mode::Cooperative;
+    if b.schedule.store != StoreKind::Tma
+        || b.spread != Spread::Wgmma
+        || !together
+        || !b.first_column.is_empty()
+    {
+        return Ok(None);
+    }
+    let stored = after.iter().find_map(|s| match s {
+        tilewright_tile::Stmt::Store { param, .. } => Some(b.kernel.params[*param].dtype),
+        _ => None,
+    });
+    let loads = after.iter().find_map(|s| match s {
+        tilewright_tile::Stmt::Let(id, TileOp::Load { param, index, steps, fill }) => {
+            let shape = extents(b.kernel, *id).ok()?;
+            let long = shape.iter().filter(|e| **e != 1).count() == 2 && index.len() >= 2;
+            let zero = matches!(fill, Value::Float(v) if v.to_bits() == 0);
+            let plain = steps.iter().all(|s| *s == 1) && zero && shape.last() == Some(&tile_cols);
+            (long && plain).then(|| (*id, *param, index.clone()))
+        }
+        _ => None,
+    });
+    let (Some(result), Some((tile, param, index))) = (stored, loads) else { return Ok(None) };
+    let p = &b.kernel.params[param];
+    let cols = index.len() - 1;
+    let axis = &p.layout.axes[cols];
+    let Some(span) = residual_span(tile_cols, p.dtype, result) else { return Ok(None) };
+    if !axis.stride.is(1) || axis.block.is_some() || b.rows > 256 {
+        return Ok(None);
+    }
+    let (name, dtype, rank) = (p.name.to_string(), p.dtype, p.layout.rank());
+    let swizzle = swizzle_for(span * dtype.bits() / 8)?;
+    let mut box_shape = vec![1; rank];
+    (box_shape[cols - 1], box_shape[cols]) = (b.rows, span);
+    let map = TensorMap {
+        name: name.clone(),
+        param,
+        box_shape,
+        contiguous: cols,
+        swizzle,
+        tf32: false,
+        windows: None,
+    };
+    let map = b.maps.push(map);
+    let smem = b.smem.push(Smem {
+        name: format!("s{name}"),
+        dtype,
+        rows: b.rows * b.schedule.consumers,
+        cols: tile_cols,
+        contiguous: 1,
+        swizzle,
+        slots: 1,
+    });
+    let barrier =
+        Barrier { name: format!("full_{name}"), slots: b.schedule.consumers, arrivals: 1 };
+    let barrier = barriers.push(barrier);
+    Ok(Some(Streamed { tile, param, index, smem, map, barrier, span, cols: tile_cols }))
+}
+
+impl Streamed {
+    fn at(&self) -> BarrierRef {
+        BarrierRef { barrier: self.barrier, slot: Slot::At(Dim::sym(CONSUMER)) }
+    }
+
+    fn part(&self, b: &Builder<'_>, col: Dim, cols: u32) -> SmemTile {
+        let (smem, row) = (self.smem, b.staging_row0());
+        SmemTile { smem, slot: Slot::At(Dim::new(0)), row, col, rows: b.rows, cols }
+    }
+
+    /// Starts the copies of an item. What the consumer's threads read of the item before, they have met since.
+    pub(crate) fn start(&self, b: &Builder<'_>) -> Stmt {
+        let bits = b.kernel.params[self.param].dtype.bits();
+        let bytes = b.rows * self.cols * bits / 8;
+        let mut steps = vec![Stmt::ExpectBytes { barrier: self.at(), bytes }];
+        let (rows, cols) = (self.index.len() - 2, self.index.len() - 1);
+        for panel in 0..self.cols / self.span {
+            let along = Dim::new(i64::from(panel * self.span));
+            let mut at = self.index.clone();
+            at[rows] = at[rows].clone() + &b.row0();
+            at[cols] = at[cols].clone() + &along;
+            steps.push(Stmt::TmaLoad {
+                map: self.map,
+                at,
+                to: self.part(b, along, self.span),
+                barrier: self.at(),
+                reach: Reach::Own,
+                evict_first: false,
+            });
+        }
+        Stmt::Once(steps)
+    }
+
+    /// Waits for them; items alternate between the barrier's parities.
+    fn wait(&self, b: &Builder<'_>) -> Stmt {
+        let each = match b.schedule.mode {
+            Mode::Cooperative => Dim::sym(CLUSTERS),
+            Mode::PingPong => Dim::sym(CLUSTERS) * &Dim::new(2),
+        };
+        let parity = match b.schedule.persistent {
+            true => Dim::sym("item").floor_div(&each).modulo(&Dim::new(2)),
+            false => Dim::new(0),
+        };
+        Stmt::Wait { barrier: self.at(), phase: Phase::Parity(parity) }
+    }
 }
 
 struct Staging {
@@ -178,6 +319,7 @@ pub(crate) fn store_results(
     }
     let (once, steps) = (e.once, e.steps);
     let mut stmts = once;
+    stmts.extend(b.streamed.as_ref().map(|s| s.wait(b)));
     stmts.push(Stmt::Unroll { var: "chunk".into(), count: tile_cols / chunk, body: steps });
     let last = if by_tma {
         vec![Stmt::Once(vec![Stmt::TmaWait { pending: 0, reads_only: true }])]
@@ -316,6 +458,7 @@ fn stage(
     box_shape[axes.1] = chunk;
     let rows = b.rows * b.schedule.consumers;
     let map = b.maps.push(TensorMap {
+        windows: None,
         name: name.to_string(),
         param,
         box_shape,
@@ -450,6 +593,12 @@ impl<'b, 'k> Evaluator<'b, 'k> {
                     return Err(Error::unsupported("a strided load after the products"));
                 }
                 let (rows, cols) = (index.len() - 2, index.len() - 1);
+                if let Some(streamed) = self.b.streamed.as_ref().filter(|s| s.tile == tile) {
+                    let from = streamed.part(self.b, self.column.clone(), self.chunk);
+                    self.steps.push(Stmt::FromSmem { dst: frag.clone(), from });
+                    self.columns_done.insert((tile, true), frag.clone());
+                    return Ok(frag);
+                }
                 let mut at = index;
                 at[rows] = at[rows].clone() + &self.b.row0();
                 at[cols] = at[cols].clone() + &self.column;

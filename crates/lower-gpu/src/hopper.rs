@@ -41,6 +41,8 @@ pub(crate) struct Builder<'a> {
     pub(crate) spread: Spread,
     /// First column of a tile that shares its fragment with another.
     pub(crate) first_column: BTreeMap<TileId, u32>,
+    /// A tile of the epilogue that the copy engine brings.
+    pub(crate) streamed: Option<epilogue::Streamed>,
 }
 
 impl Builder<'_> {
@@ -134,6 +136,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         rows,
         spread: Spread::Wgmma,
         first_column: BTreeMap::new(),
+        streamed: None,
     };
     // Shared memory and tensor maps of the streams.
     let cluster_symbol = cluster_symbol(kernel, schedule);
@@ -203,10 +206,15 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         joined.is_some(),
     );
     let results = tiles.results(body);
+    let tile_cols = results.iter().find(|(_, f)| b.frags[*f].extent == Extent::Tile);
+    if let Some(cols) = tile_cols.map(|(_, f)| b.frags[*f].cols) {
+        b.streamed = epilogue::stream_residual(&mut b, after, cols, &mut barriers)?;
+    }
     let finish = epilogue::store_results(&mut b, before, after, &results)?;
     let other = Dim::new(1) - &Dim::sym(CONSUMER);
     let turn = |of: Dim| of + &Dim::new(TURN_BARRIER);
     let mut consume = decode;
+    consume.extend(b.streamed.as_ref().map(|s| s.start(&b)));
     if schedule.mode == Mode::PingPong {
         consume.push(Stmt::NamedSync { id: turn(Dim::sym(CONSUMER)), threads: 256 });
     }
@@ -433,6 +441,7 @@ fn tensor_map(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<(Map
         contiguous: along_axis,
         swizzle: stream.swizzle,
         tf32: stream.tf32,
+        windows: stream.view.windows.as_ref().map(|w| w.windows.clone()),
     });
     Ok((map, box_lines, span))
 }
@@ -465,6 +474,7 @@ pub(crate) fn loads(
             at[stream.view.axes[0]] = at[stream.view.axes[0]].clone() + &row;
             at[stream.view.axes[1]] = at[stream.view.axes[1]].clone() + &col;
             let col = col + &Dim::new(i64::from(stage.first_column));
+            at.extend(stream.view.windows.iter().flat_map(|w| w.tap.clone()));
             out.push(Stmt::TmaLoad {
                 map: stage.map,
                 at,

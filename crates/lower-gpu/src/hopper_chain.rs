@@ -34,8 +34,49 @@ struct Feed {
     bytes: u32,
 }
 
-/// Schedules a kernel with one loop over products that feed each other.
+/// Schedules a kernel with one loop over products that feed each other. Where there is room, what is loaded once per
+/// item has two slots: the next item's comes while this one is computed, and so do the tiles of its first turns.
 pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
+    if schedule.persistent && registers(kernel)? <= AHEAD_REGISTERS_MAX {
+        let ahead = lower_with(kernel, schedule, 2)?;
+        if ahead.smem_bytes() <= schedule.arch.smem_bytes() {
+            return Ok(ahead);
+        }
+    }
+    let program = lower_with(kernel, schedule, 1)?;
+    let (needs, has) = (program.smem_bytes(), schedule.arch.smem_bytes());
+    if needs > has {
+        return Err(Error::unsupported(format!(
+            "{needs} bytes of shared memory where a block has {has}"
+        )));
+    }
+    Ok(program)
+}
+
+/// Up to so many registers of a thread, addresses of a second slot find room beside the tiles.
+const AHEAD_REGISTERS_MAX: u32 = 220;
+
+/// Registers of a thread for 64 rows of the tiles that live at once: the loop's sums and its scores, 16-bit copies of those, a tile
+/// that is loaded beside them (a mask), and 40 for the rest.
+fn registers(kernel: &Kernel) -> Result<u32> {
+    let (_, body, _) = main_loop(kernel)?;
+    let (mut sums, mut scores, mut loads) = (0, 0, 0);
+    for stmt in &body.body.stmts {
+        let tilewright_tile::Stmt::Let(id, op) = stmt else { continue };
+        match op {
+            TileOp::Mma { .. } if body.yields.contains(id) => sums = extents(kernel, *id)?[1],
+            TileOp::Mma { .. } => scores = extents(kernel, *id)?[1],
+            TileOp::Load { .. } => loads += 1,
+            _ => {}
+        }
+    }
+    // Keys and values go through shared memory.
+    let masked = if loads > 2 { scores / 4 } else { 0 };
+    Ok(sums / 2 + scores / 2 + scores / 4 + masked + 40)
+}
+
+/// With so many slots for what is loaded once per item.
+fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Result<Program> {
     let (before, body, after) = main_loop(kernel)?;
     let consumers = schedule.consumers;
     check(schedule)?;
@@ -49,6 +90,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         rows: rows_each(kernel, body, schedule)?,
         spread: Spread::Wgmma,
         first_column: std::collections::BTreeMap::new(),
+        streamed: None,
     };
     let chain = chain(&mut b, before, body, schedule.product)?;
 
@@ -56,7 +98,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     let mut barriers = IdVec::new();
     let mut feeds = Vec::new();
     for (stream, once) in chain.streams.iter().zip(&chain.invariant) {
-        let slots = if *once { 1 } else { schedule.stages };
+        let slots = if *once { once_slots } else { schedule.stages };
         let name = kernel.params[stream.view.param].name.clone();
         let stage = stage(&mut b, stream, false, slots)?;
         let ring = b.rings.push(Ring { name: format!("ring_{name}"), stages: slots });
@@ -167,12 +209,6 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         ],
         teardown: Vec::new(),
     };
-    let (needs, has) = (program.smem_bytes(), schedule.arch.smem_bytes());
-    if needs > has {
-        return Err(Error::unsupported(format!(
-            "{needs} bytes of shared memory where a block has {has}"
-        )));
-    }
     Ok(program)
 }
 

@@ -28,8 +28,9 @@ mod shelf;
 mod specialise;
 mod streams;
 
+pub use epilogue::residual_span;
 pub use schedule::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind};
-pub use streams::tf32_round;
+pub use streams::{tf32_round, window_line};
 
 use tilewright_base::Result;
 use tilewright_device::Program;

@@ -7,8 +7,8 @@
 use crate::schedule::ProductKind;
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::Swizzle;
-use tilewright_expr::{Func, FuncBuilder, Op, Value as Constant};
+use tilewright_device::{Swizzle, Windows};
+use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value as Constant};
 use tilewright_layout::Dim;
 use tilewright_tile::{For, Kernel, ParamId, Stmt, TileId, TileOp};
 
@@ -35,6 +35,79 @@ pub(crate) struct LoadView {
     pub(crate) index: Vec<Dim>,
     /// Axis of the parameter for each axis of the tile.
     pub(crate) axes: Vec<usize>,
+    /// Lines are outputs of a window, not lines of the parameter.
+    pub(crate) windows: Option<WindowTap>,
+}
+
+/// Which windows, and which of their taps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WindowTap {
+    pub(crate) windows: Windows,
+    /// Distance from a window's first pixel: down, right.
+    pub(crate) tap: [Dim; 2],
+}
+
+/// Names of the parameters of [`window_line`].
+const WINDOW_LINE: [&str; 11] = [
+    "output", "down", "right", "height", "width", "rows", "cols", "step_y", "step_x", "before_y",
+    "before_x",
+];
+
+/// The line of a list of pixels that an output of a window sees at a tap, -1 outside the image: what
+/// [`Windows`](tilewright_device::Windows) says. A gather of such lines may be the copy engine's.
+pub fn window_line() -> Func {
+    let mut b = FuncBuilder::new();
+    let [output, down, right, height, width, rows, cols, step_y, step_x, before_y, before_x] =
+        WINDOW_LINE.map(|name| b.param(name, DType::I64));
+    let zero = b.constant_int(0, DType::I64);
+    let row = b.op(Op::Div, &[output, cols]);
+    let image = b.op(Op::Div, &[row, rows]);
+    let mut inside = Vec::new();
+    let mut place = |b: &mut FuncBuilder, at, [count, step, tap, before, size]: [ExprId; 5]| {
+        let at = b.op(Op::Rem, &[at, count]);
+        let at = b.op(Op::Mul, &[at, step]);
+        let at = b.op(Op::Add, &[at, tap]);
+        let at = b.op(Op::Sub, &[at, before]);
+        inside.push(b.op(Op::Ge, &[at, zero]));
+        inside.push(b.op(Op::Lt, &[at, size]));
+        at
+    };
+    let y = place(&mut b, row, [rows, step_y, down, before_y, height]);
+    let x = place(&mut b, output, [cols, step_x, right, before_x, width]);
+    let line = b.op(Op::Mul, &[image, height]);
+    let line = b.op(Op::Add, &[line, y]);
+    let line = b.op(Op::Mul, &[line, width]);
+    let line = b.op(Op::Add, &[line, x]);
+    let outside = b.constant_int(-1, DType::I64);
+    let line = inside.iter().fold(line, |line, &c| b.op(Op::Select, &[c, line, outside]));
+    b.finish(line)
+}
+
+/// Resolves the lines of a gather to outputs of windows: their first, and which windows.
+fn window_lines(defs: &Defs<'_>, rows: TileId) -> Option<(Dim, WindowTap)> {
+    let TileOp::Map { func, args } = defs.get(&rows)? else { return None };
+    if *func != window_line() {
+        return None;
+    }
+    let starts: Option<Vec<Dim>> = args
+        .iter()
+        .map(|arg| match defs.get(&arg.tile) {
+            Some(TileOp::Iota { axis: 0, start }) => Some(start.clone()),
+            _ => None,
+        })
+        .collect();
+    let [first, down, right, height, width, rows, cols, rest @ ..] = &starts?[..] else {
+        return None;
+    };
+    let numbers: Option<Vec<i64>> = rest.iter().map(Dim::as_const).collect();
+    let [step_y, step_x, before_y, before_x] = numbers?[..] else { return None };
+    let windows = Windows {
+        size: [height.clone(), width.clone()],
+        outputs: [rows.clone(), cols.clone()],
+        steps: [step_y, step_x],
+        before: [before_y, before_x],
+    };
+    Some((first.clone(), WindowTap { windows, tap: [down.clone(), right.clone()] }))
 }
 
 /// The extents of a tile as numbers.
@@ -62,6 +135,19 @@ pub(crate) fn load_view(kernel: &Kernel, defs: &Defs<'_>, tile: TileId) -> Optio
                 param: *param,
                 index: index.clone(),
                 axes: (0..index.len()).collect(),
+                windows: None,
+            })
+        }
+        TileOp::Gather { param, axis: 0, rows, index, fill } if index.len() == 2 => {
+            let zero = matches!(fill, Constant::Int(0))
+                || matches!(fill, Constant::Float(v) if v.to_bits() == 0);
+            let (first, windows) = window_lines(defs, *rows)?;
+            (zero && index[0].is(0)).then(|| LoadView {
+                load: tile,
+                param: *param,
+                index: vec![first, index[1].clone()],
+                axes: vec![0, 1],
+                windows: Some(windows),
             })
         }
         TileOp::Permute { x, perm } => {
@@ -329,6 +415,9 @@ pub(crate) fn stream(
             )));
         }
     };
+    if view.windows.is_some() && (contiguous, product) != (1, ProductKind::Wgmma) {
+        return Err(Error::unsupported("windows without the copy engine, or across channels"));
+    }
     let along = if contiguous == 1 { cols } else { rows };
     let bytes = along * param.dtype.bits() / 8;
     let swizzle = [Swizzle::B128, Swizzle::B64, Swizzle::B32]

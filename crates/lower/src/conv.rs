@@ -21,6 +21,7 @@ use crate::block::{Dag, Emit, KernelParts, Pos};
 use crate::contract::{Operands, Product, Side, finish_acc, give_anchor};
 use crate::cost;
 use crate::fuse::Group;
+use crate::gpu::WindowForm;
 use crate::lowering::Lowering;
 use crate::map::block_of;
 use crate::place::Place;
@@ -33,7 +34,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_expr::{ExprId, Op as ExprOp, Value};
 use tilewright_graph::{ConvAttrs, Node, Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout};
-use tilewright_plan::Note;
+use tilewright_plan::{Form, Note};
 use tilewright_tile::{Operand, TileType};
 
 /// Up to this many input channels all taps are one sum.
@@ -61,6 +62,17 @@ impl Lowering<'_> {
             pads: attrs.pads_lo.clone(),
             dilations: attrs.dilations.clone(),
         };
+        let conv =
+            Conv { node, attrs, geometry: geometry.clone(), w: w.clone(), shape: &group.shape };
+        let strided = geometry.strides.iter().any(|s| *s != 1);
+        // A single tap that misses nothing is a plain product.
+        if (geometry.taps() > 1 || strided)
+            && let Some(form) = self.windows(&conv, &dag)?
+        {
+            let mut conv = conv;
+            conv.w[1] = form.channels;
+            return self.by_taps(name, &conv, &dag, note, Some(form));
+        }
         let unpadded = attrs.pads_lo.iter().chain(&attrs.pads_hi).all(|&p| p == 0);
         if geometry.taps() == 1 && unpadded && attrs.groups == 1 {
             return self.pointwise(name, node, &geometry, group, &dag, note);
@@ -68,11 +80,10 @@ impl Lowering<'_> {
         if attrs.groups > 1 && w[1] == 1 && w[0] == attrs.groups {
             return self.depthwise(name, node, &geometry, group, &dag, note);
         }
-        let conv = Conv { node, attrs, geometry, w, shape: &group.shape };
         if self.on_gpu() {
             return self.im2col(name, &conv, &dag, note);
         }
-        self.by_taps(name, &conv, &dag, note)
+        self.by_taps(name, &conv, &dag, note, None)
     }
 
     /// The weights as a constant in panels of output channels, with the input channels next to
@@ -194,7 +205,7 @@ impl Lowering<'_> {
         let w_shape = graph.shape(w).to_vec();
         let wp = match graph.as_const(w) {
             None => self.place(w)?,
-            Some(_) if self.on_gpu() => self.place(w)?,
+            Some(_) if self.on_gpu() && !x.layout.axes[1].stride.is(1) => self.place(w)?,
             Some(_) => {
                 let rank = w_shape.len();
                 let order: Vec<usize> = (1..rank).chain([0]).collect();
@@ -333,23 +344,37 @@ impl Lowering<'_> {
         Ok(Place { buffer, layout })
     }
 
-    fn by_taps(&mut self, name: String, conv: &Conv<'_>, dag: &Dag, note: Note) -> Result<()> {
+    /// Per tap a product; on a GPU also in the form of `windows`, with its operands.
+    fn by_taps(
+        &mut self,
+        name: String,
+        conv: &Conv<'_>,
+        dag: &Dag,
+        note: Note,
+        windows: Option<WindowForm>,
+    ) -> Result<()> {
         let graph = self.graph;
         let symbols = &graph.symbols;
         let (o, cg) = (conv.w[0], conv.w[1]);
         let groups = conv.attrs.groups;
         let og = o / groups;
-        let taps_inside = cg <= FEW_CHANNELS && conv.geometry.taps() > 1 && groups == 1;
-        let mut x = match taps_inside {
-            true => self.padded(conv, Padded::ChannelsNear)?,
-            false => self.place(conv.node.inputs[0])?,
+        let taps_inside =
+            cg <= FEW_CHANNELS && conv.geometry.taps() > 1 && groups == 1 && windows.is_none();
+        let mut x = match &windows {
+            Some(form) => form.data.clone(),
+            None if taps_inside => self.padded(conv, Padded::ChannelsNear)?,
+            None => self.place(conv.node.inputs[0])?,
         };
+        let x_type = self.plan.buffers[x.buffer].dtype;
         let dtype = graph.dtype(conv.node.inputs[1]);
         let acc_type = dtype.compute();
         let operands = self.conv_operands(dtype);
         let knobs = self.product_knobs(operands.left, operands.right, acc_type);
         let width = panel_for(self.target, og);
-        let w_place = self.conv_weights(conv.node.inputs[1], width, taps_inside, operands)?;
+        let w_place = match &windows {
+            Some(form) => form.weights.clone(),
+            None => self.conv_weights(conv.node.inputs[1], width, taps_inside, operands)?,
+        };
         let shape = conv.shape;
         let rank = shape.len();
         let size = |d: &Dim| nominal(d, symbols);
@@ -439,7 +464,7 @@ impl Lowering<'_> {
         let mut acc = vec![k.b.full(crate::block::zero(acc_type), acc_ty)];
 
         let x_layout = if taps_inside { conv.overlapping(&x.layout) } else { x.layout.clone() };
-        let xp = k.input(x.buffer, dtype, x_layout.clone());
+        let xp = k.input(x.buffer, x_type, x_layout.clone());
         let w_type = self.plan.buffers[w_place.buffer].dtype;
         let wp = k.input(w_place.buffer, w_type, w_place.layout);
         // Loops over taps, then over input channels.
@@ -470,10 +495,10 @@ impl Lowering<'_> {
             conv.load_windows(&mut k, &stand, xp, &x_layout)
         } else {
             let channel = Pos::tile(&g * cg + &c0, bc_dim.clone());
-            let zero = crate::block::zero(dtype);
+            let zero = crate::block::zero(x_type);
             stand.load(&mut k, xp, &geometry, &tap, &channel, zero)
         };
-        let xt = finish_acc(&mut k, xt, dtype, operands.left);
+        let xt = finish_acc(&mut k, xt, x_type, operands.left);
         let xt = k.b.reshape(xt, vec![rows, depth.clone()]);
         let mut index = vec![first_channel, c0.clone()];
         index.extend(tap);
@@ -500,7 +525,9 @@ impl Lowering<'_> {
         let mut emit = Emit::new(dag, &canon, stand.pos.clone());
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
-        self.launch(k, tiles, knobs, note)
+        let form = windows.and_then(|form| form.over(&k.args));
+        let forms = form.into_iter().map(|f| Form::Product(Box::new(f))).collect();
+        self.launch_forms(k, tiles, knobs, forms, note)
     }
 }
 

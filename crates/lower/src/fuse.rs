@@ -145,7 +145,7 @@ impl fmt::Display for FusionPlan {
 }
 
 /// True for operators that only say where elements lie.
-pub(crate) fn is_view(op: &Op) -> bool {
+pub fn is_view(op: &Op) -> bool {
     matches!(op, Op::Reshape(_) | Op::Permute(_) | Op::Slice { .. } | Op::Expand(_))
 }
 

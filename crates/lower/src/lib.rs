@@ -41,7 +41,7 @@ mod target;
 mod views;
 mod window;
 
-pub use fuse::{Anchor, Choice, FusionPlan, Group, fuse};
+pub use fuse::{Anchor, Choice, FusionPlan, Group, fuse, is_view};
 pub use gpu::attention_fits;
 pub use lowering::{lower, lower_with, verify_plan};
 pub use target::{CpuTarget, matrix_units};
@@ -60,6 +60,8 @@ pub struct Options {
     pub precision: Precision,
     /// What runs the plan.
     pub device: Device,
+    /// On a GPU, convolutions read their windows through the copy engine, and images have their channels innermost.
+    pub windows: bool,
 }
 
 /// What runs a plan.
@@ -75,6 +77,11 @@ pub enum Device {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { fusion: Choice::Fastest, precision: Precision::F32, device: Device::Cpu }
+        Options {
+            fusion: Choice::Fastest,
+            precision: Precision::F32,
+            device: Device::Cpu,
+            windows: false,
+        }
     }
 }

@@ -29,6 +29,8 @@ pub(crate) struct Lowering<'a> {
     pub(crate) consts: BTreeMap<(ValueId, DType, Layout), BufferId>,
     pub(crate) precision: Precision,
     pub(crate) device: Device,
+    /// Convolutions read their windows through the copy engine.
+    pub(crate) windows: bool,
     /// Values that a GPU stores in 16 bits.
     pub(crate) narrow: BTreeSet<ValueId>,
     /// Which views are copied rather than read, and why.
@@ -58,6 +60,7 @@ pub fn lower_with(
     options: &Options,
 ) -> Result<(Plan, FusionPlan)> {
     let mut fusion = fuse(graph, target, options.fusion, options.device);
+    let layouts = &crate::gpu::channels_last(graph, layouts, options);
     let mut low = Lowering {
         graph,
         target,
@@ -77,6 +80,7 @@ pub fn lower_with(
         consts: BTreeMap::new(),
         precision: options.precision,
         device: options.device,
+        windows: options.windows,
         narrow: crate::gpu::narrow_values(graph, options),
         views: Vec::new(),
         written: BTreeSet::new(),

@@ -18,8 +18,11 @@ use tilewright_tile::{Operand, ReduceKind, TileId, TileType};
 /// Windows up to this many taps are written out; larger ones loop.
 const WRITTEN_OUT: i64 = 25;
 
+/// Channels of one tile where they are innermost, for a schedule that does not choose.
+const CHANNELS_LAST_TILE: i64 = 64;
+
 /// The position of a block on the result of a window over `[N, C, spatial...]`: channels are the
-/// vector axis when blocked, else the last spatial axis is. Gives the position in the order
+/// vector axis when blocked or innermost, else the last spatial axis is. Gives the position in the order
 /// `N, spatial..., C` and the tile sizes.
 pub(crate) fn stand(
     low: &Lowering<'_>,
@@ -33,8 +36,13 @@ pub(crate) fn stand(
     let rank = shape.len();
     let lanes = low.target.lanes;
     let width = size(&shape[rank - 1]);
+    let innermost = |l: &&Layout| l.axes[1].stride.is(1) && l.axes[1].block.is_none();
+    let channels = size(&shape[1]);
     let (bc, bw) = match block {
         Some(b) => (b, even(width, 16, 1)),
+        None if low.windows && low.on_gpu() && channels > 1 && layouts.iter().any(innermost) => {
+            (even(channels, CHANNELS_LAST_TILE, 1), even(width, 16, 1))
+        }
         None => (1, even(width, 512, lanes)),
     };
     let mut tiles = Vec::new();

@@ -20,7 +20,7 @@ mod product;
 
 pub use attention::{Attention, Heads};
 pub use decoder::{Decoder, DecoderLayer};
-pub use product::{Matrix, Product, Repeat, Second, Vector};
+pub use product::{Matrix, Product, Repeat, Second, Vector, Windows};
 
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};

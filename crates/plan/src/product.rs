@@ -55,6 +55,27 @@ pub struct Second {
     pub cols: Option<Vector>,
 }
 
+/// Windows over images: the left operand of a convolution as it lies, `[images, height, width, channels]`. Line
+/// `(image, row, col)` of the matrix, column `(tap down, tap right, channel)`, is the pixel
+/// `(row * steps + down * dilations - before, ...)`, or zero where that is outside. Entries are for rows and columns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Windows {
+    /// How many images.
+    pub images: Dim,
+    /// Height and width.
+    pub size: [Dim; 2],
+    /// Rows and columns of outputs.
+    pub outputs: [Dim; 2],
+    /// Taps.
+    pub taps: [i64; 2],
+    /// Distances between neighbouring windows.
+    pub steps: [i64; 2],
+    /// Zeros before an image.
+    pub before: [i64; 2],
+    /// Distances between neighbouring taps.
+    pub dilations: [i64; 2],
+}
+
 /// A matrix product, batched and strided, with what happens to its sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Product {
@@ -66,8 +87,10 @@ pub struct Product {
     pub k: Dim,
     /// Outermost first.
     pub repeat: Vec<Repeat>,
-    /// `[m, k]`
+    /// `[m, k]`; with windows, `row` is the distance between neighbouring pixels.
     pub a: Matrix,
+    /// `A` is read through windows.
+    pub windows: Option<Windows>,
     /// `[k, n]`
     pub b: Matrix,
     /// `[m, n]`

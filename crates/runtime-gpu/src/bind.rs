@@ -5,6 +5,7 @@
 //! their own, filled once.
 
 use crate::choose::{Choice, Chooser};
+use crate::in_place::join;
 use crate::product::ALIGNED;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
@@ -107,6 +108,8 @@ pub struct Bound {
     pub arena_bytes: usize,
     /// What one allocation per buffer would take.
     pub naive_bytes: usize,
+    /// Size of the arena if no result lay in the memory of an operand.
+    pub apart_bytes: usize,
     /// Size of the workspace; it follows the rest of the arena.
     pub workspace_bytes: usize,
     /// One per step of the plan.
@@ -198,18 +201,18 @@ pub fn bind_at(plan: &Plan, env: &Env, place: Place<'_>, chooser: &mut Chooser) 
         }
         callers.push(address);
     }
-    let listed: Vec<Live> = lives.iter().flatten().copied().collect();
-    let arena = plan_arena(&listed);
-    let mut offsets = arena.offsets.iter();
-    let slots = lives
-        .iter()
-        .zip(callers)
-        .map(|(live, caller)| match (live, caller) {
-            (_, Some(address)) => Slot::Caller(address),
-            (Some(_), None) => Slot::Arena(offsets.next().copied().unwrap_or(0)),
-            (None, None) => Slot::Const,
-        })
-        .collect();
+    let apart: Vec<usize> = (0..lives.len()).collect();
+    let mut arena = placed(&lives, &apart, &lives);
+    // Sharing is a wish of each kernel alone; the arena as a whole may be better off without.
+    let on_device = |number: usize| matches!(steps[number], BoundStep::Device { .. });
+    let (joined, home) = join(plan, &on_device, &lives);
+    let shared = placed(&joined, &home, &lives);
+    let (naive_bytes, apart_bytes) = (arena.naive_bytes, arena.bytes);
+    if shared.bytes < arena.bytes {
+        arena = shared;
+    }
+    let own = arena.slots.into_iter().zip(callers);
+    let slots = own.map(|(slot, caller)| caller.map_or(slot, Slot::Caller)).collect();
     Ok(Bound {
         key: place.key(plan, env),
         env: env.clone(),
@@ -217,10 +220,33 @@ pub fn bind_at(plan: &Plan, env: &Env, place: Place<'_>, chooser: &mut Chooser) 
         bytes,
         slots,
         arena_bytes: arena.bytes,
-        naive_bytes: arena.naive_bytes,
+        naive_bytes,
+        apart_bytes,
         workspace_bytes,
         steps,
     })
+}
+
+/// An arena with the place of each buffer.
+struct Placed {
+    slots: Vec<Slot>,
+    bytes: usize,
+    naive_bytes: usize,
+}
+
+/// Places lives; each buffer that has one in `lives` lies where its home does.
+fn placed(joined: &[Option<Live>], home: &[usize], lives: &[Option<Live>]) -> Placed {
+    let listed: Vec<Live> = joined.iter().flatten().copied().collect();
+    let arena = plan_arena(&listed);
+    let mut offsets = arena.offsets.iter();
+    let at: Vec<Option<usize>> =
+        joined.iter().map(|live| live.and_then(|_| offsets.next().copied())).collect();
+    let slot = |b: usize| match lives[b] {
+        Some(_) => Slot::Arena(at[home[b]].unwrap_or(0)),
+        None => Slot::Const,
+    };
+    let slots = (0..lives.len()).map(slot).collect();
+    Placed { slots, bytes: arena.bytes, naive_bytes: arena.naive_bytes }
 }
 
 /// From which step to which each buffer is needed; `None` for constants. Sizes are whole units of

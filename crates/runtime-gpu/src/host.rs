@@ -4,7 +4,7 @@ use crate::bind::{Bound, BoundStep};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use tilewright_base::{Error, Result, ResultExt};
-use tilewright_data::{Bytes, Tensor};
+use tilewright_data::{Bytes, Tensor, check_memory};
 use tilewright_interp::{Mode, tile};
 use tilewright_plan::{Buffer, BufferId, Plan, Step, Storage};
 use tilewright_tile::Access;
@@ -17,14 +17,52 @@ pub(crate) trait Memory {
     fn write(&mut self, buffer: BufferId, bytes: &[u8]) -> Result<()>;
 }
 
-/// The bytes of a constant as the plan stores them.
+/// The bytes of a constant as the plan stores them; the elements as one axis when they do not lie row-major.
 pub(crate) fn constant(buffer: &Buffer) -> Result<Option<Tensor>> {
     let Storage::Const(tensor) = &buffer.storage else { return Ok(None) };
-    if !buffer.layout.is_row_major() {
-        return Err(Error::bug(format!("constant `{}` of a GPU's plan is packed", buffer.name)));
-    }
     let rounded = tensor.rounded(buffer.dtype).context(|| format!("rounding `{}`", buffer.name))?;
-    Ok(Some(rounded))
+    if buffer.layout.is_row_major() {
+        return Ok(Some(rounded));
+    }
+    packed(buffer, &rounded).map(Some)
+}
+
+/// Elements that a constant takes.
+pub(crate) fn constant_elements(buffer: &Buffer) -> Result<usize> {
+    let elements = buffer.layout.alloc_elements().as_const();
+    let elements = elements.and_then(|n| usize::try_from(n).ok());
+    elements.ok_or_else(|| Error::bug(format!("constant `{}` has a size unknown", buffer.name)))
+}
+
+/// A tensor under a strided layout; zeros where no element lies.
+fn packed(buffer: &Buffer, tensor: &Tensor) -> Result<Tensor> {
+    let bug = || Error::bug(format!("constant `{}` of a GPU's plan is in blocks", buffer.name));
+    let elements = constant_elements(buffer)?;
+    let size = buffer.dtype.bytes_for(1).filter(|_| buffer.dtype.bits() >= 8).ok_or_else(bug)?;
+    let mut strides = Vec::new();
+    for axis in &buffer.layout.axes {
+        let stride = axis.stride.as_const().filter(|_| axis.block.is_none());
+        strides.push(stride.and_then(|s| usize::try_from(s).ok()).ok_or_else(bug)?);
+    }
+    let offset = buffer.layout.offset.as_const().and_then(|o| usize::try_from(o).ok());
+    let offset = offset.ok_or_else(bug)?;
+    check_memory(elements.saturating_mul(size), "a packed constant")?;
+    let mut out = vec![0u8; elements * size];
+    let shape = tensor.shape();
+    let mut at = vec![0usize; shape.len()];
+    for element in tensor.bytes().chunks_exact(size) {
+        let to = offset + at.iter().zip(&strides).map(|(i, s)| i * s).sum::<usize>();
+        let place = out.get_mut(to * size..(to + 1) * size).ok_or_else(bug)?;
+        place.copy_from_slice(element);
+        for axis in (0..shape.len()).rev() {
+            at[axis] += 1;
+            if at[axis] < shape[axis] {
+                break;
+            }
+            at[axis] = 0;
+        }
+    }
+    Tensor::new(buffer.dtype, [elements], Bytes::copy_from(&out))
 }
 
 /// Runs one step that is the host's.

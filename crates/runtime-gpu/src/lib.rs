@@ -31,6 +31,7 @@ mod choose;
 pub mod decode;
 mod direct;
 mod host;
+mod in_place;
 mod interpret;
 mod product;
 mod session;

@@ -6,7 +6,7 @@
 use crate::choose::{Launch, Source, Way};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
-use tilewright_kernels::gemm::{self, Epilogue, Order, Pair, Place, Precision, Problem};
+use tilewright_kernels::gemm::{self, Epilogue, Images, Order, Pair, Place, Precision, Problem};
 use tilewright_layout::{Dim, Env};
 use tilewright_lower_gpu::lower;
 use tilewright_plan::{Matrix, Product};
@@ -118,6 +118,23 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
         };
         extras.push(offset);
     }
+    let mut images = None;
+    if let Some(w) = &product.windows {
+        let two = |d: &[Dim; 2]| Ok::<_, Error>([number(&d[0], sizes)?, number(&d[1], sizes)?]);
+        images = Some(Images {
+            windows: gemm::Windows {
+                taps: w.taps,
+                steps: w.steps,
+                before: w.before,
+                dilations: w.dilations,
+            },
+            count: number(&w.images, sizes)?,
+            size: two(&w.size)?,
+            outputs: two(&w.outputs)?,
+        });
+        (orders[0], leading[0]) = (Order::Row, number(&product.a.row, sizes)?);
+        (orders[1], leading[1]) = (Order::Col, number(&product.b.col, sizes)?);
+    }
     let tf32 = product.tf32 && product.a.dtype == DType::F32;
     let dtype = |v: &Option<tilewright_plan::Vector>| v.as_ref().map(|v| v.dtype);
     let problem = Problem {
@@ -141,6 +158,7 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
             residual: dtype(&product.residual),
             pair: if product.second.is_some() { Pair::Right } else { Pair::None },
         },
+        images,
     };
     let mut out = Vec::new();
     for candidate in gemm::plan(&problem, gpu, most)? {

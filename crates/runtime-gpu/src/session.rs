@@ -5,7 +5,7 @@
 
 use crate::bind::{Bound, BoundStep, Place, Slot, bind_at};
 use crate::choose::{Chooser, Source, Way};
-use crate::host::{self, Memory, constant};
+use crate::host::{self, Memory, constant, constant_elements};
 use crate::product::ALIGNED;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -53,8 +53,9 @@ impl Executable {
         let (mut total, mut constant_at) = (0usize, Vec::new());
         for (_, buffer) in plan.buffers.iter() {
             constant_at.push(total);
-            if let Storage::Const(tensor) = &buffer.storage {
-                let bytes = buffer.dtype.bytes_for(tensor.len()).unwrap_or(usize::MAX / 2);
+            if let Storage::Const(_) = &buffer.storage {
+                let elements = constant_elements(buffer)?;
+                let bytes = buffer.dtype.bytes_for(elements).unwrap_or(usize::MAX / 2);
                 total = total.saturating_add(bytes).next_multiple_of(ALIGNED as usize);
             }
         }
@@ -133,6 +134,8 @@ pub struct MemoryReport {
     pub constant_bytes: usize,
     /// Inputs, outputs and intermediates.
     pub arena_bytes: usize,
+    /// What they would take if no result lay in the memory of an operand.
+    pub apart_bytes: usize,
     /// What one allocation per buffer would take.
     pub naive_bytes: usize,
     /// Workspace of the kernels.
@@ -265,6 +268,7 @@ impl Session {
         Ok(MemoryReport {
             constant_bytes: self.exe.constants.len(),
             arena_bytes: bound.arena_bytes,
+            apart_bytes: bound.apart_bytes,
             naive_bytes: bound.naive_bytes,
             workspace_bytes: bound.workspace_bytes,
         })

@@ -131,6 +131,7 @@ impl Compiler {
         let layouts = tilewright_passes::choose_layouts(&graph, &context);
         lap(&mut stages, "layout");
         let options = tilewright_lower::Options {
+            windows: false,
             fusion: self.fusion,
             precision: self.precision,
             ..Default::default()

@@ -48,12 +48,17 @@ pub struct GpuCompiler {
     pub precision: Precision,
     /// Which operators become one kernel.
     pub fusion: Choice,
+    /// Convolutions read their windows through the copy engine, instead of copying them. Has run on a
+    /// device with one or two images.
+    pub windows: bool,
 }
 
 /// A model planned for a GPU.
 #[derive(Clone, Debug)]
 pub struct GpuPlan {
     graph: Graph,
+    /// Before attention and products were taken apart.
+    unfused: Graph,
     plan: Plan,
     fusion: FusionPlan,
     stages: Vec<StageTime>,
@@ -77,7 +82,7 @@ pub struct GpuModel {
 impl GpuCompiler {
     /// For this GPU, in `f32`.
     pub fn new(machine: Machine) -> GpuCompiler {
-        GpuCompiler { machine, precision: Precision::F32, fusion: Choice::Fastest }
+        GpuCompiler { machine, precision: Precision::F32, fusion: Choice::Fastest, windows: false }
     }
 
     /// Plans a graph.
@@ -125,6 +130,7 @@ impl GpuCompiler {
             let (name, time) = (stage.name.to_string(), stage.time + stage.verify_time);
             stages.push(StageTime { name, time });
         }
+        let unfused = graph.clone();
         let start = Instant::now();
         if tilewright_passes::join_products(&mut graph)? {
             tilewright_graph::verify(&graph)?;
@@ -141,6 +147,7 @@ impl GpuCompiler {
         stages.push(StageTime { name: "decompose-products".into(), time: start.elapsed() });
         let start = Instant::now();
         let options = tilewright_lower::Options {
+            windows: self.windows,
             fusion: self.fusion,
             precision: self.precision,
             device: Device::Gpu,
@@ -154,7 +161,7 @@ impl GpuCompiler {
         tilewright_lower::verify_plan(&plan)?;
         stages.push(StageTime { name: "lower".into(), time: start.elapsed() });
         let (machine, precision) = (self.machine.clone(), self.precision);
-        Ok(GpuPlan { graph, plan, fusion, stages, machine, precision })
+        Ok(GpuPlan { graph, unfused, plan, fusion, stages, machine, precision })
     }
 }
 
@@ -303,8 +310,18 @@ pub struct GpuExplanation {
     pub launches: usize,
     /// Recorded graphs per run.
     pub graphs: usize,
-    /// Bytes of weights, of the arena, of the workspace, and with one allocation per buffer.
-    pub memory_bytes: [usize; 4],
+    /// Bytes of weights, of the arena, of the workspace; of the arena with one allocation per buffer, and with no result
+    /// in the memory of an operand.
+    pub memory_bytes: [usize; 5],
+    /// What a framework takes at least that runs the graph operator by operator and frees each tensor after its last use:
+    /// a model of PyTorch's eager mode, whose measured peaks are in the record of `gpu/models.py`.
+    pub framework_bytes: usize,
+    /// Ceilings: of products, and of plain multiply-adds.
+    pub flops_per_s: [f64; 2],
+    /// Copy bandwidth.
+    pub bytes_per_s: f64,
+    /// Planning stages with seconds.
+    pub stages: Vec<(String, f64)>,
     /// What did not go as planned.
     pub warnings: Vec<String>,
 }
@@ -398,7 +415,18 @@ impl GpuModel {
                 memory.arena_bytes,
                 memory.workspace_bytes,
                 memory.naive_bytes,
+                memory.apart_bytes,
             ],
+            framework_bytes: framework_bytes(&self.planned, &env),
+            flops_per_s: [true, false]
+                .map(|products| peak(machine, self.planned.precision, products)),
+            bytes_per_s: machine.copy_bytes_per_s,
+            stages: self
+                .planned
+                .stages
+                .iter()
+                .map(|s| (s.name.clone(), s.time.as_secs_f64()))
+                .collect(),
             warnings: run.warnings,
         })
     }
@@ -406,12 +434,67 @@ impl GpuModel {
 
 /// The rate of what does most of a kernel's work: the tensor cores for products of narrow operands.
 fn flops_per_s(machine: &Machine, precision: Precision, kernel: &KernelReport) -> f64 {
-    let per_clock = match (kernel.products.is_empty(), precision) {
-        (true, _) | (_, Precision::F32) => machine.f32_flops_per_clock,
+    peak(machine, precision, !kernel.products.is_empty())
+}
+
+fn peak(machine: &Machine, precision: Precision, products: bool) -> f64 {
+    let per_clock = match (products, precision) {
+        (false, _) | (_, Precision::F32) => machine.f32_flops_per_clock,
         (_, Precision::Tf32) => machine.tensor_flops_per_clock / 2.0,
         (_, Precision::F16 | Precision::Bf16) => machine.tensor_flops_per_clock,
     };
     f64::from(machine.sms) * machine.model.clock_ghz * 1e9 * per_clock
+}
+
+/// Weights and, at the worst moment, the tensors between operators: each from where it is computed to its last use, views in
+/// the memory of their operand, attention and other composites as one operator each, nothing over an operand.
+fn framework_bytes(planned: &GpuPlan, env: &tilewright_layout::Env) -> usize {
+    let (graph, narrow) = (&planned.unfused, planned.precision);
+    let size = |v: ValueId| {
+        let elements: i64 = graph.shape(v).iter().map(|d| d.eval(env).unwrap_or(0)).product();
+        let dtype = graph.dtype(v);
+        let bytes = match narrow {
+            Precision::F16 | Precision::Bf16 if dtype == tilewright_base::DType::F32 => 2,
+            _ => dtype.size(),
+        };
+        usize::try_from(elements).unwrap_or(0) * bytes
+    };
+    let mut root: Vec<ValueId> = graph.values.ids().collect();
+    let mut last: Vec<Option<usize>> = vec![None; root.len()];
+    for (at, (_, node)) in graph.live().enumerate() {
+        for &v in &node.inputs {
+            last[root[v.index()].index()] = Some(at);
+        }
+        if tilewright_lower::is_view(&node.op)
+            && let (Some(&out), Some(&from)) = (node.outputs.first(), node.inputs.first())
+        {
+            root[out.index()] = root[from.index()];
+        }
+    }
+    for (_, v) in &graph.outputs {
+        last[root[v.index()].index()] = Some(usize::MAX);
+    }
+    let own = |v: ValueId| root[v.index()] == v;
+    let given = graph.values.iter().filter(|(_, value)| {
+        matches!(value.def, tilewright_graph::Def::Const(_) | tilewright_graph::Def::Input(_))
+    });
+    let given: usize = given.map(|(v, _)| size(v)).sum();
+    let (mut now, mut most) = (given, given);
+    for (at, (_, node)) in graph.live().enumerate() {
+        let made = node.outputs.iter().filter(|&&v| own(v));
+        now += made.clone().map(|&v| size(v)).sum::<usize>();
+        most = most.max(now);
+        let mut read: Vec<ValueId> = node.inputs.iter().map(|v| root[v.index()]).collect();
+        read.sort_unstable();
+        read.dedup();
+        let made_here =
+            |v: &ValueId| matches!(graph.values[*v].def, tilewright_graph::Def::Node(..));
+        let freed = read.iter().filter(|v| made_here(v) && last[v.index()] == Some(at));
+        now -= freed.map(|&v| size(v)).sum::<usize>();
+        let unread = made.filter(|v| last[v.index()].is_none());
+        now -= unread.map(|&v| size(v)).sum::<usize>();
+    }
+    most
 }
 
 /// What a framework without a compiler would call for the same work.
@@ -465,13 +548,17 @@ impl GpuExplanation {
         );
         let saved: f64 = self.steps.iter().map(|k| k.report.bytes_saved).sum();
         let flops: f64 = self.steps.iter().map(|k| k.report.flops).sum();
-        let [weights, arena, workspace, naive] = self.memory_bytes.map(|b| bytes_text(b as f64));
+        let [weights, arena, workspace, naive, apart] =
+            self.memory_bytes.map(|b| bytes_text(b as f64));
+        let all: usize = self.memory_bytes[..3].iter().sum();
         let _ = writeln!(
             out,
-            "fusion keeps {} out of memory; {:.2} GFLOP at {:.2} TFLOP/s\nmemory: weights {weights}, arena {arena} ({naive} with one allocation per buffer), workspace {workspace}",
+            "fusion keeps {} out of memory; {:.2} GFLOP at {:.2} TFLOP/s\nmemory: {} (operator by operator, as PyTorch's eager mode, at least {}): weights {weights}, arena {arena} ({apart} if nothing lay over an operand, {naive} with one allocation per buffer), workspace {workspace}",
             bytes_text(saved),
             flops * 1e-9,
             flops * 1e-12 / self.run_seconds.max(1e-12),
+            bytes_text(all as f64),
+            bytes_text(self.framework_bytes as f64),
         );
         let _ = writeln!(
             out,

@@ -1,9 +1,11 @@
 //! The report of `tw explain --html`: one page that needs nothing from outside itself.
 //!
-//! [`page`] names the sections in the order of the page; each is one function. Text goes through
+//! [`page`] and [`gpu_page`] say what a report has to show; `write` names the sections in the order of the page, and
+//! each is one function. Text goes through
 //! `maud`, which escapes it; the style sheet and the script lie beside this file and hold no data.
 
 use crate::explain::{Explanation, KernelReport, bytes_text, time_text};
+use crate::gpu::GpuExplanation;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -11,8 +13,140 @@ use std::ops::Range;
 /// Up to this many kernels all boxes are open to the eye; larger models start folded by section.
 const UNFOLDED_MAX: usize = 40;
 
-/// The whole page.
+/// Ceilings of the machine.
+struct Roofs {
+    flops_per_s: f64,
+    /// A lower ceiling, and what it is of.
+    lower: Option<(f64, &'static str)>,
+    bytes_per_s: f64,
+    /// What there is to say about them.
+    note: Option<Markup>,
+}
+
+/// What a page shows.
+struct Report<'a> {
+    model: &'a str,
+    machine: String,
+    sizes: &'a [(String, i64)],
+    /// Figures of the heading, with what they are.
+    tiles: Vec<(String, String)>,
+    kernels: Vec<&'a KernelReport>,
+    /// For each kernel, what more there is to say: terms and their text.
+    details: Vec<Vec<(&'static str, String)>>,
+    roofs: Roofs,
+    memory: Vec<(&'static str, usize)>,
+    stages: &'a [(String, f64)],
+}
+
+/// The page of a model on a CPU.
 pub fn page(e: &Explanation) -> String {
+    let (c, m) = (&e.cpu.ceilings, &e.memory);
+    let flops: f64 = e.kernels.iter().map(|k| k.flops).sum();
+    let saved: f64 = e.kernels.iter().map(|k| k.bytes_saved).sum();
+    let smaller = m.naive_bytes as f64 / (m.arena_bytes.max(1)) as f64;
+    let threads = if e.cpu.threads == 1 { "thread" } else { "threads" };
+    let arena = match m.naive_bytes {
+        0 => "of intermediates".to_string(),
+        _ => format!("of intermediates, {smaller:.1} times less than naive"),
+    };
+    let count =
+        format!("kernels ({} distinct) for {} operators", e.distinct_kernels, e.operators_before);
+    let rate = format!("{:.1} GFLOP/s", flops * 1e-9 / e.seconds.max(1e-12));
+    write(&Report {
+        model: &e.model,
+        machine: format!(
+            "{}, {} {threads}, vectors of {} bits",
+            e.cpu.name, e.cpu.threads, e.cpu.vector_bits
+        ),
+        sizes: &e.sizes,
+        tiles: vec![
+            (time_text(e.seconds), "sum of the kernels' times".to_string()),
+            (e.kernels.len().to_string(), count),
+            (rate, format!("{} in all", flops_text(flops))),
+            (bytes_text(saved), "kept out of memory by fusion".to_string()),
+            (bytes_text(m.arena_bytes as f64), arena),
+        ],
+        kernels: e.kernels.iter().collect(),
+        details: Vec::new(),
+        roofs: Roofs {
+            flops_per_s: c.f32_flops_per_s,
+            lower: (e.cpu.threads > 1).then_some((c.f32_flops_per_s_1_thread, "1 thread")),
+            bytes_per_s: c.memory_read_bytes_per_s,
+            note: (!c.measured).then(
+                || html! { " The ceilings are guesses: run " code { "tw machine --measure" } "." },
+            ),
+        },
+        memory: vec![
+            ("intermediates, naive", m.naive_bytes),
+            ("intermediates, arena", m.arena_bytes),
+            ("weights in place", m.shared_constant_bytes),
+            ("weights packed", m.packed_constant_bytes),
+            ("scratch of all threads", m.scratch_bytes),
+        ],
+        stages: &e.stages,
+    })
+}
+
+/// The page of a model on a GPU.
+pub fn gpu_page(e: &GpuExplanation) -> String {
+    let reports = || e.steps.iter().map(|s| &s.report);
+    let flops: f64 = reports().map(|k| k.flops).sum();
+    let saved: f64 = reports().map(|k| k.bytes_saved).sum();
+    let [weights, arena, workspace, naive, apart] = e.memory_bytes;
+    let details = |s: &crate::gpu::GpuStep| {
+        let mut out = vec![("instead of", s.library.clone())];
+        out.extend(s.schedules.iter().map(|text| ("program", text.clone())));
+        out.extend(s.host.iter().map(|why| ("on the host", why.clone())));
+        out
+    };
+    let hosts = e.steps.iter().filter(|s| s.host.is_some()).count();
+    write(&Report {
+        model: &e.model,
+        machine: format!("{}, {}", e.gpu, e.precision),
+        sizes: &e.sizes,
+        tiles: vec![
+            (
+                time_text(e.run_seconds),
+                format!("a run; its steps one by one {}", time_text(e.seconds)),
+            ),
+            (
+                e.launches.to_string(),
+                format!("launches in {} graphs, {hosts} steps on the host", e.graphs),
+            ),
+            (
+                format!("{:.1} TFLOP/s", flops * 1e-12 / e.run_seconds.max(1e-12)),
+                format!("{} in all", flops_text(flops)),
+            ),
+            (bytes_text(saved), "kept out of memory by fusion".to_string()),
+            (
+                bytes_text((weights + arena + workspace) as f64),
+                format!(
+                    "of memory; tensor by tensor at least {}",
+                    bytes_text(e.framework_bytes as f64)
+                ),
+            ),
+        ],
+        kernels: reports().collect(),
+        details: e.steps.iter().map(details).collect(),
+        roofs: Roofs {
+            flops_per_s: e.flops_per_s[0],
+            lower: (e.flops_per_s[1] < e.flops_per_s[0])
+                .then_some((e.flops_per_s[1], "multiply-adds")),
+            bytes_per_s: e.bytes_per_s,
+            note: None,
+        },
+        memory: vec![
+            ("intermediates, naive", naive),
+            ("intermediates, none over another", apart),
+            ("intermediates, arena", arena),
+            ("weights", weights),
+            ("workspace of the kernels", workspace),
+        ],
+        stages: &e.stages,
+    })
+}
+
+fn write(e: &Report<'_>) -> String {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -40,25 +174,16 @@ pub fn page(e: &Explanation) -> String {
     .into_string()
 }
 
-fn header(e: &Explanation) -> Markup {
-    let flops: f64 = e.kernels.iter().map(|k| k.flops).sum();
-    let saved: f64 = e.kernels.iter().map(|k| k.bytes_saved).sum();
+fn header(e: &Report<'_>) -> Markup {
     let sizes: Vec<String> = e.sizes.iter().map(|(name, n)| format!("{name} = {n}")).collect();
-    let m = &e.memory;
-    let smaller = m.naive_bytes as f64 / (m.arena_bytes.max(1)) as f64;
     html! {
         h1 { (e.model) }
         p {
-            (e.cpu.name) ", " (e.cpu.threads) @if e.cpu.threads == 1 { " thread" } @else { " threads" }
-            ", vectors of " (e.cpu.vector_bits) " bits"
+            (e.machine)
             @if !sizes.is_empty() { " · " (sizes.join(", ")) }
         }
         div.tiles {
-            (tile(&time_text(e.seconds), "sum of the kernels' times"))
-            (tile(&e.kernels.len().to_string(), &format!("kernels ({} distinct) for {} operators", e.distinct_kernels, e.operators_before)))
-            (tile(&format!("{:.1} GFLOP/s", flops * 1e-9 / e.seconds.max(1e-12)), &format!("{} in all", flops_text(flops))))
-            (tile(&bytes_text(saved), "kept out of memory by fusion"))
-            (tile(&bytes_text(m.arena_bytes as f64), &if m.naive_bytes > 0 { format!("of intermediates, {smaller:.1} times less than naive") } else { "of intermediates".to_string() }))
+            @for (value, what) in &e.tiles { (tile(value, what)) }
         }
     }
 }
@@ -92,7 +217,7 @@ fn percent(share: f64) -> String {
     format!("{:.1}%", share * 100.0)
 }
 
-fn kinds(e: &Explanation) -> Markup {
+fn kinds(e: &Report<'_>) -> Markup {
     let mut by_kind: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
     for k in &e.kernels {
         let sum = by_kind.entry(&k.anchor).or_default();
@@ -153,12 +278,10 @@ fn tick_text(v: f64) -> String {
     if v >= 1.0 { format!("{v:.0}") } else { format!("{v}") }
 }
 
-fn roofline(e: &Explanation) -> Markup {
-    let c = &e.cpu.ceilings;
-    let (peak, one, bandwidth) =
-        (c.f32_flops_per_s, c.f32_flops_per_s_1_thread, c.memory_read_bytes_per_s);
-    let points: Vec<&KernelReport> =
-        e.kernels.iter().filter(|k| k.flops > 0.0 && k.bytes > 0.0 && k.seconds > 0.0).collect();
+fn roofline(e: &Report<'_>) -> Markup {
+    let (peak, bandwidth) = (e.roofs.flops_per_s, e.roofs.bytes_per_s);
+    let shown = |k: &&&KernelReport| k.flops > 0.0 && k.bytes > 0.0 && k.seconds > 0.0;
+    let points: Vec<&KernelReport> = e.kernels.iter().filter(shown).copied().collect();
     let intensity = |k: &KernelReport| k.flops / k.bytes;
     let rate = |k: &KernelReport| k.flops / k.seconds;
     let ridge = peak / bandwidth;
@@ -199,7 +322,7 @@ fn roofline(e: &Explanation) -> Markup {
         p {
             "Each dot is a kernel, its area the share of the time. Below the slope a kernel could gain by moving less "
             "data, below the flat line by computing faster. Bytes count traffic to main memory, so data that stays in the caches can lie above the slope."
-            @if !c.measured { " The ceilings are guesses: run " code { "tw machine --measure" } "." }
+            @if let Some(note) = &e.roofs.note { (note) }
         }
         div.card {
             svg viewBox="0 0 1010 450" role="img" aria-label="Roofline plot" {
@@ -213,13 +336,13 @@ fn roofline(e: &Explanation) -> Markup {
                 }
                 text x="530" y="442" text-anchor="middle" { "FLOP per byte" }
                 text x="70" y="14" { "GFLOP/s" }
-                @if e.cpu.threads > 1 { path.roof.thin d=(slope(bandwidth, one)) {} }
+                @if let Some((one, _)) = e.roofs.lower { path.roof.thin d=(slope(bandwidth, one)) {} }
                 path.roof d=(slope(bandwidth, peak)) {}
                 text x="984" y=(y.at(peak * 1e-9) - 7.0) text-anchor="end" {
                     (format!("{:.0} GFLOP/s, {:.1} GB/s", peak * 1e-9, bandwidth * 1e-9))
                 }
-                @if e.cpu.threads > 1 && x.at(one / bandwidth) < 900.0 {
-                    text x="984" y=(y.at(one * 1e-9) - 5.0) text-anchor="end" { (format!("1 thread: {:.0} GFLOP/s", one * 1e-9)) }
+                @if let Some((one, what)) = e.roofs.lower.filter(|(one, _)| x.at(one / bandwidth) < 900.0) {
+                    text x="984" y=(y.at(one * 1e-9) - 5.0) text-anchor="end" { (format!("{what}: {:.0} GFLOP/s", one * 1e-9)) }
                 }
                 @for k in &drawn {
                     circle.point.(class(&k.anchor)) data-k=(format!("k{}", k.step))
@@ -253,7 +376,7 @@ fn scope(k: &KernelReport) -> Option<&str> {
 }
 
 /// Consecutive kernels of one layer, or one kernel that belongs to none.
-fn sections(kernels: &[KernelReport]) -> Vec<(Option<&str>, Range<usize>)> {
+fn sections<'a>(kernels: &[&'a KernelReport]) -> Vec<(Option<&'a str>, Range<usize>)> {
     let mut sections: Vec<(Option<&str>, Range<usize>)> = Vec::new();
     for (i, k) in kernels.iter().enumerate() {
         let scope = scope(k);
@@ -279,7 +402,7 @@ fn sections(kernels: &[KernelReport]) -> Vec<(Option<&str>, Range<usize>)> {
     merged
 }
 
-fn flow(e: &Explanation) -> Markup {
+fn flow(e: &Report<'_>) -> Markup {
     let fold = e.kernels.len() > UNFOLDED_MAX;
     let most = e.kernels.iter().map(|k| k.share).fold(1e-9, f64::max);
     let sections = if fold { sections(&e.kernels) } else { vec![(None, 0..e.kernels.len())] };
@@ -295,15 +418,16 @@ fn flow(e: &Explanation) -> Markup {
             }
             @for (name, range) in &sections {
                 @match name {
-                    Some(name) if range.len() > 1 => (section(name, &e.kernels[range.clone()], most)),
-                    _ => @for k in &e.kernels[range.clone()] { (kernel(k, most)) },
+                    Some(name) if range.len() > 1 => (section(name, e, range.clone(), most)),
+                    _ => @for at in range.clone() { (kernel(e, at, most)) },
                 }
             }
         }
     }
 }
 
-fn section(name: &str, kernels: &[KernelReport], most: f64) -> Markup {
+fn section(name: &str, e: &Report<'_>, range: Range<usize>, most: f64) -> Markup {
+    let kernels = &e.kernels[range.clone()];
     let share: f64 = kernels.iter().map(|k| k.share).sum();
     let seconds: f64 = kernels.iter().map(|k| k.seconds).sum();
     html! {
@@ -317,12 +441,13 @@ fn section(name: &str, kernels: &[KernelReport], most: f64) -> Markup {
                 span.num { (time_text(seconds)) }
                 span.num { (percent(share)) }
             }
-            @for k in kernels { (kernel(k, most)) }
+            @for at in range { (kernel(e, at, most)) }
         }
     }
 }
 
-fn kernel(k: &KernelReport, most: f64) -> Markup {
+fn kernel(e: &Report<'_>, at: usize, most: f64) -> Markup {
+    let k = e.kernels[at];
     let after: Vec<String> = k.after.iter().map(usize::to_string).collect();
     let names = |list: &[String]| html! { @for name in list { code { (name) } } };
     html! {
@@ -342,13 +467,14 @@ fn kernel(k: &KernelReport, most: f64) -> Markup {
                 dt { "writes" } dd { (names(&k.writes)) }
                 dt { "work" } dd { (flops_text(k.flops)) ", " (bytes_text(k.bytes)) " moved, " (bytes_text(k.bytes_saved)) " saved by fusion" }
                 dt { "limit" } dd { (k.roof.name()) ": " (format!("{:.0}%", k.fraction * 100.0)) " of what the ceiling allows" }
+                @for (term, text) in e.details.get(at).into_iter().flatten() { dt { (term) } dd { (text) } }
                 @if k.estimate_seconds > 0.0 { dt { "estimated" } dd { (time_text(k.estimate_seconds)) } }
             }
         }
     }
 }
 
-fn table(e: &Explanation) -> Markup {
+fn table(e: &Report<'_>) -> Markup {
     html! {
         h2 { "All kernels" }
         p { "Click a heading to sort." }
@@ -403,25 +529,20 @@ fn bars(rows: &[(String, f64, String, bool)]) -> Markup {
     }
 }
 
-fn memory(e: &Explanation) -> Markup {
-    let m = &e.memory;
-    let row = |name: &str, bytes: usize| {
-        (name.to_string(), bytes as f64, bytes_text(bytes as f64), false)
-    };
+fn memory(e: &Report<'_>) -> Markup {
+    let rows: Vec<_> = e
+        .memory
+        .iter()
+        .map(|(name, bytes)| (name.to_string(), *bytes as f64, bytes_text(*bytes as f64), false))
+        .collect();
     html! {
         h2 { "Memory" }
         p { "All intermediates share one arena, planned by how long each lives; \"naive\" is one allocation for each." }
-        (bars(&[
-            row("intermediates, naive", m.naive_bytes),
-            row("intermediates, arena", m.arena_bytes),
-            row("weights in place", m.shared_constant_bytes),
-            row("weights packed", m.packed_constant_bytes),
-            row("scratch of all threads", m.scratch_bytes),
-        ]))
+        (bars(&rows))
     }
 }
 
-fn stages(e: &Explanation) -> Markup {
+fn stages(e: &Report<'_>) -> Markup {
     // Stages named `... (all)` are sums over others.
     let is_sum = |name: &str| name.ends_with("(all)");
     let total: f64 = e.stages.iter().filter(|(n, _)| !is_sum(n)).map(|s| s.1).sum();
@@ -537,9 +658,40 @@ mod tests {
     }
 
     #[test]
+    fn pages_of_gpus_are_well_formed_and_say_what_a_library_would_call() {
+        let kernels = report("<i>", 50).kernels;
+        let steps = kernels.into_iter().map(|report| crate::gpu::GpuStep {
+            report,
+            schedules: vec!["conv: BM=128 & <BN>".into()],
+            library: "cublasLtMatmul \"bf16\"".into(),
+            host: None,
+        });
+        let page = gpu_page(&GpuExplanation {
+            model: "<i>".into(),
+            gpu: "H200 & more".into(),
+            precision: "bf16".into(),
+            sizes: vec![("batch".into(), 4)],
+            steps: steps.collect(),
+            seconds: 1e-3,
+            run_seconds: 1e-3,
+            launches: 50,
+            graphs: 1,
+            memory_bytes: [1 << 20, 1 << 10, 0, 1 << 11, 1 << 10],
+            framework_bytes: 1 << 21,
+            flops_per_s: [1e15, 6e13],
+            bytes_per_s: 4e12,
+            stages: vec![("lower".into(), 0.1)],
+            warnings: vec![],
+        });
+        check(&page);
+        assert_eq!(page.matches("<dt>instead of</dt>").count(), 50);
+    }
+
+    #[test]
     fn layers_of_a_large_model_fold() {
         let report = report("large", 100);
-        assert_eq!(sections(&report.kernels).len(), 20);
+        let kernels: Vec<&KernelReport> = report.kernels.iter().collect();
+        assert_eq!(sections(&kernels).len(), 20);
         let page = page(&report);
         assert_eq!(page.matches("<details class=\"scope").count(), 20);
     }

@@ -1,6 +1,9 @@
 //! Models planned for a GPU, run without one: the device programs of the tiny Hugging Face models in the
 //! device interpreter, within the numerics contract against the float64 oracle.
 
+mod nets;
+
+use nets::{conv, numbers};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tilewright::Precision;
@@ -8,7 +11,7 @@ use tilewright::gpu::{GpuCompiler, GpuPlan};
 use tilewright_base::DType;
 use tilewright_data::Tensor;
 use tilewright_expr::Op as ExprOp;
-use tilewright_graph::{ConvAttrs, Graph, GraphBuilder, Op, TensorType, WindowAttrs, WindowKind};
+use tilewright_graph::{Graph, GraphBuilder, Op, TensorType, WindowAttrs, WindowKind};
 use tilewright_import::hf::{LoadOptions, load_model, safetensors};
 use tilewright_interp::Mode;
 use tilewright_interp::graph::order_inputs;
@@ -38,8 +41,13 @@ const PRECISIONS: [Precision; 4] =
     [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16];
 
 fn plan(graph: &Graph, precision: Precision) -> GpuPlan {
+    plan_with(graph, precision, false)
+}
+
+fn plan_with(graph: &Graph, precision: Precision, windows: bool) -> GpuPlan {
     let mut compiler = GpuCompiler::new(Gpu::h200());
     compiler.precision = precision;
+    compiler.windows = windows;
     compiler.plan(graph.clone()).unwrap_or_else(|e| panic!("{} {precision}: {e}", graph.name))
 }
 
@@ -91,28 +99,6 @@ fn tile_programs_beside_the_forms_are_within_the_contract() {
             }
         }
     }
-}
-
-/// Numbers around 0 that look random, a function of the seed.
-fn numbers(shape: &[usize], seed: u64) -> Tensor {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
-    let values: Vec<f64> = (0..shape.iter().product())
-        .map(|_| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f64 / (1u64 << 24) as f64 - 0.5
-        })
-        .collect();
-    Tensor::from_f64s(DType::F32, shape, &values).unwrap()
-}
-
-fn conv(stride: i64, pad: i64, groups: i64) -> Op {
-    Op::Conv(ConvAttrs {
-        strides: vec![stride; 2],
-        pads_lo: vec![pad; 2],
-        pads_hi: vec![pad; 2],
-        dilations: vec![1; 2],
-        groups,
-    })
 }
 
 /// Convolutions with padding and strides, in groups, depthwise and pointwise; pooling; a classifier.
@@ -218,5 +204,26 @@ fn gated_units_are_one_product() {
             assert_eq!(pairs(&planned), count, "{name}");
             holds(&name, &graph, &planned, &[numbers(&[33, 24], 3)], 0);
         }
+    }
+}
+
+/// Where the copy engine can read windows, no convolution copies them.
+#[test]
+fn convolutions_read_their_windows_within_the_contract() {
+    let graph = nets::residual_network();
+    let inputs = [numbers(&[3, 3, 13, 10], 7)];
+    for precision in PRECISIONS {
+        let planned = plan_with(&graph, precision, true);
+        let reads = |f: &Form| matches!(f, Form::Product(p) if p.windows.is_some());
+        let kernels = || planned.plan().kernels.iter();
+        let windows = kernels().filter(|(_, k)| k.forms.iter().any(reads)).count();
+        // Multiply-adds of f32 do not go through the copy engine.
+        assert_eq!(windows, if precision == Precision::F32 { 0 } else { 6 }, "{precision}");
+        holds(&format!("residual {precision}"), &graph, &planned, &inputs, 0);
+        let outputs =
+            tilewright_interp::plan::run(planned.plan(), &inputs, &Env::new(), Mode::Exact)
+                .unwrap();
+        let report = planned.verify_outputs(&graph, &inputs, &outputs).expect("it verifies");
+        assert!(report.outputs.iter().all(|d| d.ratio <= 1.0), "{precision}: {report:?}");
     }
 }

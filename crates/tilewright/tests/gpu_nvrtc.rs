@@ -3,6 +3,9 @@
 //! Compiled kernels are kept below `target`. Without NVRTC the test says so and passes, unless
 //! `TILEWRIGHT_REQUIRE_NVRTC=1`.
 
+#[allow(dead_code, reason = "another test uses the rest")]
+mod nets;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -31,14 +34,21 @@ fn every_program_of_the_tiny_models_compiles() {
     };
     // By text, so that the order is the same in every run.
     let mut programs: BTreeMap<String, Arc<Program>> = BTreeMap::new();
-    for model in ["bert", "gpt2", "llama", "qwen3", "vit", "distilbert"] {
+    let load = |model| {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf").join(model);
-        let graph = load_model(&folder, &LoadOptions::default()).expect("it loads").graph;
+        load_model(&folder, &LoadOptions::default()).expect("it loads").graph
+    };
+    let mut graphs: Vec<_> =
+        ["bert", "gpt2", "llama", "qwen3", "vit", "distilbert"].into_iter().map(load).collect();
+    graphs.push(nets::residual_network());
+    for graph in graphs {
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             let mut compiler = GpuCompiler::new(Gpu::h200());
             compiler.precision = precision;
+            compiler.windows = true;
             let planned = compiler.plan(graph.clone()).expect("it plans");
-            let sizes: Env = graph.symbols.iter().map(|s| (s.name.clone(), 9)).collect();
+            let sizes: Env =
+                graph.symbols.iter().map(|s| (s.name.clone(), 9.min(s.range.max))).collect();
             let bound = bind(planned.plan(), &sizes, &mut Chooser::new(Gpu::h200())).unwrap();
             for step in &bound.steps {
                 let BoundStep::Device { choice, .. } = step else { continue };

@@ -8,10 +8,11 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 use tilewright::bench::Times;
 use tilewright::explain::{bytes_text, time_text};
-use tilewright::gpu::{GpuCompiler, GpuDevice, GpuModel, RunReport, ordinal};
+use tilewright::gpu::{GpuCompiler, GpuDevice, GpuModel, RunReport, Session, ordinal};
 use tilewright::verify::Report;
 use tilewright::{Choice, Model, Result};
 use tilewright_base::Error;
+use tilewright_data::Tensor;
 
 /// Reads the model, plans it and copies its weights to the device.
 fn load(args: &ModelArgs) -> Result<(Model, GpuModel)> {
@@ -22,6 +23,7 @@ fn load(args: &ModelArgs) -> Result<(Model, GpuModel)> {
     if args.no_fusion {
         compiler.fusion = Choice::Apart;
     }
+    compiler.windows = args.windows;
     compiler.precision = args.precision.parse().map_err(Error::user)?;
     let _progress = progress(format!("planning {}", model.graph.name));
     let planned = compiler.plan(model.graph.clone())?;
@@ -85,8 +87,29 @@ pub(crate) fn bench(args: &BenchArgs, output: &Output) -> Result<()> {
     let mut session = loaded.session()?.with_graphs(!args.no_graph);
     session.run(&inputs)?;
     let first = start.elapsed().as_secs_f64();
-    let report = session.report(&inputs)?;
-    warn(&report);
+    warn(&session.report(&inputs)?);
+    let name = &model.graph.name;
+    if !args.turns {
+        return measure(args, output, name, &mut session, &inputs, first);
+    }
+    output.result("ready", &json!({ "ready": true, "first_result_ms": first * 1e3 }));
+    for line in std::io::stdin().lines() {
+        line.map_err(|e| Error::user(format!("cannot read standard input: {e}")))?;
+        measure(args, output, name, &mut session, &inputs, first)?;
+    }
+    Ok(())
+}
+
+/// One result of `tw bench`.
+fn measure(
+    args: &BenchArgs,
+    output: &Output,
+    name: &str,
+    session: &mut Session,
+    inputs: &[Tensor],
+    first: f64,
+) -> Result<()> {
+    let report = session.report(inputs)?;
     let mut runs = Vec::new();
     let mut whole = Vec::new();
     let begin = Instant::now();
@@ -95,20 +118,19 @@ pub(crate) fn bench(args: &BenchArgs, output: &Output) -> Result<()> {
         && (runs.len() < 3 || begin.elapsed().as_secs_f64() < args.seconds)
     {
         let some = (args.runs.max(3) - runs.len()).min(10);
-        let times = session.times_us(&inputs, warmup, some)?;
+        let times = session.times_us(inputs, warmup, some)?;
         warmup = 0;
         runs.extend(times.into_iter().map(|t| Duration::from_secs_f64(t * 1e-6)));
         let one = Instant::now();
-        session.run(&inputs)?;
+        session.run(inputs)?;
         whole.push(one.elapsed());
     }
     let (device, whole) = (Times { runs }, Times { runs: whole });
     let at = |q: f64| device.quantile(q).as_secs_f64();
-    let memory = session.memory(&inputs)?;
+    let memory = session.memory(inputs)?;
     let total = memory.constant_bytes + memory.arena_bytes + memory.workspace_bytes;
     let text = format!(
-        "{}: median {} on the device (fastest {}, 90% within {}) over {} runs, {} with copies from and to the host; {}; memory {} ({} of it weights); {} from file to first result",
-        model.graph.name,
+        "{name}: median {} on the device (fastest {}, 90% within {}) over {} runs, {} with copies from and to the host; {}; memory {} ({} of it weights); {} from file to first result",
         time_text(at(0.5)),
         time_text(at(0.0)),
         time_text(at(0.9)),
@@ -120,7 +142,7 @@ pub(crate) fn bench(args: &BenchArgs, output: &Output) -> Result<()> {
         time_text(first),
     );
     let json = json!({
-        "model": model.graph.name, "median_ms": at(0.5) * 1e3, "min_ms": at(0.0) * 1e3,
+        "model": name, "median_ms": at(0.5) * 1e3, "min_ms": at(0.0) * 1e3,
         "p90_ms": at(0.9) * 1e3, "with_copies_ms": whole.median().as_secs_f64() * 1e3,
         "first_result_ms": first * 1e3, "runs": device.runs.len(), "launches": report.launches,
         "graphs": report.graphs, "host_steps": report.host_steps,
@@ -132,9 +154,6 @@ pub(crate) fn bench(args: &BenchArgs, output: &Output) -> Result<()> {
 }
 
 pub(crate) fn explain(args: &ExplainArgs, output: &Output) -> Result<()> {
-    if args.html.is_some() {
-        return Err(Error::unsupported("--html for a GPU"));
-    }
     let (model, loaded) = load(&args.model)?;
     let inputs = super::inputs(&model, &args.inputs)?;
     let report = loaded.explain(&inputs, args.runs)?;
@@ -143,6 +162,10 @@ pub(crate) fn explain(args: &ExplainArgs, output: &Output) -> Result<()> {
         text += &format!("\n{}", loaded.planned().fusion());
     } else {
         text += &format!("fusion: {}\n", loaded.planned().fusion().summary());
+    }
+    if let Some(file) = &args.html {
+        crate::npy::write_whole(file, tilewright::html::gpu_page(&report).as_bytes())?;
+        text += &format!("\nwrote {}", file.display());
     }
     let value = serde_json::to_value(&report).map_err(|e| Error::bug(e.to_string()))?;
     output.result(&text, &value);

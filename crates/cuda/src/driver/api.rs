@@ -101,6 +101,7 @@ functions! {
     launch_kernel = "cuLaunchKernelEx" (*const sys::CUlaunchConfig, sys::CUfunction, *mut *mut c_void, *mut *mut c_void);
 
     tensor_map_encode_tiled = "cuTensorMapEncodeTiled" (*mut sys::CUtensorMap, sys::CUtensorMapDataType, u32, *mut c_void, *const u64, *const u64, *const u32, *const u32, sys::CUtensorMapInterleave, sys::CUtensorMapSwizzle, sys::CUtensorMapL2promotion, sys::CUtensorMapFloatOOBfill);
+    tensor_map_encode_im2col = "cuTensorMapEncodeIm2col" (*mut sys::CUtensorMap, sys::CUtensorMapDataType, u32, *mut c_void, *const u64, *const u64, *const c_int, *const c_int, u32, u32, *const u32, sys::CUtensorMapInterleave, sys::CUtensorMapSwizzle, sys::CUtensorMapL2promotion, sys::CUtensorMapFloatOOBfill);
 
     graph_instantiate = "cuGraphInstantiateWithFlags" (*mut sys::CUgraphExec, sys::CUgraph, c_ulonglong);
     graph_launch = "cuGraphLaunch" (sys::CUgraphExec, sys::CUstream);

@@ -20,4 +20,6 @@ pub use launch::{Args, LaunchShape, Plain, PreparedLaunch, RawLaunch};
 pub use memory::{Buffer, PinnedBuffer};
 pub use module::{Function, FunctionAttributes, Module};
 pub use stream::{Event, Stream};
-pub use tensor_map::{L2Promotion, MapElement, OobFill, Swizzle, TensorMap, TensorMapSpec};
+pub use tensor_map::{
+    L2Promotion, MapElement, OobFill, Swizzle, TensorMap, TensorMapSpec, WindowBox,
+};

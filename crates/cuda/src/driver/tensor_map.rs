@@ -16,6 +16,7 @@
 //!     swizzle: Swizzle::B128,
 //!     l2_promotion: L2Promotion::B128,
 //!     oob_fill: OobFill::Zero,
+//!     windows: None,
 //! };
 //! assert_eq!((spec.problem(), spec.box_bytes()), (None, 128 * 64 * 2));
 //! ```
@@ -156,6 +157,19 @@ pub struct TensorMapSpec {
     pub l2_promotion: L2Promotion,
     /// What lies beyond the array.
     pub oob_fill: OobFill,
+    /// Boxes are positions of a window over images instead.
+    pub windows: Option<WindowBox>,
+}
+
+/// Where a window may stand (the accelerator's im2col mode). The array has four dimensions: channels, columns, rows,
+/// images. A box is `box_sizes[0]` channels of `box_sizes[1]` windows (the other box sizes are 1), one after another along
+/// columns, rows and images; `element_strides` are the steps of windows. Corners are `[column, row]`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct WindowBox {
+    /// The first place of a window's first pixel, from the image's first pixel.
+    pub lower: [i32; 2],
+    /// The last, from the image's last pixel.
+    pub upper: [i32; 2],
 }
 
 impl TensorMapSpec {
@@ -204,6 +218,15 @@ impl TensorMapSpec {
                 "the box's inner side has {inner} bytes, the swizzle spans {span}"
             ));
         }
+        if let Some(windows) = &self.windows {
+            if rank != 4 || self.box_sizes[2..] != [1, 1] {
+                return Some("windows are over images of four dimensions".into());
+            }
+            let mut corners = windows.lower.iter().chain(&windows.upper);
+            if corners.any(|c| !(-128..=127).contains(c)) {
+                return Some(format!("corners of windows {windows:?} are not in -128 to 127"));
+            }
+        }
         if self.oob_fill == OobFill::Nan && !self.element.is_float() {
             return Some("integers cannot be filled with NaN".into());
         }
@@ -251,23 +274,45 @@ impl TensorMap {
         };
         gpu.make_current()?;
         let mut map = TensorMap([0; 128]);
-        // SAFETY: 128 bytes at a multiple of 64 for the map, and lists as long as the rank says (the
-        // strides one shorter), which `problem` checked. The address is only written down.
-        let code = unsafe {
-            (gpu.0.api.tensor_map_encode_tiled)(
-                (&raw mut map).cast(),
-                spec.element.row().1,
-                spec.sizes.len() as u32,
-                std::ptr::with_exposed_provenance_mut(spec.address as usize),
-                spec.sizes.as_ptr(),
-                spec.strides_bytes.as_ptr(),
-                spec.box_sizes.as_ptr(),
-                spec.element_strides.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                swizzle,
-                l2_promotion,
-                oob_fill,
-            )
+        let code = match &spec.windows {
+            // SAFETY: 128 bytes at a multiple of 64 for the map, and lists as long as the rank says (the strides one
+            // shorter, corners two for the four dimensions), which `problem` checked. The address is only written down.
+            Some(windows) => unsafe {
+                (gpu.0.api.tensor_map_encode_im2col)(
+                    (&raw mut map).cast(),
+                    spec.element.row().1,
+                    spec.sizes.len() as u32,
+                    std::ptr::with_exposed_provenance_mut(spec.address as usize),
+                    spec.sizes.as_ptr(),
+                    spec.strides_bytes.as_ptr(),
+                    windows.lower.as_ptr(),
+                    windows.upper.as_ptr(),
+                    spec.box_sizes[0],
+                    spec.box_sizes[1],
+                    spec.element_strides.as_ptr(),
+                    sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    swizzle,
+                    l2_promotion,
+                    oob_fill,
+                )
+            },
+            // SAFETY: as above, without corners.
+            None => unsafe {
+                (gpu.0.api.tensor_map_encode_tiled)(
+                    (&raw mut map).cast(),
+                    spec.element.row().1,
+                    spec.sizes.len() as u32,
+                    std::ptr::with_exposed_provenance_mut(spec.address as usize),
+                    spec.sizes.as_ptr(),
+                    spec.strides_bytes.as_ptr(),
+                    spec.box_sizes.as_ptr(),
+                    spec.element_strides.as_ptr(),
+                    sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    swizzle,
+                    l2_promotion,
+                    oob_fill,
+                )
+            },
         };
         if code == 0 {
             Ok(map)
@@ -303,6 +348,7 @@ mod tests {
             swizzle: Swizzle::B128,
             l2_promotion: L2Promotion::B256,
             oob_fill: OobFill::Zero,
+            windows: None,
         }
     }
 
@@ -310,7 +356,19 @@ mod tests {
     fn every_rule_is_checked() {
         assert_eq!(spec().problem(), None);
         assert_eq!(spec().box_bytes(), 16384);
-        let rules: [(&str, TensorMapSpec); 10] = [
+        let windows = |lower| Some(WindowBox { lower, upper: [0, 0] });
+        let images = TensorMapSpec {
+            sizes: vec![640, 8, 8, 2],
+            strides_bytes: vec![1280, 10240, 81920],
+            box_sizes: vec![64, 128, 1, 1],
+            element_strides: vec![1, 2, 2, 1],
+            windows: windows([-1, -1]),
+            ..spec()
+        };
+        assert_eq!(images.problem(), None);
+        let rules: [(&str, TensorMapSpec); 12] = [
+            ("-129", TensorMapSpec { windows: windows([-129, 0]), ..images.clone() }),
+            ("four dimensions", TensorMapSpec { windows: windows([0, 0]), ..spec() }),
             ("dimensions", TensorMapSpec { sizes: vec![], ..spec() }),
             ("one entry per", TensorMapSpec { strides_bytes: vec![], ..spec() }),
             ("multiple of 16", TensorMapSpec { address: 4104, ..spec() }),

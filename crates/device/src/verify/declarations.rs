@@ -140,6 +140,14 @@ impl Checker<'_> {
             if !axes {
                 continue;
             }
+            if let Some(w) = &m.windows {
+                // Coordinates of a window's first pixel have 8 bits, with their sign.
+                let steps = w.steps.iter().all(|s| (1..=8).contains(s));
+                let before = w.before.iter().all(|b| (0..=127).contains(b));
+                self.require(steps && before && (rank, m.contiguous) == (2, 1), || {
+                    format!("map {name}: windows of steps 1 to 8 over lines of channels")
+                });
+            }
             let axis = &param.layout.axes[m.contiguous];
             let plain = axis.stride.is(1) && param.layout.axes.iter().all(|a| a.block.is_none());
             self.require(plain, || {

@@ -116,11 +116,16 @@ impl Checker<'_> {
     }
 
     fn coordinates(&mut self, stmt: &Stmt, param: ParamId, at: &[Dim]) -> bool {
+        self.coordinates_and(stmt, param, at, 0)
+    }
+
+    /// As many coordinates as the tensor has axes, and `more`.
+    fn coordinates_and(&mut self, stmt: &Stmt, param: ParamId, at: &[Dim], more: usize) -> bool {
         at.iter().for_each(|d| self.known(stmt, d));
         if !self.has_param(stmt, param) {
             return false;
         }
-        let rank = at.len() == self.program.params[param].layout.rank();
+        let rank = at.len() == self.program.params[param].layout.rank() + more;
         self.step(stmt, rank, "one coordinate per axis of the tensor");
         rank
     }
@@ -131,7 +136,8 @@ impl Checker<'_> {
             self.step(stmt, false, "the tensor map does not exist");
             return;
         };
-        if !self.coordinates(stmt, m.param, at) || !self.tile(stmt, tile) {
+        let taps = if m.windows.is_some() { 2 } else { 0 };
+        if !self.coordinates_and(stmt, m.param, at, taps) || !self.tile(stmt, tile) {
             return;
         }
         let (param, smem) = (&self.program.params[m.param], &self.program.smem[tile.smem]);
@@ -267,6 +273,8 @@ impl Checker<'_> {
             }
             Stmt::TmaStore { map, at, from, .. } => {
                 self.solo_step(stmt);
+                let plain = self.program.maps.get(*map).is_none_or(|m| m.windows.is_none());
+                self.step(stmt, plain, "windows are only read");
                 self.boxed(stmt, *map, at, from);
                 self.writes(stmt, self.program.maps.get(*map).map(|m| m.param));
             }

@@ -14,6 +14,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_data::{from_f64, from_i64, read_f64, read_i64};
 use tilewright_device::*;
 use tilewright_expr::Value;
+use tilewright_layout::Dim;
 use tilewright_tile::{Access as Declared, ParamId, ReduceKind};
 
 /// Columns `c0..c1` of a fragment.
@@ -744,7 +745,18 @@ impl<'p> Machine<'p, '_> {
         access.proxy = Proxy::Async;
         let zero = if info.dtype.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let mut out = zeros(info.dtype, rect.rows() * rect.cols());
-        let coords = self.box_coords(map, at, smem, rect);
+        let (at, tap) = at.split_at(info.layout.rank().min(at.len()));
+        let mut coords = self.box_coords(map, at, smem, rect);
+        if let Some(w) = &self.program.maps[map].windows {
+            let two = |d: &[Dim; 2]| {
+                Ok::<_, Error>([self.dim(agent, stmt, &d[0])?, self.dim(agent, stmt, &d[1])?])
+            };
+            let (size, outputs) = (two(&w.size)?, two(&w.outputs)?);
+            let tap = [tap.first(), tap.get(1)].map(|t| t.copied().unwrap_or(0));
+            for line in coords.chunks_mut(2) {
+                line[0] = w.line(size, outputs, line[0], tap).unwrap_or(-1);
+            }
+        }
         for (i, at) in coords.chunks(at.len()).enumerate() {
             let value = match self.element_read(param, at, zero, access, 0)? {
                 Value::Float(v) if round => Value::Float(tf32(v)),

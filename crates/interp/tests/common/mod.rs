@@ -56,6 +56,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
 
     let mut maps = IdVec::new();
     let map = |name: &str, param, box_shape: [u32; 2], contiguous, swizzle| TensorMap {
+        windows: None,
         name: name.to_string(),
         param,
         box_shape: box_shape.to_vec(),

@@ -50,31 +50,35 @@ fn warp_specialised(spec: &AttentionSpec, mask_vector: u32) -> Vec<GpuSchedule> 
             }
             let chunk = [64, 32, 16].into_iter().find(|c| dv % c == 0 && c * result <= 128);
             let Some(chunk) = chunk else { continue };
-            for slots in [2, 1] {
+            let stage = bt * (dk + dv) * size;
+            // Tiles of queries (the lowering fetches the next one where there is room for two) and of results.
+            let room = |(ahead, slots): (i64, i64)| {
                 let staging = bq * chunk * result * slots;
-                let queries = bq * dk * size;
-                let stage = bt * (dk + dv) * size;
-                let stages = ((SMEM_BYTES - staging - queries) / stage).min(4);
-                if stages < 2 {
+                ((SMEM_BYTES - staging - ahead * bq * dk * size) / stage).min(4)
+            };
+            let most = room((1, 1));
+            let pairs = [(2, 2), (2, 1), (1, 2), (1, 1)];
+            // No stage is given up for them.
+            let pair = pairs.into_iter().find(|p| room(*p) >= most.min(3)).unwrap_or((1, 1));
+            let stages = room(pair);
+            if stages < 2 {
+                continue;
+            }
+            for turns in [true, false] {
+                if turns && consumers == 1 {
                     continue;
                 }
-                for turns in [true, false] {
-                    if turns && consumers == 1 {
-                        continue;
-                    }
-                    let mut s = GpuSchedule::hopper(&[("BQ", bq), ("BT", bt)]);
-                    s.consumers = consumers as u32;
-                    s.stages = stages as u32;
-                    s.raster = 1;
-                    s.turns = turns;
-                    s.dependent = true;
-                    s.store = StoreKind::Tma;
-                    s.store_slots = slots as u32;
-                    s.vector = mask_vector;
-                    s.serpentine = true;
-                    out.push(s);
-                }
-                break;
+                let mut s = GpuSchedule::hopper(&[("BQ", bq), ("BT", bt)]);
+                s.consumers = consumers as u32;
+                s.stages = stages as u32;
+                s.raster = 1;
+                s.turns = turns;
+                s.dependent = true;
+                s.store = StoreKind::Tma;
+                s.store_slots = pair.1 as u32;
+                s.vector = mask_vector;
+                s.serpentine = true;
+                out.push(s);
             }
         }
     }

@@ -26,8 +26,8 @@ pub use model::estimate_us;
 pub use plan::{
     Candidate, Choice, Place, Step, candidate, choices, estimate_choice, picked, plan_untuned,
 };
-pub use problem::{Precision, Problem};
-pub use program::{Epilogue, GemmSpec, Math, Order, Pair};
+pub use problem::{Images, Precision, Problem};
+pub use program::{Epilogue, GemmSpec, Math, Order, Pair, Windows};
 pub use record::{
     Device, FORMAT, Key, Knobs, Planned, Record, Records, Source, code_of, plan, plan_with, slug,
 };

@@ -18,6 +18,8 @@ pub(crate) struct Shape {
     pub(crate) batch: i64,
     /// Parts of the depth that are summed apart.
     pub(crate) splits: i64,
+    /// How often the depth runs over the left operand's memory: taps of windows.
+    pub(crate) taps: i64,
     /// Products per step: 3 for three-part TF32.
     pub(crate) products: i64,
     /// Left and right operands: two of one for a pair.
@@ -30,6 +32,8 @@ pub(crate) struct Shape {
     pub(crate) along_depth: (bool, bool),
     /// Neighbours in memory are in one column of the result, not in one row.
     pub(crate) column_major: bool,
+    /// Bytes of an element of the matrix that the epilogue reads; 0 without.
+    pub(crate) residual_bytes: i64,
     /// Instructions of the epilogue per element, conversions and the first operation aside.
     pub(crate) epilogue_instructions: i64,
 }
@@ -74,6 +78,7 @@ pub fn estimate_us(
         k,
         batch: 1,
         splits: 1,
+        taps: 1,
         products: 1,
         operands: [1, 1],
         operand_bytes,
@@ -81,6 +86,7 @@ pub fn estimate_us(
         lines_aligned: (true, true),
         along_depth: (true, true),
         column_major: false,
+        residual_bytes: 0,
         epilogue_instructions: 0,
     };
     estimate(gpu, schedule, &shape)
@@ -152,15 +158,24 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     // With parts of the depth, the step that adds them up has the epilogue.
     let instructions = if shape.splits > 1 { 0 } else { shape.epilogue_instructions };
     let computed = (bm * bn * instructions) as f64 / EPILOGUE_LANES;
-    let epilogue = p.epilogue_clocks + stored + computed;
+    // The copy engine brings a residual while the tile is multiplied; else registers load it as they would store it.
+    let whole = shape.splits == 1 && shape.residual_bytes > 0;
+    let loaded = match s.store {
+        StoreKind::Tma if !shape.column_major && s.mode == Mode::Cooperative => 0.0,
+        _ if whole => (bm * bn) as f64 / 8.0 * p.direct_sector_clocks,
+        _ => 0.0,
+    };
+    let epilogue = p.epilogue_clocks + stored + loaded + computed;
     let clocks = match s.mode {
         Mode::Cooperative => per_block * (loop_clocks + epilogue),
         Mode::PingPong => per_block * loop_clocks.max((loop_clocks + epilogue) / 2.0) + epilogue,
     };
     let launch = p.launch_us * if s.dependent { p.dependent_share } else { 1.0 };
     let busy = clocks / p.clock_ghz / 1e3 + launch + if cluster > 1 { p.cluster_us } else { 0.0 };
-    let operands = (lefts * shape.m + rights * shape.n) as f64 * shape.k as f64 * size * tensors;
-    let results = (shape.m * shape.n) as f64 * result * shape.splits as f64;
+    let left = (lefts * shape.m) as f64 / shape.taps.max(1) as f64;
+    let operands = (left + (rights * shape.n) as f64) * shape.k as f64 * size * tensors;
+    let residual = if whole { shape.residual_bytes as f64 } else { 0.0 };
+    let results = (shape.m * shape.n) as f64 * (result * shape.splits as f64 + residual);
     let bytes = (operands + results) * shape.batch as f64;
     // Device memory streams at full rate only while enough of it is asked for.
     let useful = |tile: i64, extent: i64| tile.min(extent) as f64;

@@ -1,7 +1,7 @@
 //! From a problem to steps.
 
 use crate::gemm::model::{Shape, estimate, estimate_multiply_add, instructions};
-use crate::gemm::problem::{Precision, Problem};
+use crate::gemm::problem::{Images, Precision, Problem};
 use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program};
 use crate::gemm::space::{RASTERS, each_schedule, multiply_add_space};
 use crate::gemm::vector;
@@ -257,6 +257,10 @@ fn ranked(problem: &Problem, gpu: &Gpu, extent: Extent) -> Result<Vec<Choice>> {
         return Ok(ranked);
     }
     for swapped in [false, true] {
+        // Windows are the left operand's.
+        if swapped && problem.images.is_some() {
+            break;
+        }
         rank(problem, gpu, &orient(problem, swapped), extent, &mut ranked);
     }
     ranked.sort_by(|a, b| {
@@ -280,6 +284,17 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
         return Ok(vec![empty_sum(problem, gpu, &orient(problem, false))?]);
     }
     let orientations = [orient(problem, false), orient(problem, true)];
+    if problem.images.is_some() {
+        let o = &orientations[0];
+        // The copy engine reads them where they lie, or nobody does.
+        let plain = Scored::new(problem, gpu, o).is_plain();
+        let refused = plain || [0, 1].iter().any(|side| needs_copy(problem, o, *side));
+        let found = if refused { Vec::new() } else { first_candidates(problem, gpu, most)? };
+        return match found.is_empty() {
+            true => Err(Error::unsupported(format!("windows of {}", problem.operand))),
+            false => Ok(found),
+        };
+    }
     let is_pair = problem.epilogue.pair != Pair::None;
     let vectors = match is_pair {
         true => Vec::new(),
@@ -398,6 +413,7 @@ impl<'a> Scored<'a> {
             k: p.k,
             batch: p.batch,
             splits: 1,
+            taps: p.taps(),
             products: if parts == 2 { 3 } else { 1 },
             operands: pair.operands(),
             operand_bytes: size,
@@ -405,6 +421,7 @@ impl<'a> Scored<'a> {
             lines_aligned: (aligned[0], aligned[1]),
             along_depth: (spec.a == Order::Row, spec.b == Order::Col),
             column_major: o.spec.c == Order::Col,
+            residual_bytes: o.spec.epilogue.residual.map_or(0, |t| i64::from(t.bits()) / 8),
             epilogue_instructions: instructions(&o.spec.epilogue.func),
         };
         Scored { problem: p, gpu, o, spec, copies_us, shape }
@@ -437,7 +454,19 @@ pub fn estimate_choice(problem: &Problem, gpu: &Gpu, choice: &Choice) -> f64 {
 fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<Choice>) {
     let scored = Scored::new(p, gpu, o);
     let swapped = o.swapped;
+    let channels = p.k / p.taps().max(1);
     let mut add = |splits: i64, schedule: GpuSchedule| {
+        // A step of the depth stays within one tap: what lies behind its channels is zeros.
+        let bk = schedule.tiles.get("BK").copied().unwrap_or(1);
+        let bytes = bk * p.operand_bytes();
+        let lost = channels % bk != 0;
+        // Narrow steps are for few channels.
+        let narrow = bytes < 128 && channels * p.operand_bytes() > bytes;
+        if p.images.is_some()
+            && (narrow || lost && (bytes > 128 || channels * 2 <= bk && bytes > 32))
+        {
+            return;
+        }
         let estimate_us = scored.estimate_us(&schedule, splits);
         ranked.push(Choice { estimate_us, swapped, splits, schedule });
     };
@@ -446,7 +475,7 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
         let (bm, bn) = (tile(s, "BM"), tile(s, "BN"));
         ((o.m + bm - 1) / bm) * ((o.n + bn - 1) / bn)
     };
-    let steps_of = |s: &GpuSchedule| (p.k + tile(s, "BK") - 1) / tile(s, "BK");
+    let steps_of = |s: &GpuSchedule| p.depth_steps(tile(s, "BK"));
     let is_pair = o.spec.epilogue.pair != Pair::None;
     if scored.is_plain() {
         for schedule in multiply_add_space(access_vector(p, o), is_pair) {
@@ -637,8 +666,12 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
         // others form for small products.
         spec.math = Math::Promoted;
     }
+    let channels = p.k / p.taps().max(1);
     let mut values =
-        vec![("M", o.m), ("N", o.n), ("K", p.k), ("lda", a.leading), ("ldb", b.leading)];
+        vec![("M", o.m), ("N", o.n), ("K", channels), ("lda", a.leading), ("ldb", b.leading)];
+    if let Some(Images { count, size: [h, w], outputs: [rows, cols], .. }) = p.images {
+        values.extend([("R", count * h * w), ("H", h), ("W", w), ("P", rows), ("Q", cols)]);
+    }
     if let (Some(a), Some(b)) = (a.low, b.low) {
         operands.extend([a, b]);
     }
@@ -650,11 +683,15 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
         operands.extend(extras(&spec, o.swapped));
         // Kernels with the same tensors and schedule that sum differently have different names.
         let apart = spec.math == Math::Promoted && o.spec.math != Math::Promoted;
-        let kernel = spec.program(if apart { "gemm_apart" } else { "gemm" });
+        let kernel = spec.program(match spec.windows {
+            Some(_) => "conv",
+            None if apart => "gemm_apart",
+            None => "gemm",
+        });
         steps.push(Step { kernel, schedule: choice.schedule, sizes: sizes(&values), operands });
     } else {
         let bk = choice.schedule.tiles.get("BK").copied().unwrap_or(1);
-        let depth = (p.k + bk - 1) / bk;
+        let depth = p.depth_steps(bk);
         let part = (depth + choice.splits - 1) / choice.splits;
         let splits = (depth + part - 1) / part;
         // Lines of the parts lie as those of the result, padded to 16 bytes.
@@ -666,7 +703,8 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
         operands.push(place);
         let mut partial = spec.clone();
         partial.result = spec.sum;
-        let kernel = partial.part_program("gemm_part");
+        let conv = spec.windows.is_some();
+        let kernel = partial.part_program(if conv { "conv_part" } else { "gemm_part" });
         steps.push(Step { kernel, schedule: choice.schedule, sizes: sizes(&values), operands });
         let column_major = spec.c == Order::Col;
         let (m, n) = if column_major { (o.n, o.m) } else { (o.m, o.n) };

@@ -1,6 +1,6 @@
 //! [`Problem`]: one matrix product with its sizes.
 
-use crate::gemm::program::{Epilogue, GemmSpec, Math, Order, Pair};
+use crate::gemm::program::{Epilogue, GemmSpec, Math, Order, Pair, Windows};
 use tilewright_base::{DType, Error, Result};
 
 /// How exactly f32 operands are multiplied.
@@ -12,6 +12,21 @@ pub enum Precision {
     Tf32x3,
     /// Operands rounded to TF32.
     Tf32,
+}
+
+/// Images of which `A` is read through windows: `m` counts outputs (over images, rows, columns), `k` taps times channels.
+/// `A` is the list of pixels, `leading` its distance between pixels; `B` is column-major with taps outermost: `[n, taps,
+/// channels]`, `leading` apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Images {
+    /// Which windows.
+    pub windows: Windows,
+    /// How many images.
+    pub count: i64,
+    /// Height and width of an image.
+    pub size: [i64; 2],
+    /// Rows and columns of outputs.
+    pub outputs: [i64; 2],
 }
 
 /// `C[m,n] = epilogue(sum over k of A[m,k] * B[k,n])`, repeated over `batch`.
@@ -49,6 +64,8 @@ pub struct Problem {
     pub align: (i64, i64, i64),
     /// What happens to the sums.
     pub epilogue: Epilogue,
+    /// `A` is read through windows over images.
+    pub images: Option<Images>,
 }
 
 impl Problem {
@@ -70,6 +87,7 @@ impl Problem {
             stride: (m * k, k * n, m * n),
             align: (256, 256, 256),
             epilogue: Epilogue::cast(sum, result),
+            images: None,
         }
     }
 
@@ -102,7 +120,19 @@ impl Problem {
             c: self.order.2,
             batched: self.batch != 1,
             epilogue: self.epilogue.clone(),
+            windows: self.images.map(|i| i.windows),
         }
+    }
+
+    /// Taps of windows; 1 without.
+    pub(crate) fn taps(&self) -> i64 {
+        self.images.map_or(1, |i| i.windows.count())
+    }
+
+    /// Steps of the depth in tiles of `bk`.
+    pub(crate) fn depth_steps(&self, bk: i64) -> i64 {
+        let each = self.k / self.taps().max(1);
+        self.taps() * ((each + bk - 1) / bk)
     }
 
     /// Bytes of one operand element.
@@ -126,8 +156,18 @@ impl Problem {
                 )));
             }
         }
+        if let Some(i) = &self.images {
+            let [rows, cols] = i.outputs;
+            let whole = i.windows.count() > 0
+                && self.k % i.windows.count() == 0
+                && self.m == i.count * rows * cols
+                && (self.order.0, self.order.1, self.batch) == (Order::Row, Order::Col, 1);
+            if !whole || i.size.iter().chain(&i.outputs).any(|n| *n < 1) {
+                return Err(Error::user(format!("{i:?} do not make {} outputs", self.m)));
+            }
+        }
         let lines = [
-            ("A", self.order.0, self.m, self.k, self.leading.0),
+            ("A", self.order.0, self.m, self.k / self.taps().max(1), self.leading.0),
             ("B", self.order.1, self.k, self.n, self.leading.1),
             ("C", self.order.2, self.m, self.n, self.leading.2),
         ];

@@ -169,11 +169,35 @@ pub enum Math {
     Promoted,
 }
 
+/// The left operand of a convolution: the matrix with a line per output and a column per tap and channel, read from
+/// images as they lie, `[pixels, channels]`. Entries are for rows and columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Windows {
+    /// Taps.
+    pub taps: [i64; 2],
+    /// Distances between neighbouring windows.
+    pub steps: [i64; 2],
+    /// Rows and columns of zeros before an image.
+    pub before: [i64; 2],
+    /// Distances between neighbouring taps.
+    pub dilations: [i64; 2],
+}
+
+impl Windows {
+    /// How many taps.
+    pub fn count(&self) -> i64 {
+        self.taps[0] * self.taps[1]
+    }
+}
+
 /// A matrix product for all sizes: `C[b,m,n] = epilogue(sum over k of A[b,m,k] * B[b,k,n])`.
 ///
 /// Size symbols: `M`, `N`, `K`, with `batched` also `L`; `lda`, `ldb`, `ldc` are the distances in
 /// elements between neighbours along the axis that is not contiguous, and `sa`, `sb`, `sc` those
 /// between batches. Of a pair the second operand, `A2` or `B2`, lies as the first, and `epilogue` reads both sums.
+///
+/// With `windows` the sum runs over taps, and over channels within: `K` counts channels, `B` is `[taps, K, N]` with
+/// taps `K` apart, `A` is `[R, K]`, the pixels of images of `H` by `W` (row-major, not batched), and outputs are `P` by `Q`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct GemmSpec {
     /// Type of the operands.
@@ -194,6 +218,8 @@ pub struct GemmSpec {
     pub batched: bool,
     /// What happens to the sums.
     pub epilogue: Epilogue,
+    /// `A` is read through windows.
+    pub windows: Option<Windows>,
 }
 
 /// The operand rounded to TF32.
@@ -201,6 +227,26 @@ fn round(k: &mut KernelBuilder, tile: TileId) -> TileId {
     let shape = k.ty(tile).shape.clone();
     let arg = k.plain(tile);
     k.map(tilewright_lower_gpu::tf32_round(), vec![arg], shape)
+}
+
+/// The pixels that `bm` outputs from `row0` on see at a tap.
+fn window_lines(k: &mut KernelBuilder, w: &Windows, row0: &Dim, tap: &Dim, bm: &Dim) -> TileId {
+    let across = Dim::new(w.taps[1]);
+    let down = tap.floor_div(&across) * w.dilations[0];
+    let right = tap.modulo(&across) * w.dilations[1];
+    let sizes = ["H", "W", "P", "Q"].map(Dim::sym);
+    let numbers = [w.steps[0], w.steps[1], w.before[0], w.before[1]].map(Dim::new);
+    let single = [down, right].into_iter().chain(sizes).chain(numbers);
+    let mut starts = vec![(row0.clone(), bm.clone())];
+    starts.extend(single.map(|d| (d, Dim::new(1))));
+    let args = starts
+        .into_iter()
+        .map(|(start, extent)| {
+            let tile = k.iota(DType::I64, 0, start, vec![extent]);
+            k.plain(tile)
+        })
+        .collect();
+    k.map(tilewright_lower_gpu::window_line(), args, vec![bm.clone()])
 }
 
 fn matrix(rows: &str, cols: &str, order: Order, leading: &str, batch: Option<&str>) -> Layout {
@@ -282,6 +328,7 @@ impl GemmSpec {
             c: Order::Row,
             batched: false,
             epilogue: Epilogue::cast(sum, result),
+            windows: None,
         }
     }
 
@@ -307,6 +354,9 @@ impl GemmSpec {
         if split {
             sizes.extend(["S", "part", "sp"]);
         }
+        if self.windows.is_some() {
+            sizes.extend(["R", "H", "W", "P", "Q"]);
+        }
         if self.batched {
             sizes.extend(["sa", "sb", "sc"]);
         }
@@ -325,9 +375,14 @@ impl GemmSpec {
                 .map(|s| k.param(&name_of(name, s), self.operand, layout.clone(), Access::In))
                 .collect()
         };
-        let a_layout = matrix("M", "K", self.a, "lda", batch("sa"));
+        let lines = if self.windows.is_some() { "R" } else { "M" };
+        let a_layout = matrix(lines, "K", self.a, "lda", batch("sa"));
         let a = operand("A", pair == Pair::Left, a_layout);
-        let b_layout = matrix("K", "N", self.b, "ldb", batch("sb"));
+        let mut b_layout = matrix("K", "N", self.b, "ldb", batch("sb"));
+        if let Some(w) = &self.windows {
+            let taps = Axis { extent: Dim::new(w.count()), stride: depth.clone(), block: None };
+            b_layout.axes.insert(0, taps);
+        }
         let b = operand("B", pair == Pair::Right, b_layout);
         let low = (self.math == Math::Tf32x3).then(|| {
             let a = matrix("M", "K", self.a, "lda", batch("sa"));
@@ -361,7 +416,8 @@ impl GemmSpec {
         let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let init = k.full(zero, TileType::new(self.sum, [bm.clone(), bn.clone()]));
         let sums = a.len().max(b.len());
-        let steps = depth.ceil_div(&bk);
+        let steps_each = depth.ceil_div(&bk);
+        let steps = &steps_each * self.windows.map_or(1, |w| w.count());
         let (lo, hi) = match &ps {
             None => (Dim::new(0), steps),
             Some(ps) => {
@@ -373,15 +429,32 @@ impl GemmSpec {
         let (var, carried) = k.begin_for("k", lo, hi, &vec![init; sums]);
         let row0 = pm * &bm;
         let col0 = pn * &bn;
-        let k0 = var * &bk;
+        let (tap, k0) = match &self.windows {
+            None => (Dim::new(0), var * &bk),
+            Some(_) => (var.floor_div(&steps_each), var.modulo(&steps_each) * &bk),
+        };
         let limit = depth - &k0;
         let mut left = Vec::new();
         for param in &a {
-            left.push(k.load(*param, at(row0.clone(), k0.clone()), shape(&bm, &bk)));
+            left.push(match &self.windows {
+                None => k.load(*param, at(row0.clone(), k0.clone()), shape(&bm, &bk)),
+                Some(w) => {
+                    let lines = window_lines(&mut k, w, &row0, &tap, &bm);
+                    let at = vec![Dim::new(0), k0.clone()];
+                    k.gather(*param, 0, lines, at, vec![bm.clone(), bk.clone()])
+                }
+            });
         }
         let mut right = Vec::new();
         for param in &b {
-            right.push(k.load(*param, at(k0.clone(), col0.clone()), shape(&bk, &bn)));
+            right.push(match &self.windows {
+                None => k.load(*param, at(k0.clone(), col0.clone()), shape(&bk, &bn)),
+                Some(_) => {
+                    let part = vec![Dim::new(1), bk.clone(), bn.clone()];
+                    let t = k.load(*param, vec![tap.clone(), k0.clone(), col0.clone()], part);
+                    k.reshape(t, vec![bk.clone(), bn.clone()])
+                }
+            });
         }
         if self.batched {
             left = left.iter().map(|t| k.reshape(*t, vec![bm.clone(), bk.clone()])).collect();

@@ -438,6 +438,10 @@ pub struct Planned {
 /// As [`plan_untuned`]. Records that are wrong are warnings.
 pub fn plan_with(problem: &Problem, gpu: &Gpu, most: usize, records: &Records) -> Result<Planned> {
     let mut candidates = plan_untuned(problem, gpu, most)?;
+    if problem.images.is_some() {
+        // Records are of plain products.
+        return Ok(Planned { candidates, source: Source::Model, warnings: Vec::new() });
+    }
     let key = Key::of(problem);
     let (found, warning) = records.find(gpu, &key);
     let mut warnings: Vec<String> = warning.into_iter().collect();

@@ -4,7 +4,7 @@
 use crate::gemm::program::{GemmSpec, Math, Order};
 use tilewright_base::DType;
 use tilewright_device::Arch;
-use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind};
+use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind, residual_span};
 
 /// Shared memory that a block may use on Hopper, less what barriers take.
 const SMEM_BYTES: i64 = (227 << 10) - 256;
@@ -32,6 +32,16 @@ fn staging_bytes(rows: i64, bn: i64, result: DType, order: Order, slots: i64) ->
         let bytes = rows * chunk * size;
         (bytes + 1023) / 1024 * 1024 * slots
     })
+}
+
+/// Bytes of the buffer for a residual that the copy engine brings; 0 when registers load it.
+pub(super) fn streamed_bytes(spec: &GemmSpec, store: StoreKind, rows: i64, bn: i64) -> i64 {
+    let Some(residual) = spec.epilogue.residual else { return 0 };
+    let streamed = store == StoreKind::Tma
+        && spec.epilogue.pair == crate::gemm::program::Pair::None
+        && spec.c == Order::Row
+        && residual_span(bn as u32, residual, spec.result).is_some();
+    if streamed { (rows * bn * i64::from(residual.bits()) / 8 + 1023) / 1024 * 1024 } else { 0 }
 }
 
 /// Every legal schedule of `spec` on Hopper, in a fixed order. `store` and `vector` follow from the
@@ -81,12 +91,25 @@ pub(super) fn each_schedule(
             }
             // Registers of accumulators per thread; the rest is for addresses and the epilogue. A residual takes
             // addresses, too: for each element of a column-major tile, for twice the rows in tall ones.
-            let addresses = spec.epilogue.residual.is_some() && (spec.c == Order::Col || rows > 64);
-            let most = if consumers == 3 || addresses { 96 } else { 200 };
+            let streamed = match mode {
+                Mode::Cooperative => streamed_bytes(spec, store, all_rows, bn),
+                Mode::PingPong => 0,
+            };
+            let residual = spec.epilogue.residual.is_some();
+            let addresses = residual && (spec.c == Order::Col || rows > 64);
+            let most = match consumers {
+                3 => 96,
+                _ if streamed > 0 => 128,
+                _ if addresses => 96,
+                _ => 200,
+            };
             if scratch * rows * bn / 128 > most {
                 continue;
             }
-            for depth_bytes in [128, 256] {
+            // Windows over few channels: a step takes one tap, and what lies behind the channels is for nothing.
+            let depths: &[i64] =
+                if spec.windows.is_some() { &[32, 64, 128, 256] } else { &[128, 256] };
+            for &depth_bytes in depths {
                 let bk = depth_bytes / size;
                 let mut s = GpuSchedule::hopper(&[("BM", bm), ("BN", bn), ("BK", bk)]);
                 s.mode = mode;
@@ -125,7 +148,8 @@ pub(super) fn each_schedule(
                             }
                         };
                         let stage = tensors * (lefts * bm + rights * bn) * bk * size;
-                        let stages = ((SMEM_BYTES - staging) / stage).min(8);
+                        let most = if depth_bytes < 128 { 16 } else { 8 };
+                        let stages = ((SMEM_BYTES - staging - streamed) / stage).min(most);
                         // One staging tile only where it makes room for a stage.
                         if stages < 2 || stages == before {
                             continue;

@@ -2,8 +2,9 @@
 
 use super::*;
 use tilewright_base::{DType, Kind};
+use tilewright_cuda::WindowBox;
 use tilewright_emit_cuda::emit;
-use tilewright_kernels::gemm::{GemmSpec, Math, Order};
+use tilewright_kernels::gemm::{GemmSpec, Math, Order, Windows};
 use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
 
 fn program(spec: &GemmSpec, store: StoreKind) -> Program {
@@ -73,6 +74,33 @@ fn a_column_major_operand_has_its_rows_innermost() {
     let bound = bind(&program, &sizes, &at(&[0x1000, 0x2000, 0x3000])).unwrap();
     let b = maps(&bound)[1];
     assert_eq!((b.sizes.clone(), b.strides_bytes.clone()), (vec![16, 24], vec![64]));
+}
+
+#[test]
+fn windows_have_four_dimensions_and_the_corners_of_their_outputs() {
+    // 3x3 taps two apart over images of 9 x 14 with one row and two columns of zeros before: steps 2 and 1.
+    let windows = Windows { taps: [3, 3], steps: [2, 1], before: [1, 2], dilations: [2, 1] };
+    let spec = GemmSpec { b: Order::Col, windows: Some(windows), ..bf16() };
+    let program = program(&spec, StoreKind::Tma);
+    let of = [("M", 3 * 4 * 14), ("N", 24), ("K", 64), ("lda", 72), ("ldb", 576), ("ldc", 24)];
+    let mut of = sizes(&of);
+    of.extend(sizes(&[("R", 3 * 9 * 14), ("H", 9), ("W", 14), ("P", 4), ("Q", 14)]));
+    let bound = bind(&program, &of, &at(&[0x1000, 0x2000, 0x3000])).unwrap();
+    let a = maps(&bound)[0];
+    assert_eq!(a.sizes, [64, 14, 9, 3]);
+    assert_eq!(a.strides_bytes, [144, 144 * 14, 144 * 14 * 9]);
+    assert_eq!(
+        (&a.box_sizes[..], &a.element_strides[..]),
+        (&[64, 128, 1, 1][..], &[1, 1, 2, 1][..])
+    );
+    // Columns first. The last window begins at column 13 - 2 of 13, and at row 3 * 2 - 1 of 8.
+    assert_eq!(a.windows, Some(WindowBox { lower: [-2, -1], upper: [-2, -3] }));
+    let b = maps(&bound)[1];
+    assert_eq!((&b.sizes[..], &b.strides_bytes[..]), (&[64, 24, 9][..], &[1152, 128][..]));
+    // Pixels that are no whole images.
+    of.extend(sizes(&[("R", 3 * 9 * 14 + 1)]));
+    let error = bind(&program, &of, &at(&[0x1000, 0x2000, 0x3000])).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
 }
 
 #[test]

@@ -9,7 +9,8 @@
 //!   fit: the epilogue becomes a kernel of its own ([`Lowering::product_apart`]), operands are copied into
 //!   matrices ([`Lowering::product_packed`]);
 //! * attention is an [`Attention`](tilewright_plan::Attention) (`attention.rs`);
-//! * a convolution with taps is such a product with a copy of its windows (`im2col`);
+//! * a convolution is such a product whose left operand is read through windows (`windows.rs`), or with a copy of its
+//!   windows (`im2col`);
 //! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
 //! * a reduction over rows is also given with whole rows in a tile (`rows.rs`).
 //!
@@ -19,10 +20,12 @@
 
 mod attention;
 mod pairs;
+mod windows;
 
 pub(crate) use attention::Attended;
 pub use attention::attention_fits;
 pub(crate) use pairs::pair_products;
+pub(crate) use windows::{WindowForm, channels_last};
 
 use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
 use crate::contract::{Product, Side};
@@ -36,7 +39,9 @@ use tilewright_base::{DType, Result};
 use tilewright_expr::{ExprId, Func, FuncBuilder};
 use tilewright_graph::{Def, Graph, ValueId};
 use tilewright_layout::{Axis, Dim, Layout, numel};
-use tilewright_plan::{Buffer, BufferId, Form, Matrix, Note, Repeat, Storage, Vector};
+use tilewright_plan::{
+    Buffer, BufferId, Form, Matrix, Note, Product as Multiplied, Repeat, Storage, Vector,
+};
 use tilewright_target::Precision;
 
 /// Values that are stored in 16 bits: weights that are no vectors, and what is computed from them.
@@ -177,7 +182,7 @@ impl Lowering<'_> {
         let out = merged(&store.layout).ok_or(Misfit::Result)?;
         let result = dag.nodes[store.node].dtype;
         let c = matrix(&out, store.buffer, result, m, n).ok_or(Misfit::Result)?;
-        let mut form = tilewright_plan::Product {
+        let mut form = Multiplied {
             m: extent(m),
             n: extent(n),
             k: extent(k),
@@ -188,6 +193,7 @@ impl Lowering<'_> {
                 })
                 .collect(),
             a,
+            windows: None,
             b,
             c,
             tf32: self.precision == Precision::Tf32 && types[0] == DType::F32,
@@ -198,37 +204,7 @@ impl Lowering<'_> {
             residual: None,
             second: None,
         };
-        // What the epilogue reads, in the order of its function's parameters.
-        let mut leaves = Vec::new();
-        outside(dag, store.node, &mut leaves)?;
-        let mut order: [Option<usize>; 3] = [None; 3];
-        for node in leaves {
-            let DagOp::Ext(ext) = &dag.nodes[node].op else { return Err(Misfit::Result) };
-            let l = merged(&ext.layout).ok_or(Misfit::Result)?;
-            let varies = |c: usize| !stride(&l, c).is(0);
-            let over: Vec<usize> = (0..canon.len()).filter(|&c| varies(c)).collect();
-            let same = (0..canon.len()).all(|c| stride(&l, c) == stride(&out, c));
-            let (slot, at) = match over.as_slice() {
-                [c] if *c == n && stride(&l, n).is(1) => (&mut form.cols, 0),
-                [c] if *c == m && stride(&l, m).is(1) => (&mut form.rows, 1),
-                _ if same => (&mut form.residual, 2),
-                _ => return Err(Misfit::Result),
-            };
-            let param = param(ext.buffer).ok_or(Misfit::Result)?;
-            if slot.replace(Vector { param, dtype: ext.dtype, offset: l.offset }).is_some() {
-                return Err(Misfit::Result);
-            }
-            order[at] = Some(node);
-        }
-        let mut f = FuncBuilder::new();
-        let sum = f.param("sum", sums);
-        let mut given: Vec<(usize, ExprId)> = Vec::new();
-        for (node, name) in order.into_iter().zip(["cols", "rows", "residual"]) {
-            let Some(node) = node else { continue };
-            given.push((node, f.param(name, dag.nodes[node].dtype)));
-        }
-        let y = inline(dag, store.node, &mut f, sum, &given);
-        form.epilogue = f.finish(y);
+        epilogue_of(dag, canon, (m, n), &out, &param, &mut form)?;
         Ok(form)
     }
 
@@ -405,6 +381,57 @@ impl Lowering<'_> {
         let storage = Storage::Arena;
         self.plan.buffers.push(Buffer { name, value: None, dtype, layout, storage })
     }
+}
+
+/// Adds what the epilogue of a stored result reads and computes to a form; `out` is the result's layout over the
+/// canonical axes, `m` and `n` among them are rows and columns.
+fn epilogue_of(
+    dag: &Dag,
+    canon: &[Vec<usize>],
+    (m, n): (usize, usize),
+    out: &Layout,
+    param: &dyn Fn(BufferId) -> Option<usize>,
+    form: &mut Multiplied,
+) -> std::result::Result<(), Misfit> {
+    let [store] = dag.stores.as_slice() else { return Err(Misfit::Result) };
+    let merged = |layout: &Layout| merge(layout, canon).filter(no_blocks);
+    let stride = |l: &Layout, c: usize| match is_broadcast(&l.axes[c]) {
+        true => Dim::new(0),
+        false => l.axes[c].stride.clone(),
+    };
+    let sums = form.sum;
+    // What the epilogue reads, in the order of its function's parameters.
+    let mut leaves = Vec::new();
+    outside(dag, store.node, &mut leaves)?;
+    let mut order: [Option<usize>; 3] = [None; 3];
+    for node in leaves {
+        let DagOp::Ext(ext) = &dag.nodes[node].op else { return Err(Misfit::Result) };
+        let l = merged(&ext.layout).ok_or(Misfit::Result)?;
+        let varies = |c: usize| !stride(&l, c).is(0);
+        let over: Vec<usize> = (0..canon.len()).filter(|&c| varies(c)).collect();
+        let same = (0..canon.len()).all(|c| stride(&l, c) == stride(out, c));
+        let (slot, at) = match over.as_slice() {
+            [c] if *c == n && stride(&l, n).is(1) => (&mut form.cols, 0),
+            [c] if *c == m && stride(&l, m).is(1) => (&mut form.rows, 1),
+            _ if same => (&mut form.residual, 2),
+            _ => return Err(Misfit::Result),
+        };
+        let param = param(ext.buffer).ok_or(Misfit::Result)?;
+        if slot.replace(Vector { param, dtype: ext.dtype, offset: l.offset }).is_some() {
+            return Err(Misfit::Result);
+        }
+        order[at] = Some(node);
+    }
+    let mut f = FuncBuilder::new();
+    let sum = f.param("sum", sums);
+    let mut given: Vec<(usize, ExprId)> = Vec::new();
+    for (node, name) in order.into_iter().zip(["cols", "rows", "residual"]) {
+        let Some(node) = node else { continue };
+        given.push((node, f.param(name, dag.nodes[node].dtype)));
+    }
+    let y = inline(dag, store.node, &mut f, sum, &given);
+    form.epilogue = f.finish(y);
+    Ok(())
 }
 
 pub(crate) fn no_blocks(layout: &Layout) -> bool {
