@@ -71,7 +71,7 @@ const BROKEN: &[(&str, Change)] = &[
     ("the step is not positive", |p| each(p, |s| if let Stmt::For { step, .. } = s { *step = Dim::new(0) })),
     // The block.
     ("a block of 400 threads", |p| p.threads = 400),
-    ("a cluster of 9 blocks", |p| p.cluster = 9),
+    ("a cluster of 17 blocks", |p| p.cluster = 17),
     ("no block per multiprocessor", |p| p.blocks_per_sm = 0),
     ("bytes of shared memory; sm_90a has 232448", |p| edit(&mut p.smem, 0, |s| s.slots = 20)),
     ("role consumer is not inside of the block's 12 warps", |p| p.roles[1].instances = 3),
@@ -170,7 +170,7 @@ fn each_broken_rule_is_reported() {
 #[test]
 fn all_violations_are_reported_at_once() {
     let mut program = common::gemm(3);
-    program.cluster = 9;
+    program.cluster = 17;
     program.threads = 400;
     consumer(&mut program, Stmt::TmaCommit);
     let report = verify(&program).expect_err("three mistakes");

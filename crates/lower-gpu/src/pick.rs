@@ -466,7 +466,7 @@ impl Picker<'_> {
         // Of few elements, addresses are worked out as they are needed.
         let few = s.aligned == 1 && s.whole && each <= KEEP / 2;
         let addresses = match s.aligned < s.vector {
-            true if few => 16,
+            true if few => 24,
             true => 48 + single,
             false => 0,
         };

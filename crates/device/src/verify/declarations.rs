@@ -16,7 +16,9 @@ impl Checker<'_> {
         let whole = (32..=1024).contains(&threads) && threads.is_multiple_of(32);
         self.require(whole, || format!("a block of {threads} threads is not 1 to 32 whole warps"));
         let cluster = p.cluster;
-        self.require((1..=8).contains(&cluster), || format!("a cluster of {cluster} blocks"));
+        // Up to eight wherever there are clusters; sixteen where the device has room, asked for at launch (CUDA C++
+        // Programming Guide, "Thread Block Clusters").
+        self.require((1..=16).contains(&cluster), || format!("a cluster of {cluster} blocks"));
         let (used, most) = (p.smem_bytes(), p.arch.smem_bytes());
         self.require(used <= most, || {
             format!("{used} bytes of shared memory; {} has {most}", p.arch.name())

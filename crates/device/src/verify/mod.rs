@@ -4,7 +4,7 @@
 //!
 //! 1. Ids exist, names are bound before they are used; [`THREAD`] only decides branches of `setup`
 //!    and `teardown`.
-//! 2. A block has whole warps, at most 1024 threads; roles are disjoint and inside; clusters have 1 to 8
+//! 2. A block has whole warps, at most 1024 threads; roles are disjoint and inside; clusters have 1 to 16
 //!    blocks (CPG, "Thread Block Clusters"); shared memory fits the architecture.
 //! 3. `setmaxnreg` ("Miscellaneous Instructions: setmaxnreg"): 24 to 256 in steps of 8, for whole warpgroups; all
 //!    together no more than the launch gives.

@@ -230,7 +230,8 @@ impl NormBackwardSpec {
         let threads = lanes.max(256);
         let bm = threads / lanes;
         let shelf = AHEAD * 2 * bm * cols * bytes;
-        let registers = 48 + each * 5;
+        // Elements one by one have an address each.
+        let registers = 48 + each * if aligned == 1 { 7 } else { 5 };
         let blocks = (65536 / threads / registers).min(SHARED_BYTES / shelf).clamp(1, 4);
         let all = up(m, bm);
         let turns = up(all, (PROCESSORS * blocks).min(all.max(1)));

@@ -223,6 +223,13 @@ impl CrossEntropySpec {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
-        whole_or_pieces(arch, size, |whole| self.program(name, whole))
+        let (kernel, mut schedule) =
+            whole_or_pieces(arch, size, |whole| self.program(name, whole))?;
+        // A row's largest, its sum and the logit at its target are exchanged within one warp together: registers that
+        // the picker does not count.
+        if schedule.lines.lanes <= 32 {
+            schedule.blocks_per_sm = (schedule.blocks_per_sm / 2).max(1);
+        }
+        Ok((kernel, schedule))
     }
 }
