@@ -134,10 +134,7 @@ impl Function {
         check_shape(shape, self.attributes()?.max_threads_per_block, self.gpu())
             .map_err(context)?;
         self.allow_smem(shape.smem_bytes)?;
-        if shape.cluster.iter().product::<u32>() > 8 {
-            use sys::CUfunction_attribute as A;
-            self.set_attribute(A::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)?;
-        }
+        self.allow_cluster(shape)?;
         let parameters = self.parameters()?;
         check_args(&parameters, args).map_err(context)?;
         let mut attributes = attributes(shape);
@@ -159,6 +156,15 @@ impl Function {
         Ok(PreparedLaunch { function, config, _attributes: attributes, block, pointers, lengths })
     }
 
+    /// Clusters of more than eight blocks must be asked for.
+    fn allow_cluster(&self, shape: &LaunchShape) -> Result<()> {
+        if shape.cluster.iter().product::<u32>() > 8 {
+            use sys::CUfunction_attribute as A;
+            self.set_attribute(A::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)?;
+        }
+        Ok(())
+    }
+
     /// How many clusters of such a launch the device runs at once; the grid of `shape` does not
     /// count. Blocks without a cluster are clusters of one.
     pub fn max_active_clusters(&self, shape: &LaunchShape) -> Result<u32> {
@@ -172,6 +178,7 @@ impl Function {
         let shape = LaunchShape { grid: [x * sm_count, y, z], ..*shape };
         check_shape(&shape, self.attributes()?.max_threads_per_block, self.gpu())?;
         self.allow_smem(shape.smem_bytes)?;
+        self.allow_cluster(&shape)?;
         let mut attributes = attributes(&shape);
         let config = config(&shape, &mut attributes);
         let mut clusters: c_int = 0;
