@@ -89,7 +89,7 @@ def load(path: str | os.PathLike, threads: int = 0, cache: bool = True) -> Model
     NotImplementedError for an unsupported model.
     """
     if not _native.HAS_CPU:
-        raise NotImplementedError("this build has no compiler for processors (LLVM): it has tilewright.ops only")
+        raise NotImplementedError("this build has no compiler for processors (LLVM): it has what runs on GPUs only")
     return Model(_native.load(os.fspath(path), threads, cache))
 
 

@@ -21,6 +21,7 @@ import time
 import torch
 from torch import fx
 
+from .. import _native
 from .partition import inputs_of, memory_order, outputs_of
 from .sizes import symbols, tensors_and_sizes
 from .writer import Writer
@@ -156,6 +157,8 @@ class Group(torch.nn.Module):
         settings = self.settings
         if not self.on_cpu:
             return builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
+        if not _native.HAS_CPU:
+            raise NotImplementedError("this build has no compiler for processors (LLVM)")
         threads = settings.threads or torch.get_num_threads()
         return builder.compile(threads=threads, cache=settings.cache, precision=settings.precision)
 
