@@ -38,20 +38,26 @@ TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int 
                          int alongs, i64 line_stride, i64 along_stride) {
   constexpr int RUNS = ALONG / VECTOR, TOTAL = LINES * RUNS;
   const int me = (int)threadIdx.x % THREADS;
-  if constexpr (THREADS % RUNS == 0 && TOTAL % THREADS == 0) {
-    // Nothing lies outside: a thread keeps to its place along the lines.
-    if (line >= 0 && along >= 0 && line + LINES <= lines && along + ALONG <= alongs) {
-      constexpr int STEP = THREADS / RUNS;
-      const int l = me / RUNS, a = me % RUNS * VECTOR;
-      const T* p = from + (i64)(line + l) * line_stride + (i64)(along + a) * (VECTOR > 1 ? 1 : along_stride);
-      const i64 next = STEP * line_stride;
+  // Runs of a line within a panel, lines that all threads take at once, and panels that they take beside each other.
+  constexpr int WIDTH = SPAN / (int)sizeof(T), ACROSS = WIDTH / VECTOR, PANELS = ALONG / WIDTH;
+  constexpr int STEP = ACROSS > 0 && THREADS / ACROSS < LINES ? THREADS / ACROSS : LINES;
+  constexpr int ABREAST = ACROSS > 0 ? THREADS / (ACROSS * STEP) : 0;
+  constexpr bool WHOLE = ALONG % WIDTH == 0 && WIDTH % VECTOR == 0 && THREADS == ACROSS * STEP * ABREAST &&
+                         LINES % STEP == 0 && PANELS % (ABREAST > 0 ? ABREAST : 1) == 0 && (STEP % 8 == 0 || 8 % STEP == 0);
+  if constexpr (WHOLE) {
+    // Nothing lies outside: a thread keeps to its place in the panels, whose addresses are constants apart.
+    if (line >= 0 && along >= 0 && line + LINES <= lines && along + ALONG <= alongs && line0 % 8 == 0 && along0 % WIDTH == 0) {
+      const int l = me / ACROSS % STEP, a = me % ACROSS * VECTOR + me / (ACROSS * STEP) * WIDTH;
+      const i64 apart = VECTOR > 1 ? 1 : along_stride, next = STEP * line_stride;
+      const T* p = from + (i64)(line + l) * line_stride + (i64)(along + a) * apart;
       const smem_t to = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a);
 #pragma unroll
-      for (int j = 0; j < TOTAL / THREADS; ++j) {
+      for (int j = 0; j < LINES / STEP; ++j) {
         // The pattern of the swizzle repeats every 8 lines.
-        const smem_t at = STEP % 8 == 0 ? to + j * STEP * SPAN
-                                        : smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l + j * STEP, along0 + a);
-        copy_run<T, VECTOR>(at, p, true);
+        const smem_t at = (to ^ (u32)((j * STEP * SPAN >> 3) & (SPAN - 16))) + j * STEP * SPAN;
+#pragma unroll
+        for (int i = 0; i < PANELS / ABREAST; ++i)
+          copy_run<T, VECTOR>(at + i * ABREAST * (BUFFER_LINES * SPAN), p + i * ABREAST * WIDTH * apart, true);
         p += next;
       }
       return;
@@ -77,6 +83,25 @@ TW_INLINE void copy_tile_turned(smem_t tile, int line0, int along0, const T* fro
   // Warps side by side along the lines, and groups of 8 lines that each of them has.
   constexpr int ABREAST = WARPS < GROUPS ? WARPS : GROUPS, EACH = GROUPS / ABREAST, STEP = WARPS / ABREAST * 4;
   const int w = (int)threadIdx.x % THREADS / 32, l8 = lane() % 8, a4 = lane() / 8;
+  // Panels of 32 elements along the lines: groups of 4 in one, of which a warp takes EVERY.. apart.
+  constexpr int PANEL = SPAN / (int)sizeof(T), QUADS = PANEL / 4, SIDE = WARPS < QUADS ? WARPS : QUADS;
+  constexpr int DEEP = WARPS / SIDE;
+  if constexpr (PANEL % 4 == 0 && ALONG % PANEL == 0 && QUADS % SIDE == 0 && WARPS % SIDE == 0 && GROUPS % DEEP == 0) {
+    if (line >= 0 && along >= 0 && line + LINES <= lines && along + ALONG <= alongs && line0 % 8 == 0 && along0 % PANEL == 0) {
+      const int l = w / SIDE * 8 + l8, a = w % SIDE * 4 + a4;
+      const T* p = from + (line + l) + (i64)(along + a) * along_stride;
+      const smem_t to = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a);
+      const i64 next = SIDE * 4 * along_stride;
+#pragma unroll
+      for (int j = 0; j < ALONG / (SIDE * 4); ++j) {
+        const smem_t at = (to ^ (u32)(j * SIDE * 4 % PANEL * (int)sizeof(T))) + j * SIDE * 4 / PANEL * (BUFFER_LINES * SPAN);
+#pragma unroll
+        for (int g = 0; g < GROUPS / DEEP; ++g) copy_run<T, 1>(at + g * DEEP * 8 * SPAN, p + g * DEEP * 8, true);
+        p += next;
+      }
+      return;
+    }
+  }
   if constexpr (GROUPS % ABREAST == 0 && WARPS % ABREAST == 0 && ALONG % STEP == 0) {
     // A thread keeps to its lines.
     const int l = w % ABREAST * 8 + l8, a = w / ABREAST * 4 + a4;

@@ -23,13 +23,21 @@ template <int COUNT, int THREADS, int BLOCK, int SPAN, int LINES> struct OuterOp
   static constexpr int REPEAT = THREADS * BLOCK;
   smem_t tile;
   int first, depth;  // The thread's first element along the own axis; depth of step 0.
+  // Where that element lies in each of the 8 lines after which the swizzle's pattern repeats: registers instead of an
+  // instruction a load.
+  u32 place[8];
 
+  TW_INLINE OuterOperand(smem_t at, int own, int step0) : tile(at), first(own), depth(step0) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      // Step 0's address with the swizzle's bits flipped: tiles start at multiples of 1024 bytes.
+      place[k] = smem_at<4, SPAN, LINES>(0, depth, first) ^ ((u32)(k * SPAN >> 3) & (u32)(SPAN - 16));
+      asm("" : "+r"(place[k]));
+    }
+  }
   TW_INLINE smem_t address(int j, int k) const {
     if constexpr (REPEAT * 4 % SPAN == 0) {
-      // Step 0's address with the swizzle's bits flipped: tiles start at multiples of 1024 bytes.
-      const u32 flip = (u32)(k * SPAN >> 3) & (u32)(SPAN - 16);
-      const smem_t step0 = smem_at<4, SPAN, LINES>(tile, depth, first + j % BLOCK);
-      return (step0 ^ flip) + k * SPAN + j / BLOCK * (REPEAT * 4 / SPAN) * (LINES * SPAN);
+      return tile + place[k % 8] + (k * SPAN + j / BLOCK * (REPEAT * 4 / SPAN) * (LINES * SPAN));
     } else {
       return smem_at<4, SPAN, LINES>(tile, depth + k, first + j / BLOCK * REPEAT + j % BLOCK);
     }
@@ -57,8 +65,8 @@ TW_INLINE void fma_tile(float* acc, smem_t a, int a_row, int a_depth, smem_t b, 
   using S = OuterSpread<ROWS, COLS, TM, TN, BM, BN>;
   static_assert(DEPTH % 8 == 0 && !A_DEEP && !B_DEEP, "lines run across the depth, in groups of 8");
   constexpr int WANTED = S::TILE >= 128 ? 8 : S::TILE >= 64 ? 16 : 32, STEPS = DEPTH % WANTED == 0 ? WANTED : 8;
-  OuterOperand<S::RM, TM, BM, A_SPAN, A_LINES> left{a, a_row + S::thread_m() * BM, a_depth};
-  OuterOperand<S::CN, TN, BN, B_SPAN, B_LINES> right{b, b_col + S::thread_n() * BN, b_depth};
+  OuterOperand<S::RM, TM, BM, A_SPAN, A_LINES> left(a, a_row + S::thread_m() * BM, a_depth);
+  OuterOperand<S::CN, TN, BN, B_SPAN, B_LINES> right(b, b_col + S::thread_n() * BN, b_depth);
   float fa[2][S::RM], fb[S::CN];
   left.load(fa[0], 0);
   right.load(fb, 0);
