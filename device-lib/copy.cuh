@@ -42,7 +42,7 @@ TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int 
   constexpr int WIDTH = SPAN / (int)sizeof(T), ACROSS = WIDTH / VECTOR, PANELS = ALONG / WIDTH;
   constexpr int STEP = ACROSS > 0 && THREADS / ACROSS < LINES ? THREADS / ACROSS : LINES;
   constexpr int ABREAST = ACROSS > 0 ? THREADS / (ACROSS * STEP) : 0;
-  constexpr bool WHOLE = ALONG % WIDTH == 0 && WIDTH % VECTOR == 0 && THREADS == ACROSS * STEP * ABREAST &&
+  constexpr bool WHOLE = VECTOR == 1 && ALONG % WIDTH == 0 && WIDTH % VECTOR == 0 && THREADS == ACROSS * STEP * ABREAST &&
                          LINES % STEP == 0 && PANELS % (ABREAST > 0 ? ABREAST : 1) == 0 && (STEP % 8 == 0 || 8 % STEP == 0);
   if constexpr (WHOLE) {
     // Nothing lies outside: a thread keeps to its place in the panels, whose addresses are constants apart.
@@ -58,6 +58,25 @@ TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int 
 #pragma unroll
         for (int i = 0; i < PANELS / ABREAST; ++i)
           copy_run<T, VECTOR>(at + i * ABREAST * (BUFFER_LINES * SPAN), p + i * ABREAST * WIDTH * apart, true);
+        p += next;
+      }
+      return;
+    }
+  }
+  if constexpr (VECTOR > 1 && THREADS % RUNS == 0 && TOTAL % THREADS == 0) {
+    // Nothing lies outside: a thread keeps to its place along the lines.
+    if (line >= 0 && along >= 0 && line + LINES <= lines && along + ALONG <= alongs) {
+      constexpr int STEP = THREADS / RUNS;
+      const int l = me / RUNS, a = me % RUNS * VECTOR;
+      const T* p = from + (i64)(line + l) * line_stride + (i64)(along + a) * 1;
+      const i64 next = STEP * line_stride;
+      const smem_t to = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a);
+#pragma unroll
+      for (int j = 0; j < TOTAL / THREADS; ++j) {
+        // The pattern of the swizzle repeats every 8 lines.
+        const smem_t at = STEP % 8 == 0 ? to + j * STEP * SPAN
+                                        : smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l + j * STEP, along0 + a);
+        copy_run<T, VECTOR>(at, p, true);
         p += next;
       }
       return;

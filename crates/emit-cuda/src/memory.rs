@@ -218,6 +218,27 @@ impl Printer<'_> {
                 frag.rows,
                 smem.contiguous == 1
             )),
+            Spread::Outer { block_m: run @ (2 | 4), .. }
+                if smem.contiguous == 0 && smem.dtype == DType::F32 && frag.extent == Extent::Tile =>
+            {
+                // Neighbouring rows lie in the thread's registers, a row of them apart.
+                let spread = Self::spread(&frag, cols);
+                let values = (0..run)
+                    .map(|k| self.register(src, &format!("i + {k} * {spread}::CN")))
+                    .collect::<Result<Vec<_>>>()?;
+                self.line("#pragma unroll");
+                self.line(&format!(
+                    "for (int j = 0; j < {spread}::TILE / {run}; ++j) {{"
+                ));
+                self.line(&format!(
+                    "  const int i = j / {spread}::CN * ({run} * {spread}::CN) + j % {spread}::CN;"
+                ));
+                self.line(&format!(
+                    "  tw::smem_store_run<{ty}, {run}>(tw::smem_at<4, {span}, {lines}>({slot}, {col} + {spread}::col(i), {row} + {spread}::row(i)), tw::Run<{ty}, {run}>{{{{{}}}}});",
+                    values.join(", ")
+                ));
+                self.line("}");
+            }
             _ => {
                 let spread = Self::spread(&frag, cols);
                 let size = smem.dtype.bits() / 8;

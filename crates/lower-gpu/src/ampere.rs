@@ -10,18 +10,25 @@
 //!
 //! One group of copies is closed per step, empty or not, so that the number of open groups tells which
 //! step came. The products are `mma.sync` or plain multiply-adds, by the spread of the accumulators.
+//!
+//! A left operand of plain multiply-adds that lies along the depth is turned on its way: threads load blocks of 4 x 4
+//! before the product and store their columns behind it, four elements at a time both ways. Asynchronous copies would
+//! take an instruction, and several passes of shared memory, for every element. What needs no turning the copy engine
+//! brings, where there is one: an asynchronous copy takes about twelve cycles from the multiply-adds of its warp.
 
 use crate::epilogue::{self, access_elements};
-use crate::hopper::{Builder, RegisterTiles, initial_values, main_loop, over_items};
+use crate::hopper::{
+    Builder, RegisterTiles, Stage, initial_values, loads, main_loop, over_items, stage,
+};
 use crate::raster::raster;
 use crate::schedule::{GpuSchedule, ProductKind, StoreKind};
 use crate::streams::{Step, Stream, Value, pipeline};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tilewright_base::{Error, IdVec, Result};
+use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
-    Arch, CLUSTER, CLUSTERS, Cond, Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile,
-    Spread, Stmt,
+    Arch, Barrier, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, Frag, FragId, FragRef, Phase,
+    Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
 };
 use tilewright_expr::Value as Constant;
 use tilewright_layout::Dim;
@@ -69,8 +76,15 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         first_column: BTreeMap::new(),
         streamed: None,
     };
-    let buffers: Vec<SmemId> =
-        pipeline.streams.iter().map(|s| buffer(&mut b, s, schedule.stages)).collect();
+    let ways: Vec<Way> =
+        pipeline.streams.iter().map(|stream| way(&mut b, stream)).collect::<Result<_>>()?;
+    let through_registers = ways.iter().any(|w| matches!(w, Way::Registers { .. }));
+    let by_engine = ways.iter().any(|w| matches!(w, Way::Engine(_)));
+    let by_threads = ways.iter().any(|w| matches!(w, Way::Threads(_)));
+    let mut barriers = IdVec::new();
+    let full = by_engine.then(|| {
+        barriers.push(Barrier { name: "full".into(), slots: schedule.stages, arrivals: 1 })
+    });
     // Two positions in the same ring: where the next step is read, and where the next one is written.
     let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
     let ahead = b.rings.push(Ring { name: "ahead".into(), stages: schedule.stages });
@@ -81,27 +95,76 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     // The loop, with copies `stages - 1` steps early.
     let early = i64::from(schedule.stages) - 1;
     let warm_up: Arc<str> = "first".into();
-    let at_step = |step: Dim| -> Vec<Stmt> {
-        let mut copies: Vec<Stmt> = pipeline
-            .streams
-            .iter()
-            .zip(&buffers)
-            .map(|(stream, smem)| copy(&b, stream, *smem, ahead, &body.var, &step))
-            .collect();
-        copies.push(Stmt::Advance { ring: ahead, by: Dim::new(1) });
-        let cond = Cond { lhs: step, compare: Compare::Lt, rhs: body.hi.clone() };
-        vec![Stmt::If { cond, then: copies, otherwise: Vec::new() }, Stmt::CopyCommit]
+    let before_end = |step: &Dim, then: Vec<Stmt>| {
+        let cond = Cond { lhs: step.clone(), compare: Compare::Lt, rhs: body.hi.clone() };
+        Stmt::If { cond, then, otherwise: Vec::new() }
     };
+    let full_at = |ring| full.map(|barrier| BarrierRef { barrier, slot: Slot::Ring(ring) });
+    let starts = |step: &Dim| -> Vec<Stmt> {
+        let lookup = |name: &str| (name == &*body.var).then(|| step.clone());
+        let (mut by_engine, mut bytes, mut out) = (Vec::new(), 0, Vec::new());
+        for (stream, way) in pipeline.streams.iter().zip(&ways) {
+            match (way, full_at(ahead)) {
+                (Way::Engine(stage), Some(full)) => {
+                    bytes += b.smem[stage.smem].slot_bytes();
+                    let mut loads = loads(&b, stream, stage, ahead, full);
+                    for load in &mut loads {
+                        let Stmt::TmaLoad { at, .. } = load else { continue };
+                        at.iter_mut().for_each(|d| *d = d.substitute(&lookup));
+                    }
+                    by_engine.extend(loads);
+                }
+                (Way::Registers { frag, vector, .. }, _) => out.push(Stmt::Load {
+                    dst: FragRef { frag: *frag, col: Dim::new(0), cols: None },
+                    param: stream.view.param,
+                    at: stream.view.index.iter().map(|d| d.substitute(&lookup)).collect(),
+                    axes: (Some(stream.view.axes[0]), Some(stream.view.axes[1])),
+                    fill: Constant::Float(0.0),
+                    vector: *vector,
+                }),
+                _ => out.push(copy(&b, stream, way.smem(), ahead, &body.var, step)),
+            }
+        }
+        if let Some(barrier) = full_at(ahead) {
+            by_engine.insert(0, Stmt::ExpectBytes { barrier, bytes });
+            out.insert(0, Stmt::Once(by_engine));
+        }
+        out
+    };
+    let ends = || -> Vec<Stmt> {
+        let store = |(stream, way): (&Stream, &Way)| match way {
+            Way::Registers { smem, frag, .. } => Some(Stmt::ToSmem {
+                to: operand(stream, *smem, ahead),
+                src: FragRef { frag: *frag, col: Dim::new(0), cols: None },
+            }),
+            _ => None,
+        };
+        let advance = Stmt::Advance { ring: ahead, by: Dim::new(1) };
+        pipeline.streams.iter().zip(&ways).filter_map(store).chain([advance]).collect()
+    };
+    let closed = || by_threads.then_some(Stmt::CopyCommit);
+    let first = Dim::sym(warm_up.clone());
+    let both = starts(&first).into_iter().chain(ends()).collect();
     item.push(Stmt::For {
-        var: warm_up.clone(),
+        var: warm_up,
         lo: body.lo.clone(),
         hi: body.lo.clone() + &Dim::new(early),
         step: Dim::new(1),
-        body: at_step(Dim::sym(warm_up)),
+        body: [before_end(&first, both)].into_iter().chain(closed()).collect(),
     });
-    let mut step = vec![Stmt::CopyWait { pending: schedule.stages - 2 }, Stmt::SyncBlock];
-    step.extend(at_step(Dim::sym(body.var.clone()) + &Dim::new(early)));
-    let operand = |stream: usize| operand(&pipeline.streams[stream], buffers[stream], ring);
+    let later = Dim::sym(body.var.clone()) + &Dim::new(early);
+    let mut step = Vec::new();
+    step.extend(full_at(ring).map(|barrier| Stmt::Wait { barrier, phase: Phase::Of(ring) }));
+    step.extend(by_threads.then_some(Stmt::CopyWait { pending: schedule.stages - 2 }));
+    step.push(Stmt::SyncBlock);
+    // What is loaded into registers is stored behind the product.
+    let mut now = starts(&later);
+    if !through_registers {
+        now.extend(ends());
+    }
+    step.push(before_end(&later, now));
+    step.extend(closed());
+    let operand = |stream: usize| operand(&pipeline.streams[stream], ways[stream].smem(), ring);
     for s in &pipeline.steps {
         match s {
             Step::Product { acc, a: left, b: right, starts } => {
@@ -120,6 +183,9 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             }),
         }
     }
+    if through_registers {
+        step.push(before_end(&later, ends()));
+    }
     step.push(Stmt::Advance { ring, by: Dim::new(1) });
     item.push(Stmt::For {
         var: body.var.clone(),
@@ -129,7 +195,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         body: step,
     });
     // Only empty groups are left open.
-    item.push(Stmt::CopyWait { pending: 0 });
+    item.extend(by_threads.then_some(Stmt::CopyWait { pending: 0 }));
     let results = tiles.results(body);
     let finish = epilogue::store_results(&mut b, before, after, &results)?;
     // Nobody has to meet before the next item: its first copies go to the slots that the last step does not
@@ -141,8 +207,13 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     each.extend(item);
     let mut role = over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), each);
     role.extend(finish.last);
-    let setup =
-        if schedule.dependent { vec![Stmt::GridRelease, Stmt::GridWait] } else { Vec::new() };
+    let mut setup = Vec::new();
+    if by_engine {
+        setup.extend([Stmt::BarrierInit, Stmt::FenceBarrierInit, Stmt::SyncBlock]);
+    }
+    if schedule.dependent {
+        setup.extend([Stmt::GridRelease, Stmt::GridWait]);
+    }
     let program = Program {
         name: kernel.name.clone(),
         arch: schedule.arch,
@@ -155,7 +226,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         smem: b.smem,
-        barriers: IdVec::new(),
+        barriers,
         rings: b.rings,
         frags: b.frags,
         shelves: IdVec::new(),
@@ -179,6 +250,81 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         )));
     }
     Ok(program)
+}
+
+/// Registers of a thread in which a tile is turned, at most: the sums leave no more.
+const TURNED_ELEMENTS: u32 = 16;
+
+/// How the tiles of a stream reach shared memory.
+enum Way {
+    /// Asynchronous copies of all threads.
+    Threads(SmemId),
+    /// The copy engine.
+    Engine(Stage),
+    /// Through registers, where they are turned.
+    Registers {
+        /// Where to.
+        smem: SmemId,
+        /// Blocks of 4 steps of the depth and 4 rows, or 2.
+        frag: FragId,
+        /// Neighbours along the depth that one access takes.
+        vector: u32,
+    },
+}
+
+impl Way {
+    fn smem(&self) -> SmemId {
+        match self {
+            Way::Threads(smem) | Way::Registers { smem, .. } => *smem,
+            Way::Engine(stage) => stage.smem,
+        }
+    }
+}
+
+/// The best way for a stream: those of plain multiply-adds whose lines are whole units of 16 bytes have a choice.
+fn way(b: &mut Builder<'_>, stream: &Stream) -> Result<Way> {
+    let (schedule, stages) = (b.schedule, b.schedule.stages);
+    let param = &b.kernel.params[stream.view.param];
+    let unit = |axis: usize| param.layout.axes[stream.view.axes[axis]].stride.is(1);
+    let plain = schedule.product == ProductKind::Fma && param.dtype == DType::F32;
+    if !plain || schedule.vector < 4 {
+        return Ok(Way::Threads(buffer(b, stream, stages)));
+    }
+    if unit(stream.contiguous) && schedule.arch >= Arch::Sm90a && stream.lines().is_multiple_of(8) {
+        return Ok(Way::Engine(stage(b, stream, false, stages)?));
+    }
+    let spread = turned_spread(schedule, stream).filter(|_| unit(1) && !unit(0));
+    let Some(spread) = spread else {
+        return Ok(Way::Threads(buffer(b, stream, stages)));
+    };
+    let frag = Frag {
+        name: format!("r{}", param.name),
+        dtype: param.dtype,
+        rows: stream.rows,
+        cols: stream.cols,
+        spread,
+        extent: Extent::Tile,
+    };
+    let frag = b.frags.push(frag);
+    let vector = access_elements(b, stream.view.param, stream.view.axes[1]);
+    Ok(Way::Registers { smem: buffer(b, stream, stages), frag, vector })
+}
+
+/// Blocks of a left operand whose lines run across the depth in shared memory, if a few registers hold the tile.
+fn turned_spread(schedule: &GpuSchedule, stream: &Stream) -> Option<Spread> {
+    let threads = schedule.warps.0 * schedule.warps.1 * 32;
+    let threads_n = stream.cols / 4;
+    if stream.contiguous != 0
+        || !stream.cols.is_multiple_of(16)
+        || !threads.is_multiple_of(threads_n)
+    {
+        return None;
+    }
+    let threads_m = threads / threads_n;
+    let few = stream.rows * stream.cols / threads <= TURNED_ELEMENTS;
+    let block_m = [4, 2].into_iter().find(|m| stream.rows.is_multiple_of(threads_m * m))?;
+    let fits = threads_m.is_multiple_of(8) && few;
+    fits.then_some(Spread::Outer { threads_m, threads_n, block_m, block_n: 4 })
 }
 
 /// Plain multiply-adds: blocks of 4 along both axes, whose neighbours are neighbours in shared memory, so that one
