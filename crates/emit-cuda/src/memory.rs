@@ -218,7 +218,7 @@ impl Printer<'_> {
                 frag.rows,
                 smem.contiguous == 1
             )),
-            Spread::Outer { block_m: run @ (2 | 4), .. }
+            Spread::Outer { block_m: run @ 4, .. }
                 if smem.contiguous == 0 && smem.dtype == DType::F32 && frag.extent == Extent::Tile =>
             {
                 // Neighbouring rows lie in the thread's registers, a row of them apart.

@@ -156,6 +156,8 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     let mut step = Vec::new();
     step.extend(full_at(ring).map(|barrier| Stmt::Wait { barrier, phase: Phase::Of(ring) }));
     step.extend(by_threads.then_some(Stmt::CopyWait { pending: schedule.stages - 2 }));
+    // The copy engine writes where everyone has read.
+    step.extend(by_engine.then_some(Stmt::FenceAsync));
     step.push(Stmt::SyncBlock);
     // What is loaded into registers is stored behind the product.
     let mut now = starts(&later);
@@ -265,7 +267,7 @@ enum Way {
     Registers {
         /// Where to.
         smem: SmemId,
-        /// Blocks of 4 steps of the depth and 4 rows, or 2.
+        /// Blocks of 4 rows and 4 steps of the depth.
         frag: FragId,
         /// Neighbours along the depth that one access takes.
         vector: u32,
@@ -322,9 +324,8 @@ fn turned_spread(schedule: &GpuSchedule, stream: &Stream) -> Option<Spread> {
     }
     let threads_m = threads / threads_n;
     let few = stream.rows * stream.cols / threads <= TURNED_ELEMENTS;
-    let block_m = [4, 2].into_iter().find(|m| stream.rows.is_multiple_of(threads_m * m))?;
-    let fits = threads_m.is_multiple_of(8) && few;
-    fits.then_some(Spread::Outer { threads_m, threads_n, block_m, block_n: 4 })
+    let fits = threads_m.is_multiple_of(8) && stream.rows.is_multiple_of(threads_m * 4) && few;
+    fits.then_some(Spread::Outer { threads_m, threads_n, block_m: 4, block_n: 4 })
 }
 
 /// Plain multiply-adds: blocks of 4 along both axes, whose neighbours are neighbours in shared memory, so that one

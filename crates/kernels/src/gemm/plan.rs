@@ -163,6 +163,9 @@ pub(super) fn aligned_elements(align: i64, size: i64) -> i64 {
 
 /// Parts that the depth may be cut into.
 const SPLITS: [i64; 12] = [2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64];
+/// Tiles a multiprocessor of plain multiply-adds up to which parts of the depth are worth a look: they fill the last
+/// wave, and that is a smaller share of more.
+const MULTIPLY_ADD_TILES: i64 = 24;
 /// Time of a further small launch, in microseconds.
 const EXTRA_LAUNCH_US: f64 = 2.0;
 /// Workspace regions start at multiples of this.
@@ -355,10 +358,15 @@ fn packed_line(k: i64, size: i64) -> i64 {
     (bytes + unit - 1) / unit * unit / size
 }
 
-/// Time of adding up the parts of the depth; parts of this size stay in the second-level cache.
+/// Bytes of parts that stay in the second-level cache until they are added up.
+const CACHED_PARTS: i64 = 32 << 20;
+
+/// Time of adding up the parts of the depth.
 fn sum_us(p: &Problem, gpu: &Gpu, o: &Oriented, splits: i64) -> f64 {
-    let bytes = (o.m * o.n) as f64 * (4.0 * splits as f64 + p.result_bytes() as f64);
-    bytes / (2.0 * gpu.copy_bytes_per_s) * 1e6 + EXTRA_LAUNCH_US
+    let parts = o.m * o.n * 4 * splits;
+    let bytes = (parts + o.m * o.n * p.result_bytes()) as f64;
+    let rate = if parts <= CACHED_PARTS { 2.0 } else { 1.0 };
+    bytes / (rate * gpu.copy_bytes_per_s) * 1e6 + EXTRA_LAUNCH_US
 }
 
 /// Whether a schedule walks its tiles in an order of its own: rasters as high as the result are one.
@@ -480,7 +488,7 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
     if scored.is_plain() {
         for schedule in multiply_add_space(access_vector(p, o), is_pair) {
             for splits in SPLITS {
-                let few = tiles_of(&schedule) * splits <= 4 * i64::from(gpu.sms);
+                let few = tiles_of(&schedule) * splits <= MULTIPLY_ADD_TILES * i64::from(gpu.sms);
                 if p.batch != 1 || is_pair || splits * 8 > steps_of(&schedule) || !few {
                     break;
                 }
