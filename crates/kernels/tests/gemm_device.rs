@@ -195,6 +195,10 @@ fn pipelined_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64
     add("mma tf32", tf32, mma(Arch::Sm90a, (2, 2), (64, 64, 16), 4), (70, 40, 72));
     let two = fma((1, 2), (64, 128, 16), 4);
     add("fma, two warps", spec(DType::F32, (Row, Col, Row)), two, (70, 132, 40));
+    let s = GpuSchedule { arch: Arch::Sm90a, ..fma((2, 2), (128, 64, 16), 4) };
+    add("fma, engine and registers", spec(DType::F32, rrr), s.clone(), (200, 72, 72));
+    add("fma, engine", spec(DType::F32, (Col, Row, Row)), s.clone(), (200, 72, 72));
+    add("fma, registers and threads", spec(DType::F32, (Row, Col, Row)), s, (200, 72, 72));
     let s = fma((2, 2), (64, 64, 16), 4);
     add("fma", spec(DType::F32, rrr), s.clone(), (70, 72, 40));
     add("fma, both along the depth", spec(DType::F32, (Row, Col, Row)), s.clone(), (70, 72, 40));
