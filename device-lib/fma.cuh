@@ -4,9 +4,9 @@
 // What bounds such a kernel is the issue slot: one instruction a cycle, whatever it does, and registers that lie in
 // two banks: two operands that are read from one bank cost a second cycle. So lines of both tiles run across the
 // depth (copies turn operands that lie along it), operands come in 128-bit loads, addresses change by constants, and
-// the sums of a column are formed first for the even and then for the odd rows: the column's element stays in the
-// reuse cache, and the assembler finds sums and rows in different banks for more than nine of ten instructions
-// (docs/src/facts.md).
+// the sums of a column are formed for two even, two odd rows and so on: the column's element stays in the reuse cache, the
+// assembler finds sums and rows in different banks for more than nine of ten instructions, and sums do not go to one bank
+// for so long that results of loads have to wait for it (docs/src/facts.md).
 #pragma once
 #include "tw/frag.cuh"
 
@@ -89,9 +89,8 @@ TW_INLINE void fma_tile(float* acc, smem_t a, int a_row, int a_depth, smem_t b, 
       for (int c = 0; c < S::CN; ++c) {
 #pragma unroll
         for (int j = 0; j < S::RM; ++j) {
-          // Back and forth, so that neighbours in time share an operand; even rows, then odd ones.
-          constexpr int HALF = (S::RM + 1) / 2;
-          const int i = c % 2 ? S::RM - 1 - j : j, row = i < HALF ? 2 * i : 2 * (i - HALF) + 1;
+          // Back and forth, so that neighbours in time share an operand; of four rows two even ones, then two odd ones.
+          const int i = c % 2 ? S::RM - 1 - j : j, row = S::RM % 4 == 0 ? (i & ~3) | (i & 1) * 2 | (i >> 1 & 1) : i;
           acc[row * S::CN + c] = __fmaf_rn(fa[k & 1][row], fb[c], acc[row * S::CN + c]);
         }
         if (c % BN == BN - 1) r.load_block(fb, c - (BN - 1), next);

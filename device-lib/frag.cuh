@@ -52,15 +52,18 @@ template <int ROWS, int COLS, int WM, int WN> struct MmaSpread {
 };
 
 // Outer products over TM x TN threads, each with blocks of BM x BN that repeat every TM BM rows and TN BN
-// columns. A warp is 8 x 4 of these threads; its lanes are numbered so that of two neighbours, or of two that
-// are two apart, both read the same part of one operand: 128-bit loads then take half the passes.
+// columns. A warp is 8 x 4 of these threads; its lanes are numbered so that neither two neighbours nor two that are two
+// apart read the same part of an operand. If they did, 128-bit loads would take half the passes, but their results would
+// come at once, in the way of those of the multiply-adds.
 template <int ROWS, int COLS, int TM, int TN, int BM, int BN> struct OuterSpread {
   static_assert(TM % 8 == 0 && TN % 4 == 0, "warps of 8 x 4 threads");
   static constexpr int RM = ROWS / TM, CN = COLS / TN;
   static constexpr int TILE = RM * CN, PER_ROW = RM, PER_COL = CN;
   static TW_INLINE int warp_of() { return (int)(threadIdx.x >> 5) % (TM * TN / 32); }
-  static TW_INLINE int thread_m() { return warp_of() / (TN / 4) * 8 + (lane() >> 1 & 1) + (lane() >> 3) * 2; }
-  static TW_INLINE int thread_n() { return warp_of() % (TN / 4) * 4 + (lane() & 1) + (lane() >> 2 & 1) * 2; }
+  static TW_INLINE int thread_m() {
+    return warp_of() / (TN / 4) * 8 + ((lane() ^ lane() >> 2) & 1) + ((lane() ^ lane() >> 2) & 2) + (lane() >> 4) * 4;
+  }
+  static TW_INLINE int thread_n() { return warp_of() % (TN / 4) * 4 + (lane() & 3); }
   static TW_INLINE int row_of(int j) { return j / BM * (TM * BM) + thread_m() * BM + j % BM; }
   static TW_INLINE int col_of(int j) { return j / BN * (TN * BN) + thread_n() * BN + j % BN; }
   static TW_INLINE constexpr int per_row(int i) { return i / CN; }
@@ -228,8 +231,8 @@ template <int LANES, typename T, typename F> TW_INLINE T across_lanes(T x, F com
 
 // Combines over the four threads of a warp that share the rows of an OuterSpread.
 template <typename T, typename F> TW_INLINE T across_outer(T x, F combine) {
-  x = combine(x, __shfl_xor_sync(~0u, x, 4));
-  return combine(x, __shfl_xor_sync(~0u, x, 1));
+  x = combine(x, __shfl_xor_sync(~0u, x, 10));
+  return combine(x, __shfl_xor_sync(~0u, x, 5));
 }
 
 }  // namespace tw
