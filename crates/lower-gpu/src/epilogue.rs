@@ -11,8 +11,8 @@ use crate::streams::{Defs, definitions, extents};
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
-    Barrier, BarrierId, BarrierRef, CLUSTERS, Extent, Frag, FragId, FragRef, MapId, Phase, Reach,
-    Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt, Swizzle, TensorMap,
+    Barrier, BarrierId, BarrierRef, CLUSTERS, CachePolicy, Extent, Frag, FragId, FragRef, MapId,
+    Phase, Reach, Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt, Swizzle, TensorMap,
 };
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
@@ -146,7 +146,7 @@ impl Streamed {
                 to: self.part(b, along, self.span),
                 barrier: self.at(),
                 reach: Reach::Own,
-                evict_first: false,
+                cache: CachePolicy::Normal,
             });
         }
         Stmt::Once(steps)

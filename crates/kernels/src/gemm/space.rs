@@ -10,10 +10,10 @@ use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind, residual_s
 const SMEM_BYTES: i64 = (227 << 10) - 256;
 
 /// Columns of one chunk of the epilogue, as `lower-gpu` cuts them. Along lines of a row-major result a chunk is a
-/// swizzle span of 64 or 128 bytes, or the whole of a narrow tile; `None` when there would be many small ones.
-fn chunk_columns(bn: i64, result: DType, order: Order) -> Option<i64> {
+/// swizzle span, or the whole of a narrow tile; `None` when there would be many small ones.
+pub(super) fn chunk_columns(bn: i64, result: DType, order: Order) -> Option<i64> {
     let size = i64::from(result.bits()) / 8;
-    let spans = [128, 64].into_iter().map(|bytes| (bytes / size).min(64)).find(|c| bn % c == 0);
+    let spans = [128, 64, 32].into_iter().map(|bytes| (bytes / size).min(64)).find(|c| bn % c == 0);
     if spans.is_some() {
         return spans;
     }
