@@ -111,7 +111,7 @@ pub struct TuneOptions {
     pub trials: usize,
     /// Schedules that are chosen together; the first two batches do not depend on times
     #[arg(long, default_value_t = 16)]
-    pub batch: usize,
+    pub together: usize,
     /// Only compile what would be timed first, into the cache
     #[arg(long)]
     pub prepare: bool,
@@ -190,7 +190,7 @@ pub fn tune_command(
             trials: options.trials,
             seconds: (left / (count - at) as f64).max(0.0),
             seed: options.seed,
-            batch: options.batch.max(1),
+            batch: options.together.max(1),
             ..Options::default()
         };
         if options.prepare {
