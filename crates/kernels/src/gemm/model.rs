@@ -59,6 +59,9 @@ pub(crate) fn instructions(func: &Func) -> i64 {
 /// Lanes of a multiprocessor that the few warps of an epilogue keep busy.
 const EPILOGUE_LANES: f64 = 48.0;
 
+/// How many times faster results leave that have room for a whole tile.
+const WHOLE_TILE_RATE: f64 = 3.0;
+
 fn ceil(a: i64, b: i64) -> i64 {
     (a + b - 1) / b.max(1)
 }
@@ -148,7 +151,11 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     let loop_clocks = steps * step;
     let result = if shape.splits > 1 { 4.0 } else { shape.result_bytes as f64 };
     let stored = match s.store {
-        StoreKind::Tma => (bm * bn) as f64 * result / p.epilogue_bytes_per_clock,
+        // With room for the whole tile nothing waits for the stores before.
+        StoreKind::Tma => {
+            let rate = if s.store_slots > 2 { WHOLE_TILE_RATE } else { 1.0 };
+            (bm * bn) as f64 * result / (rate * p.epilogue_bytes_per_clock)
+        }
         // A warp's store touches a sector per row (of 8) or per column (of 4) of its fragment.
         _ => {
             let elements = if shape.column_major { 8.0 } else { 4.0 * f64::from(s.vector) };
