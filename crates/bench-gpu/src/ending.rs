@@ -3,8 +3,8 @@
 //! To add one: a variant of [`Ending`], its line in [`ENDINGS`], its function.
 
 use crate::case::Numbers;
-use tilewright_base::DType;
-use tilewright_expr::{ExprId, FuncBuilder, Op};
+use tilewright_base::{DType, Error, Result};
+use tilewright_expr::{CompileOptions, ExprId, Func, FuncBuilder, Op, compile};
 use tilewright_kernels::gemm::{Epilogue, Pair};
 
 /// From sums to results.
@@ -32,6 +32,62 @@ pub enum Ending {
     SwiGlu,
     /// `gelu(sum + column) * (second sum + second column)`, by the error function: a pair.
     GeGluBias,
+    /// A formula of the user.
+    Formula(&'static Formula),
+}
+
+/// A formula of what an ending may read, by the names of [`NAMES`], in f32. A factor for all sums of bytes is its own
+/// affair.
+#[derive(Debug)]
+pub struct Formula {
+    text: String,
+    func: Func,
+}
+
+impl PartialEq for Formula {
+    fn eq(&self, other: &Formula) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for Formula {}
+
+/// What a formula may read: the sum, the sum of the second product of a pair, vectors along the columns (of the second
+/// product, too) and along the rows, and a matrix of the result's type.
+pub const NAMES: [&str; 6] = ["sum", "sum2", "cols", "cols2", "rows", "residual"];
+
+impl Formula {
+    fn reads(&self, name: &str) -> bool {
+        self.func.params().iter().any(|p| p.name.as_ref() == name)
+    }
+
+    fn is_pair(&self) -> bool {
+        self.reads("sum2") || self.reads("cols2")
+    }
+
+    fn epilogue(&self, sum: DType, to: DType) -> Epilogue {
+        let there = |name: &str, dtype: DType| self.reads(name).then_some(dtype);
+        let pair = self.is_pair();
+        // Of a pair both products have a vector, or none has.
+        let vector = self.reads("cols") || self.reads("cols2");
+        let cols = vector.then_some(DType::F32);
+        let (rows, residual) = (there("rows", DType::F32), there("residual", to));
+        let types = [Some(sum), pair.then_some(sum), cols, cols.filter(|_| pair), rows, residual];
+        let mut f = FuncBuilder::new();
+        let mut given = Vec::new();
+        for (name, dtype) in NAMES.iter().zip(types) {
+            let Some(dtype) = dtype else { continue };
+            given.push((*name, f.param(name, dtype)));
+        }
+        let given: Vec<(&str, ExprId)> =
+            given.into_iter().map(|(name, x)| (name, f.cast(x, DType::F32))).collect();
+        let find = |p: &str| given.iter().find(|(name, _)| *name == p).map(|(_, x)| *x);
+        let args: Vec<ExprId> = self.func.params().iter().filter_map(|p| find(&p.name)).collect();
+        let x = f.inline(&self.func, &args);
+        let x = f.cast(x, to);
+        let pair = if pair { Pair::Right } else { Pair::None };
+        Epilogue { func: f.finish(x), col_vector: cols, row_vector: rows, residual, pair }
+    }
 }
 
 /// All but [`Ending::Plain`].
@@ -60,16 +116,45 @@ impl Ending {
         }
     }
 
+    /// An ending by its name, or as a formula of what stands in [`NAMES`]: `relu(sum + cols) + residual`. A formula is
+    /// kept as long as the program runs.
+    ///
+    /// # Errors
+    /// The user's: a formula that cannot be read, or that reads something else.
+    pub fn parse(text: &str) -> Result<Ending> {
+        if let Some(named) = Ending::named(text) {
+            return Ok(named);
+        }
+        let hint = || {
+            let known: Vec<&str> = ENDINGS.iter().map(|e| e.name()).collect();
+            format!("known: {}; or a formula of {}", known.join(", "), NAMES.join(", "))
+        };
+        let options = CompileOptions { default: DType::F32, ..CompileOptions::default() };
+        let func = compile(text, &options).map_err(|e| e.with_hint(hint()))?.func;
+        if let Some(p) = func.params().iter().find(|p| !NAMES.contains(&p.name.as_ref())) {
+            let message = format!("an ending does not know `{}`", p.name);
+            return Err(Error::user(message).with_hint(hint()));
+        }
+        if !func.params().iter().any(|p| p.name.as_ref() == "sum") {
+            return Err(Error::user("an ending that does not read `sum`").with_hint(hint()));
+        }
+        Ok(Ending::Formula(Box::leak(Box::new(Formula { text: text.to_owned(), func }))))
+    }
+
     /// The epilogue. Vectors are f32, a residual has the result's type.
     pub fn epilogue(self, numbers: &Numbers) -> Epilogue {
         let sum = if numbers.operand.is_float() { DType::F32 } else { DType::I32 };
         let to = self.result(numbers);
-        if self == Ending::Plain {
-            return Epilogue::cast(sum, to);
+        match self {
+            Ending::Plain => return Epilogue::cast(sum, to),
+            Ending::Formula(formula) => return formula.epilogue(sum, to),
+            _ => {}
         }
         let f32s = Some(DType::F32);
         let (cols, rows, residual) = match self {
-            Ending::Plain | Ending::TensorScale | Ending::SwiGlu => (None, None, None),
+            Ending::Plain | Ending::Formula(_) | Ending::TensorScale | Ending::SwiGlu => {
+                (None, None, None)
+            }
             Ending::BiasGelu | Ending::BiasSilu | Ending::ToF8 | Ending::GeGluBias => {
                 (f32s, None, None)
             }
@@ -105,7 +190,7 @@ impl Ending {
             y.map_or(x, |y| f.op(op, &[x, y]))
         };
         let x = match self {
-            Ending::Plain => x,
+            Ending::Plain | Ending::Formula(_) => x,
             Ending::BiasGelu | Ending::GeGluBias => {
                 let x = with(&mut f, Op::Add, x, cols_in);
                 let inner = scale(&mut f, x, std::f64::consts::FRAC_1_SQRT_2);
@@ -167,7 +252,10 @@ impl Ending {
 
     /// Whether it reads the sums of two products of one left operand.
     pub fn is_pair(self) -> bool {
-        matches!(self, Ending::SwiGlu | Ending::GeGluBias)
+        match self {
+            Ending::Formula(formula) => formula.is_pair(),
+            _ => matches!(self, Ending::SwiGlu | Ending::GeGluBias),
+        }
     }
 
     /// The one of this name; none for the plain one.
@@ -189,6 +277,7 @@ impl Ending {
             Ending::ToF8 => "to-f8",
             Ending::SwiGlu => "swiglu",
             Ending::GeGluBias => "geglu-bias",
+            Ending::Formula(formula) => &formula.text,
         }
     }
 }
@@ -202,5 +291,33 @@ pub fn unit(dtype: DType) -> f64 {
         DType::F8E4M3 => 2f64.powi(-4),
         DType::F8E5M2 => 2f64.powi(-3),
         _ => 0.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_formula_is_the_ending_of_the_same_name() {
+        let Some(bf16) = Numbers::named("bf16") else { panic!("there is bf16") };
+        let formula = Ending::parse("max(sum + cols, 0) + residual").unwrap().epilogue(bf16);
+        let named = Ending::BiasReluResidual.epilogue(bf16);
+        let reads = |e: &Epilogue| (e.col_vector, e.row_vector, e.residual, e.pair);
+        assert_eq!(reads(&formula), reads(&named));
+        for args in [[1.5, -2.0, 0.25], [1.5, 2.0, 0.25], [-3.0, 1.0, 7.0]] {
+            assert_eq!(formula.func.eval_f64(&args), named.func.eval_f64(&args));
+        }
+        let pair = Ending::parse("sum * sum2 + cols2").unwrap();
+        assert!(pair.is_pair());
+        assert_eq!(pair.epilogue(bf16).func.eval_f64(&[2.0, 3.0, 9.0, 1.0]), 7.0);
+        assert_eq!(Ending::parse("swiglu").unwrap(), Ending::SwiGlu);
+        for wrong in ["sum + bias", "cols + 1", "sum +"] {
+            assert_eq!(
+                Ending::parse(wrong).unwrap_err().kind(),
+                tilewright_base::Kind::User,
+                "{wrong}"
+            );
+        }
     }
 }

@@ -137,6 +137,11 @@ impl Sets {
         &self.case
     }
 
+    /// The matrices of each set.
+    pub fn matrices(&self) -> &[Matrices] {
+        &self.sets
+    }
+
     /// Bytes of all sets.
     pub fn bytes(&self) -> usize {
         self.sets.len() * self.case.bytes()

@@ -377,6 +377,18 @@ pub struct Cond {
     pub rhs: Dim,
 }
 
+/// What the second-level cache does with data that a copy brings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum CachePolicy {
+    /// As for any access.
+    #[default]
+    Normal,
+    /// They are read once: others stay.
+    EvictFirst,
+    /// They are read again later: others go first.
+    EvictLast,
+}
+
 /// Which blocks of the cluster something reaches.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Reach {
@@ -500,8 +512,8 @@ pub enum Stmt {
         barrier: BarrierRef,
         /// `Own` or `All`.
         reach: Reach,
-        /// The data are read once: leave the cache to others.
-        evict_first: bool,
+        /// How long the second-level cache should keep the data.
+        cache: CachePolicy,
     },
     /// Starts copying a box from shared memory.
     TmaStore {

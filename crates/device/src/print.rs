@@ -401,11 +401,15 @@ impl Printer<'_> {
                 format!("expect {} bytes {bytes}", Self::barrier(p, barrier))
             }
             Stmt::Advance { ring, by } => format!("advance {} by {by}", name!(p.rings, *ring)),
-            Stmt::TmaLoad { map, at, to, barrier, reach, evict_first } => {
+            Stmt::TmaLoad { map, at, to, barrier, reach, cache } => {
                 let (from, to) = (Self::boxed(p, *map, at), Self::tile(p, to));
                 let (barrier, reach) = (Self::barrier(p, barrier), Self::reach(reach));
-                let first = if *evict_first { " evict first" } else { "" };
-                format!("tma load {to}{reach} <- {from} on {barrier}{first}")
+                let kept = match cache {
+                    CachePolicy::Normal => "",
+                    CachePolicy::EvictFirst => " evict first",
+                    CachePolicy::EvictLast => " evict last",
+                };
+                format!("tma load {to}{reach} <- {from} on {barrier}{kept}")
             }
             Stmt::TmaStore { map, at, from, add } => {
                 let verb = if *add { "add" } else { "store" };

@@ -13,8 +13,9 @@ use std::fmt::Write;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{
-    BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase, Program,
-    Reach, RingId, Role, ShelfId, Slot, SmemTile, Spread, Stmt, THREAD, Windows, is_live,
+    BarrierRef, CLUSTER, CLUSTERS, CTA, CachePolicy, Cond, Extent, Frag, FragId, FragRef, MapId,
+    Phase, Program, Reach, RingId, Role, ShelfId, Slot, SmemTile, Spread, Stmt, THREAD, Windows,
+    is_live,
 };
 use tilewright_expr::Value;
 use tilewright_layout::{Dim, Range};
@@ -733,8 +734,12 @@ impl<'a> Printer<'a> {
                 let by = if by.is(1) { String::new() } else { self.scope.text(by) };
                 self.line(&format!("{name}.advance({by});"));
             }
-            Stmt::TmaLoad { map, at, to, barrier, reach, evict_first } => {
-                let policy = if *evict_first { "tw::EVICT_FIRST" } else { "tw::EVICT_NORMAL" };
+            Stmt::TmaLoad { map, at, to, barrier, reach, cache } => {
+                let policy = match cache {
+                    CachePolicy::Normal => "tw::EVICT_NORMAL",
+                    CachePolicy::EvictFirst => "tw::EVICT_FIRST",
+                    CachePolicy::EvictLast => "tw::EVICT_LAST",
+                };
                 let name = identifier(&format!("map_{}", self.program.maps[*map].name));
                 let to = self.box_address(to);
                 let bar = self.barrier(barrier);

@@ -87,6 +87,13 @@ fn cases() -> Vec<Case> {
     let mut s = tiles(192, 32, 64);
     (s.consumers, s.store_slots) = (3, 1);
     add("three consumers", spec(DType::BF16, rrr), s, (200, 40, 72));
+    let mut s = tiles(128, 96, 64);
+    s.store_slots = 3;
+    add("room for a whole tile", spec(DType::BF16, rrr), s.clone(), (300, 200, 136));
+    (s.cluster, s.cluster_axis, s.stages) = (2, 0, 2);
+    let mut bias = spec(DType::BF16, (Row, Col, Col));
+    bias.epilogue = Epilogue::bias(None, DType::F32, DType::BF16);
+    add("room for a whole tile, in columns", bias, s, (260, 104, 72));
     let mut batched = spec(DType::BF16, rrr);
     batched.batched = true;
     add("batched", batched, tiles(64, 32, 64).with_consumers(1), (70, 40, 72));

@@ -11,8 +11,8 @@ use crate::streams::{Defs, definitions, extents};
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
-    Barrier, BarrierId, BarrierRef, CLUSTERS, Extent, Frag, FragId, FragRef, MapId, Phase, Reach,
-    Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt, Swizzle, TensorMap,
+    Barrier, BarrierId, BarrierRef, CLUSTERS, CachePolicy, Extent, Frag, FragId, FragRef, MapId,
+    Phase, Reach, Ring, RingId, Slot, Smem, SmemId, SmemTile, Spread, Stmt, Swizzle, TensorMap,
 };
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
@@ -146,7 +146,7 @@ impl Streamed {
                 to: self.part(b, along, self.span),
                 barrier: self.at(),
                 reach: Reach::Own,
-                evict_first: false,
+                cache: CachePolicy::Normal,
             });
         }
         Stmt::Once(steps)
@@ -171,6 +171,39 @@ struct Staging {
     map: MapId,
     ring: RingId,
     box_rows: u32,
+}
+
+impl Staging {
+    /// The copies of one staging tile to `at`, whose rows run along `axis`.
+    fn stores(
+        &self,
+        b: &Builder<'_>,
+        at: &[Dim],
+        axis: usize,
+        slot: &Slot,
+        cols: u32,
+    ) -> Vec<Stmt> {
+        let parts = 0..b.rows / self.box_rows;
+        let part = |part: u32| {
+            let offset = Dim::new(i64::from(part * self.box_rows));
+            let mut at = at.to_vec();
+            at[axis] = at[axis].clone() + &offset;
+            Stmt::TmaStore {
+                map: self.map,
+                at,
+                from: SmemTile {
+                    smem: self.smem,
+                    slot: slot.clone(),
+                    row: b.staging_row0() + &offset,
+                    col: Dim::new(0),
+                    rows: self.box_rows,
+                    cols,
+                },
+                add: false,
+            }
+        };
+        parts.map(part).collect()
+    }
 }
 
 /// Schedules the stores after the loop. `results` are the loop's tiles in registers.
@@ -228,6 +261,10 @@ pub(crate) fn store_results(
             staging.push(stage(b, &defs, *param, *value, chunk)?);
         }
     }
+    let chunks = tile_cols / chunk;
+    // There is room for the whole tile: it is written at one go, between two meetings.
+    let at_once = by_tma && stores.len() == 1 && chunks > 2 && chunks == b.schedule.store_slots;
+    let mut whole_tile = Vec::new();
     let column = Dim::sym("chunk") * &Dim::new(i64::from(chunk));
     let mut e = Evaluator::new(b, defs, results.iter().copied().collect(), chunk, column);
     for (param, index, value) in vectors {
@@ -243,8 +280,32 @@ pub(crate) fn store_results(
         at[axes.1] = at[axes.1].clone() + &e.column;
         if by_tma {
             let s: &Staging = &staging[i];
-            let slot = Slot::Ring(s.ring);
             let rows = e.b.rows;
+            if at_once {
+                e.steps.push(Stmt::ToSmem {
+                    to: SmemTile {
+                        smem: s.smem,
+                        slot: Slot::At(Dim::sym("chunk")),
+                        row: e.b.staging_row0(),
+                        col: Dim::new(0),
+                        rows,
+                        cols: chunk,
+                    },
+                    src: frag,
+                });
+                for at_chunk in 0..chunks {
+                    let number = |d: &Dim| {
+                        let chunk =
+                            |name: &str| (name == "chunk").then(|| Dim::new(i64::from(at_chunk)));
+                        d.substitute(&chunk)
+                    };
+                    let at: Vec<Dim> = at.iter().map(number).collect();
+                    let slot = Slot::At(Dim::new(i64::from(at_chunk)));
+                    whole_tile.extend(s.stores(e.b, &at, axes.0, &slot, chunk));
+                }
+                continue;
+            }
+            let slot = Slot::Ring(s.ring);
             // A slot is free when at most the younger slots' stores have not read theirs.
             let pending = e.b.schedule.store_slots.max(1) - 1;
             e.steps.push(Stmt::Once(vec![Stmt::TmaWait { pending, reads_only: true }]));
@@ -262,25 +323,7 @@ pub(crate) fn store_results(
             });
             e.steps.push(Stmt::FenceAsync);
             e.steps.push(sync.clone());
-            let mut store = Vec::new();
-            for part in 0..rows / s.box_rows {
-                let offset = Dim::new(i64::from(part * s.box_rows));
-                let mut at = at.clone();
-                at[axes.0] = at[axes.0].clone() + &offset;
-                store.push(Stmt::TmaStore {
-                    map: s.map,
-                    at,
-                    from: SmemTile {
-                        smem: s.smem,
-                        slot: slot.clone(),
-                        row: e.b.staging_row0() + &offset,
-                        col: Dim::new(0),
-                        rows: s.box_rows,
-                        cols: chunk,
-                    },
-                    add: false,
-                });
-            }
+            let mut store = s.stores(e.b, &at, axes.0, &slot, chunk);
             store.push(Stmt::TmaCommit);
             e.steps.push(Stmt::Once(store));
             e.steps.push(Stmt::Advance { ring: s.ring, by: Dim::new(1) });
@@ -320,7 +363,15 @@ pub(crate) fn store_results(
     let (once, steps) = (e.once, e.steps);
     let mut stmts = once;
     stmts.extend(b.streamed.as_ref().map(|s| s.wait(b)));
-    stmts.push(Stmt::Unroll { var: "chunk".into(), count: tile_cols / chunk, body: steps });
+    if at_once {
+        stmts.push(Stmt::Once(vec![Stmt::TmaWait { pending: 0, reads_only: true }]));
+        stmts.push(sync.clone());
+    }
+    stmts.push(Stmt::Unroll { var: "chunk".into(), count: chunks, body: steps });
+    if at_once {
+        whole_tile.push(Stmt::TmaCommit);
+        stmts.extend([Stmt::FenceAsync, sync, Stmt::Once(whole_tile)]);
+    }
     let last = if by_tma {
         vec![Stmt::Once(vec![Stmt::TmaWait { pending: 0, reads_only: true }])]
     } else {

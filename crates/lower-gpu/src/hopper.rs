@@ -13,9 +13,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
-    Barrier, BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase,
-    Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, TensorMap,
-    WgmmaA,
+    Barrier, BarrierRef, CLUSTER, CLUSTERS, CTA, CachePolicy, Cond, Extent, Frag, FragId, FragRef,
+    MapId, Phase, Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
+    TensorMap, WgmmaA,
 };
 use tilewright_expr::Op;
 use tilewright_layout::Dim;
@@ -151,6 +151,9 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             None => stage(&mut b, stream, shared, schedule.stages)?,
             Some(smem) => stage_beside(&mut b, stream, shared, smem)?,
         });
+    }
+    if let [left, right] = &mut stages[..] {
+        [left.cache, right.cache] = schedule.cache;
     }
     let multicast = stages.iter().any(|s| s.shared);
     let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
@@ -375,6 +378,8 @@ pub(crate) struct Stage {
     box_along: u32,
     /// Of the stream's tile in the buffer, which two streams may share.
     first_column: u32,
+    /// Of its copies.
+    cache: CachePolicy,
 }
 
 /// Shared memory and the tensor map of a stream, `slots` tiles.
@@ -396,7 +401,8 @@ pub(crate) fn stage(
     };
     let (map, box_lines, box_along) = tensor_map(b, stream, shared)?;
     let smem = b.smem.push(smem);
-    Ok(Stage { smem, map, shared, box_lines, box_along, first_column: 0 })
+    let cache = CachePolicy::Normal;
+    Ok(Stage { smem, map, shared, box_lines, box_along, first_column: 0, cache })
 }
 
 /// The same for a stream whose tiles lie to the right of those that are in a buffer already, in tiles of the same form.
@@ -404,7 +410,8 @@ fn stage_beside(b: &mut Builder<'_>, stream: &Stream, shared: bool, smem: SmemId
     let (map, box_lines, box_along) = tensor_map(b, stream, shared)?;
     let first_column = b.smem[smem].cols;
     b.smem[smem].cols += stream.cols;
-    Ok(Stage { smem, map, shared, box_lines, box_along, first_column })
+    let cache = CachePolicy::Normal;
+    Ok(Stage { smem, map, shared, box_lines, box_along, first_column, cache })
 }
 
 /// A tensor's name, numbered when there is one of that name in shared memory already.
@@ -481,7 +488,7 @@ pub(crate) fn loads(
                 to: SmemTile { smem: stage.smem, slot: Slot::Ring(ring), row, col, rows, cols },
                 barrier: barrier.clone(),
                 reach: if stage.shared { Reach::All } else { Reach::Own },
-                evict_first: false,
+                cache: stage.cache,
             });
         }
     }

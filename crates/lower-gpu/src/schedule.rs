@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use tilewright_device::Arch;
+use tilewright_device::{Arch, CachePolicy};
 
 /// How consumer warpgroups share work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -117,6 +117,8 @@ pub struct GpuSchedule {
     pub dependent: bool,
     /// Blocks that share a multiprocessor.
     pub blocks_per_sm: u32,
+    /// What the second-level cache does with the left and the right operand of a product by the copy engine.
+    pub cache: [CachePolicy; 2],
     /// Programs without products.
     pub lines: LinesKnobs,
 }
@@ -144,6 +146,7 @@ impl GpuSchedule {
             serpentine: false,
             dependent: false,
             blocks_per_sm: 1,
+            cache: [CachePolicy::Normal; 2],
             lines: LinesKnobs::default(),
         }
     }
@@ -209,9 +212,18 @@ impl fmt::Display for GpuSchedule {
             StoreKind::Direct => "direct",
             StoreKind::Staged => "staged",
         };
+        let sign = |policy: CachePolicy| match policy {
+            CachePolicy::Normal => '=',
+            CachePolicy::EvictFirst => '-',
+            CachePolicy::EvictLast => '+',
+        };
+        let kept_in_cache = match self.cache.map(sign) {
+            ['=', '='] => String::new(),
+            [left, right] => format!(" cache={left}{right}"),
+        };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,

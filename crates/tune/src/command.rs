@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tilewright_base::{Error, Result};
 use tilewright_bench_gpu::case::{Case, Numbers, orders, read_list};
-use tilewright_bench_gpu::ending::{ENDINGS, Ending};
+use tilewright_bench_gpu::ending::Ending;
 use tilewright_bench_gpu::record::geometric_mean;
 use tilewright_kernels::gemm::{Records, Source, plan_with};
 
@@ -32,7 +32,8 @@ pub struct ProductArgs {
     /// Contiguous axes of A, B and C, r for row-major, c for column-major: rcr; without, the kind's own
     #[arg(long)]
     pub order: Option<String>,
-    /// What follows the sums: bias-gelu, bias-relu-residual, bias-silu, swiglu, geglu-bias, scales, ...
+    /// What follows the sums: bias-gelu, bias-relu-residual, swiglu, ..., or a formula of sum, sum2, cols, cols2, rows and
+    /// residual: "relu(sum + cols) + residual"
     #[arg(long)]
     pub ending: Option<String>,
     /// A list of products instead, a line each: TYPES M N K [xBATCH] [ORDERS] [ENDING]
@@ -90,12 +91,7 @@ impl ProductArgs {
             })?;
             let case = Case::dense(numbers, [m, n, k, self.batch], order);
             let Some(name) = &self.ending else { return Ok(case) };
-            let ending = Ending::named(name).ok_or_else(|| {
-                let known: Vec<&str> = ENDINGS.iter().map(|e| e.name()).collect();
-                Error::user(format!("there is no ending `{name}`"))
-                    .with_hint(format!("known: {}", known.join(", ")))
-            })?;
-            Ok(case.ending(ending))
+            Ok(case.ending(Ending::parse(name)?))
         };
         types.iter().map(case).collect()
     }
@@ -113,6 +109,12 @@ pub struct TuneOptions {
     /// Schedules that are timed at most, per product
     #[arg(long, default_value_t = 400)]
     pub trials: usize,
+    /// Schedules that are chosen together; the first two batches do not depend on times
+    #[arg(long, default_value_t = 16)]
+    pub together: usize,
+    /// Only compile what would be timed first, into the cache
+    #[arg(long)]
+    pub prepare: bool,
     /// Of the random choices
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -188,8 +190,17 @@ pub fn tune_command(
             trials: options.trials,
             seconds: (left / (count - at) as f64).max(0.0),
             seed: options.seed,
+            batch: options.together.max(1),
             ..Options::default()
         };
+        if options.prepare {
+            let line = match tuner.prepare(&case, &search) {
+                Ok((made, of)) => format!("{} {made} of {of} compiled", title(&case)),
+                Err(e) => format!("{} - {}", title(&case), e.message()),
+            };
+            say(&format!("[{}/{count}, {:>4.0} s] {line}", at + 1, began.elapsed().as_secs_f64()));
+            continue;
+        }
         let tuned = tuner.tune(&case, &store, &records, &search);
         let line = match &tuned {
             Ok(tuned) => row(&case, tuned),

@@ -68,6 +68,23 @@ impl<'a> Ahead<'a> {
         }
     }
 
+    /// Makes what was announced, on as many threads as there are processors, until `deadline`; how many were made.
+    pub(crate) fn make_all(&self, deadline: Instant) -> usize {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    while Instant::now() < deadline {
+                        let Some(point) = self.lock().queue.pop_front() else { return };
+                        let made = self.make(point);
+                        self.lock().made.insert(point, Some(made));
+                    }
+                });
+            }
+        });
+        self.lock().made.values().filter(|m| matches!(m, Some(Ok(_)))).count()
+    }
+
     pub(crate) fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_all();
@@ -83,7 +100,7 @@ impl<'a> Ahead<'a> {
         Ok(made)
     }
 
-    fn announce(&self, points: &[usize]) {
+    pub(crate) fn announce(&self, points: &[usize]) {
         let mut jobs = self.lock();
         let fresh = points.iter().filter(|p| !jobs.made.contains_key(p)).copied();
         let fresh: Vec<usize> = fresh.collect();

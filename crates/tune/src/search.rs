@@ -332,6 +332,34 @@ impl State<'_> {
     }
 }
 
+/// The first batch: the seeds, and what the model likes.
+fn first_batch(state: &mut State<'_>, options: &Options) -> Vec<usize> {
+    let mut batch = Vec::new();
+    for seed in options.seeds.iter().filter(|p| **p < state.space.len()) {
+        if batch.len() < options.batch.min(options.trials) && state.taken.insert(*seed) {
+            batch.push(*seed);
+        }
+    }
+    let more = options.batch.min(options.trials) - batch.len();
+    batch.extend(state.propose(more));
+    batch
+}
+
+/// The points that [`search`] times first, whatever the times are: the first two batches. They can be compiled before.
+pub fn first_points(space: &Space, baseline: Option<usize>, options: &Options) -> Vec<usize> {
+    let known = baseline.map(|p| (p, Ok(space.point(p).estimate)));
+    let mut state = State {
+        space,
+        random: Random(options.seed),
+        taken: baseline.into_iter().collect(),
+        trials: known.into_iter().collect(),
+    };
+    let mut points = first_batch(&mut state, options);
+    let left = options.trials.saturating_sub(points.len());
+    points.extend(state.propose(options.batch.min(left)));
+    points
+}
+
 /// Searches for the fastest point. `baseline` says which point the baseline is, if it is one; `known` are earlier
 /// timings, which are not repeated.
 ///
@@ -360,14 +388,7 @@ pub fn search(
     let mut best_us = state.fastest().first().map_or(f64::INFINITY, |(us, _)| *us);
     let mut timed = 0;
     let mut without_gain = 0;
-    let mut next = Vec::new();
-    for seed in options.seeds.iter().filter(|p| **p < space.len()) {
-        if next.len() < options.batch.min(options.trials) && state.taken.insert(*seed) {
-            next.push(*seed);
-        }
-    }
-    let more = options.batch.min(options.trials) - next.len();
-    next.extend(state.propose(more));
+    let mut next = first_batch(&mut state, options);
     measure.announce(&next);
     let stop = 'batches: loop {
         if next.is_empty() {

@@ -2,10 +2,10 @@
 
 use crate::device::{Ahead, Closing, OnDevice, Watch};
 use crate::products::Products;
-use crate::search::{Arm, Found, Options, Timed, search};
+use crate::search::{Arm, Found, Options, Timed, first_points, search};
 use crate::store::{Conditions, Store};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tilewright_base::{Error, Result};
 use tilewright_bench_gpu::arms::{Ours, PEER_WORKSPACE_BYTES, Peer, describe, planner_gpu};
 use tilewright_bench_gpu::case::Case;
@@ -95,6 +95,22 @@ impl Tuner {
     /// Whether the device is of no use any more: a kernel faulted.
     pub fn is_lost(&self) -> bool {
         self.stream.synchronize().is_err()
+    }
+
+    /// Compiles what [`Tuner::tune`] will time first, for at most the seconds of the options; how many choices, of how many.
+    ///
+    /// # Errors
+    /// What the planner says.
+    pub fn prepare(&self, case: &Case, options: &Options) -> Result<(usize, usize)> {
+        let began = Instant::now();
+        let problem = case.problem();
+        let products = Products::new(&problem, &self.target)?;
+        let mut points = first_points(&products.space, products.picked, options);
+        points.extend(products.picked);
+        let ahead = Ahead::new(&problem, &products, &self.loader);
+        ahead.announce(&points);
+        let made = ahead.make_all(began + Duration::from_secs_f64(options.seconds));
+        Ok((made, points.len()))
     }
 
     /// Searches, and keeps record and timings in `store`. `known` gives choices to begin with: records that are out

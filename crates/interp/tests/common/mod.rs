@@ -140,7 +140,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
             to: tile(sa, ring_slot(), num(0), num(0), 128, 64),
             barrier: at_stage(full),
             reach: Reach::Own,
-            evict_first: true,
+            cache: CachePolicy::EvictFirst,
         },
         Stmt::TmaLoad {
             map: map_b,
@@ -148,7 +148,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
             to: tile(sb, ring_slot(), num(0), sym(CTA) * 8, 64, 8),
             barrier: at_stage(full),
             reach: Reach::All,
-            evict_first: false,
+            cache: CachePolicy::Normal,
         },
         advance(),
     ];

@@ -106,14 +106,14 @@ fn weaker(p: &Program, stmt: &Stmt) -> Vec<(String, Stmt)> {
                 out.push((format!("{bytes} bytes"), expect));
             }
         }
-        Stmt::TmaLoad { map, at, to, barrier, reach, evict_first } => {
+        Stmt::TmaLoad { map, at, to, barrier, reach, cache } => {
             let load = |to: &SmemTile, barrier: &BarrierRef, reach: &Reach| Stmt::TmaLoad {
                 map: *map,
                 at: at.clone(),
                 to: to.clone(),
                 barrier: barrier.clone(),
                 reach: reach.clone(),
-                evict_first: *evict_first,
+                cache: *cache,
             };
             slot_of(barrier, &|barrier| load(to, &barrier, reach));
             if *reach == Reach::All {

@@ -59,6 +59,14 @@ pub(crate) fn instructions(func: &Func) -> i64 {
 /// Lanes of a multiprocessor that the few warps of an epilogue keep busy.
 const EPILOGUE_LANES: f64 = 48.0;
 
+/// Latency of loads from the second-level cache, as a share of that from device memory.
+const LATENCY_OF_CACHE: f64 = 0.4;
+/// Time of products whose right operand lies in panels of 64 bytes, over that with panels of 128.
+const NARROW_PANELS: f64 = 1.03;
+
+/// How many times faster results leave that have room for a whole tile.
+const WHOLE_TILE_RATE: f64 = 3.0;
+
 fn ceil(a: i64, b: i64) -> i64 {
     (a + b - 1) / b.max(1)
 }
@@ -126,6 +134,9 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     let read = (a_elements + (bm as f64 / 64.0) * b_elements) * size * products;
     let written = (a_elements + b_elements) * size * tensors;
     let shared = (read + p.shared_write_share * written) / 128.0;
+    // Columns that are contiguous in memory lie in panels; narrow ones are slow to read.
+    let panels = !shape.along_depth.1 && (bn as f64 * size) % 128.0 != 0.0;
+    let tensor = if panels { tensor * NARROW_PANELS } else { tensor };
     let compute = (tensor * p.tensor_factor).max(shared * p.shared_factor)
         + p.step_clocks
         + if s.consumers == 1 { p.lone_consumer_clocks } else { 0.0 };
@@ -142,13 +153,19 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         bytes_b *= p.unaligned_factor;
     }
     let fill = (bytes_a + bytes_b) / p.l2_bytes_per_clock * (active / f64::from(gpu.sms)).max(1.0);
-    // While one stage is read, the others are on their way.
-    let latency = p.load_latency_clocks / f64::from((s.stages - 1).max(1));
+    // While one stage is read, the others are on their way. The first item of a block finds the operands in device memory;
+    // before later ones the ring fills while results leave, and most of what they read lies in the cache.
+    let cold = LATENCY_OF_CACHE + (1.0 - LATENCY_OF_CACHE) / per_block;
+    let latency = p.load_latency_clocks * cold / f64::from((s.stages - 1).max(1));
     let step = compute.max(fill).max(latency) + p.load_share * (fill + latency);
     let loop_clocks = steps * step;
     let result = if shape.splits > 1 { 4.0 } else { shape.result_bytes as f64 };
     let stored = match s.store {
-        StoreKind::Tma => (bm * bn) as f64 * result / p.epilogue_bytes_per_clock,
+        // With room for the whole tile nothing waits for the stores before.
+        StoreKind::Tma => {
+            let rate = if s.store_slots > 2 { WHOLE_TILE_RATE } else { 1.0 };
+            (bm * bn) as f64 * result / (rate * p.epilogue_bytes_per_clock)
+        }
         // A warp's store touches a sector per row (of 8) or per column (of 4) of its fragment.
         _ => {
             let elements = if shape.column_major { 8.0 } else { 4.0 * f64::from(s.vector) };

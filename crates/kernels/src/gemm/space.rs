@@ -10,10 +10,10 @@ use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind, residual_s
 const SMEM_BYTES: i64 = (227 << 10) - 256;
 
 /// Columns of one chunk of the epilogue, as `lower-gpu` cuts them. Along lines of a row-major result a chunk is a
-/// swizzle span of 64 or 128 bytes, or the whole of a narrow tile; `None` when there would be many small ones.
-fn chunk_columns(bn: i64, result: DType, order: Order) -> Option<i64> {
+/// swizzle span, or the whole of a narrow tile; `None` when there would be many small ones.
+pub(super) fn chunk_columns(bn: i64, result: DType, order: Order) -> Option<i64> {
     let size = i64::from(result.bits()) / 8;
-    let spans = [128, 64].into_iter().map(|bytes| (bytes / size).min(64)).find(|c| bn % c == 0);
+    let spans = [128, 64, 32].into_iter().map(|bytes| (bytes / size).min(64)).find(|c| bn % c == 0);
     if spans.is_some() {
         return spans;
     }
@@ -134,7 +134,12 @@ pub(super) fn each_schedule(
                         continue;
                     }
                     let mut before = 0;
-                    for slots in [2, 1] {
+                    // Room for the whole tile lets all of it leave at one go: where the consumers wait for their stores.
+                    let plain = !residual && lefts * rights == 1;
+                    let chunks = chunk_columns(bn, spec.result, spec.c).map_or(0, |c| bn / c);
+                    let alone = mode == Mode::Cooperative && store == StoreKind::Tma && plain;
+                    let whole = (alone && chunks > 2).then_some(chunks);
+                    for slots in [Some(2), Some(1), whole].into_iter().flatten() {
                         let staging = match store {
                             StoreKind::Direct if slots == 1 => continue,
                             // For kernels without the copy engine.
@@ -151,10 +156,10 @@ pub(super) fn each_schedule(
                         let most = if depth_bytes < 128 { 16 } else { 8 };
                         let stages = ((SMEM_BYTES - staging - streamed) / stage).min(most);
                         // One staging tile only where it makes room for a stage.
-                        if stages < 2 || stages == before {
+                        if stages < 2 || stages == before || slots > 2 && stages < 3 {
                             continue;
                         }
-                        before = stages;
+                        before = if slots > 2 { before } else { stages };
                         s.stages = stages as u32;
                         s.cluster = cluster as u32;
                         s.cluster_axis = axis;
