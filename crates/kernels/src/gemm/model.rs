@@ -59,7 +59,7 @@ pub(crate) fn instructions(func: &Func) -> i64 {
 /// Lanes of a multiprocessor that the few warps of an epilogue keep busy.
 const EPILOGUE_LANES: f64 = 48.0;
 
-fn ceil(a: i64, b: i64) -> i64 {
+pub(super) fn ceil(a: i64, b: i64) -> i64 {
     (a + b - 1) / b.max(1)
 }
 
