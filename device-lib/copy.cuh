@@ -19,6 +19,17 @@ template <int BYTES> TW_INLINE void copy_async(smem_t to, const void* from, int 
   }
 }
 
+// VECTOR elements of which the first `count` are inside, and zeros for the others.
+template <typename T, int VECTOR> TW_INLINE void copy_run_part(smem_t to, const T* from, int count) {
+  constexpr int BYTES = VECTOR * (int)sizeof(T);
+  if constexpr (BYTES >= 4) {
+    copy_async<BYTES>(to, from, (count < VECTOR ? count : VECTOR) * (int)sizeof(T));
+  } else {
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) smem_store<T>(to + k * (int)sizeof(T), k < count ? from[k] : T{});
+  }
+}
+
 // VECTOR elements, or zeros when not `inside`.
 template <typename T, int VECTOR> TW_INLINE void copy_run(smem_t to, const T* from, bool inside) {
   constexpr int BYTES = VECTOR * (int)sizeof(T);
@@ -62,7 +73,9 @@ TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int 
     const int l = i / RUNS, a = i % RUNS * VECTOR;
     const bool inside = (u32)(line + l) < (u32)lines && (u32)(along + a) < (u32)alongs;
     const T* p = from + (inside ? (i64)(line + l) * line_stride + (i64)(along + a) * along_stride : 0);
-    copy_run<T, VECTOR>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a), p, inside);
+    // The run that a line ends in is copied as far as it goes.
+    const int count = inside ? alongs - (along + a) : 0;
+    copy_run_part<T, VECTOR>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a), p, count);
   }
 }
 

@@ -366,6 +366,10 @@ impl Printer<'_> {
                 let from = Self::global(p, *param, at, (Some(*row), None));
                 format!("prefetch {rows} lines of {bytes} bytes of {from}")
             }
+            LineStep::Dot { acc, a, b } => {
+                let [acc, a, b] = [acc, a, b].map(|f| Self::frag(p, f));
+                format!("{acc} += {a} * {b} by fours")
+            }
             LineStep::AcrossCluster { frag, kind } => {
                 let frag = Self::frag(p, frag);
                 format!("{frag} = {} {frag} across the cluster", reduce_text(*kind))

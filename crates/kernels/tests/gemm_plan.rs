@@ -212,7 +212,7 @@ fn plans_for_other_devices_compute_the_product() {
             let f8 = p.operand.is_float() && p.operand.bits() == 8;
             if f8 && gpu.capability < 89 {
                 let error = plan(&p, gpu, 1).unwrap_err();
-                assert!(error.message().contains("do not multiply f8"), "{error}");
+                assert!(error.message().contains("no instructions for f8"), "{error}");
                 continue;
             }
             if i > 0 && (i + j) % 3 != 0 && !f8 {
@@ -282,6 +282,14 @@ fn few_rows_or_columns_in_every_order() {
                 check(&gpu, &format!("{operand} {m}x{n}x{k} {a:?} {b:?} {c:?}"), &p);
             }
         }
+    }
+    // Bytes along the depth are multiplied by fours.
+    for (k, fours) in [(256, true), (260, true), (258, false)] {
+        let p = Problem::dense(1, 64, k, DType::I8, DType::I32).ordered(Row, Col, Row);
+        let best = plan(&p, &gpu, 1).unwrap().remove(0);
+        let text = lower(&best.steps[0].kernel, &best.steps[0].schedule).unwrap().to_string();
+        assert_eq!(text.contains("by fours"), fours, "{k}: {text}");
+        check(&gpu, "bytes by fours", &p);
     }
     // Enough depth for parts, and one that is rounded up; the sums are right although nothing is rounded to TF32.
     for (m, n) in [(1, 96), (7, 40), (24, 2)] {

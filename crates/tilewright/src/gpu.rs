@@ -248,7 +248,8 @@ impl GpuDevice {
         let nvrtc = Nvrtc::open(cache.map(|c| c.join("cuda")).as_deref())?;
         let mut loader = Loader::new(gpu, nvrtc);
         if let Some(name) = target {
-            loader = loader.for_target(name.parse().map_err(Error::user::<String>)?)?;
+            let target = name.parse().map_err(|e: String| Error::user(e))?;
+            loader = loader.for_target(target)?;
         }
         let (properties, target) = (loader.gpu().properties(), loader.target());
         // The constants of the time model are those of a known machine, the counts the driver's.

@@ -425,8 +425,10 @@ impl Checker<'_> {
             let lines = matches!(p.frags[frag.frag].spread, Spread::Lines { .. });
             self.step(stmt, lines, "the fragment is not spread in lines");
         }
-        let (to, from) =
-            (step.writes().map(|f| &p.frags[f.frag]), step.reads().map(|f| &p.frags[f.frag]));
+        let (to, from) = (
+            step.writes().map(|f| &p.frags[f.frag]),
+            step.reads().first().map(|f| &p.frags[f.frag]),
+        );
         let tile = |f: Option<&Frag>| f.is_some_and(|f| f.extent == Extent::Tile);
         match step {
             LineStep::Pick { param, at, axes, steps, rows, fill, vector, .. } => {
@@ -504,6 +506,21 @@ impl Checker<'_> {
                     self.step(stmt, *rows > 0, "no lines");
                     self.step(stmt, *bytes > 0 && bytes % 16 == 0, "not units of 16 bytes");
                 }
+            }
+            LineStep::Dot { a, b, .. } => {
+                let fours = |f: &Frag| match f.spread {
+                    Spread::Lines { vector, .. } => vector % 4 == 0,
+                    _ => false,
+                };
+                let sums = to.is_some_and(|f| f.dtype == DType::I32 && fours(f));
+                self.step(stmt, tile(to) && sums, "the sums are not a tile of i32 in runs of fours");
+                let [a, b] = [a, b].map(|f| &p.frags[f.frag]);
+                let bytes = a.dtype == b.dtype && matches!(a.dtype, DType::I8 | DType::U8);
+                self.step(stmt, bytes, "the operands are not 8-bit integers of one type");
+                let alike = |f: &Frag| {
+                    f.extent != Extent::PerRow && to.is_some_and(|t| t.spread == f.spread)
+                };
+                self.step(stmt, alike(a) && alike(b), "the operands do not lie as the sums");
             }
             LineStep::AcrossCluster { .. } => {
                 self.step(stmt, !tile(to), "the operand is a tile");

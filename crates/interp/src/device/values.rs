@@ -394,7 +394,7 @@ impl<'p> Machine<'p, '_> {
     }
 
     /// An operand repeated along the axis that it lacks.
-    fn stretched(&self, agent: usize, view: View, rows: usize, cols: usize) -> Buf {
+    pub(super) fn stretched(&self, agent: usize, view: View, rows: usize, cols: usize) -> Buf {
         let frag = &self.agents[agent].frags[view.frag];
         let data = get(&frag.data, frag.cols, view.rect);
         let (have_rows, have_cols) = (view.rect.rows(), view.rect.cols());

@@ -5,6 +5,7 @@
 //! kernels reach on Hopper.
 
 use crate::gemm::model::{Shape, ceil};
+use crate::gemm::problem::Problem;
 use crate::gemm::program::{GemmSpec, Math};
 use tilewright_base::DType;
 use tilewright_device::Arch;
@@ -39,9 +40,8 @@ pub(super) struct Accesses {
 pub(super) fn pipelined_space(spec: &GemmSpec, gpu: &Gpu, accesses: Accesses) -> Vec<GpuSchedule> {
     let arch = Arch::of_capability(gpu.capability);
     let size = i64::from(spec.operand.bits()) / 8;
-    // 8-bit floats came with Ada, windows need the copy engine.
-    let lacks = spec.operand.is_float() && size == 1 && arch < Arch::Sm89;
-    if lacks || spec.windows.is_some() {
+    // Windows need the copy engine.
+    if spec.windows.is_some() {
         return Vec::new();
     }
     let tensors = if spec.math == Math::Tf32x3 { 2 } else { 1 };
@@ -137,8 +137,11 @@ pub(super) fn estimate_pipelined(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f
     busy.max(memory) + p.overlap_share * busy.min(memory) + p.launch_us + p.stream_start_us
 }
 
-/// Whether tensor cores of the machine multiply these operands.
-pub(super) fn has_type(gpu: &Gpu, operand: DType) -> bool {
-    let f8 = operand.is_float() && operand.bits() == 8;
-    !f8 || Arch::of_capability(gpu.capability) >= Arch::Sm89
+/// A type of the problem that the machine has no instructions for: 8-bit floats came with Ada.
+pub(super) fn lacking_type(p: &Problem, gpu: &Gpu) -> Option<DType> {
+    let e = &p.epilogue;
+    let all = [Some(p.operand), Some(p.result), e.col_vector, e.row_vector, e.residual];
+    let missing = |t: &DType| t.is_float() && t.bits() == 8;
+    let older = Arch::of_capability(gpu.capability) < Arch::Sm89;
+    all.into_iter().flatten().find(|t| older && missing(t))
 }

@@ -1,7 +1,7 @@
 //! From a problem to steps.
 
 use crate::gemm::model::{Shape, estimate, estimate_multiply_add, instructions};
-use crate::gemm::pipelined::{Accesses, estimate_pipelined, has_type, pipelined_space};
+use crate::gemm::pipelined::{Accesses, estimate_pipelined, lacking_type, pipelined_space};
 use crate::gemm::problem::{Images, Precision, Problem};
 use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program};
 use crate::gemm::space::{RASTERS, each_schedule, multiply_add_space};
@@ -115,6 +115,7 @@ fn stores_by_engine(p: &Problem, o: &Oriented) -> bool {
 }
 
 /// The contiguous extents and the strides of a matrix: what runs of elements must divide.
+#[derive(Clone, Copy)]
 struct Line {
     size: i64,
     extent: i64,
@@ -164,10 +165,11 @@ fn result_accesses(p: &Problem, o: &Oriented) -> u32 {
     [8, 4, 2].into_iter().find(fits).map_or(1, |n| n as u32)
 }
 
-/// Elements of one copy of an operand, as it lies when it was made readable: up to 16 bytes.
+/// Elements of one copy of an operand, as it lies when it was made readable: up to 16 bytes. Lines may end within one.
 fn copy_accesses(p: &Problem, o: &Oriented) -> u32 {
     let lines = lines_of(p, o);
-    let fits = |n: &i64| (0..2).all(|i| needs_copy(p, o, i) || lines[i].takes(*n, p.batch));
+    let starts = |l: &Line, n: i64| Line { extent: n, ..*l }.takes(n, p.batch);
+    let fits = |n: &i64| (0..2).all(|i| needs_copy(p, o, i) || starts(&lines[i], *n));
     let most = 16 / p.operand_bytes();
     [16, 8, 4, 2].into_iter().filter(|n| *n <= most).find(fits).map_or(1, |n| n as u32)
 }
@@ -296,6 +298,9 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
     if problem.m == 0 || problem.n == 0 || problem.batch == 0 {
         return Ok(vec![Candidate { steps: Vec::new(), workspace_bytes: 0, estimate_us: 0.0 }]);
     }
+    if let Some(dtype) = lacking_type(problem, gpu) {
+        return Err(Error::unsupported(format!("{} has no instructions for {dtype}", gpu.name)));
+    }
     if problem.k == 0 {
         return Ok(vec![empty_sum(problem, gpu, &orient(problem, false))?]);
     }
@@ -326,10 +331,7 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
     out.truncate(most);
     if out.is_empty() {
         let (name, operand) = (&gpu.name, problem.operand);
-        return Err(match has_type(gpu, operand) {
-            true => Error::unsupported(format!("{operand} products of this form on {name}")),
-            false => Error::unsupported(format!("tensor cores of {name} do not multiply {operand}")),
-        });
+        return Err(Error::unsupported(format!("{operand} products of this form on {name}")));
     }
     Ok(out)
 }

@@ -4,7 +4,6 @@ use crate::gemm::plan::{
     Candidate, Oriented, Place, Step, Workspace, aligned_elements, extras, lines, operand_places,
     sizes, sums_of,
 };
-use crate::gemm::pipelined::has_type;
 use crate::gemm::problem::Problem;
 use crate::gemm::program::{Math, Order, Pair, copy_program};
 use crate::rows::{GemvForm, GemvSizes, GemvSpec, MOST_VECTORS};
@@ -94,10 +93,6 @@ pub(super) fn candidates(
 ) -> Result<Vec<Candidate>> {
     let arch = Arch::of_capability(gpu.capability);
     let mut ranked = Vec::new();
-    // The text for older machines has no 8-bit floats.
-    if !has_type(gpu, p.operand) {
-        return Ok(Vec::new());
-    }
     let few: Vec<(Oriented, GemvSpec, GemvSizes)> = orientations
         .iter()
         .filter(|o| o.m <= MOST_VECTORS)

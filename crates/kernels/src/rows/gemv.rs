@@ -16,7 +16,7 @@ use tilewright_base::DType;
 use tilewright_device::Arch;
 use tilewright_expr::{Func, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
-use tilewright_lower_gpu::{GpuSchedule, LinesKnobs};
+use tilewright_lower_gpu::{GpuSchedule, LinesKnobs, byte_product};
 use tilewright_target::Gpu;
 use tilewright_tile::{
     Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
@@ -179,10 +179,13 @@ impl GemvSpec {
             matrices.push(k.reshape(w, vec![bk.clone(), bn.clone()]));
         }
         let sum = g.sum;
-        let product = func(&[g.operand, g.operand], |f, a| {
-            let (x, y) = (f.cast(a[0], sum), f.cast(a[1], sum));
-            f.op(Op::Mul, &[x, y])
-        });
+        let product = match g.operand {
+            DType::I8 | DType::U8 => byte_product(g.operand),
+            _ => func(&[g.operand, g.operand], |f, a| {
+                let (x, y) = (f.cast(a[0], sum), f.cast(a[1], sum));
+                f.op(Op::Mul, &[x, y])
+            }),
+        };
         let mut next = Vec::new();
         for (i, both) in sums.chunks(self.sums() as usize).enumerate() {
             let mut rows = Vec::new();
@@ -254,6 +257,12 @@ impl GemvSpec {
         self.gemm.b == Order::Col
     }
 
+    /// Products that one instruction adds to a sum: four of bytes along the depth.
+    fn summed_at_once(&self, vector: i64) -> i64 {
+        let bytes = matches!(self.gemm.operand, DType::I8 | DType::U8);
+        if bytes && self.deep() && vector % 4 == 0 { 4 } else { 1 }
+    }
+
     fn operand_bytes(&self) -> i64 {
         i64::from(self.gemm.operand.bits()) / 8
     }
@@ -265,7 +274,7 @@ impl GemvSpec {
         let mut vector = sizes.vector.min(16 / self.operand_bytes()).max(1);
         // A run has sums of its own for every vector.
         let each_sum = self.vectors * self.sums();
-        while vector > 1 && vector * each_sum > SUMS - 24 {
+        while vector > 1 && vector * each_sum / self.summed_at_once(vector) > SUMS - 24 {
             vector /= 2;
         }
         let mut out = Vec::new();
@@ -279,7 +288,7 @@ impl GemvSpec {
                 }
                 for each in [8, 4, 2, 1] {
                     for runs in [1, 2, 4, 8] {
-                        let sums = each * runs * vector * each_sum;
+                        let sums = each * runs * vector * each_sum / self.summed_at_once(vector);
                         let bytes = each * runs * vector * self.operand_bytes() * self.rights();
                         let wide = runs > 1 && lanes * runs > runs_of;
                         let tall = each > 1 && threads / lanes * each > lines_of;
@@ -326,7 +335,7 @@ impl GemvSpec {
         let matrix = held * self.rights() * self.operand_bytes() / 4;
         let vectors = if self.deep() { form.runs * form.vector } else { form.each };
         let addresses = if form.vector * self.operand_bytes() < 16 { held } else { form.each };
-        let sums = held * self.vectors * self.sums();
+        let sums = held * self.vectors * self.sums() / self.summed_at_once(form.vector);
         24 + sums + matrix + vectors * self.vectors.min(2) * self.lefts() + addresses * self.rights()
     }
 
@@ -379,7 +388,11 @@ impl GemvSpec {
         };
         let shared = vectors * if size < 4 { 1.0 } else { 0.3 };
         let reuse = if self.deep() { form.each } else { form.vector * form.runs } as f64;
-        let instructions = 1.33 * vectors + widen + shared / reuse + 1.2;
+        let instructions = match self.summed_at_once(form.vector) {
+            // Of whole words: a quarter of each, and nothing is widened.
+            4 => 0.33 * vectors + 0.25 * shared / reuse + 0.3,
+            _ => 1.33 * vectors + widen + shared / reuse + 1.2,
+        };
         // A block asks for a piece, waits for it, and works on it: only other blocks of the multiprocessor ask
         // meanwhile.
         let held = (form.each * form.runs * form.vector * form.threads) as f64 * rights;
