@@ -43,8 +43,9 @@ template <typename T, int VECTOR> TW_INLINE void copy_run(smem_t to, const T* fr
 
 // A box of LINES x ALONG elements into a tile of BUFFER_LINES lines, by THREADS threads with VECTOR elements an
 // access; zero outside the tensor. (line, along) is the box's first coordinate in the tensor, (line0, along0) in
-// the tile. Neighbours along the contiguous axis are `along_stride` apart (1 when VECTOR is more than 1).
-template <typename T, int VECTOR, int THREADS, int LINES, int ALONG, int SPAN, int BUFFER_LINES>
+// the tile. Neighbours along the contiguous axis are `along_stride` apart (1 when VECTOR is more than 1). Lines may end
+// within an access where ENDS.
+template <typename T, int VECTOR, int THREADS, int LINES, int ALONG, int SPAN, int BUFFER_LINES, bool ENDS = false>
 TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int line, int along, int lines,
                          int alongs, i64 line_stride, i64 along_stride) {
   constexpr int RUNS = ALONG / VECTOR, TOTAL = LINES * RUNS;
@@ -73,9 +74,12 @@ TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int 
     const int l = i / RUNS, a = i % RUNS * VECTOR;
     const bool inside = (u32)(line + l) < (u32)lines && (u32)(along + a) < (u32)alongs;
     const T* p = from + (inside ? (i64)(line + l) * line_stride + (i64)(along + a) * along_stride : 0);
-    // The run that a line ends in is copied as far as it goes.
-    const int count = inside ? alongs - (along + a) : 0;
-    copy_run_part<T, VECTOR>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a), p, count);
+    const smem_t at = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a);
+    if constexpr (ENDS) {
+      copy_run_part<T, VECTOR>(at, p, inside ? alongs - (along + a) : 0);
+    } else {
+      copy_run<T, VECTOR>(at, p, inside);
+    }
   }
 }
 

@@ -551,6 +551,8 @@ pub enum Stmt {
         to: SmemTile,
         /// Elements per access that the tensor's alignment allows.
         vector: u32,
+        /// Lines may end within an access.
+        ends: bool,
     },
     /// Closes a group of this thread's asynchronous plain copies.
     CopyCommit,

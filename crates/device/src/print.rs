@@ -420,9 +420,10 @@ impl Printer<'_> {
                 format!("tma wait {pending}{}", if *reads_only { " read" } else { "" })
             }
             Stmt::FenceAsync => "fence async".to_string(),
-            Stmt::CopyIn { param, at, axes, to, vector } => {
+            Stmt::CopyIn { param, at, axes, to, vector, ends } => {
+                let ends = if *ends { " ends within" } else { "" };
                 let from = Self::global(p, *param, at, (Some(axes.0), Some(axes.1)));
-                format!("copy {} <- {from} vector {vector}", Self::tile(p, to))
+                format!("copy {} <- {from} vector {vector}{ends}", Self::tile(p, to))
             }
             Stmt::CopyCommit => "copy commit".to_string(),
             Stmt::CopyWait { pending } => format!("copy wait {pending}"),

@@ -276,6 +276,7 @@ pub(crate) fn copy(
         axes,
         to: operand(stream, smem, ring),
         vector: copy_elements(b, stream.view.param, along),
+        ends: b.schedule.copies > 1,
     }
 }
 

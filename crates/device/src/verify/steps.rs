@@ -278,7 +278,7 @@ impl Checker<'_> {
                 self.boxed(stmt, *map, at, from);
                 self.writes(stmt, self.program.maps.get(*map).map(|m| m.param));
             }
-            Stmt::CopyIn { param, at, axes, to, vector } => {
+            Stmt::CopyIn { param, at, axes, to, vector, .. } => {
                 if self.coordinates(stmt, *param, at) && self.tile(stmt, to) {
                     let p = &self.program.params[*param];
                     let two = axes.0 != axes.1 && axes.0.max(axes.1) < at.len();
