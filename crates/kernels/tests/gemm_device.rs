@@ -154,7 +154,12 @@ fn pair_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64, i64
     add("pair, tf32", tf32, tiles(128, 32, 32), (130, 40, 72));
     let parts = GemmSpec { math: Math::Tf32x3, ..gated(spec(DType::F32, rcr), true) };
     add("pair, three-part tf32", parts.clone(), tiles(128, 32, 16), (130, 40, 40));
-    add("left pair, three-part tf32", left(parts), tiles(64, 32, 16).with_consumers(1), (70, 40, 40));
+    add(
+        "left pair, three-part tf32",
+        left(parts),
+        tiles(64, 32, 16).with_consumers(1),
+        (70, 40, 40),
+    );
     let mma = [("BM", 64), ("BN", 32), ("BK", 32)];
     let mma = GpuSchedule::pipelined(Arch::Sm80, ProductKind::MmaSync, (2, 2), &mma);
     let mma = GpuSchedule { vector: 4, copies: 4, ..mma };

@@ -513,7 +513,11 @@ impl Checker<'_> {
                     _ => false,
                 };
                 let sums = to.is_some_and(|f| f.dtype == DType::I32 && fours(f));
-                self.step(stmt, tile(to) && sums, "the sums are not a tile of i32 in runs of fours");
+                self.step(
+                    stmt,
+                    tile(to) && sums,
+                    "the sums are not a tile of i32 in runs of fours",
+                );
                 let [a, b] = [a, b].map(|f| &p.frags[f.frag]);
                 let bytes = a.dtype == b.dtype && matches!(a.dtype, DType::I8 | DType::U8);
                 self.step(stmt, bytes, "the operands are not 8-bit integers of one type");

@@ -160,7 +160,11 @@ impl<'p> Machine<'p, '_> {
                     }
                     let left = self.dim(agent, stmt, &along.extent)? - at[axis];
                     if (1..tile as i64).contains(&left) && left % i64::from(*vector) != 0 {
-                        return Err(self.fail(agent, stmt, "an access goes beyond the end of a line"));
+                        return Err(self.fail(
+                            agent,
+                            stmt,
+                            "an access goes beyond the end of a line",
+                        ));
                     }
                 }
                 let a = &mut self.agents[agent];

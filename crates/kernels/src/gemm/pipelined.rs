@@ -114,11 +114,7 @@ pub(super) fn estimate_pipelined(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f
     let read = tensors * (lefts * bm * wn + rights * bn * wm) * bk * size;
     let shared = (read + stage) as f64 / 128.0;
     let widest = i64::from(s.copies.max(1)) * size;
-    let narrow = if widest < 4 {
-        (stage / size / 32) as f64 * NARROW_COPY_CLOCKS
-    } else {
-        0.0
-    };
+    let narrow = if widest < 4 { (stage / size / 32) as f64 * NARROW_COPY_CLOCKS } else { 0.0 };
     let filled = stage as f64 / p.l2_bytes_per_clock;
     let longest = products.max(shared).max(filled).max(narrow);
     let all = products + shared + filled + narrow;

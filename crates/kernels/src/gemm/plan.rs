@@ -526,7 +526,10 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
                     break;
                 }
                 // Parts are f32 in lines of whole accesses.
-                add(splits, GpuSchedule { vector: 4, store: StoreKind::Staged, ..schedule.clone() });
+                add(
+                    splits,
+                    GpuSchedule { vector: 4, store: StoreKind::Staged, ..schedule.clone() },
+                );
             }
             add(1, schedule);
         }
@@ -692,7 +695,8 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     let pair = o.spec.epilogue.pair;
     let mut ready = |operand: usize, two: bool| -> Result<Vec<Ready>> {
         let each = [false, true].into_iter().take(1 + usize::from(two));
-        each.map(|second| prepare(arch, p, o, operand, second, &mut steps, &mut workspace)).collect()
+        each.map(|second| prepare(arch, p, o, operand, second, &mut steps, &mut workspace))
+            .collect()
     };
     let left = ready(0, pair == Pair::Left)?;
     let right = ready(1, pair == Pair::Right)?;

@@ -336,7 +336,10 @@ impl GemvSpec {
         let vectors = if self.deep() { form.runs * form.vector } else { form.each };
         let addresses = if form.vector * self.operand_bytes() < 16 { held } else { form.each };
         let sums = held * self.vectors * self.sums() / self.summed_at_once(form.vector);
-        24 + sums + matrix + vectors * self.vectors.min(2) * self.lefts() + addresses * self.rights()
+        24 + sums
+            + matrix
+            + vectors * self.vectors.min(2) * self.lefts()
+            + addresses * self.rights()
     }
 
     /// Blocks that share a multiprocessor.
@@ -415,7 +418,8 @@ impl GemvSpec {
         let issue = 128.0 * clocks_per_us * active.min(sms);
         let arithmetic = padded / size as f64 * instructions / issue;
         // What a block does once: it starts, and combines its sums, beside other blocks.
-        let sums = form.each as f64 * vectors * rights * if form.lanes > 32 { 0.045 } else { 0.021 };
+        let sums =
+            form.each as f64 * vectors * rights * if form.lanes > 32 { 0.045 } else { 0.021 };
         let combine = 0.3 + 0.3 * rounds.ceil() * (0.1 + sums) + 0.3 * rounds.min(1.0);
         let parts = if form.splits > 1 {
             let bytes = (self.vectors * self.sums() * sizes.n * form.splits * 8) as f64;

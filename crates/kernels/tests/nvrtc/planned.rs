@@ -205,7 +205,9 @@ fn entries_of(gpu: &Gpu, problems: &[(String, Problem)]) -> Vec<Entry> {
         let best = match plan(p, gpu, 1) {
             Ok(best) => best,
             // 8-bit floats came with Ada.
-            Err(e) if gpu.capability < 89 && e.message().contains("no instructions for f8") => continue,
+            Err(e) if gpu.capability < 89 && e.message().contains("no instructions for f8") => {
+                continue;
+            }
             Err(e) => panic!("{p:?}: {e}"),
         };
         for step in &best[0].steps {
