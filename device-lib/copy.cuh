@@ -19,6 +19,17 @@ template <int BYTES> TW_INLINE void copy_async(smem_t to, const void* from, int 
   }
 }
 
+// VECTOR elements of which the first `count` are inside, and zeros for the others.
+template <typename T, int VECTOR> TW_INLINE void copy_run_part(smem_t to, const T* from, int count) {
+  constexpr int BYTES = VECTOR * (int)sizeof(T);
+  if constexpr (BYTES >= 4) {
+    copy_async<BYTES>(to, from, (count < VECTOR ? count : VECTOR) * (int)sizeof(T));
+  } else {
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) smem_store<T>(to + k * (int)sizeof(T), k < count ? from[k] : T{});
+  }
+}
+
 // VECTOR elements, or zeros when not `inside`.
 template <typename T, int VECTOR> TW_INLINE void copy_run(smem_t to, const T* from, bool inside) {
   constexpr int BYTES = VECTOR * (int)sizeof(T);
@@ -32,8 +43,9 @@ template <typename T, int VECTOR> TW_INLINE void copy_run(smem_t to, const T* fr
 
 // A box of LINES x ALONG elements into a tile of BUFFER_LINES lines, by THREADS threads with VECTOR elements an
 // access; zero outside the tensor. (line, along) is the box's first coordinate in the tensor, (line0, along0) in
-// the tile. Neighbours along the contiguous axis are `along_stride` apart (1 when VECTOR is more than 1).
-template <typename T, int VECTOR, int THREADS, int LINES, int ALONG, int SPAN, int BUFFER_LINES>
+// the tile. Neighbours along the contiguous axis are `along_stride` apart (1 when VECTOR is more than 1). Lines may end
+// within an access where ENDS.
+template <typename T, int VECTOR, int THREADS, int LINES, int ALONG, int SPAN, int BUFFER_LINES, bool ENDS = false>
 TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int line, int along, int lines,
                          int alongs, i64 line_stride, i64 along_stride) {
   constexpr int RUNS = ALONG / VECTOR, TOTAL = LINES * RUNS;
@@ -87,7 +99,12 @@ TW_INLINE void copy_tile(smem_t tile, int line0, int along0, const T* from, int 
     const int l = i / RUNS, a = i % RUNS * VECTOR;
     const bool inside = (u32)(line + l) < (u32)lines && (u32)(along + a) < (u32)alongs;
     const T* p = from + (inside ? (i64)(line + l) * line_stride + (i64)(along + a) * along_stride : 0);
-    copy_run<T, VECTOR>(smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a), p, inside);
+    const smem_t at = smem_at<sizeof(T), SPAN, BUFFER_LINES>(tile, line0 + l, along0 + a);
+    if constexpr (ENDS) {
+      copy_run_part<T, VECTOR>(at, p, inside ? alongs - (along + a) : 0);
+    } else {
+      copy_run<T, VECTOR>(at, p, inside);
+    }
   }
 }
 

@@ -1,6 +1,6 @@
 """The Triton modules of gpu/triton on a GPU: right, and how fast, beside PyTorch.
 
-    python gpu/test_triton.py [--quick]
+    python gpu/test_triton.py [--quick] [MODULE...]
 
 Needs PyTorch 2.11 with Triton 3.6 and one GPU; nothing of this repository but gpu/triton, whose
 modules are printed from the tile programs beside them (crates/emit-triton/tests/goldens.rs keeps them
@@ -162,7 +162,13 @@ def main():
     torch.manual_seed(int(torch.seed()) % 2**31)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}, seed {torch.initial_seed()}")
     rows, failed = [], []
+    wanted = [arg for arg in sys.argv[1:] if not arg.startswith("--")]
+    unknown = set(wanted) - {case[0] for case in CASES} - {"large"}
+    if unknown:
+        sys.exit(f"there is no module {', '.join(sorted(unknown))}")
     for name, inputs_of, torch_of, sizes, timed, unit in CASES:
+        if wanted and name not in wanted:
+            continue
         ours, theirs, wrong = check(name, inputs_of, torch_of, sizes)
         failed += [f"{name}: {what}" for what in wrong]
         row = [name, f"{ours:.1e}", f"{theirs:.1e}", "wrong" if wrong else "right"]
@@ -177,9 +183,10 @@ def main():
             row += [f"{merit(inputs, output, timed, unit, here):.0f} {unit}"]
         rows.append(row)
         print(" ".join(row), flush=True)
-    large = check_large()
-    failed += [f"large: {what}" for what in large]
-    rows.append(["over 2**31 elements", "", "", "wrong" if large else "right"])
+    if not wanted or "large" in wanted:
+        large = check_large()
+        failed += [f"large: {what}" for what in large]
+        rows.append(["over 2**31 elements", "", "", "wrong" if large else "right"])
     heads = ["kernel", "error", "PyTorch's", "", "size", "us", "PyTorch us", "times as fast", "reached"]
     heads = heads[: max(map(len, rows))]
     rows = [row + [""] * (len(heads) - len(row)) for row in rows]

@@ -64,17 +64,27 @@ impl Matrices {
     }
 }
 
-/// The device as our planner sees it: the constants of the model are those of the H200, the counts
-/// the driver's.
+/// The device as our planner sees it: the constants of the model are those of a known machine of its compute capability,
+/// the counts the driver's.
 pub fn planner_gpu(gpu: &Gpu) -> tilewright_target::Gpu {
     let properties = gpu.properties();
     tilewright_target::Gpu {
         name: properties.name.clone(),
-        capability: properties.major * 10 + properties.minor,
         sms: properties.sm_count,
         l2_bytes: properties.l2_bytes,
-        ..tilewright_target::Gpu::h200()
+        ..tilewright_target::Gpu::of_capability(properties.major * 10 + properties.minor)
     }
+}
+
+/// The device that a loader's kernels are planned for: its own, or one of the capability that it compiles for.
+pub fn planner_for(loader: &Loader) -> tilewright_target::Gpu {
+    let (own, target) = (loader.gpu().arch(), loader.target());
+    let real = planner_gpu(loader.gpu());
+    if own == target {
+        return real;
+    }
+    let known = tilewright_target::Gpu::of_capability(target.major() * 10 + target.minor());
+    tilewright_target::Gpu { name: real.name, sms: real.sms, l2_bytes: real.l2_bytes, ..known }
 }
 
 /// The programs of a candidate's steps.

@@ -8,7 +8,7 @@
 //! 8-bit floats are measured by the error of sums that keep what tensor cores keep (`cut_sums` in `support.cu`),
 //! computed for the same values.
 
-use crate::arms::{BoundOurs, Matrices, Ours, Peer, describe, planner_gpu};
+use crate::arms::{BoundOurs, Matrices, Ours, Peer, describe, planner_for};
 use crate::case::{Case, Place};
 use crate::ending::{Ending, unit};
 use crate::record::ERROR_RATIO_MAX;
@@ -139,7 +139,7 @@ impl<'a> Checker<'a> {
 
     /// Candidates of a case: the planner's pick, and others in case it fails.
     pub fn plan(&self, case: &Case) -> Result<Vec<Candidate>> {
-        plan(&case.problem(), &planner_gpu(self.loader.gpu()), 3)
+        plan(&case.problem(), &planner_for(self.loader), 3)
     }
 
     /// Runs and checks one case.

@@ -11,6 +11,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::{Buffer, GraphExec, Stream};
 use tilewright_data::{from_f64, read_f64};
 use tilewright_device::Arch;
+use tilewright_device::Program;
 use tilewright_kernels::gemm::Order;
 use tilewright_kernels::map::{MapSpec, Varies};
 use tilewright_kernels::reduce::{Over, ReduceSpec};
@@ -378,6 +379,11 @@ fn exact_row(op: &RowOp, x: &[f64], scale: &[f64], shift: &[f64]) -> Vec<f64> {
 }
 
 impl RowCase {
+    /// Its device programs, without those that cannot be lowered.
+    pub fn programs(&self) -> impl Iterator<Item = Program> + '_ {
+        self.steps.iter().filter_map(|(kernel, schedule)| lower(kernel, schedule).ok())
+    }
+
     /// The error that a right result may have: a few roundings of the results' type.
     pub fn error_max(&self) -> f64 {
         match (&self.work, self.dtype) {

@@ -120,7 +120,13 @@ fn empty(numbers: &'static Numbers) -> Vec<Case> {
         [64, 64, 0, 1],
         [65, 33, 0, 3],
     ];
-    sizes.into_iter().map(|sizes| Case::dense(numbers, sizes, own)).collect()
+    let plain = sizes.into_iter().map(|sizes| Case::dense(numbers, sizes, own));
+    // The ending of zeros, for each.
+    let ended = [Order::Row, Order::Col].into_iter().flat_map(|c| {
+        let case = Case::dense(numbers, [40, 48, 0, 1], [own[0], own[1], c]);
+        ENDINGS.iter().map(move |e| case.ending(*e))
+    });
+    plain.chain(ended).collect()
 }
 
 /// Long sums over few results, and few rows against large weights.

@@ -138,6 +138,9 @@ pub(crate) struct ModelArgs {
     /// Where it runs: cpu, cuda, or cuda:1 for the second GPU
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
+    /// On a GPU: kernels for another architecture, which the device must run or translate: sm_80
+    #[arg(long, value_name = "ARCH")]
+    pub(crate) target: Option<String>,
     /// Arithmetic of contractions and convolutions: f32 or bf16, on a GPU also tf32 and f16; on a GPU f16
     /// and bf16 are also how weights and intermediate results are stored
     #[arg(long, default_value = "f32")]

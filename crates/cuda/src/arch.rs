@@ -59,6 +59,15 @@ impl Arch {
         }
     }
 
+    /// Whether a driver can translate assembly text (PTX) for this to a device of that compute capability: that one or a later
+    /// one; what has a letter stays where it is (CUDA C++ Programming Guide, "PTX compatibility").
+    pub fn translates_to(self, major: u32, minor: u32) -> bool {
+        match self.feature {
+            Feature::None => (self.major(), self.minor()) <= (major, minor),
+            Feature::Family | Feature::Exact => false,
+        }
+    }
+
     /// The architecture that a cubin says it is for, without its letter: `sm_90` of an `sm_90a` one.
     /// `None` when the bytes are not a cubin, or not a whole one.
     pub(crate) fn of_cubin(bytes: &[u8]) -> Option<Arch> {
@@ -155,6 +164,8 @@ mod tests {
         assert!(!Arch::SM_90A.runs_on(10, 0) && !plain.runs_on(10, 0));
         assert!(Arch::SM_80.runs_on(8, 9) && !Arch::SM_89.runs_on(8, 0));
         assert!(family.runs_on(10, 3) && !Arch::SM_100A.runs_on(10, 3));
+        assert!(Arch::SM_80.translates_to(9, 0) && plain.translates_to(10, 0));
+        assert!(!Arch::SM_89.translates_to(8, 0) && !Arch::SM_90A.translates_to(10, 0));
         assert_eq!(Arch::of_device(9, 0), Arch::SM_90A);
         assert_eq!(Arch::of_device(8, 9), Arch::SM_89);
     }

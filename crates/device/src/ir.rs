@@ -65,6 +65,16 @@ pub enum Arch {
 }
 
 impl Arch {
+    /// The newest form that a device of this compute capability (times ten: 86) runs. Instructions of `sm_90a` are
+    /// those of 9.0 alone: later devices take the portable form.
+    pub fn of_capability(capability: u32) -> Arch {
+        match capability {
+            90 => Arch::Sm90a,
+            89.. => Arch::Sm89,
+            _ => Arch::Sm80,
+        }
+    }
+
     /// As compilers spell it: `sm_90a`.
     pub fn name(self) -> &'static str {
         match self {
@@ -553,6 +563,8 @@ pub enum Stmt {
         to: SmemTile,
         /// Elements per access that the tensor's alignment allows.
         vector: u32,
+        /// Lines may end within an access.
+        ends: bool,
     },
     /// Closes a group of this thread's asynchronous plain copies.
     CopyCommit,

@@ -176,6 +176,16 @@ pub enum LineStep {
         /// Of each, a multiple of 16, and not more than it has.
         bytes: u32,
     },
+    /// Products of 8-bit integers, summed by fours: of every four neighbouring columns the first of `acc` grows by the four
+    /// products of `a` and `b`, and the others stay as they are. For sums that are combined in the end.
+    Dot {
+        /// What grows: a tile of i32.
+        acc: FragRef,
+        /// 8-bit integers: a tile, or one value per column.
+        a: FragRef,
+        /// The same.
+        b: FragRef,
+    },
     /// Combines what the blocks of the cluster hold, in the order of their indices; all of them get the
     /// result. All threads of the cluster meet.
     AcrossCluster {
@@ -197,23 +207,25 @@ impl LineStep {
             | LineStep::Scan { dst, .. }
             | LineStep::Random { dst, .. } => Some(dst),
             LineStep::AcrossCluster { frag, .. } => Some(frag),
+            LineStep::Dot { acc, .. } => Some(acc),
             LineStep::Add { .. } | LineStep::Fetch { .. } | LineStep::Prefetch { .. } => None,
         }
     }
 
     /// Fragments that the step reads.
-    pub fn reads(&self) -> Option<&FragRef> {
+    pub fn reads(&self) -> Vec<&FragRef> {
         match self {
-            LineStep::Pick { rows, .. } => rows.as_ref().map(|(_, frag)| frag),
+            LineStep::Pick { rows, .. } => rows.iter().map(|(_, frag)| frag).collect(),
             LineStep::ArgReduce { src, .. }
             | LineStep::Scan { src, .. }
-            | LineStep::Add { src, .. } => Some(src),
-            LineStep::AcrossCluster { frag, .. } => Some(frag),
+            | LineStep::Add { src, .. } => vec![src],
+            LineStep::AcrossCluster { frag, .. } => vec![frag],
+            LineStep::Dot { acc, a, b } => vec![acc, a, b],
             LineStep::Turn { .. }
             | LineStep::Random { .. }
             | LineStep::Prefetch { .. }
             | LineStep::Fetch { .. }
-            | LineStep::Recall { .. } => None,
+            | LineStep::Recall { .. } => Vec::new(),
         }
     }
 }

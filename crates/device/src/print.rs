@@ -366,6 +366,10 @@ impl Printer<'_> {
                 let from = Self::global(p, *param, at, (Some(*row), None));
                 format!("prefetch {rows} lines of {bytes} bytes of {from}")
             }
+            LineStep::Dot { acc, a, b } => {
+                let [acc, a, b] = [acc, a, b].map(|f| Self::frag(p, f));
+                format!("{acc} += {a} * {b} by fours")
+            }
             LineStep::AcrossCluster { frag, kind } => {
                 let frag = Self::frag(p, frag);
                 format!("{frag} = {} {frag} across the cluster", reduce_text(*kind))
@@ -420,9 +424,10 @@ impl Printer<'_> {
                 format!("tma wait {pending}{}", if *reads_only { " read" } else { "" })
             }
             Stmt::FenceAsync => "fence async".to_string(),
-            Stmt::CopyIn { param, at, axes, to, vector } => {
+            Stmt::CopyIn { param, at, axes, to, vector, ends } => {
+                let ends = if *ends { " ends within" } else { "" };
                 let from = Self::global(p, *param, at, (Some(axes.0), Some(axes.1)));
-                format!("copy {} <- {from} vector {vector}", Self::tile(p, to))
+                format!("copy {} <- {from} vector {vector}{ends}", Self::tile(p, to))
             }
             Stmt::CopyCommit => "copy commit".to_string(),
             Stmt::CopyWait { pending } => format!("copy wait {pending}"),

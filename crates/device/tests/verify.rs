@@ -131,7 +131,7 @@ const BROKEN: &[(&str, Change)] = &[
     ("the extents differ", |p| each(p, |s| if let Stmt::ToSmem { to, .. } = s { to.cols = 8 })),
     ("accumulators are not spread for mma.sync or plain sums", |p| consumer(p, Stmt::Mma { acc: frag(0), a: tile(0, 64, 64), b: tile(1, 64, 16) })),
     ("the operands' extents do not agree", |p| consumer(p, Stmt::Mma { acc: frag(0), a: tile(0, 64, 32), b: tile(1, 64, 16) })),
-    ("rows and columns are two axes of the tensor", |p| consumer(p, Stmt::CopyIn { param: ParamId(0), at: vec![Dim::new(0), Dim::new(0)], axes: (1, 1), to: tile(0, 64, 64), vector: 1 })),
+    ("rows and columns are two axes of the tensor", |p| consumer(p, Stmt::CopyIn { param: ParamId(0), at: vec![Dim::new(0), Dim::new(0)], axes: (1, 1), to: tile(0, 64, 64), vector: 1, ends: false })),
     // Barriers and threads.
     ("takes 0 arrivals", |p| first_barrier(p, |b| b.arrivals = 0)),
     ("the copies of this phase bring 18432 bytes", |p| each(p, |s| if let Stmt::ExpectBytes { bytes, .. } = s { *bytes -= 16 })),

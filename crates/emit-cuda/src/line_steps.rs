@@ -179,8 +179,31 @@ impl Printer<'_> {
                 self.prefetch(*param, at, *row, (*rows, *bytes));
                 Ok(())
             }
+            LineStep::Dot { acc, a, b } => self.dot(acc, a, b),
             LineStep::AcrossCluster { frag, kind } => self.across_cluster(frag, *kind),
         }
+    }
+
+    /// Sums of four products an instruction (PTX ISA, "dp4a"). Bytes of one word that are put together again cost nothing.
+    fn dot(&mut self, acc: &FragRef, a: &FragRef, b: &FragRef) -> Result<()> {
+        let frag = self.program.frags[acc.frag].clone();
+        let signed = self.program.frags[a.frag].dtype.is_signed_int();
+        let (name, ty) = if signed { ("dot4", "s32") } else { ("udot4", "u32") };
+        self.define(format!(
+            "TW_INLINE u32 {name}_word(u8 x, u8 y, u8 z, u8 w) {{ return (u32)x | (u32)y << 8 | (u32)z << 16 | (u32)w << 24; }}\n\
+             TW_INLINE int {name}(u32 x, u32 y, int sum) {{\n  int r;\n  asm(\"dp4a.{ty}.{ty} %0, %1, %2, %3;\" : \"=r\"(r) : \"r\"(x), \"r\"(y), \"r\"(sum));\n  return r;\n}}"
+        ));
+        let count = Self::count(&frag, frag.cols);
+        let word = |of: &FragRef| -> Result<String> {
+            let bytes: Result<Vec<String>> = (0..4)
+                .map(|k| Ok(format!("(u8){}", self.operand(acc, of, &format!("(i + {k})"))?)))
+                .collect();
+            Ok(format!("{name}_word({})", bytes?.join(", ")))
+        };
+        let (to, a, b) = (self.register(acc, "i")?, word(a)?, word(b)?);
+        self.line("#pragma unroll");
+        self.line(&format!("for (int i = 0; i < {count}; i += 4) {to} = {name}({a}, {b}, {to});"));
+        Ok(())
     }
 
     /// One thread a line; one instruction each (PTX ISA, "cp.async.bulk.prefetch").

@@ -22,7 +22,7 @@ impl Printer<'_> {
         at: &[Dim],
         axes: (usize, usize),
         to: &SmemTile,
-        vector: u32,
+        (vector, ends): (u32, bool),
     ) -> Result<()> {
         self.pointers.insert(param);
         let p = self.program.params[param].clone();
@@ -70,9 +70,10 @@ impl Printer<'_> {
             return Ok(());
         }
         let text = format!(
-            "tw::copy_tile<{}, {vector}, {threads}, {lines}, {along}, {}, {buffer_lines}>({}, {}, {}, p_{} + {fixed}, {}, {}, {}, {}, {}, {});",
+            "tw::copy_tile<{}, {vector}, {threads}, {lines}, {along}, {}, {buffer_lines}{}>({}, {}, {}, p_{} + {fixed}, {}, {}, {}, {}, {}, {});",
             memory_type(p.dtype),
             smem.swizzle.span_bytes(),
+            if ends { ", true" } else { "" },
             self.slot_address(to),
             self.scope.text(line0),
             self.scope.text(along0),

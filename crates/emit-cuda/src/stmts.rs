@@ -776,8 +776,8 @@ impl<'a> Printer<'a> {
                 self.leader_line(&format!("tw::{verb}<{pending}>();"));
             }
             Stmt::FenceAsync => self.line("tw::fence_async();"),
-            Stmt::CopyIn { param, at, axes, to, vector } => {
-                self.copy_in(*param, at, *axes, to, *vector)?
+            Stmt::CopyIn { param, at, axes, to, vector, ends } => {
+                self.copy_in(*param, at, *axes, to, (*vector, *ends))?
             }
             Stmt::CopyCommit => self.line("tw::copy_commit();"),
             Stmt::CopyWait { pending } => self.line(&format!("tw::copy_wait<{pending}>();")),

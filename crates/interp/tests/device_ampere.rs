@@ -79,6 +79,7 @@ fn gemm() -> Program {
                 axes: (0, 1),
                 to: tile(sa, 32, 16, slot()),
                 vector: 4,
+                ends: false,
             },
             Stmt::CopyIn {
                 param: b,
@@ -86,6 +87,7 @@ fn gemm() -> Program {
                 axes: (0, 1),
                 to: tile(sb, 16, 32, slot()),
                 vector: 4,
+                ends: false,
             },
             Stmt::CopyCommit,
             Stmt::Advance { ring: stage, by: num(1) },

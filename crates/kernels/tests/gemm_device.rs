@@ -159,9 +159,17 @@ fn pair_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64, i64
     add("pair, i8", bytes, tiles(128, 32, 128), (130, 36, 272));
     let tf32 = GemmSpec { math: Math::Tf32, ..gated(spec(DType::F32, rcr), true) };
     add("pair, tf32", tf32, tiles(128, 32, 32), (130, 40, 72));
+    let parts = GemmSpec { math: Math::Tf32x3, ..gated(spec(DType::F32, rcr), true) };
+    add("pair, three-part tf32", parts.clone(), tiles(128, 32, 16), (130, 40, 40));
+    add(
+        "left pair, three-part tf32",
+        left(parts),
+        tiles(64, 32, 16).with_consumers(1),
+        (70, 40, 40),
+    );
     let mma = [("BM", 64), ("BN", 32), ("BK", 32)];
     let mma = GpuSchedule::pipelined(Arch::Sm80, ProductKind::MmaSync, (2, 2), &mma);
-    let mma = GpuSchedule { vector: 4, ..mma };
+    let mma = GpuSchedule { vector: 4, copies: 4, ..mma };
     add("pair, mma", gated(bf16(rrr), true), mma.clone(), (70, 72, 72));
     add("left pair, mma", left(gated(bf16(rcr), false)), mma, (70, 40, 72));
     let fma = [("BM", 64), ("BN", 64), ("BK", 16)];
@@ -178,15 +186,18 @@ fn pipelined_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64
         let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
         GpuSchedule { vector, ..GpuSchedule::pipelined(arch, product, warps, &tiles) }
     };
-    let mma =
-        |arch, warps, tile, vector| pipelined(arch, ProductKind::MmaSync, warps, tile, vector);
+    // Lines of operands may end within a copy.
+    let mma = |arch, warps, tile, vector| GpuSchedule {
+        copies: vector,
+        ..pipelined(arch, ProductKind::MmaSync, warps, tile, vector)
+    };
     let fma = |warps, tile, vector| pipelined(Arch::Sm80, ProductKind::Fma, warps, tile, vector);
     let s = mma(Arch::Sm80, (2, 2), (64, 64, 32), 8);
     add("mma bf16", spec(DType::BF16, rrr), s.clone(), (130, 72, 200));
     add("mma bf16, few steps", spec(DType::BF16, (Col, Col, Col)), s.clone(), (65, 72, 24));
     let staged = GpuSchedule { stages: 5, store: StoreKind::Staged, persistent: true, ..s.clone() };
     add("mma staged", spec(DType::F16, (Row, Col, Row)), staged, (130, 136, 200));
-    add("mma odd", spec(DType::BF16, rrr), GpuSchedule { vector: 1, ..s }, (67, 33, 45));
+    add("mma odd", spec(DType::BF16, rrr), GpuSchedule { vector: 1, copies: 1, ..s }, (67, 33, 45));
     let mut bias = spec(DType::BF16, rrr);
     bias.epilogue = Epilogue::bias(None, DType::F32, DType::BF16);
     let s = mma(Arch::Sm80, (1, 4), (32, 128, 32), 4);
@@ -209,7 +220,7 @@ fn pipelined_cases(add: &mut dyn FnMut(&'static str, GemmSpec, GpuSchedule, (i64
     let s = fma((2, 2), (64, 64, 16), 4);
     add("fma", spec(DType::F32, rrr), s.clone(), (70, 72, 40));
     add("fma, both along the depth", spec(DType::F32, (Row, Col, Row)), s.clone(), (70, 72, 40));
-    add("fma, neither", spec(DType::F32, (Col, Row, Col)), s.clone(), (70, 72, 44));
+    add("fma, neither", spec(DType::F32, (Col, Row, Col)), s.clone(), (72, 72, 44));
     add("fma odd", spec(DType::F32, rrr), GpuSchedule { vector: 1, ..s.clone() }, (67, 33, 45));
     let mut batched = spec(DType::F32, rrr);
     batched.batched = true;

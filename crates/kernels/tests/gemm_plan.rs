@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use tilewright_base::DType;
+use tilewright_device::Arch;
 use tilewright_expr::{FuncBuilder, Op};
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, run};
@@ -202,6 +203,44 @@ fn plans_compute_the_product() {
     }
 }
 
+/// Without the copy engine: Ampere and Ada, and what is newer than Hopper.
+#[test]
+fn plans_for_other_devices_compute_the_product() {
+    use Order::{Col, Row};
+    for (i, gpu) in [Gpu::a100(), Gpu::rtx4090(), Gpu::of_capability(86)].iter().enumerate() {
+        for (j, (name, p)) in problems().into_iter().enumerate() {
+            let f8 = p.operand.is_float() && p.operand.bits() == 8;
+            if f8 && gpu.capability < 89 {
+                let error = plan(&p, gpu, 1).unwrap_err();
+                assert!(error.message().contains("no instructions for f8"), "{error}");
+                continue;
+            }
+            if i > 0 && (i + j) % 8 != 0 && !f8 {
+                continue;
+            }
+            check(gpu, &format!("{name} on {}", gpu.capability), &p);
+            for candidate in plan(&p, gpu, 3).unwrap() {
+                for step in &candidate.steps {
+                    let s = &step.schedule;
+                    assert_eq!(s.arch, Arch::of_capability(gpu.capability), "{name}: {s}");
+                    assert!(!s.dependent && s.cluster == 1, "{name}: {s}");
+                }
+            }
+        }
+        // In parts of the depth, with an ending, and as a pair.
+        let bf16 = |m, n, k| Problem::dense(m, n, k, DType::BF16, DType::BF16);
+        let mut p = bf16(70, 40, 4_104).ordered(Row, Col, Row);
+        p.epilogue = Epilogue::bias(None, DType::F32, DType::BF16);
+        check(gpu, "parts", &p);
+        let steps = plan(&p, gpu, 1).unwrap().remove(0).steps;
+        assert_eq!(steps.len(), 2, "in parts: {}", steps[0].schedule);
+        let mut p = bf16(70, 72, 136).ordered(Row, Row, Col);
+        p.epilogue = gated(p.sum, p.result);
+        check(gpu, "pair", &p);
+    }
+    assert_eq!(Arch::of_capability(120), Arch::Sm89);
+}
+
 /// `(sum * rows + cols) / 2 + R`
 fn scaled(to: DType) -> Epilogue {
     let mut f = FuncBuilder::new();
@@ -243,6 +282,14 @@ fn few_rows_or_columns_in_every_order() {
                 check(&gpu, &format!("{operand} {m}x{n}x{k} {a:?} {b:?} {c:?}"), &p);
             }
         }
+    }
+    // Bytes along the depth are multiplied by fours.
+    for (k, fours) in [(256, true), (260, true), (258, false)] {
+        let p = Problem::dense(1, 64, k, DType::I8, DType::I32).ordered(Row, Col, Row);
+        let best = plan(&p, &gpu, 1).unwrap().remove(0);
+        let text = lower(&best.steps[0].kernel, &best.steps[0].schedule).unwrap().to_string();
+        assert_eq!(text.contains("by fours"), fours, "{k}: {text}");
+        check(&gpu, "bytes by fours", &p);
     }
     // Enough depth for parts, and one that is rounded up; the sums are right although nothing is rounded to TF32.
     for (m, n) in [(1, 96), (7, 40), (24, 2)] {
@@ -298,6 +345,43 @@ fn pairs_are_two_products_and_what_follows() {
         for candidate in plan(&p, &gpu, 3).unwrap() {
             let last = candidate.steps.last().unwrap();
             assert!(last.operands.contains(&Place::Cols2), "{name}");
+        }
+    }
+    // In parts of the depth: on tensor cores (either orientation), by plain multiply-adds, and with few rows or columns.
+    let f32s = |m, n, k| Problem::dense(m, n, k, DType::F32, DType::F32).ordered(Row, Col, Row);
+    for (name, mut p) in [
+        ("bf16 in parts", bf16(64, 40, 4_100).ordered(Row, Col, Row)),
+        ("bf16 columns in parts", bf16(40, 64, 4_104).ordered(Row, Col, Col)),
+        ("f32 in parts", f32s(33, 40, 1_100)),
+        ("one row in parts", bf16(1, 96, 6_011).ordered(Row, Col, Row)),
+        ("five columns in parts", f32s(64, 5, 6_011)),
+    ] {
+        p.epilogue = gated(p.sum, p.result);
+        let candidates = plan(&p, &gpu, 40).unwrap();
+        let in_parts = |c: &&Candidate| {
+            c.steps.iter().any(|s| s.operands.iter().any(|o| matches!(o, Place::Workspace { .. })))
+        };
+        let split = candidates.iter().find(in_parts);
+        let split = split.unwrap_or_else(|| panic!("{name}: nothing in parts"));
+        check_candidate(name, &p, split);
+    }
+    // Few rows and few columns by the kernels of few vectors, in every order.
+    for i in 0..8 {
+        let order = |bit: usize| if i & bit == 0 { Row } else { Col };
+        let (a, b, c) = (order(1), order(2), order(4));
+        for (m, n, k) in [(1, 40, 37), (3, 64, 260), (66, 2, 100)] {
+            let (operand, result) =
+                [(DType::F32, DType::F32), (DType::BF16, DType::BF16), (DType::I8, DType::F32)]
+                    [(i + m as usize) % 3];
+            let mut p = Problem::dense(m, n, k, operand, result).ordered(a, b, c);
+            p.batch = 1 + i as i64 % 2;
+            p.epilogue = gated(p.sum, p.result);
+            let candidates = plan(&p, &gpu, 40).unwrap();
+            let vectors =
+                candidates.iter().find(|c| &*c.steps.last().unwrap().kernel.name == "gemv");
+            let name = format!("{operand} {m}x{n}x{k} {a:?} {b:?} {c:?}");
+            let vectors = vectors.unwrap_or_else(|| panic!("{name}: no kernel for vectors"));
+            check_candidate(&name, &p, vectors);
         }
     }
     // Every other line of one matrix: both operands have its lines' distance twice.

@@ -19,6 +19,8 @@ use tilewright_layout::Env;
 pub struct Loader {
     gpu: Gpu,
     nvrtc: Nvrtc,
+    /// What is compiled for.
+    target: Arch,
     /// Looked up only, never iterated.
     known: Mutex<HashMap<Program, Result<LoadedKernel>>>,
     /// Compiled and not loaded yet; looked up only.
@@ -36,7 +38,28 @@ impl Loader {
     pub fn new(gpu: Gpu, nvrtc: Nvrtc) -> Loader {
         let to_fail = std::env::var(FAIL_FIRST).ok().and_then(|v| v.parse().ok()).unwrap_or(0);
         let to_fail = AtomicUsize::new(to_fail);
-        Loader { gpu, nvrtc, known: Mutex::default(), ahead: Mutex::default(), to_fail }
+        let target = gpu.arch();
+        Loader { gpu, nvrtc, target, known: Mutex::default(), ahead: Mutex::default(), to_fail }
+    }
+
+    /// The same for code of another architecture, which the device must run or translate: an earlier one without a letter.
+    ///
+    /// # Errors
+    /// The user's for one that it does neither with.
+    pub fn for_target(self, target: Arch) -> Result<Loader> {
+        let device = self.gpu.properties();
+        let (major, minor) = (device.major, device.minor);
+        if !target.runs_on(major, minor) && !target.translates_to(major, minor) {
+            let message = format!("{} does not run code for {target}", device.name);
+            return Err(Error::user(message)
+                .with_hint(format!("it runs {}, and sm_80 to sm_{major}{minor}", device.arch())));
+        }
+        Ok(Loader { target, ..self })
+    }
+
+    /// The architecture that is compiled for.
+    pub fn target(&self) -> Arch {
+        self.target
     }
 
     /// The same with so many programs spoiled, the first that are loaded, as [`FAIL_FIRST`] asks for.
@@ -87,7 +110,7 @@ impl Loader {
             return Ok(());
         }
         let source = emit(program)?;
-        let compiled = self.nvrtc.compile(&request(program, &source, self.gpu.arch()));
+        let compiled = self.nvrtc.compile(&request(program, &source, self.target));
         let outcome = compiled.as_ref().map(|_| ()).map_err(Clone::clone);
         lock().insert(program.clone(), compiled);
         outcome
@@ -113,7 +136,7 @@ impl Loader {
             .zip(&ahead)
             .filter(|(_, ahead)| ahead.is_none())
             .filter_map(|((program, source), _)| {
-                source.as_ref().ok().map(|s| request(program, s, self.gpu.arch()))
+                source.as_ref().ok().map(|s| request(program, s, self.target))
             })
             .collect();
         let threads = std::thread::available_parallelism().map_or(1, usize::from);

@@ -32,7 +32,7 @@ use tilewright_device::{
 };
 use tilewright_expr::Value as Constant;
 use tilewright_layout::Dim;
-use tilewright_tile::{Compare, Kernel};
+use tilewright_tile::{Compare, Kernel, ParamId};
 
 /// Schedules a kernel with one loop over products.
 pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
@@ -422,7 +422,19 @@ pub(crate) fn copy(
         at: stream.view.index.iter().map(|d| d.substitute(&lookup)).collect(),
         axes,
         to: operand(stream, smem, ring),
-        vector: access_elements(b, stream.view.param, along),
+        vector: copy_elements(b, stream.view.param, along),
+        ends: b.schedule.copies > 1,
+    }
+}
+
+/// Elements of at most 16 bytes that one copy along an axis of an operand may take.
+fn copy_elements(b: &Builder<'_>, param: ParamId, axis: usize) -> u32 {
+    let p = &b.kernel.params[param];
+    let most = (128 / p.dtype.bits()).max(1);
+    match b.schedule.copies {
+        0 => access_elements(b, param, axis),
+        n if p.layout.axes[axis].stride.is(1) => n.clamp(1, most),
+        _ => 1,
     }
 }
 

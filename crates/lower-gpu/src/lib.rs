@@ -30,7 +30,7 @@ mod streams;
 
 pub use epilogue::residual_span;
 pub use schedule::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind};
-pub use streams::{tf32_round, window_line};
+pub use streams::{byte_product, tf32_round, window_line};
 
 use tilewright_base::Result;
 use tilewright_device::Program;

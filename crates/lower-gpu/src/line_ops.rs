@@ -228,6 +228,11 @@ impl Lines<'_> {
             return self.single(id, x, (kind, limit), out);
         };
         let folded = self.folded.get(&id).copied();
+        if let (Some(acc), Some([a, b])) = (folded, self.dots.get(&id).copied()) {
+            let (a, b) = (whole(self.get(a)?), whole(self.get(b)?));
+            out.push(Stmt::Line(LineStep::Dot { acc: whole(acc), a, b }));
+            return Ok(());
+        }
         let line = folded.is_some_and(|acc| self.frags[acc].extent != Extent::Tile);
         let mut src = if line { self.get(x)? } else { self.plane(x, out)? };
         if let Some(limit) = limit {

@@ -19,7 +19,7 @@ use crate::axes::{Direction, Directions, directions};
 use crate::extents::Extents;
 use crate::schedule::GpuSchedule;
 use crate::shelf::{ITEM_TURN, Turns, item_of_turn, turns_of_items};
-use crate::streams::extents;
+use crate::streams::{byte_product, extents};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
@@ -87,6 +87,8 @@ pub(crate) struct Lines<'a> {
     pub(crate) masks: BTreeMap<String, FragId>,
     /// Reductions that the loop around them keeps apart: the accumulator by the reduction's tile.
     pub(crate) folded: BTreeMap<TileId, FragId>,
+    /// Folded sums of products of bytes, by the reduction's tile: the tiles of the operands.
+    pub(crate) dots: BTreeMap<TileId, [TileId; 2]>,
     /// Combinations with a carried tile that a folded reduction replaces.
     pub(crate) skipped: Vec<TileId>,
 }
@@ -162,6 +164,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         tiles: BTreeMap::new(),
         masks: BTreeMap::new(),
         folded: BTreeMap::new(),
+        dots: BTreeMap::new(),
         skipped: Vec::new(),
     };
     let item = Dim::sym("item");
@@ -440,6 +443,10 @@ impl Lines<'_> {
                 out.push(Stmt::Fill { dst: whole(acc), value: identity(fold.kind, dtype) });
                 self.folded.insert(fold.reduce, acc);
                 self.skipped.push(fold.next);
+                if let Some(operands) = self.dot(f, fold) {
+                    self.dots.insert(fold.reduce, operands);
+                    self.skipped.push(fold.x);
+                }
                 carried.push(acc);
             } else {
                 let frag = self.new_tile(*inner);
@@ -540,6 +547,32 @@ impl Lines<'_> {
             && limit.is_none();
         (op == combine(*kind) && (plane || line) && once(inner) && once(reduce) && once(next))
             .then_some(Folded { reduce, next, kind: *kind, x: *x })
+    }
+
+    /// The operands of a folded sum of products of bytes along columns, which neighbours in runs of fours share.
+    fn dot(&self, f: &For, fold: &Folded) -> Option<[TileId; 2]> {
+        let definition = |tile: TileId| {
+            f.body.stmts.iter().find_map(|s| match s {
+                tilewright_tile::Stmt::Let(id, op) if *id == tile => Some(op),
+                _ => None,
+            })
+        };
+        let TileOp::Reduce { kind: ReduceKind::Sum, axis, limit: None, .. } =
+            definition(fold.reduce)?
+        else {
+            return None;
+        };
+        let TileOp::Map { func, args } = definition(fold.x)? else { return None };
+        let [a, b] = args.as_slice() else { return None };
+        let bytes = self.dtype(a.tile);
+        let fits = matches!(bytes, DType::I8 | DType::U8)
+            && *func == byte_product(bytes)
+            && self.schedule.lines.vector.is_multiple_of(4)
+            && self.directions.of(fold.x)[*axis] == Some(Direction::Col)
+            && self.extent(fold.x) == Extent::Tile
+            && [a, b].iter().all(|arg| self.extent(arg.tile) != Extent::PerRow)
+            && uses(&f.body, fold.x) == 1;
+        fits.then_some([a.tile, b.tile])
     }
 
     fn branch(&mut self, f: &If, out: &mut Vec<Stmt>) -> Result<()> {

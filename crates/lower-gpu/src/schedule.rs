@@ -107,6 +107,9 @@ pub struct GpuSchedule {
     pub store_slots: u32,
     /// Elements that one plain access to global memory may take along the contiguous axis.
     pub vector: u32,
+    /// The same for copies of operands without the copy engine, whose tensors may be aligned better than the others; 0:
+    /// as `vector`.
+    pub copies: u32,
     /// Consumers take turns at starting their products, so that one's elementwise steps run beside the
     /// other's products. For products that feed each other.
     pub turns: bool,
@@ -142,6 +145,7 @@ impl GpuSchedule {
             store: StoreKind::Tma,
             store_slots: 2,
             vector: 1,
+            copies: 0,
             turns: false,
             serpentine: false,
             dependent: false,
@@ -223,7 +227,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -231,6 +235,7 @@ impl fmt::Display for GpuSchedule {
             if self.persistent { "persistent" } else { "one-shot" },
             self.store_slots,
             self.vector,
+            if self.copies > 0 { format!(" copies={}", self.copies) } else { String::new() },
             self.blocks_per_sm,
             if early { " early" } else { "" },
             if kept > 0 { format!(" kept={kept}") } else { String::new() },

@@ -245,6 +245,15 @@ pub fn tf32_round() -> Func {
     b.finish(high)
 }
 
+/// The product of two 8-bit integers in i32. Where rows of such products are only summed, four are summed by one instruction.
+pub fn byte_product(dtype: DType) -> Func {
+    let mut b = FuncBuilder::new();
+    let [x, y] = ["x", "y"].map(|name| b.param(name, dtype));
+    let [x, y] = [x, y].map(|v| b.cast(v, DType::I32));
+    let product = b.op(Op::Mul, &[x, y]);
+    b.finish(product)
+}
+
 /// Takes a loop apart, or says what does not fit `product`. `before` defines what the loop may use from
 /// outside.
 pub(crate) fn pipeline(

@@ -76,11 +76,7 @@ pub struct Chooser {
 impl Chooser {
     /// For a device.
     pub fn new(gpu: Gpu) -> Chooser {
-        let arch = match gpu.capability {
-            90.. => Arch::Sm90a,
-            89 => Arch::Sm89,
-            _ => Arch::Sm80,
-        };
+        let arch = Arch::of_capability(gpu.capability);
         Chooser { gpu, arch, most: 3, known: BTreeMap::new() }
     }
 

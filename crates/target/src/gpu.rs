@@ -83,6 +83,75 @@ pub struct GpuModel {
 }
 
 impl Gpu {
+    /// A machine of this compute capability (times ten), for planning: one that was measured, or the nearest that is
+    /// known from its data sheet.
+    pub fn of_capability(capability: u32) -> Gpu {
+        let known = match capability {
+            90.. => Gpu::h200(),
+            86.. => Gpu::rtx4090(),
+            _ => Gpu::a100(),
+        };
+        Gpu { capability, ..known }
+    }
+
+    /// Shared memory that one block may use, in bytes, less a little for barriers (CUDA C++ Programming Guide, technical
+    /// specifications per compute capability).
+    pub fn smem_bytes_per_block(&self) -> i64 {
+        let kib = match self.capability {
+            80 | 87 => 163,
+            90 | 100 | 103 => 227,
+            _ => 99,
+        };
+        (kib << 10) - 256
+    }
+
+    /// NVIDIA A100 SXM with 80 GB. Counts and rates are those of its data sheet and of "NVIDIA A100 Tensor Core GPU
+    /// Architecture" (2020): 312 TFLOPS of 16-bit products and 19.5 of f32 at 1.41 GHz, 2.04 TB/s. Nothing was measured; what no data
+    /// sheet has is the H200's.
+    pub fn a100() -> Gpu {
+        let known = Gpu::h200();
+        Gpu {
+            name: "NVIDIA A100".into(),
+            capability: 80,
+            sms: 108,
+            l2_bytes: 40 << 20,
+            copy_bytes_per_s: 1.75e12,
+            tensor_flops_per_clock: 2048.0,
+            f32_flops_per_clock: 128.0,
+            model: GpuModel {
+                clock_ghz: 1.41,
+                l2_bytes_per_clock: 40.0,
+                load_latency_clocks: 900.0,
+                stream_bytes_per_s: 1.75e12,
+                clusters_at_once: [108, 0, 0],
+                ..known.model
+            },
+        }
+    }
+
+    /// NVIDIA GeForce RTX 4090. Counts and rates are those of "NVIDIA Ada GPU Architecture" (2022): 165 TFLOPS of 16-bit products with f32
+    /// sums and 82.6 of f32 at 2.52 GHz, 1.01 TB/s. Nothing was measured; what no data sheet has is the H200's.
+    pub fn rtx4090() -> Gpu {
+        let known = Gpu::h200();
+        Gpu {
+            name: "NVIDIA GeForce RTX 4090".into(),
+            capability: 89,
+            sms: 128,
+            l2_bytes: 72 << 20,
+            copy_bytes_per_s: 0.92e12,
+            tensor_flops_per_clock: 512.0,
+            f32_flops_per_clock: 256.0,
+            model: GpuModel {
+                clock_ghz: 2.52,
+                l2_bytes_per_clock: 32.0,
+                load_latency_clocks: 900.0,
+                stream_bytes_per_s: 0.92e12,
+                clusters_at_once: [128, 0, 0],
+                ..known.model
+            },
+        }
+    }
+
     /// NVIDIA H200 SXM at 700 W.
     pub fn h200() -> Gpu {
         Gpu {

@@ -235,18 +235,31 @@ impl GpuDevice {
     /// # Errors
     /// Unsupported, with what to do, where there is no driver, no such device or no NVRTC.
     pub fn open(ordinal: u32, cache: Option<&Path>) -> Result<GpuDevice> {
+        GpuDevice::open_as(ordinal, cache, None)
+    }
+
+    /// The same with kernels for another architecture (`sm_80`), which the device must run or translate: for trying out
+    /// what another device would get.
+    ///
+    /// # Errors
+    /// As [`GpuDevice::open`]; the user's for a name that is none, or an architecture that the device does not run.
+    pub fn open_as(ordinal: u32, cache: Option<&Path>, target: Option<&str>) -> Result<GpuDevice> {
         let gpu = Gpu::open(ordinal)?;
         let nvrtc = Nvrtc::open(cache.map(|c| c.join("cuda")).as_deref())?;
-        let properties = gpu.properties();
-        // The constants of the time model are those of the H200, the counts the driver's.
+        let mut loader = Loader::new(gpu, nvrtc);
+        if let Some(name) = target {
+            let target = name.parse().map_err(|e: String| Error::user(e))?;
+            loader = loader.for_target(target)?;
+        }
+        let (properties, target) = (loader.gpu().properties(), loader.target());
+        // The constants of the time model are those of a known machine, the counts the driver's.
         let machine = Machine {
             name: properties.name.clone(),
-            capability: properties.major * 10 + properties.minor,
             sms: properties.sm_count,
             l2_bytes: properties.l2_bytes,
-            ..Machine::h200()
+            ..Machine::of_capability(target.major() * 10 + target.minor())
         };
-        Ok(GpuDevice { loader: Arc::new(Loader::new(gpu, nvrtc)), machine })
+        Ok(GpuDevice { loader: Arc::new(loader), machine })
     }
 
     /// The device as data.

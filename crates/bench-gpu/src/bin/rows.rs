@@ -29,6 +29,10 @@ struct Options {
     /// How long each case is sampled.
     #[arg(long, default_value_t = 0.2)]
     seconds_per_shape: f64,
+    /// How long the whole run may take, in seconds: cases are sampled shorter, and those left when the time is over are
+    /// named and not measured. No limit without.
+    #[arg(long)]
+    seconds: Option<f64>,
     /// Folder for the record.
     #[arg(long, default_value = "records")]
     out: PathBuf,
@@ -107,7 +111,25 @@ fn measure(
     Ok(Row { us: quartiles(&times), errors: [before, after], sets: sets.count() })
 }
 
+/// The time that a run has, shared out evenly over the cases that are left.
+struct Allowance {
+    begin: Instant,
+    whole: Option<Duration>,
+    each: Duration,
+}
+
+impl Allowance {
+    /// How long the next case may be sampled with `left` cases to go; none when the time is over. Half of a case's
+    /// share is for its tensors and its check.
+    fn next(&self, left: usize) -> Option<Duration> {
+        let Some(whole) = self.whole else { return Some(self.each) };
+        let rest = whole.checked_sub(self.begin.elapsed()).filter(|rest| !rest.is_zero())?;
+        Some(self.each.min(rest / (2 * left.max(1) as u32)))
+    }
+}
+
 fn run(options: &Options) -> Result<bool> {
+    let begin = Instant::now();
     let (name, text) = match &options.shapes {
         None => (
             "bench/rows_shapes.txt".to_owned(),
@@ -148,14 +170,27 @@ fn run(options: &Options) -> Result<bool> {
             "bandwidth": "bytes of all tensors, each once, per second; the copy's are read and written",
             "errors": "sampled rows against float64, relative in the Euclidean norm; sums relative to the sum of magnitudes",
             "seconds_per_shape": options.seconds_per_shape,
+            "seconds": options.seconds,
         }),
     );
     let loader = Loader::new(gpu.clone(), nvrtc);
+    // On all processors, before anything is timed; what fails says so when its turn comes.
+    let programs: Vec<_> = cases.iter().flat_map(RowCase::programs).collect();
+    loader.load_all(&programs);
     println!("device-to-device copy of {} MiB: {:.2} TB/s", COPY_BYTES >> 20, copy / 1e12);
     println!("{:<28} {:>9} {:>7} {:>8}  error", "", "us", "TB/s", "of copy");
-    let budget = Duration::from_secs_f64(options.seconds_per_shape.clamp(0.0, 3600.0));
-    let (mut rows, mut wrong) = (Vec::new(), 0);
-    for case in &cases {
+    let seconds = |s: f64| Duration::from_secs_f64(s.clamp(0.0, 86400.0));
+    let allowance = Allowance {
+        begin,
+        whole: options.seconds.map(seconds),
+        each: seconds(options.seconds_per_shape),
+    };
+    let (mut rows, mut wrong, mut left_out) = (Vec::new(), 0, Vec::new());
+    for (at, case) in cases.iter().enumerate() {
+        let Some(budget) = allowance.next(cases.len() - at) else {
+            left_out.extend(cases[at..].iter().map(head));
+            break;
+        };
         let mut row = Map::new();
         row.insert("operation".into(), json!(case.name));
         row.insert("type".into(), json!(case.dtype.to_string()));
@@ -199,10 +234,15 @@ fn run(options: &Options) -> Result<bool> {
     }
     record_head.insert("clocks_after".into(), json!(record::clocks()));
     record_head.insert("rows".into(), Value::Array(rows));
+    record_head.insert("left_out".into(), json!(left_out));
     if !options.no_record {
         write(options, &Value::Object(record_head))?;
     }
-    println!("{} cases, {wrong} wrong or not measured", cases.len());
+    for head in &left_out {
+        println!("{head:<28} left out: the time is over");
+    }
+    let measured = cases.len() - left_out.len();
+    println!("{measured} of {} cases, {wrong} of them wrong or failed", cases.len());
     Ok(wrong == 0)
 }
 

@@ -46,6 +46,9 @@ struct Options {
     /// Folder of compiled kernels; nothing is cached without.
     #[arg(long)]
     cache: Option<PathBuf>,
+    /// Plans and compiles for another architecture, which the device must run or translate: `sm_80`.
+    #[arg(long)]
+    target: Option<tilewright_cuda::Arch>,
     /// Which GPU.
     #[arg(long, default_value_t = 0)]
     gpu: u32,
@@ -145,6 +148,10 @@ fn run(options: &Options) -> Result<bool> {
     let peer = peer.and_then(Result::ok);
     let workspace = stream.alloc(PEER_WORKSPACE_BYTES)?;
     let loader = Loader::new(gpu.clone(), nvrtc);
+    let loader = match options.target {
+        Some(target) => loader.for_target(target)?,
+        None => loader,
+    };
     let mut checker = Checker::new(&stream, &support, &loader, peer.as_ref(), &workspace);
 
     let (mut failed, mut unsupported, mut passed) = (0, 0, 0);

@@ -125,7 +125,8 @@ fn on_cpu(_: &GenerateArgs, _: &Request) -> Result<Option<Generated>> {
 
 fn on_gpu(args: &GenerateArgs, request: &Request, output: &Output) -> Result<Option<Generated>> {
     let cache = if args.model.no_cache { None } else { super::cache_folder(&args.model) };
-    let device = GpuDevice::open(ordinal(&args.model.device)?, cache.as_deref())?;
+    let target = args.model.target.as_deref();
+    let device = GpuDevice::open_as(ordinal(&args.model.device)?, cache.as_deref(), target)?;
     let stored = match args.model.precision.as_str() {
         "bf16" => Some(DType::BF16),
         "f16" => Some(DType::F16),

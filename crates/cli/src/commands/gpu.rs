@@ -17,7 +17,8 @@ use tilewright_data::Tensor;
 /// Reads the model, plans it and copies its weights to the device.
 fn load(args: &ModelArgs) -> Result<(Model, GpuModel)> {
     let cache = if args.no_cache { None } else { super::cache_folder(args) };
-    let device = GpuDevice::open(ordinal(&args.device)?, cache.as_deref())?;
+    let device =
+        GpuDevice::open_as(ordinal(&args.device)?, cache.as_deref(), args.target.as_deref())?;
     let model = super::open(args)?;
     let mut compiler = GpuCompiler::new(device.machine().clone());
     if args.no_fusion {

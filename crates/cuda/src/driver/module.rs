@@ -28,9 +28,18 @@ unsafe impl Send for Inner {}
 unsafe impl Sync for Inner {}
 
 impl Gpu {
-    /// Loads a compiled module.
+    /// Loads a compiled module: its machine code where the device runs it; what was built for an earlier architecture as
+    /// assembly text, which the driver translates.
     pub fn load(&self, compiled: &Compiled) -> Result<Module> {
         let (name, cubin) = (compiled.name(), compiled.cubin());
+        let (device, arch) = (self.properties(), compiled.arch());
+        let runs = arch.runs_on(device.major, device.minor);
+        if !runs && arch.translates_to(device.major, device.minor) {
+            return self.load_text(compiled).map_err(|e| {
+                let context = format!("translating module {name}, built for {arch}");
+                with_origin(e, Some(compiled)).with_context(context)
+            });
+        }
         self.load_as(name, cubin, compiled.arch(), Some(compiled)).map_err(|e| {
             with_origin(e, Some(compiled)).with_context(format!("loading module {name}"))
         })
@@ -42,6 +51,17 @@ impl Gpu {
             .ok_or_else(|| Error::user(format!("{name} is not machine code for a GPU (a cubin)")));
         arch.and_then(|arch| self.load_as(name, cubin, arch, None))
             .map_err(|e| e.with_context(format!("loading module {name}")))
+    }
+
+    /// Loads assembly text.
+    fn load_text(&self, compiled: &Compiled) -> Result<Module> {
+        let text = CString::new(compiled.ptx())
+            .map_err(|_| Error::bug("the assembly text has a zero byte"))?;
+        self.make_current()?;
+        let mut raw = null_mut();
+        // SAFETY: a place for the module, and a text that ends with a zero byte, which the driver does not keep.
+        let result = unsafe { (self.0.api.module_load_data)(&mut raw, text.as_ptr().cast()) };
+        self.loaded(result, raw, compiled.name(), compiled.arch(), Some(compiled))
     }
 
     fn load_as(
@@ -61,6 +81,18 @@ impl Gpu {
         // length but finds it in them; they are whole, because a compilation gave them, or because
         // `load_cubin` checked that every section lies inside (`Arch::of_cubin`).
         let result = unsafe { (self.0.api.module_load_data)(&mut raw, cubin.as_ptr().cast()) };
+        self.loaded(result, raw, name, arch, compiled)
+    }
+
+    /// What came of loading a module.
+    fn loaded(
+        &self,
+        result: c_int,
+        raw: sys::CUmodule,
+        name: &str,
+        arch: Arch,
+        compiled: Option<&Compiled>,
+    ) -> Result<Module> {
         match result {
             0 => Ok(Module(Arc::new(Inner {
                 gpu: self.clone(),

@@ -278,7 +278,7 @@ impl Checker<'_> {
                 self.boxed(stmt, *map, at, from);
                 self.writes(stmt, self.program.maps.get(*map).map(|m| m.param));
             }
-            Stmt::CopyIn { param, at, axes, to, vector } => {
+            Stmt::CopyIn { param, at, axes, to, vector, .. } => {
                 if self.coordinates(stmt, *param, at) && self.tile(stmt, to) {
                     let p = &self.program.params[*param];
                     let two = axes.0 != axes.1 && axes.0.max(axes.1) < at.len();
@@ -425,8 +425,10 @@ impl Checker<'_> {
             let lines = matches!(p.frags[frag.frag].spread, Spread::Lines { .. });
             self.step(stmt, lines, "the fragment is not spread in lines");
         }
-        let (to, from) =
-            (step.writes().map(|f| &p.frags[f.frag]), step.reads().map(|f| &p.frags[f.frag]));
+        let (to, from) = (
+            step.writes().map(|f| &p.frags[f.frag]),
+            step.reads().first().map(|f| &p.frags[f.frag]),
+        );
         let tile = |f: Option<&Frag>| f.is_some_and(|f| f.extent == Extent::Tile);
         match step {
             LineStep::Pick { param, at, axes, steps, rows, fill, vector, .. } => {
@@ -504,6 +506,25 @@ impl Checker<'_> {
                     self.step(stmt, *rows > 0, "no lines");
                     self.step(stmt, *bytes > 0 && bytes % 16 == 0, "not units of 16 bytes");
                 }
+            }
+            LineStep::Dot { a, b, .. } => {
+                let fours = |f: &Frag| match f.spread {
+                    Spread::Lines { vector, .. } => vector % 4 == 0,
+                    _ => false,
+                };
+                let sums = to.is_some_and(|f| f.dtype == DType::I32 && fours(f));
+                self.step(
+                    stmt,
+                    tile(to) && sums,
+                    "the sums are not a tile of i32 in runs of fours",
+                );
+                let [a, b] = [a, b].map(|f| &p.frags[f.frag]);
+                let bytes = a.dtype == b.dtype && matches!(a.dtype, DType::I8 | DType::U8);
+                self.step(stmt, bytes, "the operands are not 8-bit integers of one type");
+                let alike = |f: &Frag| {
+                    f.extent != Extent::PerRow && to.is_some_and(|t| t.spread == f.spread)
+                };
+                self.step(stmt, alike(a) && alike(b), "the operands do not lie as the sums");
             }
             LineStep::AcrossCluster { .. } => {
                 self.step(stmt, !tile(to), "the operand is a tile");

@@ -224,6 +224,21 @@ impl<'p> Machine<'p, '_> {
                     return Err(self.fail(agent, stmt, "asks for more than a line has"));
                 }
             }
+            LineStep::Dot { acc, a, b } => {
+                let [a, b] = [self.reg_read(agent, stmt, a)?, self.reg_read(agent, stmt, b)?];
+                let before = self.reg_read(agent, stmt, acc)?;
+                let view = self.reg_write(agent, stmt, acc)?;
+                let Some(Buf::I(mut sums)) = self.reg_get(agent, before) else { return Ok(()) };
+                let (rows, cols) = (view.rect.rows(), view.rect.cols());
+                let [a, b] = [a, b].map(|v| self.stretched(agent, v, rows, cols));
+                let (Buf::I(a), Buf::I(b)) = (a, b) else { return Ok(()) };
+                for (i, (x, y)) in a.iter().zip(&b).enumerate() {
+                    // Sums of i32 wrap.
+                    let first = i / cols * cols + i % cols / 4 * 4;
+                    sums[first] = i64::from((sums[first] + x * y) as i32);
+                }
+                self.reg_put(agent, view, Buf::I(sums));
+            }
             LineStep::AcrossCluster { .. } => {
                 return Err(Error::bug("a meeting among plain steps"));
             }

@@ -150,9 +150,23 @@ impl<'p> Machine<'p, '_> {
             }
         }
         match stmt {
-            Stmt::CopyIn { param, at, axes, to, .. } => {
+            Stmt::CopyIn { param, at, axes, to, vector, ends } => {
                 let (smem, rect) = self.place(agent, stmt, to)?;
                 let at = self.dims(agent, stmt, at)?;
+                for (axis, tile) in [(axes.0, rect.rows()), (axes.1, rect.cols())] {
+                    let along = &self.program.params[*param].layout.axes[axis];
+                    if *ends || *vector < 2 || !along.stride.is(1) {
+                        continue;
+                    }
+                    let left = self.dim(agent, stmt, &along.extent)? - at[axis];
+                    if (1..tile as i64).contains(&left) && left % i64::from(*vector) != 0 {
+                        return Err(self.fail(
+                            agent,
+                            stmt,
+                            "an access goes beyond the end of a line",
+                        ));
+                    }
+                }
                 let a = &mut self.agents[agent];
                 let solo = a.solo();
                 let (groups, part) = match solo {
@@ -394,7 +408,7 @@ impl<'p> Machine<'p, '_> {
     }
 
     /// An operand repeated along the axis that it lacks.
-    fn stretched(&self, agent: usize, view: View, rows: usize, cols: usize) -> Buf {
+    pub(super) fn stretched(&self, agent: usize, view: View, rows: usize, cols: usize) -> Buf {
         let frag = &self.agents[agent].frags[view.frag];
         let data = get(&frag.data, frag.cols, view.rect);
         let (have_rows, have_cols) = (view.rect.rows(), view.rect.cols());

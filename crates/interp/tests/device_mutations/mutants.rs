@@ -153,10 +153,11 @@ fn weaker(p: &Program, stmt: &Stmt) -> Vec<(String, Stmt)> {
             let recall = LineStep::Recall { dst: dst.clone(), from };
             out.push(("next slot".into(), Stmt::Line(recall)));
         }
-        Stmt::CopyIn { param, at, axes, to, vector } => {
+        Stmt::CopyIn { param, at, axes, to, vector, ends } => {
             if let Some(slot) = other(&to.slot) {
                 let (at, to) = (at.clone(), SmemTile { slot, ..to.clone() });
-                let copy = Stmt::CopyIn { param: *param, at, axes: *axes, to, vector: *vector };
+                let (param, axes, vector, ends) = (*param, *axes, *vector, *ends);
+                let copy = Stmt::CopyIn { param, at, axes, to, vector, ends };
                 out.push(("other slot".into(), copy));
             }
         }

@@ -60,11 +60,7 @@ pub struct Candidate {
 
 /// What the device is compiled for.
 fn arch(gpu: &Gpu) -> Arch {
-    match gpu.capability {
-        90.. => Arch::Sm90a,
-        89 => Arch::Sm89,
-        _ => Arch::Sm80,
-    }
+    Arch::of_capability(gpu.capability)
 }
 
 /// A choice before its steps are made.

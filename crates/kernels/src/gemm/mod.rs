@@ -7,7 +7,7 @@
 //!            +-- orientation   the product, or its transpose when there are few rows
 //!            +-- preparation   operands that the copy engine or the tensor cores cannot read are copied
 //!            +-- splits        of the depth, when there are too few tiles for the machine
-//!            +-- space         every legal schedule (`space.rs`)
+//!            +-- space         every legal schedule (`space.rs`; without the copy engine: `pipelined.rs`)
 //!            +-- model         its estimated time (`model.rs`)
 //! ```
 //!
@@ -15,6 +15,7 @@
 //! and leaves a record (`record.rs`), which [`plan`] takes before the model's word.
 
 mod model;
+mod pipelined;
 mod plan;
 mod problem;
 mod program;

@@ -67,7 +67,7 @@ const NARROW_PANELS: f64 = 1.03;
 /// How many times faster results leave that have room for a whole tile.
 const WHOLE_TILE_RATE: f64 = 3.0;
 
-fn ceil(a: i64, b: i64) -> i64 {
+pub(super) fn ceil(a: i64, b: i64) -> i64 {
     (a + b - 1) / b.max(1)
 }
 

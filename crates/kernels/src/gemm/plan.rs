@@ -1,6 +1,7 @@
 //! From a problem to steps.
 
 use crate::gemm::model::{Shape, estimate, estimate_multiply_add, instructions};
+use crate::gemm::pipelined::{Accesses, estimate_pipelined, lacking_type, pipelined_space};
 use crate::gemm::problem::{Images, Precision, Problem};
 use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program};
 use crate::gemm::space::{RASTERS, each_schedule, multiply_add_space};
@@ -114,6 +115,7 @@ fn stores_by_engine(p: &Problem, o: &Oriented) -> bool {
 }
 
 /// The contiguous extents and the strides of a matrix: what runs of elements must divide.
+#[derive(Clone, Copy)]
 struct Line {
     size: i64,
     extent: i64,
@@ -154,6 +156,22 @@ fn access_vector(p: &Problem, o: &Oriented) -> u32 {
     let lines = lines_of(p, o);
     let fits = |n: &i64| lines.iter().all(|l| l.takes(*n, p.batch)) && o.n % n == 0;
     [4, 2].into_iter().find(fits).map_or(1, |n| n as u32)
+}
+
+/// Elements of one plain access to the result and what lies as it, without the copy engine: up to 8.
+fn result_accesses(p: &Problem, o: &Oriented) -> u32 {
+    let line = &lines_of(p, o)[2];
+    let fits = |n: &i64| line.takes(*n, p.batch) && (o.spec.c == Order::Row || o.n % n == 0);
+    [8, 4, 2].into_iter().find(fits).map_or(1, |n| n as u32)
+}
+
+/// Elements of one copy of an operand, as it lies when it was made readable: up to 16 bytes. Lines may end within one.
+fn copy_accesses(p: &Problem, o: &Oriented) -> u32 {
+    let lines = lines_of(p, o);
+    let starts = |l: &Line, n: i64| Line { extent: n, ..*l }.takes(n, p.batch);
+    let fits = |n: &i64| (0..2).all(|i| needs_copy(p, o, i) || starts(&lines[i], *n));
+    let most = 16 / p.operand_bytes();
+    [16, 8, 4, 2].into_iter().filter(|n| *n <= most).find(fits).map_or(1, |n| n as u32)
 }
 
 /// Elements, a power of two up to 16, of which an address with this alignment is a multiple.
@@ -283,6 +301,9 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
     if problem.m == 0 || problem.n == 0 || problem.batch == 0 {
         return Ok(vec![Candidate { steps: Vec::new(), workspace_bytes: 0, estimate_us: 0.0 }]);
     }
+    if let Some(dtype) = lacking_type(problem, gpu) {
+        return Err(Error::unsupported(format!("{} has no instructions for {dtype}", gpu.name)));
+    }
     if problem.k == 0 {
         return Ok(vec![empty_sum(problem, gpu, &orient(problem, false))?]);
     }
@@ -298,11 +319,7 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
             false => Ok(found),
         };
     }
-    let is_pair = problem.epilogue.pair != Pair::None;
-    let vectors = match is_pair {
-        true => Vec::new(),
-        false => vector::candidates(problem, &orientations, gpu, most)?,
-    };
+    let vectors = vector::candidates(problem, &orientations, gpu, most)?;
     if vector::alone(problem) && !vectors.is_empty() {
         return Ok(vectors);
     }
@@ -316,7 +333,8 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
     out.sort_by(|a, b| a.estimate_us.total_cmp(&b.estimate_us));
     out.truncate(most);
     if out.is_empty() {
-        return Err(Error::unsupported(format!("{} products of this form", problem.operand)));
+        let (name, operand) = (&gpu.name, problem.operand);
+        return Err(Error::unsupported(format!("{operand} products of this form on {name}")));
     }
     Ok(out)
 }
@@ -358,12 +376,17 @@ fn packed_line(k: i64, size: i64) -> i64 {
     (bytes + unit - 1) / unit * unit / size
 }
 
+/// Sums for each result: two of a pair.
+pub(super) fn sums_of(spec: &GemmSpec) -> i64 {
+    spec.epilogue.pair.operands().into_iter().max().unwrap_or(1)
+}
+
 /// Bytes of parts that stay in the second-level cache until they are added up.
 const CACHED_PARTS: i64 = 32 << 20;
 
 /// Time of adding up the parts of the depth.
 fn sum_us(p: &Problem, gpu: &Gpu, o: &Oriented, splits: i64) -> f64 {
-    let parts = o.m * o.n * 4 * splits;
+    let parts = o.m * o.n * 4 * splits * sums_of(&o.spec);
     let bytes = (parts + o.m * o.n * p.result_bytes()) as f64;
     let rate = if parts <= CACHED_PARTS { 2.0 } else { 1.0 };
     bytes / (rate * gpu.copy_bytes_per_s) * 1e6 + EXTRA_LAUNCH_US
@@ -443,7 +466,10 @@ impl<'a> Scored<'a> {
     fn estimate_us(&self, schedule: &GpuSchedule, splits: i64) -> f64 {
         let shape = Shape { splits, ..self.shape };
         let product = if self.is_plain() {
-            estimate_multiply_add(self.gpu, schedule, &shape)
+            // The formula counts in clocks of the H200.
+            estimate_multiply_add(self.gpu, schedule, &shape) * (1.75 / self.gpu.model.clock_ghz)
+        } else if schedule.product == ProductKind::MmaSync {
+            estimate_pipelined(self.gpu, schedule, &shape) + self.copies_us
         } else {
             estimate(self.gpu, schedule, &shape) + self.copies_us
         };
@@ -486,10 +512,10 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
     let steps_of = |s: &GpuSchedule| p.depth_steps(tile(s, "BK"));
     let is_pair = o.spec.epilogue.pair != Pair::None;
     if scored.is_plain() {
-        for schedule in multiply_add_space(access_vector(p, o), is_pair) {
+        for schedule in multiply_add_space(gpu, access_vector(p, o), is_pair) {
             for splits in SPLITS {
                 let few = tiles_of(&schedule) * splits <= MULTIPLY_ADD_TILES * i64::from(gpu.sms);
-                if p.batch != 1 || is_pair || splits * 8 > steps_of(&schedule) || !few {
+                if p.batch != 1 || splits * 8 > steps_of(&schedule) || !few {
                     break;
                 }
                 add(splits, schedule.clone());
@@ -498,14 +524,31 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
         }
         return;
     }
+    if Arch::of_capability(gpu.capability) < Arch::Sm90a {
+        let accesses = Accesses { result: result_accesses(p, o), operands: copy_accesses(p, o) };
+        for schedule in pipelined_space(&scored.spec, gpu, accesses) {
+            for splits in SPLITS {
+                let few = tiles_of(&schedule) * splits <= 2 * i64::from(gpu.sms);
+                if p.batch != 1 || splits * 4 > steps_of(&schedule) || !few {
+                    break;
+                }
+                // Parts are f32 in lines of whole accesses.
+                add(
+                    splits,
+                    GpuSchedule { vector: 4, store: StoreKind::Staged, ..schedule.clone() },
+                );
+            }
+            add(1, schedule);
+        }
+        return;
+    }
     let store = if stores_by_engine(p, o) { StoreKind::Tma } else { StoreKind::Direct };
-    each_schedule(&scored.spec, store, result_vector(p, o), &RASTERS, &mut |schedule| {
+    each_schedule(&scored.spec, store, result_vector(p, o), 1, &RASTERS, &mut |schedule| {
         if walks_apart(schedule, o.m) {
             add(1, schedule.clone());
         }
     });
-    // Sums in parts of a pair are not there.
-    if p.batch != 1 || is_pair {
+    if p.batch != 1 {
         return;
     }
     let mut partial = scored.spec.clone();
@@ -513,7 +556,7 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
     let line = if partial.c == Order::Row { o.n } else { o.m };
     let store = if line % 4 == 0 { StoreKind::Tma } else { StoreKind::Direct };
     // Parts of few rows of tiles have nothing to walk.
-    each_schedule(&partial, store, 1, &[8], &mut |schedule| {
+    each_schedule(&partial, store, 1, sums_of(&partial), &[8], &mut |schedule| {
         let tiles = tiles_of(schedule);
         let cooperative = schedule.mode == tilewright_lower_gpu::Mode::Cooperative;
         let takes = match extent {
@@ -539,21 +582,23 @@ pub(super) fn sizes(pairs: &[(&str, i64)]) -> Env {
 
 /// A step without products.
 pub(super) fn lines(
+    arch: Arch,
     kernel: Kernel,
     sizes: Env,
     operands: Vec<Place>,
     aligned: i64,
 ) -> Result<Step> {
     let lookup = |name: &str| sizes.get(name).copied();
-    let mut schedule = GpuSchedule::lines_for_addresses(&kernel, Arch::Sm90a, &lookup, aligned)?
+    let mut schedule = GpuSchedule::lines_for_addresses(&kernel, arch, &lookup, aligned)?
         .ok_or_else(|| Error::bug(format!("no schedule for {}", kernel.name)))?;
-    schedule.dependent = true;
+    schedule.dependent = arch >= Arch::Sm90a;
     Ok(Step { kernel, schedule, sizes, operands })
 }
 
 /// Makes an operand readable: as it is, or a packed copy with its depth contiguous.
 /// Of a pair, `second` is the other one of an operand that there are two of.
 fn prepare(
+    arch: Arch,
     p: &Problem,
     o: &Oriented,
     operand: usize,
@@ -591,7 +636,7 @@ fn prepare(
     let mut operands = vec![place, high];
     operands.extend(low);
     let aligned = aligned_elements(pick(o.align), size);
-    steps.push(lines(kernel, sizes(&values), operands, aligned)?);
+    steps.push(lines(arch, kernel, sizes(&values), operands, aligned)?);
     Ok(Ready { place: high, low, order: to, leading: padded, stride: matrix })
 }
 
@@ -601,8 +646,7 @@ const SHORT_DEPTH: i64 = 512;
 /// Sums that each thread of plain multiply-adds keeps.
 fn sums_per_thread(s: &GpuSchedule, spec: &GemmSpec) -> i64 {
     let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
-    let sums = spec.epilogue.pair.operands().into_iter().max().unwrap_or(1);
-    sums * tile("BM") * tile("BN") / i64::from(s.warps.0 * s.warps.1 * 32).max(1)
+    sums_of(spec) * tile("BM") * tile("BN") / i64::from(s.warps.0 * s.warps.1 * 32).max(1)
 }
 
 /// Where the operands of an orientation are.
@@ -643,7 +687,8 @@ fn empty_sum(p: &Problem, gpu: &Gpu, o: &Oriented) -> Result<Candidate> {
     }
     let kernel = o.spec.empty_program("gemm_empty");
     let aligned = aligned_elements(o.align.2, p.result_bytes());
-    let step = lines(kernel, sizes(&values), extras(&along, column_major), aligned)?;
+    let arch = Arch::of_capability(gpu.capability);
+    let step = lines(arch, kernel, sizes(&values), extras(&along, column_major), aligned)?;
     let bytes = (m * n * p.batch * p.result_bytes()) as f64;
     let estimate_us = bytes / gpu.copy_bytes_per_s * 1e6 + EXTRA_LAUNCH_US;
     Ok(Candidate { steps: vec![step], workspace_bytes: 0, estimate_us })
@@ -653,20 +698,21 @@ fn empty_sum(p: &Problem, gpu: &Gpu, o: &Oriented) -> Result<Candidate> {
 fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
     let mut workspace = Workspace::default();
     let mut steps = Vec::new();
-    let a = prepare(p, o, 0, false, &mut steps, &mut workspace)?;
-    let mut operands = vec![a.place];
+    let arch = choice.schedule.arch;
     let pair = o.spec.epilogue.pair;
-    if pair == Pair::Left {
-        operands.push(prepare(p, o, 0, true, &mut steps, &mut workspace)?.place);
-    }
-    let b = prepare(p, o, 1, false, &mut steps, &mut workspace)?;
-    operands.push(b.place);
-    if pair == Pair::Right {
-        operands.push(prepare(p, o, 1, true, &mut steps, &mut workspace)?.place);
-    }
+    let mut ready = |operand: usize, two: bool| -> Result<Vec<Ready>> {
+        let each = [false, true].into_iter().take(1 + usize::from(two));
+        each.map(|second| prepare(arch, p, o, operand, second, &mut steps, &mut workspace))
+            .collect()
+    };
+    let left = ready(0, pair == Pair::Left)?;
+    let right = ready(1, pair == Pair::Right)?;
+    let (a, b) = (left[0], right[0]);
+    let mut operands: Vec<Place> = left.iter().chain(&right).map(|r| r.place).collect();
+    operands.extend(left.iter().chain(&right).filter_map(|r| r.low));
     let mut spec = o.spec.clone();
     (spec.a, spec.b) = (a.order, b.order);
-    // Sums of pairs are never cut into parts, whatever the depth.
+    // The model does not cut the sums of pairs into parts otherwise, whatever the depth.
     let alone = p.k <= SHORT_DEPTH || pair != Pair::None;
     let short = alone && sums_per_thread(&choice.schedule, &spec) <= 32;
     if choice.schedule.product == ProductKind::Fma && short {
@@ -679,9 +725,6 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
         vec![("M", o.m), ("N", o.n), ("K", channels), ("lda", a.leading), ("ldb", b.leading)];
     if let Some(Images { count, size: [h, w], outputs: [rows, cols], .. }) = p.images {
         values.extend([("R", count * h * w), ("H", h), ("W", w), ("P", rows), ("Q", cols)]);
-    }
-    if let (Some(a), Some(b)) = (a.low, b.low) {
-        operands.extend([a, b]);
     }
     if choice.splits == 1 {
         values.push(("ldc", o.leading.2));
@@ -705,10 +748,11 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
         // Lines of the parts lie as those of the result, padded to 16 bytes.
         let (line, lines_of) = if spec.c == Order::Row { (o.n, o.m) } else { (o.m, o.n) };
         let padded = (line + 3) / 4 * 4;
-        let place = workspace.take(padded * lines_of * splits * 4);
         let sp = padded * lines_of;
+        let parts: Vec<Place> =
+            (0..sums_of(&spec)).map(|_| workspace.take(sp * splits * 4)).collect();
         values.extend([("ldc", padded), ("S", splits), ("part", part), ("sp", sp)]);
-        operands.push(place);
+        operands.extend(&parts);
         let mut partial = spec.clone();
         partial.result = spec.sum;
         let conv = spec.windows.is_some();
@@ -719,14 +763,14 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
         let values =
             [("M", m), ("N", n), ("S", splits), ("ldp", padded), ("ldc", o.leading.2), ("sp", sp)];
         let kernel = spec.sum_program("gemm_sum");
-        let mut operands = vec![place];
+        let mut operands = parts;
         let mut view = spec.clone();
         if column_major {
             view.epilogue = spec.epilogue.transposed();
         }
         operands.extend(extras(&view, o.swapped != column_major));
         let aligned = aligned_elements(o.align.2, p.result_bytes());
-        steps.push(lines(kernel, sizes(&values), operands, aligned)?);
+        steps.push(lines(arch, kernel, sizes(&values), operands, aligned)?);
     }
     Ok(Candidate { steps, workspace_bytes: workspace.bytes, estimate_us: choice.estimate_us })
 }

@@ -105,8 +105,7 @@ impl Problem {
     pub fn spec(&self) -> GemmSpec {
         let math = match (self.operand, self.precision) {
             (DType::F32, Precision::Tf32) => Math::Tf32,
-            // Pairs are summed by plain multiply-adds.
-            (DType::F32, Precision::Tf32x3) if self.epilogue.pair == Pair::None => Math::Tf32x3,
+            (DType::F32, Precision::Tf32x3) => Math::Tf32x3,
             _ if self.promoted => Math::Promoted,
             _ => Math::Exact,
         };

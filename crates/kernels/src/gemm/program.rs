@@ -31,7 +31,7 @@ pub enum Pair {
 
 impl Pair {
     /// How many left and right operands there are.
-    pub(super) fn operands(self) -> [i64; 2] {
+    pub(crate) fn operands(self) -> [i64; 2] {
         match self {
             Pair::None => [1, 1],
             Pair::Right => [1, 2],
@@ -338,8 +338,8 @@ impl GemmSpec {
     }
 
     /// The program of a product whose depth is cut into parts: part `ps` sums `part` tiles of depth and
-    /// stores its sums to `P[ps]`, a tensor `[S, M, N]` in the order of `C`. [`GemmSpec::sum_program`]
-    /// adds the parts up. Not for batches, and not for pairs.
+    /// stores its sums to `P[ps]`, a tensor `[S, M, N]` in the order of `C`; of a pair the second sums to `P2`, which
+    /// lies as `P`. [`GemmSpec::sum_program`] adds the parts up. Not for batches.
     pub fn part_program(&self, name: &str) -> Kernel {
         self.build(name, true)
     }
@@ -385,10 +385,16 @@ impl GemmSpec {
         }
         let b = operand("B", pair == Pair::Right, b_layout);
         let low = (self.math == Math::Tf32x3).then(|| {
+            let mut parts = |name: &str, two: bool, layout: Layout| -> Vec<ParamId> {
+                each(two)
+                    .map(|s| format!("{}_low", name_of(name, s)))
+                    .map(|name| k.param(&name, self.operand, layout.clone(), Access::In))
+                    .collect()
+            };
             let a = matrix("M", "K", self.a, "lda", batch("sa"));
+            let a = parts("A", pair == Pair::Left, a);
             let b = matrix("K", "N", self.b, "ldb", batch("sb"));
-            let a = k.param("A_low", self.operand, a, Access::In);
-            (a, k.param("B_low", self.operand, b, Access::In))
+            (a, parts("B", pair == Pair::Right, b))
         });
         let e = &self.epilogue;
         let c_layout = || matrix("M", "N", self.c, "ldc", batch("sc"));
@@ -397,9 +403,11 @@ impl GemmSpec {
             let mut layout = matrix("M", "N", self.c, "ldc", None);
             let parts = Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None };
             layout.axes.insert(0, parts);
-            k.param("P", self.sum, layout, Access::Out)
+            each(pair != Pair::None)
+                .map(|s| k.param(&name_of("P", s), self.sum, layout.clone(), Access::Out))
+                .collect()
         } else {
-            k.param("C", self.result, c_layout(), Access::Out)
+            vec![k.param("C", self.result, c_layout(), Access::Out)]
         };
         let ps = split.then(|| k.grid("ps", Dim::sym("S")));
         let pl = self.batched.then(|| k.grid("pl", Dim::sym("L")));
@@ -464,7 +472,6 @@ impl GemmSpec {
             left = left.iter().map(|t| round(&mut k, *t)).collect();
             right = right.iter().map(|t| round(&mut k, *t)).collect();
         }
-        let (ta, tb) = (left[0], right[0]);
         let operands = |i: usize| (left[i.min(left.len() - 1)], right[i.min(right.len() - 1)]);
         let next: Vec<TileId> = match self.math {
             Math::Exact | Math::Tf32 => (0..sums)
@@ -475,22 +482,36 @@ impl GemmSpec {
                 .collect(),
             Math::Tf32x3 => {
                 let (a_low, b_low) = low.expect("declared for this math");
-                let mut la = k.load(a_low, at(row0.clone(), k0.clone()), shape(&bm, &bk));
-                let mut lb = k.load(b_low, at(k0.clone(), col0.clone()), shape(&bk, &bn));
-                if self.batched {
-                    la = k.reshape(la, vec![bm.clone(), bk.clone()]);
-                    lb = k.reshape(lb, vec![bk.clone(), bn.clone()]);
-                }
-                let (ha, hb) = (round(&mut k, ta), round(&mut k, tb));
-                let (la, lb) = (round(&mut k, la), round(&mut k, lb));
+                let mut parts = |params: &[ParamId], place: Vec<Dim>, x: &Dim, y: &Dim| {
+                    let mut out = Vec::new();
+                    for param in params {
+                        let mut t = k.load(*param, place.clone(), shape(x, y));
+                        if self.batched {
+                            t = k.reshape(t, vec![x.clone(), y.clone()]);
+                        }
+                        out.push(round(&mut k, t));
+                    }
+                    out
+                };
+                let low_left = parts(&a_low, at(row0.clone(), k0.clone()), &bm, &bk);
+                let low_right = parts(&b_low, at(k0.clone(), col0.clone()), &bk, &bn);
+                let high_left: Vec<_> = left.iter().map(|t| round(&mut k, *t)).collect();
+                let high_right: Vec<_> = right.iter().map(|t| round(&mut k, *t)).collect();
+                let of = |list: &[TileId], i: usize| list[i.min(list.len() - 1)];
                 // Small terms first. The tensor cores drop the low digits of their sums, so sums of one tile depth
                 // are added in f32.
-                let x = k.mma(init, la, hb, Some(limit.clone()));
-                let x = k.mma(x, ha, lb, Some(limit.clone()));
-                let part = k.mma(x, ha, hb, Some(limit));
-                let args = vec![k.plain(carried[0]), k.plain(part)];
-                let add = Func::binary(Op::Add, self.sum);
-                vec![k.map(add, args, vec![bm.clone(), bn.clone()])]
+                (0..sums)
+                    .map(|i| {
+                        let (ha, hb) = (of(&high_left, i), of(&high_right, i));
+                        let (la, lb) = (of(&low_left, i), of(&low_right, i));
+                        let x = k.mma(init, la, hb, Some(limit.clone()));
+                        let x = k.mma(x, ha, lb, Some(limit.clone()));
+                        let part = k.mma(x, ha, hb, Some(limit.clone()));
+                        let args = vec![k.plain(carried[i]), k.plain(part)];
+                        let add = Func::binary(Op::Add, self.sum);
+                        k.map(add, args, vec![bm.clone(), bn.clone()])
+                    })
+                    .collect()
             }
             Math::Promoted => (0..sums)
                 .map(|i| {
@@ -504,8 +525,10 @@ impl GemmSpec {
         };
         let sums = k.end_for(&next);
         if let Some(ps) = ps {
-            let out = k.reshape(sums[0], vec![Dim::new(1), bm, bn]);
-            k.store(c, vec![ps, row0, col0], out);
+            for (sum, parts) in sums.iter().zip(&c) {
+                let out = k.reshape(*sum, vec![Dim::new(1), bm.clone(), bn.clone()]);
+                k.store(*parts, vec![ps.clone(), row0.clone(), col0.clone()], out);
+            }
             return k.finish();
         }
         let mut args: Vec<Operand> = sums.iter().map(|t| k.plain(*t)).collect();
@@ -515,7 +538,7 @@ impl GemmSpec {
         if self.batched {
             out = k.reshape(out, shape(&bm, &bn));
         }
-        k.store(c, at(row0, col0), out);
+        k.store(c[0], at(row0, col0), out);
         k.finish()
     }
 
@@ -531,7 +554,11 @@ impl GemmSpec {
         let (br, bc) = (k.tile("BR"), k.tile("BC"));
         let mut parts = matrix("M", "N", Order::Row, "ldp", None);
         parts.axes.insert(0, Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None });
-        let p = k.param("P", self.sum, parts, Access::In);
+        let p: Vec<ParamId> = ["P", "P2"]
+            .into_iter()
+            .take(1 + usize::from(e.pair != Pair::None))
+            .map(|name| k.param(name, self.sum, parts.clone(), Access::In))
+            .collect();
         let c_layout = || matrix("M", "N", Order::Row, "ldc", None);
         let extras = declare_extras(&mut k, &e, &c_layout());
         let c = k.param("C", self.result, c_layout(), Access::Out);
@@ -540,17 +567,18 @@ impl GemmSpec {
         let (row0, col0) = (pm * &br, pn * &bc);
         let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let init = k.full(zero, TileType::new(self.sum, [br.clone(), bc.clone()]));
-        let (s, carried) = k.begin_for("s", Dim::new(0), Dim::sym("S"), &[init]);
-        let t = k.load(
-            p,
-            vec![s, row0.clone(), col0.clone()],
-            vec![Dim::new(1), br.clone(), bc.clone()],
-        );
-        let t = k.reshape(t, vec![br.clone(), bc.clone()]);
-        let args = vec![k.plain(carried[0]), k.plain(t)];
-        let next = k.map(Func::binary(Op::Add, self.sum), args, vec![br.clone(), bc.clone()]);
-        let sums = k.end_for(&[next])[0];
-        let mut args = vec![k.plain(sums)];
+        let (s, carried) = k.begin_for("s", Dim::new(0), Dim::sym("S"), &vec![init; p.len()]);
+        let place = vec![s, row0.clone(), col0.clone()];
+        let mut next = Vec::new();
+        for (p, sum) in p.iter().zip(&carried) {
+            let t = k.load(*p, place.clone(), vec![Dim::new(1), br.clone(), bc.clone()]);
+            let t = k.reshape(t, vec![br.clone(), bc.clone()]);
+            let args = vec![k.plain(*sum), k.plain(t)];
+            let add = Func::binary(Op::Add, self.sum);
+            next.push(k.map(add, args, vec![br.clone(), bc.clone()]));
+        }
+        let sums = k.end_for(&next);
+        let mut args: Vec<Operand> = sums.iter().map(|t| k.plain(*t)).collect();
         let place = [row0.clone(), col0.clone()];
         args.extend(load_extras(&mut k, &extras, &place, &[br.clone(), bc.clone()], false));
         let out = k.map(e.func.clone(), args, vec![br, bc]);

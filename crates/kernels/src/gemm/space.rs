@@ -5,6 +5,7 @@ use crate::gemm::program::{GemmSpec, Math, Order};
 use tilewright_base::DType;
 use tilewright_device::Arch;
 use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind, residual_span};
+use tilewright_target::Gpu;
 
 /// Shared memory that a block may use on Hopper, less what barriers take.
 const SMEM_BYTES: i64 = (227 << 10) - 256;
@@ -48,7 +49,7 @@ pub(super) fn streamed_bytes(spec: &GemmSpec, store: StoreKind, rows: i64, bn: i
 /// alignment of the result.
 pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule> {
     let mut out = Vec::new();
-    each_schedule(spec, store, vector, &RASTERS, &mut |s| out.push(s.clone()));
+    each_schedule(spec, store, vector, 1, &RASTERS, &mut |s| out.push(s.clone()));
     out
 }
 
@@ -56,10 +57,12 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
 pub(super) const RASTERS: [u32; 3] = [8, 16, 4];
 
 /// Shows every schedule of [`space`] with one of these rasters, in its order: there are thousands, and most callers keep few.
+/// `results` tensors are stored: sums in parts of a pair are two.
 pub(super) fn each_schedule(
     spec: &GemmSpec,
     store: StoreKind,
     vector: u32,
+    results: i64,
     rasters: &[u32],
     visit: &mut dyn FnMut(&GpuSchedule),
 ) {
@@ -147,7 +150,7 @@ pub(super) fn each_schedule(
                             StoreKind::Direct => 0,
                             StoreKind::Tma => {
                                 match staging_bytes(all_rows, bn, spec.result, spec.c, slots) {
-                                    Some(bytes) => bytes,
+                                    Some(bytes) => bytes * results,
                                     None => continue,
                                 }
                             }
@@ -194,7 +197,8 @@ const MULTIPLY_ADD_SHAPES: [(i64, i64, (u32, u32), i64); 11] = [
 
 /// Schedules of plain f32 multiply-adds, for operands in any layout. `vector` is how many elements one access
 /// may take; of a pair there are two sums for each result, which the largest tiles have no registers for.
-pub(super) fn multiply_add_space(vector: u32, pair: bool) -> Vec<GpuSchedule> {
+pub(super) fn multiply_add_space(gpu: &Gpu, vector: u32, pair: bool) -> Vec<GpuSchedule> {
+    let (arch, room) = (Arch::of_capability(gpu.capability), gpu.smem_bytes_per_block());
     let mut out = Vec::new();
     for (bm, bn, warps, blocks) in MULTIPLY_ADD_SHAPES {
         let sums = bm * bn / i64::from(warps.0 * warps.1 * 32);
@@ -204,11 +208,11 @@ pub(super) fn multiply_add_space(vector: u32, pair: bool) -> Vec<GpuSchedule> {
         for bk in [16, 32] {
             for stages in [3, 2] {
                 let columns = if pair { 2 * bn } else { bn };
-                if i64::from(stages) * (bm + columns) * bk * 4 * blocks > SMEM_BYTES {
+                if i64::from(stages) * (bm + columns) * bk * 4 * blocks > room {
                     continue;
                 }
                 let tiles = [("BM", bm), ("BN", bn), ("BK", bk)];
-                let mut s = GpuSchedule::pipelined(Arch::Sm90a, ProductKind::Fma, warps, &tiles);
+                let mut s = GpuSchedule::pipelined(arch, ProductKind::Fma, warps, &tiles);
                 s.stages = stages;
                 s.vector = vector;
                 s.raster = 8;

@@ -1,10 +1,11 @@
 //! Products with few rows or few columns, by the kernels of `rows/gemv.rs`.
 
 use crate::gemm::plan::{
-    Candidate, Oriented, Step, Workspace, aligned_elements, extras, lines, operand_places, sizes,
+    Candidate, Oriented, Place, Step, Workspace, aligned_elements, extras, lines, operand_places,
+    sizes, sums_of,
 };
 use crate::gemm::problem::Problem;
-use crate::gemm::program::{Math, Order, copy_program};
+use crate::gemm::program::{Math, Order, Pair, copy_program};
 use crate::rows::{GemvForm, GemvSizes, GemvSpec, MOST_VECTORS};
 use tilewright_base::{DType, Kind, Result};
 use tilewright_device::Arch;
@@ -90,6 +91,7 @@ pub(super) fn candidates(
     gpu: &Gpu,
     most: usize,
 ) -> Result<Vec<Candidate>> {
+    let arch = Arch::of_capability(gpu.capability);
     let mut ranked = Vec::new();
     let few: Vec<(Oriented, GemvSpec, GemvSizes)> = orientations
         .iter()
@@ -114,7 +116,7 @@ pub(super) fn candidates(
         }
         let (o, spec, _) = &few[index];
         let given = orientations.iter().find(|g| g.swapped == o.swapped).unwrap_or(o);
-        let candidate = build(p, given, o, spec, &form, estimate_us)?;
+        let candidate = build(p, given, o, spec, &form, (estimate_us, arch))?;
         match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
             Ok(()) => out.push(candidate),
             Err(e) if e.kind() == Kind::Unsupported => {}
@@ -131,15 +133,17 @@ fn build(
     o: &Oriented,
     spec: &GemvSpec,
     form: &GemvForm,
-    estimate_us: f64,
+    (estimate_us, arch): (f64, Arch),
 ) -> Result<Candidate> {
     let places = operand_places(o);
-    let mut operands = vec![places.0, places.1];
+    let pair = o.spec.epilogue.pair;
+    let two = |place: Place, is: bool| [place, Place::B2].into_iter().take(1 + usize::from(is));
+    let mut vectors: Vec<Place> = two(places.0, pair == Pair::Left).collect();
+    let matrices = two(places.1, pair == Pair::Right);
     let mut workspace = Workspace::default();
     let mut steps = Vec::new();
     let given = thin(p, given);
     if copies(p, &given) {
-        let place = workspace.take(o.stride.0 * p.batch * p.operand_bytes());
         let batched = p.batch != 1;
         let kernel = copy_program("copy", p.operand, Order::Col, Order::Row, batched, false);
         let mut values =
@@ -148,15 +152,20 @@ fn build(
             values.extend([("L", p.batch), ("sx", given.stride.0), ("sy", o.stride.0)]);
         }
         let aligned = aligned_elements(given.align.0, p.operand_bytes());
-        steps.push(lines(kernel, sizes(&values), vec![places.0, place], aligned)?);
-        operands[0] = place;
+        for vectors in &mut vectors {
+            let place = workspace.take(o.stride.0 * p.batch * p.operand_bytes());
+            let from = std::mem::replace(vectors, place);
+            let operands = vec![from, place];
+            steps.push(lines(arch, kernel.clone(), sizes(&values), operands, aligned)?);
+        }
     }
+    let mut operands: Vec<Place> = vectors.into_iter().chain(matrices).collect();
     let mut values = vec![("N", o.n), ("K", p.k), ("lda", o.leading.0), ("ldb", o.leading.1)];
     if p.batch != 1 {
         let (sa, sb, sc) = o.stride;
         values.extend([("L", p.batch), ("sa", sa), ("sb", sb), ("sc", sc)]);
     }
-    let schedule = spec.schedule(Arch::Sm90a, form);
+    let schedule = spec.schedule(arch, form);
     if form.splits == 1 {
         values.push(("ldc", o.leading.2));
         operands.extend(extras(&o.spec, o.swapped));
@@ -172,9 +181,10 @@ fn build(
     let (line, lines_of) = if column_major { (o.m, o.n) } else { (o.n, o.m) };
     let padded = (line + 3) / 4 * 4;
     let sp = padded * lines_of;
-    let place = workspace.take(sp * splits * 4);
+    let parts: Vec<Place> =
+        (0..sums_of(&o.spec)).map(|_| workspace.take(sp * splits * 4)).collect();
     values.extend([("ldc", padded), ("S", splits), ("part", part), ("sp", sp)]);
-    operands.push(place);
+    operands.extend(&parts);
     let kernel = spec.program("gemv_part", true);
     steps.push(Step { kernel, schedule, sizes: sizes(&values), operands });
     let (m, n) = if column_major { (o.n, o.m) } else { (o.m, o.n) };
@@ -184,9 +194,10 @@ fn build(
     if column_major {
         view.epilogue = view.epilogue.transposed();
     }
-    let mut operands = vec![place];
+    let mut operands = parts;
     operands.extend(extras(&view, o.swapped != column_major));
     let aligned = aligned_elements(o.align.2, p.result_bytes());
-    steps.push(lines(o.spec.sum_program("gemv_sum"), sizes(&values), operands, aligned)?);
+    let kernel = o.spec.sum_program("gemv_sum");
+    steps.push(lines(arch, kernel, sizes(&values), operands, aligned)?);
     Ok(Candidate { steps, workspace_bytes: workspace.bytes, estimate_us })
 }

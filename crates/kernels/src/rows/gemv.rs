@@ -6,19 +6,21 @@
 //! end; where they run along the columns, neighbouring threads have columns of their own, and lines of threads
 //! combine theirs. Either way every register has sums of its own while the depth goes by, so that a sum is a tree of
 //! many short ones. Few columns leave few blocks: the depth is cut into parts then, which a second step adds up in
-//! order.
+//! order. Of a pair ([`Pair`]) there are two matrices, or two sets of vectors, and two sums for each result.
 //!
 //! [`GemvSpec::space`] lists schedules, [`GemvForm::estimate_us`] their time.
 
 use super::program::{along, func};
-use crate::gemm::{GemmSpec, Order};
+use crate::gemm::{GemmSpec, Order, Pair};
 use tilewright_base::DType;
 use tilewright_device::Arch;
 use tilewright_expr::{Func, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
-use tilewright_lower_gpu::{GpuSchedule, LinesKnobs};
+use tilewright_lower_gpu::{GpuSchedule, LinesKnobs, byte_product};
 use tilewright_target::Gpu;
-use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind, TileId, TileType};
+use tilewright_tile::{
+    Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
+};
 
 /// Vectors that a kernel takes at most: each has its own sums in registers.
 pub const MOST_VECTORS: i64 = 8;
@@ -116,9 +118,13 @@ impl GemvSpec {
         let a = matrix(m.clone(), depth.clone(), g.a, "lda", batch("sa"));
         let b = matrix(depth.clone(), n.clone(), g.b, "ldb", batch("sb"));
         let c = || matrix(m.clone(), n.clone(), g.c, "ldc", batch("sc"));
-        let a = k.param("A", g.operand, a, Access::In);
-        let b = k.param("B", g.operand, b, Access::In);
         let e = &g.epilogue;
+        let mut operand = |names: [&str; 2], count: i64, layout: Layout| -> Vec<ParamId> {
+            let names = names.into_iter().take(count as usize);
+            names.map(|name| k.param(name, g.operand, layout.clone(), Access::In)).collect()
+        };
+        let a = operand(["A", "A2"], self.lefts(), a);
+        let b = operand(["B", "B2"], self.rights(), b);
         let with = |t: Option<DType>| t.filter(|_| !split);
         let axis = |extent: &Dim, stride| Axis {
             extent: extent.clone(),
@@ -128,16 +134,23 @@ impl GemvSpec {
         let cols = Layout::row_major(std::slice::from_ref(&n));
         // A value per row as a matrix whose columns are all the same one.
         let rows = Layout { axes: vec![axis(&m, 1), axis(&n, 0)], offset: Dim::new(0) };
-        let cols = with(e.col_vector).map(|t| k.param("cols", t, cols, Access::In));
-        let rows = with(e.row_vector).map(|t| k.param("rows", t, rows, Access::In));
+        let mut vectors = |names: [&str; 2], two: bool, dtype: Option<DType>, layout: Layout| {
+            let names = names.into_iter().take(1 + usize::from(two));
+            let list = with(dtype).into_iter().flat_map(|t| names.clone().map(move |n| (n, t)));
+            let make = |(name, t)| k.param(name, t, layout.clone(), Access::In);
+            list.map(make).collect::<Vec<ParamId>>()
+        };
+        let cols = vectors(["cols", "cols2"], e.pair == Pair::Right, e.col_vector, cols);
+        let rows = vectors(["rows", "rows2"], e.pair == Pair::Left, e.row_vector, rows);
         let residual = with(e.residual).map(|t| k.param("R", t, c(), Access::In));
         let c = if split {
             let mut layout = matrix(m.clone(), n.clone(), g.c, "ldc", None);
             let parts = Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None };
             layout.axes.insert(0, parts);
-            k.param("P", g.sum, layout, Access::Out)
+            let names = ["P", "P2"].into_iter().take(self.sums() as usize);
+            names.map(|name| k.param(name, g.sum, layout.clone(), Access::Out)).collect()
         } else {
-            k.param("C", g.result, c(), Access::Out)
+            vec![k.param("C", g.result, c(), Access::Out)]
         };
         let ps = split.then(|| k.grid("ps", Dim::sym("S")));
         let pl = g.batched.then(|| k.grid("pl", Dim::sym("L")));
@@ -146,7 +159,9 @@ impl GemvSpec {
         let shape = |x: Dim, y: Dim| pl.iter().map(|_| Dim::new(1)).chain([x, y]).collect();
         let zero = if g.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let ty = TileType::new(g.sum, [bn.clone()]);
-        let init: Vec<TileId> = (0..self.vectors).map(|_| k.full(zero, ty.clone())).collect();
+        // Sums of one row after another, of a pair both.
+        let count = self.vectors * self.sums();
+        let init: Vec<TileId> = (0..count).map(|_| k.full(zero, ty.clone())).collect();
         let steps = depth.ceil_div(&bk);
         let (lo, hi) = match &ps {
             None => (Dim::new(0), steps),
@@ -158,43 +173,58 @@ impl GemvSpec {
         };
         let (var, sums) = k.begin_for("piece", lo, hi, &init);
         let k0 = var * &bk;
-        let w = k.load(b, at(k0.clone(), col0.clone()), shape(bk.clone(), bn.clone()));
-        let w = k.reshape(w, vec![bk.clone(), bn.clone()]);
+        let mut matrices = Vec::new();
+        for b in b {
+            let w = k.load(b, at(k0.clone(), col0.clone()), shape(bk.clone(), bn.clone()));
+            matrices.push(k.reshape(w, vec![bk.clone(), bn.clone()]));
+        }
         let sum = g.sum;
-        let product = func(&[g.operand, g.operand], |f, a| {
-            let (x, y) = (f.cast(a[0], sum), f.cast(a[1], sum));
-            f.op(Op::Mul, &[x, y])
-        });
+        let product = match g.operand {
+            DType::I8 | DType::U8 => byte_product(g.operand),
+            _ => func(&[g.operand, g.operand], |f, a| {
+                let (x, y) = (f.cast(a[0], sum), f.cast(a[1], sum));
+                f.op(Op::Mul, &[x, y])
+            }),
+        };
         let mut next = Vec::new();
-        for (i, sum) in sums.iter().enumerate() {
-            let x = k.load(a, at(Dim::new(i as i64), k0.clone()), shape(Dim::new(1), bk.clone()));
-            let x = k.reshape(x, vec![bk.clone()]);
-            let args = vec![k.plain(w), along(x, 0)];
-            let p = k.map(product.clone(), args, vec![bk.clone(), bn.clone()]);
-            let part = k.reduce(ReduceKind::Sum, p, 0, None);
-            let args = vec![k.plain(*sum), k.plain(part)];
-            next.push(k.map(Func::binary(Op::Add, g.sum), args, vec![bn.clone()]));
+        for (i, both) in sums.chunks(self.sums() as usize).enumerate() {
+            let mut rows = Vec::new();
+            for a in &a {
+                let row = at(Dim::new(i as i64), k0.clone());
+                let x = k.load(*a, row, shape(Dim::new(1), bk.clone()));
+                rows.push(k.reshape(x, vec![bk.clone()]));
+            }
+            for (which, sum) in both.iter().enumerate() {
+                let of = |list: &[TileId]| list[which.min(list.len() - 1)];
+                let args = vec![k.plain(of(&matrices)), along(of(&rows), 0)];
+                let p = k.map(product.clone(), args, vec![bk.clone(), bn.clone()]);
+                let part = k.reduce(ReduceKind::Sum, p, 0, None);
+                let args = vec![k.plain(*sum), k.plain(part)];
+                next.push(k.map(Func::binary(Op::Add, g.sum), args, vec![bn.clone()]));
+            }
         }
         let sums = k.end_for(&next);
-        for (i, sum) in sums.into_iter().enumerate() {
+        for (i, both) in sums.chunks(self.sums() as usize).enumerate() {
             let row = Dim::new(i as i64);
             let line = vec![Dim::new(1), bn.clone()];
             if let Some(ps) = &ps {
-                let out = k.reshape(sum, vec![Dim::new(1), Dim::new(1), bn.clone()]);
-                k.store(c, vec![ps.clone(), row, col0.clone()], out);
+                for (sum, parts) in both.iter().zip(&c) {
+                    let out = k.reshape(*sum, vec![Dim::new(1), Dim::new(1), bn.clone()]);
+                    k.store(*parts, vec![ps.clone(), row.clone(), col0.clone()], out);
+                }
                 continue;
             }
-            let mut args = vec![k.plain(sum)];
+            let mut args: Vec<Operand> = both.iter().map(|sum| k.plain(*sum)).collect();
             let mut more = |k: &mut KernelBuilder, tile| {
                 let tile = k.reshape(tile, vec![bn.clone()]);
                 args.push(Operand { tile, along: vec![0] });
             };
-            if let Some(p) = cols {
-                let t = k.load(p, vec![col0.clone()], vec![bn.clone()]);
+            for p in &cols {
+                let t = k.load(*p, vec![col0.clone()], vec![bn.clone()]);
                 more(&mut k, t);
             }
-            if let Some(p) = rows {
-                let t = k.load(p, vec![row.clone(), col0.clone()], line);
+            for p in &rows {
+                let t = k.load(*p, vec![row.clone(), col0.clone()], line.clone());
                 more(&mut k, t);
             }
             if let Some(p) = residual {
@@ -204,14 +234,33 @@ impl GemvSpec {
             }
             let out = k.map(e.func.clone(), args, vec![bn.clone()]);
             let out = k.reshape(out, shape(Dim::new(1), bn.clone()));
-            k.store(c, at(row, col0.clone()), out);
+            k.store(c[0], at(row, col0.clone()), out);
         }
         k.finish()
+    }
+
+    /// Sets of vectors, matrices, and sums for each result: two of a pair.
+    fn lefts(&self) -> i64 {
+        self.gemm.epilogue.pair.operands()[0]
+    }
+
+    fn rights(&self) -> i64 {
+        self.gemm.epilogue.pair.operands()[1]
+    }
+
+    fn sums(&self) -> i64 {
+        self.lefts().max(self.rights())
     }
 
     /// Whether lines of `B` run along the depth.
     fn deep(&self) -> bool {
         self.gemm.b == Order::Col
+    }
+
+    /// Products that one instruction adds to a sum: four of bytes along the depth.
+    fn summed_at_once(&self, vector: i64) -> i64 {
+        let bytes = matches!(self.gemm.operand, DType::I8 | DType::U8);
+        if bytes && self.deep() && vector % 4 == 0 { 4 } else { 1 }
     }
 
     fn operand_bytes(&self) -> i64 {
@@ -224,7 +273,8 @@ impl GemvSpec {
         let (line, lines_of) = if deep { (sizes.k, sizes.n) } else { (sizes.n, sizes.k) };
         let mut vector = sizes.vector.min(16 / self.operand_bytes()).max(1);
         // A run has sums of its own for every vector.
-        while vector > 1 && vector * self.vectors > SUMS - 24 {
+        let each_sum = self.vectors * self.sums();
+        while vector > 1 && vector * each_sum / self.summed_at_once(vector) > SUMS - 24 {
             vector /= 2;
         }
         let mut out = Vec::new();
@@ -238,8 +288,8 @@ impl GemvSpec {
                 }
                 for each in [8, 4, 2, 1] {
                     for runs in [1, 2, 4, 8] {
-                        let sums = each * runs * vector * self.vectors;
-                        let bytes = each * runs * vector * self.operand_bytes();
+                        let sums = each * runs * vector * each_sum / self.summed_at_once(vector);
+                        let bytes = each * runs * vector * self.operand_bytes() * self.rights();
                         let wide = runs > 1 && lanes * runs > runs_of;
                         let tall = each > 1 && threads / lanes * each > lines_of;
                         // Where an access is as wide as can be, more lines at once serve better than longer ones.
@@ -282,10 +332,14 @@ impl GemvSpec {
     /// Registers that a thread takes, roughly.
     fn registers(&self, form: &GemvForm) -> i64 {
         let held = form.each * form.runs * form.vector;
-        let matrix = held * self.operand_bytes() / 4;
+        let matrix = held * self.rights() * self.operand_bytes() / 4;
         let vectors = if self.deep() { form.runs * form.vector } else { form.each };
         let addresses = if form.vector * self.operand_bytes() < 16 { held } else { form.each };
-        24 + held * self.vectors + matrix + vectors * self.vectors.min(2) + addresses
+        let sums = held * self.vectors * self.sums() / self.summed_at_once(form.vector);
+        24 + sums
+            + matrix
+            + vectors * self.vectors.min(2) * self.lefts()
+            + addresses * self.rights()
     }
 
     /// Blocks that share a multiprocessor.
@@ -320,7 +374,9 @@ impl GemvSpec {
         let (bn, bk) = self.tile(form);
         let size = self.operand_bytes();
         let sms = f64::from(gpu.sms);
-        let vectors = self.vectors as f64;
+        // Of a pair two matrices go by, as if it were twice as wide, or twice as many vectors.
+        let vectors = (self.vectors * self.lefts()) as f64;
+        let rights = self.rights() as f64;
         let steps = ceil(ceil(sizes.k, bk), form.splits);
         let items = ceil(sizes.n, bn) * sizes.batch * form.splits;
         let slots = self.together(form) * i64::from(gpu.sms);
@@ -335,17 +391,21 @@ impl GemvSpec {
         };
         let shared = vectors * if size < 4 { 1.0 } else { 0.3 };
         let reuse = if self.deep() { form.each } else { form.vector * form.runs } as f64;
-        let instructions = 1.33 * vectors + widen + shared / reuse + 1.2;
+        let instructions = match self.summed_at_once(form.vector) {
+            // Of whole words: a quarter of each, and nothing is widened.
+            4 => 0.33 * vectors + 0.25 * shared / reuse + 0.3,
+            _ => 1.33 * vectors + widen + shared / reuse + 1.2,
+        };
         // A block asks for a piece, waits for it, and works on it: only other blocks of the multiprocessor ask
         // meanwhile.
-        let held = (form.each * form.runs * form.vector * form.threads) as f64;
+        let held = (form.each * form.runs * form.vector * form.threads) as f64 * rights;
         let work_us = held * instructions / 128.0 / clocks_per_us;
         let asked = active / sms * held * size as f64 / (LATENCY_US + 1.36 * work_us);
         let ceiling = STREAM_OVER_COPY * gpu.copy_bytes_per_s / 1e6 / sms;
         let rate = sms / (asked.powi(-4) + ceiling.powi(-4)).powf(0.25);
         // Bytes that all blocks read, edges included.
-        let bytes = (sizes.n * sizes.k * sizes.batch * size) as f64;
-        let padded = (items * steps * bn * bk * size) as f64;
+        let bytes = (sizes.n * sizes.k * sizes.batch * size) as f64 * rights;
+        let padded = (items * steps * bn * bk * size) as f64 * rights;
         // A last round of blocks that leaves multiprocessors idle.
         let rounds = items as f64 / slots as f64;
         let tail = if rounds <= 1.0 { 1.0 } else { 1.0 + 0.18 * (rounds.ceil() / rounds - 1.0) };
@@ -358,10 +418,11 @@ impl GemvSpec {
         let issue = 128.0 * clocks_per_us * active.min(sms);
         let arithmetic = padded / size as f64 * instructions / issue;
         // What a block does once: it starts, and combines its sums, beside other blocks.
-        let sums = form.each as f64 * vectors * if form.lanes > 32 { 0.045 } else { 0.021 };
+        let sums =
+            form.each as f64 * vectors * rights * if form.lanes > 32 { 0.045 } else { 0.021 };
         let combine = 0.3 + 0.3 * rounds.ceil() * (0.1 + sums) + 0.3 * rounds.min(1.0);
         let parts = if form.splits > 1 {
-            let bytes = (self.vectors * sizes.n * form.splits * 8) as f64;
+            let bytes = (self.vectors * self.sums() * sizes.n * form.splits * 8) as f64;
             SUM_STEP_US + SUM_PART_US * form.splits as f64 + bytes / gpu.copy_bytes_per_s * 1e6
         } else {
             0.0

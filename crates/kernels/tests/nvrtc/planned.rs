@@ -162,9 +162,9 @@ fn problems() -> Vec<(String, Problem)> {
             }
         }
     }
-    // Gated pairs, in both orders of weights.
+    // Gated pairs, in both orders of weights: also of few tokens.
     for kind in KINDS {
-        for sizes in FEW_SIZES {
+        for sizes in FEW_SIZES.iter().chain(&[(1, 14336, 4096, 1), (4, 14336, 4096, 1)]) {
             for orders in &ORDERS[..2] {
                 let (name, mut p) = make(kind, sizes, orders);
                 p.epilogue = swiglu(p.sum, p.result);
@@ -198,12 +198,18 @@ fn signature(step: &Step) -> String {
     format!("{}({})", step.kernel.name, params.join(", "))
 }
 
-/// The kernels of the first choice for each problem.
-fn entries_of(problems: &[(String, Problem)]) -> Vec<Entry> {
-    let gpu = Gpu::h200();
+/// The kernels of the first choice for each problem that the machine's tensor cores multiply.
+fn entries_of(gpu: &Gpu, problems: &[(String, Problem)]) -> Vec<Entry> {
     let mut entries = Vec::new();
     for (what, p) in problems {
-        let best = plan(p, &gpu, 1).unwrap_or_else(|e| panic!("{p:?}: {e}"));
+        let best = match plan(p, gpu, 1) {
+            Ok(best) => best,
+            // 8-bit floats came with Ada.
+            Err(e) if gpu.capability < 89 && e.message().contains("no instructions for f8") => {
+                continue;
+            }
+            Err(e) => panic!("{p:?}: {e}"),
+        };
         for step in &best[0].steps {
             let program =
                 lower(&step.kernel, &step.schedule).unwrap_or_else(|e| panic!("{p:?}: {e}"));
@@ -214,18 +220,31 @@ fn entries_of(problems: &[(String, Problem)]) -> Vec<Entry> {
     entries
 }
 
-#[test]
-fn kernels_of_plans_keep_to_their_resources() {
-    let problems = problems();
+/// The same, each different text once, planned on all processors.
+fn different(gpu: &Gpu, problems: &[(String, Problem)]) -> Vec<Entry> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let parts = problems.chunks(problems.len().div_ceil(threads));
     let all = std::thread::scope(|scope| {
-        let planners: Vec<_> = parts.map(|part| scope.spawn(|| entries_of(part))).collect();
+        let planners: Vec<_> = parts.map(|part| scope.spawn(|| entries_of(gpu, part))).collect();
         planners.into_iter().flat_map(|p| p.join().expect("a plan")).collect::<Vec<_>>()
     });
     let mut seen = BTreeSet::new();
-    let different: Vec<Entry> =
-        all.into_iter().filter(|e| seen.insert(e.source.text.clone())).collect();
+    all.into_iter().filter(|e| seen.insert(e.source.text.clone())).collect()
+}
+
+#[test]
+fn kernels_of_plans_keep_to_their_resources() {
+    let different = different(&Gpu::h200(), &problems());
     assert!(different.len() > 400, "{} different kernels", different.len());
     ratchet::keep_to("planned", &different);
+}
+
+/// Every fifth of the problems on Ampere, and every fifteenth on Ada: in step with none of the lists.
+#[test]
+fn kernels_of_plans_for_older_devices_keep_to_their_resources() {
+    let some = |every: usize| problems().into_iter().step_by(every).collect::<Vec<_>>();
+    let mut all = different(&Gpu::a100(), &some(5));
+    all.extend(different(&Gpu::rtx4090(), &some(15)));
+    assert!(all.len() > 100, "{} different kernels", all.len());
+    ratchet::keep_to("planned_older", &all);
 }

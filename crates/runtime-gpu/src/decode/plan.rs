@@ -282,11 +282,7 @@ impl DecodePlan {
         if !matches!(stored, DType::F32 | DType::F16 | DType::BF16) {
             return Err(Error::unsupported(format!("a decoder with weights in {stored}")));
         }
-        let arch = match gpu.capability {
-            90.. => Arch::Sm90a,
-            89 => Arch::Sm89,
-            _ => Arch::Sm80,
-        };
+        let arch = Arch::of_capability(gpu.capability);
         let sms = i64::from(gpu.sms);
         let mut b = Builder { decoder, options: *options, stored, regions: Vec::new() };
         let chunk_rows = if batch == 1 { MOST_ROWS } else { 0 };
