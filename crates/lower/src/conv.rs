@@ -71,6 +71,8 @@ impl Lowering<'_> {
         {
             let mut conv = conv;
             conv.w[1] = form.channels;
+            conv.w[2..].copy_from_slice(&form.geometry.kernel);
+            conv.geometry = form.geometry.clone();
             return self.by_taps(name, &conv, &dag, note, Some(form));
         }
         let unpadded = attrs.pads_lo.iter().chain(&attrs.pads_hi).all(|&p| p == 0);
