@@ -132,9 +132,6 @@ pub(crate) struct ModelArgs {
     /// Threads to use; 0 for all
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: usize,
-    /// Convolutions read their windows through the copy engine (GPUs only; has run with few images)
-    #[arg(long)]
-    pub(crate) windows: bool,
     /// Where it runs: cpu, cuda, or cuda:1 for the second GPU
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,

@@ -37,6 +37,9 @@ const KEPT_BYTES: i64 = 72 << 10;
 /// Bytes that a block keeps at most, and elements of a piece that a thread has.
 const KEPT_MOST: i64 = 200 << 10;
 const KEPT_EACH: i64 = 16;
+/// Loads of the plane from which a program is one of windows: its accesses are found in the first-level cache, and what
+/// varies along columns alone (weights) serves several rows.
+const MANY_PLANES: i64 = 3;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
 
@@ -217,8 +220,10 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                     if let Some(size) = a.extent.as_symbol() {
                         out.col_sizes.insert(size.clone(), extent);
                     }
-                    // What is stored once per column does not matter when columns are reduced.
-                    if row.is_some() || out.reduces != Some(Direction::Row) {
+                    // What is stored once per column does not matter when columns are reduced, nor where each thread
+                    // reads a plane many times.
+                    let many = out.reduces.is_none() && out.planes >= MANY_PLANES;
+                    if row.is_some() || out.reduces != Some(Direction::Row) && !many {
                         out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
                     }
                 }
@@ -431,6 +436,45 @@ impl Picker<'_> {
         Choice { threads, lanes, rows_each, runs_each: 1, cluster: 1 }
     }
 
+    /// Nothing is reduced, and every thread reads the plane and columns many times: a convolution of each channel.
+    fn is_windows(&self) -> bool {
+        let s = &self.s;
+        let many = s.planes >= MANY_PLANES && s.vectors >= s.planes;
+        s.reduces.is_none() && many && !s.turns && s.aligned >= s.vector
+    }
+
+    /// Threads that waste little of either direction: rows of an image are short, and channels few.
+    fn windows(&self) -> Choice {
+        let s = &self.s;
+        let only: Option<i64> = std::env::var("TW_DW_ROWS").ok().and_then(|v| v.parse().ok());
+        let (mut best, mut least) = (None, f64::INFINITY);
+        for threads in [256, 128] {
+            for rows_each in [2, 1] {
+                let mut lanes = power_of_two_from(self.runs).min(threads);
+                while lanes >= 1 {
+                    let choice = Choice { threads, lanes, rows_each, runs_each: 1, cluster: 1 };
+                    let (rows, cols) = choice.tile(s);
+                    let covered = (up(s.rows, rows) * rows * up(s.cols, cols) * cols) as f64;
+                    // Weights serve the rows of a thread together; sectors of memory have 32 bytes.
+                    let weights = if rows_each == 1 { 1.25 } else { 1.0 };
+                    let narrow = match lanes {
+                        1 => 1.4,
+                        2 | 3 => 1.1,
+                        _ => 1.0,
+                    };
+                    let few = if self.blocks(choice) < BLOCKS { 1.5 } else { 1.0 };
+                    let small = if threads < 256 { 1.02 } else { 1.0 };
+                    let cost = covered * weights * narrow * few * small;
+                    if cost < least && only.is_none_or(|n| n == rows_each) {
+                        (best, least) = (Some(choice), cost);
+                    }
+                    lanes /= 2;
+                }
+            }
+        }
+        best.unwrap_or_else(|| self.map())
+    }
+
     /// Nothing is reduced.
     fn map(&self) -> Choice {
         let (s, threads) = (&self.s, 256);
@@ -461,6 +505,11 @@ impl Picker<'_> {
     fn registers(&self, choice: Choice, early: bool) -> i64 {
         let s = &self.s;
         let each = choice.rows_each * choice.runs_each * s.vector;
+        if self.is_windows() {
+            // Sums, and what is loaded for one of the taps: the compiler orders the loads.
+            let times = std::env::var("TW_DW_REG").ok().and_then(|v| v.parse().ok()).unwrap_or(3);
+            return 40 + each * times;
+        }
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
         let single = each * planes + choice.runs_each * s.vector * s.vectors;
         // Of few elements, addresses are worked out as they are needed.
@@ -516,6 +565,7 @@ impl Picker<'_> {
                 let choice = self.with_room(choice);
                 self.clusters(choice, |cluster| Some(Choice { cluster, ..choice }))
             }
+            (None, _) if self.is_windows() => self.windows(),
             (None, _) => self.with_room(self.map()),
         };
         Some(choice)

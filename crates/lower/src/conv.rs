@@ -71,6 +71,8 @@ impl Lowering<'_> {
         {
             let mut conv = conv;
             conv.w[1] = form.channels;
+            conv.w[2..].copy_from_slice(&form.geometry.kernel);
+            conv.geometry = form.geometry.clone();
             return self.by_taps(name, &conv, &dag, note, Some(form));
         }
         let unpadded = attrs.pads_lo.iter().chain(&attrs.pads_hi).all(|&p| p == 0);
@@ -227,50 +229,91 @@ impl Lowering<'_> {
         let zero = crate::block::zero(dtype);
         let channel = stand.channel().clone();
         let along: Vec<usize> = channel.tile.iter().map(|_| tile_shape.len() - 1).collect();
-        // The taps are written out as one expression over their loads: sums stay in registers.
-        let mut args = Vec::new();
-        for tap in geometry.each_tap() {
-            let tap: Vec<Dim> = tap.iter().map(|&t| Dim::new(t)).collect();
-            let xt = stand.load(&mut k, xp, geometry, &tap, &channel, zero);
-            let mut index = vec![channel.start.clone(), Dim::new(0)];
-            index.extend(tap);
-            let mut load = vec![Dim::new(1); index.len()];
-            load[0] = Stand::len(&channel);
-            let wt = k.b.load(wparam, index, load);
-            let wt = k.b.reshape(wt, channel.tile.clone().into_iter().collect());
-            args.push(k.b.plain(xt));
-            args.push(Operand { tile: wt, along: along.clone() });
-        }
-        let types: Vec<DType> = (0..args.len()).map(|i| stored[i % 2]).collect();
-        let row_taps = geometry.kernel.last().map_or(1, |&k| k.max(1) as usize);
-        let sum = func(&types, |f, a| {
-            // One sum for each row of the window: they do not wait for each other.
-            let rows = a.chunks(2 * row_taps).map(|row| {
-                let mut total = None;
-                for pair in row.chunks(2) {
-                    let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
-                    total = Some(match total {
-                        None => f.op(ExprOp::Mul, &[x, w]),
-                        Some(total) => f.op(ExprOp::Fma, &[x, w, total]),
-                    });
-                }
-                total
-            });
-            let mut sums: Vec<ExprId> = rows.flatten().collect();
-            while sums.len() > 1 {
-                let pairs = sums.chunks(2);
-                sums = pairs
-                    .map(|p| match *p {
-                        [x, y] => f.op(ExprOp::Add, &[x, y]),
-                        _ => p[0],
-                    })
-                    .collect();
+        // What the outputs of this block see through some taps, and the weights of these.
+        let load = |k: &mut KernelParts, taps: &[Vec<Dim>]| -> Vec<Operand> {
+            let mut args = Vec::new();
+            for tap in taps {
+                let xt = stand.load(k, xp, geometry, tap, &channel, zero);
+                let mut index = vec![channel.start.clone(), Dim::new(0)];
+                index.extend(tap.iter().cloned());
+                let mut load = vec![Dim::new(1); index.len()];
+                load[0] = Stand::len(&channel);
+                let wt = k.b.load(wparam, index, load);
+                let wt = k.b.reshape(wt, channel.tile.clone().into_iter().collect());
+                args.push(k.b.plain(xt));
+                args.push(Operand { tile: wt, along: along.clone() });
             }
-            let total = sums.first().copied();
-            let total = total.unwrap_or_else(|| f.value(Value::Float(0.0), acc));
-            f.cast(total, dtype)
-        });
-        let result = k.b.map(sum, args, tile_shape);
+            args
+        };
+        let (outer, row_taps) = match geometry.kernel.split_last() {
+            Some((&last, outer)) => (outer, last.max(1)),
+            None => (&[][..], 1),
+        };
+        let result = if self.on_gpu() && !outer.is_empty() {
+            // A row of the window in each turn: registers for more are worth more as further blocks.
+            let mut sum = vec![k.b.full(zero, TileType::new(acc, tile_shape.clone()))];
+            let mut tap = Vec::new();
+            for &extent in outer {
+                let name = k.fresh("t");
+                let (var, inner) = k.b.begin_for(&name, Dim::new(0), Dim::new(extent), &sum);
+                tap.push(var);
+                sum = inner;
+            }
+            let row: Vec<Vec<Dim>> =
+                (0..row_taps).map(|t| [tap.as_slice(), &[Dim::new(t)]].concat()).collect();
+            let mut args = vec![k.b.plain(sum[0])];
+            args.extend(load(&mut k, &row));
+            let mut types = vec![acc];
+            types.extend((1..args.len()).map(|i| stored[(i - 1) % 2]));
+            let step = func(&types, |f, a| {
+                a[1..].chunks(2).fold(a[0], |total, pair| {
+                    let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
+                    f.op(ExprOp::Fma, &[x, w, total])
+                })
+            });
+            sum = vec![k.b.map(step, args, tile_shape)];
+            for _ in outer {
+                sum = k.b.end_for(&sum);
+            }
+            finish_acc(&mut k, sum[0], acc, dtype)
+        } else {
+            // The taps are written out as one expression over their loads: sums stay in registers.
+            let taps: Vec<Vec<Dim>> = geometry
+                .each_tap()
+                .into_iter()
+                .map(|tap| tap.into_iter().map(Dim::new).collect())
+                .collect();
+            let args = load(&mut k, &taps);
+            let types: Vec<DType> = (0..args.len()).map(|i| stored[i % 2]).collect();
+            let sum = func(&types, |f, a| {
+                // One sum for each row of the window: they do not wait for each other.
+                let rows = a.chunks(2 * row_taps as usize).map(|row| {
+                    let mut total = None;
+                    for pair in row.chunks(2) {
+                        let (x, w) = (f.cast(pair[0], acc), f.cast(pair[1], acc));
+                        total = Some(match total {
+                            None => f.op(ExprOp::Mul, &[x, w]),
+                            Some(total) => f.op(ExprOp::Fma, &[x, w, total]),
+                        });
+                    }
+                    total
+                });
+                let mut sums: Vec<ExprId> = rows.flatten().collect();
+                while sums.len() > 1 {
+                    let pairs = sums.chunks(2);
+                    sums = pairs
+                        .map(|p| match *p {
+                            [x, y] => f.op(ExprOp::Add, &[x, y]),
+                            _ => p[0],
+                        })
+                        .collect();
+                }
+                let total = sums.first().copied();
+                let total = total.unwrap_or_else(|| f.value(Value::Float(0.0), acc));
+                f.cast(total, dtype)
+            });
+            k.b.map(sum, args, tile_shape)
+        };
         let canon = canon(shape.len());
         let mut emit = Emit::new(dag, &canon, stand.pos.clone());
         give_anchor(&mut emit, result);

@@ -48,8 +48,7 @@ pub struct GpuCompiler {
     pub precision: Precision,
     /// Which operators become one kernel.
     pub fusion: Choice,
-    /// Convolutions read their windows through the copy engine, instead of copying them. Has run on a
-    /// device with one or two images.
+    /// Convolutions read their windows through the copy engine where it can, instead of copying them.
     pub windows: bool,
 }
 
@@ -82,7 +81,7 @@ pub struct GpuModel {
 impl GpuCompiler {
     /// For this GPU, in `f32`.
     pub fn new(machine: Machine) -> GpuCompiler {
-        GpuCompiler { machine, precision: Precision::F32, fusion: Choice::Fastest, windows: false }
+        GpuCompiler { machine, precision: Precision::F32, fusion: Choice::Fastest, windows: true }
     }
 
     /// Plans a graph.

@@ -41,7 +41,7 @@ const PRECISIONS: [Precision; 4] =
     [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16];
 
 fn plan(graph: &Graph, precision: Precision) -> GpuPlan {
-    plan_with(graph, precision, false)
+    plan_with(graph, precision, true)
 }
 
 fn plan_with(graph: &Graph, precision: Precision, windows: bool) -> GpuPlan {

@@ -24,7 +24,6 @@ fn load(args: &ModelArgs) -> Result<(Model, GpuModel)> {
     if args.no_fusion {
         compiler.fusion = Choice::Apart;
     }
-    compiler.windows = args.windows;
     compiler.precision = args.precision.parse().map_err(Error::user)?;
     let _progress = progress(format!("planning {}", model.graph.name));
     let planned = compiler.plan(model.graph.clone())?;

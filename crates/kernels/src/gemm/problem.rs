@@ -15,8 +15,8 @@ pub enum Precision {
 }
 
 /// Images of which `A` is read through windows: `m` counts outputs (over images, rows, columns), `k` taps times channels.
-/// `A` is the list of pixels, `leading` its distance between pixels; `B` is column-major with taps outermost: `[n, taps,
-/// channels]`, `leading` apart.
+/// `A` is the list of pixels, `leading` its distance between pixels, which may share memory; `B` is column-major with taps
+/// outermost: `[n, taps, channels]`, `leading` apart, taps an equal part of that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Images {
     /// Which windows.
@@ -160,6 +160,7 @@ impl Problem {
             let whole = i.windows.count() > 0
                 && self.k % i.windows.count() == 0
                 && self.m == i.count * rows * cols
+                && self.leading.1 % i.windows.count() == 0
                 && (self.order.0, self.order.1, self.batch) == (Order::Row, Order::Col, 1);
             if !whole || i.size.iter().chain(&i.outputs).any(|n| *n < 1) {
                 return Err(Error::user(format!("{i:?} do not make {} outputs", self.m)));
@@ -172,7 +173,9 @@ impl Problem {
         ];
         for (name, order, rows, cols, leading) in lines {
             let line = if order == Order::Row { cols } else { rows };
-            if leading < line || leading > i64::from(i32::MAX) {
+            // Neighbouring windows may share memory.
+            let overlaps = name == "A" && self.images.is_some() && leading > 0;
+            if leading < line && !overlaps || leading > i64::from(i32::MAX) {
                 return Err(Error::user(format!(
                     "leading dimension {leading} of {name}: lines have {line} elements"
                 )));

@@ -197,7 +197,7 @@ impl Windows {
 /// between batches. Of a pair the second operand, `A2` or `B2`, lies as the first, and `epilogue` reads both sums.
 ///
 /// With `windows` the sum runs over taps, and over channels within: `K` counts channels, `B` is `[taps, K, N]` with
-/// taps `K` apart, `A` is `[R, K]`, the pixels of images of `H` by `W` (row-major, not batched), and outputs are `P` by `Q`.
+/// taps an equal part of `ldb` apart, `A` is `[R, K]`, the pixels of images of `H` by `W` (row-major, not batched), and outputs are `P` by `Q`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct GemmSpec {
     /// Type of the operands.
@@ -380,7 +380,9 @@ impl GemmSpec {
         let a = operand("A", pair == Pair::Left, a_layout);
         let mut b_layout = matrix("K", "N", self.b, "ldb", batch("sb"));
         if let Some(w) = &self.windows {
-            let taps = Axis { extent: Dim::new(w.count()), stride: depth.clone(), block: None };
+            let count = Dim::new(w.count());
+            let stride = Dim::sym("ldb").floor_div(&count);
+            let taps = Axis { extent: count, stride, block: None };
             b_layout.axes.insert(0, taps);
         }
         let b = operand("B", pair == Pair::Right, b_layout);

@@ -463,8 +463,9 @@ fn split_axis(dag: &mut Dag, axis: usize, outer: i64, inner: i64) {
         layout.axes.splice(axis..=axis, [part(outer, inner), part(inner, 1)]);
     };
     for node in &mut dag.nodes {
+        // Along a single element nothing varies: such an axis merges with ones along which the node is the same.
         let varies = node.axes[axis];
-        node.axes.insert(axis, varies);
+        node.axes.splice(axis..=axis, [varies && outer != 1, varies && inner != 1]);
         if let DagOp::Ext(ext) = &mut node.op {
             split(&mut ext.layout);
             if let Some(shift) = &mut ext.shift {
