@@ -9,7 +9,8 @@ use tilewright_expr::Func;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, run};
 use tilewright_kernels::decode::{
-    AT, AttentionParts, Draw, Ending, Rows, Scheduled, VectorProduct, advance, embed, pick, pieces,
+    AT, AttentionParts, Draw, DrawPlace, Ending, Rows, Scheduled, VectorProduct, advance, embed,
+    pick, pieces,
 };
 use tilewright_layout::Env;
 use tilewright_lower_gpu::lower;
@@ -317,20 +318,39 @@ fn drawn_tokens_are_those_of_the_running_sum() {
         let sharp = 1.25;
         let knobs = [sharp, top_k.unwrap_or(0) as f64, top_p.unwrap_or(1.0), 0.0];
         let random = [9.0, 9.0, 9.0, 9.0, u[0], u[1], 9.0, 9.0];
-        let mut buffers = vec![
-            bytes(DType::F32, &logits),
-            bytes(DType::F32, &knobs),
-            bytes(DType::F32, &random),
-            ints(&[0, 0]),
-            ints(&[-1; 8]),
-        ];
         let draw = Draw {
             rows,
             vocabulary: vocabulary as i64,
             top_k: top_k.is_some(),
             top_p: top_p.is_some(),
         };
-        on_device(&draw.scheduled(Arch::Sm90a).unwrap(), 1, &mut buffers);
+        let mut memory = vec![
+            bytes(DType::F32, &logits),
+            bytes(DType::F32, &knobs),
+            bytes(DType::F32, &random),
+            ints(&[0, 0]),
+            ints(&[-1; 8]),
+        ];
+        for (_, extents) in draw.memory() {
+            memory.push(vec![0xFF; 4 * extents.iter().product::<i64>() as usize]);
+        }
+        let place = |p: &DrawPlace| match p {
+            DrawPlace::Logits => 0,
+            DrawPlace::Knobs => 1,
+            DrawPlace::Random => 2,
+            DrawPlace::Tokens => 3,
+            DrawPlace::History => 4,
+            DrawPlace::Own(i) => 5 + i,
+        };
+        for step in draw.steps() {
+            let scheduled = (step.make)(&draw, Arch::Sm90a).unwrap();
+            let mut buffers: Vec<Vec<u8>> =
+                step.operands.iter().map(|p| memory[place(p)].clone()).collect();
+            on_device(&scheduled, 1, &mut buffers);
+            for (p, bytes) in step.operands.iter().zip(buffers) {
+                memory[place(p)] = bytes;
+            }
+        }
         let mut wanted = Vec::new();
         for (logits, u) in logits.chunks(vocabulary).zip(u) {
             let weight = |v: f64| (v * sharp).exp();
@@ -354,6 +374,6 @@ fn drawn_tokens_are_those_of_the_running_sum() {
             });
             wanted.push(*token.unwrap() as i64);
         }
-        assert_eq!(buffers[3], ints(&wanted), "{top_k:?} {top_p:?}: {wanted:?}");
+        assert_eq!(memory[3], ints(&wanted), "{top_k:?} {top_p:?}: {wanted:?}");
     }
 }

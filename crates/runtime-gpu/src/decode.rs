@@ -13,10 +13,12 @@
 mod device;
 mod host;
 mod plan;
+mod prompt;
 
 pub use device::DeviceDecoder;
 pub use host::HostDecoder;
 pub use plan::{DecodeOptions, DecodePlan, DecodeStep, Region};
+pub use prompt::PromptPlan;
 
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
@@ -48,6 +50,12 @@ pub trait DecodeMachine {
     /// # Errors
     /// The device's.
     fn run(&mut self, which: Which) -> Result<()>;
+    /// Puts keys and values of these tokens into the cache, one prompt per sequence, from position 0 on. Says whether it did:
+    /// a plan need not have a way to do it at once.
+    ///
+    /// # Errors
+    /// The device's.
+    fn prompt(&mut self, prompts: &[Vec<i64>]) -> Result<bool>;
 }
 
 /// How tokens are chosen.
@@ -164,6 +172,14 @@ impl<M: DecodeMachine> Decoding<M> {
         self.room(self.position, length as i64)?;
         prompts.iter().try_for_each(|p| self.known(p))?;
         let mut at = 0;
+        if self.position == 0 && length as i64 > prompt::FROM {
+            let but_last: Vec<Vec<i64>> =
+                prompts.iter().map(|p| p[..length - 1].to_vec()).collect();
+            if self.machine.prompt(&but_last)? {
+                at = length - 1;
+                self.move_to(at as i64)?;
+            }
+        }
         let chunk = self.plan.chunk_rows as usize;
         while chunk > 0 && at + chunk < length {
             let tokens = ints(&prompts[0][at..at + chunk])?;

@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use tilewright_base::{Error, Result};
 use tilewright_cuda::{Buffer, Stream};
+use tilewright_data::Tensor;
 use tilewright_launch::{BoundKernel, Loader, Operand, first_that_works};
 use tilewright_layout::Env;
 use tilewright_plan::arena::{Live, plan_arena};
@@ -27,14 +28,33 @@ pub struct Direct {
     plan: Plan,
     loader: Arc<Loader>,
     chooser: Mutex<Chooser>,
-    constants: Buffer,
-    constant_at: Vec<usize>,
+    /// Held for its addresses.
+    _constants: Buffer,
+    /// Addresses.
+    constant_at: Vec<u64>,
     /// By the values of the plan's symbols. Looked up only, never iterated.
     fitted: Mutex<HashMap<Vec<i64>, Arc<Fitted>>>,
 }
 
 /// How many sizes are remembered; then all are forgotten (compiled kernels stay).
 const MAX_FITTED: usize = 1024;
+
+/// Where a constant lies.
+enum Fixed {
+    /// In memory of the plan's own, from this byte.
+    Here(usize),
+    /// At an address of others.
+    There(u64),
+}
+
+impl Fixed {
+    fn address(self, start: u64) -> u64 {
+        match self {
+            Fixed::Here(at) => start + at as u64,
+            Fixed::There(address) => address,
+        }
+    }
+}
 
 /// Where an operand lies.
 #[derive(Clone, Copy)]
@@ -68,10 +88,32 @@ impl Direct {
     /// # Errors
     /// When they do not fit its memory.
     pub fn new(plan: Plan, loader: Arc<Loader>, machine: Gpu) -> Result<Direct> {
+        Direct::with_known(plan, loader, machine, &|_| None)
+    }
+
+    /// The same, where some constants are on the device already: `known` says at which address, for those that lie
+    /// row-major. They stay there as long as this is used.
+    ///
+    /// # Errors
+    /// As [`Direct::new`].
+    pub fn with_known(
+        plan: Plan,
+        loader: Arc<Loader>,
+        machine: Gpu,
+        known: &dyn Fn(&Tensor) -> Option<u64>,
+    ) -> Result<Direct> {
         let stream = loader.gpu().stream()?;
         let (mut total, mut constant_at) = (0usize, Vec::new());
         for (_, buffer) in plan.buffers.iter() {
-            constant_at.push(total);
+            if let Storage::Const(tensor) = &buffer.storage
+                && tensor.dtype() == buffer.dtype
+                && buffer.layout.is_row_major()
+                && let Some(address) = known(tensor)
+            {
+                constant_at.push(Fixed::There(address));
+                continue;
+            }
+            constant_at.push(Fixed::Here(total));
             if let Storage::Const(tensor) = &buffer.storage {
                 let bytes = buffer.dtype.bytes_for(tensor.len()).unwrap_or(usize::MAX / 2);
                 total = total.saturating_add(bytes).next_multiple_of(ALIGNED as usize);
@@ -79,13 +121,24 @@ impl Direct {
         }
         let constants = stream.alloc(total)?;
         for (id, buffer) in plan.buffers.iter() {
-            if let Some(tensor) = constant(buffer)? {
-                constants.write_at(&stream, constant_at[id.index()], tensor.bytes())?;
+            if let Fixed::Here(at) = constant_at[id.index()]
+                && let Some(tensor) = constant(buffer)?
+            {
+                constants.write_at(&stream, at, tensor.bytes())?;
             }
         }
         stream.synchronize()?;
+        let start = constants.address();
+        let constant_at = constant_at.into_iter().map(|place| place.address(start)).collect();
         let chooser = Mutex::new(Chooser::new(machine));
-        Ok(Direct { plan, loader, chooser, constants, constant_at, fitted: Mutex::default() })
+        Ok(Direct {
+            plan,
+            loader,
+            chooser,
+            _constants: constants,
+            constant_at,
+            fitted: Mutex::default(),
+        })
     }
 
     /// The plan.
@@ -142,15 +195,23 @@ impl Direct {
                     Storage::Input(i) => Place::Input(i, offset),
                     Storage::Output(i) => Place::Output(i, offset),
                     Storage::Arena => Place::Scratch(offsets[id.index()] as u64 + offset),
-                    Storage::Const(_) => {
-                        let start = self.constants.address() + self.constant_at[id.index()] as u64;
-                        Place::Fixed(start + offset)
-                    }
+                    Storage::Const(_) => Place::Fixed(self.constant_at[id.index()] + offset),
                 };
                 (place, (bound.bytes[id.index()] as u64).saturating_sub(offset))
             }
         };
         let (mut steps, mut schedules) = (Vec::new(), Vec::new());
+        // What is tried first is compiled on all processors; below it is only looked up.
+        let mut first: Vec<tilewright_device::Program> = Vec::new();
+        for step in &bound.steps {
+            let BoundStep::Device { choice, .. } = step else { continue };
+            for launch in choice.ways.iter().take(1).flat_map(|way| &way.launches) {
+                if !first.contains(&launch.program) {
+                    first.push((*launch.program).clone());
+                }
+            }
+        }
+        drop(self.loader.load_all(&first));
         for step in &bound.steps {
             let BoundStep::Device { args, choice, .. } = step else { continue };
             let load = |launch: &Launch| {

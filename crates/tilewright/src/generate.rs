@@ -4,7 +4,7 @@
 //! tokens are chosen on the host. On a GPU everything stays on the device ([`GpuGenerator`]). Both choose tokens by the
 //! same rule from the same random numbers ([`choose`], [`random_numbers`]).
 
-use crate::gpu::GpuDevice;
+use crate::gpu::{GpuCompiler, GpuDevice};
 use crate::verify::{Report, deviation};
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use tilewright_import::hf::{self, LoadOptions};
 use tilewright_interp::{Mode, Options, philox4x32_10, run_with};
 use tilewright_plan::Decoder;
 use tilewright_runtime_gpu::decode::{
-    DecodeMachine, DecodeOptions, DecodePlan, Decoding, DeviceDecoder, HostDecoder,
+    DecodeMachine, DecodeOptions, DecodePlan, Decoding, DeviceDecoder, HostDecoder, PromptPlan,
 };
 use tilewright_target::Gpu as Machine;
 
@@ -263,7 +263,8 @@ impl GpuGeneratorPlan {
             random_weights: options.random_weights,
             ..LoadOptions::default()
         };
-        let decoder: Decoder = hf::load_decoder(dir, &load)?;
+        let (decoder, prompt): (Decoder, _) =
+            hf::load_decoder_and_prompt(dir, &load, options.max_length)?;
         let limits = |s: Sampling| (s.top_k.is_some(), s.top_p.is_some());
         let options = DecodeOptions {
             batch: options.batch,
@@ -271,7 +272,14 @@ impl GpuGeneratorPlan {
             stored: options.stored,
             draw: options.sampling.map(limits),
         };
-        let plan = Arc::new(DecodePlan::new(&decoder, &machine, &options)?);
+        let mut plan = DecodePlan::new(&decoder, &machine, &options)?;
+        let same = options.stored.is_none_or(|t| t == decoder.table.dtype());
+        if let Some(graph) = prompt.filter(|_| same) {
+            let compiler = GpuCompiler::new(machine.clone());
+            let planned = compiler.plan(graph)?.plan().clone();
+            plan.prompt = Some(PromptPlan { plan: planned, machine: machine.clone() });
+        }
+        let plan = Arc::new(plan);
         Ok(GpuGeneratorPlan { plan, machine })
     }
 

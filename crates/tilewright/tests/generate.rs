@@ -91,6 +91,40 @@ fn prompts_in_chunks_give_what_single_tokens_give() {
 }
 
 #[test]
+fn a_long_prompt_at_once_gives_what_chunks_give() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("prompt_decoder");
+    std::fs::create_dir_all(&folder).unwrap();
+    let config = r#"{"architectures": ["MistralForCausalLM"], "model_type": "mistral", "dtype": "bfloat16",
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "hidden_size": 64,
+        "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "vocab_size": 50, "sliding_window": null, "tie_word_embeddings": true}"#;
+    std::fs::write(folder.join("config.json"), config).unwrap();
+    let options = GpuGeneratorOptions { random_weights: Some(3), ..options(1, 80, None) };
+    let plan = GpuGeneratorPlan::open(&folder, Gpu::h200(), &options).unwrap();
+    assert!(plan.plan().prompt.is_some());
+    let prompt: Vec<i64> = (0..66).map(|i| (i * i * 7 + 1) % 50).collect();
+    let mut whole = plan.interpreted().unwrap();
+    let logits = |g: &mut tilewright::generate::GpuGenerator<HostDecoder>| {
+        g.decoding().logits().unwrap().to_f64s()
+    };
+    whole.decoding().start(None, &[]).unwrap();
+    whole.decoding().prompt(&[prompt.clone()]).unwrap();
+    assert_eq!(whole.decoding().position(), 66);
+    // Short prompts go in chunks of eight.
+    let mut single = plan.interpreted().unwrap();
+    single.decoding().start(None, &[]).unwrap();
+    for part in [&prompt[..49], &prompt[49..]] {
+        single.decoding().prompt(&[part.to_vec()]).unwrap();
+    }
+    let (got, wanted) = (logits(&mut whole), logits(&mut single));
+    let most = wanted.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+    for (g, w) in got.iter().zip(&wanted) {
+        // Activations of the one are rounded to bf16, of the other they are f32.
+        assert!((g - w).abs() <= 0.03 * most, "{g}, not {w}");
+    }
+}
+
+#[test]
 fn drawn_tokens_follow_the_seed_and_end_where_they_should() {
     let sampling = Sampling { temperature: 0.8, top_k: Some(9), top_p: Some(0.9) };
     let [prompts, _] = expected("qwen2");

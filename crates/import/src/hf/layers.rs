@@ -30,6 +30,8 @@ pub(crate) struct Net {
     most_tokens: i64,
     /// Tokens whose keys and values are remembered, in a model with a cache; see [`Net::with_cache`].
     past: Option<Dim>,
+    /// There are none before the first step.
+    prompt: bool,
     /// Keys and values of all tokens so far, to be outputs.
     present: Vec<(String, ValueId)>,
     loaded: BTreeMap<String, ValueId>,
@@ -63,6 +65,7 @@ impl Net {
             seq: Dim::new(1),
             most_tokens: 1,
             past: None,
+            prompt: false,
             present: Vec::new(),
             loaded: BTreeMap::new(),
             cast: BTreeMap::new(),
@@ -73,8 +76,11 @@ impl Net {
 
     /// Makes it a step of generation: keys and values of `P` earlier tokens are inputs, those of all tokens are outputs,
     /// only the last position's result is computed, and there is no padding.
-    pub(crate) fn with_cache(&mut self) {
+    ///
+    /// In the first step, of a `prompt`, there are no earlier tokens, and keys and values are all that is asked for.
+    pub(crate) fn with_cache(&mut self, prompt: bool) {
         self.past = Some(Dim::new(0));
+        self.prompt = prompt;
     }
 
     /// Whether the model can remember; families that cannot are refused.
@@ -258,7 +264,7 @@ impl Net {
     pub(crate) fn declare_tokens(&mut self, most: i64) {
         self.most_tokens = most;
         self.seq = self.b.symbol("S", Range { min: 1, max: most });
-        if self.past.is_some() {
+        if self.past.is_some() && !self.prompt {
             self.past = Some(self.b.symbol("P", Range { min: 0, max: most - 1 }));
         }
     }
@@ -284,11 +290,13 @@ impl Net {
     ) -> Result<()> {
         let Some(past) = self.past.clone() else { return Ok(()) };
         for (value, name) in [(k, "key"), (v, "value")] {
-            let shape = [self.batch.clone(), Dim::new(heads), past.clone(), Dim::new(width)];
-            let ty = TensorType::new(self.compute, shape);
-            let old = self.b.input(format!("past_key_values.{layer}.{name}"), ty);
             self.b.set_origin(format!("present.{layer}.{name}"));
-            *value = self.b.op(Op::Concat(2), &[old, *value])?;
+            if !self.prompt {
+                let shape = [self.batch.clone(), Dim::new(heads), past.clone(), Dim::new(width)];
+                let ty = TensorType::new(self.compute, shape);
+                let old = self.b.input(format!("past_key_values.{layer}.{name}"), ty);
+                *value = self.b.op(Op::Concat(2), &[old, *value])?;
+            }
             self.present.push((format!("present.{layer}.{name}"), *value));
         }
         Ok(())
@@ -304,7 +312,9 @@ impl Net {
 
     /// Declares the output, and the cache behind it.
     pub(crate) fn outputs_with_cache(&mut self, name: &str, value: ValueId) {
-        self.b.output(name, value);
+        if !self.prompt {
+            self.b.output(name, value);
+        }
         for (name, value) in self.present.clone() {
             self.b.output(&name, value);
         }

@@ -48,6 +48,8 @@ pub struct LoadOptions {
     /// A step of generation: keys and values of `P` earlier tokens come in as `past_key_values.0.key` and so on, all
     /// `[B,heads,P,width]`; those of all tokens go out as `present.0.key`, and `logits` are those of the last position.
     pub cache: bool,
+    /// With `cache`: the first step. Nothing comes in beside tokens, and nothing but `present.0.key` and so on goes out.
+    pub prompt: bool,
     /// No files of weights: random ones of this seed, in the type that the configuration states (or bf16).
     pub random_weights: Option<u64>,
 }
@@ -59,6 +61,7 @@ impl Default for LoadOptions {
             max_batch: 1024,
             max_tokens: 32768,
             cache: false,
+            prompt: false,
             random_weights: None,
         }
     }
@@ -259,6 +262,31 @@ fn stated_type(config: &Config) -> DType {
 /// # Errors
 /// The user's about the files; unsupported for what is no decoder of the kind of Llama.
 pub fn load_decoder(dir: &Path, options: &LoadOptions) -> Result<Decoder> {
+    load_parts(dir, options, |_| None).map(|(decoder, _)| decoder)
+}
+
+/// The same with the graph of its first step ([`LoadOptions::prompt`]) of up to `most_tokens`, over the same weights and in
+/// their type, where that has 16 bits.
+///
+/// # Errors
+/// As [`load_decoder`].
+pub fn load_decoder_and_prompt(
+    dir: &Path,
+    options: &LoadOptions,
+    most_tokens: i64,
+) -> Result<(Decoder, Option<Graph>)> {
+    load_parts(dir, options, |decoder| {
+        let compute = decoder.table.dtype();
+        let small = compute.is_float() && compute.bits() == 16;
+        small.then(|| LoadOptions { compute, max_tokens: most_tokens, ..options.clone() })
+    })
+}
+
+fn load_parts(
+    dir: &Path,
+    options: &LoadOptions,
+    graph_options: impl Fn(&Decoder) -> Option<LoadOptions>,
+) -> Result<(Decoder, Option<Graph>)> {
     let load = || {
         let mut config = Config::open(dir)?;
         let (family, _, task) = recognise(&config)?;
@@ -269,7 +297,11 @@ pub fn load_decoder(dir: &Path, options: &LoadOptions) -> Result<Decoder> {
             Some(seed) => Weights::random(seed, stated_type(&config)),
             None => Weights::open(dir)?,
         };
-        llama::decoder(&mut config, &mut weights, options, family.model_type)
+        let decoder = llama::decoder(&mut config, &mut weights, options, family.model_type)?;
+        let Some(options) = graph_options(&decoder) else { return Ok((decoder, None)) };
+        let options = LoadOptions { cache: true, prompt: true, ..options };
+        let model = build(Config::open(dir)?, || Ok(weights), &options)?;
+        Ok((decoder, Some(model.graph)))
     };
     load().context(|| format!("loading the model in `{}`", dir.display()))
 }
@@ -295,7 +327,7 @@ fn build(
     let (family, architecture, task) = recognise(&config)?;
     let mut net = Net::new(&architecture, weights()?, options.compute, options.max_batch);
     if options.cache {
-        net.with_cache();
+        net.with_cache(options.prompt);
     }
     let mut summary = (family.build)(&mut config, &mut net, task, options)?;
     net.check()?;

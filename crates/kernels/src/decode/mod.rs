@@ -20,12 +20,16 @@
 //! same kernels read a prompt. A weight is read once for all rows.
 
 mod attention;
+mod draw;
+mod keep;
 mod product;
 mod sample;
 
 pub use attention::AttentionParts;
+pub use draw::{Draw, DrawPlace, DrawStep};
+pub use keep::keep;
 pub use product::{Ending, Form, VectorProduct};
-pub use sample::{Draw, advance, embed, pick, pieces};
+pub use sample::{advance, embed, pick, pieces};
 
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;

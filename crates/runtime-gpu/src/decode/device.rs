@@ -1,8 +1,9 @@
 //! [`DeviceDecoder`]: a plan on a device.
 
+use super::prompt::Prompt;
 use super::{DecodeMachine, DecodePlan, DecodeStep, Which};
 use std::sync::Arc;
-use tilewright_base::{Error, Result, ResultExt};
+use tilewright_base::{Error, Kind, Result, ResultExt};
 use tilewright_cuda::{Buffer, GraphExec, Stream};
 use tilewright_launch::{BoundKernel, Loader, Operand};
 
@@ -26,6 +27,7 @@ pub struct DeviceDecoder {
     starts: Vec<usize>,
     token: Ready,
     chunk: Ready,
+    prompt: Option<Prompt>,
     /// Why a step is not recorded.
     warnings: Vec<String>,
 }
@@ -70,10 +72,15 @@ impl DeviceDecoder {
             starts,
             token: empty(),
             chunk: empty(),
+            prompt: None,
             warnings: Vec::new(),
         };
         this.token = this.ready(&plan.token, graphs)?;
         this.chunk = this.ready(&plan.chunk, graphs)?;
+        if let Some(prompt) = &plan.prompt {
+            let address = |region: usize| this.operand(region).address;
+            this.prompt = Some(Prompt::new(&plan, prompt, this.loader.clone(), &address)?);
+        }
         Ok(this)
     }
 
@@ -161,6 +168,19 @@ impl DecodeMachine for DeviceDecoder {
         let mut bytes = vec![0; self.plan.regions[region].bytes];
         self.state.read_at(&self.stream, self.starts[region], &mut bytes)?;
         Ok(bytes)
+    }
+
+    fn prompt(&mut self, prompts: &[Vec<i64>]) -> Result<bool> {
+        let Some(prompt) = &self.prompt else { return Ok(false) };
+        let operand = |region: usize| self.operand(region);
+        match prompt.run(&self.plan, prompts, (&self.loader, &self.stream), &operand) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == Kind::Unsupported => {
+                self.warnings.push(format!("the prompt goes token by token: {error}"));
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn run(&mut self, which: Which) -> Result<()> {

@@ -44,6 +44,13 @@ impl DecodeMachine for HostDecoder {
         Ok(self.memory[region].clone())
     }
 
+    fn prompt(&mut self, prompts: &[Vec<i64>]) -> Result<bool> {
+        let plan = self.plan.clone();
+        let Some(prompt) = &plan.prompt else { return Ok(false) };
+        super::prompt::interpreted(&plan, prompt, prompts, &mut self.memory)?;
+        Ok(true)
+    }
+
     fn run(&mut self, which: Which) -> Result<()> {
         let plan = self.plan.clone();
         let steps = if which == Which::Token { &plan.token } else { &plan.chunk };

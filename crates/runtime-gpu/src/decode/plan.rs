@@ -6,8 +6,8 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
 use tilewright_device::{Arch, Program};
 use tilewright_kernels::decode::{
-    AT, AttentionParts, Draw, Ending, MOST_ROWS, Rows, Scheduled, VectorProduct, activation,
-    advance, embed, pick, pieces,
+    AT, AttentionParts, Draw, DrawPlace, DrawStep, Ending, MOST_ROWS, Rows, Scheduled,
+    VectorProduct, activation, advance, embed, keep, pick, pieces,
 };
 use tilewright_layout::Env;
 use tilewright_lower_gpu::lower;
@@ -77,6 +77,12 @@ pub struct DecodePlan {
     pub token: Vec<DecodeStep>,
     /// A chunk of a prompt.
     pub chunk: Vec<DecodeStep>,
+    /// A whole prompt, if the model has a plan for that.
+    pub prompt: Option<super::PromptPlan>,
+    /// Keys and values of each layer.
+    pub(super) caches: Vec<[usize; 2]>,
+    /// Puts keys or values of a prompt into the cache.
+    pub(super) keep: Program,
     pub(super) at: usize,
     pub(super) tokens: usize,
     pub(super) chunk_tokens: usize,
@@ -314,6 +320,13 @@ impl DecodePlan {
         let count = (vocabulary + 1023) / 1024;
         let best = b.memory("best", &[batch, count], f32s)?;
         let which = b.memory("which", &[batch, count], DType::I32)?;
+        let mut drawing = Vec::new();
+        if let Some((top_k, top_p)) = options.draw {
+            let draw = Draw { rows: Rows { batch, new: 1, positions }, vocabulary, top_k, top_p };
+            for (name, extents) in draw.memory() {
+                drawing.push(b.memory(name, &extents, f32s)?);
+            }
+        }
         let attention = |rows: Rows| AttentionParts {
             rows,
             heads,
@@ -434,8 +447,18 @@ impl DecodePlan {
             }
             Some((top_k, top_p)) => {
                 let draw = Draw { rows, vocabulary, top_k, top_p };
-                let operands = vec![logits, knobs, random, tokens, history];
-                steps.launch("draw", &|| draw.scheduled(arch), operands, 0)?;
+                for DrawStep { label, make, operands } in draw.steps() {
+                    let region = |place: DrawPlace| match place {
+                        DrawPlace::Logits => logits,
+                        DrawPlace::Knobs => knobs,
+                        DrawPlace::Random => random,
+                        DrawPlace::Tokens => tokens,
+                        DrawPlace::History => history,
+                        DrawPlace::Own(i) => drawing[i],
+                    };
+                    let operands = operands.into_iter().map(region).collect();
+                    steps.launch(label, &|| make(&draw, arch), operands, 0)?;
+                }
             }
         }
         steps.launch("advance", &|| advance(1, arch), vec![at], 0)?;
@@ -449,6 +472,7 @@ impl DecodePlan {
             steps.launch("advance", &|| advance(chunk_rows, arch), vec![at], 0)?;
         }
         let chunk = steps.out;
+        let kept = keep(&rows, kv_heads, width, stored, arch);
         Ok(DecodePlan {
             batch,
             positions,
@@ -457,6 +481,9 @@ impl DecodePlan {
             regions,
             token,
             chunk,
+            prompt: None,
+            caches: layers.iter().map(|l| [l.keys, l.values]).collect(),
+            keep: lower(&kept.kernel, &kept.schedule)?,
             at,
             tokens,
             chunk_tokens,
