@@ -4,10 +4,12 @@
 //! when all are on their way; the number of accesses in flight is what memory bandwidth needs.
 
 use crate::memory_type;
-use crate::stmts::{Printer, constant};
+use crate::stmts::{Printer, constant, visit};
+use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_device::{Extent, FragRef, ShelfRef};
+use tilewright_device::{Extent, FragRef, ShelfRef, Stmt};
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::ParamId;
@@ -39,6 +41,22 @@ fn times(text: &str, step: i64) -> String {
 }
 
 impl Printer<'_> {
+    /// Whether coordinates depend on the item of the grid: on what the program names once.
+    fn follows_item(&self, at: &[Dim]) -> bool {
+        let mut symbols = BTreeSet::new();
+        let mut note = |name: &Arc<str>| {
+            symbols.insert(name.clone());
+        };
+        at.iter().for_each(|d| d.for_each_symbol(&mut note));
+        let mut found = false;
+        for role in &self.program.roles {
+            visit(&role.body, &mut |stmt| {
+                found |= matches!(stmt, Stmt::Let { name, .. } if symbols.contains(name));
+            });
+        }
+        found
+    }
+
     /// Where the elements of a tile (or a vector of it) lie: what must be computed first, the condition that
     /// register `i` is inside, and its address. `picked` gives the text of data that is added to a coordinate.
     fn place(
@@ -184,13 +202,13 @@ impl Printer<'_> {
             lets.iter().for_each(|text| self.line(&format!("  {text}")));
             self.line("#pragma unroll");
             self.line(&format!("for (int i = 0; i < {count}; i += {vector}) {{"));
-            self.line(&format!("  tw::Run<{ty}, {vector}> run;"));
+            self.line(&format!("  tw::RunWords<{ty}, {vector}> run;"));
             if vector == 1 {
-                self.line(&format!("  run.at[0] = tw::narrow_to<{ty}>::from({});", registers[0]));
+                self.line(&format!("  run.run.at[0] = tw::narrow_to<{ty}>::from({});", registers[0]));
             } else {
                 for (k, pair) in registers.chunks(2).enumerate() {
                     self.line(&format!(
-                        "  tw::set_pair<{ty}>(&run.at[{}], {}, {});",
+                        "  tw::set_pair<{ty}, {vector}>(run, {}, {}, {});",
                         2 * k,
                         pair[0],
                         pair[1]
@@ -204,8 +222,9 @@ impl Printer<'_> {
         };
         let register = self.register(frag_ref, "i")?;
         let value = constant(fill, frag.dtype);
-        // What only varies along columns is read again for the rows of other blocks.
-        let kept = frag.extent == Extent::PerCol;
+        // What does not depend on the rows of the tile, or on its place in the grid, is read again by other blocks.
+        let everywhere = access.axes.0.is_none() && !self.follows_item(access.at);
+        let kept = frag.extent == Extent::PerCol || everywhere;
         self.line("{");
         lets.iter().for_each(|text| self.line(&format!("  {text}")));
         self.line(&format!("  tw::RunWords<{ty}, {vector}> runs[{count} / {vector}];"));

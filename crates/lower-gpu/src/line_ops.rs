@@ -185,12 +185,11 @@ impl Lines<'_> {
         Ok(dst)
     }
 
-    /// A limit that leaves something out.
+    /// A limit that leaves something out, as far as one can tell without the sizes.
     fn real_limit<'l>(&self, x: TileId, axis: usize, limit: Option<&'l Dim>) -> Option<&'l Dim> {
         let all = &self.kernel.ty(x).shape[axis];
-        let counts_all =
-            |l: &Dim| l == all || l.as_const().zip(all.as_const()).is_some_and(|(l, a)| l >= a);
-        limit.filter(|l| !counts_all(l))
+        let behind = |l: &Dim| (l - all).bounds(&|name| self.ranges.get(name).copied()).min;
+        limit.filter(|l| behind(l) < 0)
     }
 
     /// A reduction over an axis of one element: the element, or what a reduction of nothing gives.

@@ -28,7 +28,7 @@ use tilewright_device::{
     Shelf, ShelfId, Spread, Stmt, identity,
 };
 use tilewright_expr::{Func, Op};
-use tilewright_layout::Dim;
+use tilewright_layout::{Dim, Range};
 use tilewright_tile::{
     Access, Block, Compare, For, If, Kernel, ParamId, ReduceKind, TileId, TileOp,
 };
@@ -76,6 +76,8 @@ pub(crate) struct Lines<'a> {
     pub(crate) shared: Option<Direction>,
     /// Loops around the step.
     pub(crate) loops: usize,
+    /// What the variables of those loops may be, where that is known.
+    pub(crate) ranges: BTreeMap<Arc<str>, Range>,
     pub(crate) shelves: IdVec<ShelfId, Shelf>,
     /// What the innermost loop finds on shelves.
     pub(crate) turns: Option<Turns>,
@@ -155,6 +157,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         cols,
         shared,
         loops: 0,
+        ranges: BTreeMap::new(),
         shelves: IdVec::new(),
         turns: None,
         items_ahead: false,
@@ -456,7 +459,11 @@ impl Lines<'_> {
         }
         let outer_turns = std::mem::replace(&mut self.turns, kept.or(ahead));
         self.loops += 1;
+        let known = |d: &Dim| d.bounds(&|name| self.ranges.get(name).copied());
+        let range = Range { min: known(&f.lo).min, max: known(&f.hi).max.saturating_sub(1) };
+        self.ranges.insert(f.var.clone(), range);
         let done = self.block(&f.body, &mut body);
+        self.ranges.remove(&f.var);
         self.loops -= 1;
         self.turns = outer_turns;
         done?;
