@@ -19,7 +19,7 @@ use crate::streams::{Step, Stream, Value, pipeline};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, IdVec, Result};
-use tilewright_device::{
+use tilewright_device::{Starts, 
     Arch, CLUSTER, CLUSTERS, Cond, Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile,
     Spread, Stmt,
 };
@@ -154,6 +154,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
+        starts: Starts::Aligned,
         smem: b.smem,
         barriers: IdVec::new(),
         rings: b.rings,

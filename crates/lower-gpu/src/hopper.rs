@@ -12,7 +12,7 @@ use crate::streams::{Pipeline, Step, Stream, Value, definitions, extents, pipeli
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
-use tilewright_device::{
+use tilewright_device::{Starts, 
     Barrier, BarrierRef, CLUSTER, CLUSTERS, CTA, Cond, Extent, Frag, FragId, FragRef, MapId, Phase,
     Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, TensorMap,
     WgmmaA,
@@ -274,6 +274,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
+        starts: Starts::Aligned,
         smem: b.smem,
         barriers,
         rings: b.rings,

@@ -18,7 +18,7 @@
 use crate::axes::{Direction, Directions, directions};
 use crate::extents::Extents;
 use crate::schedule::GpuSchedule;
-use crate::shelf::{ITEM_TURN, Turns, item_of_turn, turns_of_items};
+use crate::shelf::{ITEM_TURN, Kept, Turns, item_of_turn, turns_of_items};
 use crate::streams::extents;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -83,6 +83,8 @@ pub(crate) struct Lines<'a> {
     pub(crate) turns: Option<Turns>,
     /// The items of the grid are fetched ahead.
     pub(crate) items_ahead: bool,
+    /// What the loops of an item keep, when it comes ahead.
+    pub(crate) kept_ahead: Option<Kept>,
     pub(crate) frags: IdVec<FragId, Frag>,
     pub(crate) tiles: BTreeMap<TileId, FragId>,
     /// Positions less a limit, by direction and limit.
@@ -161,6 +163,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         shelves: IdVec::new(),
         turns: None,
         items_ahead: false,
+        kept_ahead: None,
         frags: IdVec::new(),
         tiles: BTreeMap::new(),
         masks: BTreeMap::new(),
@@ -189,6 +192,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     let mut fetched_first = Vec::new();
     lines.turns = lines.items_ahead(&turns, &mut fetched_first);
     let fetched = lines.turns.clone();
+    lines.kept_ahead(&turns, &mut fetched_first)?;
     let indices = work.len();
     lines.block(&kernel.body, &mut work)?;
     let mut body = Vec::new();
@@ -204,10 +208,13 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     } else if dependent {
         body.push(Stmt::GridWait);
     }
-    if let Some(fetched) = &fetched {
+    if fetched.is_some() || lines.kept_ahead.is_some() {
         body.extend(fetched_first);
         let mut turn = Vec::new();
-        lines.begin_turn(fetched, &turns, &mut turn);
+        match &fetched {
+            Some(fetched) => lines.begin_turn(fetched, &turns, &mut turn),
+            None => lines.begin_item(&turns, &mut turn),
+        }
         let item = item_of_turn(&Dim::sym(ITEM_TURN));
         turn.push(Stmt::Let { name: "item".into(), value: item });
         turn.extend(work);
@@ -235,6 +242,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
+        starts: knobs.starts,
         smem: IdVec::new(),
         barriers: IdVec::new(),
         rings: IdVec::new(),
