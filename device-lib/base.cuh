@@ -150,14 +150,10 @@ template <typename T, int N> struct alignas(sizeof(T) * N) Run { T at[N]; };
 template <typename T, int N> TW_INLINE Run<T, N> load_run(const T* p) { return *reinterpret_cast<const Run<T, N>*>(p); }
 template <typename T, int N> TW_INLINE void store_run(T* p, const Run<T, N>& v) { *reinterpret_cast<Run<T, N>*>(p) = v; }
 
-// Two neighbouring elements, converted by one instruction where there is one.
-template <typename T> TW_INLINE void set_pair(T* to, value<T> x, value<T> y) {
-  const Pair<T> p = narrow_pair<T>(x, y);
-  to[0] = p.x, to[1] = p.y;
-}
-
 template <typename T> struct is_bf16 { static constexpr bool yes = false; };
 template <> struct is_bf16<bf16> { static constexpr bool yes = true; };
+template <typename T> struct is_f16 { static constexpr bool yes = false; };
+template <> struct is_f16<f16> { static constexpr bool yes = true; };
 template <typename T> struct is_f8 { static constexpr bool yes = false; };
 template <> struct is_f8<f8e4m3> { static constexpr bool yes = true; };
 template <> struct is_f8<f8e5m2> { static constexpr bool yes = true; };
@@ -172,6 +168,18 @@ template <typename T, int N> union RunWords {
   u32 words[WORDS];
   TW_INLINE RunWords() {}
 };
+
+// Elements k and k + 1 of a run, converted by one instruction where there is one, and kept as one word then.
+template <typename T, int N> TW_INLINE void set_pair(RunWords<T, N>& r, int k, value<T> x, value<T> y) {
+  if constexpr (is_bf16<T>::yes) {
+    r.words[k / 2] = pack_bf16(x, y);
+  } else if constexpr (is_f16<T>::yes) {
+    r.words[k / 2] = pack_f16(x, y);
+  } else {
+    const Pair<T> p = narrow_pair<T>(x, y);
+    r.run.at[k] = p.x, r.run.at[k + 1] = p.y;
+  }
+}
 
 // A run where `inside` holds, else `fill`: one predicated access, so that a thread may start many before it waits.
 // Streams pass by the first-level cache, unless they are KEPT for other rows. PTX ISA, "ld".
@@ -240,16 +248,14 @@ template <typename T, int N> TW_INLINE value<T> widen_at(const RunWords<T, N>& r
 }
 
 // Writes a run where `inside` holds. PTX ISA, "st".
-template <typename T, int N> TW_INLINE void store_run_if(bool inside, T* p, const Run<T, N>& v) {
-  RunWords<T, N> r;
-  r.run = v;
+template <typename T, int N> TW_INLINE void store_run_if(bool inside, T* p, const RunWords<T, N>& r) {
   constexpr int BYTES = (int)sizeof(T) * N;
   static_assert(BYTES == 1 || BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES == 16, "no access of this width");
   if constexpr (BYTES == 16) {
     asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q st.global" TW_STORE_CACHE ".v4.b32 [%4], {%0, %1, %2, %3}; }" ::"r"(r.words[0]),
                  "r"(r.words[1]), "r"(r.words[2]), "r"(r.words[3]), "l"(p), "r"((int)inside) : "memory");
   } else if (inside) {
-    *reinterpret_cast<Run<T, N>*>(p) = v;
+    *reinterpret_cast<Run<T, N>*>(p) = r.run;
   }
 }
 

@@ -5,6 +5,7 @@
 // are kept in four chains and combined in one order, so the same schedule gives the same bits.
 #pragma once
 #include "tw/frag.cuh"
+#include "tw/any.cuh"
 #include "tw/copy.cuh"
 #include "tw/sync.cuh"
 
@@ -193,33 +194,48 @@ template <typename T, int ROWS, int VECTOR> TW_INLINE u32 turned_at(int row, int
   return (u32)(col * ROWS + unit * UNIT + row % UNIT) * (u32)sizeof(T);
 }
 
-// A tile into `scratch`. `place(row, col, inside)` is the address of an element whose RUN neighbours are rows.
-template <typename T, int ROWS, int COLS, int VECTOR, int RUN, int THREADS, typename P>
-TW_INLINE void turn_in(unsigned char* scratch, T fill, P place) {
-  constexpr int UNIT = 16 / (int)sizeof(T), TOTAL = ROWS * COLS / UNIT, EACH = (TOTAL + THREADS - 1) / THREADS;
-  Run<T, UNIT> units[EACH];
+// A tile into `scratch`, a unit of UNIT rows at a time.
+template <typename T, int ROWS, int COLS, int VECTOR, int THREADS> struct Turned {
+  static constexpr int UNIT = 16 / (int)sizeof(T), TOTAL = ROWS * COLS / UNIT, EACH = (TOTAL + THREADS - 1) / THREADS;
+  static TW_INLINE int index(int u) { return u * THREADS + (int)threadIdx.x; }
+  static TW_INLINE int row(int u) { return index(u) % (ROWS / UNIT) * UNIT; }
+  static TW_INLINE int col(int u) { return index(u) / (ROWS / UNIT); }
+  static TW_INLINE void put(unsigned char* scratch, const Run<T, UNIT> (&units)[EACH]) {
+    __syncthreads();
 #pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    const int i = u * THREADS + (int)threadIdx.x;
-    const int row = i % (ROWS / UNIT) * UNIT, col = i / (ROWS / UNIT);
-#pragma unroll
-    for (int k = 0; k < UNIT; k += RUN) {
-      bool inside;
-      const T* from = place(row + k, col, inside);
-      const Run<T, RUN> run = load_run_if<T, RUN>(inside && i < TOTAL, from, fill);
-#pragma unroll
-      for (int m = 0; m < RUN; ++m) units[u].at[k + m] = run.at[m];
+    for (int u = 0; u < EACH; ++u) {
+      if (index(u) < TOTAL) *reinterpret_cast<Run<T, UNIT>*>(scratch + turned_at<T, ROWS, VECTOR>(row(u), col(u))) = units[u];
     }
+    __syncthreads();
   }
-  __syncthreads();
+  // `place(row, col, inside)` is the address of an element whose RUN neighbours are rows.
+  template <int RUN, typename P> static TW_INLINE void turn_in_runs(unsigned char* scratch, T fill, P place) {
+    Run<T, UNIT> units[EACH];
 #pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    const int i = u * THREADS + (int)threadIdx.x;
-    const int row = i % (ROWS / UNIT) * UNIT, col = i / (ROWS / UNIT);
-    if (i < TOTAL) *reinterpret_cast<Run<T, UNIT>*>(scratch + turned_at<T, ROWS, VECTOR>(row, col)) = units[u];
+    for (int u = 0; u < EACH; ++u) {
+#pragma unroll
+      for (int k = 0; k < UNIT; k += RUN) {
+        bool inside;
+        const T* from = place(row(u) + k, col(u), inside);
+        const Run<T, RUN> run = load_run_if<T, RUN>(inside && index(u) < TOTAL, from, fill);
+#pragma unroll
+        for (int m = 0; m < RUN; ++m) units[u].at[k + m] = run.at[m];
+      }
+    }
+    put(scratch, units);
   }
-  __syncthreads();
-}
+  // `place(row, col, count)` also says how many rows from there on are there.
+  template <typename P> static TW_INLINE void turn_in_any(unsigned char* scratch, T fill, P place) {
+    Run<T, UNIT> units[EACH];
+#pragma unroll
+    for (int u = 0; u < EACH; ++u) {
+      int count;
+      const T* from = place(row(u), col(u), count);
+      units[u] = load_any<T, UNIT, false, false>(index(u) < TOTAL ? count : 0, from, fill).run;
+    }
+    put(scratch, units);
+  }
+};
 template <typename T, int ROWS, int VECTOR> TW_INLINE T turned(const unsigned char* scratch, int row, int col) {
   return *reinterpret_cast<const T*>(scratch + turned_at<T, ROWS, VECTOR>(row, col));
 }
@@ -271,7 +287,7 @@ TW_INLINE void add_to(bf16* p, float x) {
 
 // Combinations over the blocks of a cluster, in the order of their indices. Every block sends its values to all
 // blocks of the cluster, and a barrier of each counts the bytes that come: no fence of the device is needed. PTX ISA,
-// "st.async", "mapa". `exchange_begin` once per exchange by one thread before all blocks meet; an exchange is used once.
+// "st.async", "mapa". `exchange_begin` once per exchange by one thread before all blocks meet.
 template <int COUNT, int BYTES> TW_INLINE void exchange_begin(u64* barrier) {
   mbarrier_init(smem_address(barrier), 1);
   mbarrier_expect_bytes(smem_address(barrier), COUNT * BYTES);
@@ -290,19 +306,23 @@ template <typename T> TW_INLINE void send_to_block(T* to, u64* barrier, u32 bloc
         "r"(smem_address(barrier)), "r"(block), "l"(*reinterpret_cast<const u64*>(&x)) : "memory");
   }
 }
-// `all`: BLOCKS times what the tile has of rows (BY_ROW) or columns.
-template <typename S, bool BY_ROW, int COUNT, int BLOCKS, typename V, int N, typename F>
-TW_INLINE void across_cluster(V (&x)[N], V* all, u64* barrier, F combine) {
+// `all`: BLOCKS times what the tile has of rows (BY_ROW) or columns. AGAIN: an exchange of a loop over items. It takes
+// two such places in turns, and `phase` is the parity of the turn: who is two turns ahead has had the values that every
+// thread here sends after it has read those of this turn.
+template <typename S, bool BY_ROW, int COUNT, int BLOCKS, bool AGAIN = false, typename V, int N, typename F>
+TW_INLINE void across_cluster(V (&x)[N], V* all, u64* barrier, F combine, u32 phase = 0) {
   const u32 me = cluster_cta();
   const int mine = BY_ROW ? S::me() % S::LANES_A_ROW : S::row0(), step = BY_ROW ? S::LANES_A_ROW : S::LINES;
+  V* here = AGAIN ? all + phase * (u32)(COUNT * BLOCKS) : all;
   for (int b = mine; b < BLOCKS; b += step) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) send_to_block(all + me * COUNT + (BY_ROW ? S::row_of(j) : S::col_of(j)), barrier, (u32)b, x[j]);
+    for (int j = 0; j < N; ++j) send_to_block(here + me * COUNT + (BY_ROW ? S::row_of(j) : S::col_of(j)), barrier, (u32)b, x[j]);
   }
-  mbarrier_wait(smem_address(barrier), 0);
+  mbarrier_wait(smem_address(barrier), phase);
+  if (AGAIN && threadIdx.x == 0) mbarrier_expect_bytes(smem_address(barrier), COUNT * BLOCKS * (int)sizeof(V));
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    x[j] = in_chains<BLOCKS>([&](int b) { return all[b * COUNT + (BY_ROW ? S::row_of(j) : S::col_of(j))]; }, combine);
+    x[j] = in_chains<BLOCKS>([&](int b) { return here[b * COUNT + (BY_ROW ? S::row_of(j) : S::col_of(j))]; }, combine);
   }
 }
 #endif

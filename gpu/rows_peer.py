@@ -412,10 +412,12 @@ class Kernels:
             c.gridDimX, c.gridDimY, c.gridDimZ = grid * k["cluster"], 1, 1
             c.blockDimX, c.blockDimY, c.blockDimZ = k["threads"], 1, 1
             c.sharedMemBytes = k["smem"]
-            a = cu.CUlaunchAttribute()
-            a.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = k["cluster"], 1, 1
-            c.attrs, c.numAttrs = [a], 1
+            if k["cluster"] > 1:
+                # Also a cluster of one block costs: blocks then start at a lower rate.
+                a = cu.CUlaunchAttribute()
+                a.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+                a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = k["cluster"], 1, 1
+                c.attrs, c.numAttrs = [a], 1
             ready.append((c, fn, (tuple(values), tuple(types))))
 
         def go():

@@ -70,6 +70,7 @@ pub fn headers() -> &'static [(&'static str, &'static str)] {
         ("tw/tma.cuh", include_str!("../../../device-lib/tma.cuh")),
         ("tw/wgmma.cuh", include_str!("../../../device-lib/wgmma.cuh")),
         ("tw/frag.cuh", include_str!("../../../device-lib/frag.cuh")),
+        ("tw/any.cuh", include_str!("../../../device-lib/any.cuh")),
         ("tw/lines.cuh", include_str!("../../../device-lib/lines.cuh")),
         ("tw/copy.cuh", include_str!("../../../device-lib/copy.cuh")),
         ("tw/mma.cuh", include_str!("../../../device-lib/mma.cuh")),

@@ -9,7 +9,7 @@ use crate::memory_type;
 use crate::reduce::combination;
 use crate::stmts::{Printer, constant, visit};
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::{Extent, FragRef, LineStep, Spread, Stmt};
+use tilewright_device::{Extent, FragRef, LineStep, Spread, Starts, Stmt};
 use tilewright_layout::Dim;
 use tilewright_tile::{ParamId, ReduceKind};
 
@@ -49,7 +49,15 @@ impl Printer<'_> {
             let frag = &program.frags[*id];
             let count = if frag.extent == Extent::PerRow { frag.rows } else { frag.cols };
             let held = memory_type(frag.dtype);
-            self.line(&format!("__shared__ tw::value<{held}> exchange_{n}[{}];", count * blocks));
+            // Exchanges of a loop over items take two places in turns.
+            let places = if program.persistent { 2 } else { 1 };
+            self.line(&format!(
+                "__shared__ tw::value<{held}> exchange_{n}[{}];",
+                count * blocks * places
+            ));
+            if program.persistent {
+                self.line(&format!("tw::u32 exchange_{n}_phase = 0;"));
+            }
             self.line(&format!("__shared__ tw::u64 exchange_{n}_bar;"));
             begin.push(format!(
                 "  tw::exchange_begin<{}, (int)sizeof(tw::value<{held}>)>(&exchange_{n}_bar);",
@@ -61,6 +69,9 @@ impl Printer<'_> {
         self.line("  tw::fence_barrier_init();");
         self.line("}");
         self.line("tw::cluster_arrive();");
+        if program.persistent {
+            self.line("tw::cluster_wait();");
+        }
         Ok(())
     }
 
@@ -240,7 +251,8 @@ impl Printer<'_> {
         if self.program.cluster == 1 {
             return Ok(());
         }
-        if self.loops > 0 || self.program.persistent {
+        let again = self.program.persistent;
+        if self.loops > u32::from(again) {
             return Err(Error::unsupported("an exchange across a cluster in a loop"));
         }
         if f.dtype.bits() < 32 && !f.dtype.is_float() {
@@ -252,14 +264,21 @@ impl Printer<'_> {
         let (count, blocks) = (if by_row { f.rows } else { f.cols }, self.program.cluster);
         let name = self.frag_name(frag.frag);
         self.needs_helpers();
-        if n == 0 {
+        if n == 0 && !again {
             self.line("tw::cluster_wait();");
         }
         self.line("{");
         self.combine_line(held, combination(kind));
+        let (template, phase) = match again {
+            true => (", true", format!(", exchange_{n}_phase")),
+            false => ("", String::new()),
+        };
         self.line(&format!(
-            "  tw::across_cluster<{spread}, {by_row}, {count}, {blocks}>({name}, exchange_{n}, &exchange_{n}_bar, combine);"
+            "  tw::across_cluster<{spread}, {by_row}, {count}, {blocks}{template}>({name}, exchange_{n}, &exchange_{n}_bar, combine{phase});"
         ));
+        if again {
+            self.line(&format!("  exchange_{n}_phase ^= 1;"));
+        }
         self.line("}");
         Ok(())
     }
@@ -282,6 +301,7 @@ impl Printer<'_> {
         };
         let mut base = self.scope.wide(&p.layout.offset);
         let (mut offset, mut inside) = (String::new(), Vec::new());
+        let (mut around, mut left) = (Vec::new(), String::new());
         self.line("{");
         for (axis, coordinate) in at.iter().enumerate() {
             let a = &p.layout.axes[axis];
@@ -299,17 +319,34 @@ impl Printer<'_> {
             if !part.is_empty() {
                 offset.push_str(&format!(" + (tw::i64){} * {stride}", &part[3..]));
             }
+            let extent = self.scope.text(&a.extent);
+            let mut tests = vec![format!("at_{axis}{part} < {extent}")];
             if self.scope.bounds(coordinate).min < 0 {
-                inside.push(format!("at_{axis}{part} >= 0"));
+                tests.insert(0, format!("at_{axis}{part} >= 0"));
             }
-            inside.push(format!("at_{axis}{part} < {}", self.scope.text(&a.extent)));
+            match axis == axes.0 {
+                true => left = format!("{extent} - (at_{axis}{part})"),
+                false => around.extend(tests.clone()),
+            }
+            inside.extend(tests);
         }
         self.line(&format!("  const {ty}* const first_at = p_{} + ({base});", p.name));
+        let shifted = run > 1 && self.program.starts != Starts::Aligned;
+        let (how, state) = match shifted {
+            true => ("turn_in_any".to_owned(), "int& count"),
+            false => (format!("turn_in_runs<{run}>"), "bool& inside"),
+        };
+        let tile = format!("tw::Turned<{ty}, {}, {}, {vector}, {threads}>", frag.rows, frag.cols);
         self.line(&format!(
-            "  tw::turn_in<{ty}, {}, {}, {vector}, {run}, {threads}>(turn_scratch, tw::narrow_to<{ty}>::from({fill}), [&](int row, int col, bool& inside) {{",
-            frag.rows, frag.cols
+            "  {tile}::{how}(turn_scratch, tw::narrow_to<{ty}>::from({fill}), [&](int row, int col, {state}) {{"
         ));
-        self.line(&format!("    inside = {};", inside.join(" && ")));
+        match (shifted, around.is_empty()) {
+            (false, _) => self.line(&format!("    inside = {};", inside.join(" && "))),
+            (true, true) => self.line(&format!("    count = {left};")),
+            (true, false) => {
+                self.line(&format!("    count = ({}) ? {left} : 0;", around.join(" && ")));
+            }
+        }
         self.line(&format!("    return first_at{offset};"));
         self.line("  });");
         let to = self.frag_name(dst.frag);

@@ -4,10 +4,12 @@
 //! when all are on their way; the number of accesses in flight is what memory bandwidth needs.
 
 use crate::memory_type;
-use crate::stmts::{Printer, constant};
+use crate::stmts::{Printer, constant, visit};
+use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_device::{Extent, FragRef, ShelfRef};
+use tilewright_device::{Extent, FragRef, ShelfRef, Spread, Starts, Stmt};
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::ParamId;
@@ -29,7 +31,10 @@ pub(crate) struct Access<'a> {
 /// What [`Printer::place`] finds.
 struct Place {
     lets: Vec<String>,
+    /// That the first element is there.
     inside: String,
+    /// How many elements from it on are there along the columns.
+    count: String,
     pointer: String,
 }
 
@@ -39,6 +44,75 @@ fn times(text: &str, step: i64) -> String {
 }
 
 impl Printer<'_> {
+    /// Whether every run of a tensor starts at a multiple of its length, by its layout.
+    fn starts_aligned(&self, access: &Access<'_>, vector: u32) -> bool {
+        let p = &self.program.params[access.param];
+        let whole = |d: &Dim| d.terms().iter().all(|(_, c)| c % i64::from(vector) == 0);
+        let axes = p.layout.axes.iter().enumerate();
+        let lines = axes.filter(|(axis, a)| access.axes.1 != Some(*axis) && !a.extent.is(1));
+        self.program.starts != Starts::Anywhere
+            && whole(&p.layout.offset)
+            && access.axes.1.is_some_and(|axis| whole(&access.at[axis]))
+            && lines.into_iter().all(|(_, a)| whole(&a.stride))
+    }
+
+    /// Stores runs that start anywhere.
+    fn store_shifted(
+        &mut self,
+        frag_ref: &FragRef,
+        (ty, vector): (&str, u32),
+        lets: &[String],
+        (present, pointer): (&str, &str),
+    ) -> Result<()> {
+        let frag = self.program.frags[frag_ref.frag].clone();
+        let Spread::Lines { lanes, .. } = frag.spread else {
+            return Err(Error::bug("runs that start anywhere are of tiles in lines"));
+        };
+        let count = Self::count(&frag, self.cols(frag_ref));
+        let registers = (0..vector)
+            .map(|k| self.register(frag_ref, &format!("i + {k}")))
+            .collect::<Result<Vec<_>>>()?;
+        let (group, joined) = (lanes.min(32), lanes <= 32);
+        self.line("{");
+        lets.iter().for_each(|text| self.line(&format!("  {text}")));
+        self.line(&format!("  tw::RunWords<{ty}, {vector}> runs[{count} / {vector}];"));
+        self.line("#pragma unroll");
+        self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
+        self.line(&format!("    tw::RunWords<{ty}, {vector}>& run = runs[i / {vector}];"));
+        for (k, pair) in registers.chunks(2).enumerate() {
+            let (k, pair) = (2 * k, pair.join(", "));
+            self.line(&format!("    tw::set_pair<{ty}, {vector}>(run, {k}, {pair});"));
+        }
+        self.line("  }");
+        self.line("#pragma unroll");
+        self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
+        self.line(&format!(
+            "    const bool first = i % spread_t::EACH == 0, last = i % spread_t::EACH == spread_t::EACH - {vector};"
+        ));
+        self.line(&format!(
+            "    tw::store_any<{ty}, {vector}, {group}, {joined}>({present}, {pointer}, runs[i / {vector}], runs[first ? i / {vector} : i / {vector} - 1], first, last);"
+        ));
+        self.line("  }");
+        self.line("}");
+        Ok(())
+    }
+
+    /// Whether coordinates depend on the item of the grid: on what the program names once.
+    fn follows_item(&self, at: &[Dim]) -> bool {
+        let mut symbols = BTreeSet::new();
+        let mut note = |name: &Arc<str>| {
+            symbols.insert(name.clone());
+        };
+        at.iter().for_each(|d| d.for_each_symbol(&mut note));
+        let mut found = false;
+        for role in &self.program.roles {
+            visit(&role.body, &mut |stmt| {
+                found |= matches!(stmt, Stmt::Let { name, .. } if symbols.contains(name));
+            });
+        }
+        found
+    }
+
     /// Where the elements of a tile (or a vector of it) lie: what must be computed first, the condition that
     /// register `i` is inside, and its address. `picked` gives the text of data that is added to a coordinate.
     fn place(
@@ -60,7 +134,8 @@ impl Printer<'_> {
         let mut base =
             if p.layout.offset.is(0) { "0".to_owned() } else { self.scope.wide(&p.layout.offset) };
         let mut offset = String::new();
-        let mut inside = Vec::new();
+        let (mut inside, mut around) = (Vec::new(), Vec::new());
+        let mut left = String::new();
         let mut lets = vec![format!("using spread_t = {spread};")];
         for (axis, coordinate) in at.iter().enumerate() {
             let a = &p.layout.axes[axis];
@@ -93,20 +168,34 @@ impl Printer<'_> {
                 // Wide, because the data may be anything.
                 let place = format!("((tw::i64){here} + (tw::i64){by})");
                 let _ = write!(offset, " + (tw::i64){by} * {stride}");
-                inside.push(format!("{place} >= 0"));
-                inside.push(format!("{place} < {}", self.scope.text(&a.extent)));
+                for test in
+                    [format!("{place} >= 0"), format!("{place} < {}", self.scope.text(&a.extent))]
+                {
+                    inside.push(test.clone());
+                    around.push(test);
+                }
                 continue;
             }
+            let extent = self.scope.text(&a.extent);
+            let mut tests = vec![format!("{here} < {extent}")];
             if self.scope.bounds(coordinate).min < 0 {
-                inside.push(format!("{here} >= 0"));
+                tests.insert(0, format!("{here} >= 0"));
             }
-            inside.push(format!("{here} < {}", self.scope.text(&a.extent)));
+            match axes.1 == Some(axis) {
+                true => left = format!("{extent} - ({here})"),
+                false => around.extend(tests.clone()),
+            }
+            inside.extend(tests);
         }
+        let count = match around.is_empty() {
+            true => left,
+            false => format!("({}) ? {left} : 0", around.join(" && ")),
+        };
         let constant = if constant { "const " } else { "" };
         let ty = memory_type(p.dtype);
         lets.push(format!("{constant}{ty}* const first_at = p_{} + ({base});", p.name));
         let inside = if inside.is_empty() { "true".to_owned() } else { inside.join(" && ") };
-        Ok(Place { lets, inside, pointer: format!("first_at{offset}") })
+        Ok(Place { lets, inside, count, pointer: format!("first_at{offset}") })
     }
 
     /// Address of this thread's unit `i / vector` in a slot of a shelf, as text.
@@ -173,10 +262,14 @@ impl Printer<'_> {
         let ty = memory_type(self.program.params[access.param].dtype);
         let vector = access.vector;
         let picked = access.rows.map(|(_, rows)| self.operand(frag_ref, rows, "i")).transpose()?;
-        let Place { lets, inside, pointer } =
+        let Place { lets, inside, count: present, pointer } =
             self.place(&spread, frag.extent, access, picked.as_deref(), fill.is_some())?;
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
+        let shifted = vector > 1 && self.program.starts != Starts::Aligned;
         let Some(fill) = fill else {
+            if shifted {
+                return self.store_shifted(frag_ref, (ty, vector), &lets, (&present, &pointer));
+            }
             let registers = (0..vector)
                 .map(|k| self.register(frag_ref, &format!("i + {k}")))
                 .collect::<Result<Vec<_>>>()?;
@@ -184,13 +277,13 @@ impl Printer<'_> {
             lets.iter().for_each(|text| self.line(&format!("  {text}")));
             self.line("#pragma unroll");
             self.line(&format!("for (int i = 0; i < {count}; i += {vector}) {{"));
-            self.line(&format!("  tw::Run<{ty}, {vector}> run;"));
+            self.line(&format!("  tw::RunWords<{ty}, {vector}> run;"));
             if vector == 1 {
-                self.line(&format!("  run.at[0] = tw::narrow_to<{ty}>::from({});", registers[0]));
+                self.line(&format!("  run.run.at[0] = tw::narrow_to<{ty}>::from({});", registers[0]));
             } else {
                 for (k, pair) in registers.chunks(2).enumerate() {
                     self.line(&format!(
-                        "  tw::set_pair<{ty}>(&run.at[{}], {}, {});",
+                        "  tw::set_pair<{ty}, {vector}>(run, {}, {}, {});",
                         2 * k,
                         pair[0],
                         pair[1]
@@ -204,15 +297,21 @@ impl Printer<'_> {
         };
         let register = self.register(frag_ref, "i")?;
         let value = constant(fill, frag.dtype);
-        // What only varies along columns is read again for the rows of other blocks.
-        let kept = frag.extent == Extent::PerCol;
+        // What does not depend on the rows of the tile, or on its place in the grid, is read again by other blocks.
+        let everywhere = access.axes.0.is_none() && !self.follows_item(access.at);
+        let kept = frag.extent == Extent::PerCol || everywhere;
+        let aligned = self.starts_aligned(access, vector);
         self.line("{");
         lets.iter().for_each(|text| self.line(&format!("  {text}")));
         self.line(&format!("  tw::RunWords<{ty}, {vector}> runs[{count} / {vector}];"));
         self.line("#pragma unroll");
         self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
+        let one = match shifted {
+            true => format!("tw::load_any<{ty}, {vector}, {aligned}, {kept}>({present}"),
+            false => format!("tw::load_words_if<{ty}, {vector}, {kept}>({inside}"),
+        };
         self.line(&format!(
-            "    runs[i / {vector}] = tw::load_words_if<{ty}, {vector}, {kept}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
+            "    runs[i / {vector}] = {one}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
         ));
         self.line("  }");
         self.line("#pragma unroll");

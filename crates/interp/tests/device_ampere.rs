@@ -40,6 +40,7 @@ fn program(name: &str, warps: u32, symbols: &[&str], items: Dim, body: Vec<Stmt>
         items,
         persistent: false,
         blocks_per_sm: 2,
+        starts: tilewright_device::Starts::Aligned,
         smem: IdVec::new(),
         barriers: IdVec::new(),
         rings: IdVec::new(),

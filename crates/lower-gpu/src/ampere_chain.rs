@@ -22,7 +22,7 @@ use crate::streams::{Defs, Stream, definitions, extents};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
-use tilewright_device::{
+use tilewright_device::{Starts, 
     Arch, CLUSTER, CLUSTERS, Cond, FragId, Program, Ring, RingId, Role, Slot, Smem, SmemId,
     SmemTile, Spread, Stmt, Swizzle,
 };
@@ -91,6 +91,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
+        starts: Starts::Aligned,
         smem: b.smem,
         barriers: IdVec::new(),
         rings: b.rings,

@@ -4,7 +4,7 @@ use crate::axes::{Direction, long_axes};
 use crate::lines::{Lines, aligned, whole};
 use crate::streams::extents;
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::{Cond, Extent, FragId, LineStep, Stmt, identity};
+use tilewright_device::{Cond, Extent, FragId, LineStep, Starts, Stmt, identity};
 use tilewright_expr::{Func, FuncBuilder, Op, Value};
 use tilewright_layout::Dim;
 use tilewright_tile::{Compare, Operand, ParamId, ReduceKind, TileId, TileOp};
@@ -38,6 +38,20 @@ impl Lines<'_> {
 
     /// Neighbouring columns that one access may take.
     pub(crate) fn run(&self, param: ParamId, axis: Option<usize>, at: &[Dim]) -> u32 {
+        let aligned = self.aligned_run(param, axis, at);
+        let Some(axis) = axis else { return 1 };
+        let p = &self.kernel.params[param];
+        // What does not start at a run is shifted there; before the first element nothing is read.
+        let shifts = self.schedule.lines.starts != Starts::Aligned
+            && p.layout.axes[axis].stride.is(1)
+            && (8..=64).contains(&p.dtype.bits())
+            && at[axis].terms().iter().all(|(_, c)| *c > 0);
+        let run = self.schedule.lines.vector.min((128 / p.dtype.bits()).max(1));
+        if shifts && run * p.dtype.bits() >= 32 { run } else { aligned }
+    }
+
+    /// Neighbouring columns that lie aligned in memory.
+    pub(crate) fn aligned_run(&self, param: ParamId, axis: Option<usize>, at: &[Dim]) -> u32 {
         let p = &self.kernel.params[param];
         let Some(axis) = axis else { return 1 };
         if !p.layout.axes[axis].stride.is(1) {
@@ -67,6 +81,11 @@ impl Lines<'_> {
             && self.rows * self.cols * bits / 8 <= TURN_BYTES;
         if !(tile && along && plain && fits && (8..=64).contains(&bits)) {
             return None;
+        }
+        if self.schedule.lines.starts != Starts::Aligned
+            && at[row].terms().iter().all(|(_, c)| *c > 0)
+        {
+            return Some(unit);
         }
         let most = self.schedule.vector.min(unit).max(1);
         Some(aligned(&p.layout.offset, aligned(&at[row], most)))
@@ -185,12 +204,11 @@ impl Lines<'_> {
         Ok(dst)
     }
 
-    /// A limit that leaves something out.
+    /// A limit that leaves something out, as far as one can tell without the sizes.
     fn real_limit<'l>(&self, x: TileId, axis: usize, limit: Option<&'l Dim>) -> Option<&'l Dim> {
         let all = &self.kernel.ty(x).shape[axis];
-        let counts_all =
-            |l: &Dim| l == all || l.as_const().zip(all.as_const()).is_some_and(|(l, a)| l >= a);
-        limit.filter(|l| !counts_all(l))
+        let behind = |l: &Dim| (l - all).bounds(&|name| self.ranges.get(name).copied()).min;
+        limit.filter(|l| behind(l) < 0)
     }
 
     /// A reduction over an axis of one element: the element, or what a reduction of nothing gives.

@@ -18,7 +18,7 @@
 use crate::axes::{Direction, Directions, directions};
 use crate::extents::Extents;
 use crate::schedule::GpuSchedule;
-use crate::shelf::{ITEM_TURN, Turns, item_of_turn, turns_of_items};
+use crate::shelf::{ITEM_TURN, Kept, Turns, item_of_turn, turns_of_items};
 use crate::streams::{byte_product, extents};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ use tilewright_device::{
     Shelf, ShelfId, Spread, Stmt, identity,
 };
 use tilewright_expr::{Func, Op};
-use tilewright_layout::Dim;
+use tilewright_layout::{Dim, Range};
 use tilewright_tile::{
     Access, Block, Compare, For, If, Kernel, ParamId, ReduceKind, TileId, TileOp,
 };
@@ -76,11 +76,15 @@ pub(crate) struct Lines<'a> {
     pub(crate) shared: Option<Direction>,
     /// Loops around the step.
     pub(crate) loops: usize,
+    /// What the variables of those loops may be, where that is known.
+    pub(crate) ranges: BTreeMap<Arc<str>, Range>,
     pub(crate) shelves: IdVec<ShelfId, Shelf>,
     /// What the innermost loop finds on shelves.
     pub(crate) turns: Option<Turns>,
     /// The items of the grid are fetched ahead.
     pub(crate) items_ahead: bool,
+    /// What the loops of an item keep, when it comes ahead.
+    pub(crate) kept_ahead: Option<Kept>,
     pub(crate) frags: IdVec<FragId, Frag>,
     pub(crate) tiles: BTreeMap<TileId, FragId>,
     /// Positions less a limit, by direction and limit.
@@ -157,9 +161,11 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         cols,
         shared,
         loops: 0,
+        ranges: BTreeMap::new(),
         shelves: IdVec::new(),
         turns: None,
         items_ahead: false,
+        kept_ahead: None,
         frags: IdVec::new(),
         tiles: BTreeMap::new(),
         masks: BTreeMap::new(),
@@ -189,6 +195,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     let mut fetched_first = Vec::new();
     lines.turns = lines.items_ahead(&turns, &mut fetched_first);
     let fetched = lines.turns.clone();
+    lines.kept_ahead(&turns, &mut fetched_first)?;
     let indices = work.len();
     lines.block(&kernel.body, &mut work)?;
     let mut body = Vec::new();
@@ -204,10 +211,13 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     } else if dependent {
         body.push(Stmt::GridWait);
     }
-    if let Some(fetched) = &fetched {
+    if fetched.is_some() || lines.kept_ahead.is_some() {
         body.extend(fetched_first);
         let mut turn = Vec::new();
-        lines.begin_turn(fetched, &turns, &mut turn);
+        match &fetched {
+            Some(fetched) => lines.begin_turn(fetched, &turns, &mut turn),
+            None => lines.begin_item(&turns, &mut turn),
+        }
         let item = item_of_turn(&Dim::sym(ITEM_TURN));
         turn.push(Stmt::Let { name: "item".into(), value: item });
         turn.extend(work);
@@ -235,6 +245,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
+        starts: knobs.starts,
         smem: IdVec::new(),
         barriers: IdVec::new(),
         rings: IdVec::new(),
@@ -463,7 +474,11 @@ impl Lines<'_> {
         }
         let outer_turns = std::mem::replace(&mut self.turns, kept.or(ahead));
         self.loops += 1;
+        let known = |d: &Dim| d.bounds(&|name| self.ranges.get(name).copied());
+        let range = Range { min: known(&f.lo).min, max: known(&f.hi).max.saturating_sub(1) };
+        self.ranges.insert(f.var.clone(), range);
         let done = self.block(&f.body, &mut body);
+        self.ranges.remove(&f.var);
         self.loops -= 1;
         self.turns = outer_turns;
         done?;

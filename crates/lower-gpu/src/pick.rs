@@ -10,7 +10,7 @@ use crate::schedule::{GpuSchedule, LinesKnobs};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_device::Arch;
+use tilewright_device::{Arch, Starts};
 use tilewright_layout::Dim;
 use tilewright_tile::{Block, Kernel, Stmt, TileOp};
 
@@ -57,6 +57,8 @@ struct Shape {
     vector: i64,
     /// Elements by which every line of every tensor starts aligned.
     aligned: i64,
+    /// What that means for accesses of `vector` elements.
+    starts: Starts,
     /// Reductions outside loops: the tile must hold the row.
     whole: bool,
     /// Along what reductions go.
@@ -65,6 +67,8 @@ struct Shape {
     ordered: bool,
     /// The largest tensors are contiguous along rows: they are read along rows and turned.
     turns: bool,
+    /// Tensors are contiguous along the columns, so that runs of them can be shifted.
+    shifts: bool,
     /// Loads of tiles that vary along columns: of the plane, and of columns alone.
     planes: i64,
     vectors: i64,
@@ -189,9 +193,11 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
         cols: 1,
         vector: 16,
         aligned,
+        starts: Starts::Aligned,
         whole: reduces_outside_loops(&directions, &kernel.body),
         reduces: directions.reduces,
         turns: false,
+        shifts: true,
         ordered: has_order(&kernel.body),
         planes: 1,
         vectors: 0,
@@ -199,13 +205,18 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
     };
     (out.planes, out.vectors) = loads(&directions, &kernel.body);
     let mut failed = None;
-    accesses(&kernel.body, &mut |param, tile, _| {
+    accesses(&kernel.body, &mut |param, tile, index| {
         let p = &kernel.params[param];
         let mut look = || -> Result<()> {
             let (row, col) =
                 (directions.axis(tile, Direction::Row), directions.axis(tile, Direction::Col));
             let near = |axis: Option<usize>| axis.is_some_and(|a| p.layout.axes[a].stride.is(1));
             out.turns |= near(row) && col.is_some() && !near(col);
+            // Nothing is read before the first element of a line.
+            let inside = |axis: usize| index[axis].terms().iter().all(|(_, c)| *c > 0);
+            out.shifts &= (near(col) || col.is_none() || near(row))
+                && [row, col].into_iter().flatten().filter(|a| near(Some(*a))).all(inside);
+            out.shifts &= (8..=64).contains(&p.dtype.bits());
             for (axis, direction) in directions.of(tile).iter().enumerate() {
                 let Some(direction) = direction else { continue };
                 let a = &p.layout.axes[axis];
@@ -372,7 +383,7 @@ impl Picker<'_> {
         }
         let runs = up(self.runs, cluster);
         // Elements that are read one by one take an address each.
-        let single = s.aligned == 1 && s.vector > 1;
+        let single = s.aligned == 1 && s.vector > 1 && s.starts == Starts::Aligned;
         let keep = (if single { KEEP / 2 } else { KEEP } / s.vector).max(1);
         let lanes = match runs {
             r if r <= 32 && cluster == 1 => power_of_two_from(r),
@@ -515,6 +526,8 @@ impl Picker<'_> {
         // Of few elements, addresses are worked out as they are needed.
         let few = s.aligned == 1 && s.whole && each <= KEEP / 2;
         let addresses = match s.aligned < s.vector {
+            // Two units, and the shift.
+            true if s.starts != Starts::Aligned => 24,
             true if few => 24,
             true => 48 + single,
             false => 0,
@@ -630,12 +643,12 @@ impl Picker<'_> {
         schedule.arch = self.arch;
         schedule.persistent = false;
         schedule.cluster = choice.cluster as u32;
-        // Lines that start anywhere are read element by element, neighbours by neighbouring threads.
         schedule.vector = s.aligned.min(s.vector) as u32;
         schedule.lines = LinesKnobs {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
-            vector: schedule.vector,
+            vector: if s.starts == Starts::Aligned { schedule.vector } else { s.vector as u32 },
+            starts: s.starts,
             // Rows of a warp wait for no other: registers for another block are worth more.
             early: choice.cluster == 1 && (!s.whole || choice.lanes > 32),
             ahead: false,
@@ -717,6 +730,10 @@ impl GpuSchedule {
         // With a single row, what varies along columns alone is as large as the rest.
         if s.rows == 1 {
             (s.planes, s.vectors) = (s.planes + s.vectors, 0);
+        }
+        // Lines that start anywhere are read in whole units, and shifted.
+        if s.aligned < s.vector && s.shifts {
+            s.starts = if aligned < s.vector { Starts::Anywhere } else { Starts::Lines };
         }
         let runs = up(s.cols, s.vector);
         let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);

@@ -63,6 +63,10 @@ pub struct Choice {
     pub refused: Vec<String>,
 }
 
+/// What picks a schedule for a program without products: [`GpuSchedule::lines_for`] or one beside it.
+type Picked =
+    dyn Fn(&Kernel, Arch, &dyn Fn(&str) -> Option<i64>) -> Result<Option<GpuSchedule>>;
+
 /// Picks schedules, and remembers what it picked.
 #[derive(Debug)]
 pub struct Chooser {
@@ -98,6 +102,13 @@ impl Chooser {
         let env: Env =
             planned.kernel.symbols.iter().zip(sizes).map(|(s, v)| (s.name.clone(), *v)).collect();
         let mut choice = Choice::default();
+        let product = has_product(&planned.kernel.body);
+        let all: Vec<usize> = (0..planned.kernel.params.len()).collect();
+        if !product {
+            // Long rows that stay on the multiprocessor between the loops over them.
+            let kept = self.lines(&planned.kernel, &all, &env, &GpuSchedule::lines_kept);
+            choice.ways.extend(kept.unwrap_or_default());
+        }
         for form in &planned.forms {
             match form {
                 Form::Product(product) => {
@@ -109,18 +120,17 @@ impl Chooser {
                     choice.add("as attention", ways)?;
                 }
                 Form::Program { kernel, params } => {
-                    let ways = self.lines(kernel, params, &env);
+                    let ways = self.lines(kernel, params, &env, &GpuSchedule::lines_for);
                     choice.add("with whole rows in registers", ways)?;
                 }
             }
         }
-        if has_product(&planned.kernel.body) {
+        if product {
             if choice.ways.is_empty() {
                 choice.refused.push("a product that is no product of matrices".to_string());
             }
         } else {
-            let all: Vec<usize> = (0..planned.kernel.params.len()).collect();
-            let ways = self.lines(&planned.kernel, &all, &env);
+            let ways = self.lines(&planned.kernel, &all, &env, &GpuSchedule::lines_for);
             choice.add("as it is", ways)?;
         }
         let choice = Arc::new(choice);
@@ -128,8 +138,14 @@ impl Chooser {
         Ok(choice)
     }
 
-    /// A program without products.
-    fn lines(&self, kernel: &Kernel, params: &[usize], env: &Env) -> Result<Vec<Way>> {
+    /// A program without products, with a schedule from `pick`.
+    fn lines(
+        &self,
+        kernel: &Kernel,
+        params: &[usize],
+        env: &Env,
+        pick: &Picked,
+    ) -> Result<Vec<Way>> {
         let mut kernel = kernel.clone();
         let mut sizes = env.clone();
         sizes.retain(|name, _| kernel.symbols.iter().any(|s| s.name == *name));
@@ -138,7 +154,7 @@ impl Chooser {
             symbol.range.max = symbol.range.max.min(i64::from(i32::MAX));
         }
         let lookup = |name: &str| sizes.get(name).copied();
-        let Some(schedule) = GpuSchedule::lines_for(&kernel, self.arch, &lookup)? else {
+        let Some(schedule) = pick(&kernel, self.arch, &lookup)? else {
             return Err(Error::unsupported("the row takes more registers than a block has"));
         };
         let program = Arc::new(lower(&kernel, &schedule)?);

@@ -249,6 +249,7 @@ impl NormBackwardSpec {
             ahead: false,
             kept: 0,
             fetched: if turns > 1 { AHEAD as u32 } else { 0 },
+            ..LinesKnobs::default()
         };
         let sum = ReduceSpec { result: self.dtype, ..ReduceSpec::sum(Over::Rows, DType::F32) };
         let finish = sum.finish("norm_backward_finish");
