@@ -13,11 +13,13 @@
 //!
 //! To add an operator: a file in `ops/` with a type that implements `Operator`, and its name in `for_each_operator`.
 
+mod host;
 mod ops;
 mod plans;
 mod tensors;
 #[cfg(test)]
 mod texts;
+mod written;
 
 pub use ops::variables;
 pub use plans::schedules;

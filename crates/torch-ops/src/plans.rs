@@ -140,15 +140,15 @@ fn compiler(process: u32, abi: &Abi) -> Result<tilewright::Compiler> {
 // ---- on a CUDA device ------------------------------------------------------------------------------
 
 /// A device with its compiler and its plans.
-struct Cuda {
-    loader: Arc<Loader>,
+pub(crate) struct Cuda {
+    pub(crate) loader: Arc<Loader>,
     machine: Machine,
     /// Whether it is the only one.
-    alone: bool,
+    pub(crate) alone: bool,
     plans: RwLock<BTreeMap<Key, Arc<Direct>>>,
 }
 
-fn cuda(index: u32) -> Result<Arc<Cuda>> {
+pub(crate) fn cuda(index: u32) -> Result<Arc<Cuda>> {
     static DEVICES: OnceLock<RwLock<HashMap<u32, Arc<Cuda>>>> = OnceLock::new();
     let devices = DEVICES.get_or_init(RwLock::default);
     if let Some(known) = devices.read().unwrap_or_else(PoisonError::into_inner).get(&index) {

@@ -66,12 +66,12 @@ def single(name: str, fake: Callable, composed: Callable) -> Any:
 
 
 def pair(
-    name: str, fake: Callable, composed: Callable, save: Callable, gradient: Callable, kept: int | None = None
+    name: str, fake: Callable, composed: Callable, save: Callable, gradient: Callable, kept: int | None = None, twice: bool = False
 ) -> Pair:
     """An operator with a derivative. Without gradients it has its first `kept` results only.
 
     `save(ctx, inputs, output)` keeps what `gradient(ctx, *grads)` needs, which gives one gradient per input. A second
-    derivative is refused.
+    derivative is refused, unless `twice` says that the gradient is made of operators that have one.
     """
     _add(name, fake, composed)
     _add(name + ".inference", lambda *args: _part(fake(*args), kept), lambda *args: _part(composed(*args), kept))
@@ -81,7 +81,7 @@ def pair(
         save(ctx, inputs, output)
 
     def backward(ctx, *grads):
-        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in _flat(grads)):
+        if not twice and torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in _flat(grads)):
             raise NotImplementedError(
                 f"tilewright::{name} has no second derivative; use PyTorch's own operator where one is needed"
             )

@@ -1,21 +1,29 @@
 //! The operators, a file per family, and their list.
 
 mod attention;
+mod bags;
 mod cross_entropy;
+mod dropout;
 mod elementwise;
 mod linear;
 mod norm;
+mod optimizers;
 mod rotary;
 mod softmax;
 
 pub(crate) use attention::Attention;
+pub(crate) use bags::{EmbeddingBag, EmbeddingBagBackward, EmbeddingBagWeightsBackward};
 pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward};
+pub(crate) use dropout::Dropout;
 pub use elementwise::variables;
 pub(crate) use elementwise::{Map, MapBackward};
 pub(crate) use linear::Linear;
 pub(crate) use norm::{
     AddLayerNorm, AddRmsNorm, LayerNorm, LayerNormBackward, RmsNorm, RmsNormBackward,
 };
+#[cfg(test)]
+pub(crate) use optimizers::table_definitions;
+pub(crate) use optimizers::{AdamW, GradientNorm, Lion};
 pub(crate) use rotary::Rotary;
 pub(crate) use softmax::{Softmax, SoftmaxBackward};
 
@@ -46,6 +54,13 @@ macro_rules! for_each_operator {
             $crate::ops::Rotary,
             $crate::ops::Linear,
             $crate::ops::Attention,
+            $crate::ops::AdamW,
+            $crate::ops::Lion,
+            $crate::ops::GradientNorm,
+            $crate::ops::Dropout,
+            $crate::ops::EmbeddingBag,
+            $crate::ops::EmbeddingBagBackward,
+            $crate::ops::EmbeddingBagWeightsBackward,
         }
     };
 }
