@@ -21,7 +21,7 @@ mod tensors;
 mod texts;
 mod written;
 
-pub use ops::variables;
+pub use ops::{number_of, variables};
 pub use plans::schedules;
 
 use ops::for_each_operator;

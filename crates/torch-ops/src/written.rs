@@ -15,6 +15,7 @@ pub(crate) enum Text {
     Optimizers,
     Dropout,
     Bags,
+    Scale,
 }
 
 const BASE: &str = include_str!("../../../device-lib/base.cuh");
@@ -26,6 +27,7 @@ impl Text {
             Text::Optimizers => "optimizers",
             Text::Dropout => "dropout",
             Text::Bags => "bags",
+            Text::Scale => "scale",
         }
     }
 
@@ -34,6 +36,7 @@ impl Text {
             Text::Optimizers => include_str!("device/optimizers.cu"),
             Text::Dropout => include_str!("device/dropout.cu"),
             Text::Bags => include_str!("device/bags.cu"),
+            Text::Scale => include_str!("device/scale.cu"),
         }
     }
 
@@ -137,6 +140,7 @@ mod tests {
             let wide = dtype == DType::BF16;
             requests.push((Text::Optimizers, [t, table[0], table[1], ("TW_MASTER", wide.into())]));
             requests.push((Text::Dropout, [t, none, none, none]));
+            requests.push((Text::Scale, [t, none, none, none]));
             requests.push((Text::Bags, [t, ("TW_MODE", u64::from(wide) * 2), none, none]));
         }
         for (text, set) in requests {

@@ -26,20 +26,44 @@ _native.register_operators()
 _CPU = torch.library.Library("tilewright", "IMPL")
 
 
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_transformed = torch._C._are_functorch_transforms_active
+_compiling = torch.compiler.is_compiling
+
+
 class Pair:
     """An operator with a derivative: called, it takes the form that this call needs."""
 
-    def __init__(self, name: str, kept: int | None):
+    def __init__(self, name: str, kept: int | None, direct: type[torch.autograd.Function] | None = None):
         packet = getattr(torch.ops.tilewright, name)
         self.name = name
         self.kept = kept
         self.default = packet.default
         self.inference = packet.inference
+        self.direct = direct
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and _asks_for_gradients(args):
-            return _part(self.default(*args), self.kept)
+            if self.direct is None or _compiling() or _transformed():
+                return _part(self.default(*args), self.kept)
+            return _part(self.direct.apply(*args), self.kept)
         return self.inference(*args)
+
+
+def _direct(operator: Callable, setup_context: Callable, gradient: Callable) -> type[torch.autograd.Function]:
+    """The same derivative without the dispatcher's way through Python: for calls in eager mode that have no lists of tensors."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with _below_autograd():
+                results = operator(*args)
+            setup_context(ctx, args, results)
+            return results
+
+        backward = staticmethod(gradient)
+
+    return Direct
 
 
 def _asks_for_gradients(args: tuple) -> bool:
@@ -62,7 +86,8 @@ def _part(results: Any, kept: int | None) -> Any:
 def single(name: str, fake: Callable, composed: Callable) -> Any:
     """An operator without a derivative of its own, such as the gradient of another."""
     _add(name, fake, composed)
-    return getattr(torch.ops.tilewright, name).default
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.tilewright, packet), overload or "default")
 
 
 def pair(
@@ -88,7 +113,9 @@ def pair(
         return gradient(ctx, *grads)
 
     torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context)
-    return Pair(name, kept)
+    operator = getattr(torch.ops.tilewright, name).default
+    lists = any("List" in str(a.type) for a in operator._schema.arguments)
+    return Pair(name, kept, None if lists else _direct(operator, setup_context, backward))
 
 
 def _add(name: str, fake: Callable, composed: Callable) -> None:

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .. import _native
-from ._define import pair, single, wide
+from ._define import _compiling, pair, single, wide
 
 # Functions of our formula language that PyTorch has under the same name.
 _FUNCTIONS = ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "floor", "ceil", "abs")
@@ -107,6 +107,24 @@ _map2 = pair(
 )
 
 
+# Eager calls name a formula by its number in this process; graphs that are traced have its text.
+def _composed_numbered(*args):
+    *xs, number = args
+    return _forward_composed(xs, _TEXTS[number])
+
+
+_TEXTS: dict[int, str] = {}
+_numbered1 = single("map1.numbered", fake=lambda x, number: x.new_empty(x.shape), composed=_composed_numbered)
+_numbered2 = single("map2.numbered", fake=lambda x, y, number: x.new_empty(x.shape), composed=_composed_numbered)
+
+
+@torch.compiler.assume_constant_result
+def _number(text: str) -> int:
+    number = _native.formula_number(text)
+    _TEXTS[number] = text
+    return number
+
+
 class Formula:
     """A formula as a function of tensors; `elementwise` makes one."""
 
@@ -115,18 +133,25 @@ class Formula:
         self.variables = _variables(text)
         if not self.variables:
             raise ValueError(f"the formula {text!r} has no variables")
+        self.number = _number(text)
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         if len(tensors) != len(self.variables):
             raise TypeError(f"{len(tensors)} tensors for the variables {self.variables} of {self.text!r}")
         if len(tensors) == 1:
-            return _map1(tensors[0], self.text)
+            x = tensors[0]
+            if _compiling() or (x.requires_grad and torch.is_grad_enabled()):
+                return _map1(x, self.text)
+            return _numbered1(x, self.number)
         first = tensors[0]
         if any(t.shape != first.shape or t.dtype != first.dtype for t in tensors):
             dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
             tensors = tuple(t.to(dtype) for t in torch.broadcast_tensors(*tensors))
         if len(tensors) == 2:
-            return _map2(*tensors, self.text)
+            x, y = tensors
+            if _compiling() or ((x.requires_grad or y.requires_grad) and torch.is_grad_enabled()):
+                return _map2(x, y, self.text)
+            return _numbered2(x, y, self.number)
         return _map(list(tensors), self.text)
 
     def __repr__(self) -> str:

@@ -40,6 +40,18 @@ _cross_entropy_backward = single(
 )
 
 
+def _both_composed(dloss, x, targets, *numbers):
+    loss, lse = _composed(x, targets, *numbers)
+    return loss, _backward_composed(dloss, x, targets, lse, *numbers)
+
+
+_cross_entropy_both = single(
+    "cross_entropy_both",
+    fake=lambda dloss, x, *_: (torch.empty_like(dloss), x.new_empty(x.shape)),
+    composed=_both_composed,
+)
+
+
 def _fake(x, targets, *_):
     loss = x.new_empty(targets.shape, dtype=wide(x.dtype))
     return loss, torch.empty_like(loss)

@@ -9,14 +9,15 @@ mod linear;
 mod norm;
 mod optimizers;
 mod rotary;
+mod scale;
 mod softmax;
 
 pub(crate) use attention::Attention;
 pub(crate) use bags::{EmbeddingBag, EmbeddingBagBackward, EmbeddingBagWeightsBackward};
-pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward};
+pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward, CrossEntropyBoth};
 pub(crate) use dropout::Dropout;
-pub use elementwise::variables;
-pub(crate) use elementwise::{Map, MapBackward};
+pub(crate) use elementwise::{Map, MapBackward, Numbered};
+pub use elementwise::{number_of, variables};
 pub(crate) use linear::Linear;
 pub(crate) use norm::{
     AddLayerNorm, AddRmsNorm, LayerNorm, LayerNormBackward, RmsNorm, RmsNormBackward,
@@ -25,6 +26,7 @@ pub(crate) use norm::{
 pub(crate) use optimizers::table_definitions;
 pub(crate) use optimizers::{AdamW, GradientNorm, Lion};
 pub(crate) use rotary::Rotary;
+pub(crate) use scale::Scale;
 pub(crate) use softmax::{Softmax, SoftmaxBackward};
 
 /// Calls a macro of this crate with the types of all operators.
@@ -46,11 +48,15 @@ macro_rules! for_each_operator {
             $crate::ops::Map<0>,
             $crate::ops::Map<1>,
             $crate::ops::Map<2>,
+            $crate::ops::Numbered<1>,
+            $crate::ops::Numbered<2>,
             $crate::ops::MapBackward<0>,
             $crate::ops::MapBackward<1>,
             $crate::ops::MapBackward<2>,
             $crate::ops::CrossEntropy,
             $crate::ops::CrossEntropyBackward,
+            $crate::ops::CrossEntropyBoth,
+            $crate::ops::Scale,
             $crate::ops::Rotary,
             $crate::ops::Linear,
             $crate::ops::Attention,
