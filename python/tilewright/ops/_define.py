@@ -124,6 +124,26 @@ def _add(name: str, fake: Callable, composed: Callable) -> None:
         _CPU.impl(name, composed, "CPU")
 
 
+def again(function: Callable, tensors: tuple, grads: tuple) -> tuple:
+    """The gradients of `function(*tensors)` by PyTorch's own operators, which can be differentiated once more: for
+    `create_graph=True`. A tensor that has no gradient gives None.
+    """
+    # Each is seen as one of its own, since one may have been computed from another.
+    held = [t.view_as(t) if isinstance(t, torch.Tensor) and t.requires_grad else t for t in tensors]
+    with torch.enable_grad():
+        results = function(*held)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [(r, g) for r, g in zip(results, grads) if g is not None and r.requires_grad]
+    wanted = [i for i, t in enumerate(held) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not pairs or not wanted:
+        return (None,) * len(tensors)
+    found = torch.autograd.grad(
+        [r for r, _ in pairs], [held[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
+    )
+    by_place = dict(zip(wanted, found))
+    return tuple(by_place.get(i) for i in range(len(tensors)))
+
+
 def _flat(values):
     for value in values:
         if isinstance(value, (list, tuple)):

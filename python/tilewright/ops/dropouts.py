@@ -9,7 +9,7 @@ from .norms import layer_norm, rms_norm
 
 
 def _words(n: int, key: torch.Tensor) -> torch.Tensor:
-    """The first `n` words of Philox4x32-10 under the key, as int64: the same numbers as the kernels'."""
+    """The first `n` words of Philox4x32-7 under the key, as int64: the same numbers as the kernels'."""
     low = 0xFFFFFFFF
     counter = torch.arange((n + 3) // 4, dtype=torch.int64, device=key.device)
     c = [counter & low, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
@@ -22,7 +22,7 @@ def _words(n: int, key: torch.Tensor) -> torch.Tensor:
         lower = x * mid + ((upper & 0xFFFF) << 16)
         return (upper >> 16) + (lower >> 32), lower & low
 
-    for _ in range(10):
+    for _ in range(7):
         (p_high, p_low), (q_high, q_low) = product(0xD2511F53, c[0]), product(0xCD9E8D57, c[2])
         c = [q_high ^ c[1] ^ k[0], q_low, p_high ^ c[3] ^ k[1], p_low]
         k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .. import _native
-from ._define import _compiling, pair, single, wide
+from ._define import _compiling, again, pair, single, wide
 
 # Functions of our formula language that PyTorch has under the same name.
 _FUNCTIONS = ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "floor", "ceil", "abs")
@@ -26,6 +26,9 @@ def _variables(formula: str) -> tuple[str, ...]:
 
 def _forward_composed(xs, formula):
     """The formula by Python's own evaluation: for formulas that both languages read alike."""
+    if formula.startswith("d") and ": " in formula:
+        mark, _, rest = formula.partition(": ")
+        return again(lambda *xs: _forward_composed(xs, rest), tuple(_asking(x) for x in xs), (torch.ones_like(xs[0]),))[int(mark[1:])]
     names = {f: getattr(torch, f) for f in _FUNCTIONS}
     names["relu"] = torch.relu
     c = wide(xs[0].dtype)
@@ -58,6 +61,19 @@ _map2_backward = single(
 )
 
 
+def _asking(x):
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _slopes(dy, xs, formula):
+    """The gradients in operators that have a derivative: `d0: f` is the derivative of the formula `f` by its first variable."""
+    if len(xs) == 1:
+        return [dy * _map1(xs[0], f"d0: {formula}")]
+    if len(xs) == 2:
+        return [dy * _map2(*xs, f"d{i}: {formula}") for i in range(2)]
+    return [dy * _map(list(xs), f"d{i}: {formula}") for i in range(len(xs))]
+
+
 def _save_list(ctx, inputs, output):
     xs, ctx.formula = inputs
     ctx.save_for_backward(*xs)
@@ -71,16 +87,22 @@ def _save(ctx, inputs, output):
 def _list_gradient(ctx, dy):
     if dy is None:
         return [None] * len(ctx.saved_tensors), None
+    if torch.is_grad_enabled():
+        return _slopes(dy, ctx.saved_tensors, ctx.formula), None
     return _map_backward(dy, list(ctx.saved_tensors), ctx.formula), None
 
 
 def _one_gradient(ctx, dy):
+    if dy is not None and torch.is_grad_enabled():
+        return *_slopes(dy, ctx.saved_tensors, ctx.formula), None
     return None if dy is None else _map1_backward(dy, *ctx.saved_tensors, ctx.formula), None
 
 
 def _two_gradients(ctx, dy):
     if dy is None:
         return None, None, None
+    if torch.is_grad_enabled():
+        return *_slopes(dy, ctx.saved_tensors, ctx.formula), None
     return *_map2_backward(dy, *ctx.saved_tensors, ctx.formula), None
 
 
@@ -90,6 +112,7 @@ _map = pair(
     composed=_forward_composed,
     save=_save_list,
     gradient=_list_gradient,
+    twice=True,
 )
 _map1 = pair(
     "map1",
@@ -97,6 +120,7 @@ _map1 = pair(
     composed=lambda x, formula: _forward_composed([x], formula),
     save=_save,
     gradient=_one_gradient,
+    twice=True,
 )
 _map2 = pair(
     "map2",
@@ -104,6 +128,7 @@ _map2 = pair(
     composed=lambda x, y, formula: _forward_composed([x, y], formula),
     save=_save,
     gradient=_two_gradients,
+    twice=True,
 )
 
 

@@ -52,13 +52,6 @@ def linear(x, weight, bias=None, activation=None, residual=None):
     return _linear(x, weight, bias, residual, "" if activation is None else _ACTIVATIONS[activation].text)
 
 
-def _scale_composed(x, by):
-    x.mul_(by)
-
-
-single("scale_", fake=lambda x, by: None, composed=_scale_composed)
-
-
 def _loss_and_gradients(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -76,9 +69,7 @@ def _loss_and_gradients(
     wide = losses.wide(x.dtype)
     numbers = (ignore_index, label_smoothing, z_loss, softcap)
     total = x.new_zeros((), dtype=wide)
-    scale = torch.ones((), dtype=wide, device=x.device)
-    if mean:
-        scale = 1 / (targets != ignore_index).sum().to(wide)
+    scale = losses.divisor(targets, ignore_index, mean, wide)
     # Half has no room for small gradients: there they are divided at the end.
     late = x.dtype == torch.float16
     down = torch.ones_like(targets, dtype=wide) if late else scale.expand(targets.shape).contiguous()
@@ -136,31 +127,7 @@ def _(x, weight, bias, targets, ignore_index, label_smoothing, z_loss, softcap, 
     return x.new_empty((), dtype=losses.wide(x.dtype)), like(x, 0), like(weight, 1), like(bias, 2)
 
 
-def _save_gradients(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.wanted, ctx.taken = inputs[-1], None
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _scaled_gradients(ctx, dtotal, *_):
-    nothing = (None,) * 8
-    if dtotal is None:
-        return None, None, None, *nothing
-    gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted)]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return *(None if g is None else g * dtotal.to(g.dtype) for g in gradients), *nothing
-    if ctx.taken is not None:
-        # They have been scaled once, in place; whoever got them then has a copy, since the graph was kept.
-        return *(None if g is None else g * (dtotal / ctx.taken).to(g.dtype) for g in gradients), *nothing
-    ctx.taken = dtotal.detach()
-    for g in gradients:
-        if g is not None:
-            torch.ops.tilewright.scale_(g, dtotal)
-    return *gradients, *nothing
-
-
-_linear_cross_entropy.register_autograd(_scaled_gradients, setup_context=_save_gradients)
+_linear_cross_entropy.register_autograd(losses.scaled_gradients, setup_context=losses.save_gradients)
 
 
 def linear_cross_entropy(

@@ -1,6 +1,6 @@
 //! Dropout, with a residual: `y = x / (1 - p) + residual` where an element stays, `y = residual` where it is dropped.
 //!
-//! Element `i` stays where word `i % 4` of Philox4x32-10 at counter `i / 4` is at least `p * 2^32`. The key is a tensor that
+//! Element `i` stays where word `i % 4` of Philox4x32-7 at counter `i / 4` is at least `p * 2^32`. The key is a tensor that
 //! PyTorch's generator has drawn, so `torch.manual_seed` repeats it and a recorded CUDA graph draws anew in each replay. Nothing
 //! else is stored: the gradient of `x` is the same operator on the gradient of `y`, with the same key and no residual.
 
@@ -11,12 +11,13 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::Args;
 use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
-/// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+/// Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): seven rounds are
+/// the fewest that pass BigCrush.
 #[inline(always)]
 fn philox(counter: u64, key: u64) -> [u32; 4] {
     let mut c = [counter as u32, (counter >> 32) as u32, 0, 0];
     let (mut k0, mut k1) = (key as u32, (key >> 32) as u32);
-    for _ in 0..10 {
+    for _ in 0..7 {
         let p = 0xD251_1F53 * u64::from(c[0]);
         let q = 0xCD9E_8D57 * u64::from(c[2]);
         c = [(q >> 32) as u32 ^ c[1] ^ k0, q as u32, (p >> 32) as u32 ^ c[3] ^ k1, p as u32];
@@ -75,7 +76,7 @@ impl Operator for Dropout {
                 .value(elements);
             let none = ("", 0);
             let set: Set = [element(dtype)?, none, none, none];
-            let blocks = elements.cast_unsigned().div_ceil(2048);
+            let blocks = elements.cast_unsigned().div_ceil(4096);
             launch(abi, index, (Text::Dropout, "dropout", &set), blocks, 256, &args)?;
         } else {
             let key = host::read_whole(&key)?.first().copied().unwrap_or(0).cast_unsigned();
@@ -129,7 +130,7 @@ mod tests {
     #[test]
     fn random_words_are_those_of_the_authors() {
         // The first of the known answers that come with Random123.
-        assert_eq!(philox(0, 0), [0x6627_E8D5, 0xE169_C58D, 0xBC57_AC4C, 0x9B00_DBD8]);
+        assert_eq!(philox(0, 0), [0x5F6F_B709, 0x0D89_3F64, 0x4F12_1F81, 0x4F73_0A48]);
     }
 
     #[test]

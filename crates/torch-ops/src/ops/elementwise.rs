@@ -1,7 +1,8 @@
 //! Formulas on tensors of one shape, and their gradients, found symbolically.
 //!
 //! `map([x, y], "x * sigmoid(y)")` computes the formula for each element, in `f32` (`f64` for `f64`). Tensors belong to the
-//! formula's variables in the order in which these first occur. `map_backward` gives the gradient of each tensor.
+//! formula's variables in the order in which these first occur. `map_backward` gives the gradient of each tensor. `d0: x * y` is the
+//! derivative of a formula by its first variable, with the same tensors.
 
 use crate::plans::{Key, run};
 use crate::tensors::{float, like, plain, wide};
@@ -13,6 +14,8 @@ use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
 
 /// The longest formula that is taken, in bytes.
 const LONGEST: usize = 10_000;
+/// The highest order of a derivative that a formula's text may ask for: texts of derivatives grow quickly.
+const MOST_DERIVATIVES: usize = 4;
 
 /// The formulas that were met, each with its number: its place in the list.
 #[derive(Default)]
@@ -61,6 +64,16 @@ pub fn variables(text: &str) -> Result<Vec<String>> {
 pub(super) fn function(text: &str, c: DType) -> Result<Func> {
     if text.len() > LONGEST {
         return Err(Error::user(format!("a formula of {} bytes", text.len())));
+    }
+    // `d0: f` is the derivative of `f` by its first variable.
+    let mark = text.strip_prefix('d').and_then(|rest| rest.split_once(": "));
+    if let Some((number, rest)) = mark.and_then(|(n, rest)| Some((n.parse::<usize>().ok()?, rest)))
+    {
+        let func = function(rest, c)?;
+        if number >= func.params().len() {
+            return Err(Error::user(format!("`{rest}` has no variable {number}")));
+        }
+        return Ok(func.derivative(number)?.simplify());
     }
     let options = CompileOptions { default: c, ..CompileOptions::default() };
     let func = compile(text, &options)?.func.simplify();
@@ -262,6 +275,9 @@ mod tests {
         assert!(variables("x +").is_err());
         assert!(variables("x > 1").is_err());
         assert!(variables(&"x+".repeat(10_000)).is_err());
+        assert_eq!(variables("d1: d0: b * sigmoid(a)").expect("a derivative"), ["b", "a"]);
+        assert!(variables("d2: a * b").is_err());
+        assert!(variables(&("d0: ".repeat(100) + "a")).is_err());
     }
 
     #[test]
