@@ -1,4 +1,4 @@
-"""Optimizers, dropout, embedding bags and losses on a GPU: values against PyTorch's, CUDA graphs, speed beside eager, Inductor and Liger.
+"""Optimizers, dropout, embedding bags, losses and gradients of norms on a GPU: values against PyTorch's, CUDA graphs, speed beside eager, Inductor and Liger.
 
     python gpu/test_optim.py check | time [--only NAME,...] [--out FILE]
 
@@ -314,7 +314,7 @@ def time_optimizers(report):
             ours, theirs = parameters(shapes, torch.float32), parameters(shapes, torch.float32)
             numbers = sum(p.numel() for p in ours)
             a = optim.AdamW(ours, lr=1e-4, max_norm=clip)
-            b = torch.optim.AdamW(theirs, lr=1e-4, fused=True)
+            b = torch.optim.AdamW(theirs, lr=1e-4, fused=True, capturable=True)
             c = optim.Lion(ours, lr=1e-4) if not wall and clip is None else None
 
             def torch_step():
@@ -352,7 +352,7 @@ def time_optimizers(report):
         def narrow():
             ours, theirs = parameters(shapes, torch.bfloat16), parameters(shapes, torch.bfloat16)
             numbers = sum(p.numel() for p in ours)
-            a, b = optim.AdamW(ours, lr=1e-4), torch.optim.AdamW(theirs, lr=1e-4, fused=True)
+            a, b = optim.AdamW(ours, lr=1e-4), torch.optim.AdamW(theirs, lr=1e-4, fused=True, capturable=True)
             medians = race({"ours": a.step, "torch fused, all in bf16": b.step}, 7)
             return line(report, f"AdamW bf16 with masters {model}", medians, numbers * 28)
 
@@ -440,6 +440,12 @@ def time_losses(report):
     except Exception as problem:  # noqa: BLE001
         print("no Liger:", problem)
 
+    def raw():
+        loss = torch.ones(8192, device=DEVICE)
+        return line(report, "cross_entropy_both", race({"ours": lambda: PACK.cross_entropy_both(loss, logits, t, -100, 0.0, 0.0, 0.0)}), logits.numel() * 4)
+
+    report.case("loss and gradient in one pass 8192x32768 bf16", raw)
+
     def forward():
         with torch.no_grad():
             forms = {"ours": ops.cross_entropy, "eager": F.cross_entropy, "inductor": torch.compile(F.cross_entropy)}
@@ -450,6 +456,9 @@ def time_losses(report):
     def both():
         held = logits.clone().requires_grad_()
         forms = {"ours": ops.cross_entropy, "eager": F.cross_entropy, "inductor": torch.compile(F.cross_entropy)}
+        if "ce" in liger:
+            # It writes its gradient over the logits: the copy is part of what it takes where they are needed again.
+            forms["liger, over the logits"] = lambda x, t: liger["ce"].apply(x, t)[0]
         medians = race({k: (lambda f=f: torch.autograd.grad(f(held, t), held)) for k, f in forms.items()})
         return line(report, "cross_entropy both ways", medians, logits.numel() * 6)
 
@@ -480,10 +489,62 @@ def time_losses(report):
     report.case("linear_cross_entropy 4096x4096x128256 bf16, both ways", linear)
 
 
+def time_norms(report):
+    d = torch.bfloat16
+    for m, n in ((16384, 4096), (8192, 8192)):
+        x, r, seed = (made(m, n, dtype=d, seed=i).requires_grad_(i < 2) for i in range(3))
+        w, b = made(n, dtype=d, seed=4).requires_grad_(), made(n, dtype=d, seed=5).requires_grad_()
+
+        def added(x, r, w):
+            h = x + r
+            return F.rms_norm(h, (n,), w, 1e-6), h
+
+        cases = {
+            "rms_norm": (lambda x, w: ops.rms_norm(x, w), lambda x, w: F.rms_norm(x, (n,), w, 1e-6), (x, w), (seed,), 10),
+            "layer_norm": (ops.layer_norm, lambda x, w, b: F.layer_norm(x, (n,), w, b), (x, w, b), (seed,), 10),
+            "rms_norm with residual": (lambda x, r, w: ops.rms_norm(x, w, residual=r), added, (x, r, w), (seed, seed), 16),
+        }
+        for name, (mine, theirs, held, seeds, traffic) in cases.items():
+
+            def run():
+                forms = {"ours": mine, "eager": theirs, "inductor": torch.compile(theirs, dynamic=False)}
+                medians = race({k: (lambda f=f: torch.autograd.grad(f(*held), held, seeds)) for k, f in forms.items()})
+                return line(report, f"{name} {m}x{n} both ways", medians, m * n * traffic)
+
+            report.case(f"{name} {m}x{n} bf16, both ways", run)
+
+
+def check_norms(report):
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+        for m, n in ((1000, 768), (33, 4096), (4097, 1023), (64, 8192)):
+
+            def run():
+                x, r = made(m, n, dtype=dtype), made(m, n, dtype=dtype, seed=1)
+                w, b, seed = made(n, dtype=dtype, seed=2), made(n, dtype=dtype, seed=3), made(m, n, dtype=dtype, seed=4)
+                worst = 0.0
+                for mine, theirs, given in (
+                    (ops.rms_norm, lambda x, w: F.rms_norm(x, (n,), w, 1e-6), (x, w)),
+                    (ops.layer_norm, lambda x, w, b: F.layer_norm(x, (n,), w, b, 1e-5), (x, w, b)),
+                    (lambda x, r, w: ops.rms_norm(x, w, residual=r), lambda x, r, w: (F.rms_norm(x + r, (n,), w, 1e-6), x + r), (x, r, w)),
+                    (lambda x, r, w, b: ops.layer_norm(x, w, b, residual=r), lambda x, r, w, b: (F.layer_norm(x + r, (n,), w, b, 1e-5), x + r), (x, r, w, b)),
+                ):
+                    held, wide = [t.clone().requires_grad_() for t in given], [t.double().requires_grad_() for t in given]
+                    a, c = mine(*held), theirs(*wide)
+                    a, c = (list(v) if isinstance(v, tuple) else [v] for v in (a, c))
+                    ga = torch.autograd.grad(a, held, [seed] * len(a))
+                    gc = torch.autograd.grad(c, wide, [seed.double()] * len(c))
+                    for p, q in zip(ga, gc):
+                        worst = max(worst, ((p.double() - q).abs().max() / q.abs().max()).item())
+                assert worst < tolerance, worst
+                return f"{worst:.1e}"
+
+            report.case(f"gradients of norms {m}x{n} {dtype}", run)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["check", "time"])
-    parser.add_argument("--only", default="optimizers,dropout,bags,losses")
+    parser.add_argument("--only", default="norms,optimizers,dropout,bags,losses")
     parser.add_argument("--out")
     given = parser.parse_args()
     report = Report([])
@@ -491,9 +552,10 @@ def main():
     if given.what == "check":
         check_optimizers(report)
         check_others(report)
+        check_norms(report)
     else:
         for name in given.only.split(","):
-            {"optimizers": time_optimizers, "dropout": time_dropout, "bags": time_bags, "losses": time_losses}[name](report)
+            {"norms": time_norms, "optimizers": time_optimizers, "dropout": time_dropout, "bags": time_bags, "losses": time_losses}[name](report)
     if given.out:
         with open(given.out, "w") as file:
             json.dump(report.out, file, indent=1)

@@ -12,6 +12,7 @@ It needs PyTorch 2.10 or later.
 from __future__ import annotations
 
 import math
+from operator import is_
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class _Fused(torch.optim.Optimizer):
             raise ValueError(f"max_norm is {max_norm}; it must be a number above 0, or None")
         self.max_norm = max_norm
         self.grad_norm: torch.Tensor | None = None
+        self._last: tuple[list, list] | None = None
         self._master = master
         super().__init__(params, defaults)
 
@@ -121,11 +123,15 @@ class _Fused(torch.optim.Optimizer):
             if p.is_complex() or not p.is_floating_point():
                 raise TypeError(f"a parameter is {p.dtype}; it must be float32, bfloat16, float16 or float64")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_norm": self.max_norm, "_master": self._master}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("max_norm", None)
         self.__dict__.setdefault("grad_norm", None)
         self.__dict__.setdefault("_master", True)
+        self._last = None
 
     def _wide_copy(self, p: torch.Tensor) -> bool:
         return self._master and p.dtype in (torch.bfloat16, torch.float16)
@@ -148,15 +154,42 @@ class _Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        calls = self._known_calls() or self._new_calls()
+        if not calls:
+            return loss
+        grads_all = calls[0][1] if len(calls) == 1 else [g for call in calls for g in call[1]]
+        factor = None
+        if self.max_norm is not None:
+            self.grad_norm, factor = gradient_norm(grads_all, self.max_norm)
+        counts = {id(call[5]): call[5] for call in calls if call[5] is not None}
+        if counts:
+            torch._foreach_add_(list(counts.values()), 1.0)
+        for call in calls:
+            device = call[0][0].device
+            rate = call[4]["lr"]
+            on_device = isinstance(rate, torch.Tensor) and rate.device == device and device.type != "cpu"
+            if isinstance(rate, torch.Tensor) and not on_device:
+                rate = rate.item()
+            f = factor if factor is None or factor.device == device else factor.to(device, non_blocking=True)
+            self._launch(call, rate if on_device else None, f, 0.0 if on_device else float(rate))
+            torch.autograd.graph.increment_version(call[0])
+            call[1] = []  # Gradients are not kept alive.
+        return loss
+
+    def _new_calls(self) -> list[list]:
+        """The calls of a step, one for each group, device, type and number of steps: parameters, gradients, moments, masters, group,
+        number of steps, states."""
+        self._last = None
         steps: dict = {}
         calls: dict[tuple, list] = {}
-        grads_all = []
+        whole = True
         for number, group in enumerate(self.param_groups):
             absent = set()
             for p in group["params"]:
                 grad = p.grad
                 state = self.state[p]
                 if grad is None:
+                    whole = False
                     if "step" in state:
                         absent.add(id(state["step"]))
                     continue
@@ -175,27 +208,39 @@ class _Fused(torch.optim.Optimizer):
                 if key[3]:
                     call[3].append(state["master"])
                 call[6].append(state)
-                grads_all.append(grad)
             if absent:
                 self._part(calls, absent)
-        if not calls:
-            return loss
-        factor = None
-        if self.max_norm is not None:
-            self.grad_norm, factor = gradient_norm(grads_all, self.max_norm)
-        counts = {id(call[5]): call[5] for call in calls.values() if call[5] is not None}
-        if counts:
-            torch._foreach_add_(list(counts.values()), 1.0)
-        for call in calls.values():
-            device = call[0][0].device
-            rate = call[4]["lr"]
-            on_device = isinstance(rate, torch.Tensor) and rate.device == device and device.type != "cpu"
-            if isinstance(rate, torch.Tensor) and not on_device:
-                rate = rate.item()
-            f = factor if factor is None or factor.device == device else factor.to(device, non_blocking=True)
-            self._launch(call, rate if on_device else None, f, 0.0 if on_device else float(rate))
-            torch.autograd.graph.increment_version(call[0])
-        return loss
+        found = list(calls.values())
+        if whole:
+            self._last = [(group, list(group["params"])) for group in self.param_groups], found
+        return found
+
+    def _known_calls(self) -> list[list] | None:
+        """The calls of the last step with the gradients of this one, if nothing else has changed."""
+        if self._last is None:
+            return None
+        groups, calls = self._last
+        if len(groups) != len(self.param_groups):
+            return None
+        for (group, params), now in zip(groups, self.param_groups):
+            if group is not now or len(params) != len(now["params"]) or not all(map(is_, params, now["params"])):
+                return None
+        for call in calls:
+            grads = [p.grad for p in call[0]]
+            states = call[6]
+            if any(g is None for g in grads):
+                return None
+            for name, moments in zip(self._moments, call[2]):
+                if not all(map(is_, [s.get(name) for s in states], moments)):
+                    return None
+            if call[3] and not all(map(is_, [s.get("master") for s in states], call[3])):
+                return None
+            if call[5] is not None and not all(s["step"] is call[5] for s in states):
+                return None
+            if not all(map(is_, [self.state.get(p) for p in call[0]], states)):
+                return None
+            call[1] = grads
+        return calls
 
     def _part(self, calls: dict[tuple, list], absent: set[int]) -> None:
         """Gives parameters a number of steps of their own where others that share it make no step."""

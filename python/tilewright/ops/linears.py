@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import formulas, losses
-from ._define import single
+from ._define import again, pair, single
 
 _ACTIVATIONS = {
     "relu": formulas.elementwise("max(x, 0.0)"),
@@ -33,23 +33,75 @@ _linear = single(
 )
 
 
+def _composed_with_sums(x, weight, bias, residual, activation):
+    s = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y = s
+    if activation:
+        relu = activation == _ACTIVATIONS["relu"].text
+        y = torch.relu(s) if relu else formulas._forward_composed([s], activation)
+    y = y.clone() if residual is None and y is s else y if residual is None else y + residual
+    return y, s if activation else x.new_empty((0,))
+
+
+def _fake_with_sums(x, weight, bias, residual, activation):
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, torch.empty_like(y) if activation else x.new_empty((0,))
+
+
+def _save_linear(ctx, inputs, output):
+    x, weight, bias, residual, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, bias, residual, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _linear_gradient(ctx, dy, _):
+    x, weight, bias, residual, sums = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 5
+    if torch.is_grad_enabled():
+        f = lambda *args: _composed_with_sums(*args, ctx.activation)[0]  # noqa: E731
+        return again(f, (x, weight, bias, residual), (dy,)) + (None,)
+    needs = ctx.needs_input_grad
+    dz = formulas._map1_backward(dy, sums, ctx.activation) if ctx.activation else dy
+    dx = dw = db = None
+    if needs[0]:
+        dx = dz @ weight
+    flat = dz.reshape(-1, dz.shape[-1])
+    if needs[1]:
+        dw = flat.t() @ x.reshape(-1, x.shape[-1])
+    if bias is not None and needs[2]:
+        db = flat.sum(0, dtype=losses.wide(x.dtype)).to(bias.dtype)
+    return dx, dw, db, dy if residual is not None and needs[3] else None, None
+
+
+_linear_with_sums = pair(
+    "linear_with_sums",
+    fake=_fake_with_sums,
+    composed=_composed_with_sums,
+    save=_save_linear,
+    gradient=_linear_gradient,
+    kept=None,
+    twice=True,
+)
+
+
 def linear(x, weight, bias=None, activation=None, residual=None):
     """`activation(x @ weight.T + bias) + residual`; without gradients that is one kernel.
 
-    `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the product is
-    PyTorch's and what follows it the pack's: the gradient needs the sums before the activation.
+    `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the sums before the
+    activation are stored beside the result; in the gradient the activation is one kernel, and the products are PyTorch's.
     """
     if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}, or None")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # As PyTorch's own product.
+        to = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias, residual = (t if t is None else t.to(to) for t in (x, weight, bias, residual))
     given = [t for t in (x, weight, bias, residual) if t is not None]
+    text = "" if activation is None else _ACTIVATIONS[activation].text
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        y = F.linear(x, weight, bias)
-        if activation == "relu":
-            y = torch.relu(y)
-        elif activation is not None:
-            y = _ACTIVATIONS[activation](y)
-        return y if residual is None else y + residual
-    return _linear(x, weight, bias, residual, "" if activation is None else _ACTIVATIONS[activation].text)
+        return _linear_with_sums(x, weight, bias, residual, text)[0]
+    return _linear(x, weight, bias, residual, text)
 
 
 def _loss_and_gradients(
