@@ -211,6 +211,20 @@ def losses_with_their_gradients_compile_whole():
         torch.library.opcheck(op.default, args)
 
 
+def attention_takes_some_queries_at_a_time():
+    from tilewright.ops import attentions
+
+    q, k, v, mask = (t.detach().requires_grad_() for t in tensors([(2, 4, 9, 8), (2, 2, 11, 8), (2, 2, 11, 5), (1, 4, 9, 11)], torch.float64))
+    all_at_once, attentions.SCORES = attentions.SCORES, 2 * 4 * 11 * 4
+    try:
+        for causal in (False, True):
+            assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, k, v, causal=causal), (q, k, v))
+            assert torch.autograd.gradcheck(lambda *args: ops.attention(*args, causal=causal), (q, k, v, mask))
+    finally:
+        attentions.SCORES = all_at_once
+    torch.library.opcheck(PACK.attention_rows.default, (q.detach()[0, 0], q.detach()[0, 1], 0.5, 2.0))
+
+
 def they_compile_export_and_cast():
     torch.manual_seed(0)
     model, x, r = Block(), torch.randn(5, 16), torch.randn(5, 16)
@@ -380,6 +394,7 @@ if __name__ == "__main__":
             second_derivatives_are_those_of_finite_differences,
             pytorchs_own_checks_pass,
             losses_with_their_gradients_compile_whole,
+            attention_takes_some_queries_at_a_time,
             they_compile_export_and_cast,
             views_empty_tensors_and_special_numbers_are_right,
             bad_input_is_refused_in_words,

@@ -69,6 +69,9 @@ pub(super) fn function(text: &str, c: DType) -> Result<Func> {
     let mark = text.strip_prefix('d').and_then(|rest| rest.split_once(": "));
     if let Some((number, rest)) = mark.and_then(|(n, rest)| Some((n.parse::<usize>().ok()?, rest)))
     {
+        if rest.matches(": ").count() >= MOST_DERIVATIVES {
+            return Err(Error::user("a derivative of too high an order"));
+        }
         let func = function(rest, c)?;
         if number >= func.params().len() {
             return Err(Error::user(format!("`{rest}` has no variable {number}")));

@@ -12,7 +12,7 @@ mod rotary;
 mod scale;
 mod softmax;
 
-pub(crate) use attention::Attention;
+pub(crate) use attention::{Attention, AttentionRows};
 pub(crate) use bags::{EmbeddingBag, EmbeddingBagBackward, EmbeddingBagWeightsBackward};
 pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward, CrossEntropyBoth};
 pub(crate) use dropout::Dropout;
@@ -61,6 +61,7 @@ macro_rules! for_each_operator {
             $crate::ops::Linear<false>,
             $crate::ops::Linear<true>,
             $crate::ops::Attention,
+            $crate::ops::AttentionRows,
             $crate::ops::AdamW,
             $crate::ops::Lion,
             $crate::ops::GradientNorm,
