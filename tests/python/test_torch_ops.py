@@ -163,8 +163,8 @@ def pytorchs_own_checks_pass():
         (PACK.rotary, (q, cos, sin, False)),
         (PACK.attention, (q, q.detach(), q.detach(), None, 0.3, True)),
         (PACK.linear, (x.detach(), tensors([(5, 8)], torch.float32)[0].detach(), None, None, "x * sigmoid(x)")),
-        (PACK.rms_norm_backward, (y, x.detach(), rstd, None, w.detach())),
-        (PACK.layer_norm_backward, (y, x.detach(), mean, rstd, y, w.detach(), b.detach())),
+        (PACK.rms_norm_backward, (y, x.detach(), rstd, None, w.detach(), 1e-6)),
+        (PACK.layer_norm_backward, (y, x.detach(), mean, rstd, y, w.detach(), b.detach(), 1e-6)),
         (PACK.softmax_backward, (y, y, False)),
         (PACK.map_backward, (y, [y, y], "x * sigmoid(y)")),
         (PACK.cross_entropy_backward, (rstd[:, 0], y, t, rstd[:, 0], *numbers)),
@@ -184,6 +184,45 @@ class Block(torch.nn.Module):
         y, h = ops.rms_norm(x, self.w, residual=r)
         y = ops.swiglu(self.up(y), h)
         return ops.softmax(ops.linear(y, self.up.weight, self.up.bias, "gelu")).sum(-1) + ops.layer_norm(y).sum(-1)
+
+
+def losses_with_their_gradients_compile_whole():
+    x, w, h = tensors([(9, 31), (31, 7), (9, 7)], torch.float32)
+    t = torch.arange(9)
+    t[2] = -100
+    for reduction in ("mean", "sum", "none"):
+        mine, theirs = ops.cross_entropy(x, t, reduction=reduction), F.cross_entropy(x, t, reduction=reduction)
+        torch.testing.assert_close(mine, theirs)
+        for seed in (torch.ones_like(theirs), torch.full_like(theirs, 3.0)):
+            # The second time from gradients that were scaled in place.
+            a, b = (torch.autograd.grad(y, x, seed, retain_graph=True)[0] for y in (mine, theirs))
+            torch.testing.assert_close(a, b)
+    fast = torch.compile(lambda h, w: ops.linear_cross_entropy(h, w, t, rows=4), fullgraph=True, backend="aot_eager")
+    wanted = F.cross_entropy(F.linear(h, w), t)
+    found = fast(h, w)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(torch.autograd.grad(found, (h, w)), torch.autograd.grad(wanted, (h, w))):
+        torch.testing.assert_close(a, b)
+    for op, args in (
+        (PACK.linear_cross_entropy, (h, w, None, t, -100, 0.0, 0.0, 0.0, True, 4, [True, True, False])),
+        (PACK.cross_entropy_total, (x, t, -100, 0.1, 0.0, 0.0, True, [True])),
+        (PACK.scale_, (x.detach(), torch.tensor(2.0))),
+    ):
+        torch.library.opcheck(op.default, args)
+
+
+def attention_takes_some_queries_at_a_time():
+    from tilewright.ops import attentions
+
+    q, k, v, mask = (t.detach().requires_grad_() for t in tensors([(2, 4, 9, 8), (2, 2, 11, 8), (2, 2, 11, 5), (1, 4, 9, 11)], torch.float64))
+    all_at_once, attentions.SCORES = attentions.SCORES, 2 * 4 * 11 * 4
+    try:
+        for causal in (False, True):
+            assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, k, v, causal=causal), (q, k, v))
+            assert torch.autograd.gradcheck(lambda *args: ops.attention(*args, causal=causal), (q, k, v, mask))
+    finally:
+        attentions.SCORES = all_at_once
+    torch.library.opcheck(PACK.attention_rows.default, (q.detach()[0, 0], q.detach()[0, 1], 0.5, 2.0))
 
 
 def they_compile_export_and_cast():
@@ -263,13 +302,34 @@ def bad_input_is_refused_in_words():
             assert words in str(error), f"{words!r} is not in {str(error)[:300]!r}"
             continue
         raise AssertionError(f"not refused: {words}")
-    y = torch.randn(2, 3, requires_grad=True)
-    try:
-        torch.autograd.grad(ops.softmax(y).square().sum(), y, create_graph=True)
-    except NotImplementedError as error:
-        assert "no second derivative" in str(error)
-        return
-    raise AssertionError("a second derivative came out of nowhere")
+    y = torch.randn(1, 1, 2, 3, requires_grad=True)
+    for call in (lambda: ops.attention(y, y, y), lambda: ops.cross_entropy(y[0, 0], torch.tensor([0, 1]))):
+        try:
+            torch.autograd.grad(call().square().sum(), y, create_graph=True)
+        except NotImplementedError as error:
+            assert "no second derivative" in str(error)
+            continue
+        raise AssertionError("a second derivative came out of nowhere")
+
+
+def second_derivatives_are_those_of_finite_differences():
+    t = torch.tensor([0, 6, -100, 3, 2])
+    for name, call, shapes in (
+        ("softmax", ops.softmax, [(3, 5)]),
+        ("log_softmax", ops.log_softmax, [(3, 5)]),
+        ("gelu", ops.gelu, [(3, 5)]),
+        ("swiglu", ops.swiglu, [(3, 5), (3, 5)]),
+        ("a formula of three", ops.elementwise("a * b + tanh(c) * a"), [(3, 2), (3, 2), (3, 2)]),
+        ("rms_norm", ops.rms_norm, [(3, 5), (5,)]),
+        ("rms_norm, residual", lambda x, r, w: ops.rms_norm(x, w, residual=r), [(3, 5), (3, 5), (5,)]),
+        ("layer_norm", ops.layer_norm, [(3, 5), (5,), (5,)]),
+        ("layer_norm, residual", lambda x, r, w: ops.layer_norm(x, w, residual=r), [(3, 5), (3, 5), (5,)]),
+        ("a norm by a weight of its own rows", lambda x: ops.rms_norm(x, x[0]), [(3, 5)]),
+        ("cross_entropy", lambda x: ops.cross_entropy(x, t, softcap=2.0, z_loss=0.1, reduction="none"), [(5, 7)]),
+        ("rotary", lambda x: ops.rotary(x * x, torch.ones(1, 3, 4, dtype=x.dtype), torch.ones(1, 3, 4, dtype=x.dtype)), [(1, 2, 3, 4)]),
+    ):
+        args = tensors(shapes, torch.float64)
+        assert torch.autograd.gradgradcheck(call, args), name
 
 
 def small_models():
@@ -331,7 +391,10 @@ if __name__ == "__main__":
         [
             values_and_gradients_are_those_of_float64,
             derivatives_are_those_of_finite_differences,
+            second_derivatives_are_those_of_finite_differences,
             pytorchs_own_checks_pass,
+            losses_with_their_gradients_compile_whole,
+            attention_takes_some_queries_at_a_time,
             they_compile_export_and_cast,
             views_empty_tensors_and_special_numbers_are_right,
             bad_input_is_refused_in_words,

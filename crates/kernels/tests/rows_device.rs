@@ -183,8 +183,8 @@ fn cases() -> Vec<Case> {
         (rms, DType::BF16, &[("M", 7), ("N", 4096), ("ld", 4096), ("P", 3), ("C", 3)]),
     ];
     for (op, dtype, sizes) in gradients {
-        let spec = NormBackwardSpec { op, dtype };
-        for ahead in [0, 3] {
+        for (ahead, added) in [(0, false), (3, false), (3, true)] {
+            let spec = NormBackwardSpec { op, dtype, added };
             add("gradient of a norm", sizes, &|size| {
                 let (kernel, mut schedule) = spec.plan(Arch::Sm90a, size)?.parts;
                 // Rows that fit the sizes of parts above.

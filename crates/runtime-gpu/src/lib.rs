@@ -23,6 +23,7 @@
 //! | `decode` | language models step by step, with a cache |
 //! | `session` | running it on a device |
 //! | `direct` | the same in a caller's stream, over a caller's memory |
+//! | `norm_backward` | the gradient of a normalisation there, by kernels of the library |
 
 mod attention;
 mod bind;
@@ -33,6 +34,7 @@ mod direct;
 mod host;
 mod in_place;
 mod interpret;
+mod norm_backward;
 mod product;
 mod session;
 
@@ -40,4 +42,5 @@ pub use bind::{Bound, BoundStep, Place, Slot, bind, bind_at};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted};
 pub use interpret::{Interpreted, interpret};
+pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
 pub use session::{Executable, MemoryReport, RunReport, Session, StepTime};

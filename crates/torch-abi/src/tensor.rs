@@ -83,13 +83,29 @@ impl Tensor {
     /// # Errors
     /// PyTorch's, such as that memory has run out.
     pub fn empty(abi: &'static Abi, sizes: &[i64], dtype: DType, device: Device) -> Result<Tensor> {
+        Tensor::empty_strided(abi, sizes, &contiguous_strides(sizes), dtype, device)
+    }
+
+    /// The same with these distances between neighbours along each axis, in elements.
+    ///
+    /// # Errors
+    /// PyTorch's; our bug where there are not as many strides as sizes.
+    pub fn empty_strided(
+        abi: &'static Abi,
+        sizes: &[i64],
+        strides: &[i64],
+        dtype: DType,
+        device: Device,
+    ) -> Result<Tensor> {
+        if strides.len() != sizes.len() {
+            return Err(Error::bug(format!("strides {strides:?} for sizes {sizes:?}")));
+        }
         let code = abi.dtypes.iter().find(|(_, d)| *d == dtype).map(|(code, _)| *code);
         let code = code.ok_or_else(|| Error::unsupported(format!("PyTorch has no {dtype}")))?;
         let (kind, index) = match device {
             Device::Cpu => (abi.cpu, 0),
             Device::Cuda(index) => (abi.cuda, index.cast_signed()),
         };
-        let strides = contiguous_strides(sizes);
         let mut handle = null_mut();
         // SAFETY: sizes and strides have as many numbers as said; a place for the handle.
         let result = unsafe {
@@ -104,7 +120,14 @@ impl Tensor {
             )
         };
         abi.checked(result, "making a tensor")?;
-        Ok(Tensor { abi, handle, dtype: code, device, sizes: Axes::from_slice(sizes), strides })
+        Ok(Tensor {
+            abi,
+            handle,
+            dtype: code,
+            device,
+            sizes: Axes::from_slice(sizes),
+            strides: Axes::from_slice(strides),
+        })
     }
 
     /// The interface it came through.

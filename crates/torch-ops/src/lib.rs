@@ -11,15 +11,20 @@
 //! of rows as a symbol. Both devices run that text, and so does the interpreter in the tests. What Python adds (fake
 //! tensors, derivatives, functions with default values) is in `python/tilewright/ops`.
 //!
+//! What the graph language does not say (tables of addresses, random numbers under a key that is known on the device only, sums by index) is
+//! written by hand: `device/*.cu` for GPUs ([`written`]), loops over slices for the processor ([`host`]).
+//!
 //! To add an operator: a file in `ops/` with a type that implements `Operator`, and its name in `for_each_operator`.
 
+mod host;
 mod ops;
 mod plans;
 mod tensors;
 #[cfg(test)]
 mod texts;
+mod written;
 
-pub use ops::variables;
+pub use ops::{number_of, variables};
 pub use plans::schedules;
 
 use ops::for_each_operator;

@@ -12,11 +12,9 @@ use tilewright_base::{DType, Result};
 use tilewright_cuda::{Nvrtc, Stream};
 use tilewright_graph::Graph;
 use tilewright_launch::Loader;
-use tilewright_runtime_gpu::Direct;
+use tilewright_runtime_gpu::{Direct, NormBackward, NormGradient, NormGradientPlaces};
 use tilewright_target::Gpu as Machine;
-#[cfg(feature = "cpu")]
-use tilewright_torch_abi::Abi;
-use tilewright_torch_abi::{Device, Tensor};
+use tilewright_torch_abi::{Abi, Device, Tensor};
 
 /// What a plan was compiled for: the operator and the numbers that its text depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -140,15 +138,23 @@ fn compiler(process: u32, abi: &Abi) -> Result<tilewright::Compiler> {
 // ---- on a CUDA device ------------------------------------------------------------------------------
 
 /// A device with its compiler and its plans.
-struct Cuda {
-    loader: Arc<Loader>,
+pub(crate) struct Cuda {
+    pub(crate) loader: Arc<Loader>,
     machine: Machine,
     /// Whether it is the only one.
-    alone: bool,
+    pub(crate) alone: bool,
     plans: RwLock<BTreeMap<Key, Arc<Direct>>>,
+    /// By the key of a norm's gradient and its number of rows; `None` where it has no kernel.
+    norms: RwLock<BTreeMap<(Key, i64), Option<NormKernels>>>,
 }
 
-fn cuda(index: u32) -> Result<Arc<Cuda>> {
+/// The gradient of a norm, and how many bytes of scratch memory it takes.
+type NormKernels = (Arc<NormBackward>, u64);
+
+/// How many sizes are remembered; then all are forgotten (compiled kernels stay).
+const MAX_NORMS: usize = 1024;
+
+pub(crate) fn cuda(index: u32) -> Result<Arc<Cuda>> {
     static DEVICES: OnceLock<RwLock<HashMap<u32, Arc<Cuda>>>> = OnceLock::new();
     let devices = DEVICES.get_or_init(RwLock::default);
     if let Some(known) = devices.read().unwrap_or_else(PoisonError::into_inner).get(&index) {
@@ -160,7 +166,13 @@ fn cuda(index: u32) -> Result<Arc<Cuda>> {
     let loader = Arc::new(Loader::new(device.gpu().clone(), nvrtc));
     let machine = device.machine().clone();
     let alone = tilewright_cuda::Gpu::count()? == 1;
-    let made = Arc::new(Cuda { loader, machine, alone, plans: RwLock::default() });
+    let made = Arc::new(Cuda {
+        loader,
+        machine,
+        alone,
+        plans: RwLock::default(),
+        norms: RwLock::default(),
+    });
     let mut devices = devices.write().unwrap_or_else(PoisonError::into_inner);
     Ok(devices.entry(index).or_insert(made).clone())
 }
@@ -217,6 +229,63 @@ fn on_cuda(
     // SAFETY: tensors of the graph's types and shapes, row-major and aligned (`run`'s contract). PyTorch's allocator gives memory
     // that is freed while kernels are in flight only to later work of the same stream.
     unsafe { fitted.launch(&inputs, &outputs, scratch_at, &stream) }
+}
+
+/// The gradient of a norm on a GPU, if there is a kernel for it that reads the rows once: whether there was. `places` come without
+/// scratch memory; the tensors behind them are as `what` says, row-major and aligned.
+pub(crate) fn norm_backward(
+    abi: &'static Abi,
+    index: u32,
+    key: Key,
+    what: NormGradient,
+    mut places: NormGradientPlaces,
+) -> Result<bool> {
+    let device = cuda(index)?;
+    let _guard = if device.alone { None } else { Some(abi.cuda_guard(index)?) };
+    let key = (key, what.rows);
+    let known = device.norms.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+    let mut scratch = None;
+    let mut memory = |bytes: u64| -> Result<u64> {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let made = scratch.insert(Tensor::empty(abi, &[bytes], DType::U8, Device::Cuda(index))?);
+        made.address()
+    };
+    let found = match known {
+        Some(None) => return Ok(false),
+        Some(Some((kernels, bytes))) => {
+            places.scratch = memory(bytes)?;
+            kernels
+        }
+        None => {
+            let made = NormBackward::plan(&device.machine, &what).and_then(|(plan, bytes)| {
+                places.scratch = memory(bytes)?;
+                let made = NormBackward::new(&device.loader, what, &plan, &places)?;
+                Ok((Arc::new(made), bytes))
+            });
+            let mut norms = device.norms.write().unwrap_or_else(PoisonError::into_inner);
+            if norms.len() >= MAX_NORMS {
+                norms.clear();
+            }
+            match made {
+                Ok((kernels, bytes)) => {
+                    norms.insert(key, Some((kernels.clone(), bytes)));
+                    kernels
+                }
+                Err(error) if error.kind() == tilewright_base::Kind::Unsupported => {
+                    norms.insert(key, None);
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    let stream: *mut c_void = abi.cuda_stream(index)?;
+    // SAFETY: as in `on_cuda`.
+    let stream = unsafe { Stream::from_raw(device.loader.gpu(), stream) };
+    // SAFETY: this function's contract; the scratch memory was just made, and what PyTorch's allocator frees while kernels are in
+    // flight goes to later work of the same stream only.
+    unsafe { found.launch(&places, &stream)? };
+    Ok(true)
 }
 
 /// The kernels that ran on a device for some operator so far, with their schedules: for people.

@@ -11,6 +11,8 @@ operators as `torch.ops.tilewright.*`; it needs PyTorch 2.10 or later.
 """
 
 from .attentions import attention
+from .bags import embedding_bag
+from .dropouts import dropout, dropout_layer_norm, dropout_rms_norm
 from .formulas import elementwise, geglu, gelu, silu, swiglu
 from .linears import linear, linear_cross_entropy
 from .losses import cross_entropy
@@ -21,7 +23,11 @@ from .softmaxes import log_softmax, softmax
 __all__ = [
     "attention",
     "cross_entropy",
+    "dropout",
+    "dropout_layer_norm",
+    "dropout_rms_norm",
     "elementwise",
+    "embedding_bag",
     "geglu",
     "gelu",
     "layer_norm",

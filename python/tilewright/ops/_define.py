@@ -26,20 +26,44 @@ _native.register_operators()
 _CPU = torch.library.Library("tilewright", "IMPL")
 
 
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_transformed = torch._C._are_functorch_transforms_active
+_compiling = torch.compiler.is_compiling
+
+
 class Pair:
     """An operator with a derivative: called, it takes the form that this call needs."""
 
-    def __init__(self, name: str, kept: int | None):
+    def __init__(self, name: str, kept: int | None, direct: type[torch.autograd.Function] | None = None):
         packet = getattr(torch.ops.tilewright, name)
         self.name = name
         self.kept = kept
         self.default = packet.default
         self.inference = packet.inference
+        self.direct = direct
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and _asks_for_gradients(args):
-            return _part(self.default(*args), self.kept)
+            if self.direct is None or _compiling() or _transformed():
+                return _part(self.default(*args), self.kept)
+            return _part(self.direct.apply(*args), self.kept)
         return self.inference(*args)
+
+
+def _direct(operator: Callable, setup_context: Callable, gradient: Callable) -> type[torch.autograd.Function]:
+    """The same derivative without the dispatcher's way through Python: for calls in eager mode that have no lists of tensors."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with _below_autograd():
+                results = operator(*args)
+            setup_context(ctx, args, results)
+            return results
+
+        backward = staticmethod(gradient)
+
+    return Direct
 
 
 def _asks_for_gradients(args: tuple) -> bool:
@@ -62,16 +86,17 @@ def _part(results: Any, kept: int | None) -> Any:
 def single(name: str, fake: Callable, composed: Callable) -> Any:
     """An operator without a derivative of its own, such as the gradient of another."""
     _add(name, fake, composed)
-    return getattr(torch.ops.tilewright, name).default
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.tilewright, packet), overload or "default")
 
 
 def pair(
-    name: str, fake: Callable, composed: Callable, save: Callable, gradient: Callable, kept: int | None = None
+    name: str, fake: Callable, composed: Callable, save: Callable, gradient: Callable, kept: int | None = None, twice: bool = False
 ) -> Pair:
     """An operator with a derivative. Without gradients it has its first `kept` results only.
 
     `save(ctx, inputs, output)` keeps what `gradient(ctx, *grads)` needs, which gives one gradient per input. A second
-    derivative is refused.
+    derivative is refused, unless `twice` says that the gradient is made of operators that have one.
     """
     _add(name, fake, composed)
     _add(name + ".inference", lambda *args: _part(fake(*args), kept), lambda *args: _part(composed(*args), kept))
@@ -81,20 +106,42 @@ def pair(
         save(ctx, inputs, output)
 
     def backward(ctx, *grads):
-        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in _flat(grads)):
+        if not twice and torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in _flat(grads)):
             raise NotImplementedError(
                 f"tilewright::{name} has no second derivative; use PyTorch's own operator where one is needed"
             )
         return gradient(ctx, *grads)
 
     torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context)
-    return Pair(name, kept)
+    operator = getattr(torch.ops.tilewright, name).default
+    lists = any("List" in str(a.type) for a in operator._schema.arguments)
+    return Pair(name, kept, None if lists else _direct(operator, setup_context, backward))
 
 
 def _add(name: str, fake: Callable, composed: Callable) -> None:
     torch.library.register_fake(f"tilewright::{name}", fake)
     if not _native.HAS_CPU:
         _CPU.impl(name, composed, "CPU")
+
+
+def again(function: Callable, tensors: tuple, grads: tuple) -> tuple:
+    """The gradients of `function(*tensors)` by PyTorch's own operators, which can be differentiated once more: for
+    `create_graph=True`. A tensor that has no gradient gives None.
+    """
+    # Each is seen as one of its own, since one may have been computed from another.
+    held = [t.view_as(t) if isinstance(t, torch.Tensor) and t.requires_grad else t for t in tensors]
+    with torch.enable_grad():
+        results = function(*held)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [(r, g) for r, g in zip(results, grads) if g is not None and r.requires_grad]
+    wanted = [i for i, t in enumerate(held) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not pairs or not wanted:
+        return (None,) * len(tensors)
+    found = torch.autograd.grad(
+        [r for r, _ in pairs], [held[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
+    )
+    by_place = dict(zip(wanted, found))
+    return tuple(by_place.get(i) for i in range(len(tensors)))
 
 
 def _flat(values):

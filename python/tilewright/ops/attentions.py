@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._define import pair
+from ._define import pair, single, wide
 
 
 def _composed(q, k, v, mask, scale, causal):
@@ -25,6 +25,60 @@ def _composed(q, k, v, mask, scale, causal):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal)
 
 
+def _rows_composed(s, dp, before, after):
+    c = wide(s.dtype)
+    p = torch.softmax(s.to(c) * before, -1)
+    d = dp.to(c)
+    return p.to(s.dtype), (p * (d - (p * d).sum(-1, keepdim=True)) * after).to(s.dtype)
+
+
+_attention_rows = single(
+    "attention_rows",
+    fake=lambda s, dp, *_: (s.new_empty(s.shape), s.new_empty(s.shape)),
+    composed=_rows_composed,
+)
+
+# Scores that are there at a time.
+SCORES = 1 << 24
+
+
+def _blocked_gradient(q, k, v, mask, scale, causal, dy, mask_wanted):
+    """The gradients of all but the numbers, some queries at a time: scores are never all there. Computed in the wide type."""
+    (b, h, length, d), (g, keys), e = q.shape, k.shape[1:3], v.shape[-1]
+    c = wide(q.dtype)
+    each = h // g
+    wide_k, wide_v = k.to(c), v.to(c)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    dmask = torch.zeros(mask.shape, dtype=c, device=q.device) if mask_wanted else None
+    block = max(1, SCORES // max(1, b * h * keys))
+    for first in range(0, length, block):
+        last = min(length, first + block)
+        n = last - first
+        # Queries of the heads that share keys stand one after the other.
+        part = q[:, :, first:last].to(c).reshape(b, g, each * n, d)
+        down = dy[:, :, first:last].to(c).reshape(b, g, each * n, e)
+        s = part @ wide_k.mT
+        before = scale
+        if mask is not None or causal:
+            before = 1.0
+            seen = s.mul_(scale).view(b, h, n, keys)
+            if mask is not None:
+                seen += mask[:, :, first:last].to(c)
+            if causal:
+                at = torch.arange(first, last, device=q.device).unsqueeze(1) + (keys - length)
+                seen.masked_fill_(torch.arange(keys, device=q.device) > at, float("-inf"))
+        p, ds = _attention_rows(s, down @ wide_v.mT, before, 1.0)
+        if dmask is not None:
+            one = ds.view(b, h, n, keys)
+            over = [i for i in range(2) if mask.shape[i] == 1]
+            dmask[:, :, first:last] = one.sum(over, keepdim=True) if over else one
+        dv += p.mT @ down
+        dk += (ds.mT @ part).mul_(scale)
+        dq[:, :, first:last] = (ds @ wide_k).mul_(scale).view(b, h, n, d)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), None if dmask is None else dmask.to(mask.dtype)
+
+
 def _save(ctx, inputs, output):
     q, k, v, mask, ctx.scale, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, mask)
@@ -34,7 +88,11 @@ def _gradient(ctx, dy):
     q, k, v, mask = ctx.saved_tensors
     if dy is None:
         return (None,) * 6
-    # The pack has no kernel for this yet: PyTorch's own attention is run again and differentiated.
+    if mask is not None or q.dtype not in (torch.bfloat16, torch.float16) or q.device.type == "cpu":
+        needs = ctx.needs_input_grad
+        found = _blocked_gradient(q, k, v, mask, ctx.scale, ctx.causal, dy, mask is not None and needs[3])
+        return *(f if needed else None for f, needed in zip(found, needs)), None, None
+    # PyTorch's fused kernels for 16 bits are faster than products with a kernel for rows between them: they run again.
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
     held = [t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate((q, k, v, mask))]
     with torch.enable_grad():
@@ -56,8 +114,8 @@ def attention(q, k, v, mask=None, scale=None, causal=False):
     """`softmax(q k^T * scale + mask) v` of `q [B, H, S, D]`, `k [B, G, T, D]` and `v [B, G, T, E]`, `H` a multiple of `G`.
 
     `mask` is added (float) or says where attention is allowed (bool), and has the shape `[B or 1, H or 1, S, T]`. With `causal`, query
-    `s` sees keys up to `s + T - S`. `scale` is `1 / sqrt(D)` unless given. Rows that see no key give NaN. The gradient is
-    PyTorch's: its attention is run again for it.
+    `s` sees keys up to `s + T - S`. `scale` is `1 / sqrt(D)` unless given. Rows that see no key give NaN. The gradient takes
+    some queries at a time and never has all scores; for 16-bit types without a mask on a GPU it is PyTorch's.
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))

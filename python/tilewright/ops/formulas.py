@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .. import _native
-from ._define import pair, single, wide
+from ._define import _compiling, again, pair, single, wide
 
 # Functions of our formula language that PyTorch has under the same name.
 _FUNCTIONS = ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "floor", "ceil", "abs")
@@ -26,6 +26,9 @@ def _variables(formula: str) -> tuple[str, ...]:
 
 def _forward_composed(xs, formula):
     """The formula by Python's own evaluation: for formulas that both languages read alike."""
+    if formula.startswith("d") and ": " in formula:
+        mark, _, rest = formula.partition(": ")
+        return again(lambda *xs: _forward_composed(xs, rest), tuple(_asking(x) for x in xs), (torch.ones_like(xs[0]),))[int(mark[1:])]
     names = {f: getattr(torch, f) for f in _FUNCTIONS}
     names["relu"] = torch.relu
     c = wide(xs[0].dtype)
@@ -58,6 +61,19 @@ _map2_backward = single(
 )
 
 
+def _asking(x):
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _slopes(dy, xs, formula):
+    """The gradients in operators that have a derivative: `d0: f` is the derivative of the formula `f` by its first variable."""
+    if len(xs) == 1:
+        return [dy * _map1(xs[0], f"d0: {formula}")]
+    if len(xs) == 2:
+        return [dy * _map2(*xs, f"d{i}: {formula}") for i in range(2)]
+    return [dy * _map(list(xs), f"d{i}: {formula}") for i in range(len(xs))]
+
+
 def _save_list(ctx, inputs, output):
     xs, ctx.formula = inputs
     ctx.save_for_backward(*xs)
@@ -71,16 +87,22 @@ def _save(ctx, inputs, output):
 def _list_gradient(ctx, dy):
     if dy is None:
         return [None] * len(ctx.saved_tensors), None
+    if torch.is_grad_enabled():
+        return _slopes(dy, ctx.saved_tensors, ctx.formula), None
     return _map_backward(dy, list(ctx.saved_tensors), ctx.formula), None
 
 
 def _one_gradient(ctx, dy):
+    if dy is not None and torch.is_grad_enabled():
+        return *_slopes(dy, ctx.saved_tensors, ctx.formula), None
     return None if dy is None else _map1_backward(dy, *ctx.saved_tensors, ctx.formula), None
 
 
 def _two_gradients(ctx, dy):
     if dy is None:
         return None, None, None
+    if torch.is_grad_enabled():
+        return *_slopes(dy, ctx.saved_tensors, ctx.formula), None
     return *_map2_backward(dy, *ctx.saved_tensors, ctx.formula), None
 
 
@@ -90,6 +112,7 @@ _map = pair(
     composed=_forward_composed,
     save=_save_list,
     gradient=_list_gradient,
+    twice=True,
 )
 _map1 = pair(
     "map1",
@@ -97,6 +120,7 @@ _map1 = pair(
     composed=lambda x, formula: _forward_composed([x], formula),
     save=_save,
     gradient=_one_gradient,
+    twice=True,
 )
 _map2 = pair(
     "map2",
@@ -104,7 +128,26 @@ _map2 = pair(
     composed=lambda x, y, formula: _forward_composed([x, y], formula),
     save=_save,
     gradient=_two_gradients,
+    twice=True,
 )
+
+
+# Eager calls name a formula by its number in this process; graphs that are traced have its text.
+def _composed_numbered(*args):
+    *xs, number = args
+    return _forward_composed(xs, _TEXTS[number])
+
+
+_TEXTS: dict[int, str] = {}
+_numbered1 = single("map1.numbered", fake=lambda x, number: x.new_empty(x.shape), composed=_composed_numbered)
+_numbered2 = single("map2.numbered", fake=lambda x, y, number: x.new_empty(x.shape), composed=_composed_numbered)
+
+
+@torch.compiler.assume_constant_result
+def _number(text: str) -> int:
+    number = _native.formula_number(text)
+    _TEXTS[number] = text
+    return number
 
 
 class Formula:
@@ -115,18 +158,25 @@ class Formula:
         self.variables = _variables(text)
         if not self.variables:
             raise ValueError(f"the formula {text!r} has no variables")
+        self.number = _number(text)
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         if len(tensors) != len(self.variables):
             raise TypeError(f"{len(tensors)} tensors for the variables {self.variables} of {self.text!r}")
         if len(tensors) == 1:
-            return _map1(tensors[0], self.text)
+            x = tensors[0]
+            if _compiling() or (x.requires_grad and torch.is_grad_enabled()):
+                return _map1(x, self.text)
+            return _numbered1(x, self.number)
         first = tensors[0]
         if any(t.shape != first.shape or t.dtype != first.dtype for t in tensors):
             dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
             tensors = tuple(t.to(dtype) for t in torch.broadcast_tensors(*tensors))
         if len(tensors) == 2:
-            return _map2(*tensors, self.text)
+            x, y = tensors
+            if _compiling() or ((x.requires_grad or y.requires_grad) and torch.is_grad_enabled()):
+                return _map2(x, y, self.text)
+            return _numbered2(x, y, self.number)
         return _map(list(tensors), self.text)
 
     def __repr__(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 
 from . import formulas, losses
-from ._define import single
+from ._define import again, pair, single
 
 _ACTIVATIONS = {
     "relu": formulas.elementwise("max(x, 0.0)"),
@@ -31,59 +33,153 @@ _linear = single(
 )
 
 
+def _composed_with_sums(x, weight, bias, residual, activation):
+    s = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y = s
+    if activation:
+        relu = activation == _ACTIVATIONS["relu"].text
+        y = torch.relu(s) if relu else formulas._forward_composed([s], activation)
+    y = y.clone() if residual is None and y is s else y if residual is None else y + residual
+    return y, s if activation else x.new_empty((0,))
+
+
+def _fake_with_sums(x, weight, bias, residual, activation):
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, torch.empty_like(y) if activation else x.new_empty((0,))
+
+
+def _save_linear(ctx, inputs, output):
+    x, weight, bias, residual, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, bias, residual, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _linear_gradient(ctx, dy, _):
+    x, weight, bias, residual, sums = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 5
+    if torch.is_grad_enabled():
+        f = lambda *args: _composed_with_sums(*args, ctx.activation)[0]  # noqa: E731
+        return again(f, (x, weight, bias, residual), (dy,)) + (None,)
+    needs = ctx.needs_input_grad
+    dz = formulas._map1_backward(dy, sums, ctx.activation) if ctx.activation else dy
+    dx = dw = db = None
+    if needs[0]:
+        dx = dz @ weight
+    flat = dz.reshape(-1, dz.shape[-1])
+    if needs[1]:
+        dw = flat.t() @ x.reshape(-1, x.shape[-1])
+    if bias is not None and needs[2]:
+        db = flat.sum(0, dtype=losses.wide(x.dtype)).to(bias.dtype)
+    return dx, dw, db, dy if residual is not None and needs[3] else None, None
+
+
+_linear_with_sums = pair(
+    "linear_with_sums",
+    fake=_fake_with_sums,
+    composed=_composed_with_sums,
+    save=_save_linear,
+    gradient=_linear_gradient,
+    kept=None,
+    twice=True,
+)
+
+
 def linear(x, weight, bias=None, activation=None, residual=None):
     """`activation(x @ weight.T + bias) + residual`; without gradients that is one kernel.
 
-    `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the product is
-    PyTorch's and what follows it the pack's: the gradient needs the sums before the activation.
+    `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the sums before the
+    activation are stored beside the result; in the gradient the activation is one kernel, and the products are PyTorch's.
     """
     if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}, or None")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # As PyTorch's own product.
+        to = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias, residual = (t if t is None else t.to(to) for t in (x, weight, bias, residual))
     given = [t for t in (x, weight, bias, residual) if t is not None]
+    text = "" if activation is None else _ACTIVATIONS[activation].text
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        y = F.linear(x, weight, bias)
-        if activation == "relu":
-            y = torch.relu(y)
-        elif activation is not None:
-            y = _ACTIVATIONS[activation](y)
-        return y if residual is None else y + residual
-    return _linear(x, weight, bias, residual, "" if activation is None else _ACTIVATIONS[activation].text)
+        return _linear_with_sums(x, weight, bias, residual, text)[0]
+    return _linear(x, weight, bias, residual, text)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients chunk by chunk: of the logits only one chunk's are there at a time."""
+def _loss_and_gradients(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    targets: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    mean: bool,
+    rows: int,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, and the gradients of `x`, `weight` and `bias` that are wanted (others are empty), chunk by chunk."""
+    wide = losses.wide(x.dtype)
+    numbers = (ignore_index, label_smoothing, z_loss, softcap)
+    total = x.new_zeros((), dtype=wide)
+    scale = losses.divisor(targets, ignore_index, mean, wide)
+    # Half has no room for small gradients: there they are divided at the end.
+    late = x.dtype == torch.float16
+    down = torch.ones_like(targets, dtype=wide) if late else scale.expand(targets.shape).contiguous()
+    dx = torch.empty_like(x) if wanted[0] else x.new_empty((0,))
+    dw, db = weight.new_empty((0,)), x.new_empty((0,))
+    count = -(-x.shape[0] // rows) if x.shape[0] else 0
+    rows = -(-x.shape[0] // count) if count else rows
+    for first in range(0, x.shape[0], rows):
+        part, t, d = (v[first : first + rows] for v in (x, targets, down))
+        logits = F.linear(part, weight, bias)
+        if not any(wanted):
+            total += losses._cross_entropy.inference(logits, t, *numbers)[0].sum()
+            continue
+        loss, dz = losses._cross_entropy_both(d, logits, t, *numbers)
+        del logits
+        total += loss.sum()
+        if wanted[0]:
+            torch.mm(dz, weight, out=dx[first : first + rows])
+        if wanted[1]:
+            dw = _added(dw, dz.t(), part, count)
+        if wanted[2] and bias is not None:
+            sums = dz.sum(0, dtype=wide)
+            db = sums if first == 0 else db.add_(sums)
+    if wanted[1]:
+        dw = dw.to(weight.dtype) if count else torch.zeros_like(weight)
+    if wanted[2] and bias is not None:
+        db = db.to(bias.dtype) if count else torch.zeros_like(bias)
+    if late and any(wanted):
+        for g in (dx, dw, db):
+            torch.ops.tilewright.scale_(g, scale)
+    return total * scale, dx, dw, db
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, targets, numbers, rows):
-        total = x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        needs = ctx.needs_input_grad
-        dx = torch.empty_like(x) if needs[0] else None
-        # Summed in the wide type: many chunks add up.
-        dw = torch.zeros_like(weight, dtype=total.dtype) if needs[1] else None
-        db = None if bias is None or not needs[2] else torch.zeros_like(bias, dtype=total.dtype)
-        for first in range(0, x.shape[0], rows):
-            part, t = x[first : first + rows], targets[first : first + rows]
-            logits = F.linear(part, weight, bias)
-            loss, lse = losses._cross_entropy.inference(logits, t, *numbers)
-            total += loss.sum()
-            if not any(needs[:3]):
-                continue
-            dz = losses._cross_entropy_backward(torch.ones_like(loss), logits, t, lse, *numbers)
-            del logits
-            if dx is not None:
-                torch.mm(dz, weight, out=dx[first : first + rows])
-            if dw is not None:
-                dw += torch.mm(dz.t(), part)
-            if db is not None:
-                db += dz.sum(0)
-        kept = [None if g is None else g.to(like.dtype) for g, like in ((dx, x), (dw, weight), (db, x if bias is None else bias))]
-        ctx.save_for_backward(*kept)
-        return total
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale):
-        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), None, None, None
+def _added(sum, a, b, count):
+    """`sum + a @ b`: a few chunks in the type of the tensors, many in float32."""
+    if sum.numel() == 0:
+        first = torch.mm(a, b)
+        return first if count <= FEW_CHUNKS else first.to(losses.wide(a.dtype))
+    if count <= FEW_CHUNKS:
+        return torch.addmm(sum, a, b, out=sum)
+    return sum.add_(torch.mm(a, b))
+
+
+# So many chunks are added up in the type of the tensors: each addition rounds once.
+FEW_CHUNKS = 4
+
+_linear_cross_entropy = torch.library.custom_op("tilewright::linear_cross_entropy", _loss_and_gradients, mutates_args=())
+
+
+@_linear_cross_entropy.register_fake
+def _(x, weight, bias, targets, ignore_index, label_smoothing, z_loss, softcap, mean, rows, wanted):
+    def like(t, which):
+        return torch.empty_like(t, memory_format=torch.contiguous_format) if wanted[which] and t is not None else x.new_empty((0,))
+
+    return x.new_empty((), dtype=losses.wide(x.dtype)), like(x, 0), like(weight, 1), like(bias, 2)
+
+
+_linear_cross_entropy.register_autograd(losses.scaled_gradients, setup_context=losses.save_gradients)
 
 
 def linear_cross_entropy(
@@ -91,15 +187,25 @@ def linear_cross_entropy(
 ):
     """`cross_entropy(x @ weight.T + bias, targets)` without ever storing all logits.
 
-    `x [..., K]`, `weight [N, K]`, `targets [...]` (int64). Tokens are taken in chunks of `rows` (by default as many as make 64 Mi
+    `x [..., K]`, `weight [N, K]`, `targets [...]` (int64). Tokens are taken in chunks of `rows` (by default as many as make 256 Mi
     logits at most); loss and gradients of a chunk are computed together, so that in training each product is done once. `reduction`
     is `"mean"` or `"sum"`. The products are PyTorch's.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
+    if targets.dtype != torch.int64 or targets.shape != x.shape[:-1]:
+        raise ValueError(f"targets are {targets.dtype} of shape {list(targets.shape)}; they must be int64 of shape {list(x.shape[:-1])}")
     if rows is None:
-        rows = max(256, (1 << 26) // max(1, weight.shape[0]))
-    numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+        rows = max(256, CHUNK // max(1, weight.shape[0]))
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; it must be at least 1")
     flat, t = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    total = _LinearCrossEntropy.apply(flat, weight, bias, t, numbers, rows)
-    return total if reduction == "sum" else total / (t != ignore_index).sum().to(total.dtype)
+    given = (flat, weight, bias)
+    wanted = [g is not None and g.requires_grad and torch.is_grad_enabled() for g in given]
+    return _linear_cross_entropy(
+        flat, weight, bias, t, ignore_index, float(label_smoothing), float(z_loss), float(softcap), reduction == "mean", rows, wanted
+    )[0]
+
+
+# Logits of a chunk, at most: half a gigabyte of 16-bit numbers.
+CHUNK = 1 << 28

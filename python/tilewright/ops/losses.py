@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._define import pair, single, wide
+from ._define import again, pair, single, wide
 
 
 def _parts(x, softcap):
@@ -40,6 +40,18 @@ _cross_entropy_backward = single(
 )
 
 
+def _both_composed(dloss, x, targets, *numbers):
+    loss, lse = _composed(x, targets, *numbers)
+    return loss, _backward_composed(dloss, x, targets, lse, *numbers)
+
+
+_cross_entropy_both = single(
+    "cross_entropy_both",
+    fake=lambda dloss, x, *_: (torch.empty_like(dloss), x.new_empty(x.shape)),
+    composed=_both_composed,
+)
+
+
 def _fake(x, targets, *_):
     loss = x.new_empty(targets.shape, dtype=wide(x.dtype))
     return loss, torch.empty_like(loss)
@@ -56,18 +68,95 @@ def _gradient(ctx, dloss, _):
     x, targets, lse = ctx.saved_tensors
     if dloss is None:
         return (None,) * 6
+    if torch.is_grad_enabled():
+        return again(lambda x: _composed(x, targets, *ctx.numbers)[0], (x,), (dloss,)) + (None,) * 5
     return _cross_entropy_backward(dloss, x, targets, lse, *ctx.numbers), None, None, None, None, None
 
 
-_cross_entropy = pair("cross_entropy", fake=_fake, composed=_composed, save=_save, gradient=_gradient)
+_cross_entropy = pair("cross_entropy", fake=_fake, composed=_composed, save=_save, gradient=_gradient, twice=True)
+
+
+def _scale_composed(x, by):
+    x.mul_(by)
+
+
+single("scale_", fake=lambda x, by: None, composed=_scale_composed)
+
+
+def divisor(targets: torch.Tensor, ignore_index: int, mean: bool, dtype: torch.dtype) -> torch.Tensor:
+    """By what the sum of the losses is multiplied."""
+    if mean:
+        return 1 / (targets != ignore_index).sum().to(dtype)
+    return torch.ones((), dtype=dtype, device=targets.device)
+
+
+def save_gradients(ctx, inputs, output):
+    """For operators whose results are a number and its gradients, computed with it. The last input says which are wanted."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.wanted, ctx.taken, ctx.others = inputs[-1], None, len(inputs) - len(output) + 1
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def scaled_gradients(ctx, dtotal, *_):
+    """Their derivative: the gradients times that of the number, in place where it is not 1."""
+    nothing = (None,) * ctx.others
+    gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted)]
+    if dtotal is None:
+        return *(None for _ in gradients), *nothing
+    traced = any(g is not None and type(g) is not torch.Tensor for g in gradients)
+    if torch.is_grad_enabled() and not traced and not torch.compiler.is_compiling():
+        raise NotImplementedError("this loss has no second derivative; take cross_entropy with reduction='none' where one is needed")
+    if traced or torch.compiler.is_compiling():
+        return *(None if g is None else g * dtotal.to(g.dtype) for g in gradients), *nothing
+    if ctx.taken is not None:
+        # They have been scaled once, in place; whoever got them then has a copy, since the graph was kept.
+        return *(None if g is None else g * (dtotal / ctx.taken).to(g.dtype) for g in gradients), *nothing
+    ctx.taken = dtotal.detach()
+    for g in gradients:
+        if g is not None:
+            torch.ops.tilewright.scale_(g, dtotal)
+    return *gradients, *nothing
+
+
+def _total_and_gradient(
+    x: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    mean: bool,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum or mean of the losses, and its gradient, in one pass over the logits."""
+    scale = divisor(targets, ignore_index, mean, wide(x.dtype))
+    # Half has no room for small gradients: there they are divided afterwards.
+    late = x.dtype == torch.float16
+    down = torch.ones_like(targets, dtype=scale.dtype) if late else scale.expand(targets.shape).contiguous()
+    loss, dx = _cross_entropy_both(down, x, targets, ignore_index, label_smoothing, z_loss, softcap)
+    if late:
+        torch.ops.tilewright.scale_(dx, scale)
+    return loss.sum() * scale, dx
+
+
+_cross_entropy_total = torch.library.custom_op("tilewright::cross_entropy_total", _total_and_gradient, mutates_args=())
+
+
+@_cross_entropy_total.register_fake
+def _(x, targets, *_):
+    return x.new_empty((), dtype=wide(x.dtype)), x.new_empty(x.shape)
+
+
+_cross_entropy_total.register_autograd(scaled_gradients, setup_context=save_gradients)
 
 
 def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
     """Cross-entropy of logits `x[..., N]` and targets `[...]` (int64), computed in float32 (float64 for float64).
 
     `softcap` replaces each logit by `softcap * tanh(x / softcap)`; `z_loss` times the square of the logarithm of the sum of
-    exponentials is added. Rows whose target is `ignore_index` count neither in the loss nor in the mean. The gradient is one
-    pass over the logits. Targets must lie inside the row: on the CPU others raise IndexError, on a GPU they are not noticed.
+    exponentials is added. Rows whose target is `ignore_index` count neither in the loss nor in the mean. With a sum or a
+    mean, loss and gradient are one pass over the logits. Targets must lie inside the row: on the CPU others raise IndexError, on a GPU they are not noticed.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
@@ -75,6 +164,9 @@ def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0
         kept = targets[targets != ignore_index]
         if kept.numel() and not 0 <= kept.min().item() <= kept.max().item() < x.shape[-1]:
             raise IndexError(f"targets reach from {kept.min().item()} to {kept.max().item()}, and there are {x.shape[-1]} logits")
+    if reduction != "none" and x.requires_grad and torch.is_grad_enabled():
+        numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+        return _cross_entropy_total(x, targets, *numbers, reduction == "mean", [True])[0]
     loss, _ = _cross_entropy(x, targets, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
     if reduction == "none":
         return loss

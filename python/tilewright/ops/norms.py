@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._define import pair, promoted, single, wide
+from ._define import again, pair, promoted, single, wide
 
 
 def _statistics(x):
@@ -81,18 +81,18 @@ def _over_rows(x, rows):
 
 _rms_norm_backward = single(
     "rms_norm_backward",
-    fake=lambda dy, x, rstd, dh, weight: (_fresh(x), _vector_like(weight, x)),
-    composed=lambda dy, x, rstd, dh, weight: _norm_backward(dy, x, None, rstd, dh, weight, None, False)[:2],
+    fake=lambda dy, x, rstd, dh, weight, eps: (_fresh(x), _vector_like(weight, x)),
+    composed=lambda dy, x, rstd, dh, weight, eps: _norm_backward(dy, x, None, rstd, dh, weight, None, False)[:2],
 )
 _layer_norm_backward = single(
     "layer_norm_backward",
-    fake=lambda dy, x, mean, rstd, dh, weight, bias: (_fresh(x), _vector_like(weight, x), _vector_like(bias, x)),
-    composed=lambda dy, x, mean, rstd, dh, weight, bias: _norm_backward(dy, x, mean, rstd, dh, weight, bias, True),
+    fake=lambda dy, x, mean, rstd, dh, weight, bias, eps: (_fresh(x), _vector_like(weight, x), _vector_like(bias, x)),
+    composed=lambda dy, x, mean, rstd, dh, weight, bias, eps: _norm_backward(dy, x, mean, rstd, dh, weight, bias, True),
 )
 
 
 def _save_rms(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight, ctx.eps = inputs
     y, rstd = output
     ctx.save_for_backward(x, weight, rstd)
     ctx.mark_non_differentiable(rstd)
@@ -102,12 +102,14 @@ def _rms_gradient(ctx, dy, _):
     x, weight, rstd = ctx.saved_tensors
     if dy is None:
         return None, None, None
-    dx, dw = _rms_norm_backward(dy, x, rstd, None, weight)
+    if torch.is_grad_enabled():
+        return again(lambda x, w: _rms(x, w, ctx.eps)[0], (x, weight), (dy,)) + (None,)
+    dx, dw = _rms_norm_backward(dy, x, rstd, None, weight, ctx.eps)
     return dx, None if weight is None else dw, None
 
 
 def _save_add_rms(ctx, inputs, output):
-    _, _, weight, _ = inputs
+    _, _, weight, ctx.eps = inputs
     _, h, rstd = output
     ctx.save_for_backward(h, weight, rstd)
     ctx.mark_non_differentiable(rstd)
@@ -117,12 +119,16 @@ def _add_rms_gradient(ctx, dy, dh, _):
     h, weight, rstd = ctx.saved_tensors
     if dy is None:
         return dh, dh, None, None
-    dx, dw = _rms_norm_backward(dy, h, rstd, dh, weight)
+    if torch.is_grad_enabled():
+        dx, dw = again(lambda h, w: _rms(h, w, ctx.eps)[0], (h, weight), (dy,))
+        dx = dx if dh is None else dh if dx is None else dx + dh
+        return dx, dx, dw, None
+    dx, dw = _rms_norm_backward(dy, h, rstd, dh, weight, ctx.eps)
     return dx, dx, None if weight is None else dw, None
 
 
 def _save_layer(ctx, inputs, output):
-    x, weight, bias, _ = inputs
+    x, weight, bias, ctx.eps = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -132,12 +138,14 @@ def _layer_gradient(ctx, dy, _mean, _rstd):
     x, weight, bias, mean, rstd = ctx.saved_tensors
     if dy is None:
         return None, None, None, None
-    dx, dw, db = _layer_norm_backward(dy, x, mean, rstd, None, weight, bias)
+    if torch.is_grad_enabled():
+        return again(lambda x, w, b: _layer(x, w, b, ctx.eps)[0], (x, weight, bias), (dy,)) + (None,)
+    dx, dw, db = _layer_norm_backward(dy, x, mean, rstd, None, weight, bias, ctx.eps)
     return dx, None if weight is None else dw, None if bias is None else db, None
 
 
 def _save_add_layer(ctx, inputs, output):
-    _, _, weight, bias, _ = inputs
+    _, _, weight, bias, ctx.eps = inputs
     _, h, mean, rstd = output
     ctx.save_for_backward(h, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -147,7 +155,11 @@ def _add_layer_gradient(ctx, dy, dh, _mean, _rstd):
     h, weight, bias, mean, rstd = ctx.saved_tensors
     if dy is None:
         return dh, dh, None, None, None
-    dx, dw, db = _layer_norm_backward(dy, h, mean, rstd, dh, weight, bias)
+    if torch.is_grad_enabled():
+        dx, dw, db = again(lambda h, w, b: _layer(h, w, b, ctx.eps)[0], (h, weight, bias), (dy,))
+        dx = dx if dh is None else dh if dx is None else dx + dh
+        return dx, dx, dw, db, None
+    dx, dw, db = _layer_norm_backward(dy, h, mean, rstd, dh, weight, bias, ctx.eps)
     return dx, dx, None if weight is None else dw, None if bias is None else db, None
 
 
@@ -158,6 +170,7 @@ _rms_norm = pair(
     save=_save_rms,
     gradient=_rms_gradient,
     kept=1,
+    twice=True,
 )
 _add_rms_norm = pair(
     "add_rms_norm",
@@ -166,6 +179,7 @@ _add_rms_norm = pair(
     save=_save_add_rms,
     gradient=_add_rms_gradient,
     kept=2,
+    twice=True,
 )
 _layer_norm = pair(
     "layer_norm",
@@ -174,6 +188,7 @@ _layer_norm = pair(
     save=_save_layer,
     gradient=_layer_gradient,
     kept=1,
+    twice=True,
 )
 _add_layer_norm = pair(
     "add_layer_norm",
@@ -182,6 +197,7 @@ _add_layer_norm = pair(
     save=_save_add_layer,
     gradient=_add_layer_gradient,
     kept=2,
+    twice=True,
 )
 
 

@@ -29,7 +29,7 @@ def _gradient(ctx, dy):
         return None, None, None, None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise NotImplementedError("tilewright::rotary has no gradient for its tables")
-    return _rotary.inference(dy, cos, sin, not ctx.turned_back), None, None, None
+    return _rotary(dy, cos, sin, not ctx.turned_back), None, None, None
 
 
 _rotary = pair(
@@ -38,6 +38,7 @@ _rotary = pair(
     composed=_composed,
     save=_save,
     gradient=_gradient,
+    twice=True,
 )
 
 

@@ -31,6 +31,8 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, dy):
     (y,) = ctx.saved_tensors
+    if dy is not None and torch.is_grad_enabled():
+        return _backward_composed(dy, y, ctx.log), None
     return None if dy is None else _softmax_backward(dy, y, ctx.log), None
 
 
@@ -40,6 +42,7 @@ _softmax = pair(
     composed=_softmax_composed,
     save=_save,
     gradient=_gradient,
+    twice=True,
 )
 
 

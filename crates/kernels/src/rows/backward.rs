@@ -30,6 +30,8 @@ use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind, TileId
 /// PB[p] = sum over p's rows of DY                         layer normalisation only
 /// ```
 ///
+/// With `added`, `A[M, N]` is one more gradient of `X` (which goes on beside the normalisation), and `DX` has it added.
+///
 /// Size symbols: `M`, `N`; `ld`, the distance in elements between rows of all matrices; `P` parts of `C` turns each.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormBackwardSpec {
@@ -37,12 +39,14 @@ pub struct NormBackwardSpec {
     pub op: RowOp,
     /// Type of matrices and vectors.
     pub dtype: DType,
+    /// Another gradient of the rows is added.
+    pub added: bool,
 }
 
 /// Kernels of a gradient, one after the other.
 #[derive(Clone, Debug)]
 pub struct NormBackwardPlan {
-    /// Parameters `X`, `DY`, `scale`, `DX`, `PW`, `PB`.
+    /// Parameters `X`, `DY`, `scale`, `A` if it is added, `DX`, `PW`, `PB`.
     pub parts: (Kernel, GpuSchedule),
     /// For each vector, parameters `PW` and `DW` (scale), `PB` and `DB` (shift); sizes `N` and `P`.
     pub finish: Vec<(Kernel, GpuSchedule)>,
@@ -89,6 +93,7 @@ impl NormBackwardSpec {
         let x = k.param("X", dtype, matrix(), Access::In);
         let dy = k.param("DY", dtype, matrix(), Access::In);
         let scale = k.param("scale", dtype, Layout::row_major(&[Dim::sym("N")]), Access::In);
+        let other = self.added.then(|| k.param("A", dtype, matrix(), Access::In));
         let dx = k.param("DX", dtype, matrix(), Access::Out);
         let axis =
             |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
@@ -137,6 +142,7 @@ impl NormBackwardSpec {
             map(k, &plane, args, &wide)
         };
         let (x, dy) = (load(&mut k, x), load(&mut k, dy));
+        let other = other.map(|p| load(&mut k, p));
         let product = |f: &mut FuncBuilder, a: &[ExprId]| f.op(Op::Mul, &[a[0], a[1]]);
         let args = vec![k.plain(dy), along(w, 1)];
         let g = map(&mut k, &plane, args, &product);
@@ -175,13 +181,17 @@ impl NormBackwardSpec {
         });
         let mut args = vec![k.plain(g), k.plain(d), along(slope, 0), along(r, 0)];
         args.extend(level.map(|l| along(l, 0)));
+        args.extend(other.map(|o| k.plain(o)));
         let result = map(&mut k, &plane, args, &|f, a| {
             let off = f.op(Op::Mul, &[a[1], a[2]]);
             let mut v = f.op(Op::Sub, &[a[0], off]);
-            if let Some(level) = a.get(4) {
-                v = f.op(Op::Sub, &[v, *level]);
+            if centred {
+                v = f.op(Op::Sub, &[v, a[4]]);
             }
-            let v = f.op(Op::Mul, &[v, a[3]]);
+            let mut v = f.op(Op::Mul, &[v, a[3]]);
+            if let Some(other) = a.get(4 + usize::from(centred)) {
+                v = f.op(Op::Add, &[v, *other]);
+            }
             f.cast(v, dtype)
         });
         k.store(dx, at, result);
@@ -229,9 +239,9 @@ impl NormBackwardSpec {
         })?;
         let threads = lanes.max(256);
         let bm = threads / lanes;
-        let shelf = AHEAD * 2 * bm * cols * bytes;
+        let shelf = AHEAD * (2 + i64::from(self.added)) * bm * cols * bytes;
         // Elements one by one have an address each.
-        let registers = 48 + each * if aligned == 1 { 7 } else { 5 };
+        let registers = 48 + each * (if aligned == 1 { 7 } else { 5 } + i64::from(self.added));
         let blocks = (65536 / threads / registers).min(SHARED_BYTES / shelf).clamp(1, 4);
         let all = up(m, bm);
         let turns = up(all, (PROCESSORS * blocks).min(all.max(1)));
@@ -277,6 +287,6 @@ impl NormBackwardSpec {
 impl RowSpec {
     /// The gradient of this normalisation.
     pub fn backward(&self) -> NormBackwardSpec {
-        NormBackwardSpec { op: self.op, dtype: self.dtype }
+        NormBackwardSpec { op: self.op, dtype: self.dtype, added: false }
     }
 }

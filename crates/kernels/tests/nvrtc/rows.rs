@@ -120,7 +120,7 @@ fn training(arch: Arch, out: &mut Vec<(String, Kernel, GpuSchedule)>) {
     for n in [768, 1023, 4096, 8192] {
         let sizes = [("M", 16384), ("N", n), ("ld", n)];
         for op in [RowOp::LayerNorm { eps: 1e-5 }, RowOp::RmsNorm { eps: 1e-6 }] {
-            let spec = NormBackwardSpec { op, dtype: DType::BF16 };
+            let spec = NormBackwardSpec { op, dtype: DType::BF16, added: false };
             add(&format!("gradient of {op:?}"), &sizes, &|size| Ok(spec.plan(arch, size)?.parts));
         }
     }

@@ -1,7 +1,7 @@
-//! Attention: `softmax(q k^T * scale + mask) v`, without storing the scores.
+//! Attention: `softmax(q k^T * scale + mask) v`, without storing the scores, and the part of its gradient that is along rows of scores.
 
 use crate::plans::{Key, run};
-use crate::tensors::{float, plain, same_device, wide};
+use crate::tensors::{Rows, float, like, plain, same_device, wide};
 use tilewright_base::{DType, Error, Result};
 use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
 
@@ -128,6 +128,59 @@ impl Operator for Attention {
     }
 }
 
+/// From rows of scores `s` and of the gradient `dp` of their softmax: `p = softmax(s * before)` and `ds = p (dp - sum(p dp)) after`.
+fn rows_text(t: DType, before: f64, after: f64) -> String {
+    let c = wide(t);
+    format!(
+        "graph @attention_rows(M in 1.., N in 1..) {{
+  %s \"s\": {t}[M,N] = input
+  %dp \"dp\": {t}[M,N] = input
+  %f = map {{ a -> {c}(a) * {before:e} }} %s
+  %m = reduce max axes=[1] keep %f
+  %e = map {{ a, m -> exp(a - m) }} %f, %m
+  %z = reduce sum axes=[1] keep %e
+  %i = map {{ z -> 1.0 / z }} %z
+  %w = map {{ e, i -> e * i }} %e, %i
+  %wd = map {{ w, d -> w * {c}(d) }} %w, %dp
+  %q = reduce sum axes=[1] keep %wd
+  %p = map {{ w -> {t}(w) }} %w
+  %ds = map {{ w, d, q -> {t}(w * ({c}(d) - q) * {after:e}) }} %w, %dp, %q
+  return \"p\": %p, \"ds\": %ds
+}}
+"
+    )
+}
+
+/// Probabilities and the gradient of the scores of some queries, from their scores and the gradient of the probabilities.
+pub(crate) struct AttentionRows;
+
+impl Operator for AttentionRows {
+    const NAME: &'static str = "attention_rows";
+    const ARGS: &'static [(&'static str, Arg)] =
+        &[("s", Arg::Tensor), ("dp", Arg::Tensor), ("before", Arg::Float), ("after", Arg::Float)];
+    const RETURNS: &'static str = "(Tensor p, Tensor ds)";
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [s, dp, before, after] = args else { return Err(Error::bug("arguments")) };
+        let (s, dp, before, after) = (s.tensor()?, dp.tensor()?, before.float()?, after.float()?);
+        let (dtype, rows) = (float("s", &s)?, Rows::of("s", &s)?);
+        like("dp", &dp, &s)?;
+        if !(before.is_finite() && after.is_finite()) {
+            return Err(Error::user(format!("scales are {before} and {after}")));
+        }
+        let (s, dp) = (plain(s)?, plain(dp)?);
+        let make = || Tensor::empty(abi, s.sizes(), dtype, s.device());
+        let (p, ds) = (make()?, make()?);
+        if !rows.is_empty() {
+            let key = Key::new("attention_rows").dtype(dtype);
+            let key = key.with(before.to_bits()).with(after.to_bits());
+            let sizes = [rows.rows, rows.columns];
+            run(key, &sizes, &[&s, &dp], &[&p, &ds], || Ok(rows_text(dtype, before, after)))?;
+        }
+        Ok(vec![Value::Tensor(p), Value::Tensor(ds)])
+    }
+}
+
 #[cfg(test)]
 pub(crate) fn samples() -> Vec<(String, String)> {
     let plain = Form {
@@ -148,5 +201,6 @@ pub(crate) fn samples() -> Vec<(String, String)> {
     vec![
         ("attention, causal".to_string(), plain.text()),
         ("attention, masked".to_string(), masked.text()),
+        ("rows of attention's gradient".to_string(), rows_text(DType::F32, 0.5, 0.25)),
     ]
 }

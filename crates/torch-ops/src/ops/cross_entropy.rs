@@ -36,7 +36,7 @@ impl Form {
             .with(self.cap.to_bits())
     }
 
-    /// From the logits to `%v`, and whether each element is its row's target, `%hit`.
+    /// From the logits to `%v`, with the positions `%at` and the targets `%k` in 32 bits: wider numbers make narrower vectors.
     fn head(&self) -> String {
         let Form { dtype: t, columns: n, cap, .. } = *self;
         let c = wide(t);
@@ -48,21 +48,27 @@ impl Form {
             "  %x \"x\": {t}[M,{n}] = input
   %t \"targets\": i64[M,1] = input
   %v = map {{ a -> {value} }} %x
-  %at: i64[1,{n}] = iota axis=1
+  %k = map {{ t -> i32(t) }} %t
+  %at: i32[1,{n}] = iota axis=1
 "
         )
     }
 
     fn forward(&self) -> String {
+        let text = format!("graph @cross_entropy(M in 1..) {{\n{}", self.head());
+        text + &self.loss() + "  return \"loss\": %loss, \"l\": %l\n}\n"
+    }
+
+    /// From `%v` to `%l` and `%loss`.
+    fn loss(&self) -> String {
         let Form { dtype: t, columns: n, ignored, smoothing, z, .. } = *self;
         let c = wide(t);
-        let mut text = format!("graph @cross_entropy(M in 1..) {{\n{}", self.head());
-        text += &format!(
+        let mut text = format!(
             "  %m = reduce max axes=[1] keep %v
   %e = map {{ a, m -> exp(a - m) }} %v, %m
   %s = reduce sum axes=[1] keep %e
   %l = map {{ s, m -> log(s) + m }} %s, %m
-  %p = map {{ a, i, t -> i == t ? a : {c}(0.0) }} %v, %at, %t
+  %p = map {{ a, i, k -> i == k ? a : {c}(0.0) }} %v, %at, %k
   %picked = reduce sum axes=[1] keep %p
 "
         );
@@ -81,14 +87,28 @@ impl Form {
         text += &format!(
             "  %loss = map {{ {names} -> t == {ignored} ? {c}(0.0) : {loss} }} {operands}\n"
         );
-        text + "  return \"loss\": %loss, \"l\": %l\n}\n"
+        text
     }
 
     fn backward(&self) -> String {
-        let Form { dtype: t, columns: n, ignored, smoothing, z, cap } = *self;
-        let c = wide(t);
+        let c = wide(self.dtype);
         let mut text = format!("graph @cross_entropy_backward(M in 1..) {{\n{}", self.head());
         text += &format!("  %l \"l\": {c}[M,1] = input\n  %d \"dloss\": {c}[M,1] = input\n");
+        text + &self.gradient() + "  return \"dx\": %dx\n}\n"
+    }
+
+    /// Loss and gradient of the same logits, for a gradient of the loss that is known before.
+    fn both(&self) -> String {
+        let c = wide(self.dtype);
+        let mut text = format!("graph @cross_entropy_both(M in 1..) {{\n{}", self.head());
+        text += &format!("  %d \"dloss\": {c}[M,1] = input\n");
+        text + &self.loss() + &self.gradient() + "  return \"loss\": %loss, \"dx\": %dx\n}\n"
+    }
+
+    /// From `%v`, `%l` and `%d` to `%dx`.
+    fn gradient(&self) -> String {
+        let Form { dtype: t, columns: n, ignored, smoothing, z, cap } = *self;
+        let c = wide(t);
         let slope = if z > 0.0 { format!(" * (1.0 + l * {:e})", 2.0 * z) } else { String::new() };
         let rest = if smoothing > 0.0 {
             format!(" - {c}({:e})", smoothing / n as f64)
@@ -101,13 +121,11 @@ impl Form {
             false => String::new(),
         };
         let keep = 1.0 - smoothing;
-        text += &format!(
-            "  %dx = map {{ a, i, t, l, d -> {t}(t == {ignored} ? {c}(0.0) : (exp(a - l){slope} - (i == t ? {c}({keep:e}) : {c}(0.0)){rest}) * d{outer}) }} %v, %at, %t, %l, %d
-  return \"dx\": %dx
-}}
+        format!(
+            "  %f = map {{ t, d -> t == {ignored} ? {c}(0.0) : d }} %t, %d
+  %dx = map {{ a, i, k, l, d -> {t}(d == {c}(0.0) ? {c}(0.0) : (exp(a - l){slope} - (i == k ? {c}({keep:e}) : {c}(0.0)){rest}) * d{outer}) }} %v, %at, %k, %l, %f
 "
-        );
-        text
+        )
     }
 }
 
@@ -222,6 +240,49 @@ impl Operator for CrossEntropyBackward {
     }
 }
 
+/// [`CrossEntropy`] and its gradient in one pass, for a gradient of the loss that is known before the loss is.
+pub(crate) struct CrossEntropyBoth;
+
+impl Operator for CrossEntropyBoth {
+    const NAME: &'static str = "cross_entropy_both";
+    const ARGS: &'static [(&'static str, Arg)] = &[
+        ("dloss", Arg::Tensor),
+        ("x", Arg::Tensor),
+        ("targets", Arg::Tensor),
+        ("ignore_index", Arg::Int),
+        ("label_smoothing", Arg::Float),
+        ("z_loss", Arg::Float),
+        ("softcap", Arg::Float),
+    ];
+    const RETURNS: &'static str = "(Tensor loss, Tensor dx)";
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [dloss, x, targets, ignored, smoothing, z, cap] = args else {
+            return Err(Error::bug("arguments"));
+        };
+        let numbers = [smoothing.float()?, z.float()?, cap.float()?];
+        let dloss = dloss.tensor()?;
+        let (x, targets, form, rows) =
+            checked(x.tensor()?, targets.tensor()?, ignored.int()?, numbers)?;
+        same_device("dloss", &dloss, &x)?;
+        if dloss.sizes() != targets.sizes() || dloss.dtype()? != wide(form.dtype) {
+            return Err(Error::user("dloss does not lie as the loss will"));
+        }
+        let dloss = plain(dloss)?;
+        if rows.columns == 0 {
+            return Err(Error::user("x has rows of no logits"));
+        }
+        let loss = Tensor::empty(abi, targets.sizes(), wide(form.dtype), x.device())?;
+        let dx = Tensor::empty(abi, x.sizes(), form.dtype, x.device())?;
+        if !rows.is_empty() {
+            let inputs = [&x, &targets, &dloss];
+            let key = form.key("cross_entropy_both");
+            run(key, &[rows.rows], &inputs, &[&loss, &dx], || Ok(form.both()))?;
+        }
+        Ok(vec![Value::Tensor(loss), Value::Tensor(dx)])
+    }
+}
+
 #[cfg(test)]
 pub(crate) fn samples() -> Vec<(String, String)> {
     let plain =
@@ -229,7 +290,11 @@ pub(crate) fn samples() -> Vec<(String, String)> {
     let rich = Form { dtype: DType::BF16, ignored: 1, smoothing: 0.1, z: 1e-3, cap: 30.0, ..plain };
     let texts =
         [("cross-entropy", plain), ("cross-entropy with everything", rich)].map(|(name, form)| {
-            [(name.to_string(), form.forward()), (format!("{name}, backward"), form.backward())]
+            [
+                (name.to_string(), form.forward()),
+                (format!("{name}, backward"), form.backward()),
+                (format!("{name}, both"), form.both()),
+            ]
         });
     texts.concat()
 }

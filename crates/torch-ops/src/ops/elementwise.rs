@@ -1,7 +1,8 @@
 //! Formulas on tensors of one shape, and their gradients, found symbolically.
 //!
 //! `map([x, y], "x * sigmoid(y)")` computes the formula for each element, in `f32` (`f64` for `f64`). Tensors belong to the
-//! formula's variables in the order in which these first occur. `map_backward` gives the gradient of each tensor.
+//! formula's variables in the order in which these first occur. `map_backward` gives the gradient of each tensor. `d0: x * y` is the
+//! derivative of a formula by its first variable, with the same tensors.
 
 use crate::plans::{Key, run};
 use crate::tensors::{float, like, plain, wide};
@@ -13,17 +14,43 @@ use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
 
 /// The longest formula that is taken, in bytes.
 const LONGEST: usize = 10_000;
+/// The highest order of a derivative that a formula's text may ask for: texts of derivatives grow quickly.
+const MOST_DERIVATIVES: usize = 4;
 
-/// A number for each formula: the same text, the same number.
-pub(super) fn number_of(text: &str) -> u64 {
-    static KNOWN: OnceLock<RwLock<HashMap<String, u64>>> = OnceLock::new();
-    let known = KNOWN.get_or_init(RwLock::default);
-    if let Some(number) = known.read().unwrap_or_else(PoisonError::into_inner).get(text) {
+/// The formulas that were met, each with its number: its place in the list.
+#[derive(Default)]
+struct Formulas {
+    numbers: HashMap<String, u64>,
+    texts: Vec<String>,
+}
+
+fn formulas() -> &'static RwLock<Formulas> {
+    static KNOWN: OnceLock<RwLock<Formulas>> = OnceLock::new();
+    KNOWN.get_or_init(RwLock::default)
+}
+
+/// A number for each formula: the same text, the same number, in this process.
+pub fn number_of(text: &str) -> u64 {
+    let known = formulas();
+    if let Some(number) = known.read().unwrap_or_else(PoisonError::into_inner).numbers.get(text) {
         return *number;
     }
     let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
-    let next = known.len() as u64;
-    *known.entry(text.to_string()).or_insert(next)
+    let next = known.texts.len() as u64;
+    if let Some(number) = known.numbers.get(text) {
+        return *number;
+    }
+    known.numbers.insert(text.to_string(), next);
+    known.texts.push(text.to_string());
+    next
+}
+
+/// The formula of a number.
+fn text_of(number: u64) -> Result<String> {
+    let known = formulas().read().unwrap_or_else(PoisonError::into_inner);
+    let text = usize::try_from(number).ok().and_then(|n| known.texts.get(n));
+    text.cloned()
+        .ok_or_else(|| Error::user(format!("there is no formula with the number {number}")))
 }
 
 /// The names of a formula's variables, in order.
@@ -37,6 +64,19 @@ pub fn variables(text: &str) -> Result<Vec<String>> {
 pub(super) fn function(text: &str, c: DType) -> Result<Func> {
     if text.len() > LONGEST {
         return Err(Error::user(format!("a formula of {} bytes", text.len())));
+    }
+    // `d0: f` is the derivative of `f` by its first variable.
+    let mark = text.strip_prefix('d').and_then(|rest| rest.split_once(": "));
+    if let Some((number, rest)) = mark.and_then(|(n, rest)| Some((n.parse::<usize>().ok()?, rest)))
+    {
+        if rest.matches(": ").count() >= MOST_DERIVATIVES {
+            return Err(Error::user("a derivative of too high an order"));
+        }
+        let func = function(rest, c)?;
+        if number >= func.params().len() {
+            return Err(Error::user(format!("`{rest}` has no variable {number}")));
+        }
+        return Ok(func.derivative(number)?.simplify());
     }
     let options = CompileOptions { default: c, ..CompileOptions::default() };
     let func = compile(text, &options)?.func.simplify();
@@ -87,13 +127,16 @@ fn backward(func: &Func, t: DType) -> Result<String> {
 }
 
 /// The tensors of a call, of one shape and type, and the formula for that type.
-fn checked(tensors: Vec<Tensor>, text: &str) -> Result<(Vec<Tensor>, DType)> {
+fn checked(tensors: Vec<Tensor>) -> Result<(Vec<Tensor>, DType)> {
     let Some(first) = tensors.first() else {
         return Err(Error::user("a formula needs at least one tensor"));
     };
     let dtype = float("x", first)?;
     for (index, tensor) in tensors.iter().enumerate().skip(1) {
-        like(&format!("tensor {index} of `{text}`"), tensor, first)?;
+        if let Err(error) = like("x", tensor, first) {
+            let what = format!("tensor {index} of a formula, beside its first");
+            return Err(error.with_context(what));
+        }
     }
     Ok((tensors.into_iter().map(plain).collect::<Result<_>>()?, dtype))
 }
@@ -106,16 +149,17 @@ fn fits(func: &Func, tensors: &[Tensor], text: &str) -> Result<()> {
     Err(Error::user(format!("{given} tensors for the {wanted} variables of `{text}`")))
 }
 
-fn value(abi: &'static Abi, xs: Vec<Tensor>, text: &str) -> Result<Tensor> {
-    let (xs, dtype) = checked(xs, text)?;
+fn value(abi: &'static Abi, xs: Vec<Tensor>, number: u64) -> Result<Tensor> {
+    let (xs, dtype) = checked(xs)?;
     let y = Tensor::empty(abi, xs[0].sizes(), dtype, xs[0].device())?;
-    let key = Key::new("map").with(number_of(text)).dtype(dtype).with(xs.len() as u64);
+    let key = Key::new("map").with(number).dtype(dtype).with(xs.len() as u64);
     let elements = y.elements();
     if elements > 0 {
         let inputs: Vec<&Tensor> = xs.iter().collect();
         run(key, &[elements], &inputs, &[&y], || {
-            let func = function(text, wide(dtype))?;
-            fits(&func, &xs, text)?;
+            let text = text_of(number)?;
+            let func = function(&text, wide(dtype))?;
+            fits(&func, &xs, &text)?;
             Ok(forward(&func, dtype))
         })?;
     }
@@ -123,7 +167,7 @@ fn value(abi: &'static Abi, xs: Vec<Tensor>, text: &str) -> Result<Tensor> {
 }
 
 fn gradients(abi: &'static Abi, dy: Tensor, xs: Vec<Tensor>, text: &str) -> Result<Vec<Tensor>> {
-    let (xs, dtype) = checked(xs, text)?;
+    let (xs, dtype) = checked(xs)?;
     like("dy", &dy, &xs[0])?;
     let dy = plain(dy)?;
     let dxs = xs
@@ -142,6 +186,24 @@ fn gradients(abi: &'static Abi, dy: Tensor, xs: Vec<Tensor>, text: &str) -> Resu
         })?;
     }
     Ok(dxs)
+}
+
+/// [`Map`] of a formula by its number ([`number_of`]), which is quicker than a text and means nothing in another process.
+pub(crate) struct Numbered<const N: usize>;
+
+impl<const N: usize> Operator for Numbered<N> {
+    const NAME: &'static str = ["", "map1.numbered", "map2.numbered"][N];
+    const ARGS: &'static [(&'static str, Arg)] = match N {
+        1 => &[("x", Arg::Tensor), ("formula", Arg::Int)],
+        _ => &[("x", Arg::Tensor), ("y", Arg::Tensor), ("formula", Arg::Int)],
+    };
+    const RETURNS: &'static str = "Tensor";
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [tensors @ .., formula] = args else { return Err(Error::bug("arguments")) };
+        let xs = tensors.iter_mut().map(Value::tensor).collect::<Result<_>>()?;
+        Ok(vec![Value::Tensor(value(abi, xs, formula.int()?.cast_unsigned())?)])
+    }
 }
 
 /// A formula of `N` tensors; 0 stands for any number, which come as a list. PyTorch handles lists more slowly.
@@ -165,7 +227,7 @@ impl<const N: usize> Operator for Map<N> {
             0 => tensors[0].tensors()?,
             _ => tensors.iter_mut().map(Value::tensor).collect::<Result<_>>()?,
         };
-        Ok(vec![Value::Tensor(value(abi, xs, formula.str()?)?)])
+        Ok(vec![Value::Tensor(value(abi, xs, number_of(formula.str()?))?)])
     }
 }
 
@@ -216,6 +278,9 @@ mod tests {
         assert!(variables("x +").is_err());
         assert!(variables("x > 1").is_err());
         assert!(variables(&"x+".repeat(10_000)).is_err());
+        assert_eq!(variables("d1: d0: b * sigmoid(a)").expect("a derivative"), ["b", "a"]);
+        assert!(variables("d2: a * b").is_err());
+        assert!(variables(&("d0: ".repeat(100) + "a")).is_err());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A linear layer with what follows it: `activation(x weight^T + bias) + residual`, one kernel.
 //!
-//! Its derivative is taken by parts in Python: there the sums before the activation are needed, which this never stores.
+//! For training [`Linear`] with `SUMS` stores the sums before the activation, too, which the derivative needs: from them and the
+//! gradient of the result one kernel makes the gradient of the sums, and products of PyTorch's make the rest.
 
 use crate::ops::elementwise::{function, number_of};
 use crate::plans::{Key, run};
@@ -8,12 +9,15 @@ use crate::tensors::{Rows, float, plain, same_device, vector, wide};
 use tilewright_base::{DType, Error, Result};
 use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
 
+#[derive(Clone, Copy)]
 struct Form<'a> {
     dtype: DType,
     inner: i64,
     outer: i64,
     bias: Option<DType>,
     residual: bool,
+    /// What comes before the activation is a result, too.
+    sums: bool,
     formula: &'a str,
 }
 
@@ -36,6 +40,9 @@ impl Form<'_> {
             text += &format!("  %sb = map {{ a, b -> a + {c}(b) }} %s, %b\n");
             value = "%sb";
         }
+        if self.sums {
+            text += &format!("  %kept = map {{ a -> {t}(a) }} {value}\n");
+        }
         if !self.formula.is_empty() {
             let func = function(self.formula, c)?;
             if func.params().len() != 1 {
@@ -49,15 +56,17 @@ impl Form<'_> {
             true => format!("  %y = map {{ a, r -> {t}(a + {c}(r)) }} {value}, %r\n"),
             false => format!("  %y = map {{ a -> {t}(a) }} {value}\n"),
         };
-        Ok(text + "  return \"y\": %y\n}\n")
+        let sums = if self.sums { ", \"sums\": %kept" } else { "" };
+        Ok(text + &format!("  return \"y\": %y{sums}\n}}\n"))
     }
 }
 
 /// `activation(x weight^T + bias) + residual` for `x [..., K]` and `weight [N, K]`.
-pub(crate) struct Linear;
+/// With `SUMS` the sums before the activation are a second result (of no elements without an activation).
+pub(crate) struct Linear<const SUMS: bool>;
 
-impl Operator for Linear {
-    const NAME: &'static str = "linear";
+impl<const SUMS: bool> Operator for Linear<SUMS> {
+    const NAME: &'static str = if SUMS { "linear_with_sums" } else { "linear" };
     const ARGS: &'static [(&'static str, Arg)] = &[
         ("x", Arg::Tensor),
         ("weight", Arg::Tensor),
@@ -65,7 +74,8 @@ impl Operator for Linear {
         ("residual", Arg::Optional),
         ("activation", Arg::Str),
     ];
-    const RETURNS: &'static str = "Tensor";
+    const RETURNS: &'static str = if SUMS { "(Tensor y, Tensor sums)" } else { "Tensor" };
+    const OVERLOADS: &'static [&'static str] = if SUMS { &["inference"] } else { &[] };
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
         let [x, weight, bias, residual, activation] = args else {
@@ -104,27 +114,47 @@ impl Operator for Linear {
         let (x, weight) = (plain(x)?, plain(weight)?);
         let (bias, residual) = (bias.map(plain).transpose()?, residual.map(plain).transpose()?);
         let y = Tensor::empty(abi, &sizes, dtype, x.device())?;
+        let with_sums = SUMS && !formula.is_empty();
+        let kept: &[i64] = if with_sums { &sizes } else { &[0] };
+        let sums = SUMS.then(|| Tensor::empty(abi, kept, dtype, x.device())).transpose()?;
         if inner == 0 {
             return Err(Error::unsupported("a product over rows of no numbers"));
         }
         if y.elements() > 0 {
             let given = residual.is_some();
-            let form = Form { dtype, inner, outer, bias: bias_type, residual: given, formula };
+            let form = Form {
+                dtype,
+                inner,
+                outer,
+                bias: bias_type,
+                residual: given,
+                sums: with_sums,
+                formula,
+            };
             let key = Key::new("linear").dtype(dtype).with(inner as u64).with(outer as u64);
             let key = key.with(bias_type.map_or(0, |b| b as u64 + 1)).with(given.into());
             let inputs = [Some(&x), Some(&weight), bias.as_ref(), residual.as_ref()];
             let inputs: Vec<&Tensor> = inputs.into_iter().flatten().collect();
-            let key = key.with(number_of(formula));
-            run(key, &[rows.rows], &inputs, &[&y], || form.text())?;
+            let key = key.with(number_of(formula)).with(with_sums.into());
+            let outputs: Vec<&Tensor> =
+                std::iter::once(&y).chain(sums.as_ref().filter(|_| with_sums)).collect();
+            run(key, &[rows.rows], &inputs, &outputs, || form.text())?;
         }
-        Ok(vec![Value::Tensor(y)])
+        Ok(std::iter::once(y).chain(sums).map(Value::Tensor).collect())
     }
 }
 
 #[cfg(test)]
 pub(crate) fn samples() -> Vec<(String, String)> {
-    let plain =
-        Form { dtype: DType::F32, inner: 24, outer: 40, bias: None, residual: false, formula: "" };
+    let plain = Form {
+        dtype: DType::F32,
+        inner: 24,
+        outer: 40,
+        bias: None,
+        residual: false,
+        sums: false,
+        formula: "",
+    };
     let rich = Form {
         dtype: DType::BF16,
         bias: Some(DType::BF16),
@@ -132,7 +162,8 @@ pub(crate) fn samples() -> Vec<(String, String)> {
         formula: "x * sigmoid(x)",
         ..plain
     };
-    [("linear", plain), ("linear with everything", rich)]
+    let kept = Form { sums: true, ..rich };
+    [("linear", plain), ("linear with everything", rich), ("linear with its sums", kept)]
         .map(|(name, form)| (name.to_string(), form.text().expect("a text")))
         .to_vec()
 }

@@ -1,22 +1,32 @@
 //! The operators, a file per family, and their list.
 
 mod attention;
+mod bags;
 mod cross_entropy;
+mod dropout;
 mod elementwise;
 mod linear;
 mod norm;
+mod optimizers;
 mod rotary;
+mod scale;
 mod softmax;
 
-pub(crate) use attention::Attention;
-pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward};
-pub use elementwise::variables;
-pub(crate) use elementwise::{Map, MapBackward};
+pub(crate) use attention::{Attention, AttentionRows};
+pub(crate) use bags::{EmbeddingBag, EmbeddingBagBackward, EmbeddingBagWeightsBackward};
+pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward, CrossEntropyBoth};
+pub(crate) use dropout::Dropout;
+pub(crate) use elementwise::{Map, MapBackward, Numbered};
+pub use elementwise::{number_of, variables};
 pub(crate) use linear::Linear;
 pub(crate) use norm::{
     AddLayerNorm, AddRmsNorm, LayerNorm, LayerNormBackward, RmsNorm, RmsNormBackward,
 };
+#[cfg(test)]
+pub(crate) use optimizers::table_definitions;
+pub(crate) use optimizers::{AdamW, GradientNorm, Lion};
 pub(crate) use rotary::Rotary;
+pub(crate) use scale::Scale;
 pub(crate) use softmax::{Softmax, SoftmaxBackward};
 
 /// Calls a macro of this crate with the types of all operators.
@@ -38,14 +48,27 @@ macro_rules! for_each_operator {
             $crate::ops::Map<0>,
             $crate::ops::Map<1>,
             $crate::ops::Map<2>,
+            $crate::ops::Numbered<1>,
+            $crate::ops::Numbered<2>,
             $crate::ops::MapBackward<0>,
             $crate::ops::MapBackward<1>,
             $crate::ops::MapBackward<2>,
             $crate::ops::CrossEntropy,
             $crate::ops::CrossEntropyBackward,
+            $crate::ops::CrossEntropyBoth,
+            $crate::ops::Scale,
             $crate::ops::Rotary,
-            $crate::ops::Linear,
+            $crate::ops::Linear<false>,
+            $crate::ops::Linear<true>,
             $crate::ops::Attention,
+            $crate::ops::AttentionRows,
+            $crate::ops::AdamW,
+            $crate::ops::Lion,
+            $crate::ops::GradientNorm,
+            $crate::ops::Dropout,
+            $crate::ops::EmbeddingBag,
+            $crate::ops::EmbeddingBagBackward,
+            $crate::ops::EmbeddingBagWeightsBackward,
         }
     };
 }

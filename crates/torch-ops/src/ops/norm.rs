@@ -8,12 +8,14 @@
 //! ```
 //!
 //! `m` and `r` are results, for the gradient. Weights may have another float type than `x`. Their gradients are summed in two steps,
-//! in an order that depends on the number of rows alone.
+//! in an order that depends on the number of rows alone. On a GPU, where all types are one, the gradient is a kernel of the library that
+//! reads the rows once and works `m` and `r` out again.
 
-use crate::plans::{Key, run};
+use crate::plans::{Key, norm_backward, run};
 use crate::tensors::{Rows, float, like, plain, same_device, vector, wide};
 use tilewright_base::{DType, Error, Result};
-use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
+use tilewright_runtime_gpu::{NormGradient, NormGradientPlaces};
+use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 /// What is taken off the row before it is scaled.
 #[derive(Clone, Copy, PartialEq)]
@@ -295,6 +297,7 @@ fn backward(
     dh: Option<Tensor>,
     weight: Option<Tensor>,
     bias: Option<DType>,
+    eps: f64,
 ) -> Result<Vec<Value>> {
     let (dtype, rows) = (float("x", &x)?, Rows::of("x", &x)?);
     like("dy", &dy, &x)?;
@@ -331,10 +334,12 @@ fn backward(
         residual: dh.is_some(),
         statistics: true,
     };
+    let vectors = [Some(&dw), (kind == Kind::Layer).then_some(&db)];
+    let tensors = [Some(&x), Some(&dy), weight.as_ref(), dh.as_ref(), Some(&dx)];
     if rows.is_empty() {
         dw.zero()?;
         db.zero()?;
-    } else {
+    } else if !in_one_pass(&form, eps, rows, tensors, vectors)? {
         let shared = [Some(&dy), Some(&x), mean.as_ref(), Some(&rstd)];
         let shared: Vec<&Tensor> = shared.into_iter().flatten().collect();
         let mut inputs = shared.clone();
@@ -367,6 +372,47 @@ fn backward(
         results.push(Value::Tensor(db));
     }
     Ok(results)
+}
+
+/// The gradient on a GPU by the kernel that reads each row once, if this call has what that takes: whether it was.
+fn in_one_pass(
+    form: &Form,
+    eps: f64,
+    rows: Rows,
+    [x, dy, weight, dh, dx]: [Option<&Tensor>; 5],
+    [dw, db]: [Option<&Tensor>; 2],
+) -> Result<bool> {
+    let centred = form.kind == Kind::Layer;
+    let (Some(x), Some(dy), Some(weight), Some(dx), Some(dw)) = (x, dy, weight, dx, dw) else {
+        return Ok(false);
+    };
+    let Device::Cuda(index) = x.device() else { return Ok(false) };
+    let one_type = form.weight == Some(form.dtype)
+        && (!centred || form.bias == Some(form.dtype))
+        && form.dtype != DType::F64;
+    if !one_type || eps < 0.0 {
+        return Ok(false);
+    }
+    let what = NormGradient {
+        centred,
+        eps,
+        dtype: form.dtype,
+        added: dh.is_some(),
+        rows: rows.rows,
+        columns: rows.columns,
+    };
+    let at = |t: Option<&Tensor>| t.map_or(Ok(0), Tensor::address);
+    let places = NormGradientPlaces {
+        x: x.address()?,
+        dy: dy.address()?,
+        scale: weight.address()?,
+        other: at(dh)?,
+        dx: dx.address()?,
+        vectors: [dw.address()?, at(db)?],
+        scratch: 0,
+    };
+    let name = if centred { "layer_norm_gradient" } else { "rms_norm_gradient" };
+    norm_backward(x.abi(), index, form.key(name, eps), what, places)
 }
 
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last axis.
@@ -427,14 +473,16 @@ impl Operator for RmsNormBackward {
         ("rstd", Arg::Tensor),
         ("dh", Arg::Optional),
         ("weight", Arg::Optional),
+        ("eps", Arg::Float),
     ];
     const RETURNS: &'static str = "(Tensor dx, Tensor dweight)";
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [dy, x, rstd, dh, weight] = args else { return Err(Error::bug("arguments")) };
+        let [dy, x, rstd, dh, weight, eps] = args else { return Err(Error::bug("arguments")) };
+        let eps = eps.float()?;
         let (dy, x, rstd) = (dy.tensor()?, x.tensor()?, rstd.tensor()?);
         let (dh, weight) = (dh.optional()?, weight.optional()?);
-        backward(abi, Kind::Rms, dy, x, None, rstd, dh, weight, None)
+        backward(abi, Kind::Rms, dy, x, None, rstd, dh, weight, None, eps)
     }
 }
 
@@ -501,17 +549,19 @@ impl Operator for LayerNormBackward {
         ("dh", Arg::Optional),
         ("weight", Arg::Optional),
         ("bias", Arg::Optional),
+        ("eps", Arg::Float),
     ];
     const RETURNS: &'static str = "(Tensor dx, Tensor dweight, Tensor dbias)";
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [dy, x, mean, rstd, dh, weight, bias] = args else {
+        let [dy, x, mean, rstd, dh, weight, bias, eps] = args else {
             return Err(Error::bug("arguments"));
         };
+        let eps = eps.float()?;
         let (dy, x, mean, rstd) = (dy.tensor()?, x.tensor()?, mean.tensor()?, rstd.tensor()?);
         let (dh, weight) = (dh.optional()?, weight.optional()?);
         let bias = bias.optional()?.map(|b| float("bias", &b)).transpose()?;
-        backward(abi, Kind::Layer, dy, x, Some(mean), rstd, dh, weight, bias)
+        backward(abi, Kind::Layer, dy, x, Some(mean), rstd, dh, weight, bias, eps)
     }
 }
 

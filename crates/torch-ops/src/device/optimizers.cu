@@ -1,0 +1,181 @@
+// One step of AdamW or Lion over many tensors in one launch, and the norm of many gradients.
+//
+// A launch gets its tensors as a table in its parameters, so nothing is copied to the device and a recorded launch stays
+// valid for as long as the tensors stay where they are. A block does one chunk of one tensor. What the host packs
+// (crates/torch-ops/src/tables.rs) is `Table`; `TW_TABLE_BYTES` is its size there.
+//
+// `TW_COUNT`: tensors in a table. `TW_MASTER`: 1 where weights have a wide copy, which is what is updated. `TW_ELEMENT`: the
+// type of weights and gradients; moments and the copy are `Wide`.
+#include "tw/element.cuh"
+
+using namespace tw;
+
+struct Entry {
+  Element* weights;
+  const Element* gradients;
+  Wide* first_moments;
+  Wide* second_moments;
+  Wide* masters;
+  i64 elements;
+  u32 first_block;  // of this launch
+  u32 vector;       // all of them start at a multiple of 16 bytes
+};
+
+struct Table {
+  const float* step;     // how many steps this one makes
+  const void* rate;      // Wide or float, if the rate is on the device
+  const float* factor;   // of all gradients, if there is one
+  double rate_value, beta1, beta2, rest1, rest2, log_beta1, log_beta2, eps, decay;  // rest = 1 - beta
+  u32 rate_is_double, maximize, chunk, count;
+  Entry entries[TW_COUNT];
+};
+static_assert(sizeof(Table) == TW_TABLE_BYTES, "the host packs another table");
+
+constexpr int THREADS = 256;
+// Elements that the block has in flight at a time.
+constexpr int PIECE = 2 * 4 * THREADS;
+
+TW_INLINE const Entry& entry_of_block(const Table& t) {
+  u32 low = 0, high = t.count;
+  while (high - low > 1) {
+    const u32 middle = (low + high) / 2;
+    if (t.entries[middle].first_block <= blockIdx.x) low = middle; else high = middle;
+  }
+  return t.entries[low];
+}
+
+TW_INLINE double rate_of(const Table& t) {
+  if (t.rate == nullptr) return t.rate_value;
+  return t.rate_is_double ? *static_cast<const double*>(t.rate) : (double)*static_cast<const float*>(t.rate);
+}
+
+// 1 - beta^step without cancellation.
+TW_INLINE float correction(float step, double log_beta) { return -expm1f(step * (float)log_beta); }
+TW_INLINE double correction(double step, double log_beta) { return -expm1(step * log_beta); }
+
+TW_INLINE float root(float x) { return sqrtf(x); }
+TW_INLINE double root(double x) { return sqrt(x); }
+
+struct AdamW {
+  static constexpr bool second = true;
+  Wide beta1, beta2, rest1, rest2, eps, keep, size, root_scale;
+  TW_INLINE AdamW(const Table& t) {
+    const Wide rate = (Wide)rate_of(t), step = (Wide)*t.step;
+    beta1 = (Wide)t.beta1, beta2 = (Wide)t.beta2, rest1 = (Wide)t.rest1, rest2 = (Wide)t.rest2, eps = (Wide)t.eps;
+    keep = (Wide)1 - rate * (Wide)t.decay;
+    size = rate / correction(step, t.log_beta1);
+    root_scale = (Wide)1 / root(correction(step, t.log_beta2));
+  }
+  TW_INLINE Wide operator()(Wide w, Wide g, Wide& m, Wide& v) const {
+    m = beta1 * m + rest1 * g;
+    v = beta2 * v + rest2 * (g * g);
+    return w * keep - size * (m / (root(v) * root_scale + eps));
+  }
+};
+
+struct Lion {
+  static constexpr bool second = false;
+  Wide beta1, beta2, rest1, rest2, keep, rate;
+  TW_INLINE Lion(const Table& t) {
+    rate = (Wide)rate_of(t);
+    beta1 = (Wide)t.beta1, beta2 = (Wide)t.beta2, rest1 = (Wide)t.rest1, rest2 = (Wide)t.rest2;
+    keep = (Wide)1 - rate * (Wide)t.decay;
+  }
+  TW_INLINE Wide operator()(Wide w, Wide g, Wide& m, Wide&) const {
+    const Wide c = beta1 * m + rest1 * g;
+    m = beta2 * m + rest2 * g;
+    const Wide sign = c > 0 ? (Wide)1 : c < 0 ? (Wide)-1 : c;
+    return w * keep - rate * sign;
+  }
+};
+
+template <typename Rule> TW_INLINE void step(const Table& t) {
+  const Entry& e = entry_of_block(t);
+  const i64 begin = (i64)(blockIdx.x - e.first_block) * t.chunk;
+  const i64 end = begin + t.chunk < e.elements ? begin + t.chunk : e.elements;
+  const bool vector = e.vector != 0;
+  Wide factor = t.factor == nullptr ? (Wide)1 : (Wide)*t.factor;
+  if (t.maximize) factor = -factor;
+  const Rule rule(t);
+  for (i64 piece = begin; piece < end; piece += PIECE) {
+    Four<Element> w[2], g[2];
+    Four<Wide> m[2], v[2], q[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const i64 i = piece + (j * THREADS + (int)threadIdx.x) * 4;
+      if (i >= end) continue;
+      g[j] = load_four(e.gradients, i, end, vector);
+      m[j] = load_four(e.first_moments, i, end, vector);
+      if (Rule::second) v[j] = load_four(e.second_moments, i, end, vector);
+      if (TW_MASTER) q[j] = load_four(e.masters, i, end, vector);
+      else w[j] = load_four(e.weights, i, end, vector);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const i64 i = piece + (j * THREADS + (int)threadIdx.x) * 4;
+      if (i >= end) continue;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const Wide old = TW_MASTER ? q[j].at[k] : (Wide)wide_of(w[j].at[k]);
+        const Wide next = rule(old, (Wide)wide_of(g[j].at[k]) * factor, m[j].at[k], v[j].at[k]);
+        q[j].at[k] = next;
+        w[j].at[k] = Rounded<Element>::of(next);
+      }
+      store_four(e.weights, i, end, vector, w[j]);
+      store_four(e.first_moments, i, end, vector, m[j]);
+      if (Rule::second) store_four(e.second_moments, i, end, vector, v[j]);
+      if (TW_MASTER) store_four(e.masters, i, end, vector, q[j]);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) adamw(const __grid_constant__ Table t) { step<AdamW>(t); }
+extern "C" __global__ void __launch_bounds__(THREADS) lion(const __grid_constant__ Table t) { step<Lion>(t); }
+
+// The sum of a block's numbers, in one order, in thread 0.
+template <typename T> TW_INLINE T block_sum(T x) {
+  __shared__ T parts[32];
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_down_sync(~0u, x, distance);
+  if (lane() == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  T all = 0;
+  if (threadIdx.x == 0)
+    for (int w = 0; w < (int)blockDim.x / 32; ++w) all += parts[w];
+  return all;
+}
+
+// The sum of squares of each chunk of the gradients.
+extern "C" __global__ void __launch_bounds__(THREADS) squares(const __grid_constant__ Table t, Wide* parts) {
+  const Entry& e = entry_of_block(t);
+  const i64 begin = (i64)(blockIdx.x - e.first_block) * t.chunk;
+  const i64 end = begin + t.chunk < e.elements ? begin + t.chunk : e.elements;
+  const bool vector = e.vector != 0;
+  Wide sum = 0;
+  for (i64 piece = begin; piece < end; piece += PIECE) {
+    Four<Element> g[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) g[j] = load_four(e.gradients, piece + (j * THREADS + (int)threadIdx.x) * 4, end, vector);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const Wide x = (Wide)wide_of(g[j].at[k]);
+        sum += x * x;
+      }
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+
+// The norm of all, and the factor that makes it `most` at most: NaN where it is NaN. One block.
+extern "C" __global__ void __launch_bounds__(1024) whole_norm(const Wide* parts, i64 count, double most, float* norm, float* factor) {
+  double sum = 0;
+  for (i64 i = threadIdx.x; i < count; i += blockDim.x) sum += (double)parts[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) {
+    const double all = sqrt(sum), by = most / (all + 1e-6);
+    *norm = (float)all;
+    *factor = (float)(by > 1 ? 1 : by);
+  }
+}

@@ -1,0 +1,142 @@
+//! Dropout, with a residual: `y = x / (1 - p) + residual` where an element stays, `y = residual` where it is dropped.
+//!
+//! Element `i` stays where word `i % 4` of Philox4x32-7 at counter `i / 4` is at least `p * 2^32`. The key is a tensor that
+//! PyTorch's generator has drawn, so `torch.manual_seed` repeats it and a recorded CUDA graph draws anew in each replay. Nothing
+//! else is stored: the gradient of `x` is the same operator on the gradient of `y`, with the same key and no residual.
+
+use crate::host::{self, Float, Number, with_number};
+use crate::tensors::{float, like, plain, same_device};
+use crate::written::{Set, Text, element, launch};
+use tilewright_base::{DType, Error, Result};
+use tilewright_cuda::Args;
+use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
+
+/// Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): seven rounds are
+/// the fewest that pass BigCrush.
+#[inline(always)]
+fn philox(counter: u64, key: u64) -> [u32; 4] {
+    let mut c = [counter as u32, (counter >> 32) as u32, 0, 0];
+    let (mut k0, mut k1) = (key as u32, (key >> 32) as u32);
+    for _ in 0..7 {
+        let p = 0xD251_1F53 * u64::from(c[0]);
+        let q = 0xCD9E_8D57 * u64::from(c[2]);
+        c = [(q >> 32) as u32 ^ c[1] ^ k0, q as u32, (p >> 32) as u32 ^ c[3] ^ k1, p as u32];
+        k0 = k0.wrapping_add(0x9E37_79B9);
+        k1 = k1.wrapping_add(0xBB67_AE85);
+    }
+    c
+}
+
+/// Words below it drop an element.
+fn threshold(p: f64) -> u32 {
+    (p * 4_294_967_296.0).round() as u32
+}
+
+/// Dropout with the share `p` dropped, plus `residual`.
+pub(crate) struct Dropout;
+
+impl Operator for Dropout {
+    const NAME: &'static str = "dropout";
+    const ARGS: &'static [(&'static str, Arg)] =
+        &[("x", Arg::Tensor), ("residual", Arg::Optional), ("key", Arg::Tensor), ("p", Arg::Float)];
+    const RETURNS: &'static str = "Tensor";
+    const OVERLOADS: &'static [&'static str] = &["inference"];
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [x, residual, key, p] = args else { return Err(Error::bug("arguments")) };
+        let (x, residual, key, p) = (x.tensor()?, residual.optional()?, key.tensor()?, p.float()?);
+        let dtype = float("x", &x)?;
+        if !(0.0..=1.0).contains(&p) {
+            return Err(Error::user(format!("p is {p}; it must be in 0..=1")));
+        }
+        same_device("key", &key, &x)?;
+        if key.elements() != 1 || key.dtype()? != DType::I64 {
+            let message = format!("key is {} of shape {:?}", key.dtype()?, key.sizes());
+            return Err(Error::user(message).with_hint("it is one number of int64"));
+        }
+        if let Some(r) = &residual {
+            like("residual", r, &x)?;
+        }
+        let (x, residual) = (plain(x)?, residual.map(plain).transpose()?);
+        let y = Tensor::empty(abi, x.sizes(), dtype, x.device())?;
+        let scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+        let elements = x.elements();
+        if elements == 0 {
+            return Ok(vec![Value::Tensor(y)]);
+        }
+        if let Device::Cuda(index) = x.device() {
+            let at = |t: &Tensor| t.address();
+            let args = Args::new()
+                .value(at(&x)?)
+                .value(residual.as_ref().map_or(Ok(0), at)?)
+                .value(at(&y)?)
+                .value(at(&key)?)
+                .value(threshold(p))
+                .value(scale)
+                .value(elements);
+            let none = ("", 0);
+            let set: Set = [element(dtype)?, none, none, none];
+            let blocks = elements.cast_unsigned().div_ceil(4096);
+            launch(abi, index, (Text::Dropout, "dropout", &set), blocks, 256, &args)?;
+        } else {
+            let key = host::read_whole(&key)?.first().copied().unwrap_or(0).cast_unsigned();
+            let r = residual.as_ref();
+            with_number!(dtype, on_host(abi, &x, r, &y, key, threshold(p), scale))?;
+        }
+        Ok(vec![Value::Tensor(y)])
+    }
+}
+
+/// Elements of a job; a multiple of four.
+const STRETCH: usize = 1 << 14;
+
+fn on_host<T: Number>(
+    abi: &'static Abi,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    y: &Tensor,
+    key: u64,
+    threshold: u32,
+    scale: f64,
+) -> Result<()> {
+    let (x, y) = (host::read::<T>(x)?, host::write::<T>(y)?);
+    let mut rest = residual.map(|r| host::read::<T>(r)).transpose()?.map(|r| r.chunks(STRETCH));
+    let (elements, scale, zero) = (x.len(), T::Wide::of(scale), T::Wide::of(0.0));
+    let mut jobs = Vec::new();
+    for (number, (x, y)) in x.chunks(STRETCH).zip(y.chunks_mut(STRETCH)).enumerate() {
+        let r = rest.as_mut().and_then(Iterator::next).unwrap_or_default();
+        jobs.push((number * STRETCH / 4, x, r, y));
+    }
+    let work = |(first, x, r, y): (usize, &[T], &[T], &mut [T])| {
+        host::wider(|| {
+            for (block, (x, y)) in x.chunks(4).zip(y.chunks_mut(4)).enumerate() {
+                let words = philox((first + block) as u64, key);
+                for (i, ((x, y), word)) in x.iter().zip(y).zip(words).enumerate() {
+                    let kept = if word >= threshold { x.wide() * scale } else { zero };
+                    let added = r.get(block * 4 + i).map_or(kept, |r| kept + r.wide());
+                    *y = T::narrow(added);
+                }
+            }
+        });
+    };
+    host::in_parallel(abi.threads(), elements, jobs, work);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_words_are_those_of_the_authors() {
+        // The first of the known answers that come with Random123.
+        assert_eq!(philox(0, 0), [0x5F6F_B709, 0x0D89_3F64, 0x4F12_1F81, 0x4F73_0A48]);
+    }
+
+    #[test]
+    fn everything_and_nothing_can_be_dropped() {
+        assert_eq!(threshold(0.0), 0);
+        assert_eq!(threshold(0.5), 1 << 31);
+        assert_eq!(threshold(1.0), u32::MAX);
+    }
+}

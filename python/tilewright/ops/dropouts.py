@@ -1,0 +1,92 @@
+"""Dropout, with a residual and a norm. The mask is never stored: gradients draw it again."""
+
+from __future__ import annotations
+
+import torch
+
+from ._define import pair, promoted
+from .norms import layer_norm, rms_norm
+
+
+def _words(n: int, key: torch.Tensor) -> torch.Tensor:
+    """The first `n` words of Philox4x32-7 under the key, as int64: the same numbers as the kernels'."""
+    low = 0xFFFFFFFF
+    counter = torch.arange((n + 3) // 4, dtype=torch.int64, device=key.device)
+    c = [counter & low, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    k = [key & low, (key >> 32) & low]
+
+    def product(a: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # 32 by 32 bits from two halves, since int64 has no room for the product's sign.
+        high, mid = a >> 16, a & 0xFFFF
+        upper = x * high
+        lower = x * mid + ((upper & 0xFFFF) << 16)
+        return (upper >> 16) + (lower >> 32), lower & low
+
+    for _ in range(7):
+        (p_high, p_low), (q_high, q_low) = product(0xD2511F53, c[0]), product(0xCD9E8D57, c[2])
+        c = [q_high ^ c[1] ^ k[0], q_low, p_high ^ c[3] ^ k[1], p_low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return torch.stack(c, -1).reshape(-1)[:n]
+
+
+def _composed(x, residual, key, p):
+    kept = _words(x.numel(), key.reshape(())).reshape(x.shape) >= min(round(p * 2**32), 2**32 - 1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.where(kept, x.to(wide) * (1 / (1 - p) if p < 1 else 0.0), 0.0)
+    return (y if residual is None else y + residual.to(wide)).to(x.dtype)
+
+
+def _save(ctx, inputs, output):
+    _, _, key, ctx.p = inputs
+    ctx.save_for_backward(key)
+
+
+def _gradient(ctx, dy):
+    if dy is None:
+        return None, None, None, None
+    (key,) = ctx.saved_tensors
+    dx = _dropout(dy, None, key, ctx.p) if ctx.needs_input_grad[0] else None
+    return dx, dy if ctx.needs_input_grad[1] else None, None, None
+
+
+_dropout = pair(
+    "dropout",
+    fake=lambda x, residual, key, p: x.new_empty(x.shape),
+    composed=_composed,
+    save=_save,
+    gradient=_gradient,
+    twice=True,
+)
+
+
+def dropout(x, p=0.5, training=True, residual=None):
+    """Zero with probability `p`, else `x / (1 - p)`; plus `residual`. Without `training` it is `x`, plus `residual`.
+
+    The key of the random numbers comes from PyTorch's generator of the device: `torch.manual_seed` repeats it, and a recorded CUDA graph
+    draws new ones in each replay. No mask is stored; the gradient draws the same numbers again. The numbers are not those of
+    `torch.nn.functional.dropout`.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p is {p}; it must be in 0..1")
+    if residual is not None:
+        x, residual = promoted(x, residual)
+    if not training or p == 0.0:
+        return x if residual is None else x + residual
+    key = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return _dropout(x, residual, key, float(p))
+
+
+def dropout_rms_norm(x, residual, weight=None, eps=1e-6, p=0.5, training=True):
+    """`h = residual + dropout(x)` and its RMS norm: `(y, h)`. Two kernels in training, one without dropout."""
+    if not training or p == 0.0:
+        return rms_norm(x, weight, eps=eps, residual=residual)
+    h = dropout(x, p, training, residual)
+    return rms_norm(h, weight, eps=eps), h
+
+
+def dropout_layer_norm(x, residual, weight=None, bias=None, eps=1e-5, p=0.5, training=True):
+    """`h = residual + dropout(x)` and its layer norm: `(y, h)`. Two kernels in training, one without dropout."""
+    if not training or p == 0.0:
+        return layer_norm(x, weight, bias, eps=eps, residual=residual)
+    h = dropout(x, p, training, residual)
+    return layer_norm(h, weight, bias, eps=eps), h

@@ -1,0 +1,374 @@
+"""Optimizers whose step over all parameters of a group is one kernel.
+
+    from tilewright.optim import AdamW, Lion
+    optimizer = AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, max_norm=1.0)
+
+They are `torch.optim.Optimizer`s: groups, schedulers and state dicts as usual; a state dict of `torch.optim.AdamW` loads into
+`AdamW` and the other way round. Parameters of 16 bits get a float32 copy (a master) that is what is updated. A step can be
+recorded in a CUDA graph after one that ran eagerly: the number of the step is on the device, the rate is where it is a tensor.
+It needs PyTorch 2.10 or later.
+"""
+
+from __future__ import annotations
+
+import math
+from operator import is_
+from typing import Any
+
+import torch
+
+from .ops import _define
+
+_PACK = torch.ops.tilewright
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _norm_composed(grads, max_norm):
+    wide = _define.wide(grads[0].dtype)
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=wide) for g in grads])).float()
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _adamw_composed(params, grads, first, second, masters, step, lr_tensor, factor, lr, beta1, beta2, eps, decay, maximize):
+    rate = lr if lr_tensor is None else lr_tensor.item()
+    t = step.item()
+    size, root = rate / -math.expm1(t * math.log(beta1)), math.sqrt(-math.expm1(t * math.log(beta2)))
+    for i, (p, g, m, v) in enumerate(zip(params, grads, first, second)):
+        w = masters[i] if masters else p
+        g = _scaled(g.to(m.dtype), factor, maximize)
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        w.copy_(w.to(m.dtype) * (1 - rate * decay) - size * (m / (v.sqrt() / root + eps)))
+        if masters:
+            p.copy_(w)
+
+
+def _lion_composed(params, grads, first, masters, lr_tensor, factor, lr, beta1, beta2, decay, maximize):
+    rate = lr if lr_tensor is None else lr_tensor.item()
+    for i, (p, g, m) in enumerate(zip(params, grads, first)):
+        w = masters[i] if masters else p
+        g = _scaled(g.to(m.dtype), factor, maximize)
+        sign = (beta1 * m + (1 - beta1) * g).sign()
+        m.mul_(beta2).add_(g, alpha=1 - beta2)
+        w.copy_(w.to(m.dtype) * (1 - rate * decay) - rate * sign)
+        if masters:
+            p.copy_(w)
+
+
+def _scaled(g, factor, maximize):
+    g = g if factor is None else g * factor
+    return -g if maximize else g
+
+
+def _norm_fake(grads, max_norm):
+    made = [grads[0].new_empty((), dtype=torch.float32) for _ in range(2)]
+    return made[0], made[1]
+
+
+_define.single("adamw_", fake=_nothing, composed=_adamw_composed)
+_define.single("lion_", fake=_nothing, composed=_lion_composed)
+_define.single("gradient_norm", fake=_norm_fake, composed=_norm_composed)
+
+
+def gradient_norm(grads: list[torch.Tensor], max_norm: float = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Euclidean norm of all gradients together, and `min(1, max_norm / (norm + 1e-6))`: numbers on their device, in float32.
+
+    A norm that is not finite gives a factor that is 0 or NaN. Each sum has one order.
+    """
+    if not grads:
+        raise ValueError("the norm of no gradients")
+    lists: dict[tuple, list[torch.Tensor]] = {}
+    for grad in grads:
+        lists.setdefault((grad.dtype, grad.device), []).append(grad)
+    if len(lists) == 1:
+        return _PACK.gradient_norm(grads, max_norm)
+    first = grads[0].device
+    parts = [_PACK.gradient_norm(part, math.inf)[0].to(first, non_blocking=True) for part in lists.values()]
+    norm = torch.linalg.vector_norm(torch.stack(parts))
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+class _Fused(torch.optim.Optimizer):
+    """What both have in common: lists of tensors per step, state, masters, clipping, loading."""
+
+    _moments: tuple[str, ...] = ()
+    _counts = False
+
+    def __init__(self, params, defaults: dict[str, Any], max_norm: float | None, master: bool):
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm is {max_norm}; it must be a number above 0, or None")
+        self.max_norm = max_norm
+        self.grad_norm: torch.Tensor | None = None
+        self._last: tuple[list, list] | None = None
+        self._master = master
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        betas = group["betas"]
+        if not all(0.0 <= float(b) < 1.0 for b in betas):
+            raise ValueError(f"betas are {betas}; they must be in 0..1")
+        for name in ("lr", "eps", "weight_decay"):
+            if name in group and not float(group[name]) >= 0.0:
+                raise ValueError(f"{name} is {group[name]}; it must be at least 0")
+        if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() != 1:
+            raise ValueError("lr as a tensor must have one element")
+        if group.get("amsgrad"):
+            raise NotImplementedError("amsgrad is not there; use torch.optim.AdamW where it is needed")
+        for p in group["params"]:
+            if p.is_complex() or not p.is_floating_point():
+                raise TypeError(f"a parameter is {p.dtype}; it must be float32, bfloat16, float16 or float64")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_norm": self.max_norm, "_master": self._master}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("max_norm", None)
+        self.__dict__.setdefault("grad_norm", None)
+        self.__dict__.setdefault("_master", True)
+        self._last = None
+
+    def _wide_copy(self, p: torch.Tensor) -> bool:
+        return self._master and p.dtype in (torch.bfloat16, torch.float16)
+
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], steps: dict) -> None:
+        """The state of a parameter that has its first gradient. Parameters that begin together share the number of steps."""
+        if self._counts:
+            if p.device not in steps:
+                steps[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["step"] = steps[p.device]
+        for name in self._moments:
+            state[name] = torch.zeros_like(p, dtype=_define.wide(p.dtype), memory_format=torch.preserve_format)
+        if self._wide_copy(p):
+            state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of all parameters that have a gradient; the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls = self._known_calls() or self._new_calls()
+        if not calls:
+            return loss
+        grads_all = calls[0][1] if len(calls) == 1 else [g for call in calls for g in call[1]]
+        factor = None
+        if self.max_norm is not None:
+            self.grad_norm, factor = gradient_norm(grads_all, self.max_norm)
+        counts = {id(call[5]): call[5] for call in calls if call[5] is not None}
+        if counts:
+            torch._foreach_add_(list(counts.values()), 1.0)
+        for call in calls:
+            device = call[0][0].device
+            rate = call[4]["lr"]
+            on_device = isinstance(rate, torch.Tensor) and rate.device == device and device.type != "cpu"
+            if isinstance(rate, torch.Tensor) and not on_device:
+                rate = rate.item()
+            f = factor if factor is None or factor.device == device else factor.to(device, non_blocking=True)
+            self._launch(call, rate if on_device else None, f, 0.0 if on_device else float(rate))
+            torch.autograd.graph.increment_version(call[0])
+            call[1] = []  # Gradients are not kept alive.
+        return loss
+
+    def _new_calls(self) -> list[list]:
+        """The calls of a step, one for each group, device, type and number of steps: parameters, gradients, moments, masters, group,
+        number of steps, states."""
+        self._last = None
+        steps: dict = {}
+        calls: dict[tuple, list] = {}
+        whole = True
+        for number, group in enumerate(self.param_groups):
+            absent = set()
+            for p in group["params"]:
+                grad = p.grad
+                state = self.state[p]
+                if grad is None:
+                    whole = False
+                    if "step" in state:
+                        absent.add(id(state["step"]))
+                    continue
+                if grad.is_sparse:
+                    raise RuntimeError("sparse gradients are not supported; use torch.optim.SparseAdam")
+                if not state:
+                    self._begin(p, state, steps)
+                key = (number, p.device, p.dtype, "master" in state, id(state.get("step")))
+                call = calls.get(key)
+                if call is None:
+                    call = calls[key] = [[], [], [[] for _ in self._moments], [], group, state.get("step"), []]
+                call[0].append(p)
+                call[1].append(grad)
+                for into, name in zip(call[2], self._moments):
+                    into.append(state[name])
+                if key[3]:
+                    call[3].append(state["master"])
+                call[6].append(state)
+            if absent:
+                self._part(calls, absent)
+        found = list(calls.values())
+        if whole:
+            self._last = [(group, list(group["params"])) for group in self.param_groups], found
+        return found
+
+    def _known_calls(self) -> list[list] | None:
+        """The calls of the last step with the gradients of this one, if nothing else has changed."""
+        if self._last is None:
+            return None
+        groups, calls = self._last
+        if len(groups) != len(self.param_groups):
+            return None
+        for (group, params), now in zip(groups, self.param_groups):
+            if group is not now or len(params) != len(now["params"]) or not all(map(is_, params, now["params"])):
+                return None
+        for call in calls:
+            grads = [p.grad for p in call[0]]
+            states = call[6]
+            if any(g is None for g in grads):
+                return None
+            for name, moments in zip(self._moments, call[2]):
+                if not all(map(is_, [s.get(name) for s in states], moments)):
+                    return None
+            if call[3] and not all(map(is_, [s.get("master") for s in states], call[3])):
+                return None
+            if call[5] is not None and not all(s["step"] is call[5] for s in states):
+                return None
+            if not all(map(is_, [self.state.get(p) for p in call[0]], states)):
+                return None
+            call[1] = grads
+        return calls
+
+    def _part(self, calls: dict[tuple, list], absent: set[int]) -> None:
+        """Gives parameters a number of steps of their own where others that share it make no step."""
+        for call in calls.values():
+            if call[5] is not None and id(call[5]) in absent:
+                own = call[5].clone()
+                call[5] = own
+                for state in call[6]:
+                    state["step"] = own
+
+    def _launch(self, call: list, rate: torch.Tensor | None, factor: torch.Tensor | None, value: float) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """As PyTorch's, which wants a number of steps for each parameter."""
+        whole = super().state_dict()
+        whole["state"] = {
+            index: {**state, "step": state["step"].clone()} if isinstance(state, dict) and "step" in state else state
+            for index, state in whole["state"].items()
+        }
+        return whole
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of PyTorch's. Moments and masters keep their width."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        steps: dict[tuple, torch.Tensor] = {}
+        for index, p in zip(saved, params):
+            given = state_dict["state"].get(index)
+            if not given:
+                continue
+            if given.get("max_exp_avg_sq") is not None:
+                raise NotImplementedError("amsgrad is not there; use torch.optim.AdamW where it is needed")
+            state = self.state[p]
+            for name in self._moments:
+                state[name] = self._like(p, given[name], _define.wide(p.dtype))
+            if self._wide_copy(p):
+                state["master"] = self._like(p, given.get("master", p), torch.float32)
+            else:
+                state.pop("master", None)
+            if self._counts:
+                count = float(given["step"])
+                # Parameters with the same number share it again.
+                if (p.device, count) not in steps:
+                    steps[p.device, count] = torch.full((), count, dtype=torch.float32, device=p.device)
+                state["step"] = steps[p.device, count]
+
+    @staticmethod
+    def _like(p: torch.Tensor, given: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A copy that lies in memory as the parameter does."""
+        return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).copy_(given.detach())
+
+
+class AdamW(_Fused):
+    """AdamW with decoupled weight decay, as `torch.optim.AdamW`; `amsgrad` is refused.
+
+    `lr` may be a tensor of one element; on the parameters' device it is read there, so that a recorded step follows it. `max_norm` clips
+    the gradients of all groups together to this norm, within the step (gradients stay as they are); the norm is then in
+    `grad_norm`. With `master`, parameters of 16 bits are updated in float32 copies; without, in float32 from what they are.
+    `foreach`, `capturable` and `fused` are taken for the sake of compatibility: a step is always fused and can always be recorded.
+    """
+
+    _moments = ("exp_avg", "exp_avg_sq")
+    _counts = True
+
+    def __init__(
+        self,
+        params,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | None = None,
+        master: bool = True,
+    ):
+        if differentiable:
+            raise NotImplementedError("differentiable steps are not there; use torch.optim.AdamW")
+        # The keys of PyTorch's groups, so that it can load them: `fused` there means that steps are counted on the device.
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, foreach=None,
+            capturable=capturable, differentiable=False, fused=True, decoupled_weight_decay=True,
+        )  # fmt: skip
+        super().__init__(params, defaults, max_norm, master)
+
+    def _launch(self, call, rate, factor, value):
+        params, grads, (first, second), masters, group, step, _ = call
+        beta1, beta2 = group["betas"]
+        _PACK.adamw_(
+            params, grads, first, second, masters, step, rate, factor, value, float(beta1), float(beta2), group["eps"],
+            group["weight_decay"], group["maximize"],
+        )  # fmt: skip
+
+
+class Lion(_Fused):
+    """Lion (Chen et al., "Symbolic discovery of optimization algorithms", 2023): steps of one size in the direction of a moment's sign.
+
+    `max_norm` and `master` as for `AdamW`. Its state is one moment, `exp_avg`.
+    """
+
+    _moments = ("exp_avg",)
+
+    def __init__(
+        self,
+        params,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        max_norm: float | None = None,
+        master: bool = True,
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize), max_norm, master)
+
+    def _launch(self, call, rate, factor, value):
+        params, grads, (first,), masters, group, _, _ = call
+        beta1, beta2 = group["betas"]
+        _PACK.lion_(
+            params, grads, first, masters, rate, factor, value, float(beta1), float(beta2), group["weight_decay"], group["maximize"]
+        )
+
+
+__all__ = ["AdamW", "Lion", "gradient_norm"]
