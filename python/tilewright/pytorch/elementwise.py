@@ -74,8 +74,12 @@ def formula(w: Writer, text: str, operands, compute: torch.dtype, result: torch.
             operand = w.number(operand, compute)
         if isinstance(operand, Value):
             parameter = "xyzuvpqr"[len(values)]
-            values.append(operand)
-            names[name] = parameter if operand.dtype == compute else f"{dtype_name(compute)}({parameter})"
+            source, word = w.narrow(operand), parameter
+            for held, wanted in ((source, operand.dtype), (operand, compute)):
+                if held.dtype != wanted:
+                    word = f"{dtype_name(wanted)}({word})"
+            values.append(source)
+            names[name] = word
         elif isinstance(operand, (bool, int, float)):
             names[name] = literal(operand, compute)
         else:

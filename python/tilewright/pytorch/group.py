@@ -43,7 +43,7 @@ class Group(torch.nn.Module):
         self.nodes = nodes
         self.settings = settings
         self.inputs = inputs_of(nodes)
-        self.outputs = outputs_of(nodes, free)
+        self.outputs, self.views = outputs_of(nodes, free)
         self.orders = [memory_order(n) for n in self.inputs]
         self.plain = [o == list(range(len(o))) for o in self.orders]
         self.out_orders = [memory_order(n) for n in self.outputs]

@@ -1,9 +1,6 @@
-"""Rules for the operators of neural networks that our graphs have whole: convolutions, pooling, norms, softmax,
-attention."""
+"""Rules for the operators of neural networks that our graphs have whole: convolutions, pooling, norms, softmax, losses."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 
@@ -106,17 +103,24 @@ def safe_softmax(w, node, a, dim, dtype=None):
     return w.cast(w.map("where({a} == -inf, 0, {b})", largest, y, dtype=x.dtype), result)
 
 
+def row_norm(w: Writer, op: str, a: Value, shape, weight, bias=None) -> Value:
+    """A norm of rows, computed in the wide type and rounded once; vectors of another type than the rows are converted."""
+    given = [v for v in (weight, bias) if v is not None]
+    compute = a.dtype if all(v.dtype == a.dtype for v in given) else wide(a.dtype)
+    scale = ones(w, shape, compute) if weight is None else w.cast(weight, compute)
+    operands = [w.cast(a, compute), scale] + ([] if bias is None else [w.cast(bias, compute)])
+    return w.cast(w.op(op, *operands), a.dtype)
+
+
 @rule(aten.native_layer_norm.default)
 def layer_norm(w, node, a, shape, weight, bias, eps):
     axis = a.rank - len(shape)
     wanted = node.meta["val"]
-    x = w.cast(a, wide(a.dtype))
-    scale = ones(w, shape, x.dtype) if weight is None else w.cast(weight, x.dtype)
-    operands = [x, scale] if bias is None else [x, scale, w.cast(bias, x.dtype)]
-    y = w.cast(w.op(f"layer_norm axis={axis} eps={eps!r}", *operands), a.dtype)
+    y = row_norm(w, f"layer_norm axis={axis} eps={eps!r}", a, shape, weight, bias)
     used = used_results(node)
     if not used & {1, 2}:
         return y, None, None
+    x = w.cast(a, wide(a.dtype))
     axes = list(range(axis, a.rank))
     x = Value(x.number, x.dtype, a.shape)
     mean = mean_over(w, x, axes, True)
@@ -130,13 +134,12 @@ def layer_norm(w, node, a, shape, weight, bias, eps):
 @rule(aten._fused_rms_norm.default)
 def rms_norm(w, node, a, shape, weight, eps):
     wanted = node.meta["val"]
-    x = w.cast(a, wide(a.dtype))
     eps = torch.finfo(a.dtype).eps if eps is None else eps
-    scale = ones(w, shape, x.dtype) if weight is None else w.cast(weight, x.dtype)
     axis = a.rank - len(shape)
-    y = w.cast(w.op(f"rms_norm axis={axis} eps={eps!r}", x, scale), a.dtype)
+    y = row_norm(w, f"rms_norm axis={axis} eps={eps!r}", a, shape, weight)
     if 1 not in used_results(node):
         return y, None
+    x = w.cast(a, wide(a.dtype))
     square = Value(w.map("{a} * {a}", x, dtype=x.dtype).number, x.dtype, a.shape)
     factor = w.map(f"rsqrt({{a}} + {eps!r})", mean_over(w, square, range(axis, a.rank), True), dtype=x.dtype)
     return y, w.cast(factor, wanted[1].dtype)
@@ -160,46 +163,6 @@ def group_norm(w, node, a, weight, bias, n, c, hw, groups, eps):
     scale = ones(w, [a.shape[1]], x.dtype) if weight is None else w.cast(weight, x.dtype)
     shift = w.expand(w.number(0, x.dtype), [a.shape[1]]) if bias is None else w.cast(bias, x.dtype)
     return w.cast(w.op(f"group_norm groups={groups} eps={eps!r}", x, scale, shift), a.dtype), None, None
-
-
-@rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
-def attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    if dropout_p or used_results(node) - {0}:
-        raise Unsupported("attention with dropout, or with its logarithms of sums")
-    if is_causal and q.shape[2] is not k.shape[2] and q.shape[2] != k.shape[2]:
-        raise Unsupported("causal attention over keys of another length")
-    if not isinstance(q.shape[3], int):
-        raise Unsupported("attention over heads of symbolic width")
-    score = wide(q.dtype)
-    name = {torch.float32: "f32", torch.float64: "f64"}[score]
-    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    body, extras = f"{{ s -> s * {name}({factor!r}) }}", []
-    if attn_mask is not None:
-        if attn_mask.dtype is torch.bool:
-            attn_mask = w.map(f"where({{a}}, {name}(0), {name}(-inf))", attn_mask, dtype=score)
-        body, extras = f"{{ s, m -> s * {name}({factor!r}) + m }}", [w.cast(attn_mask, score)]
-    causal = " causal" if is_causal else ""
-    return w.op(f"attention{causal} score={name} {body}", q, k, v, *extras), None
-
-
-@rule(aten._scaled_dot_product_flash_attention.default)
-def flash_attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    return results(attention(w, node, q, k, v, dropout_p, is_causal, scale=scale)[0], node)
-
-
-@rule(aten._scaled_dot_product_efficient_attention.default)
-def efficient_attention(w, node, q, k, v, bias, logarithms, dropout_p=0.0, is_causal=False, *, scale=None):
-    return results(attention(w, node, q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0], node)
-
-
-@rule(aten._scaled_dot_product_cudnn_attention.default)
-def cudnn_attention(w, node, q, k, v, bias, logarithms, dropout_p=0.0, is_causal=False, debug=False, *, scale=None):
-    return results(attention(w, node, q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0], node)
-
-
-def results(first: Value, node) -> tuple:
-    """The results of an operator of which only the first is used."""
-    return (first, *[None] * (len(node.meta["val"]) - 1))
 
 
 def _targets(w: Writer, node, a: Value, target: Value, weight, ignore: int):

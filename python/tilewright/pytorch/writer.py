@@ -5,7 +5,7 @@ Tensors arrive as `Value`s, symbolic sizes as `SymInt`s, the rest as it is; a ru
 with `None` for results that nobody uses. What a rule cannot say it refuses with `Unsupported`, and the operator
 runs in PyTorch. The type of each result is checked against what PyTorch says it is.
 
-To add an operator: a rule in `elementwise.py`, `shapes.py`, `sums.py` or `layers.py`.
+To add an operator: a rule in `elementwise.py`, `shapes.py`, `sums.py`, `layers.py` or `attentions.py`.
 """
 
 from __future__ import annotations
@@ -103,14 +103,16 @@ class Writer:
     """A graph under construction."""
 
     def __init__(self, name: str, symbols: dict[str, tuple[int, int | None]]):
-        if not _native.HAS_CPU:
-            raise NotImplementedError("this build has no compiler for processors (LLVM): it has tilewright.ops only")
         self.builder = _native.Builder(name)
         self.origin = ""
         # Inputs that hold positions, with the size that they must stay below, and a number beside that is allowed:
         # looked at before each run.
         self.positions: list[tuple[int, Any, int | None]] = []
         self._sources: dict[int, int] = {}
+        # Values that are another one in a wider type: maps read that one.
+        self._narrow: dict[int, Value] = {}
+        # Those of the nodes that are written already.
+        self.values: dict[fx.Node, Any] = {}
         for symbol, (low, high) in sorted(symbols.items()):
             self.builder.symbol(symbol, low, high)
 
@@ -168,14 +170,26 @@ class Writer:
     def map(self, text: str, *inputs: Value, dtype: torch.dtype) -> Value:
         """An elementwise function `{a} + {b}` of its operands, in their own types."""
         names = "abcdefgh"[: len(inputs)]
-        body = text.format(**{n: n for n in names})
+        words = {n: n for n in names}
+        for name, value in zip(names, inputs):
+            if value.number in self._narrow:
+                words[name] = f"{dtype_name(value.dtype)}({name})"
+        body = text.format(**words)
+        inputs = [self._narrow.get(value.number, value) for value in inputs]
         return self.op(f"map {{ {', '.join(names)} -> {body} }}", *inputs, dtype=dtype)
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """Another element type."""
         if value.dtype == dtype:
             return value
-        return self.map(f"{dtype_name(dtype)}({{a}})", value, dtype=dtype)
+        wider = self.map(f"{dtype_name(dtype)}({{a}})", value, dtype=dtype)
+        if value.dtype in (torch.float16, torch.bfloat16) and dtype is torch.float32:
+            self._narrow[wider.number] = value
+        return wider
+
+    def narrow(self, value: Value) -> Value:
+        """The value that this one is in a wider type, which takes less memory; most are no such thing."""
+        return self._narrow.get(value.number, value)
 
     def number(self, value, dtype: torch.dtype) -> Value:
         """A scalar: a number, or a size known when the program runs."""
@@ -234,7 +248,7 @@ class Writer:
         follow = RULES.get(node.target)
         if follow is None:
             raise Unsupported("no rule for this operator")
-        self.origin = origin(node)
+        self.origin, self.values = origin(node), values
 
         def argument(item):
             if isinstance(item, fx.Node):
