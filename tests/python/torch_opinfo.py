@@ -47,9 +47,11 @@ UNDEFINED = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empt
 
 def database() -> dict:
     """The operators by name, variants apart."""
-    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal import common_methods_invocations as methods
 
-    return {op.formatted_name: op for op in op_db}
+    # The wrapper sets the seed inside of the function, which Dynamo does not capture; `one_sample` sets it outside.
+    methods.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
+    return {op.formatted_name: op for op in methods.op_db}
 
 
 def spread(items: list, count: int) -> list:

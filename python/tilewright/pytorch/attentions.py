@@ -95,7 +95,11 @@ def in_parts(trains: bool, device: torch.device):
 def attended(w: Writer, q: Value, k: Value, v: Value, mask: Value | None, causal: bool, scale, source=None) -> Value:
     """Attention with a mask that is added or says what is seen. `source`: the mask's node."""
     if causal and q.shape[2] is not k.shape[2] and q.shape[2] != k.shape[2]:
-        raise Unsupported("causal attention over keys of another length")
+        # PyTorch counts both from the beginning.
+        if mask is not None or not all(isinstance(n, int) for n in (q.shape[2], k.shape[2])):
+            raise Unsupported("causal attention over keys of another length")
+        rows, columns = (w.op(f"iota axis={i}", dtype=torch.int64, result=f"i64[{q.shape[2]},{k.shape[2]}]") for i in (0, 1))
+        mask, causal = w.map("{b} <= {a}", rows, columns, dtype=torch.bool), False
     if not isinstance(q.shape[3], int):
         raise Unsupported("attention over heads of symbolic width")
     score = wide(q.dtype)

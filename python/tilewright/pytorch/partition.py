@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import attentions, elementwise, layers, shapes, sums  # noqa: F401  (they register the rules)
+from . import attentions, elementwise, layers, pools, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
 from .sizes import Unsupported, order_in_memory, symbols, tensors_and_sizes
 from .writer import NAMES, RULES, Writer
 
@@ -176,7 +176,7 @@ def probe(graph: fx.Graph, device: torch.device, known) -> dict[fx.Node, str]:
         for value in tensors_and_sizes(node.meta.get("val")):
             plain = [value] if isinstance(value, torch.SymInt) else list(value.shape)
             given |= {str(s.node.expr) for s in plain if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol}
-    writer = Writer("probe", known)
+    writer = Writer("probe", known, device.type)
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         held = node.meta.get("val")
@@ -205,6 +205,7 @@ def _provide(writer: Writer, values, node: fx.Node, device) -> None:
     if isinstance(held, torch.Tensor) and held.dtype in NAMES and held.device.type == device.type:
         try:
             values[node] = writer.input(node.name, held)
+            writer.argument(len(values), values[node])
         except (Unsupported, ValueError):
             pass
 
