@@ -1,31 +1,8 @@
 """Small models that the tests of the PyTorch backend share, and what they count."""
 
 import contextlib
-import logging
-import os
-import pathlib
-import shutil
-import sys
-import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-LIBRARY = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "libtilewright_python.so"
-
-
-def install() -> None:
-    """Puts the package with the library of this build first on the path, with a cache of its own."""
-    folder = tempfile.mkdtemp(prefix="tilewright-torch-")
-    if "TILEWRIGHT_TORCH_PACKAGE" in os.environ:
-        # A package that is whole already.
-        sys.path.insert(0, os.environ["TILEWRIGHT_TORCH_PACKAGE"])
-        return
-    package = pathlib.Path(folder, "tilewright")
-    shutil.copytree(ROOT / "python" / "tilewright", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copy(LIBRARY, package / "_native.abi3.so")
-    os.environ["TILEWRIGHT_CACHE"] = str(pathlib.Path(folder, "cache"))
-    sys.path.insert(0, folder)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-
+from torch_package import ROOT, install  # noqa: F401
 
 install()
 

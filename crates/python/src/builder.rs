@@ -183,6 +183,28 @@ impl Builder {
         py.detach(|| GpuProgram::new(graph, device, precision, cache)).map_err(python_error)
     }
 
+    /// The steps that a plan for an H200 has, without a GPU: label, what each is built around, the nodes fused in it.
+    #[pyo3(signature = (precision="f32"))]
+    fn plan_gpu(
+        &mut self,
+        py: Python<'_>,
+        precision: &str,
+    ) -> PyResult<Vec<(String, String, Vec<String>)>> {
+        let precision = parsed(precision)?;
+        let graph = self.finished()?;
+        py.detach(|| {
+            let mut compiler = tilewright::gpu::GpuCompiler::h200();
+            compiler.precision = precision;
+            let planned = compiler.plan(graph)?;
+            let note = |step: &_| {
+                let note = tilewright::explain::note_of(step);
+                (note.label.clone(), note.anchor.clone(), note.nodes.clone())
+            };
+            Ok(planned.plan().steps.iter().map(note).collect())
+        })
+        .map_err(python_error)
+    }
+
     /// Compiles the graph, which this object gives up.
     #[cfg(feature = "cpu")]
     #[pyo3(signature = (threads=0, cache=true, precision="f32"))]

@@ -25,9 +25,9 @@ fn device(ordinal: u32, cache: bool) -> Result<Arc<GpuDevice>> {
 }
 
 /// A graph on a GPU. May be shared by threads: runs take turns.
-#[pyclass(frozen)]
+#[pyclass(frozen, weakref)]
 pub(crate) struct GpuProgram {
-    model: GpuModel,
+    model: Arc<GpuModel>,
     device: Arc<GpuDevice>,
     operators: usize,
     session: Mutex<Session>,
@@ -45,7 +45,7 @@ impl GpuProgram {
         let device = device(ordinal, cache)?;
         let mut compiler = GpuCompiler::new(device.machine().clone());
         compiler.precision = precision;
-        let model = device.load(compiler.plan(graph)?)?;
+        let model = Arc::new(device.load(compiler.plan(graph)?)?);
         let session = Mutex::new(model.session()?);
         Ok(GpuProgram { model, device, operators, session })
     }
@@ -97,6 +97,13 @@ impl GpuProgram {
 
 #[pymethods]
 impl GpuProgram {
+    /// The same program for another place in a model: it shares the plan and the kernels, and has memory and recordings of its own.
+    fn twin(&self) -> PyResult<GpuProgram> {
+        let session = Mutex::new(self.model.session().map_err(python_error)?);
+        let (model, device) = (self.model.clone(), self.device.clone());
+        Ok(GpuProgram { model, device, operators: self.operators, session })
+    }
+
     /// Names of the sizes that a run is given, in order.
     #[getter]
     fn symbols(&self) -> Vec<String> {

@@ -79,6 +79,11 @@ pub struct GpuModel {
 }
 
 impl GpuCompiler {
+    /// For an H200, in `f32`, whatever this machine has.
+    pub fn h200() -> GpuCompiler {
+        GpuCompiler::new(Machine::h200())
+    }
+
     /// For this GPU, in `f32`.
     pub fn new(machine: Machine) -> GpuCompiler {
         GpuCompiler { machine, precision: Precision::F32, fusion: Choice::Fastest, windows: true }

@@ -9,12 +9,11 @@ Options: `threads` (0: as many as PyTorch), `cache` (compiled kernels on disk), 
 (default: that of the first tensor on a GPU, or the CPU). Operators on other devices stay PyTorch's.
 
 Composites stay whole where our graphs have them (softmax, layer norm, GELU, attention): the table of decompositions
-leaves them out. In training, attention is taken apart, so that its gradient is made of operators that we have.
+leaves them out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
 
@@ -24,6 +23,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+from . import attentions
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -211,6 +211,8 @@ def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:
             for i, node in enumerate(group.outputs):
                 copies[node] = new.call_function(operator.getitem, (call, i))
                 copies[node].meta = dict(node.meta)
+            for node in group.views:
+                copies[node] = new.node_copy(node, lambda n: copies[n])
 
     while pending or len(done) < len(groups):
         before = (len(pending), len(done))
@@ -297,15 +299,7 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
         decompositions=decompositions(),
         partition_fn=min_cut_rematerialization_partition,
     )
-    with _attention_in_parts(example_inputs):
+    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+    attentions.prepare(gm, trains)
+    with attentions.in_parts(trains, settings.device):
         return compiler(gm, example_inputs)
-
-
-def _attention_in_parts(example_inputs):
-    """In training, attention as products and a softmax."""
-    trains = torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs
-    )
-    if not trains:
-        return contextlib.nullcontext()
-    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

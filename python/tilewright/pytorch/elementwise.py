@@ -6,6 +6,8 @@ the promoted type of the operands for comparisons), and the result is rounded on
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .sizes import Unsupported
@@ -37,6 +39,10 @@ UNARY = {
     aten.sinh: "sinh({a})",
     aten.cosh: "cosh({a})",
     aten.tanh: "tanh({a})",
+    aten.asinh: "asinh({a})",
+    aten.acosh: "acosh({a})",
+    aten.atanh: "atanh({a})",
+    aten.log10: f"log({{a}}) * {1 / math.log(10)!r}",
     aten.erf: "erf({a})",
     aten.sigmoid: "sigmoid({a})",
     aten.relu: "max({a}, 0)",
@@ -45,18 +51,25 @@ UNARY = {
     aten.mish: "mish({a})",
     aten.hardswish: "{a} * clamp({a} + 3, 0, 6) / 6",
     aten.hardsigmoid: "clamp({a} + 3, 0, 6) / 6",
-    aten.floor: "floor({a})",
-    aten.ceil: "ceil({a})",
-    aten.trunc: "trunc({a})",
     aten.bitwise_not: "~{a}",
+    aten.deg2rad: f"{{a}} * {math.pi / 180!r}",
+    aten.rad2deg: f"{{a}} * {180 / math.pi!r}",
+    aten.special_entr: "where({a} > 0, -{a} * log({a}), where({a} == 0, 0, where(isnan({a}), {a}, -inf)))",
+    aten.special_ndtr: f"(1 + erf({{a}} * {math.sqrt(0.5)!r})) / 2",
+    aten.special_spherical_bessel_j0: "where(isinf({a}), 0, where(abs({a}) < 0.5, "
+    "1 + {a} * {a} * (-1 / 6.0 + {a} * {a} * (1 / 120.0 + {a} * {a} * (-1 / 5040.0 + {a} * {a} * (1 / 362880.0)))), sin({a}) / {a}))",
 }
+
+# Integers are what they give already.
+ROUNDING = {aten.floor: "floor({a})", aten.ceil: "ceil({a})", aten.trunc: "trunc({a})"}
 
 # Comparisons: in the promoted type of the operands, giving bool.
 COMPARISONS = {aten.eq: "==", aten.ne: "!=", aten.lt: "<", aten.le: "<=", aten.gt: ">", aten.ge: ">="}
 
 # Formulas of two operands, in the result's type.
 BINARY = {
-    aten.mul: "{a} * {b}",
+    aten.fmax: "where(isnan({a}), {b}, where(isnan({b}), {a}, max({a}, {b})))",
+    aten.fmin: "where(isnan({a}), {b}, where(isnan({b}), {a}, min({a}, {b})))",
     aten.maximum: "max({a}, {b})",
     aten.minimum: "min({a}, {b})",
     aten.atan2: "atan2({a}, {b})",
@@ -74,8 +87,12 @@ def formula(w: Writer, text: str, operands, compute: torch.dtype, result: torch.
             operand = w.number(operand, compute)
         if isinstance(operand, Value):
             parameter = "xyzuvpqr"[len(values)]
-            values.append(operand)
-            names[name] = parameter if operand.dtype == compute else f"{dtype_name(compute)}({parameter})"
+            source, word = w.narrow(operand), parameter
+            for held, wanted in ((source, operand.dtype), (operand, compute)):
+                if held.dtype != wanted:
+                    word = f"{dtype_name(wanted)}({word})"
+            values.append(source)
+            names[name] = word
         elif isinstance(operand, (bool, int, float)):
             names[name] = literal(operand, compute)
         else:
@@ -116,7 +133,15 @@ def _register() -> None:
 
                 @rule(getattr(packet, overload))
                 def binary(w, node, a, b, text=text):
+                    if "isnan" in text and not node.meta["val"].dtype.is_floating_point:
+                        return in_result_type(w, node, "max({a}, {b})" if "max" in text else "min({a}, {b})", a, b)
                     return in_result_type(w, node, text, a, b)
+
+    for packet, text in ROUNDING.items():
+
+        @rule(packet.default)
+        def rounded(w, node, a, text=text):
+            return in_result_type(w, node, text, a) if a.dtype.is_floating_point else a
 
     for packet, sign in COMPARISONS.items():
         for overload in ("Tensor", "Scalar"):
@@ -132,8 +157,15 @@ def _register() -> None:
 _register()
 
 
+@rule(aten.mul.Tensor, aten.mul.Scalar)
+def mul(w, node, a, b):
+    return in_result_type(w, node, "{a} & {b}" if node.meta["val"].dtype is torch.bool else "{a} * {b}", a, b)
+
+
 @rule(aten.add.Tensor, aten.add.Scalar)
 def add(w, node, a, b, alpha=1):
+    if node.meta["val"].dtype is torch.bool:
+        return in_result_type(w, node, "{a} | {b}" if alpha else "{a}", a, b)
     return in_result_type(w, node, "{a} + {b}", a, b) if alpha == 1 else in_result_type(w, node, "{a} + {b} * {c}", a, b, alpha)
 
 
@@ -166,22 +198,39 @@ def div(w, node, a, b):
 def div_mode(w, node, a, b, rounding_mode="floor"):
     result = node.meta["val"].dtype
     if not result.is_floating_point:
-        # PyTorch raises an error for a zero divisor, which cannot be seen from here.
-        if not isinstance(b, int) or b == 0:
-            raise Unsupported("integer division by a tensor")
+        divides(w, b)
         text = "{a} / {b}" if rounding_mode == "trunc" else "({a} - mod({a}, {b})) / {b}"
         return in_result_type(w, node, "{a} / {b}" if rounding_mode is None else text, a, b)
     if rounding_mode == "floor":
-        # PyTorch corrects the rounding of the quotient, and has its own rules for infinities.
-        raise Unsupported("floor division of floats")
+        return floor_division(w, node, a, b)
     return in_result_type(w, node, "trunc({a} / {b})" if rounding_mode else "{a} / {b}", a, b)
 
 
-@rule(aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor)
+def divides(w: Writer, b) -> None:
+    """An integer divisor: PyTorch raises an error for zeros, so it must be seen before the group runs."""
+    if isinstance(b, Value):
+        w.divisor(b)
+    elif not isinstance(b, int) or b == 0:
+        raise Unsupported(f"integer division by {b}")
+
+
+def floor_division(w, node, a, b):
+    """The quotient is made of the remainder, and its rounding is corrected; zero divisors give infinities, as in PyTorch."""
+    result = node.meta["val"].dtype
+    score = wide(result)
+    rest = formula(w, "rem({a}, {b})", (a, b), score, score)
+    exact = formula(w, "({a} - {c}) / {b} - where(({c} != 0) & (({b} < 0) != ({c} < 0)), 1, 0)", (a, b, rest), score, score)
+    near = formula(w, "floor({a}) + where({a} - floor({a}) > 0.5, 1, 0)", (exact,), score, score)
+    # Infinite quotients come from plain division.
+    text = "where({b} == 0, {a} / {b}, where({c} == 0, 0 * ({a} / {b}), {d}))"
+    return formula(w, text, (a, b, exact, near), score, result)
+
+
+@rule(aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor, aten.remainder.Scalar_Tensor)
 def remainder(w, node, a, b):
-    name = "mod" if node.target in (aten.remainder.Scalar, aten.remainder.Tensor) else "rem"
-    if not node.meta["val"].dtype.is_floating_point and (not isinstance(b, int) or b == 0):
-        raise Unsupported("integer division by a tensor")
+    name = "rem" if node.target in (aten.fmod.Scalar, aten.fmod.Tensor) else "mod"
+    if not node.meta["val"].dtype.is_floating_point:
+        divides(w, b)
     return in_result_type(w, node, f"{name}({{a}}, {{b}})", a, b)
 
 
@@ -192,14 +241,16 @@ def pow_scalar(w, node, a, exponent):
     if exponent in simple and (result.is_floating_point or exponent in (1, 2, 3)):
         return in_result_type(w, node, simple[exponent], a)
     if not result.is_floating_point:
-        raise Unsupported("integer powers")
+        if not isinstance(exponent, int) or not 0 <= exponent <= 8:
+            raise Unsupported("integers to a high power, or a negative one")
+        return in_result_type(w, node, " * ".join(["{a}"] * exponent) or "{a} * 0 + 1", a)
     return in_result_type(w, node, "{a} ** {b}", a, exponent)
 
 
 @rule(aten.pow.Tensor_Tensor, aten.pow.Scalar)
 def pow_tensor(w, node, a, b):
     if not node.meta["val"].dtype.is_floating_point:
-        raise Unsupported("integer powers")
+        raise Unsupported("integers to the power of a tensor")
     return in_result_type(w, node, "{a} ** {b}", a, b)
 
 
@@ -213,10 +264,48 @@ def round_(w, node, a):
     return in_result_type(w, node, "round({a})", a) if a.dtype.is_floating_point else a
 
 
+@rule(aten.round.decimals)
+def round_decimals(w, node, a, *, decimals=0):
+    if not a.dtype.is_floating_point:
+        raise Unsupported("decimals of integers")
+    scale = 10.0 ** abs(decimals)
+    text = "round({a} * {b}) / {b}" if decimals >= 0 else "round({a} / {b}) * {b}"
+    return in_result_type(w, node, text, a, scale)
+
+
+@rule(aten.bitwise_left_shift.Tensor, aten.bitwise_left_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor, aten.bitwise_right_shift.Tensor_Scalar)
+def shift(w, node, a, b):
+    """Amounts below zero and beyond the width push every bit out."""
+    bits = torch.iinfo(node.meta["val"].dtype).bits
+    left = "left" in str(node.target)
+    out = "0" if left else "where({a} < 0, -1, 0)" if node.meta["val"].dtype.is_signed else "0"
+    inside = f"{{a}} {'<<' if left else '>>'} max({{b}}, 0)"
+    return in_result_type(w, node, f"where(({{b}} < 0) | ({{b}} >= {bits}), {out}, {inside})", a, b)
+
+
+@rule(aten.signbit.default)
+def signbit(w, node, a):
+    if a.dtype.is_floating_point:
+        raise Unsupported("the sign of zeros")
+    return w.map("{a} < 0", a, dtype=torch.bool) if a.dtype is not torch.bool else w.expand(w.number(0, torch.bool), a.shape)
+
+
+@rule(aten.hypot.default)
+def hypot(w, node, a, b):
+    """Scaled by the larger one, so that squares stay finite."""
+    result = node.meta["val"].dtype
+    score = wide(result)
+    large = formula(w, "max(abs({a}), abs({b}))", (a, b), score, score)
+    small = formula(w, "min(abs({a}), abs({b}))", (a, b), score, score)
+    ratio = formula(w, "where({a} == {b}, 1, {a} / {b})", (small, large), score, score)
+    text = "where(isinf({b}), {b}, where({b} == 0, 0, {b} * sqrt(1 + {a} * {a})))"
+    return formula(w, text, (ratio, large), score, result)
+
+
 @rule(aten.isnan.default, aten.isinf.default)
 def is_nan(w, node, a):
     if not a.dtype.is_floating_point:
-        raise Unsupported("integers that are not numbers")
+        return w.expand(w.number(0, torch.bool), node.meta["val"].shape)
     return w.map("isnan({a})" if node.target is aten.isnan.default else "isinf({a})", a, dtype=torch.bool)
 
 
@@ -328,6 +417,20 @@ def zeros_or_ones(w, node, *args, **options):
     wanted = node.meta["val"]
     ones = node.target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
     return w.expand(w.number(int(ones), wanted.dtype), wanted.shape)
+
+
+@rule(
+    aten.empty.memory_format,
+    aten.empty_permuted.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.empty_like.default,
+)
+def empty(w, node, *args, **options):
+    """Memory whose content nobody may rely on."""
+    wanted = node.meta["val"]
+    return w.expand(w.number(0, wanted.dtype), wanted.shape)
 
 
 @rule(aten.new_full.default)

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import logging
 import operator
+import re
 import time
+import weakref
 
 import torch
 from torch import fx
@@ -33,6 +35,12 @@ ALIGNED = 256
 
 log = logging.getLogger("tilewright")
 
+# Programs on GPUs by what they compute; they go with the groups that hold them.
+PROGRAMS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+# What tells apart two texts of the same graph: names, and where nodes come from.
+_NAMES = re.compile(r'"[^"]*": |  # .*|^graph @.*$', re.MULTILINE)
+
 
 class Group(torch.nn.Module):
     """See the module's head. Called with its tensors, then with the values of its sizes."""
@@ -43,7 +51,7 @@ class Group(torch.nn.Module):
         self.nodes = nodes
         self.settings = settings
         self.inputs = inputs_of(nodes)
-        self.outputs = outputs_of(nodes, free)
+        self.outputs, self.views = outputs_of(nodes, free)
         self.orders = [memory_order(n) for n in self.inputs]
         self.plain = [o == list(range(len(o))) for o in self.orders]
         self.out_orders = [memory_order(n) for n in self.outputs]
@@ -156,15 +164,25 @@ class Group(torch.nn.Module):
     def _program(self, builder):
         settings = self.settings
         if not self.on_cpu:
-            return builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
+            return self._gpu_program(builder)
         if not _native.HAS_CPU:
             raise NotImplementedError("this build has no compiler for processors (LLVM)")
         threads = settings.threads or torch.get_num_threads()
         return builder.compile(threads=threads, cache=settings.cache, precision=settings.precision)
 
+    def _gpu_program(self, builder):
+        """Groups that differ in names only (layers of one model) share a plan and its kernels."""
+        settings = self.settings
+        key = (self.device.index, settings.cache, settings.precision, _NAMES.sub("", builder.text()))
+        known = PROGRAMS.get(key)
+        if known is not None:
+            return known.twin()
+        program = PROGRAMS[key] = builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
+        return program
+
     def write(self, args) -> Writer:
         """The graph. With `args`, frozen inputs are known data."""
-        writer = Writer(self.name, self.ranges)
+        writer = Writer(self.name, self.ranges, self.device.type)
         values, self.live, self.seal = {}, [], []
         for i, (node, order) in enumerate(zip(self.inputs, self.orders)):
             held = node.meta["val"]
@@ -173,8 +191,8 @@ class Group(torch.nn.Module):
                 self.seal.append((i, args[i].data_ptr(), _version(args[i])))
             else:
                 values[node] = writer.input(node.name, held, order)
-                writer.argument(i, values[node])
                 self.live.append(i)
+            writer.argument(i, values[node])
         for node in self.nodes:
             if node.target is operator.getitem:
                 values[node] = values[node.args[0]][node.args[1]]
@@ -237,8 +255,12 @@ def _inverse(order):
     return [order.index(axis) for axis in range(len(order))]
 
 
-def _check_positions(positions: torch.Tensor, size: int, ignored: int | None) -> None:
-    """PyTorch's error for lookups outside of a table, and for targets that are no class."""
+def _check_positions(positions: torch.Tensor, size: int | None, ignored: int | None) -> None:
+    """PyTorch's error for lookups outside of a table, for targets that are no class, and for divisions of integers by zero."""
+    if size is None:
+        if positions.numel() and not positions.all():
+            raise RuntimeError("ZeroDivisionError")
+        return
     if ignored is not None and not 0 <= ignored < size:
         positions = positions[positions != ignored]
     if positions.numel() and not 0 <= positions.min().item() <= positions.max().item() < size:

@@ -1,5 +1,4 @@
-"""Rules for the operators of neural networks that our graphs have whole: convolutions, pooling, norms, softmax,
-attention."""
+"""Rules for the operators of neural networks that our graphs have whole: convolutions, pooling, norms, softmax, losses."""
 
 from __future__ import annotations
 
@@ -35,11 +34,11 @@ def ones(w: Writer, shape, dtype) -> Value:
 
 @rule(aten.convolution.default)
 def convolution(w, node, a, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-    if transposed:
-        raise Unsupported("a transposed convolution")
     if a.rank < 3:
         raise Unsupported("a convolution of one sample")
     rank = a.rank - 2
+    if transposed:
+        return transposed_convolution(w, a, weight, bias, stride, padding, dilation, output_padding, groups)
     pads = per_axis(padding, rank)
     attributes = listed(strides=per_axis(stride, rank), pads_lo=pads, pads_hi=pads, dilations=per_axis(dilation, rank))
     y = w.op(f"conv {attributes} groups={groups}", a, weight)
@@ -48,43 +47,51 @@ def convolution(w, node, a, weight, bias, stride, padding, dilation, transposed,
     return w.map("{a} + {b}", y, w.reshape(bias, [bias.shape[0], *[1] * rank]), dtype=a.dtype)
 
 
-@rule(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
-def max_pool(w, node, a, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
-    if 1 in used_results(node):
-        raise Unsupported("the positions of the largest elements")
-    if ceil_mode or not a.dtype.is_floating_point:
-        raise Unsupported("pooling of integers, or with sizes rounded up")
-    rank = a.rank - 2 if a.rank in (4, 5) else 0
-    if not rank:
-        raise Unsupported("pooling of one sample")
-    kernel, pads = per_axis(kernel, rank), per_axis(padding, rank)
-    strides = per_axis(stride, rank) if stride else kernel
-    attributes = listed(kernel=kernel, strides=strides, pads_lo=pads, pads_hi=pads, dilations=per_axis(dilation, rank))
-    return w.op(f"window max {attributes}", a), None
+# Multiplications up to which a transposed convolution with strides is one over zeros: less than leaving the group costs.
+ZEROS_MAX = 2**22
 
 
-@rule(aten.avg_pool2d.default)
-def avg_pool(w, node, a, kernel, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor=None):
-    if ceil_mode or divisor is not None or a.rank != 4:
-        raise Unsupported("average pooling with sizes rounded up, a divisor or of one sample")
-    kernel, pads = per_axis(kernel, 2), per_axis(padding, 2)
-    strides = per_axis(stride, 2) if stride else kernel
-    kind = "mean_with_pad" if count_include_pad else "mean"
-    attributes = listed(kernel=kernel, strides=strides, pads_lo=pads, pads_hi=pads, dilations=[1, 1])
-    return w.op(f"window {kind} {attributes}", a)
-
-
-@rule(aten._adaptive_avg_pool2d.default)
-def adaptive_avg_pool(w, node, a, size):
-    height, width = a.shape[-2:]
-    if list(size) == [1, 1] and a.rank == 4:
-        return mean_over(w, a, [2, 3], True)
-    whole = all(isinstance(have, int) and have % want == 0 for have, want in zip((height, width), size))
-    if a.rank != 4 or not whole:
-        raise Unsupported("adaptive pooling in windows of unequal sizes")
-    kernel = [height // size[0], width // size[1]]
-    attributes = listed(kernel=kernel, strides=kernel, pads_lo=[0, 0], pads_hi=[0, 0], dilations=[1, 1])
-    return w.op(f"window mean {attributes}", a)
+def transposed_convolution(w, a, weight, bias, stride, padding, dilation, output_padding, groups):
+    """A convolution with zeros between the elements, and the weights the other way round."""
+    rank = a.rank - 2
+    stride, padding, dilation = per_axis(stride, rank), per_axis(padding, rank), per_axis(dilation, rank)
+    more = per_axis(output_padding, rank)
+    sizes = [*a.shape, *weight.shape]
+    if not all(isinstance(n, int) for n in sizes) or 0 in sizes:
+        raise Unsupported("a transposed convolution with symbolic sizes or of nothing")
+    if math.prod(stride) > 1 and math.prod(a.shape) * math.prod(stride) * math.prod(weight.shape[1:]) > ZEROS_MAX:
+        raise Unsupported("a large transposed convolution, most of which are zeros")
+    kernel = weight.shape[2:]
+    low = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding)]
+    high = [edge + extra for edge, extra in zip(low, more)]
+    if min(low) < 0:
+        raise Unsupported("a transposed convolution that is cut at the edges")
+    x, shape = a, list(a.shape)
+    for i, step in enumerate(stride):
+        axis = 2 + i
+        if step == 1:
+            continue
+        apart = [*shape[: axis + 1], 1, *shape[axis + 1 :]]
+        pads = ["0"] * len(apart)
+        pads[axis + 1] = str(step - 1)
+        x = w.op(f"pad lo=[{','.join(['0'] * len(apart))}] hi=[{','.join(pads)}] constant={'0.0' if a.dtype.is_floating_point else '0'}", w.reshape(x, apart))
+        shape[axis] = shape[axis] * step
+        x = w.reshape(x, shape)
+        shape[axis] -= step - 1
+        x = Value(x.number, a.dtype, tuple(shape[:axis] + [shape[axis] + step - 1] + shape[axis + 1 :]))
+        x = w.slice(x, axis, 0, shape[axis])
+    inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+    y = w.reshape(weight, [groups, inputs, outputs, *kernel])
+    y = w.permute(y, [0, 2, 1, *range(3, 3 + rank)])
+    y = w.reshape(y, [groups * outputs, inputs, *kernel])
+    y = Value(y.number, weight.dtype, (groups * outputs, inputs, *kernel))
+    for i, size in enumerate(kernel):
+        y = Value(w.slice(y, 2 + i, size - 1, size, -1).number, weight.dtype, y.shape)
+    attributes = listed(strides=[1] * rank, pads_lo=low, pads_hi=high, dilations=dilation)
+    result = w.op(f"conv {attributes} groups={groups}", x, y)
+    if bias is None:
+        return result
+    return w.map("{a} + {b}", result, w.reshape(bias, [bias.shape[0], *[1] * rank]), dtype=a.dtype)
 
 
 @rule(aten._softmax.default, aten._log_softmax.default, aten.softmax.int, aten.log_softmax.int)
@@ -106,17 +113,26 @@ def safe_softmax(w, node, a, dim, dtype=None):
     return w.cast(w.map("where({a} == -inf, 0, {b})", largest, y, dtype=x.dtype), result)
 
 
+def row_norm(w: Writer, op: str, a: Value, shape, weight, bias=None) -> Value:
+    """A norm of rows, computed in the wide type and rounded once; vectors of another type than the rows are converted."""
+    given = [v for v in (weight, bias) if v is not None]
+    compute = a.dtype if all(v.dtype == a.dtype for v in given) else wide(a.dtype)
+    scale = ones(w, shape, compute) if weight is None else w.cast(weight, compute)
+    operands = [w.cast(a, compute), scale] + ([] if bias is None else [w.cast(bias, compute)])
+    return w.cast(w.op(op, *operands), a.dtype)
+
+
 @rule(aten.native_layer_norm.default)
 def layer_norm(w, node, a, shape, weight, bias, eps):
     axis = a.rank - len(shape)
     wanted = node.meta["val"]
-    x = w.cast(a, wide(a.dtype))
-    scale = ones(w, shape, x.dtype) if weight is None else w.cast(weight, x.dtype)
-    operands = [x, scale] if bias is None else [x, scale, w.cast(bias, x.dtype)]
-    y = w.cast(w.op(f"layer_norm axis={axis} eps={eps!r}", *operands), a.dtype)
+    if not 0 <= eps < math.inf:
+        raise Unsupported("a norm with an epsilon below zero")
+    y = row_norm(w, f"layer_norm axis={axis} eps={eps!r}", a, shape, weight, bias)
     used = used_results(node)
     if not used & {1, 2}:
         return y, None, None
+    x = w.cast(a, wide(a.dtype))
     axes = list(range(axis, a.rank))
     x = Value(x.number, x.dtype, a.shape)
     mean = mean_over(w, x, axes, True)
@@ -130,13 +146,12 @@ def layer_norm(w, node, a, shape, weight, bias, eps):
 @rule(aten._fused_rms_norm.default)
 def rms_norm(w, node, a, shape, weight, eps):
     wanted = node.meta["val"]
-    x = w.cast(a, wide(a.dtype))
     eps = torch.finfo(a.dtype).eps if eps is None else eps
-    scale = ones(w, shape, x.dtype) if weight is None else w.cast(weight, x.dtype)
     axis = a.rank - len(shape)
-    y = w.cast(w.op(f"rms_norm axis={axis} eps={eps!r}", x, scale), a.dtype)
+    y = row_norm(w, f"rms_norm axis={axis} eps={eps!r}", a, shape, weight)
     if 1 not in used_results(node):
         return y, None
+    x = w.cast(a, wide(a.dtype))
     square = Value(w.map("{a} * {a}", x, dtype=x.dtype).number, x.dtype, a.shape)
     factor = w.map(f"rsqrt({{a}} + {eps!r})", mean_over(w, square, range(axis, a.rank), True), dtype=x.dtype)
     return y, w.cast(factor, wanted[1].dtype)
@@ -162,50 +177,10 @@ def group_norm(w, node, a, weight, bias, n, c, hw, groups, eps):
     return w.cast(w.op(f"group_norm groups={groups} eps={eps!r}", x, scale, shift), a.dtype), None, None
 
 
-@rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
-def attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    if dropout_p or used_results(node) - {0}:
-        raise Unsupported("attention with dropout, or with its logarithms of sums")
-    if is_causal and q.shape[2] is not k.shape[2] and q.shape[2] != k.shape[2]:
-        raise Unsupported("causal attention over keys of another length")
-    if not isinstance(q.shape[3], int):
-        raise Unsupported("attention over heads of symbolic width")
-    score = wide(q.dtype)
-    name = {torch.float32: "f32", torch.float64: "f64"}[score]
-    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    body, extras = f"{{ s -> s * {name}({factor!r}) }}", []
-    if attn_mask is not None:
-        if attn_mask.dtype is torch.bool:
-            attn_mask = w.map(f"where({{a}}, {name}(0), {name}(-inf))", attn_mask, dtype=score)
-        body, extras = f"{{ s, m -> s * {name}({factor!r}) + m }}", [w.cast(attn_mask, score)]
-    causal = " causal" if is_causal else ""
-    return w.op(f"attention{causal} score={name} {body}", q, k, v, *extras), None
-
-
-@rule(aten._scaled_dot_product_flash_attention.default)
-def flash_attention(w, node, q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    return results(attention(w, node, q, k, v, dropout_p, is_causal, scale=scale)[0], node)
-
-
-@rule(aten._scaled_dot_product_efficient_attention.default)
-def efficient_attention(w, node, q, k, v, bias, logarithms, dropout_p=0.0, is_causal=False, *, scale=None):
-    return results(attention(w, node, q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0], node)
-
-
-@rule(aten._scaled_dot_product_cudnn_attention.default)
-def cudnn_attention(w, node, q, k, v, bias, logarithms, dropout_p=0.0, is_causal=False, debug=False, *, scale=None):
-    return results(attention(w, node, q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0], node)
-
-
-def results(first: Value, node) -> tuple:
-    """The results of an operator of which only the first is used."""
-    return (first, *[None] * (len(node.meta["val"]) - 1))
-
-
 def _targets(w: Writer, node, a: Value, target: Value, weight, ignore: int):
     """The targets and the numbers of the classes, as integers beside the rows of `a`."""
     if weight is not None or a.rank not in (1, 2):
-        raise Unsupported("the loss of classes with weights, or over more axes")
+        raise Unsupported("the gradient of a loss of classes with weights, or over more axes")
     w.lookup(target, a.shape[-1], ignore)
     shape = ",".join(text(s) for s in a.shape)
     classes = w.op(f"iota axis={a.rank - 1}", dtype=torch.int64, result=f"i64[{shape}]")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import elementwise, layers, shapes, sums  # noqa: F401  (they register the rules)
+from . import attentions, elementwise, layers, pools, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
 from .sizes import Unsupported, order_in_memory, symbols, tensors_and_sizes
 from .writer import NAMES, RULES, Writer
 
@@ -44,6 +44,9 @@ VIEWS = {
     aten.split_with_sizes.default,
     aten.unbind.int,
 }
+
+# Those of them with one result. A view of another shape (`_unsafe_view`, `reshape`) may be a copy in PyTorch.
+ONE_VIEW = VIEWS - {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten._unsafe_view.default, aten.detach.default}
 
 # The forms of attention, with the place of the dropout's probability among their arguments.
 ATTENTION = {
@@ -173,7 +176,7 @@ def probe(graph: fx.Graph, device: torch.device, known) -> dict[fx.Node, str]:
         for value in tensors_and_sizes(node.meta.get("val")):
             plain = [value] if isinstance(value, torch.SymInt) else list(value.shape)
             given |= {str(s.node.expr) for s in plain if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol}
-    writer = Writer("probe", known)
+    writer = Writer("probe", known, device.type)
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         held = node.meta.get("val")
@@ -202,6 +205,7 @@ def _provide(writer: Writer, values, node: fx.Node, device) -> None:
     if isinstance(held, torch.Tensor) and held.dtype in NAMES and held.device.type == device.type:
         try:
             values[node] = writer.input(node.name, held)
+            writer.argument(len(values), values[node])
         except (Unsupported, ValueError):
             pass
 
@@ -231,11 +235,31 @@ def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
             raise Unsupported(f"sizes that are only known while running: {', '.join(sorted(missing))}")
 
 
-def outputs_of(group: list[fx.Node], free: set[fx.Node]) -> list[fx.Node]:
-    """The nodes of a group that are read outside of it; views of arguments are made again there."""
+def outputs_of(group: list[fx.Node], free: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The tensors of a group that are read outside of it, and those of them that PyTorch makes as views of others.
+
+    Views of arguments are made again where they are read. The second list is in order, and has the views in between too.
+    """
     inside = set(group)
     made = [n for n in group if n not in free and isinstance(n.meta["val"], torch.Tensor)]
-    return [n for n in made if any(u not in inside for u in n.users)]
+    outputs: dict[fx.Node, None] = {}
+    views: set[fx.Node] = set()
+    for node in made:
+        if all(u in inside for u in node.users):
+            continue
+        chain = []
+        while (
+            node.target in ONE_VIEW
+            and isinstance(node.args[0], fx.Node)
+            and node.args[0] in inside
+            and node.args[0] not in free
+            and order_in_memory(node.args[0].meta["val"]) is not None
+        ):
+            chain.append(node)
+            node = node.args[0]
+        outputs[node] = None
+        views.update(chain)
+    return [n for n in made if n in outputs], [n for n in made if n in views]
 
 
 def inputs_of(group: list[fx.Node]) -> list[fx.Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .sizes import Unsupported, text
+from .sizes import Unsupported, order_in_memory, text
 from .writer import Value, rule
 
 aten = torch.ops.aten
@@ -23,22 +23,28 @@ def axis_of(axis: int, rank: int) -> int:
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
+    aten.view_copy.default,
+    aten.unsqueeze_copy.default,
+    aten.squeeze_copy.default,
+    aten.squeeze_copy.dim,
+    aten.squeeze_copy.dims,
+    aten._reshape_copy.default,
 )
 def reshape(w, node, a, *_):
     return w.followed(a, w.reshape(a, node.meta["val"].shape))
 
 
-@rule(aten.permute.default)
+@rule(aten.permute.default, aten.permute_copy.default)
 def permute(w, node, a, order):
     return w.permute(a, [axis_of(axis, a.rank) for axis in order])
 
 
-@rule(aten.t.default)
+@rule(aten.t.default, aten.t_copy.default)
 def transpose_matrix(w, node, a):
     return w.permute(a, [1, 0]) if a.rank == 2 else a
 
 
-@rule(aten.transpose.int)
+@rule(aten.transpose.int, aten.transpose_copy.int)
 def transpose(w, node, a, first, second):
     order = list(range(a.rank))
     first, second = axis_of(first, a.rank), axis_of(second, a.rank)
@@ -46,7 +52,7 @@ def transpose(w, node, a, first, second):
     return w.permute(a, order)
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, aten.expand_copy.default)
 def expand(w, node, a, *_, **options):
     return w.expand(a, node.meta["val"].shape)
 
@@ -65,7 +71,7 @@ def first_of_slice(a: Value, axis: int, start):
     raise Unsupported(f"a slice from {start}")
 
 
-@rule(aten.slice.Tensor)
+@rule(aten.slice.Tensor, aten.slice_copy.Tensor)
 def slice_(w, node, a, dim=0, start=None, end=None, step=1):
     axis = axis_of(dim, a.rank)
     if not isinstance(step, int):
@@ -73,13 +79,93 @@ def slice_(w, node, a, dim=0, start=None, end=None, step=1):
     return w.slice(a, axis, first_of_slice(a, axis, start), node.meta["val"].shape[axis], step)
 
 
-@rule(aten.select.int)
+@rule(aten.select.int, aten.select_copy.int)
 def select(w, node, a, dim, index):
     axis = axis_of(dim, a.rank)
     if not isinstance(index, int):
         raise Unsupported("selecting a symbolic index")
     at = text(index) if index >= 0 else f"{text(a.shape[axis])} - {-index}"
     return w.reshape(w.slice(a, axis, at, 1), node.meta["val"].shape)
+
+
+@rule(aten.narrow_copy.default)
+def narrow(w, node, a, dim, start, length):
+    axis = axis_of(dim, a.rank)
+    return w.slice(a, axis, first_of_slice(a, axis, start), node.meta["val"].shape[axis])
+
+
+@rule(aten.diagonal.default, aten.diagonal_copy.default)
+def diagonal(w, node, a, offset=0, dim1=0, dim2=1):
+    """The two axes as one, in which the elements of a diagonal stand a row and a column apart."""
+    dim1, dim2 = axis_of(dim1, a.rank), axis_of(dim2, a.rank)
+    rows, columns = a.shape[dim1], a.shape[dim2]
+    wanted = node.meta["val"].shape
+    if not isinstance(rows, int) or not isinstance(columns, int):
+        raise Unsupported("the diagonal of symbolic sizes")
+    others = [axis for axis in range(a.rank) if axis not in (dim1, dim2)]
+    matrix = w.permute(a, [*others, dim1, dim2])
+    flat = w.reshape(matrix, [*(a.shape[axis] for axis in others), rows * columns])
+    flat = Value(flat.number, a.dtype, (*(a.shape[axis] for axis in others), rows * columns))
+    first = offset if offset >= 0 else -offset * columns
+    return w.slice(flat, a.rank - 2, first if wanted[-1] else 0, wanted[-1], columns + 1)
+
+
+@rule(aten.as_strided.default, aten.as_strided_copy.default)
+def as_strided(w, node, a, size, stride, offset=None):
+    """Elements of the memory behind a tensor: its axes in another order, or else a lookup."""
+    base = node.args[0].meta["val"]
+    order = order_in_memory(base)
+    given = [*size, *stride, *base.shape, *base.stride(), base.storage_offset() if offset is None else offset, base.storage_offset()]
+    if order is None or not all(isinstance(n, int) for n in given):
+        raise Unsupported("strides in memory with gaps, or symbolic ones")
+    first = given[-2] - given[-1]
+    count = base.numel()
+    if 0 in size:
+        return w.expand(w.number(0, a.dtype), size)
+    last = first + sum((n - 1) * s for n, s in zip(size, stride))
+    if first < 0 or last >= count:
+        raise Unsupported("strides that leave the tensor")
+    flat = w.reshape(a if order == list(range(a.rank)) else w.permute(a, order), [count])
+    # The axes from the largest stride on: when they are the tensor's memory in whole, this is a view.
+    axes = sorted((axis for axis in range(len(size)) if size[axis] != 1), key=lambda axis: -stride[axis])
+    expected = 1
+    for axis in reversed(axes):
+        expected = expected * size[axis] if stride[axis] == expected else 0
+    if expected == count and first == 0:
+        ones = [axis for axis in range(len(size)) if size[axis] == 1]
+        places = [*ones, *axes]
+        whole = w.reshape(flat, [size[axis] for axis in places])
+        return w.permute(whole, [places.index(axis) for axis in range(len(size))]) if size else w.reshape(whole, [])
+    shape = ",".join(map(str, size))
+    at = w.expand(w.number(first, torch.int64), size)
+    for axis, step in enumerate(stride):
+        if step and size[axis] > 1:
+            along = w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{shape}]")
+            at = w.map(f"{{a}} + {{b}} * {step}", at, along, dtype=torch.int64)
+    return w.op("gather axis=0", flat, at)
+
+
+@rule(aten.unfold.default, aten.unfold_copy.default)
+def unfold(w, node, a, dim, size, step):
+    """Windows along an axis, as a last axis."""
+    if a.rank == 0:
+        return w.reshape(a, node.meta["val"].shape)
+    axis, count = axis_of(dim, a.rank), node.meta["val"].shape[axis_of(dim, a.rank)]
+    if not isinstance(count, int) or not isinstance(size, int):
+        raise Unsupported("windows of symbolic sizes")
+    shape = f"i64[{count},{size}]"
+    rows, columns = (w.op(f"iota axis={i}", dtype=torch.int64, result=shape) for i in (0, 1))
+    at = w.map(f"{{a}} * {step} + {{b}}", rows, columns, dtype=torch.int64)
+    found = w.op(f"gather axis={axis}", a, at)
+    order = [i for i in range(a.rank + 1) if i != axis + 1] + [axis + 1]
+    return w.permute(found, order)
+
+
+@rule(aten.tril_indices.default, aten.triu_indices.default)
+def triangle(w, node, rows, columns, offset=0, **options):
+    function = torch.tril_indices if node.target is aten.tril_indices.default else torch.triu_indices
+    wanted = node.meta["val"]
+    return w.table(node.name, lambda: function(rows, columns, offset, dtype=wanted.dtype))
 
 
 @rule(aten.flip.default)
@@ -107,7 +193,7 @@ def stack(w, node, tensors, dim=0):
     return w.op(f"concat axis={axis}", *(w.reshape(w.cast(t, wanted.dtype), shape) for t in tensors))
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default)
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split_copy.Tensor, aten.split_with_sizes_copy.default)
 def split(w, node, a, _sizes, dim=0):
     axis = axis_of(dim, a.rank)
     start, parts = "0", []
@@ -117,7 +203,7 @@ def split(w, node, a, _sizes, dim=0):
     return tuple(parts)
 
 
-@rule(aten.unbind.int)
+@rule(aten.unbind.int, aten.unbind_copy.int)
 def unbind(w, node, a, dim=0):
     axis = axis_of(dim, a.rank)
     return tuple(
@@ -173,7 +259,9 @@ def arange(w, node, *args, **options):
     wanted = node.meta["val"]
     start, step = (0, 1) if len(args) == 1 else (args[0], args[2] if len(args) > 2 else 1)
     if not all(isinstance(number, (int, torch.SymInt)) for number in (start, step)):
-        raise Unsupported("counting in fractions")
+        if not all(isinstance(n, (int, float)) for n in (start, step, wanted.shape[0])):
+            raise Unsupported("counting in fractions with symbolic sizes")
+        return w.table(node.name, lambda: torch.arange(*args, dtype=wanted.dtype))
     count = w.op("iota axis=0", dtype=torch.int64, result=f"i64[{text(wanted.shape[0])}]")
     if step != 1:
         count = w.map("{a} * {b}", count, w.number(step, torch.int64), dtype=torch.int64)
@@ -190,6 +278,10 @@ def embedding(w, node, table, indices, *_, **options):
 
 @rule(aten.index_select.default)
 def index_select(w, node, a, dim, indices):
+    if a.rank == 0:
+        return a
+    if indices.rank == 0:
+        indices = w.reshape(indices, [1])
     return w.op(f"gather axis={axis_of(dim, a.rank)}", a, indices)
 
 
@@ -220,8 +312,11 @@ def index(w, node, a, indices):
 @rule(aten.gather.default)
 def gather(w, node, a, dim, indices, sparse_grad=False):
     """Each element from where its own index says: a lookup in the tensor as one axis."""
-    if a.rank == 0 or indices.rank != a.rank:
-        raise Unsupported("gathering from a scalar")
+    if a.rank == 0 or indices.rank == 0:
+        # A scalar as one element, and an index of it as that.
+        wanted = node.meta["val"].shape
+        flat = w.reshape(a, [a.shape[0] if a.rank else 1])
+        return w.reshape(w.op("gather axis=0", flat, indices), wanted)
     dim, at, stride = axis_of(dim, a.rank), None, "1"
     index_shape = ",".join(text(s) for s in indices.shape)
     for axis in reversed(range(a.rank)):

@@ -68,24 +68,29 @@ def variance(w, node, a, dims=None, *, correction=1, keepdim=False):
     return spread, w.cast(w.reshape(mean, wanted.shape), result)
 
 
+def numbers(w, a):
+    """Truth values as numbers, which have extremes."""
+    return w.cast(a, torch.int32) if a.dtype is torch.bool else a
+
+
 @rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
 def extreme(w, node, a, dims=None, keepdim=False):
-    if node.meta["val"].dtype is torch.bool:
-        raise Unsupported("the largest of truth values")
     kind = "max" if node.target in (aten.amax.default, aten.max.default) else "min"
-    return w.reduce(kind, a, axes_of(a, dims), keepdim)
+    return w.cast(w.reduce(kind, numbers(w, a), axes_of(a, dims), keepdim), a.dtype)
 
 
 @rule(aten.max.dim, aten.min.dim)
 def extreme_with_position(w, node, a, dim, keepdim=False):
     kind = "max" if node.target is aten.max.dim else "min"
     axis = axis_of(dim, a.rank)
-    if a.rank == 0 or a.dtype is torch.bool:
-        raise Unsupported("positions in a scalar or among truth values")
+    used = used_results(node)
+    if a.rank == 0:
+        return a, w.number(0, torch.int64)
     keep = " keep" if keepdim else ""
-    value = w.reduce(kind, a, [axis], keepdim) if 0 in used_results(node) else None
+    result, a = a.dtype, numbers(w, a)
+    value = w.cast(w.reduce(kind, a, [axis], keepdim), result) if 0 in used else None
     position = None
-    if 1 in used_results(node):
+    if 1 in used:
         position = w.op(f"arg_reduce {kind} axis={axis}{keep}", a, dtype=torch.int64)
     return value, position
 
@@ -93,11 +98,15 @@ def extreme_with_position(w, node, a, dim, keepdim=False):
 @rule(aten.argmax.default, aten.argmin.default)
 def position(w, node, a, dim=None, keepdim=False):
     kind = "max" if node.target is aten.argmax.default else "min"
-    if a.rank == 0 or (dim is None and keepdim) or a.dtype is torch.bool:
-        raise Unsupported("positions in a scalar or among truth values")
+    wanted = node.meta["val"].shape
+    if a.rank == 0:
+        return w.number(0, torch.int64)
+    a = numbers(w, a)
     if dim is None:
         count = "*".join(f"({text(s)})" for s in a.shape)
         a, dim = w.op(f"reshape [{count}]", a), 0
+        found = w.op(f"arg_reduce {kind} axis=0", a, dtype=torch.int64)
+        return w.reshape(found, wanted) if keepdim else found
     keep = " keep" if keepdim else ""
     return w.op(f"arg_reduce {kind} axis={dim % max(a.rank, 1)}{keep}", a, dtype=torch.int64)
 
@@ -124,6 +133,38 @@ def cumsum(w, node, a, dim, **options):
         return w.cast(a, result)
     scanned = w.op(f"scan sum axis={axis_of(dim, a.rank)}", w.cast(a, wide(result)))
     return w.cast(type(scanned)(scanned.number, wide(result), a.shape), result)
+
+
+@rule(aten.cumprod.default)
+def cumprod(w, node, a, dim, **options):
+    result = node.meta["val"].dtype
+    if a.rank == 0:
+        return w.cast(a, result)
+    scanned = w.op(f"scan prod axis={axis_of(dim, a.rank)}", w.cast(a, wide(result)))
+    return w.cast(Value(scanned.number, wide(result), a.shape), result)
+
+
+@rule(aten.dist.default)
+def dist(w, node, a, b, p=2):
+    result = node.meta["val"].dtype
+    if p != 2:
+        raise Unsupported("distances by another norm")
+    score = wide(result)
+    square = w.map("({a} - {b}) * ({a} - {b})", w.cast(a, score), w.cast(b, score), dtype=score)
+    return w.cast(w.map("sqrt({a})", w.reduce("sum", square, range(square.rank), False), dtype=score), result)
+
+
+@rule(aten._trilinear.default)
+def trilinear(w, node, a, b, c, expand1, expand2, expand3, sumdim, unroll_dim=1):
+    """A product of three with axes put in, summed over some."""
+    operands = []
+    for tensor, axes in ((a, expand1), (b, expand2), (c, expand3)):
+        shape = list(tensor.shape)
+        for axis in axes:
+            shape.insert(axis, 1)
+        operands.append(w.reshape(w.cast(tensor, wide(a.dtype)), shape))
+    product = w.map("{a} * {b} * {c}", *operands, dtype=wide(a.dtype))
+    return w.cast(w.reduce("sum", product, sumdim, False), a.dtype)
 
 
 @rule(aten.mm.default)
@@ -153,9 +194,20 @@ def linear(w, node, a, weight, bias=None):
     return product if bias is None else w.map("{a} + {b}", product, bias, dtype=a.dtype)
 
 
-@rule(aten.addmm.default, aten.baddbmm.default)
+SPECS = {
+    aten.addmm.default: "mk,kn->mn",
+    aten.baddbmm.default: "bmk,bkn->bmn",
+    aten.addmv.default: "mk,k->m",
+    aten.addbmm.default: "bmk,bkn->mn",
+}
+
+
+@rule(*SPECS)
 def addmm(w, node, bias, a, b, beta=1, alpha=1):
-    spec = "mk,kn->mn" if node.target is aten.addmm.default else "bmk,bkn->bmn"
+    if not a.dtype.is_floating_point:
+        # Factors of integers are integers for PyTorch.
+        alpha, beta = int(alpha), int(beta)
+    spec = SPECS[node.target]
     product = w.contract(spec, a, b)
     if beta == 0:
         return product if alpha == 1 else in_result_type(w, node, "{a} * {b}", product, alpha)

@@ -5,7 +5,8 @@ Tensors arrive as `Value`s, symbolic sizes as `SymInt`s, the rest as it is; a ru
 with `None` for results that nobody uses. What a rule cannot say it refuses with `Unsupported`, and the operator
 runs in PyTorch. The type of each result is checked against what PyTorch says it is.
 
-To add an operator: a rule in `elementwise.py`, `shapes.py`, `sums.py` or `layers.py`.
+To add an operator: a rule in `elementwise.py`, `shapes.py`, `sums.py`, `layers.py`,
+`pools.py`, `scattering.py` or `attentions.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Callable
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _native
 from . import sizes
@@ -102,15 +104,18 @@ def literal(value, dtype: torch.dtype) -> str:
 class Writer:
     """A graph under construction."""
 
-    def __init__(self, name: str, symbols: dict[str, tuple[int, int | None]]):
-        if not _native.HAS_CPU:
-            raise NotImplementedError("this build has no compiler for processors (LLVM): it has tilewright.ops only")
+    def __init__(self, name: str, symbols: dict[str, tuple[int, int | None]], device: str = "cpu"):
+        self.device = device
         self.builder = _native.Builder(name)
         self.origin = ""
         # Inputs that hold positions, with the size that they must stay below, and a number beside that is allowed:
-        # looked at before each run.
+        # looked at before each run. Without a size: divisors, which must not be 0.
         self.positions: list[tuple[int, Any, int | None]] = []
         self._sources: dict[int, int] = {}
+        # Values that are another one in a wider type: maps read that one.
+        self._narrow: dict[int, Value] = {}
+        # Those of the nodes that are written already.
+        self.values: dict[fx.Node, Any] = {}
         for symbol, (low, high) in sorted(symbols.items()):
             self.builder.symbol(symbol, low, high)
 
@@ -129,10 +134,22 @@ class Writer:
         number = self.builder.constant(name, type_text(like, order), memory.data_ptr(), bytes_, memory)
         return self._in_logical_order(Value(number, like.dtype, tuple(like.shape)), like, order)
 
+    def table(self, name: str, make: Callable[[], torch.Tensor]) -> Value:
+        """Known data that a rule computes, also while PyTorch traces with tensors that have none."""
+        with _disable_current_modes():
+            data = make()
+            return self.constant(name, data, data)
+
     def lookup(self, positions: Value, size, ignored: int | None = None) -> None:
         """Positions must be in `0..size` or `ignored`, as PyTorch demands; checked where they are an argument."""
         if positions.number in self._sources and isinstance(size, int):
             self.positions.append((self._sources[positions.number], size, ignored))
+
+    def divisor(self, value: Value) -> None:
+        """Integers that divide: PyTorch refuses zeros, so they must be an argument, which is looked at before each run."""
+        if value.number not in self._sources:
+            raise Unsupported("integer division by something computed")
+        self.positions.append((self._sources[value.number], None, None))
 
     def followed(self, value: Value, view: Value) -> Value:
         """A view holds the same positions as what it is a view of."""
@@ -168,14 +185,26 @@ class Writer:
     def map(self, text: str, *inputs: Value, dtype: torch.dtype) -> Value:
         """An elementwise function `{a} + {b}` of its operands, in their own types."""
         names = "abcdefgh"[: len(inputs)]
-        body = text.format(**{n: n for n in names})
+        words = {n: n for n in names}
+        for name, value in zip(names, inputs):
+            if value.number in self._narrow:
+                words[name] = f"{dtype_name(value.dtype)}({name})"
+        body = text.format(**words)
+        inputs = [self._narrow.get(value.number, value) for value in inputs]
         return self.op(f"map {{ {', '.join(names)} -> {body} }}", *inputs, dtype=dtype)
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """Another element type."""
         if value.dtype == dtype:
             return value
-        return self.map(f"{dtype_name(dtype)}({{a}})", value, dtype=dtype)
+        wider = self.map(f"{dtype_name(dtype)}({{a}})", value, dtype=dtype)
+        if value.dtype in (torch.float16, torch.bfloat16) and dtype is torch.float32:
+            self._narrow[wider.number] = value
+        return wider
+
+    def narrow(self, value: Value) -> Value:
+        """The value that this one is in a wider type, which takes less memory; most are no such thing."""
+        return self._narrow.get(value.number, value)
 
     def number(self, value, dtype: torch.dtype) -> Value:
         """A scalar: a number, or a size known when the program runs."""
@@ -234,7 +263,7 @@ class Writer:
         follow = RULES.get(node.target)
         if follow is None:
             raise Unsupported("no rule for this operator")
-        self.origin = origin(node)
+        self.origin, self.values = origin(node), values
 
         def argument(item):
             if isinstance(item, fx.Node):
