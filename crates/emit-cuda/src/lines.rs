@@ -279,7 +279,10 @@ impl Printer<'_> {
             self.line(&format!("for (int i = 0; i < {count}; i += {vector}) {{"));
             self.line(&format!("  tw::RunWords<{ty}, {vector}> run;"));
             if vector == 1 {
-                self.line(&format!("  run.run.at[0] = tw::narrow_to<{ty}>::from({});", registers[0]));
+                self.line(&format!(
+                    "  run.run.at[0] = tw::narrow_to<{ty}>::from({});",
+                    registers[0]
+                ));
             } else {
                 for (k, pair) in registers.chunks(2).enumerate() {
                     self.line(&format!(

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
     Barrier, BarrierRef, CLUSTER, CLUSTERS, CTA, CachePolicy, Cond, Extent, Frag, FragId, FragRef,
-    MapId, Phase, Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Starts, Stmt,
-    TensorMap, WgmmaA,
+    MapId, Phase, Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Starts,
+    Stmt, TensorMap, WgmmaA,
 };
 use tilewright_expr::Op;
 use tilewright_layout::Dim;

@@ -314,7 +314,8 @@ impl Lines<'_> {
             let of_item = |axis: &GridAxis| {
                 let zero = |name: &str| (*name == *axis.name).then(|| Dim::new(0));
                 let here = Dim::sym(axis.name.clone());
-                let moves = |(at, extent): (&Dim, &Dim)| at - at.substitute(&zero) == &here * extent;
+                let moves =
+                    |(at, extent): (&Dim, &Dim)| at - at.substitute(&zero) == &here * extent;
                 s.key.index.iter().zip(&s.key.shape).any(moves)
             };
             self.kernel.params[s.key.param].access == Access::In || kernel.grid.iter().all(of_item)
@@ -401,12 +402,7 @@ impl Lines<'_> {
                 true => self.slots_of_item(&Dim::sym(ITEM_TURN)) + &turn,
                 false => turn.clone(),
             };
-            Turns {
-                shelved: kept.shelved.clone(),
-                slot,
-                most: (!all).then_some(most),
-                turn,
-            }
+            Turns { shelved: kept.shelved.clone(), slot, most: (!all).then_some(most), turn }
         })
     }
 

@@ -64,8 +64,7 @@ pub struct Choice {
 }
 
 /// What picks a schedule for a program without products: [`GpuSchedule::lines_for`] or one beside it.
-type Picked =
-    dyn Fn(&Kernel, Arch, &dyn Fn(&str) -> Option<i64>) -> Result<Option<GpuSchedule>>;
+type Picked = dyn Fn(&Kernel, Arch, &dyn Fn(&str) -> Option<i64>) -> Result<Option<GpuSchedule>>;
 
 /// Picks schedules, and remembers what it picked.
 #[derive(Debug)]
