@@ -96,8 +96,9 @@ def load(path: str | os.PathLike, threads: int = 0, cache: bool = True) -> Model
 def explain(model: Any, *inputs: Any, options: dict | None = None, runs: int = 5, **named: Any) -> "Explanation":
     """Compile `model` with the backend, run it on these inputs, and say what happened.
 
-    The result prints as a report: graph breaks, operators left to PyTorch with the reason, fused groups, and the
-    share of time of each. `options` are the backend's.
+    The result prints as a report: graph breaks, operators left to PyTorch with the reason, fused groups with their kernels, the share of
+    time of each, and what part of the machine's ceiling each kernel reaches. `html(path)` of it writes a page. `options` are the
+    backend's.
     """
     _torch("explain")
     from .pytorch.report import explain as run
@@ -105,15 +106,19 @@ def explain(model: Any, *inputs: Any, options: dict | None = None, runs: int = 5
     return run(model, inputs, named, options, runs)
 
 
-def verify(model: Any, *inputs: Any, options: dict | None = None, **named: Any) -> "Verification":
+def verify(
+    model: Any, *inputs: Any, options: dict | None = None, gradients: bool = False, **named: Any
+) -> "Verification":
     """Compare `model` run by PyTorch, by Tilewright and in float64 on these inputs.
 
-    The result is true when Tilewright's error against float64 stays within the budget, and prints as a table.
+    The result is true when Tilewright's error against float64 stays within the budget, and prints as a table; each group is also run on
+    its own inputs beside PyTorch's operators, so that the one responsible for an error is named (`responsible`). With `gradients`, a
+    training step is checked too: the gradients of the mean of the results' squares.
     """
     _torch("verify")
     from .pytorch.check import verify as run
 
-    return run(model, inputs, named, options)
+    return run(model, inputs, named, options, gradients)
 
 
 def compile(program: "torch.export.ExportedProgram", options: dict | None = None) -> "CompiledProgram":

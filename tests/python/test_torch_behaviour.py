@@ -20,7 +20,7 @@ class WithSort(torch.nn.Module):
 
 def what_is_not_ours_stays_pytorchs_inside_the_plan():
     torch.manual_seed(0)
-    model, x = WithSort(), torch.randn(3, 8)
+    model, x = WithSort(), torch.randn(2048, 8)
     with graphs() as seen, torch.no_grad():
         torch.testing.assert_close(compiled(model)(x), model(x))
     (graph,) = seen
@@ -29,7 +29,7 @@ def what_is_not_ours_stays_pytorchs_inside_the_plan():
     with torch.no_grad():
         found = tilewright.explain(model, x)
     (fallback,) = [f for f in found.fallbacks if f.operator == "aten.sort.default"]
-    assert fallback.count == 1 and fallback.seconds > 0 and "no rule" in fallback.reason, fallback
+    assert fallback.count == 1 and fallback.seconds > 0 and "more than a few" in fallback.reason, fallback
     assert not found.graph_breaks and len(found.groups) == 2 and 0 < found.fallback_share < 1
     assert "aten.sort.default" in str(found) and "no graph breaks" in str(found)
 

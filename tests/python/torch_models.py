@@ -118,12 +118,69 @@ def whisper():
     )
 
 
+def gemma():
+    config = transformers.GemmaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
+        max_position_embeddings=64, pad_token_id=0, **SIZES,
+    )
+    return transformers.GemmaForCausalLM(config), dict(input_ids=tokens(), use_cache=False)
+
+
+def qwen3():
+    config = transformers.Qwen3Config(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=64, **SIZES,
+    )
+    return transformers.Qwen3ForCausalLM(config), dict(input_ids=tokens(), use_cache=False)
+
+
+def deit():
+    config = transformers.DeiTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8
+    )
+    return transformers.DeiTModel(config, add_pooling_layer=False), dict(pixel_values=images(size=32))
+
+
+class Step(torch.nn.Module):
+    """A step of Whisper's generation: one token for each sequence, over the keys and values of those before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = whisper()[0]
+
+    def forward(self, hidden, token, keys, values, cross_keys, cross_values):
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        past = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        for layer in range(2):
+            past.self_attention_cache.update(keys[layer], values[layer], layer)
+            past.cross_attention_cache.update(cross_keys[layer], cross_values[layer], layer)
+            past.is_updated[layer] = True
+        found = self.model.decoder(
+            input_ids=token, encoder_hidden_states=hidden, past_key_values=past, use_cache=True,
+            position_ids=torch.full_like(token, 5),
+        )
+        return found[0]
+
+
+def whisper_step():
+    def made(length):
+        return torch.randn(2, 2, 4, length, 32, generator=torch.Generator().manual_seed(length))
+
+    hidden = torch.randn(2, 50, 128, generator=torch.Generator().manual_seed(4))
+    return Step(), dict(
+        hidden=hidden, token=tokens(length=1), keys=made(5), values=made(5) + 1, cross_keys=made(50), cross_values=made(50) + 1
+    )
+
+
 MODELS = {f.__name__: f for f in (resnet, mobilenet, vit, bert, gpt2, llama)}
 
 # More, for the wide check of coverage: these take minutes on a processor.
 MORE = {
     f.__name__: f
-    for f in (resnet50, mobilenet_large, efficientnet, convnext, swin, mistral, qwen2, t5, whisper)
+    for f in (
+        resnet50, mobilenet_large, efficientnet, convnext, swin, mistral, qwen2, t5, whisper, gemma, qwen3, deit, whisper_step
+    )  # fmt: skip
 }
 
 

@@ -127,6 +127,11 @@ impl GpuProgram {
         self.model.planned().plan().steps.iter().map(note).collect()
     }
 
+    /// The least seconds of each step by the device's ceilings, and which one it is, for these values of `symbols`.
+    fn least_times(&self, sizes: Vec<i64>) -> PyResult<Vec<(f64, &'static str)>> {
+        Ok(self.model.planned().least_times(&self.env(&sizes)?))
+    }
+
     /// Seconds of each stage of planning.
     #[getter]
     fn stages(&self) -> Vec<(String, f64)> {

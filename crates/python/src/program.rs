@@ -126,6 +126,12 @@ impl Program {
         self.compiled.plan().steps.iter().map(note).collect()
     }
 
+    /// The least seconds of each step by the machine's ceilings, and which one it is, for these values of `symbols`.
+    fn least_times(&self, sizes: Vec<i64>) -> PyResult<Vec<(f64, &'static str)>> {
+        let env = self.env(&sizes)?;
+        Ok(tilewright::explain::least_times(&self.compiled, &env))
+    }
+
     /// Seconds of each stage of compilation.
     #[getter]
     fn stages(&self) -> Vec<(String, f64)> {

@@ -240,6 +240,29 @@ pub(crate) fn steps(
     kernels
 }
 
+/// What the machine's ceilings allow each step of a plan at least, in seconds, and which ceiling it is.
+#[cfg(feature = "cpu")]
+pub fn least_times(compiled: &Compiled, env: &Env) -> Vec<(f64, &'static str)> {
+    let ceilings = &compiled.cpu().ceilings;
+    least(compiled.plan(), env, &|k| Limits {
+        flops_per_s: compute_ceiling(ceilings, &k.products),
+        bytes_per_s: ceilings.memory_read_bytes_per_s,
+        launch_s: ceilings.launch_s,
+    })
+}
+
+/// See [`least_times`].
+pub(crate) fn least(
+    plan: &Plan,
+    env: &Env,
+    limits: &dyn Fn(&KernelReport) -> Limits,
+) -> Vec<(f64, &'static str)> {
+    // Of one second for each step, the fraction is the time in seconds.
+    let seconds = vec![1.0; plan.steps.len()];
+    let reports = steps(plan, env, &seconds, limits);
+    reports.iter().map(|r| (r.fraction, r.roof.name())).collect()
+}
+
 /// What a step stands for.
 pub fn note_of(step: &Step) -> &Note {
     match step {

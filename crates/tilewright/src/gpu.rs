@@ -205,6 +205,21 @@ impl GpuPlan {
         Ok(true)
     }
 
+    /// What the device's ceilings allow each step at least, in seconds, and which ceiling it is; tensor cores count for products of
+    /// operands of 16 bits.
+    pub fn least_times(&self, env: &tilewright_layout::Env) -> Vec<(f64, &'static str)> {
+        let machine = &self.machine;
+        crate::explain::least(&self.plan, env, &|k| {
+            let narrow = k.products.iter().any(|p| p.starts_with("bf16") || p.starts_with("f16"));
+            let precision = if narrow { Precision::Bf16 } else { self.precision };
+            Limits {
+                flops_per_s: flops_per_s(machine, precision, k),
+                bytes_per_s: machine.copy_bytes_per_s,
+                launch_s: machine.model.launch_us * 1e-6,
+            }
+        })
+    }
+
     /// How long each stage took.
     pub fn stages(&self) -> &[StageTime] {
         &self.stages

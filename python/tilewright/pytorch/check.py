@@ -10,9 +10,11 @@ import copy
 import dataclasses
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import backend
+from .group import Group
 
 FACTOR = 3.0
 FLOOR = 16.0
@@ -34,6 +36,14 @@ class Verification:
     """True when all outputs are inside their budgets; `str()` is a table."""
 
     outputs: list[OutputCheck]
+    # The groups, as they ran in this check, in order: each on its own inputs, beside PyTorch's operators on the same ones.
+    groups: list[OutputCheck] = dataclasses.field(default_factory=list)
+
+    @property
+    def responsible(self) -> OutputCheck | None:
+        """The group that is farthest outside of its budget, if any is."""
+        worst = max(self.groups, key=lambda g: g.ratio, default=None)
+        return worst if worst is not None and worst.ratio > 1 else None
 
     def __bool__(self) -> bool:
         return all(o.ratio <= 1 for o in self.outputs)
@@ -43,28 +53,86 @@ class Verification:
         for o in self.outputs:
             verdict = "" if o.ratio <= 1 else "  FAIL"
             lines.append(f"{o.name:<32} {o.dtype:<10} {o.eager_error:>10.2e} {o.error:>10.2e} {o.ratio:>10.3f}{verdict}")
+        if (group := self.responsible) is not None:
+            lines.append(f"responsible: {group.name}, {group.ratio:.3f} of its budget on its own inputs")
+        elif not self:
+            lines.append("each group is inside its budget on its own inputs: roundings add up, or an operator of PyTorch's differs")
         return "\n".join(lines)
 
 
-def verify(model, inputs, named, options) -> Verification:
+def verify(model, inputs, named, options, gradients: bool = False) -> Verification:
     """See `tilewright.verify`."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"verify takes a torch.nn.Module, whose float64 copy it runs, not {type(model).__name__}")
     state, on_gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    runs = []
-    compiled = torch.compile(copy.deepcopy(model), backend=backend.tilewright_backend, options=options)
-    for run, arguments in (
-        (copy.deepcopy(model), (inputs, named)),
-        (compiled, (inputs, named)),
-        (copy.deepcopy(model).double(), _double((inputs, named))),
+    runs, groups = [], []
+
+    def observe(graph: backend.Compiled) -> None:
+        def watched(args):
+            values = list(args)
+            args.clear()
+            return _Watch(graph, groups).run(*values)
+
+        watched._boxed_call = True
+        graph.run = watched
+
+    ours = copy.deepcopy(model)
+    compiled = torch.compile(ours, backend=backend.tilewright_backend, options=options)
+    eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    for module, run, arguments in (
+        (eager, eager, (inputs, named)),
+        (ours, compiled, (inputs, named)),
+        (exact, exact, _double((inputs, named))),
     ):
         torch.set_rng_state(state)
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
+        if run is compiled:
+            backend.OBSERVERS.append(observe)
+        try:
+            runs.append(_results(module, run, arguments, gradients))
+        finally:
+            if run is compiled:
+                backend.OBSERVERS.remove(observe)
+    return Verification([_compare(*item) for item in zip(*(r.items() for r in runs))], groups)
+
+
+def _results(module, run, arguments, gradients: bool) -> dict[str, torch.Tensor]:
+    """The tensors that a run gives; with `gradients` also those of the parameters, of the mean of the results' squares."""
+    args, kwargs = arguments
+    if not gradients:
         with torch.no_grad():
-            args, kwargs = arguments
-            runs.append(_tensors(run(*args, **kwargs)))
-    return Verification([_compare(*item) for item in zip(*(r.items() for r in runs))])
+            return _tensors(run(*args, **kwargs))
+    found = _tensors(run(*args, **kwargs))
+    loss = sum(t.square().mean() for t in found.values() if t.requires_grad)
+    if not isinstance(loss, torch.Tensor):
+        raise ValueError("no result of this model has a gradient")
+    loss.backward()
+    given = {f"gradient of {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return {n: t.detach() for n, t in found.items()} | given
+
+
+class _Watch(fx.Interpreter):
+    """Runs a compiled graph; each group beside PyTorch's operators, in its types and in float64."""
+
+    def __init__(self, graph: backend.Compiled, found: list[OutputCheck]):
+        super().__init__(graph.module)
+        self.found = found
+
+    def run_node(self, n: fx.Node):
+        result = super().run_node(n)
+        if n.op == "call_module" and isinstance(group := self.fetch_attr(n.target), Group) and group.eager is None:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            module = group.as_module()
+            eager = module(*args)
+            try:
+                exact = module(*_double(args))
+            except RuntimeError:
+                # Operators that name their types do not take others: what they give themselves is the reference then.
+                exact = eager
+            checks = [_compare((group.name, e), (group.name, o), (group.name, x)) for e, o, x in zip(eager, result, exact)]
+            self.found.extend(sorted(checks, key=lambda c: -c.ratio)[:1])
+        return result
 
 
 def _double(tree):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import os
 import time
 from typing import Any
 
@@ -32,6 +34,14 @@ class Step:
     anchor: str
     nodes: list[str]
     seconds: float = 0.0
+    # What the ceilings of the machine allow: the least time, and the ceiling ("compute", "memory" or "launch").
+    least: float = 0.0
+    roof: str = ""
+
+    @property
+    def fraction(self) -> float:
+        """The time that the ceiling allows, of the time taken; above 1 where data stayed in a cache."""
+        return self.least / self.seconds if self.seconds else 0.0
 
 
 @dataclasses.dataclass
@@ -81,11 +91,82 @@ class Explanation:
                 f"({self._share(g.seconds)}), compiled in {g.compile_seconds:.2f} s{left}"
             )
             for step in g.steps:
-                lines.append(f"  {step.anchor:<10} {step.label:<40.40} {step.seconds * 1e6:>8.0f}us {self._share(step.seconds):>6}")
+                lines.append(
+                    f"  {step.anchor:<10} {step.label:<40.40} {step.seconds * 1e6:>8.0f}us {self._share(step.seconds):>6}"
+                    f"  {100 * step.fraction:>4.0f} % of {step.roof}"
+                )
         return "\n".join(lines)
+
+    def html(self, path: str | os.PathLike | None = None) -> str:
+        """The report as a page that needs nothing else; written to `path` where one is given."""
+        text = _page(self)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return text
+
+    def _repr_html_(self) -> str:
+        """In notebooks: the page's body."""
+        return _body(self)
 
     def _share(self, seconds: float) -> str:
         return f"{100 * seconds / self.seconds:.1f} %" if self.seconds else "-"
+
+
+_STYLE = """body{font:14px system-ui;margin:2em;max-width:70em}table{border-collapse:collapse;margin:.5em 0 1.5em}
+td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #8884}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+.bar{display:inline-block;height:.7em;background:#48c;vertical-align:baseline}.bad{color:#b30}details{margin:.3em 0}"""
+
+
+def _page(e: Explanation) -> str:
+    title = html.escape(f"{e.model}: explained")
+    return f"<!doctype html><html><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style></head><body>{_body(e)}</body></html>"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    """Cells that start with a digit stand on the right. Cells are HTML already."""
+
+    def cell(kind: str, text: str) -> str:
+        return f"<{kind}{' class=n' if text[:1].isdigit() else ''}>{text}</{kind}>"
+
+    head = "".join(cell("th", h) for h in heads)
+    body = "".join("<tr>" + "".join(cell("td", c) for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _body(e: Explanation) -> str:
+    def share(seconds: float) -> str:
+        width = 100 * seconds / e.seconds if e.seconds else 0.0
+        return f"{width:.1f} % <span class=bar style='width:{width:.1f}px'></span>"
+
+    parts = [
+        f"<h1>{html.escape(e.model)}</h1>",
+        f"<p>{e.graphs} graph(s), {len(e.groups)} group(s), {e.seconds * 1e3:.3f} ms, {100 * e.fallback_share:.1f} % of it in PyTorch</p>",
+        "<h2>Graph breaks</h2>",
+        "<ul>" + "".join(f"<li>{html.escape(b)}</li>" for b in e.graph_breaks) + "</ul>" if e.graph_breaks else "<p>none</p>",
+        "<h2>Left to PyTorch</h2>",
+    ]
+    rows = [
+        [html.escape(f.operator), str(f.count), f"{f.seconds * 1e6:.0f} us", share(f.seconds), html.escape(f.reason)]
+        for f in sorted(e.fallbacks, key=lambda f: -f.seconds)
+    ]
+    parts.append(_table(["operator", "calls", "time", "share", "why"], rows) if rows else "<p>nothing</p>")
+    parts.append("<h2>Groups</h2>")
+    for g in e.groups:
+        failed = f" <span class=bad>left to PyTorch: {html.escape(g.failure)}</span>" if g.failure else ""
+        parts.append(
+            f"<details open><summary><b>{html.escape(g.name)}</b>: {g.operators} operators in {g.kernels} kernels, "
+            f"{g.seconds * 1e6:.0f} us, compiled in {g.compile_seconds:.2f} s{failed}</summary>"
+        )
+        rows = [
+            [
+                html.escape(s.anchor), html.escape(s.label), f"{s.seconds * 1e6:.1f} us", share(s.seconds),
+                f"{100 * s.fraction:.0f} % of {s.roof}", html.escape(", ".join(s.nodes)),
+            ]
+            for s in g.steps
+        ]  # fmt: skip
+        parts.append(_table(["kind", "kernel", "time", "share", "roofline", "operators"], rows) + "</details>")
+    return "".join(parts)
 
 
 class _Profile(fx.Interpreter):
@@ -97,6 +178,7 @@ class _Profile(fx.Interpreter):
         self.device = next(on_gpu, torch.device("cpu"))
         self.seconds: dict[fx.Node, float] = {}
         self.steps: dict[str, list[float]] = {}
+        self.least: dict[str, list[tuple[float, str]]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module" and isinstance(group := self.fetch_attr(n.target), Group):
@@ -106,6 +188,8 @@ class _Profile(fx.Interpreter):
             result = group(*args)
             self.seconds[n] = _now(group.device) - start
             _, times = group.timed(*args)
+            if group.program is not None:
+                self.least[n.target] = group.program.least_times([int(s) for s in args[len(group.inputs) :]])
             self.steps[n.target] = [seconds for _, seconds in times]
             return result
         if n.target in VIEWS:
@@ -184,7 +268,8 @@ def _group_report(graph: backend.Compiled, node: fx.Node, seconds: float, profil
     if group.program is not None:
         for i, (label, anchor, nodes) in enumerate(group.program.steps):
             taken = _median([p.steps[node.target][i] for p in profiles if i < len(p.steps.get(node.target, []))])
-            steps.append(Step(label, anchor, nodes, taken))
+            least, roof = profiles[-1].least[node.target][i]
+            steps.append(Step(label, anchor, nodes, taken, least, roof))
     kernels = len(steps)
     return GroupReport(group.name, len(group.nodes), kernels, seconds, group.compile_seconds, group.failure, steps)
 

@@ -215,14 +215,43 @@ def unbind(w, node, a, dim=0):
 def slice_scatter(w, node, a, source, dim=0, start=None, end=None, step=1):
     axis = axis_of(dim, a.rank)
     size, part = a.shape[axis], source.shape[axis]
-    if step != 1 or not isinstance(size, int) or not isinstance(part, int):
-        raise Unsupported("writing to part of a tensor with steps or symbolic sizes")
+    if not isinstance(size, int) or not isinstance(part, int) or not isinstance(step, int):
+        raise Unsupported("writing to part of a tensor of symbolic size")
+    if step != 1 and part > 1:
+        return scattered(w, a, source, axis, first_of_slice(a, axis, start), step)
     first = first_of_slice(a, axis, start)
     parts = [w.slice(a, axis, 0, first)] if first else []
     parts.append(w.cast(source, a.dtype))
     if first + part < size:
         parts.append(w.slice(a, axis, first + part, size - first - part))
     return parts[0] if len(parts) == 1 else w.op(f"concat axis={axis}", *parts)
+
+
+def scattered(w, a, source, axis, first, step):
+    """Every so many-th element of an axis replaced: the new ones spread out, and a table that says which."""
+    size, part = a.shape[axis], source.shape[axis]
+    shape = list(source.shape)
+    apart = [*shape[: axis + 1], 1, *shape[axis + 1 :]]
+    zero = "0.0" if a.dtype.is_floating_point else "0"
+
+    def padded(value, low, high, at, rank):
+        pads = [["0"] * rank, ["0"] * rank]
+        pads[0][at], pads[1][at] = str(low), str(high)
+        return w.op(f"pad lo=[{','.join(pads[0])}] hi=[{','.join(pads[1])}] constant={zero}", value)
+
+    if a.dtype is torch.bool:
+        raise Unsupported("writing to part of truth values with steps")
+    spread = padded(w.reshape(w.cast(source, a.dtype), apart), 0, step - 1, axis + 1, len(apart))
+    shape[axis] = part * step
+    spread = Value(w.reshape(spread, shape).number, a.dtype, tuple(shape))
+    inside = min(shape[axis], size - first)
+    spread = padded(w.slice(spread, axis, 0, inside), first, size - first - inside, axis, a.rank)
+    def table():
+        seen = torch.zeros(size, dtype=torch.bool)
+        seen[first : first + (part - 1) * step + 1 : step] = True
+        return seen.reshape([size if i == axis else 1 for i in range(a.rank)])
+
+    return w.map("where({a}, {b}, {c})", w.table("places", table), spread, a, dtype=a.dtype)
 
 
 @rule(aten.select_scatter.default)
