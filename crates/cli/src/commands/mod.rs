@@ -32,6 +32,9 @@ use tilewright_base::Error;
 /// Whether the model is to run on a GPU.
 fn on_gpu(args: &ModelArgs) -> Result<bool> {
     match args.device.as_str() {
+        "cpu" if args.target.is_some() => {
+            Err(Error::user("--target is for GPUs").with_hint("give `--device cuda`"))
+        }
         "cpu" => Ok(false),
         device => tilewright::gpu::ordinal(device).map(|_| true),
     }
