@@ -458,7 +458,7 @@ def time_losses(report):
         forms = {"ours": ops.cross_entropy, "eager": F.cross_entropy, "inductor": torch.compile(F.cross_entropy)}
         if "ce" in liger:
             # It writes its gradient over the logits: the copy is part of what it takes where they are needed again.
-            forms["liger, over the logits"] = lambda x, t: liger["ce"].apply(x, t)[0]
+            forms["liger, over the logits"] = lambda x, t: liger["ce"].apply(x, t, None)[0]
         medians = race({k: (lambda f=f: torch.autograd.grad(f(held, t), held)) for k, f in forms.items()})
         return line(report, "cross_entropy both ways", medians, logits.numel() * 6)
 

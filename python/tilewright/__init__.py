@@ -5,7 +5,7 @@
     outputs = model.run({"input": array})          # names to NumPy arrays
     result = model(array)                          # or called, with arrays or tensors
 
-With PyTorch (which is imported only by these, and by `tilewright.ops`, the operator pack):
+With PyTorch (which is imported only by these, and by `tilewright.ops`, the operator pack, and `tilewright.optim`, its optimizers):
 
     fast = torch.compile(model, backend="tilewright")
     print(tilewright.explain(model, *inputs))      # what is ours, what stays PyTorch's, where the time goes

@@ -36,7 +36,7 @@ impl Form {
             .with(self.cap.to_bits())
     }
 
-    /// From the logits to `%v`, with the positions `%at` and the targets `%k` in 32 bits: wider numbers make narrower vectors.
+    /// From the logits to `%v`, with the positions `%at` in 32 bits: wider numbers make narrower vectors.
     fn head(&self) -> String {
         let Form { dtype: t, columns: n, cap, .. } = *self;
         let c = wide(t);
@@ -48,7 +48,6 @@ impl Form {
             "  %x \"x\": {t}[M,{n}] = input
   %t \"targets\": i64[M,1] = input
   %v = map {{ a -> {value} }} %x
-  %k = map {{ t -> i32(t) }} %t
   %at: i32[1,{n}] = iota axis=1
 "
         )
@@ -68,7 +67,7 @@ impl Form {
   %e = map {{ a, m -> exp(a - m) }} %v, %m
   %s = reduce sum axes=[1] keep %e
   %l = map {{ s, m -> log(s) + m }} %s, %m
-  %p = map {{ a, i, k -> i == k ? a : {c}(0.0) }} %v, %at, %k
+  %p = map {{ a, i, t -> i == i32(t) ? a : {c}(0.0) }} %v, %at, %t
   %picked = reduce sum axes=[1] keep %p
 "
         );
@@ -122,8 +121,7 @@ impl Form {
         };
         let keep = 1.0 - smoothing;
         format!(
-            "  %f = map {{ t, d -> t == {ignored} ? {c}(0.0) : d }} %t, %d
-  %dx = map {{ a, i, k, l, d -> {t}(d == {c}(0.0) ? {c}(0.0) : (exp(a - l){slope} - (i == k ? {c}({keep:e}) : {c}(0.0)){rest}) * d{outer}) }} %v, %at, %k, %l, %f
+            "  %dx = map {{ a, i, t, l, d -> {t}(t == {ignored} ? {c}(0.0) : (exp(a - l){slope} - (i == i32(t) ? {c}({keep:e}) : {c}(0.0)){rest}) * d{outer}) }} %v, %at, %t, %l, %d
 "
         )
     }
