@@ -240,6 +240,8 @@ const TWO_STAGES: f64 = 1.01;
 const STEP_CLOCKS: f64 = 550.0;
 /// Clocks of a tile before its first and behind its last step.
 const TILE_CLOCKS: f64 = 5000.0;
+/// Clocks more for each element of a result whose neighbours lie along the columns.
+const COLUMN_CLOCKS: f64 = 0.6;
 
 /// Microseconds of plain multiply-adds: the arithmetic units at full rate but for what each step of the depth
 /// exposes, in whole waves of blocks.
@@ -274,7 +276,9 @@ pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -
             let each = if turned { 1 } else { i64::from(s.vector.max(1)) };
             let copies = elements / each as f64 / 32.0;
             let narrow = if each > 2 { 0.0 } else { copies };
-            COPY_CLOCKS * copies + NARROW_COPY_CLOCKS * narrow * narrow / warps
+            let clocks = COPY_CLOCKS * copies + NARROW_COPY_CLOCKS * narrow * narrow / warps;
+            // All warps of a block copy at once: only another block multiplies meanwhile.
+            if each <= 2 && together < 2.0 { clocks * 2.0 } else { clocks }
         }
     };
     let copying =
@@ -283,7 +287,8 @@ pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -
     // What a block exposes, other blocks of the multiprocessor hide in part.
     let beside = together.min(per_sm).max(1.0);
     let step = issue * stages + copying + STEP_CLOCKS / beside;
-    let clocks = per_sm * (steps * step + TILE_CLOCKS / beside);
+    let stored = if shape.column_major { COLUMN_CLOCKS * (bm * bn) as f64 } else { 0.0 };
+    let clocks = per_sm * (steps * step + TILE_CLOCKS / beside + stored);
     let bytes = ((lefts * shape.m + rights * shape.n) * shape.k * shape.operand_bytes
         + shape.m * shape.n * shape.result_bytes) as f64
         * shape.batch as f64;
