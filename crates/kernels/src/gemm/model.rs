@@ -231,8 +231,17 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
 /// a single element that the warp has in a step.
 const COPY_CLOCKS: f64 = 1.6;
 const NARROW_COPY_CLOCKS: f64 = 0.04;
+/// Clocks for each 512 bytes that the copy engine brings, and that registers turn.
+const ENGINE_CLOCKS: f64 = 4.0;
+const TURNED_CLOCKS: f64 = 8.0;
 /// Time of plain multiply-adds with two stages over that with more.
-const TWO_STAGES: f64 = 1.03;
+const TWO_STAGES: f64 = 1.01;
+/// Clocks between the steps of a block, which other blocks of the multiprocessor hide in part.
+const STEP_CLOCKS: f64 = 550.0;
+/// Clocks of a tile before its first and behind its last step.
+const TILE_CLOCKS: f64 = 5000.0;
+/// Clocks more for each element of a result whose neighbours lie along the columns.
+const COLUMN_CLOCKS: f64 = 0.6;
 
 /// Microseconds of plain multiply-adds: the arithmetic units at full rate but for what each step of the depth
 /// exposes, in whole waves of blocks.
@@ -253,21 +262,33 @@ pub(crate) fn estimate_multiply_add(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -
     let flops = (lefts * rights * bm * bn * bk) as f64 * 2.0;
     // Small register tiles read shared memory more often than they multiply.
     let side = sums.sqrt();
-    let issue = flops / gpu.f32_flops_per_clock * (1.1 + 1.2 / side);
-    // Operands along the depth are turned by copies of single elements, which wait for each other.
-    let each = |turned: bool| if turned { 1 } else { i64::from(s.vector.max(1)) };
-    let (each_a, each_b) = (each(shape.along_depth.0), each(shape.along_depth.1));
-    let copies = |extent: i64, each: i64| (extent * bk / each) as f64 / 32.0;
-    let narrow = |extent: i64, each: i64| if each > 2 { 0.0 } else { copies(extent, each) };
-    let (all, single) = (
-        copies(lefts * bm, each_a) + copies(rights * bn, each_b),
-        narrow(lefts * bm, each_a) + narrow(rights * bn, each_b),
-    );
-    let copying = COPY_CLOCKS * all + NARROW_COPY_CLOCKS * single * single / (threads / 32.0);
+    let issue = flops / gpu.f32_flops_per_clock * (0.97 + 1.2 / side);
+    let warps = threads / 32.0;
+    let wide = s.vector == 4;
+    let copy = |extent: i64, turned: bool, left: bool| {
+        let elements = (extent * bk) as f64;
+        if wide && !turned {
+            ENGINE_CLOCKS * elements / 128.0
+        } else if wide && left && bk % 16 == 0 && elements <= 16.0 * threads {
+            TURNED_CLOCKS * elements / 128.0
+        } else {
+            // Copies of single elements wait for each other.
+            let each = if turned { 1 } else { i64::from(s.vector.max(1)) };
+            let copies = elements / each as f64 / 32.0;
+            let narrow = if each > 2 { 0.0 } else { copies };
+            let clocks = COPY_CLOCKS * copies + NARROW_COPY_CLOCKS * narrow * narrow / warps;
+            // All warps of a block copy at once: only another block multiplies meanwhile.
+            if each <= 2 && together < 2.0 { clocks * 2.0 } else { clocks }
+        }
+    };
+    let copying =
+        copy(lefts * bm, shape.along_depth.0, true) + copy(rights * bn, shape.along_depth.1, false);
     let stages = if s.stages == 2 { TWO_STAGES } else { 1.0 };
-    // What a block exposes between steps, other blocks of the multiprocessor hide in part.
-    let exposed = 300.0 / together.min(per_sm).max(1.0);
-    let clocks = per_sm * steps * (issue * stages + copying + exposed);
+    // What a block exposes, other blocks of the multiprocessor hide in part.
+    let beside = together.min(per_sm).max(1.0);
+    let step = issue * stages + copying + STEP_CLOCKS / beside;
+    let stored = if shape.column_major { COLUMN_CLOCKS * (bm * bn) as f64 } else { 0.0 };
+    let clocks = per_sm * (steps * step + TILE_CLOCKS / beside + stored);
     let bytes = ((lefts * shape.m + rights * shape.n) * shape.k * shape.operand_bytes
         + shape.m * shape.n * shape.result_bytes) as f64
         * shape.batch as f64;

@@ -351,14 +351,39 @@ fn first_candidates(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
     Ok(out)
 }
 
+/// Whether plain multiply-adds are used.
+fn is_plain(p: &Problem, o: &Oriented) -> bool {
+    p.operand == DType::F32 && o.spec.math == Math::Exact
+}
+
+/// Rows of the result from which a right operand is turned beforehand: every element is read that often. A copy of an
+/// element takes as long as about 700 multiply-adds are slowed down by asynchronous copies that turn it.
+const PACKED_ROWS: i64 = 1024;
+/// Columns from which that is more than a launch.
+const PACKED_COLS: i64 = 512;
+
+/// How the copy of an operand lies: its order, its lines and their length before it is padded. The tensor cores want the
+/// depth along the lines, plain multiply-adds across them.
+fn packed(p: &Problem, o: &Oriented, operand: usize) -> (Order, i64, i64) {
+    let own = if operand == 0 { o.m } else { o.n };
+    let along_depth = if operand == 0 { Order::Row } else { Order::Col };
+    if is_plain(p, o) { (flip(along_depth), p.k, own) } else { (along_depth, own, p.k) }
+}
+
 /// Whether an operand must be copied before the kernel can read it.
 fn needs_copy(p: &Problem, o: &Oriented, operand: usize) -> bool {
     let pick = |t: (i64, i64, i64)| if operand == 0 { t.0 } else { t.1 };
     let size = p.operand_bytes();
     let k_major = if operand == 0 { o.spec.a == Order::Row } else { o.spec.b == Order::Col };
-    if p.operand == DType::F32 && o.spec.math == Math::Exact {
-        // Plain multiply-adds read any layout.
-        return false;
+    if is_plain(p, o) {
+        // Plain multiply-adds read any layout, but only the left operand is turned at little cost.
+        return operand == 1
+            && o.spec.a == Order::Row
+            && o.spec.b == Order::Col
+            && p.images.is_none()
+            && o.m >= PACKED_ROWS
+            && o.n >= PACKED_COLS
+            && access_vector(p, o) == 4;
     }
     // Only 16-bit types may have their depth along the strided axis.
     o.spec.math == Math::Tf32x3
@@ -426,13 +451,14 @@ impl<'a> Scored<'a> {
                 let bytes = (lines * p.k * p.batch * size * (1 + parts)) as f64;
                 let bytes = bytes * pair.operands()[operand] as f64;
                 copies_us += bytes / gpu.copy_bytes_per_s * 1e6 + EXTRA_LAUNCH_US;
+                let (order, count, length) = packed(p, o, operand);
                 if operand == 0 {
-                    spec.a = Order::Row
+                    spec.a = order
                 } else {
-                    spec.b = Order::Col
+                    spec.b = order
                 }
-                leading = packed_line(p.k, size);
-                (stride, align) = (leading * lines, CACHE_LINE);
+                leading = packed_line(length, size);
+                (stride, align) = (leading * count, CACHE_LINE);
             }
             aligned[operand] = leading * size % CACHE_LINE == 0
                 && align % CACHE_LINE == 0
@@ -460,7 +486,7 @@ impl<'a> Scored<'a> {
 
     /// Whether plain multiply-adds are used, which read any layout.
     fn is_plain(&self) -> bool {
-        self.problem.operand == DType::F32 && self.o.spec.math == Math::Exact
+        is_plain(self.problem, self.o)
     }
 
     fn estimate_us(&self, schedule: &GpuSchedule, splits: i64) -> f64 {
@@ -471,10 +497,10 @@ impl<'a> Scored<'a> {
         } else if schedule.product == ProductKind::MmaSync {
             estimate_pipelined(self.gpu, schedule, &shape) + self.copies_us
         } else {
-            estimate(self.gpu, schedule, &shape) + self.copies_us
+            estimate(self.gpu, schedule, &shape)
         };
         let sum = if splits > 1 { sum_us(self.problem, self.gpu, self.o, splits) } else { 0.0 };
-        product + sum
+        product + sum + self.copies_us
     }
 }
 
@@ -617,15 +643,15 @@ fn prepare(
     }
     let size = p.operand_bytes();
     let parts = o.spec.math == Math::Tf32x3;
-    // Depth contiguous, lines padded.
-    let (rows, cols, to) =
-        if operand == 0 { (o.m, p.k, Order::Row) } else { (p.k, o.n, Order::Col) };
-    let padded = packed_line(p.k, size);
-    let matrix = padded * if operand == 0 { o.m } else { o.n };
+    // Lines padded.
+    let (to, count, length) = packed(p, o, operand);
+    let padded = packed_line(length, size);
+    let matrix = padded * count;
     let bytes = matrix * p.batch * size;
     let high = workspace.take(bytes);
     let low = parts.then(|| workspace.take(bytes));
-    // Lines are contiguous in the copy: for the right operand that is the transposed view.
+    // Lines are contiguous in the copy: in column-major order that is the transposed view.
+    let (rows, cols) = if operand == 0 { (o.m, p.k) } else { (p.k, o.n) };
     let (r, c, from) =
         if to == Order::Row { (rows, cols, order) } else { (cols, rows, flip(order)) };
     let kernel = copy_program("copy", p.operand, from, Order::Row, p.batch != 1, parts);
