@@ -224,7 +224,9 @@ impl Printer<'_> {
                 ));
             }
             Spread::Outer { block_m: run @ 4, .. }
-                if smem.contiguous == 0 && smem.dtype == DType::F32 && frag.extent == Extent::Tile =>
+                if smem.contiguous == 0
+                    && smem.dtype == DType::F32
+                    && frag.extent == Extent::Tile =>
             {
                 // Neighbouring rows lie in the thread's registers, a row of them apart.
                 let spread = Self::spread(&frag, cols);
@@ -232,9 +234,7 @@ impl Printer<'_> {
                     .map(|k| self.register(src, &format!("i + {k} * {spread}::CN")))
                     .collect::<Result<Vec<_>>>()?;
                 self.line("#pragma unroll");
-                self.line(&format!(
-                    "for (int j = 0; j < {spread}::TILE / {run}; ++j) {{"
-                ));
+                self.line(&format!("for (int j = 0; j < {spread}::TILE / {run}; ++j) {{"));
                 self.line(&format!(
                     "  const int i = j / {spread}::CN * ({run} * {spread}::CN) + j % {spread}::CN;"
                 ));
