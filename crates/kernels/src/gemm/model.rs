@@ -70,8 +70,10 @@ const STREAM_OF_ONE: f64 = 3.4e10;
 /// Time of products whose right operand lies in panels of 64 bytes, over that with panels of 128.
 const NARROW_PANELS: f64 = 1.03;
 
+/// Time of storing results in spans of 32 bytes, over that with wider ones.
+const NARROW_SPANS: f64 = 2.0;
 /// How many times faster results leave that have room for a whole tile.
-const WHOLE_TILE_RATE: f64 = 2.0;
+const WHOLE_TILE_RATE: f64 = 3.0;
 
 pub(super) fn ceil(a: i64, b: i64) -> i64 {
     (a + b - 1) / b.max(1)
@@ -165,6 +167,7 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     let latency = p.load_latency_clocks * cold / f64::from((s.stages - 1).max(1));
     // Shared by a cluster or not, every byte of a stage arrives at the multiprocessor.
     let arriving = (a_elements + b_elements) * size * tensors / ARRIVING_BYTES_PER_CLOCK;
+    let arriving = if per_block * steps > COLD_STEPS { arriving } else { 0.0 };
     let step =
         compute.max(fill).max(arriving).max(latency) + p.load_share * (fill * cold + latency);
     let loop_clocks = steps * step;
@@ -173,7 +176,9 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         // With room for the whole tile nothing waits for the stores before.
         StoreKind::Tma => {
             let rate = if s.store_slots > 2 { WHOLE_TILE_RATE } else { 1.0 };
-            (bm * bn) as f64 * result / (rate * p.epilogue_bytes_per_clock)
+            let spans = bn as f64 * result % 64.0 != 0.0 && !shape.column_major;
+            let narrow = if spans { NARROW_SPANS } else { 1.0 };
+            (bm * bn) as f64 * result * narrow / (rate * p.epilogue_bytes_per_clock)
         }
         // A warp's store touches a sector per row (of 8) or per column (of 4) of its fragment.
         _ => {
