@@ -165,6 +165,50 @@ TW_INLINE void wgmma_to_smem(smem_t tile, int row0, int col0, F f) {
   }
 }
 
+#if __CUDA_ARCH__ >= 900
+TW_INLINE void stmatrix2(smem_t at, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
+}
+TW_INLINE void stmatrix2_transposed(smem_t at, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
+}
+
+// The same for types of 16 bits and widths that end with 8 columns behind whole 16.
+template <typename T, int ROWS, int COLS, int SPAN, int LINES, bool ALONG_COLS, typename F>
+TW_INLINE void wgmma_to_smem_eights(smem_t tile, int row0, int col0, F f) {
+  using S = WgmmaSpread<ROWS, COLS>;
+  static_assert(sizeof(T) == 2 && COLS % 16 == 8, "16-bit elements, an odd number of eights");
+  constexpr int WHOLE = COLS / 16;
+  const int w = (int)((threadIdx.x >> 5) & 3u) * 16;
+#pragma unroll
+  for (int b = 0; b < S::BLOCKS; ++b) {
+#pragma unroll
+    for (int j = 0; j <= WHOLE; ++j) {
+      const int i = b * S::BLOCK + j * 8;
+      const u32 p0 = pack_pair<T>(f(i), f(i + 1)), p1 = pack_pair<T>(f(i + 2), f(i + 3));
+      if (j < WHOLE) {
+        const u32 p2 = pack_pair<T>(f(i + 4), f(i + 5)), p3 = pack_pair<T>(f(i + 6), f(i + 7));
+        if constexpr (ALONG_COLS) {
+          const int line = row0 + b * 64 + w + lane() % 16, along = col0 + j * 16 + lane() / 16 * 8;
+          stmatrix(smem_at<2, SPAN, LINES>(tile, line, along), p0, p1, p2, p3);
+        } else {
+          const int line = col0 + j * 16 + lane() / 16 * 8 + lane() % 8;
+          const int along = row0 + b * 64 + w + lane() / 8 % 2 * 8;
+          stmatrix_transposed(smem_at<2, SPAN, LINES>(tile, line, along), p0, p1, p2, p3);
+        }
+      } else if constexpr (ALONG_COLS) {
+        // Lanes 0 to 15 name the rows of two matrices; the others' addresses are not read.
+        const int line = row0 + b * 64 + w + lane() % 16, along = col0 + j * 16;
+        stmatrix2(smem_at<2, SPAN, LINES>(tile, line, along), p0, p1);
+      } else {
+        const int line = col0 + j * 16 + lane() % 8, along = row0 + b * 64 + w + lane() / 8 % 2 * 8;
+        stmatrix2_transposed(smem_at<2, SPAN, LINES>(tile, line, along), p0, p1);
+      }
+    }
+  }
+}
+#endif
+
 template <typename T> TW_INLINE T smem_load(smem_t at) {
   T v;
   if constexpr (sizeof(T) == 4) {

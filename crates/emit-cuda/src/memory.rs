@@ -214,13 +214,19 @@ impl Printer<'_> {
         let slot = self.slot_address(to);
         let ty = memory_type(smem.dtype);
         match frag.spread {
-            Spread::Wgmma if frag.extent == Extent::Tile => self.line(&format!(
-                "tw::wgmma_to_smem<{ty}, {}, {cols}, {span}, {lines}, {}>({slot}, {row}, {col}, [&](int i) {{ return {register}; }});",
-                frag.rows,
-                smem.contiguous == 1
-            )),
+            Spread::Wgmma if frag.extent == Extent::Tile => {
+                let eights = smem.dtype.bits() == 16 && cols % 16 == 8 && cols > 8;
+                self.line(&format!(
+                    "tw::wgmma_to_smem{}<{ty}, {}, {cols}, {span}, {lines}, {}>({slot}, {row}, {col}, [&](int i) {{ return {register}; }});",
+                    if eights { "_eights" } else { "" },
+                    frag.rows,
+                    smem.contiguous == 1
+                ));
+            }
             Spread::Outer { block_m: run @ 4, .. }
-                if smem.contiguous == 0 && smem.dtype == DType::F32 && frag.extent == Extent::Tile =>
+                if smem.contiguous == 0
+                    && smem.dtype == DType::F32
+                    && frag.extent == Extent::Tile =>
             {
                 // Neighbouring rows lie in the thread's registers, a row of them apart.
                 let spread = Self::spread(&frag, cols);
@@ -228,9 +234,7 @@ impl Printer<'_> {
                     .map(|k| self.register(src, &format!("i + {k} * {spread}::CN")))
                     .collect::<Result<Vec<_>>>()?;
                 self.line("#pragma unroll");
-                self.line(&format!(
-                    "for (int j = 0; j < {spread}::TILE / {run}; ++j) {{"
-                ));
+                self.line(&format!("for (int j = 0; j < {spread}::TILE / {run}; ++j) {{"));
                 self.line(&format!(
                     "  const int i = j / {spread}::CN * ({run} * {spread}::CN) + j % {spread}::CN;"
                 ));
@@ -250,7 +254,12 @@ impl Printer<'_> {
                 };
                 let run = if smem.contiguous == 1 { neighbours(&frag, smem.dtype) } else { 1 };
                 let values = (0..run)
-                    .map(|k| Ok(format!("tw::narrow_to<{ty}>::from({})", self.register(src, &format!("i + {k}"))?)))
+                    .map(|k| {
+                        Ok(format!(
+                            "tw::narrow_to<{ty}>::from({})",
+                            self.register(src, &format!("i + {k}"))?
+                        ))
+                    })
                     .collect::<Result<Vec<_>>>()?;
                 self.line("#pragma unroll");
                 self.line(&format!(

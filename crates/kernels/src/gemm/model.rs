@@ -59,11 +59,19 @@ pub(crate) fn instructions(func: &Func) -> i64 {
 /// Lanes of a multiprocessor that the few warps of an epilogue keep busy.
 const EPILOGUE_LANES: f64 = 48.0;
 
-/// Latency of loads from the second-level cache, as a share of that from device memory.
-const LATENCY_OF_CACHE: f64 = 0.4;
+/// Share of the wait for loads that is left in long loops.
+const LONG_LOOPS: f64 = 0.15;
+/// Steps of a block up to which loops are short.
+const COLD_STEPS: f64 = 128.0;
+/// Bytes per clock that one multiprocessor takes from the caches: its port.
+const ARRIVING_BYTES_PER_CLOCK: f64 = 64.0;
+/// Bytes per second that one multiprocessor gets from device memory at most.
+const STREAM_OF_ONE: f64 = 3.4e10;
 /// Time of products whose right operand lies in panels of 64 bytes, over that with panels of 128.
 const NARROW_PANELS: f64 = 1.03;
 
+/// Time of storing results in spans of 32 bytes, over that with wider ones.
+const NARROW_SPANS: f64 = 2.0;
 /// How many times faster results leave that have room for a whole tile.
 const WHOLE_TILE_RATE: f64 = 3.0;
 
@@ -153,18 +161,24 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         bytes_b *= p.unaligned_factor;
     }
     let fill = (bytes_a + bytes_b) / p.l2_bytes_per_clock * (active / f64::from(gpu.sms)).max(1.0);
-    // While one stage is read, the others are on their way. The first item of a block finds the operands in device memory;
-    // before later ones the ring fills while results leave, and most of what they read lies in the cache.
-    let cold = LATENCY_OF_CACHE + (1.0 - LATENCY_OF_CACHE) / per_block;
+    // While one stage is read, the others are on their way. Short loops wait for their first loads; in long ones the ring is
+    // full, and most of what is read lies in the cache.
+    let cold = LONG_LOOPS + (1.0 - LONG_LOOPS) * (COLD_STEPS / (per_block * steps)).min(1.0);
     let latency = p.load_latency_clocks * cold / f64::from((s.stages - 1).max(1));
-    let step = compute.max(fill).max(latency) + p.load_share * (fill + latency);
+    // Shared by a cluster or not, every byte of a stage arrives at the multiprocessor.
+    let arriving = (a_elements + b_elements) * size * tensors / ARRIVING_BYTES_PER_CLOCK;
+    let arriving = if per_block * steps > COLD_STEPS { arriving } else { 0.0 };
+    let step =
+        compute.max(fill).max(arriving).max(latency) + p.load_share * (fill * cold + latency);
     let loop_clocks = steps * step;
     let result = if shape.splits > 1 { 4.0 } else { shape.result_bytes as f64 };
     let stored = match s.store {
         // With room for the whole tile nothing waits for the stores before.
         StoreKind::Tma => {
             let rate = if s.store_slots > 2 { WHOLE_TILE_RATE } else { 1.0 };
-            (bm * bn) as f64 * result / (rate * p.epilogue_bytes_per_clock)
+            let spans = bn as f64 * result % 64.0 != 0.0 && !shape.column_major;
+            let narrow = if spans { NARROW_SPANS } else { 1.0 };
+            (bm * bn) as f64 * result * narrow / (rate * p.epilogue_bytes_per_clock)
         }
         // A warp's store touches a sector per row (of 8) or per column (of 4) of its fragment.
         _ => {
@@ -209,7 +223,8 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         * steps
         * (items * cluster) as f64;
     let again = (loaded - operands * shape.batch as f64).max(0.0);
-    let stream = (bytes * waiting + p.reread_share * again) / p.stream_bytes_per_s * 1e6;
+    let rate = p.stream_bytes_per_s.min(active * STREAM_OF_ONE);
+    let stream = (bytes * waiting + p.reread_share * again) / rate * 1e6;
     let memory = (stream + p.launch_us + p.stream_start_us) * slow;
     // What the blocks that run at once read together: as many columns of one raster as there are blocks, and further
     // rasters when there are fewer columns.

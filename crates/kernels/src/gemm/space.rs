@@ -12,9 +12,11 @@ const SMEM_BYTES: i64 = (227 << 10) - 256;
 
 /// Columns of one chunk of the epilogue, as `lower-gpu` cuts them. Along lines of a row-major result a chunk is a
 /// swizzle span, or the whole of a narrow tile; `None` when there would be many small ones.
-pub(super) fn chunk_columns(bn: i64, result: DType, order: Order) -> Option<i64> {
+fn chunk_columns(bm: i64, bn: i64, result: DType, order: Order) -> Option<i64> {
     let size = i64::from(result.bits()) / 8;
-    let spans = [128, 64, 32].into_iter().map(|bytes| (bytes / size).min(64)).find(|c| bn % c == 0);
+    // Small tiles have many sizes without the narrow spans.
+    let spans = if bm < 128 { &[128, 64][..] } else { &[128, 64, 32][..] };
+    let spans = spans.iter().map(|bytes| (bytes / size).min(64)).find(|c| bn % c == 0);
     if spans.is_some() {
         return spans;
     }
@@ -27,9 +29,15 @@ pub(super) fn chunk_columns(bn: i64, result: DType, order: Order) -> Option<i64>
 }
 
 /// Bytes of staging tiles for results.
-fn staging_bytes(rows: i64, bn: i64, result: DType, order: Order, slots: i64) -> Option<i64> {
+fn staging_bytes(
+    (bm, rows): (i64, i64),
+    bn: i64,
+    result: DType,
+    order: Order,
+    slots: i64,
+) -> Option<i64> {
     let size = i64::from(result.bits()) / 8;
-    chunk_columns(bn, result, order).map(|chunk| {
+    chunk_columns(bm, bn, result, order).map(|chunk| {
         let bytes = rows * chunk * size;
         (bytes + 1023) / 1024 * 1024 * slots
     })
@@ -88,8 +96,10 @@ pub(super) fn each_schedule(
             if spec.operand == DType::I8 && bn > 32 && bn % 16 != 0 {
                 continue;
             }
-            // Wide tiles are cut into chunks of whole 16 columns.
-            if bn > 64 && bn % 16 != 0 {
+            // Wide tiles are cut into chunks of whole 16 columns, but for 16-bit results whose columns are contiguous.
+            let eights =
+                store == StoreKind::Tma && spec.result.bits() == 16 && spec.c == Order::Col;
+            if bn > 64 && bn % 16 != 0 && !eights {
                 continue;
             }
             // Registers of accumulators per thread; the rest is for addresses and the epilogue. A residual takes
@@ -139,7 +149,7 @@ pub(super) fn each_schedule(
                     let mut before = 0;
                     // Room for the whole tile lets all of it leave at one go: where the consumers wait for their stores.
                     let plain = !residual && lefts * rights == 1;
-                    let chunks = chunk_columns(bn, spec.result, spec.c).map_or(0, |c| bn / c);
+                    let chunks = chunk_columns(bm, bn, spec.result, spec.c).map_or(0, |c| bn / c);
                     let alone = mode == Mode::Cooperative && store == StoreKind::Tma && plain;
                     let whole = (alone && chunks > 2).then_some(chunks);
                     for slots in [Some(2), Some(1), whole].into_iter().flatten() {
@@ -149,7 +159,8 @@ pub(super) fn each_schedule(
                             StoreKind::Staged => continue,
                             StoreKind::Direct => 0,
                             StoreKind::Tma => {
-                                match staging_bytes(all_rows, bn, spec.result, spec.c, slots) {
+                                match staging_bytes((bm, all_rows), bn, spec.result, spec.c, slots)
+                                {
                                     Some(bytes) => bytes * results,
                                     None => continue,
                                 }
