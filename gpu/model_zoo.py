@@ -24,6 +24,7 @@ CASES = {
     "llama": dict(kind="llama", hidden=2048, layers=16, heads=32, kv=8, inner=8192, vocab=128256, positions=4096, shape=(1, 2048)),
     "resnet50": dict(kind="resnet50", image=224, classes=1000, shape=(64,)),
     "mobilenetv3": dict(kind="mobilenetv3", image=224, classes=1000, shape=(64,)),
+    "efficientnet": dict(kind="efficientnet", image=224, classes=1000, shape=(64,)),
 }
 
 
@@ -298,7 +299,7 @@ class Net(nn.Module):
             values.append({
                 "conv": lambda: self.layers[a["layer"]](v[0]), "linear": lambda: self.layers[a["layer"]](v[0]),
                 "relu": lambda: F.relu(v[0]), "hardswish": lambda: F.hardswish(v[0]),
-                "hardsigmoid": lambda: F.hardsigmoid(v[0]), "add": lambda: v[0] + v[1], "mul": lambda: v[0] * v[1],
+                "hardsigmoid": lambda: F.hardsigmoid(v[0]), "silu": lambda: F.silu(v[0]), "sigmoid": lambda: torch.sigmoid(v[0]), "add": lambda: v[0] + v[1], "mul": lambda: v[0] * v[1],
                 "maxpool": lambda: F.max_pool2d(v[0], 3, 2, 1), "mean": lambda: F.adaptive_avg_pool2d(v[0], 1),
                 "flatten": lambda: v[0].flatten(1),
             }[op]())
@@ -320,10 +321,13 @@ class Net(nn.Module):
                 onnx.node("Gemm", ins, out, transB=1)
             elif op == "maxpool":
                 onnx.node("MaxPool", ins, out, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+            elif op == "silu":
+                onnx.node("Sigmoid", ins, f"{out}.gate")
+                onnx.node("Mul", [*ins, f"{out}.gate"], out)
             elif op == "hardsigmoid":
                 onnx.node("HardSigmoid", ins, out, alpha=1 / 6)
             else:
-                kinds = {"relu": "Relu", "hardswish": "HardSwish", "add": "Add", "mul": "Mul", "mean": "GlobalAveragePool",
+                kinds = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish", "add": "Add", "mul": "Mul", "mean": "GlobalAveragePool",
                          "flatten": "Flatten"}
                 onnx.node(kinds[op], ins, out)
         path.write_bytes(onnx.bytes())
@@ -375,7 +379,30 @@ class MobileNetV3(Net):
         self.linear(self.act(x, "hardswish"), c["classes"])
 
 
-KINDS = {"bert": Bert, "gpt2": Gpt2, "vit": Vit, "llama": Llama, "resnet50": ResNet50, "mobilenetv3": MobileNetV3}
+class EfficientNet(Net):
+    # EfficientNet-B0: kernel, expansion, width, stride, blocks: table 1 of arXiv:1905.11946.
+    ROWS = ((3, 1, 16, 1, 1), (3, 6, 24, 2, 2), (5, 6, 40, 2, 2), (3, 6, 80, 2, 3), (5, 6, 112, 1, 3), (5, 6, 192, 2, 4),
+            (3, 6, 320, 1, 1))
+
+    def build(self, c):
+        x = self.conv(0, 32, 3, 2, act="silu")
+        for kernel, expand, width, first, blocks in self.ROWS:
+            for block in range(blocks):
+                have, stride = self.channels[x], first if block == 0 else 1
+                y = x if expand == 1 else self.conv(x, have * expand, act="silu")
+                y = self.conv(y, have * expand, kernel, stride, groups=have * expand, act="silu")
+                s = self.step("mean", [y], have * expand)
+                s = self.conv(s, max(have // 4, 1), act="silu")
+                s = self.act(self.conv(s, have * expand), "sigmoid")
+                y = self.conv(self.step("mul", [y, s], have * expand), width, gain=0.7)
+                x = self.step("add", [x, y], width) if stride == 1 and width == have else y
+        x = self.conv(x, 1280, act="silu")
+        x = self.step("mean", [x], 1280)
+        self.linear(self.step("flatten", [x], 1280), c["classes"])
+
+
+KINDS = {"bert": Bert, "gpt2": Gpt2, "vit": Vit, "llama": Llama, "resnet50": ResNet50, "mobilenetv3": MobileNetV3,
+         "efficientnet": EfficientNet}
 
 
 def make(name, device="cuda"):
@@ -396,7 +423,7 @@ def make(name, device="cuda"):
 def given(name, inputs, device="cuda"):
     """What the PyTorch model takes of the inputs: decoders make their mask themselves."""
     tensors = [t.to(device) for t in inputs.values()]
-    if name in ("resnet50", "mobilenetv3"):
+    if issubclass(KINDS[CASES[name]["kind"]], Net):
         return [tensors[0].to(memory_format=torch.channels_last)]
     return tensors[:1] if CASES[name]["kind"] in ("gpt2", "llama") else tensors
 

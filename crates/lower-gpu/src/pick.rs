@@ -457,7 +457,6 @@ impl Picker<'_> {
     /// Threads that waste little of either direction: rows of an image are short, and channels few.
     fn windows(&self) -> Choice {
         let s = &self.s;
-        let only: Option<i64> = std::env::var("TW_DW_ROWS").ok().and_then(|v| v.parse().ok());
         let (mut best, mut least) = (None, f64::INFINITY);
         for threads in [256, 128] {
             for rows_each in [2, 1] {
@@ -476,7 +475,7 @@ impl Picker<'_> {
                     let few = if self.blocks(choice) < BLOCKS { 1.5 } else { 1.0 };
                     let small = if threads < 256 { 1.02 } else { 1.0 };
                     let cost = covered * weights * narrow * few * small;
-                    if cost < least && only.is_none_or(|n| n == rows_each) {
+                    if cost < least {
                         (best, least) = (Some(choice), cost);
                     }
                     lanes /= 2;
@@ -518,8 +517,7 @@ impl Picker<'_> {
         let each = choice.rows_each * choice.runs_each * s.vector;
         if self.is_windows() {
             // Sums, and what is loaded for one of the taps: the compiler orders the loads.
-            let times = std::env::var("TW_DW_REG").ok().and_then(|v| v.parse().ok()).unwrap_or(3);
-            return 40 + each * times;
+            return 40 + each * 3;
         }
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
         let single = each * planes + choice.runs_each * s.vector * s.vectors;

@@ -83,7 +83,10 @@ impl Lowering<'_> {
             return self.depthwise(name, node, &geometry, group, &dag, note);
         }
         if self.on_gpu() {
-            return self.im2col(name, &conv, &dag, note);
+            return match conv.is_patches() {
+                true => self.patches(name, &conv, &dag, note),
+                false => self.im2col(name, &conv, &dag, note),
+            };
         }
         self.by_taps(name, &conv, &dag, note, None)
     }
@@ -583,6 +586,17 @@ pub(crate) struct Conv<'a> {
     pub(crate) w: Vec<i64>,
     /// Shape of the result.
     pub(crate) shape: &'a [Dim],
+}
+
+impl Conv<'_> {
+    /// Whether windows meet but do not overlap: each number of the data is in one of them at most.
+    fn is_patches(&self) -> bool {
+        let (attrs, g) = (self.attrs, &self.geometry);
+        attrs.groups == 1
+            && attrs.pads_lo.iter().chain(&attrs.pads_hi).all(|&p| p == 0)
+            && g.kernel == g.strides
+            && g.dilations.iter().all(|&d| d == 1)
+    }
 }
 
 /// Whether micro-kernels of at most `most` rows take whole rows of an image, or equal parts of one,

@@ -207,6 +207,33 @@ fn gated_units_are_one_product() {
     }
 }
 
+/// Images of three channels: lines of the window as pieces of memory, windows that do not overlap, and steps that the copy
+/// engine does not take.
+#[test]
+fn convolutions_of_few_channels_are_within_the_contract() {
+    for (name, weights, op, size) in [
+        ("stem", [8, 3, 7, 7], conv(2, 3, 1), [13, 18]),
+        ("odd", [8, 5, 3, 4], conv(3, 1, 1), [10, 12]),
+        ("patches", [8, 3, 4, 4], conv(4, 0, 1), [13, 16]),
+        ("long", [8, 3, 9, 9], conv(9, 0, 1), [19, 27]),
+    ] {
+        let mut b = GraphBuilder::new(name);
+        let n = b.symbol("N", Range { min: 1, max: 8 });
+        let shape = [weights[1] as i64, size[0], size[1]].map(Dim::new);
+        let shape: Vec<Dim> = [n].into_iter().chain(shape).collect();
+        let x = b.input("x", TensorType::new(DType::F32, shape));
+        let w = b.constant("w", numbers(&weights, 4));
+        let y = b.op(op, &[x, w]).unwrap();
+        let y = b.unary(ExprOp::Tanh, y).unwrap();
+        b.output("y", y);
+        let graph = b.finish();
+        for precision in PRECISIONS {
+            let input = numbers(&[2, weights[1], size[0] as usize, size[1] as usize], 8);
+            holds(&format!("{name} {precision}"), &graph, &plan(&graph, precision), &[input], 0);
+        }
+    }
+}
+
 /// Where the copy engine can read windows, no convolution copies them.
 #[test]
 fn convolutions_read_their_windows_within_the_contract() {

@@ -9,8 +9,8 @@
 //!   fit: the epilogue becomes a kernel of its own ([`Lowering::product_apart`]), operands are copied into
 //!   matrices ([`Lowering::product_packed`]);
 //! * attention is an [`Attention`](tilewright_plan::Attention) (`attention.rs`);
-//! * a convolution is such a product whose left operand is read through windows (`windows.rs`), or with a copy of its
-//!   windows (`im2col`);
+//! * a convolution is such a product whose left operand is read through windows (`windows.rs`), or with its data in another
+//!   order (`patches`), or with a copy of its windows (`im2col`);
 //! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
 //! * a reduction over rows is also given with whole rows in a tile (`rows.rs`).
 //!
@@ -264,16 +264,23 @@ impl Lowering<'_> {
                 order.iter().copied().filter(|&a| !is_broadcast(&side.layout.axes[a])).collect();
             let shape: Vec<Dim> = axes.iter().map(|&a| product.space[a].clone()).collect();
             let to = Layout::row_major(&shape);
-            let buffer = self.spare(format!("{name} operand"), dtype, to.clone());
             let from = Layout {
                 axes: axes.iter().map(|&a| side.layout.axes[a].clone()).collect(),
                 offset: side.layout.offset.clone(),
             };
-            self.copy_step(
-                &Place { buffer: side.buffer, layout: from },
-                &Place { buffer, layout: to.clone() },
-                name,
-            )?;
+            let stored = self.plan.buffers[side.buffer].dtype;
+            let buffer = match stored == dtype && from == to {
+                true => side.buffer,
+                false => {
+                    let buffer = self.spare(format!("{name} operand"), dtype, to.clone());
+                    self.copy_step(
+                        &Place { buffer: side.buffer, layout: from },
+                        &Place { buffer, layout: to.clone() },
+                        name,
+                    )?;
+                    buffer
+                }
+            };
             let mut layout = Layout {
                 axes: product.space.iter().map(|d| broadcast_axis(d.clone())).collect(),
                 offset: Dim::new(0),
@@ -294,6 +301,54 @@ impl Lowering<'_> {
             dtype: product.dtype,
         };
         self.product_tried(name.to_string(), &packed, dag, note, Tried { packed: true, ..tried })
+    }
+
+    /// A convolution whose windows do not overlap, as a product with its data in another order: `X[n, outputs, (c, taps)]`.
+    pub(crate) fn patches(
+        &mut self,
+        name: String,
+        conv: &Conv<'_>,
+        dag: &Dag,
+        note: Note,
+    ) -> Result<()> {
+        let (x, w) = (conv.node.inputs[0], conv.node.inputs[1]);
+        let dtype = self.graph.dtype(w);
+        let operand = self.operand_type(dtype);
+        let (data, weights) = (self.place(x)?, self.operand_place(w, operand)?);
+        let rank = conv.geometry.rank();
+        // Axes: n, o, outputs..., then c, taps....
+        let mut space = conv.shape.to_vec();
+        space.extend(conv.w[1..].iter().map(|&extent| Dim::new(extent)));
+        let result_axes = conv.shape.len();
+        let of = |extent: &Dim, stride: Dim| Axis { extent: extent.clone(), stride, block: None };
+        let (xs, ws) = (&data.layout.axes, &weights.layout.axes);
+        let all = || -> Vec<Axis> { space.iter().map(|d| broadcast_axis(d.clone())).collect() };
+        let (mut lhs, mut rhs) = (all(), all());
+        lhs[0] = of(&space[0], xs[0].stride.clone());
+        rhs[1] = of(&space[1], ws[0].stride.clone());
+        for i in 0..rank {
+            lhs[2 + i] = of(&space[2 + i], &xs[2 + i].stride * conv.geometry.strides[i]);
+        }
+        for i in 0..=rank {
+            let at = result_axes + i;
+            lhs[at] = of(&space[at], xs[1 + i].stride.clone());
+            rhs[at] = of(&space[at], ws[1 + i].stride.clone());
+        }
+        let side = |place: &Place, axes: Vec<Axis>| Side {
+            buffer: place.buffer,
+            dtype: operand,
+            layout: Layout { axes, offset: place.layout.offset.clone() },
+        };
+        let product = Product {
+            result_axes,
+            lhs: side(&data, lhs),
+            rhs: side(&weights, rhs),
+            computed: [None, None],
+            operands: self.conv_operands(dtype),
+            dtype,
+            space,
+        };
+        self.product_packed(&name, &product, dag, note, Tried::default())
     }
 
     /// A convolution as a product with a copy of its windows: `X[n, g, (c, taps), outputs]`.
