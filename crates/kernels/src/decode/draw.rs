@@ -539,7 +539,7 @@ impl Draw {
 
     /// Of the places that have weight: the first at which `before` and the running sum exceed what is wanted, and the
     /// last.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "one search is this many facts")]
     fn places(
         &self,
         k: &mut KernelBuilder,
