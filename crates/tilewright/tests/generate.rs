@@ -128,7 +128,7 @@ fn a_long_prompt_at_once_gives_what_chunks_give() {
 fn drawn_tokens_follow_the_seed_and_end_where_they_should() {
     let sampling = Sampling { temperature: 0.8, top_k: Some(9), top_p: Some(0.9) };
     let [prompts, _] = expected("qwen2");
-    let drawn = request(prompts.clone(), 8, Some(sampling));
+    let drawn = request(prompts.clone(), 5, Some(sampling));
     let wanted = on_cpu("qwen2", &drawn).tokens;
     let plan = planned("qwen2", &options(2, 16, Some(sampling)));
     let mut generator = plan.interpreted().unwrap();

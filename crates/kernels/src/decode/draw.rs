@@ -13,7 +13,7 @@
 //! Everything is summed in an order that does not depend on who was first. Random numbers are a table in memory, one per
 //! position and sequence.
 
-use super::{AT, Rows, Scheduled, along, scalar, schedule, text};
+use super::{AT, Rows, Scheduled, along, power_of_two, scalar, schedule, text};
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{Func, Op, Value};
@@ -22,12 +22,13 @@ use tilewright_tile::{
     Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
 };
 
-/// Logits of a piece of the vocabulary.
+/// Logits of a piece of the vocabulary at most.
 const PIECE: i64 = 1024;
 /// Thresholds of a level: eight binary digits.
 const TRIES: i64 = 256;
-/// Thresholds that one block measures.
+/// Thresholds that one block measures at once, and how often it does.
 const MEASURED: i64 = 16;
+const TURNS: i64 = 4;
 /// Levels: 32 binary digits of the range from the smallest to the largest logit.
 const LEVELS: usize = 4;
 /// No place in a row.
@@ -112,7 +113,13 @@ const ENOUGH: i64 = 3;
 impl Draw {
     /// Pieces of a row; the last ones may lie behind its end.
     fn pieces(&self) -> i64 {
-        (self.vocabulary + PIECE - 1) / PIECE + 3 & !3
+        let each = self.piece_len();
+        ((self.vocabulary + each - 1) / each + 3) & !3
+    }
+
+    /// Logits of a piece.
+    fn piece_len(&self) -> i64 {
+        power_of_two(self.vocabulary).clamp(128, PIECE)
     }
 
     /// Extents of the memory that the launches share, all f32.
@@ -203,6 +210,7 @@ impl Draw {
     }
 
     fn finish(&self, k: KernelBuilder, arch: Arch, bv: i64, threads: i64) -> Result<Scheduled> {
+        let threads = threads.min(bv / 4);
         let kernel: Kernel = k.finish();
         let schedule = schedule(arch, &[("BV", bv)], (threads, threads, 4), self.vocabulary, true);
         Ok(Scheduled { kernel, schedule })
@@ -226,7 +234,7 @@ impl Draw {
             let value = k.reshape(value, vec![d(1), d(1)]);
             k.store(to, vec![row.clone(), piece.clone()], value);
         }
-        self.finish(k, arch, PIECE, 128)
+        self.finish(k, arch, self.piece_len(), 128)
     }
 
     /// `most`, `least`, thresholds, state.
@@ -308,19 +316,26 @@ impl Draw {
         let all = shape(&[self.rows.batch, TRIES, self.pieces()]);
         let sums = k.param("sums", DType::F32, all, Access::Out);
         let row = k.grid("row", d(self.rows.batch));
-        let first = k.grid("some", d(TRIES).ceil_div(&bt)) * &bt;
+        let some = k.grid("some", d(TRIES / TURNS).ceil_div(&bt)) * TURNS;
         let piece = k.grid("piece", d(self.pieces()));
         let x = self.piece(&mut k, logits, &row, piece.clone(), &bv);
+        let weight = match (knobs, state) {
+            (Some(knobs), Some(state)) => {
+                Some(self.weight(&mut k, (knobs, state), &row, x, &bv)?)
+            }
+            _ => None,
+        };
+        let (turn, _) = k.begin_for("turn", d(0), d(TURNS), &[]);
+        let first = (some + &turn) * &bt;
         let t = k.load(tries, vec![row.clone(), first.clone()], vec![d(1), bt.clone()]);
         let t = k.reshape(t, vec![bt.clone()]);
         let plane = vec![bt.clone(), bv.clone()];
-        let kept = match (knobs, state) {
-            (Some(knobs), Some(state)) => {
-                let w = self.weight(&mut k, (knobs, state), &row, x, &bv)?;
+        let kept = match weight {
+            Some(w) => {
                 let f = text("{ x, t, w -> where(x >= t, w, f32(0)) }", &[DType::F32; 3])?;
                 k.map(f, vec![along(x, 1), along(t, 0), along(w, 1)], plane)
             }
-            _ => {
+            None => {
                 let f = text("{ x, t -> where(x >= t, f32(1), f32(0)) }", &[DType::F32; 2])?;
                 k.map(f, vec![along(x, 1), along(t, 0)], plane)
             }
@@ -328,7 +343,8 @@ impl Draw {
         let sum = k.reduce(ReduceKind::Sum, kept, 1, None);
         let sum = k.reshape(sum, vec![d(1), bt.clone(), d(1)]);
         k.store(sums, vec![row, first, piece], sum);
-        let tiles = [("BT", MEASURED), ("BV", PIECE)];
+        k.end_for(&[]);
+        let tiles = [("BT", MEASURED), ("BV", self.piece_len())];
         let schedule = schedule(arch, &tiles, (256, 32, 4), self.vocabulary, true);
         Ok(Scheduled { kernel: k.finish(), schedule })
     }
@@ -430,7 +446,7 @@ impl Draw {
         let sum = k.reduce(ReduceKind::Sum, kept, 0, None);
         let sum = k.reshape(sum, vec![d(1), d(1)]);
         k.store(weights, vec![row, piece], sum);
-        self.finish(k, arch, PIECE, 128)
+        self.finish(k, arch, self.piece_len(), 128)
     }
 
     /// `logits`, `knobs`, thresholds, state, the weight of each piece, `random`, `tokens`, `history`.
@@ -497,8 +513,12 @@ impl Draw {
 
         // The same inside the piece.
         let places = k.iota(DType::I32, 0, d(0), vec![bv.clone()]);
-        let places =
-            line(&mut k, &format!("{{ i, p -> p * {PIECE} + i }}"), &[places, piece], &bv)?;
+        let places = line(
+            &mut k,
+            &format!("{{ i, p -> p * {} + i }}", self.piece_len()),
+            &[places, piece],
+            &bv,
+        )?;
         let one = vec![d(1), bv.clone()];
         let x = k.gather(logits, 1, places, vec![row.clone(), d(0)], one);
         let x = k.reshape(x, vec![bv.clone()]);
@@ -514,12 +534,12 @@ impl Draw {
         k.store(tokens, vec![row.clone()], one);
         let one = k.reshape(token, vec![d(1), d(1)]);
         k.store(history, vec![next_row, row.clone()], one);
-        self.finish(k, arch, PIECE, 256)
+        self.finish(k, arch, self.piece_len(), 256)
     }
 
     /// Of the places that have weight: the first at which `before` and the running sum exceed what is wanted, and the
     /// last.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "one search is this many facts")]
     fn places(
         &self,
         k: &mut KernelBuilder,

@@ -112,6 +112,8 @@ impl VectorProduct {
             Ending::Gated(_) => (if self.depth <= 2048 { 256 } else { 128 }, 2, 1),
             // So many lines that every multiprocessor has many blocks.
             Ending::Plain { .. } if self.lines >= 128 * sms => (128, 4, 2),
+            // As deep as it is wide: the product behind attention.
+            Ending::Plain { .. } if self.depth <= 2048 => (128, 2, 4),
             Ending::Plain { .. } => (256, 1, 4),
         };
         let useful = (self.depth + lanes * self.vector() - 1) / (lanes * self.vector());

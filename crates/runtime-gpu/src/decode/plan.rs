@@ -334,7 +334,8 @@ impl DecodePlan {
             width,
             cache: stored,
             scale: 1.0 / (width as f64).sqrt(),
-            part: 64,
+            // Blocks behind the position cost something, too.
+            part: if positions <= 2048 { 32 } else { 64 },
         };
         let parts = attention(Rows { batch: 1, new: 1, positions }).parts();
         let flat = [most_rows, heads, parts];
