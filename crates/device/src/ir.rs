@@ -771,6 +771,8 @@ pub struct Program {
     pub blocks_per_sm: u32,
     /// Where runs of tiles in lines start.
     pub starts: Starts,
+    /// What is stored is more than the caches hold until somebody reads it.
+    pub streams: bool,
     /// Shared memory.
     pub smem: IdVec<SmemId, Smem>,
     /// Barriers.

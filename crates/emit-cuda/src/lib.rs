@@ -116,6 +116,9 @@ pub fn emit(program: &Program) -> Result<Source> {
         program.name,
         program.arch.name()
     );
+    if program.streams {
+        let _ = writeln!(text, "#define TW_STORE_CACHE \".cs\"");
+    }
     for (name, _) in headers() {
         let _ = writeln!(text, "#include \"{name}\"");
     }

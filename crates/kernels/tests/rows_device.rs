@@ -212,6 +212,33 @@ fn cases() -> Vec<Case> {
             });
         }
     }
+    // The pieces of the next row come while one is worked on, over a cluster and alone; rows in place, too.
+    for cluster in [1, 2] {
+        let pieces = |kernel: &Kernel, size: Lookup<'_>| -> Result<GpuSchedule> {
+            let mut schedule = GpuSchedule::lines_for(kernel, Arch::Sm90a, size)?.expect("fits");
+            schedule.tiles.insert("BM".into(), 1);
+            schedule.tiles.insert("BN".into(), 2048);
+            schedule.sizes = [(Arc::from("N"), 4000)].into();
+            schedule.cluster = cluster;
+            schedule.persistent = true;
+            schedule.lines.threads = 64;
+            schedule.lines.lanes = 64;
+            (schedule.lines.kept, schedule.lines.fetched) = (2, 1 + cluster);
+            Ok(schedule)
+        };
+        let sizes: Sizes = &[("M", 5), ("N", 4000), ("ldx", 4008)];
+        for op in [RowOp::Softmax, rms] {
+            add("kept ahead", sizes, &|size| {
+                let spec = RowSpec { op, dtype: DType::BF16, residual: false };
+                let kernel = spec.program("rows", false);
+                Ok((kernel.clone(), pieces(&kernel, size)?))
+            });
+        }
+        add("logits ahead", sizes, &|size| {
+            let kernel = CrossEntropySpec { dtype: DType::F16 }.program("entropy", false);
+            Ok((kernel.clone(), pieces(&kernel, size)?))
+        });
+    }
     add("kept logits", &[("M", 2), ("N", 20001)], &|size| {
         let kernel = CrossEntropySpec { dtype: DType::F16 }.program("entropy", false);
         Ok((kernel.clone(), GpuSchedule::lines_kept(&kernel, Arch::Sm90a, size)?.expect("long")))

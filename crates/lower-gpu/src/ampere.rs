@@ -228,6 +228,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         starts: Starts::Aligned,
+        streams: false,
         smem: b.smem,
         barriers,
         rings: b.rings,

@@ -92,6 +92,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         starts: Starts::Aligned,
+        streams: false,
         smem: b.smem,
         barriers: IdVec::new(),
         rings: b.rings,

@@ -198,6 +198,7 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         starts: Starts::Aligned,
+        streams: false,
         smem: b.smem,
         barriers,
         rings: b.rings,

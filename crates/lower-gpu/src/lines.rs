@@ -246,6 +246,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         starts: knobs.starts,
+        streams: knobs.streams,
         smem: IdVec::new(),
         barriers: IdVec::new(),
         rings: IdVec::new(),
@@ -628,7 +629,7 @@ fn early_loads<'b>(
 }
 
 /// How often steps of a block read a tile, nested blocks included.
-fn uses(block: &Block, tile: TileId) -> usize {
+pub(crate) fn uses(block: &Block, tile: TileId) -> usize {
     let is = |t: &TileId| usize::from(*t == tile);
     block
         .stmts

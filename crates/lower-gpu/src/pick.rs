@@ -7,7 +7,7 @@
 
 use crate::axes::{Direction, Directions, directions};
 use crate::schedule::{GpuSchedule, LinesKnobs};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
 use tilewright_device::{Arch, Starts};
@@ -40,6 +40,9 @@ const KEPT_EACH: i64 = 16;
 /// Loads of the plane from which a program is one of windows: its accesses are found in the first-level cache, and what
 /// varies along columns alone (weights) serves several rows.
 const MANY_PLANES: i64 = 3;
+/// Bytes of all tensors from which results are gone from the second-level cache before somebody reads them: what is
+/// written then goes first, and what is read has more of it.
+pub const STREAMS_FROM: i64 = 48 << 20;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
 
@@ -57,8 +60,8 @@ struct Shape {
     vector: i64,
     /// Elements by which every line of every tensor starts aligned.
     aligned: i64,
-    /// What that means for accesses of `vector` elements.
-    starts: Starts,
+    /// Bytes of all tensors.
+    bytes: i64,
     /// Reductions outside loops: the tile must hold the row.
     whole: bool,
     /// Along what reductions go.
@@ -67,8 +70,6 @@ struct Shape {
     ordered: bool,
     /// The largest tensors are contiguous along rows: they are read along rows and turned.
     turns: bool,
-    /// Tensors are contiguous along the columns, so that runs of them can be shifted.
-    shifts: bool,
     /// Loads of tiles that vary along columns: of the plane, and of columns alone.
     planes: i64,
     vectors: i64,
@@ -193,11 +194,10 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
         cols: 1,
         vector: 16,
         aligned,
-        starts: Starts::Aligned,
+        bytes: 0,
         whole: reduces_outside_loops(&directions, &kernel.body),
         reduces: directions.reduces,
         turns: false,
-        shifts: true,
         ordered: has_order(&kernel.body),
         planes: 1,
         vectors: 0,
@@ -205,18 +205,19 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
     };
     (out.planes, out.vectors) = loads(&directions, &kernel.body);
     let mut failed = None;
-    accesses(&kernel.body, &mut |param, tile, index| {
+    let mut seen = BTreeSet::new();
+    accesses(&kernel.body, &mut |param, tile, _| {
         let p = &kernel.params[param];
         let mut look = || -> Result<()> {
             let (row, col) =
                 (directions.axis(tile, Direction::Row), directions.axis(tile, Direction::Col));
             let near = |axis: Option<usize>| axis.is_some_and(|a| p.layout.axes[a].stride.is(1));
             out.turns |= near(row) && col.is_some() && !near(col);
-            // Nothing is read before the first element of a line.
-            let inside = |axis: usize| index[axis].terms().iter().all(|(_, c)| *c > 0);
-            out.shifts &= (near(col) || col.is_none() || near(row))
-                && [row, col].into_iter().flatten().filter(|a| near(Some(*a))).all(inside);
-            out.shifts &= (8..=64).contains(&p.dtype.bits());
+            if seen.insert(param) {
+                let bytes =
+                    value(&p.layout.alloc_elements())?.saturating_mul(p.dtype.bits().into()) / 8;
+                out.bytes = out.bytes.saturating_add(bytes);
+            }
             for (axis, direction) in directions.of(tile).iter().enumerate() {
                 let Some(direction) = direction else { continue };
                 let a = &p.layout.axes[axis];
@@ -383,7 +384,7 @@ impl Picker<'_> {
         }
         let runs = up(self.runs, cluster);
         // Elements that are read one by one take an address each.
-        let single = s.aligned == 1 && s.vector > 1 && s.starts == Starts::Aligned;
+        let single = s.aligned == 1 && s.vector > 1;
         let keep = (if single { KEEP / 2 } else { KEEP } / s.vector).max(1);
         let lanes = match runs {
             r if r <= 32 && cluster == 1 => power_of_two_from(r),
@@ -398,7 +399,12 @@ impl Picker<'_> {
         let runs_each = up(runs, lanes);
         let alone = cluster > 1 || single;
         let rows_each = if alone { 1 } else { (self.in_flight / runs_each).max(1) };
-        let least = if single { 256 } else { 128 };
+        // Rows of a warp each wait for no other.
+        let least = match (single, lanes) {
+            (true, _) => 256,
+            (false, 32) => 64,
+            (false, _) => 128,
+        };
         let threads = if cluster > 1 { lanes } else { lanes.max(least) };
         Some(self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster }))
     }
@@ -438,13 +444,17 @@ impl Picker<'_> {
         best
     }
 
-    /// Columns in pieces: narrow strips of 128 bytes, and tall tiles.
+    /// Columns in pieces: strips of 512 bytes where there are enough of them, else of 128 bytes in tall tiles.
     fn columns_in_pieces(&self) -> Choice {
-        let lanes = power_of_two_from(self.runs).min(8);
         let threads = 256;
-        let most = up(self.s.rows, threads / lanes);
-        let rows_each = power_of_two_to(most.min(2 * self.in_flight));
-        Choice { threads, lanes, rows_each, runs_each: 1, cluster: 1 }
+        let strips = |lanes: i64| {
+            let lanes = power_of_two_from(self.runs).min(lanes);
+            let most = up(self.s.rows, threads / lanes);
+            let rows_each = power_of_two_to(most.min(2 * self.in_flight));
+            Choice { threads, lanes, rows_each, runs_each: 1, cluster: 1 }
+        };
+        let wide = strips(32);
+        if self.blocks(wide) >= BLOCKS { wide } else { strips(8) }
     }
 
     /// Nothing is reduced, and every thread reads the plane and columns many times: a convolution of each channel.
@@ -524,8 +534,6 @@ impl Picker<'_> {
         // Of few elements, addresses are worked out as they are needed.
         let few = s.aligned == 1 && s.whole && each <= KEEP / 2;
         let addresses = match s.aligned < s.vector {
-            // Two units, and the shift.
-            true if s.starts != Starts::Aligned => 24,
             true if few => 24,
             true => 48 + single,
             false => 0,
@@ -645,8 +653,9 @@ impl Picker<'_> {
         schedule.lines = LinesKnobs {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
-            vector: if s.starts == Starts::Aligned { schedule.vector } else { s.vector as u32 },
-            starts: s.starts,
+            vector: schedule.vector,
+            starts: Starts::Aligned,
+            streams: s.bytes >= STREAMS_FROM,
             // Rows of a warp wait for no other: registers for another block are worth more.
             early: choice.cluster == 1 && (!s.whole || choice.lanes > 32),
             ahead: false,
@@ -729,14 +738,22 @@ impl GpuSchedule {
         if s.rows == 1 {
             (s.planes, s.vectors) = (s.planes + s.vectors, 0);
         }
-        // Lines that start anywhere are read in whole units, and shifted.
-        if s.aligned < s.vector && s.shifts {
-            s.starts = if aligned < s.vector { Starts::Anywhere } else { Starts::Lines };
-        }
         let runs = up(s.cols, s.vector);
         let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
-        let picker = Picker { kernel, arch, size, s, runs, in_flight };
-        let Some(choice) = picker.choose() else { return Ok(None) };
+        let mut picker = Picker { kernel, arch, size, s, runs, in_flight };
+        let Some(mut choice) = picker.choose() else { return Ok(None) };
+        // A little work is sooner done by more threads, each with less of it.
+        let maps = picker.s.reduces.is_none() && !picker.s.turns && picker.s.rows == 1;
+        while maps && picker.blocks(choice) < PROCESSORS && picker.s.vector > 1 {
+            let alone = choice;
+            picker.s.vector /= 2;
+            picker.runs = up(picker.s.cols, picker.s.vector);
+            let Some(next) = picker.choose() else { break };
+            choice = next;
+            if picker.blocks(choice) <= picker.blocks(alone) {
+                break;
+            }
+        }
         let schedule = picker.schedule(choice);
         if choice.cluster > 1 && crate::lower(kernel, &schedule).is_err() {
             // What has no form across a cluster.

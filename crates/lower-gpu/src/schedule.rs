@@ -58,6 +58,8 @@ pub struct LinesKnobs {
     pub fetched: u32,
     /// Where runs of columns start. What is not aligned is moved in whole units that are shifted in registers.
     pub starts: Starts,
+    /// What is stored is more than the caches hold until somebody reads it: it is to leave them first.
+    pub streams: bool,
 }
 
 impl Default for LinesKnobs {
@@ -71,6 +73,7 @@ impl Default for LinesKnobs {
             kept: 0,
             fetched: 0,
             starts: Starts::Aligned,
+            streams: false,
         }
     }
 }
@@ -184,9 +187,10 @@ impl GpuSchedule {
     pub fn lines_text(&self) -> String {
         let all = self.tiles.iter().chain(&self.sizes);
         let tiles: Vec<String> = all.map(|(name, v)| format!("{name}={v}")).collect();
-        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, starts } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, starts, streams } =
+            self.lines;
         format!(
-            "{} lines={lanes}/{threads}x{vector}{} cluster={} blocks={}{}{}{}{}",
+            "{} lines={lanes}/{threads}x{vector}{} cluster={} blocks={}{}{}{}{}{}",
             tiles.join(" "),
             if starts == Starts::Aligned { "" } else { "~" },
             self.cluster,
@@ -195,6 +199,7 @@ impl GpuSchedule {
             if ahead { " ahead" } else { "" },
             if kept > 0 { format!(" kept={kept}") } else { String::new() },
             if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
+            if streams { " streams" } else { "" },
         )
     }
 }
@@ -204,7 +209,8 @@ impl fmt::Display for GpuSchedule {
         for (name, size) in self.tiles.iter().chain(&self.sizes) {
             write!(f, "{name}={size} ")?;
         }
-        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, starts } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, starts, streams } =
+            self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
             Mode::PingPong => "ping-pong",
@@ -231,7 +237,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -245,6 +251,7 @@ impl fmt::Display for GpuSchedule {
             if early { " early" } else { "" },
             if kept > 0 { format!(" kept={kept}") } else { String::new() },
             if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
+            if streams { " streams" } else { "" },
             if self.turns { " turns" } else { "" },
             if self.serpentine { " serpentine" } else { "" },
             if self.dependent { " dependent" } else { "" },

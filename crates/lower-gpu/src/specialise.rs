@@ -43,7 +43,7 @@ pub(crate) fn specialise(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Kern
     Ok(out)
 }
 
-fn block(b: &mut Block, sub: &dyn Fn(&Dim) -> Dim) {
+pub(crate) fn block(b: &mut Block, sub: &dyn Fn(&Dim) -> Dim) {
     for stmt in &mut b.stmts {
         match stmt {
             Stmt::Let(_, op) => operation(op, sub),

@@ -354,6 +354,14 @@ impl<'a> Emit<'a> {
         self.tile_shape(&self.tile_axes(&self.dag.nodes[node].axes))
     }
 
+    /// The shape of what a reduction of a node's tile over the rows leaves.
+    pub(crate) fn reduced_shape(&self, node: usize) -> Vec<Dim> {
+        let row = self.reduced.as_ref().map(|(canon, _)| *canon);
+        let mut axes = self.tile_axes(&self.dag.nodes[node].axes);
+        axes.retain(|c| Some(*c) != row);
+        self.tile_shape(&axes)
+    }
+
     /// Along which tile axes of a result (given as canonical axes) an operand's tile runs.
     fn along(&self, node: usize, result: &[usize]) -> Vec<usize> {
         self.tile_axes(&self.dag.nodes[node].axes)

@@ -5,7 +5,7 @@
 //! that are computed inside. At the end every edge is checked: what is read inside must be read
 //! where it stands.
 
-use crate::fuse::{Anchor, AxisMap, Group, is_identity, result_axes, row_axes};
+use crate::fuse::{Anchor, AxisMap, Group, is_identity, result_axes, row_axes, scan_in_pieces};
 use crate::prologue::{operand_axes, prologues};
 use crate::survey::Survey;
 use std::collections::{BTreeMap, BTreeSet};
@@ -98,6 +98,11 @@ fn frame(s: &Survey<'_>, nodes: &[NodeId]) -> Option<Frame> {
             Anchor::Rows => {
                 let shape = graph.shape(node.inputs[0]).to_vec();
                 let reduced = row_axes(&node.op, shape.len())?;
+                // A scan in pieces walks alone.
+                let alone = |n: &NodeId| scan_in_pieces(graph, &graph.nodes[*n]);
+                if found.is_some() && nodes.iter().any(alone) {
+                    return None;
+                }
                 match &found {
                     None => (anchor, found) = (Anchor::Rows, Some((shape, reduced))),
                     Some(known) if anchor == Anchor::Rows => {

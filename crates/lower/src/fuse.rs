@@ -220,13 +220,19 @@ fn is_nibble(dtype: DType) -> bool {
     matches!(dtype, DType::I4 | DType::U4)
 }
 
+/// Whether a scan's rows are too long for a tile, or of unknown length.
+pub(crate) fn scan_in_pieces(graph: &Graph, node: &Node) -> bool {
+    let Op::Scan { axis, .. } = &node.op else { return false };
+    let shape = node.inputs.first().map(|&x| graph.shape(x)).unwrap_or_default();
+    shape[*axis].as_const().is_none_or(|n| n > WHOLE_ROW)
+}
+
 /// The kind of group that a node starts.
 pub(crate) fn anchor_of(graph: &Graph, node: &Node) -> Anchor {
     let nibbles = node.inputs.iter().chain(&node.outputs).any(|&v| is_nibble(graph.dtype(v)));
     if nibbles {
         return Anchor::Host;
     }
-    let x_shape = node.inputs.first().map(|&x| graph.shape(x)).unwrap_or_default();
     match &node.op {
         Op::Map(_) | Op::Iota { .. } | Op::Random { .. } => Anchor::Map,
         Op::Pad { mode: PadMode::Constant(_), .. } => Anchor::Map,
@@ -234,10 +240,9 @@ pub(crate) fn anchor_of(graph: &Graph, node: &Node) -> Anchor {
         Op::Reduce { .. } | Op::Softmax { .. } => Anchor::Rows,
         Op::ArgReduce { .. } => Anchor::Rows,
         Op::LayerNorm { .. } | Op::RmsNorm { .. } => Anchor::Rows,
-        Op::Scan { axis, .. } => match x_shape[*axis].as_const() {
-            Some(n) if n <= WHOLE_ROW => Anchor::Rows,
-            _ => Anchor::Host,
-        },
+        // From the end, the length of what is left must be known.
+        Op::Scan { reverse: true, .. } if scan_in_pieces(graph, node) => Anchor::Host,
+        Op::Scan { .. } => Anchor::Rows,
         Op::Contract { .. } => Anchor::Contract,
         Op::Conv(attrs) if conv_fits(graph, node, attrs) => Anchor::Conv,
         Op::Window(_) => Anchor::Window,

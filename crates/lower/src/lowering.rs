@@ -517,9 +517,11 @@ impl Lowering<'_> {
             self.plan.buffers[apart.buffer].dtype = self.graph.dtype(v);
             outputs.push(apart.buffer);
         }
-        let op = (self.host)(self.graph, id);
         let note = self.note(group);
-        self.plan.steps.push(Step::Host { op, inputs, outputs: outputs.clone(), note });
+        if !self.top_k(id, (&inputs, &outputs), &note)? {
+            let op = (self.host)(self.graph, id);
+            self.plan.steps.push(Step::Host { op, inputs, outputs: outputs.clone(), note });
+        }
         for (&v, buffer) in node.outputs.iter().zip(outputs) {
             let wished = self.destination(v)?;
             if wished.buffer != buffer {

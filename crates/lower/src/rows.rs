@@ -399,9 +399,11 @@ impl Geometry<'_> {
         let width = extent(shape, &canon[row_axis]);
         let (canon, row_axes) = (canon.to_vec(), row_axes.to_vec());
         let rows = Rows { dag, shape, canon, pos, rows: row_axes, width };
-        match whole {
-            true => rows.whole(&mut k),
-            false => rows.pieces(&mut k),
+        let scan = dag.nodes.iter().position(|n| matches!(n.op, DagOp::Scan(..)));
+        match (whole, scan) {
+            (true, _) => rows.whole(&mut k),
+            (false, Some(scan)) => rows.scan_in_pieces(&mut k, scan),
+            (false, None) => rows.pieces(&mut k),
         }
         (k, vec![(bm_name, bm), (bn_name, bn)])
     }
@@ -523,6 +525,37 @@ impl Rows<'_> {
             long.iter().for_each(|s| emit.store(k, s));
             self.close(k, vec![]);
         }
+    }
+
+    /// One walk over the row from its start, which carries what all pieces before come to. The only row operator is the scan,
+    /// and it does not start at the end ([`form`](crate::form) sees to that).
+    fn scan_in_pieces(&self, k: &mut KernelParts, scan: usize) {
+        let node = &self.dag.nodes[scan];
+        let DagOp::Scan(kind, exclusive, _) = node.op else { return };
+        let arg = node.args[0];
+        let dtype = self.dag.nodes[arg].dtype;
+        let (long, short): (Vec<_>, Vec<_>) =
+            self.dag.stores.iter().partition(|s| self.varies(s.node));
+        let mut around = self.emit(self.pos.clone(), BTreeMap::new());
+        short.iter().for_each(|s| around.store(k, s));
+        let row = around.reduced_shape(arg);
+        let nothing = k.b.full(identity(kind, dtype), TileType::new(dtype, row.clone()));
+        let (pos, carried) = self.open(k, &[nothing]);
+        let Some(&before) = carried.last().and_then(|c| c.first()) else { return };
+        let mut emit = self.emit(pos, BTreeMap::new());
+        let (x, axis, limit) = emit.reduce_operand(k, arg);
+        let plane = k.b.ty(x).shape.clone();
+        let piece = k.b.scan(kind, x, axis, exclusive, false);
+        let along = (0..plane.len()).filter(|a| *a != axis).collect();
+        let combine = || Func::binary(combine_op(kind), dtype);
+        let args = vec![Operand { tile: before, along }, k.b.plain(piece)];
+        let running = k.b.map(combine(), args, plane);
+        emit.memo.insert(scan, running);
+        let all = k.b.reduce(kind, x, axis, limit);
+        let args = vec![k.b.plain(before), k.b.plain(all)];
+        let next = k.b.map(combine(), args, row);
+        long.iter().for_each(|s| emit.store(k, s));
+        self.close(k, vec![next]);
     }
 
     /// First values of a reduction's carried tiles: the partial result, for positions also where.

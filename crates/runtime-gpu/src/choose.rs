@@ -6,10 +6,16 @@ use std::sync::Arc;
 use tilewright_base::{Error, Kind, Result};
 use tilewright_device::{Arch, Program};
 use tilewright_layout::Env;
-use tilewright_lower_gpu::{GpuSchedule, lower};
+use tilewright_lower_gpu::{GpuSchedule, SPLIT_PARTS, SPLIT_PIECES, lower, split_reduction};
 use tilewright_plan::{Form, KernelId, Plan};
 use tilewright_target::Gpu;
-use tilewright_tile::{Block, Kernel, Stmt, TileOp};
+use tilewright_tile::{Access, Block, Kernel, Stmt, TileOp};
+
+/// Bytes from which a reduction may be two kernels, parts that keep every multiprocessor busy, and blocks that are
+/// enough without.
+const SPLIT_BYTES: i64 = 1 << 20;
+const MANY_PARTS: i64 = 528;
+const ENOUGH_BLOCKS: i64 = 132;
 
 /// Where an operand of a launch is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,9 +110,12 @@ impl Chooser {
         let product = has_product(&planned.kernel.body);
         let all: Vec<usize> = (0..planned.kernel.params.len()).collect();
         if !product {
+            // Few results of much data.
+            choice.add("in parts", self.in_parts(&planned.kernel, &env))?;
             // Long rows that stay on the multiprocessor between the loops over them.
             let kept = self.lines(&planned.kernel, &all, &env, &GpuSchedule::lines_kept);
-            choice.ways.extend(kept.unwrap_or_default());
+            let keeps = |way: &Way| way.launches.iter().any(|l| !l.program.shelves.is_empty());
+            choice.ways.extend(kept.unwrap_or_default().into_iter().filter(keeps));
         }
         for form in &planned.forms {
             match form {
@@ -137,6 +146,78 @@ impl Chooser {
         Ok(choice)
     }
 
+    /// A reduction of more than [`SPLIT_BYTES`] whose blocks are too few for the device, as two kernels.
+    fn in_parts(&self, kernel: &Kernel, env: &Env) -> Result<Vec<Way>> {
+        let Some(split) = split_reduction(kernel) else { return Ok(vec![]) };
+        let (parts, finish) = (&bounded(&split.parts), &bounded(&split.finish));
+        let with = |parts: i64, pieces: i64| {
+            let mut sizes = env.clone();
+            sizes.insert(SPLIT_PARTS.into(), parts);
+            sizes.insert(SPLIT_PIECES.into(), pieces);
+            sizes
+        };
+        let bytes = |kernel: &Kernel, sizes: &Env, access: Access| -> i64 {
+            let used = kernel.params.iter().filter(|(_, p)| p.access == access);
+            let of = |p: &tilewright_tile::Param| {
+                let elements = p.layout.alloc_elements().eval(sizes).unwrap_or(0);
+                elements.saturating_mul(i64::from(p.dtype.bits())) / 8
+            };
+            used.map(|(_, p)| of(p)).sum()
+        };
+        if bytes(kernel, env, Access::In) < SPLIT_BYTES {
+            return Ok(vec![]);
+        }
+        let pick = |kernel: &Kernel, sizes: &Env| {
+            GpuSchedule::lines_for(kernel, self.arch, &|name| sizes.get(name).copied())
+        };
+        // Scheduled as if there were many parts: one alone is no reason for a cluster.
+        let Some(schedule) = pick(parts, &with(MANY_PARTS, 1))? else { return Ok(vec![]) };
+        let one = with(1, 1);
+        let number = |name: &str| {
+            let tile = schedule.tiles.get(name).or_else(|| one.get(name));
+            tile.copied()
+        };
+        let blocks =
+            parts.grid.iter().map(|g| g.extent.eval_with(&number)).product::<Option<i64>>();
+        let (Some(blocks), Some(all)) = (blocks, split.pieces.eval_with(&number)) else {
+            return Ok(vec![]);
+        };
+        if blocks <= 0 || blocks >= ENOUGH_BLOCKS || all < 2 {
+            return Ok(vec![]);
+        }
+        let up = |a: i64, b: i64| (a + b - 1) / b;
+        let pieces = up(all, up(MANY_PARTS, blocks));
+        let count = up(all, pieces);
+        let sizes = with(count, pieces);
+        let Some(last) = pick(finish, &sizes)? else { return Ok(vec![]) };
+        let mut way = Way::default();
+        let mut partial = Vec::new();
+        for id in &split.partial {
+            let p = &parts.params[*id];
+            let elements = p.layout.alloc_elements().eval(&sizes).unwrap_or(0).max(1);
+            let bytes = (elements as u64).saturating_mul(p.dtype.size() as u64);
+            partial.push(Source::Workspace { offset: way.workspace_bytes, bytes });
+            way.workspace_bytes += bytes.next_multiple_of(256);
+        }
+        for (kernel, schedule) in [(parts, schedule), (finish, last)] {
+            let (program, text) = (lower(kernel, &schedule)?, schedule.to_string());
+            let mut sizes = sizes.clone();
+            sizes.retain(|name, _| kernel.symbols.iter().any(|s| s.name == *name));
+            let own = kernel.params.len() - partial.len();
+            let operands = (0..own)
+                .map(|param| Source::Param { param, offset: 0 })
+                .chain(partial.iter().cloned())
+                .collect();
+            way.launches.push(Launch {
+                program: Arc::new(program),
+                sizes,
+                operands,
+                schedule: text,
+            });
+        }
+        Ok(vec![way])
+    }
+
     /// A program without products, with a schedule from `pick`.
     fn lines(
         &self,
@@ -145,13 +226,9 @@ impl Chooser {
         env: &Env,
         pick: &Picked,
     ) -> Result<Vec<Way>> {
-        let mut kernel = kernel.clone();
+        let kernel = bounded(kernel);
         let mut sizes = env.clone();
         sizes.retain(|name, _| kernel.symbols.iter().any(|s| s.name == *name));
-        // Plans bound their sizes by ranges of 64 bits; programs have 31.
-        for symbol in &mut kernel.symbols {
-            symbol.range.max = symbol.range.max.min(i64::from(i32::MAX));
-        }
         let lookup = |name: &str| sizes.get(name).copied();
         let Some(schedule) = pick(&kernel, self.arch, &lookup)? else {
             return Err(Error::unsupported("the row takes more registers than a block has"));
@@ -178,6 +255,15 @@ impl Choice {
     pub fn reason(&self) -> String {
         self.refused.join("; ")
     }
+}
+
+/// The kernel with sizes of 31 bits, as programs have them; plans bound theirs by ranges of 64 bits.
+fn bounded(kernel: &Kernel) -> Kernel {
+    let mut kernel = kernel.clone();
+    for symbol in &mut kernel.symbols {
+        symbol.range.max = symbol.range.max.min(i64::from(i32::MAX));
+    }
+    kernel
 }
 
 fn has_product(block: &Block) -> bool {

@@ -11,12 +11,13 @@ use tilewright::gpu::{GpuCompiler, GpuPlan};
 use tilewright_base::DType;
 use tilewright_data::Tensor;
 use tilewright_expr::Op as ExprOp;
-use tilewright_graph::{Graph, GraphBuilder, Op, TensorType, WindowAttrs, WindowKind};
+use tilewright_graph::{Graph, GraphBuilder, Op, ReduceKind, TensorType, WindowAttrs, WindowKind};
 use tilewright_import::hf::{LoadOptions, load_model, safetensors};
 use tilewright_interp::Mode;
 use tilewright_interp::graph::order_inputs;
 use tilewright_layout::{Dim, Env, Range};
 use tilewright_plan::{Form, Step};
+use tilewright_runtime_gpu::BoundStep;
 use tilewright_target::Gpu;
 
 /// Directories of models, in order.
@@ -74,9 +75,7 @@ fn tiny_models_in_the_device_interpreter_are_within_the_contract() {
         for precision in PRECISIONS {
             let planned = plan(&graph, precision);
             let name = format!("{name} {precision}");
-            // RoBERTa counts its positions from the tokens, which only the interpreter does.
-            let host_steps = usize::from(name.contains("roberta"));
-            holds(&name, &graph, &planned, &inputs, host_steps);
+            holds(&name, &graph, &planned, &inputs, 0);
         }
     }
 }
@@ -231,6 +230,84 @@ fn convolutions_of_few_channels_are_within_the_contract() {
             let input = numbers(&[2, weights[1], size[0] as usize, size[1] as usize], 8);
             holds(&format!("{name} {precision}"), &graph, &plan(&graph, precision), &[input], 0);
         }
+    }
+}
+
+/// Launches of every step that runs on the device, and their schedules.
+fn launches(planned: &GpuPlan, inputs: &[Tensor]) -> Vec<Vec<String>> {
+    let run = planned.interpret(inputs).unwrap_or_else(|e| panic!("{e} {:?}", e.notes()));
+    let of_step = |step: &BoundStep| match step {
+        BoundStep::Device { choice, .. } => {
+            choice.ways[0].launches.iter().map(|l| l.schedule.clone()).collect()
+        }
+        _ => vec![],
+    };
+    run.bound.steps.iter().map(of_step).collect()
+}
+
+/// Few results of much data: parts of every reduction, and one more kernel, in the order of the parts.
+#[test]
+fn reductions_of_few_results_are_two_kernels() {
+    let mut b = GraphBuilder::new("reductions");
+    let m = b.symbol("M", Range { min: 1, max: 1 << 20 });
+    let x = b.input("x", TensorType::new(DType::F32, vec![m, Dim::new(72)]));
+    let square = b.binary(ExprOp::Mul, x, x).unwrap();
+    let reduce = |kind, axes: Vec<usize>| Op::Reduce { kind, axes, keep: false };
+    let sum = b.node(reduce(ReduceKind::Sum, vec![0, 1]), &[square]).unwrap()[0];
+    let root = b.unary(ExprOp::Sqrt, sum).unwrap();
+    let most = b.node(reduce(ReduceKind::Max, vec![0]), &[x]).unwrap()[0];
+    let sums = b.node(reduce(ReduceKind::Sum, vec![0]), &[x]).unwrap()[0];
+    let spread = b.binary(ExprOp::Sub, most, sums).unwrap();
+    b.output("norm", root);
+    b.output("spread", spread);
+    let graph = b.finish();
+    let planned = plan(&graph, Precision::F32);
+    // Parts of several pieces, the last of fewer; and so little that one kernel does.
+    for (rows, two) in [(4001, true), (3, false)] {
+        let inputs = [numbers(&[rows, 72], 5)];
+        holds(&format!("{rows} rows"), &graph, &planned, &inputs, 0);
+        let reductions = launches(&planned, &inputs);
+        assert_eq!(reductions.iter().any(|l| l.len() == 2), two, "{reductions:?}");
+        assert!(!two || reductions.iter().all(|l| l.len() == 2), "{reductions:?}");
+    }
+}
+
+/// Rows that no registers hold stay in shared memory between the passes over them.
+#[test]
+fn long_rows_of_models_stay_on_the_multiprocessor() {
+    let mut b = GraphBuilder::new("long");
+    let x = b.input("x", TensorType::new(DType::F32, vec![Dim::new(2), Dim::new(40_000)]));
+    let y = b.node(Op::Softmax { axis: 1, log: false }, &[x]).unwrap()[0];
+    b.output("y", y);
+    let graph = b.finish();
+    let planned = plan(&graph, Precision::F32);
+    let inputs = [numbers(&[2, 40_000], 8)];
+    holds("a long row", &graph, &planned, &inputs, 0);
+    let schedules = launches(&planned, &inputs).concat();
+    assert!(schedules.iter().any(|s| s.contains("kept=")), "{schedules:?}");
+}
+
+/// The few largest or smallest elements of rows: ties, infinities and NaN as in the reference.
+#[test]
+fn few_largest_elements_are_found_on_the_device() {
+    let inf = f64::INFINITY;
+    for (largest, k) in [(true, 3), (false, 6)] {
+        let mut b = GraphBuilder::new("top");
+        let m = b.symbol("M", Range { min: 1, max: 64 });
+        let x = b.input("x", TensorType::new(DType::F32, vec![m, Dim::new(6)]));
+        let top = b.node(Op::TopK { axis: 1, k: Dim::new(k), largest }, &[x]).unwrap();
+        b.output("values", top[0]);
+        b.output("places", top[1]);
+        let graph = b.finish();
+        let rows = [
+            [1.0, 3.0, 3.0, -2.0, 3.0, 0.0],
+            [-inf, -inf, 5.0, -inf, inf, -inf],
+            [f64::NAN, 1.0, inf, f64::NAN, -inf, 2.0],
+            [-inf; 6],
+            [f64::NAN; 6],
+        ];
+        let x = Tensor::from_f64s(DType::F32, &[5, 6], &rows.concat()).unwrap();
+        holds("top", &graph, &plan(&graph, Precision::F32), &[x], 0);
     }
 }
 

@@ -33,11 +33,13 @@ impl Buffer {
             return Ok(Buffer { stream: stream.clone(), address: 0, len });
         }
         let gpu = stream.gpu();
+        // Kernels read whole units of 16 bytes at the ends of lines that are not aligned.
+        let taken = len.checked_next_multiple_of(16).unwrap_or(len);
         let allocate = || {
             let mut address = 0;
             // SAFETY: a place for the address; our pool and stream, and the context is current.
             let code = unsafe {
-                (gpu.0.api.mem_alloc_from_pool)(&mut address, len, gpu.0.pool, stream.0.raw)
+                (gpu.0.api.mem_alloc_from_pool)(&mut address, taken, gpu.0.pool, stream.0.raw)
             };
             (code, address)
         };

@@ -224,6 +224,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
         persistent: true,
         blocks_per_sm: 1,
         starts: tilewright_device::Starts::Aligned,
+        streams: false,
         smem,
         barriers,
         rings,

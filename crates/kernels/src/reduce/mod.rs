@@ -61,6 +61,9 @@ pub struct ReducePlan {
 /// Parts that keep every multiprocessor busy.
 const PARTS: i64 = 528;
 
+/// Strips of columns that do so without parts.
+const STRIPS: i64 = 240;
+
 fn combine(kind: ReduceKind) -> Func {
     let op = match kind {
         ReduceKind::Sum => Op::Add,
@@ -252,7 +255,11 @@ impl ReduceSpec {
         let tile = |name: &str| schedule.tiles.get(name).copied().unwrap_or(1).max(1);
         let (all, wanted) = match self.over {
             Over::All => (up(n, tile("BN")), PARTS),
-            Over::Rows => (up(need("M")?, tile("BM")), up(PARTS, up(n, tile("BN")))),
+            Over::Rows => {
+                let strips = up(n, tile("BN"));
+                let wanted = if strips >= STRIPS { 1 } else { up(PARTS, strips) };
+                (up(need("M")?, tile("BM")), wanted)
+            }
         };
         let pieces = up(all, wanted.clamp(1, all.max(1)));
         let parts_count = up(all, pieces.max(1)).max(1);

@@ -15,7 +15,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout};
-use tilewright_lower_gpu::{GpuSchedule, LinesKnobs};
+use tilewright_lower_gpu::{GpuSchedule, LinesKnobs, STREAMS_FROM};
 use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind, TileId, TileType};
 
 /// The gradient of a normalisation of the rows of `X[M, N]`, for all sizes: `DX[M, N]` from `DY[M, N]`, and the parts
@@ -259,6 +259,8 @@ impl NormBackwardSpec {
             ahead: false,
             kept: 0,
             fetched: if turns > 1 { AHEAD as u32 } else { 0 },
+            // Of the three tensors that lie as the rows, one is written.
+            streams: 3 * m.saturating_mul(n).saturating_mul(bytes) >= STREAMS_FROM,
             ..LinesKnobs::default()
         };
         let sum = ReduceSpec { result: self.dtype, ..ReduceSpec::sum(Over::Rows, DType::F32) };
