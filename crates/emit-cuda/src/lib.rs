@@ -19,6 +19,7 @@ mod memory;
 mod reduce;
 mod stmts;
 mod tensor_cores;
+mod walk;
 
 pub use fingerprint::fingerprint;
 

@@ -7,7 +7,8 @@
 use crate::lines::Access;
 use crate::memory_type;
 use crate::reduce::combination;
-use crate::stmts::{Printer, constant, visit};
+use crate::stmts::{Printer, constant};
+use crate::walk::visit;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{Extent, FragRef, LineStep, Spread, Starts, Stmt};
 use tilewright_layout::Dim;

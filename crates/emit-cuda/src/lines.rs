@@ -4,7 +4,8 @@
 //! when all are on their way; the number of accesses in flight is what memory bandwidth needs.
 
 use crate::memory_type;
-use crate::stmts::{Printer, constant, visit};
+use crate::stmts::{Printer, constant};
+use crate::walk::visit;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::sync::Arc;

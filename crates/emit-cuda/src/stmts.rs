@@ -7,6 +7,7 @@
 
 use crate::dims::Scope;
 use crate::funcs::Funcs;
+use crate::walk::{names_of_integers, stmt_names, visit};
 use crate::{Argument, memory_type};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -56,7 +57,7 @@ pub(crate) struct Printer<'a> {
 const ANY: Range = Range { min: 0, max: i32::MAX as i64 };
 
 /// A name of the program as a C++ identifier.
-fn identifier(name: &str) -> String {
+pub(crate) fn identifier(name: &str) -> String {
     let clean: String =
         name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     if clean.len() == 1 { format!("{clean}_") } else { clean }
@@ -895,109 +896,5 @@ pub(crate) fn constant(value: Value, dtype: DType) -> String {
         }
         Value::Float(v) if dtype == DType::F64 => format!("{v:e}"),
         Value::Float(v) => format!("{v:e}f"),
-    }
-}
-
-/// Calls `f` on every step, nested ones included.
-pub(crate) fn visit(stmts: &[Stmt], f: &mut dyn FnMut(&Stmt)) {
-    for stmt in stmts {
-        f(stmt);
-        match stmt {
-            Stmt::For { body, .. } | Stmt::Unroll { body, .. } | Stmt::Once(body) => visit(body, f),
-            Stmt::If { then, otherwise, .. } => {
-                visit(then, f);
-                visit(otherwise, f);
-            }
-            _ => {}
-        }
-    }
-}
-
-/// Identifiers that sizes, loops, roles' indices, buffers and barriers have.
-fn names_of_integers(program: &Program) -> BTreeSet<String> {
-    let mut names: BTreeSet<String> = program.symbols.iter().map(|s| s.name.to_string()).collect();
-    names.extend([CTA, CLUSTER, CLUSTERS].map(str::to_owned));
-    names.extend(program.roles.iter().map(|r| identifier(&r.instance)));
-    names.extend(program.smem.iter().map(|(_, s)| identifier(&s.name)));
-    names.extend(program.barriers.iter().map(|(_, b)| identifier(&b.name)));
-    let bodies = program.roles.iter().map(|r| &r.body);
-    for body in bodies.chain([&program.setup, &program.teardown]) {
-        visit(body, &mut |stmt| match stmt {
-            Stmt::Let { name, .. } => drop(names.insert(identifier(name))),
-            Stmt::For { var, .. } | Stmt::Unroll { var, .. } => drop(names.insert(identifier(var))),
-            _ => {}
-        });
-    }
-    names
-}
-
-/// Rings and fragments that one step names.
-fn stmt_names(
-    stmt: &Stmt,
-    rings: &mut BTreeSet<tilewright_device::RingId>,
-    frags: &mut BTreeSet<FragId>,
-) {
-    let mut slot = |s: &Slot| {
-        if let Slot::Ring(r) | Slot::Before(r) = s {
-            rings.insert(*r);
-        }
-    };
-    match stmt {
-        Stmt::Wait { barrier, phase } => {
-            slot(&barrier.slot);
-            if let Phase::Of(r) | Phase::Before(r) = phase {
-                rings.insert(*r);
-            }
-        }
-        Stmt::Arrive { barrier, .. } | Stmt::ExpectBytes { barrier, .. } => slot(&barrier.slot),
-        Stmt::Advance { ring, .. } => {
-            rings.insert(*ring);
-        }
-        Stmt::TmaLoad { to, barrier, .. } => {
-            slot(&to.slot);
-            slot(&barrier.slot);
-        }
-        Stmt::TmaStore { from, .. } => slot(&from.slot),
-        Stmt::CopyIn { to, .. } => slot(&to.slot),
-        Stmt::Wgmma { acc, a, b, .. } => {
-            frags.insert(acc.frag);
-            slot(&b.slot);
-            match a {
-                tilewright_device::WgmmaA::Smem(a) => slot(&a.slot),
-                tilewright_device::WgmmaA::Frag(a) => {
-                    frags.insert(a.frag);
-                }
-            }
-        }
-        Stmt::Mma { acc, a, b } => {
-            frags.insert(acc.frag);
-            slot(&a.slot);
-            slot(&b.slot);
-        }
-        Stmt::Fill { dst, .. } | Stmt::Iota { dst, .. } | Stmt::Load { dst, .. } => {
-            frags.insert(dst.frag);
-        }
-        Stmt::Map { dst, args, .. } => {
-            frags.insert(dst.frag);
-            frags.extend(args.iter().map(|a| a.frag));
-        }
-        Stmt::Reduce { dst, src, .. } => {
-            frags.extend([dst.frag, src.frag]);
-        }
-        Stmt::Store { src, .. } => {
-            frags.insert(src.frag);
-        }
-        Stmt::ToSmem { to, src } => {
-            slot(&to.slot);
-            frags.insert(src.frag);
-        }
-        Stmt::FromSmem { dst, from } => {
-            slot(&from.slot);
-            frags.insert(dst.frag);
-        }
-        Stmt::Line(step) => {
-            frags.extend(step.reads().into_iter().chain(step.writes()).map(|f| f.frag));
-        }
-        _ => {}
     }
 }

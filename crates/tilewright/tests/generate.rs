@@ -108,7 +108,7 @@ fn a_long_prompt_at_once_gives_what_chunks_give() {
         g.decoding().logits().unwrap().to_f64s()
     };
     whole.decoding().start(None, &[]).unwrap();
-    whole.decoding().prompt(&[prompt.clone()]).unwrap();
+    whole.decoding().prompt(std::slice::from_ref(&prompt)).unwrap();
     assert_eq!(whole.decoding().position(), 66);
     // Short prompts go in chunks of eight.
     let mut single = plan.interpreted().unwrap();

@@ -224,7 +224,7 @@ pub(crate) fn in_parallel<J: Send>(
     std::thread::scope(|scope| {
         for _ in 1..threads {
             // Without another thread the calling one does it all.
-            let _ = std::thread::Builder::new().spawn_scoped(scope, &run);
+            let _ = std::thread::Builder::new().spawn_scoped(scope, run);
         }
         run();
     });

@@ -31,6 +31,7 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/torch-ops/src/written.rs", "launches of written kernels on the memory of PyTorch's tensors, which were checked"),
     ("crates/torch-ops/src/host.rs",   "the memory of PyTorch's tensors as slices, after checks; wider vectors where they are found"),
     ("crates/runtime-gpu/src/decode/device.rs", "launches over its own weights and state"),
+    ("crates/runtime-gpu/src/decode/prompt.rs", "launches over the decoder's weights and cache"),
     ("crates/runtime-gpu/examples/decode_forms.rs", "launches over its own memory, to time them"),
     ("crates/bench-gpu/src/bin/launch.rs", "launches of empty kernels, to time the call"),
     ("crates/bench-gpu/src/attention.rs", "launches of attention on tensors that it owns"),

@@ -131,7 +131,8 @@ fn cases() -> Vec<Case> {
     let many = [("M", 9), ("N", 320), ("ldx", 320), ("ldy", 320)];
     let wide = LinesKnobs { vector: 2, lanes: 32, ..ahead };
     rows("items ahead", softmax.program("rows", true), wide, true, &many);
-    let gradient = NormBackwardSpec { op: RowOp::RmsNorm { eps: 1e-6 }, dtype: DType::F32 };
+    let gradient =
+        NormBackwardSpec { op: RowOp::RmsNorm { eps: 1e-6 }, dtype: DType::F32, added: false };
     let gradient = gradient.program("rows").unwrap();
     let turns = [("M", 9), ("N", 100), ("ld", 100), ("P", 2), ("C", 5)];
     rows("turns ahead", gradient, ahead, false, &turns);
