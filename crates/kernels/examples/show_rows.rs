@@ -107,8 +107,9 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
                 true => RowOp::LayerNorm { eps: 1e-5 },
                 false => RowOp::RmsNorm { eps: 1e-6 },
             };
-            let plan =
-                NormBackwardSpec { op, dtype }.plan(arch, &size).map_err(|e| e.to_string())?;
+            let plan = NormBackwardSpec { op, dtype, added: false }
+                .plan(arch, &size)
+                .map_err(|e| e.to_string())?;
             sizes.insert("P".into(), plan.parts_count);
             sizes.insert("C".into(), plan.turns);
             Ok([vec![plan.parts], plan.finish].concat())
