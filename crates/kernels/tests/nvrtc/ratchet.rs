@@ -49,7 +49,9 @@ pub(crate) fn schedule_of(program: &Program, schedule: &GpuSchedule) -> String {
     // The rest is about products.
     let kept = text.split(' ').filter(|word| {
         let name = word.split_once('=').map_or("", |w| w.0);
-        schedule.tiles.contains_key(name) || ["lines", "blocks"].contains(&name)
+        schedule.tiles.contains_key(name)
+            || ["lines", "blocks"].contains(&name)
+            || *word == "streams"
     });
     kept.collect::<Vec<_>>().join(" ")
 }
