@@ -2,6 +2,7 @@
 """Decoding step by step on a GPU beside PyTorch: Llama sizes of 1B and 8B, bf16, random weights, batch 1.
 
     python gpu/decode.py --tw bin/tw [--models 1b,8b] [--position 512] [--max-length 1024] [--out record.json]
+    python gpu/decode.py --tw bin/tw --check-prompts
 
 PyTorch's step is written by hand and captured in a CUDA graph (no host in the loop, as ours): `eager` calls its operators,
 `compiled` has each layer and the head through torch.compile. Keys and values are in a static cache; attention reads
@@ -125,6 +126,32 @@ def peer(size, position, max_length, compiled):
             "memory_bytes": torch.cuda.max_memory_allocated(), "torch": torch.__version__}
 
 
+def check_prompts(tw, prompts=8):
+    """A prompt of 70 tokens goes through matrix products at once, one of 60 through the step's kernels in chunks: continued
+    greedily, both have to come to the same tokens. Near ties may be decided by rounding, so one prompt in four may part."""
+    small = dict(config("1b"), hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+                 num_key_value_heads=2, vocab_size=500, max_position_embeddings=512)
+    same = 0
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(small))
+
+        def generate(tokens, count):
+            done = subprocess.run([tw, "--json", "generate", folder, "--device", "cuda", "--random-weights", "1", "--ignore-eos", "--tokens",
+                                   ",".join(map(str, tokens)), "--max-tokens", str(count)], capture_output=True, text=True)
+            if done.returncode != 0:
+                sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
+            return json.loads(done.stdout)["tokens"][0]
+
+        for p in range(prompts):
+            prompt = [(i * (37 + 2 * p) + p) % 499 + 1 for i in range(60)]
+            in_chunks = generate(prompt, 20)
+            at_once = generate(prompt + in_chunks[:10], 10)
+            same += at_once == in_chunks[10:]
+            print(f"prompt {p}: in chunks {in_chunks[10:]}, at once {at_once}", flush=True)
+    print(f"{same} of {prompts} prompts continue alike")
+    sys.exit(same * 4 < prompts * 3)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tw", default="bin/tw")
@@ -134,7 +161,10 @@ def main():
     p.add_argument("--kinds", default="ours,eager,compiled")
     p.add_argument("--out")
     p.add_argument("--peer", help=argparse.SUPPRESS)
+    p.add_argument("--check-prompts", action="store_true", help="only compare long prompts with chunks of them")
     a = p.parse_args()
+    if a.check_prompts:
+        check_prompts(a.tw)
     if a.peer:
         size, kind = a.peer.split(":")
         print(json.dumps(peer(size, a.position, a.max_length, kind == "compiled")))

@@ -84,6 +84,7 @@ found = subprocess.run(["bin/tw", "--json", "generate", folder, "--device", "cud
 sys.exit(json.loads(found)["tokens"][0] != known["tokens"][0])
 PY
   done
+  python3 gpu/decode.py --tw bin/tw --check-prompts || bad=1
   return $bad
 }
 # The first choices of a model's first kernels do not compile: the next ones run, the results are right, and it is said.
