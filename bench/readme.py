@@ -198,6 +198,7 @@ GPU_MODELS = {
     "llama": "Llama 1B, prefill, no head",
     "resnet50": "ResNet-50",
     "mobilenetv3": "MobileNetV3-Large",
+    "efficientnet": "EfficientNet-B0",
 }
 MODES = {"eager": "eager", "compile": "compiled", "graphs": "`reduce-overhead`", "autotune": "`max-autotune`"}
 
