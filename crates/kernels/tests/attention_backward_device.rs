@@ -116,7 +116,10 @@ fn reference(p: &Problem) -> Reference {
                         r.o[qi + c] += w * r.v[kj(j as i64) + c];
                     }
                 }
-                let delta = dot(&r.o[qi..qi + d], &r.u[qi..qi + d]);
+                // The result is given, rounded.
+                let given: Vec<f64> =
+                    r.o[qi..qi + d].iter().map(|x| rounded(p.dtype, *x)).collect();
+                let delta = dot(&given, &r.u[qi..qi + d]);
                 for (j, w) in w.iter().enumerate() {
                     let kj = kj(j as i64);
                     let ds = w * (dot(&r.u[qi..qi + d], &r.v[kj..kj + d]) - delta) * p.scale;
@@ -130,6 +133,10 @@ fn reference(p: &Problem) -> Reference {
         }
     }
     r
+}
+
+fn rounded(dtype: DType, x: f64) -> f64 {
+    tilewright_data::read_f64(dtype, &bytes(dtype, &[x]), 0)
 }
 
 fn bytes(dtype: DType, values: &[f64]) -> Vec<u8> {
