@@ -80,6 +80,12 @@ def sdpa(q, k, v, causal=False):
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
+def after_a_cache(q, k, v):
+    s, t = q.shape[2], k.shape[1]
+    seen = torch.ones(s, t, dtype=torch.bool, device=DEVICE).tril(t - s)
+    return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, enable_gqa=True)
+
+
 # Name, function, the same in PyTorch, tensors of a type; those after the number of differentiable ones are tables.
 def others(d):
     angles = made(2, 33, 64, seed=5)
@@ -105,6 +111,18 @@ def others(d):
             lambda q, k, v: ops.attention(q, k, v, causal=True),
             lambda q, k, v: sdpa(q, k, v, True),
             (made(2, 4, 100, 64, dtype=d), made(2, 2, 100, 64, dtype=d, seed=1), made(2, 2, 100, 64, dtype=d, seed=2)),
+            (),
+        ),
+        "attention, causal after a cache, rows before heads": (
+            lambda q, k, v: ops.attention(q, k.transpose(1, 2), v.transpose(1, 2), causal=True),
+            after_a_cache,
+            (made(2, 6, 77, 128, dtype=d), made(2, 200, 2, 128, dtype=d, seed=1), made(2, 200, 2, 128, dtype=d, seed=2)),
+            (),
+        ),
+        "attention, depth 48": (
+            ops.attention,
+            sdpa,
+            (made(1, 4, 130, 48, dtype=d), made(1, 2, 65, 48, dtype=d, seed=1), made(1, 2, 65, 48, dtype=d, seed=2)),
             (),
         ),
     }
@@ -206,6 +224,23 @@ def values(report, shapes, dtypes):
                     return f"{worst:.1e}"
 
                 report.case(f"{name} {m}x{n} {str(dtype)[6:]}", run)
+
+
+def attention_repeats(report):
+    """Gradients of attention are the same bits each time."""
+
+    def run():
+        q, k, v = (made(2, n, 700, 128, dtype=torch.bfloat16, seed=n).requires_grad_() for n in (8, 4, 2))
+        v = v.repeat_interleave(2, 1)
+        y = ops.attention(q, k, v, causal=True)
+        down = made(*y.shape, dtype=torch.bfloat16, seed=7)
+        first = torch.autograd.grad(y, (q, k, v), down, retain_graph=True)
+        for _ in range(20):
+            for a, b in zip(first, torch.autograd.grad(y, (q, k, v), down, retain_graph=True)):
+                assert torch.equal(a, b)
+        return "20 times"
+
+    report.case("gradient of attention repeats", run)
 
 
 def other_values(report):
@@ -428,6 +463,10 @@ def losses_and_attention(report, out, deadline):
         4 * 4 * 16 * 4096 * 4096 * 128,
         "TFLOPS",
     )
+    for causal in (False, True):
+        gradients = attention_gradients(*q, made(4, 16, 4096, 128, dtype=d, seed=3), causal)
+        work = 10 * 4 * 16 * 4096 * 4096 * 128 // (2 if causal else 1)
+        race(f"gradient of attention{', causal,' if causal else ''} 4x16x4096x128 bf16", gradients, q, work, "TFLOPS")
     x, w, b = made(4096, 4096, dtype=d), made(4096, 4096, dtype=d, seed=1), made(4096, dtype=d, seed=2)
     race(
         "linear with gelu 4096^3 bf16",
@@ -436,6 +475,19 @@ def losses_and_attention(report, out, deadline):
         2 * 4096**3,
         "TFLOPS",
     )
+
+
+def attention_gradients(q, k, v, down, causal):
+    """Ways to the gradients of attention, from what their forward kernels keep."""
+    aten, scale = torch.ops.aten, q.shape[-1] ** -0.5
+    y, lse = torch.ops.tilewright.attention_lse.inference(q, k, v, scale, causal)
+    o, l, cq, ck, most_q, most_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return {
+        "ours": lambda q, k, v: torch.ops.tilewright.attention_backward(down, q, k, v, y, lse, scale, causal),
+        "eager": lambda q, k, v: aten._scaled_dot_product_flash_attention_backward(
+            down, q, k, v, o, l, cq, ck, most_q, most_k, 0.0, causal, seed, offset, scale=scale
+        ),
+    }
 
 
 def graph_of(f, tensors, copies):
@@ -559,6 +611,7 @@ def main():
         values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16])
         values(report, [(130, 4096)], [torch.float16])
         other_values(report)
+        attention_repeats(report)
         checks(report)
     else:
         host_time(report, out)

@@ -591,7 +591,7 @@ pub enum Stmt {
     /// Orders this instance's earlier register accesses before later `wgmma`.
     WgmmaFence,
     /// `acc += a * b` over the tile's whole depth, asynchronously. `a` is `[rows, k]`, `b` is
-    /// `[k, cols]` in logical terms: a `SmemTile` of B has `k` rows.
+    /// `[k, cols]` in logical terms: a `SmemTile` of B has `k` rows unless it is `turned`.
     Wgmma {
         /// Accumulators.
         acc: FragRef,
@@ -599,6 +599,8 @@ pub enum Stmt {
         a: WgmmaA,
         /// Right operand.
         b: SmemTile,
+        /// The tile of `b` is `[cols, k]`: the product takes its transpose.
+        turned: bool,
         /// Starts from zero when this holds; `None` always adds.
         zero_if: Option<Cond>,
     },

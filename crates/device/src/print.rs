@@ -432,13 +432,14 @@ impl Printer<'_> {
             Stmt::CopyCommit => "copy commit".to_string(),
             Stmt::CopyWait { pending } => format!("copy wait {pending}"),
             Stmt::WgmmaFence => "wgmma fence".to_string(),
-            Stmt::Wgmma { acc, a, b, zero_if } => {
+            Stmt::Wgmma { acc, a, b, turned, zero_if } => {
                 let a = match a {
                     WgmmaA::Smem(tile) => Self::tile(p, tile),
                     WgmmaA::Frag(frag) => Self::frag(p, frag),
                 };
                 let zero = zero_if.as_ref().map_or(String::new(), |c| format!(" zero if {c}"));
-                format!("wgmma {} += {a} * {}{zero}", Self::frag(p, acc), Self::tile(p, b))
+                let turned = if *turned { " turned" } else { "" };
+                format!("wgmma {} += {a} * {}{turned}{zero}", Self::frag(p, acc), Self::tile(p, b))
             }
             Stmt::WgmmaCommit => "wgmma commit".to_string(),
             Stmt::WgmmaWait { pending } => format!("wgmma wait {pending}"),

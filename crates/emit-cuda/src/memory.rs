@@ -282,14 +282,19 @@ impl Printer<'_> {
         let slot = self.slot_address(from);
         let size = smem.dtype.bits() / 8;
         let ty = memory_type(smem.dtype);
-        let (line, along) = if smem.contiguous == 1 {
-            (format!("{row} + {spread}::row(i)"), format!("{col} + {spread}::col(i)"))
-        } else {
-            (format!("{col} + {spread}::col(i)"), format!("{row} + {spread}::row(i)"))
+        let (r, c) = match frag.extent {
+            Extent::Tile => {
+                (format!("{row} + {spread}::row(i)"), format!("{col} + {spread}::col(i)"))
+            }
+            Extent::PerRow => (format!("{row} + {spread}::row_of(i)"), col),
+            Extent::PerCol => (row, format!("{col} + {spread}::col_of(i)")),
         };
-        let run = if smem.contiguous == 1 { neighbours(&frag, smem.dtype) } else { 1 };
+        let (line, along) = if smem.contiguous == 1 { (r, c) } else { (c, r) };
+        let along_columns = smem.contiguous == 1 && frag.extent != Extent::PerRow;
+        let run = if along_columns { neighbours(&frag, smem.dtype) } else { 1 };
+        let count = Self::count(&frag, self.cols(dst));
         self.line("#pragma unroll");
-        self.line(&format!("for (int i = 0; i < {spread}::TILE; i += {run}) {{"));
+        self.line(&format!("for (int i = 0; i < {count}; i += {run}) {{"));
         self.line(&format!(
             "  const tw::Run<{ty}, {run}> run = tw::smem_load_run<{ty}, {run}>(tw::smem_at<{size}, {span}, {lines}>({slot}, {line}, {along}));"
         ));

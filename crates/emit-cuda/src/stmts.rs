@@ -786,14 +786,14 @@ impl<'a> Printer<'a> {
                 self.touch_accumulators();
                 self.line("tw::wgmma_fence();");
             }
-            Stmt::Wgmma { acc, a, b, zero_if } => {
+            Stmt::Wgmma { acc, a, b, turned, zero_if } => {
                 self.group.insert(acc.frag);
                 if let tilewright_device::WgmmaA::Frag(a) = a
                     && self.packed.contains(&a.frag)
                 {
                     self.group.insert(a.frag);
                 }
-                self.wgmma(acc, a, b, zero_if.as_ref())?;
+                self.wgmma(acc, a, b, *turned, zero_if.as_ref())?;
             }
             Stmt::WgmmaCommit => {
                 self.line("tw::wgmma_commit();");

@@ -100,6 +100,7 @@ impl Printer<'_> {
         acc: &FragRef,
         a: &WgmmaA,
         b: &SmemTile,
+        turned: bool,
         zero_if: Option<&Cond>,
     ) -> Result<()> {
         let frag = self.program.frags[acc.frag].clone();
@@ -115,7 +116,8 @@ impl Printer<'_> {
         let n = acc.cols.unwrap_or(frag.cols);
         let registers = n / 2;
         let span_b = b_smem.swizzle.span_bytes();
-        let b_transposed = u32::from(b_smem.contiguous != 0);
+        let b_depth_axis = usize::from(turned);
+        let b_transposed = u32::from(b_smem.contiguous != b_depth_axis);
         let (accumulator, bind) =
             if frag.dtype == DType::F32 { ("float", "TW_F") } else { ("int", "TW_I") };
         let integer = frag.dtype == DType::I32;
@@ -130,8 +132,8 @@ impl Printer<'_> {
             let start = format!("{} + {acc_col} / 2", block * frag.cols / 2);
             format!("*reinterpret_cast<{accumulator}(*)[{registers}]>(&{acc_name}[{start}])")
         };
-        let walk_b = self.walk(b, 0, k);
-        let steps = b.rows / k;
+        let walk_b = self.walk(b, b_depth_axis, k);
+        let steps = if turned { b.cols } else { b.rows } / k;
         match a {
             WgmmaA::Smem(a) => {
                 let a_smem = self.program.smem[a.smem].clone();

@@ -75,6 +75,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         spread,
         first_column: BTreeMap::new(),
         streamed: None,
+        riders: Vec::new(),
     };
     let ways: Vec<Way> =
         pipeline.streams.iter().map(|stream| way(&mut b, stream)).collect::<Result<_>>()?;

@@ -58,6 +58,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         spread,
         first_column: BTreeMap::new(),
         streamed: None,
+        riders: Vec::new(),
     };
     let chain = chain(&mut b, before, body, schedule.product)?;
     let turns = Turns::new(&mut b, &chain)?;
@@ -241,7 +242,7 @@ impl<'a> Turns<'a> {
             operand(&chain.streams[stream], self.buffers[stream], ring)
         };
         for step in &chain.steps {
-            let Step::Product { result, acc, a, b: right } = step else {
+            let Step::Product { result, acc, a, b: right, .. } = step else {
                 out.extend(step_stmts(b, defs, chain, step, form)?);
                 continue;
             };

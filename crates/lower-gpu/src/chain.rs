@@ -17,13 +17,13 @@
 use crate::hopper::{Builder, main_loop};
 use crate::schedule::ProductKind;
 use crate::streams::{
-    Defs, Stream, check_limit, definitions, extents, load_view, stream, tf32_round,
+    Defs, LoadView, Stream, check_limit, definitions, extents, load_view, stream, tf32_round,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{Extent, FragId};
 use tilewright_expr::{Func, FuncBuilder, Node, Op, Value};
-use tilewright_layout::{Dim, linear_in, mentions};
+use tilewright_layout::{Atom, Dim, atom_dim, linear_in, mentions};
 use tilewright_tile::{For, Kernel, Operand, ReduceKind, Stmt, TileId, TileOp};
 
 /// Left operand of a product.
@@ -38,8 +38,8 @@ pub(crate) enum Left {
 /// One step on register tiles.
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
-    /// `result = acc + a * b`; from zero without `acc`.
-    Product { result: TileId, acc: Option<TileId>, a: Left, b: usize },
+    /// `result = acc + a * b`, or the transpose of the stream's tile where `turned`; from zero without `acc`.
+    Product { result: TileId, acc: Option<TileId>, a: Left, b: usize, turned: bool },
     /// Elementwise; `early` is what is left of it on the turns before the cut.
     Map { result: TileId, func: Func, args: Vec<Operand>, early: Option<(Func, Vec<Operand>)> },
     /// Along columns.
@@ -47,7 +47,7 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    fn result(&self) -> TileId {
+    pub(crate) fn result(&self) -> TileId {
         match self {
             Step::Product { result, .. }
             | Step::Map { result, .. }
@@ -55,7 +55,7 @@ impl Step {
         }
     }
 
-    fn uses(&self) -> Vec<TileId> {
+    pub(crate) fn uses(&self) -> Vec<TileId> {
         match self {
             Step::Product { acc, a, .. } => {
                 let left = match a {
@@ -83,6 +83,9 @@ pub(crate) struct Chain {
     pub(crate) late: Vec<Step>,
     /// The product that runs one turn late.
     pub(crate) deferred: Option<Step>,
+    /// Products run in the order of the program, each waited for where its result is used: loops with several
+    /// products whose left operands are made in registers, or that read a tile and its transpose.
+    pub(crate) in_order: bool,
     /// On turns below this the `early` forms of maps hold.
     pub(crate) cut: Option<Dim>,
     /// Where register tiles are.
@@ -139,7 +142,9 @@ pub(crate) fn chain(
         };
         match op {
             TileOp::Mma { acc, a, b: right, limit } => {
-                let mut operand = |tile: TileId, depth_axis: usize| -> Result<Option<usize>> {
+                let mut operand = |tile: TileId,
+                                   depth_axis: usize|
+                 -> Result<Option<(usize, bool)>> {
                     let (loaded, rounded) = match defs.get(&tile) {
                         Some(TileOp::Map { func, args }) if *func == tf32 => (args[0].tile, true),
                         _ => (tile, false),
@@ -147,7 +152,17 @@ pub(crate) fn chain(
                     let Some(view) = load_view(kernel, &defs, loaded) else { return Ok(None) };
                     check_limit(kernel, &view, view.axes[depth_axis], limit.as_ref())?;
                     if let Some(i) = streams.iter().position(|s| s.view == view) {
-                        return Ok(Some(i));
+                        return Ok(Some((i, false)));
+                    }
+                    // The tensor cores read tiles of 16 bits either way.
+                    let other = LoadView {
+                        axes: view.axes.iter().rev().copied().collect(),
+                        ..view.clone()
+                    };
+                    let bits = kernel.params[view.param].dtype.bits();
+                    let both = product == ProductKind::Wgmma && bits == 16 && depth_axis == 0;
+                    if let Some(i) = streams.iter().position(|s| both && s.view == other) {
+                        return Ok(Some((i, true)));
                     }
                     let shape = extents(kernel, loaded)?;
                     let once = outer.contains_key(&view.load);
@@ -155,13 +170,13 @@ pub(crate) fn chain(
                     let s = stream(kernel, view, sizes, depth_axis, rounded, product)?;
                     streams.push(s);
                     invariant.push(once);
-                    Ok(Some(streams.len() - 1))
+                    Ok(Some((streams.len() - 1, false)))
                 };
-                let Some(right) = operand(*right, 0)? else {
+                let Some((right, turned)) = operand(*right, 0)? else {
                     return Err(Error::unsupported("a right operand that is not a plain load"));
                 };
                 let a = match operand(*a, 1)? {
-                    Some(stream) => Left::Stream(stream),
+                    Some((stream, _)) => Left::Stream(stream),
                     None if limit.is_some() => {
                         return Err(Error::unsupported(
                             "a product of register tiles that stops before its operands",
@@ -183,7 +198,7 @@ pub(crate) fn chain(
                         ));
                     }
                 };
-                steps.push(Step::Product { result: *id, acc, a, b: right });
+                steps.push(Step::Product { result: *id, acc, a, b: right, turned });
                 in_registers.insert(*id);
             }
             TileOp::Map { func, args } if args.iter().any(|a| in_registers.contains(&a.tile)) => {
@@ -211,13 +226,21 @@ pub(crate) fn chain(
         return Err(Error::unsupported("a loop without products"));
     }
     let cut = cut(kernel, &defs, body, &mut steps)?;
-    let (steps, late, deferred) = defer(kernel, body, steps, product);
+    let made = |s: &Step| matches!(s, Step::Product { a: Left::Registers(_), .. });
+    let both_ways = |s: &Step| matches!(s, Step::Product { turned: true, .. });
+    let in_order = product == ProductKind::Wgmma
+        && (steps.iter().any(both_ways) || steps.iter().filter(|s| made(s)).count() > 1);
+    let (steps, late, deferred) = match in_order {
+        true => (steps, Vec::new(), None),
+        false => defer(kernel, body, steps, product),
+    };
     let mut out = Chain {
         streams,
         invariant,
         steps,
         late,
         deferred,
+        in_order,
         cut,
         frags: BTreeMap::new(),
         carried: Vec::new(),
@@ -255,7 +278,7 @@ fn defer(
     let Some(at) = last.filter(|at| *at > 0 && product == ProductKind::Wgmma) else {
         return (steps, Vec::new(), None);
     };
-    let Step::Product { result, acc: Some(acc), a: Left::Registers(a), b } = &steps[at] else {
+    let Step::Product { result, acc: Some(acc), a: Left::Registers(a), b, .. } = &steps[at] else {
         return (steps, Vec::new(), None);
     };
     // Its results are the loop's, its left operand is its own, its right operand nobody else's.
@@ -395,6 +418,42 @@ fn counts(kernel: &Kernel, defs: &Defs<'_>, tile: TileId) -> Option<(Dim, i64)> 
     }
 }
 
+/// `position` as `factor * t + rest` for a number `factor`, where `t` is the loop variable or its quotient by `each`.
+fn linear(position: &Dim, var: &str) -> Option<(i64, Dim, Dim)> {
+    if let Some((factor, rest)) = linear_in(position, var) {
+        return Some((factor.as_const()?, rest, Dim::new(1)));
+    }
+    // The one quotient that the loop variable appears in.
+    let mut each: Option<Dim> = None;
+    for (product, _) in position.terms() {
+        for atom in product {
+            if let Atom::FloorDiv(x, by) = atom
+                && x.as_symbol().is_some_and(|s| &**s == var)
+                && !mentions(by, var)
+            {
+                each = Some((**by).clone());
+            }
+        }
+    }
+    let each = each?;
+    let quotient = Dim::sym(var).floor_div(&each);
+    let name = "quotient of the loop variable";
+    let mut replaced = Dim::new(0);
+    for (product, count) in position.terms() {
+        let mut term = Dim::new(*count);
+        for atom in product {
+            let factor = atom_dim(atom);
+            term = term * &if factor == quotient { Dim::sym(name) } else { factor };
+        }
+        replaced = replaced + &term;
+    }
+    if mentions(&replaced, var) {
+        return None;
+    }
+    let (factor, rest) = linear_in(&replaced, name)?;
+    Some((factor.as_const()?, rest, each))
+}
+
 /// Finds comparisons of positions that hold for no element on early turns, and the first turn on which one
 /// may hold.
 fn cut(kernel: &Kernel, defs: &Defs<'_>, body: &For, steps: &mut [Step]) -> Result<Option<Dim>> {
@@ -419,14 +478,22 @@ fn cut(kernel: &Kernel, defs: &Defs<'_>, body: &For, steps: &mut [Step]) -> Resu
             let (Some((start, n)), Some((least, _))) = (position(large), position(small)) else {
                 continue;
             };
-            let Some((factor, rest)) = linear_in(&start, &body.var) else { continue };
-            let factor = factor.as_const().unwrap_or(0);
-            if factor <= 0 || mentions(&least, &body.var) {
-                continue;
-            }
-            // Never while factor * t + rest + n - 1 <= least, or < least.
-            let room = least - &rest - &Dim::new(n - 1 + i64::from(!strict));
-            let turns = (room + &Dim::new(factor)).floor_div(&Dim::new(factor));
+            let last = n - 1 + i64::from(!strict);
+            let rising = linear(&start, &body.var).filter(|_| !mentions(&least, &body.var));
+            let falling = linear(&least, &body.var).filter(|_| !mentions(&start, &body.var));
+            let turns = match (rising, falling) {
+                // Never while factor * t + rest + n - 1 <= least, or < least.
+                (Some((factor, rest, each)), _) if factor > 0 => {
+                    let room = least - &rest - &Dim::new(last);
+                    (room + &Dim::new(factor)).floor_div(&Dim::new(factor)) * &each
+                }
+                // Never while start + n - 1 <= factor * t + rest, or <, and the factor is negative.
+                (_, Some((factor, rest, each))) if factor < 0 => {
+                    let room = rest - &start - &Dim::new(last);
+                    (room + &Dim::new(-factor)).floor_div(&Dim::new(-factor)) * &each
+                }
+                _ => continue,
+            };
             first = Some(match first {
                 Some(f) => f.min_with(&turns),
                 None => turns,

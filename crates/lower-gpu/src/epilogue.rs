@@ -695,6 +695,11 @@ impl<'b, 'k> Evaluator<'b, 'k> {
         }
     }
 
+    /// Where a vector lies that came with a stream's tile.
+    fn rider(&self, tile: TileId) -> Option<&SmemTile> {
+        self.b.riders.iter().find(|(t, _)| *t == tile).map(|(_, place)| place)
+    }
+
     fn definition(&self, tile: TileId) -> Result<TileOp> {
         match self.defs.get(&tile) {
             Some(op) => Ok((*op).clone()),
@@ -738,6 +743,12 @@ impl<'b, 'k> Evaluator<'b, 'k> {
         let name = if extent == Extent::PerRow { "r" } else { "c" };
         let frag = whole(self.b.frag(name, self.dtype(tile), self.chunk, extent));
         match self.definition(tile)? {
+            TileOp::Load { .. } if extent == Extent::PerCol && self.rider(tile).is_some() => {
+                let place = self.rider(tile).cloned();
+                let part = |p: SmemTile| SmemTile { col: offset.clone(), cols: self.chunk, ..p };
+                let from = place.map(part).ok_or_else(|| Error::bug("a rider without a place"))?;
+                self.push(extent, Stmt::FromSmem { dst: frag.clone(), from });
+            }
             TileOp::Load { param, index, steps, fill } => {
                 if steps.iter().any(|s| *s != 1) {
                     return Err(Error::unsupported("a strided load after the products"));

@@ -43,6 +43,8 @@ pub(crate) struct Builder<'a> {
     pub(crate) first_column: BTreeMap<TileId, u32>,
     /// A tile of the epilogue that the copy engine brings.
     pub(crate) streamed: Option<epilogue::Streamed>,
+    /// Vectors along the columns that come with the tiles of a stream, and where they lie.
+    pub(crate) riders: Vec<(TileId, SmemTile)>,
 }
 
 impl Builder<'_> {
@@ -137,6 +139,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         spread: Spread::Wgmma,
         first_column: BTreeMap::new(),
         streamed: None,
+        riders: Vec::new(),
     };
     // Shared memory and tensor maps of the streams.
     let cluster_symbol = cluster_symbol(kernel, schedule);
@@ -689,6 +692,7 @@ fn multiply(
                 rows: depth,
                 cols: pipeline.streams[bb].cols * operands,
             },
+            turned: false,
             zero_if,
         }
     };

@@ -13,6 +13,7 @@
 use crate::chain::{Chain, Left, Step, chain};
 use crate::epilogue::{self, Evaluator, whole};
 use crate::hopper::{Builder, CONSUMER, Stage, TURN_BARRIER, loads, main_loop, over_items, stage};
+use crate::in_order;
 use crate::raster::raster;
 use crate::schedule::{GpuSchedule, Mode, StoreKind};
 use crate::streams::{Defs, definitions, extents};
@@ -26,12 +27,19 @@ use tilewright_layout::Dim;
 use tilewright_tile::{Compare, For, Kernel, Operand, TileId, TileOp};
 
 /// A stream's ring and its barriers.
-struct Feed {
-    stage: Stage,
-    ring: RingId,
+pub(crate) struct Feed {
+    pub(crate) stage: Stage,
+    pub(crate) ring: RingId,
     full: BarrierId,
-    empty: BarrierId,
-    bytes: u32,
+    pub(crate) empty: BarrierId,
+    pub(crate) bytes: u32,
+}
+
+impl Feed {
+    /// The barrier of the tile at the ring's position.
+    pub(crate) fn full(&self) -> BarrierRef {
+        BarrierRef { barrier: self.full, slot: Slot::Ring(self.ring) }
+    }
 }
 
 /// Schedules a kernel with one loop over products that feed each other. Where there is room, what is loaded once per
@@ -64,8 +72,8 @@ fn registers(kernel: &Kernel) -> Result<u32> {
     for stmt in &body.body.stmts {
         let tilewright_tile::Stmt::Let(id, op) = stmt else { continue };
         match op {
-            TileOp::Mma { .. } if body.yields.contains(id) => sums = extents(kernel, *id)?[1],
-            TileOp::Mma { .. } => scores = extents(kernel, *id)?[1],
+            TileOp::Mma { .. } if body.yields.contains(id) => sums += extents(kernel, *id)?[1],
+            TileOp::Mma { .. } => scores += extents(kernel, *id)?[1],
             TileOp::Load { .. } => loads += 1,
             _ => {}
         }
@@ -91,8 +99,9 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
         spread: Spread::Wgmma,
         first_column: std::collections::BTreeMap::new(),
         streamed: None,
+        riders: Vec::new(),
     };
-    let chain = chain(&mut b, before, body, schedule.product)?;
+    let mut chain = chain(&mut b, before, body, schedule.product)?;
 
     // Rings of the streams; what is the same on every turn is loaded once per item.
     let mut barriers = IdVec::new();
@@ -110,6 +119,9 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
         feeds.push(Feed { stage, ring, full, empty, bytes });
     }
 
+    let mut defs = definitions(&body.body.stmts);
+    defs.extend(definitions(before));
+    let copies = in_order::riders(&mut b, &chain, &mut feeds, body)?;
     let item = Dim::sym("item");
     let (items, decode) = raster(kernel, schedule, &item);
     let fill = |once: bool| -> Vec<Stmt> {
@@ -122,6 +134,9 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
             out.push(Stmt::Wait { barrier: at(feed.empty), phase: Phase::Before(feed.ring) });
             out.push(Stmt::ExpectBytes { barrier: at(feed.full), bytes: feed.bytes });
             out.extend(loads(&b, stream, &feed.stage, feed.ring, at(feed.full)));
+            if copies.host == Some(feed.ring) {
+                out.extend(copies.loads.clone());
+            }
             out.push(Stmt::Advance { ring: feed.ring, by: Dim::new(1) });
         }
         out
@@ -138,10 +153,11 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
     let producer_body =
         over_items(schedule, &items, Dim::sym(CLUSTER), Dim::sym(CLUSTERS), produce);
 
-    let mut defs = definitions(&body.body.stmts);
-    defs.extend(definitions(before));
     let mut consume = decode;
     consume.extend(initial_values(&defs, body, &chain)?);
+    if chain.in_order {
+        consume.extend(in_order::rows_once(&mut b, &mut chain, &defs, &definitions(before))?);
+    }
     let mut turns = Turns { b: &mut b, chain: &chain, feeds: &feeds, defs: &defs };
     consume.extend(turns.whole_loop(body)?);
     let results: Vec<(TileId, FragId)> =
@@ -273,15 +289,18 @@ pub(crate) enum Form {
 }
 
 /// Prints turns of the loop.
-struct Turns<'a, 'k> {
-    b: &'a mut Builder<'k>,
-    chain: &'a Chain,
-    feeds: &'a [Feed],
-    defs: &'a Defs<'a>,
+pub(crate) struct Turns<'a, 'k> {
+    pub(crate) b: &'a mut Builder<'k>,
+    pub(crate) chain: &'a Chain,
+    pub(crate) feeds: &'a [Feed],
+    pub(crate) defs: &'a Defs<'a>,
 }
 
 impl Turns<'_, '_> {
     fn whole_loop(&mut self, body: &For) -> Result<Vec<Stmt>> {
+        if self.chain.in_order {
+            return self.loop_in_order(body);
+        }
         let mut out = Vec::new();
         // What is loaded once per item.
         for (feed, once) in self.feeds.iter().zip(&self.chain.invariant) {
@@ -445,8 +464,8 @@ impl Turns<'_, '_> {
         self.streams(i, end).into_iter().filter(|s| !after.contains(s)).collect()
     }
 
-    fn product(&self, step: &Step) -> Result<Stmt> {
-        let Step::Product { result, acc, a, b } = step else {
+    pub(crate) fn product(&self, step: &Step) -> Result<Stmt> {
+        let Step::Product { result, acc, a, b, turned } = step else {
             return Err(Error::bug("a step that is no product"));
         };
         let (stream, feed) = (&self.chain.streams[*b], &self.feeds[*b]);
@@ -473,12 +492,13 @@ impl Turns<'_, '_> {
                 rows: stream.rows,
                 cols: stream.cols,
             },
+            turned: *turned,
             zero_if: acc.is_none().then_some(always),
         })
     }
 }
 
-fn wait_full(feed: &Feed) -> Stmt {
+pub(crate) fn wait_full(feed: &Feed) -> Stmt {
     Stmt::Wait {
         barrier: BarrierRef { barrier: feed.full, slot: Slot::Ring(feed.ring) },
         phase: Phase::Of(feed.ring),
@@ -486,7 +506,7 @@ fn wait_full(feed: &Feed) -> Stmt {
 }
 
 /// Lets go of the tile that was read, and looks at the next one.
-fn release(feed: &Feed) -> Vec<Stmt> {
+pub(crate) fn release(feed: &Feed) -> Vec<Stmt> {
     vec![
         Stmt::Arrive {
             barrier: BarrierRef { barrier: feed.empty, slot: Slot::Ring(feed.ring) },

@@ -19,6 +19,7 @@ mod epilogue;
 mod extents;
 mod hopper;
 mod hopper_chain;
+mod in_order;
 mod line_ops;
 mod lines;
 mod pick;

@@ -23,9 +23,11 @@
 //! | `decode` | language models step by step, with a cache |
 //! | `session` | running it on a device |
 //! | `direct` | the same in a caller's stream, over a caller's memory |
+//! | `attention_training` | attention with its log-sum-exp and its gradient there, by kernels of the library |
 //! | `norm_backward` | the gradient of a normalisation there, by kernels of the library |
 
 mod attention;
+mod attention_training;
 mod bind;
 mod caller;
 mod choose;
@@ -38,6 +40,7 @@ mod norm_backward;
 mod product;
 mod session;
 
+pub use attention_training::{AttentionCall, AttentionKernels, AttentionPlaces, AttentionPlan};
 pub use bind::{Bound, BoundStep, Place, Slot, bind, bind_at};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted};

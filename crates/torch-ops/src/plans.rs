@@ -12,7 +12,10 @@ use tilewright_base::{DType, Result};
 use tilewright_cuda::{Nvrtc, Stream};
 use tilewright_graph::Graph;
 use tilewright_launch::Loader;
-use tilewright_runtime_gpu::{Direct, NormBackward, NormGradient, NormGradientPlaces};
+use tilewright_runtime_gpu::{
+    AttentionCall, AttentionKernels, AttentionPlaces, AttentionPlan, Direct, NormBackward,
+    NormGradient, NormGradientPlaces,
+};
 use tilewright_target::Gpu as Machine;
 use tilewright_torch_abi::{Abi, Device, Tensor};
 
@@ -146,7 +149,12 @@ pub(crate) struct Cuda {
     plans: RwLock<BTreeMap<Key, Arc<Direct>>>,
     /// By the key of a norm's gradient and its number of rows; `None` where it has no kernel.
     norms: RwLock<BTreeMap<(Key, i64), Option<NormKernels>>>,
+    /// By all numbers of a call.
+    attentions: RwLock<BTreeMap<Vec<i64>, AttentionMade>>,
 }
+
+/// Kernels of an attention, and how many bytes of scratch memory they take.
+type AttentionMade = (Arc<AttentionKernels>, u64);
 
 /// The gradient of a norm, and how many bytes of scratch memory it takes.
 type NormKernels = (Arc<NormBackward>, u64);
@@ -172,6 +180,7 @@ pub(crate) fn cuda(index: u32) -> Result<Arc<Cuda>> {
         alone,
         plans: RwLock::default(),
         norms: RwLock::default(),
+        attentions: RwLock::default(),
     });
     let mut devices = devices.write().unwrap_or_else(PoisonError::into_inner);
     Ok(devices.entry(index).or_insert(made).clone())
@@ -286,6 +295,66 @@ pub(crate) fn norm_backward(
     // flight goes to later work of the same stream only.
     unsafe { found.launch(&places, &stream)? };
     Ok(true)
+}
+
+/// Attention that keeps its log-sum-exp, or with `backward` its gradient, on a GPU. `places` come without scratch memory; the
+/// tensors behind them are as `call` says.
+///
+/// # Errors
+/// Unsupported where the library has no kernel.
+pub(crate) fn attention_training(
+    abi: &'static Abi,
+    index: u32,
+    call: &AttentionCall,
+    backward: bool,
+    mut places: AttentionPlaces,
+) -> Result<()> {
+    let device = cuda(index)?;
+    let _guard = if device.alone { None } else { Some(abi.cuda_guard(index)?) };
+    let AttentionCall { batch, heads, kv_heads, queries, keys, depth, width, .. } = *call;
+    let mut key = vec![batch, heads, kv_heads, queries, keys, depth, width];
+    let flags = [call.dtype as i64, call.causal.into(), backward.into()];
+    key.extend(flags);
+    key.push(call.scale.to_bits().cast_signed());
+    key.extend(call.strides.as_flattened());
+    let known = device.attentions.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+    let mut scratch = None;
+    let mut memory = |bytes: u64| -> Result<u64> {
+        if bytes == 0 {
+            return Ok(0);
+        }
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let made = scratch.insert(Tensor::empty(abi, &[bytes], DType::U8, Device::Cuda(index))?);
+        made.address()
+    };
+    let kernels = match known {
+        Some((kernels, bytes)) => {
+            places.scratch = memory(bytes)?;
+            kernels
+        }
+        None => {
+            let plan = match backward {
+                true => AttentionPlan::backward(&device.machine, call)?,
+                false => AttentionPlan::forward(&device.machine, call)?,
+            };
+            let bytes = plan.scratch_bytes();
+            places.scratch = memory(bytes)?;
+            let made = AttentionKernels::new(&device.loader, call.clone(), plan, &places)?;
+            let made = Arc::new(made);
+            let mut attentions = device.attentions.write().unwrap_or_else(PoisonError::into_inner);
+            if attentions.len() >= MAX_NORMS {
+                attentions.clear();
+            }
+            attentions.insert(key, (made.clone(), bytes));
+            made
+        }
+    };
+    let stream: *mut c_void = abi.cuda_stream(index)?;
+    // SAFETY: as in `on_cuda`.
+    let stream = unsafe { Stream::from_raw(device.loader.gpu(), stream) };
+    // SAFETY: this function's contract; the scratch memory was just made, and what PyTorch's allocator frees while kernels are in
+    // flight goes to later work of the same stream only.
+    unsafe { kernels.launch(&places, &stream) }
 }
 
 /// The kernels that ran on a device for some operator so far, with their schedules: for people.

@@ -92,7 +92,8 @@ def _gradient(ctx, dy):
         needs = ctx.needs_input_grad
         found = _blocked_gradient(q, k, v, mask, ctx.scale, ctx.causal, dy, mask is not None and needs[3])
         return *(f if needed else None for f, needed in zip(found, needs)), None, None
-    # PyTorch's fused kernels for 16 bits are faster than products with a kernel for rows between them: they run again.
+    # PyTorch's fused kernels for 16 bits are faster than products with a kernel for rows between them: they run again, where the
+    # library has no kernels of its own (`attention_lse`).
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
     held = [t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate((q, k, v, mask))]
     with torch.enable_grad():
@@ -110,16 +111,86 @@ _attention = pair(
 )
 
 
+# ---- training of 16-bit types on Hopper ------------------------------------------------------------
+
+
+def _beside(sizes, like):
+    """As `beside` in crates/torch-ops/src/ops/attention_training.rs: rows before heads where `like` lies so."""
+    b, h, s, e = sizes
+    if h > 1 and s > 1 and like.stride(1) < like.stride(2):
+        return like.new_empty_strided((b, h, s, e), (h * s * e, e, h * e, 1))
+    return like.new_empty((b, h, s, e))
+
+
+def _lse_fake(q, k, v, *_):
+    y = _beside((*q.shape[:3], v.shape[-1]), q)
+    return y, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _scores(q, k, scale, causal):
+    s = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    if causal:
+        at = torch.arange(q.shape[2], device=q.device).unsqueeze(1) + (k.shape[2] - q.shape[2])
+        s = s.masked_fill(torch.arange(k.shape[2], device=q.device) > at, float("-inf"))
+    return s
+
+
+def _lse_composed(q, k, v, scale, causal):
+    return _composed(q, k, v, None, scale, causal), torch.logsumexp(_scores(q, k, scale, causal), -1)
+
+
+def _backward_composed(dy, q, k, v, y, lse, scale, causal):
+    return _blocked_gradient(q, k, v, None, scale, causal, dy, False)[:3]
+
+
+_attention_backward = single(
+    "attention_backward",
+    fake=lambda dy, q, k, v, *_: tuple(_beside(t.shape, t) for t in (q, k, v)),
+    composed=_backward_composed,
+)
+
+
+def _lse_save(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.causal = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _lse_gradient(ctx, dy, _):
+    if dy is None:
+        return (None,) * 5
+    found = _attention_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.causal)
+    return *(f if needed else None for f, needed in zip(found, ctx.needs_input_grad)), None, None
+
+
+_attention_lse = pair("attention_lse", fake=_lse_fake, composed=_lse_composed, save=_lse_save, gradient=_lse_gradient)
+
+
+def _has_kernels(q, k, v):
+    """Whether the library has kernels for the gradient: `backward_plan` in crates/kernels/src/attention."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or 0 in (*q.shape, *k.shape, *v.shape):
+        return False
+    if torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    # Tiles along a depth: 16 elements, or whole 32s.
+    widths = [16 if n <= 16 else -(-n // 32) * 32 for n in (q.shape[-1], v.shape[-1])]
+    return widths[0] == widths[1] <= 128 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
+
+
 def attention(q, k, v, mask=None, scale=None, causal=False):
     """`softmax(q k^T * scale + mask) v` of `q [B, H, S, D]`, `k [B, G, T, D]` and `v [B, G, T, E]`, `H` a multiple of `G`.
 
     `mask` is added (float) or says where attention is allowed (bool), and has the shape `[B or 1, H or 1, S, T]`. With `causal`, query
     `s` sees keys up to `s + T - S`. `scale` is `1 / sqrt(D)` unless given. Rows that see no key give NaN. The gradient takes
-    some queries at a time and never has all scores; for 16-bit types without a mask on a GPU it is PyTorch's.
+    some queries at a time and never has all scores; for 16-bit types without a mask it is two kernels on Hopper (the same bits each
+    time), PyTorch's on other GPUs.
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if trains and mask is None and _has_kernels(q, k, v):
+        return _attention_lse(q, k, v, scale, causal)[0]
     return _attention(q, k, v, mask, scale, causal)
 
 

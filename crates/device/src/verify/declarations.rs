@@ -161,8 +161,11 @@ impl Checker<'_> {
             self.require(single || !m.tf32, || {
                 format!("map {name}: {} is not rounded to tf32", param.dtype)
             });
+            let elements: u64 = shape.iter().map(|&e| u64::from(e)).product();
             let (span, swizzle) = (m.swizzle.span_bytes(), m.swizzle);
-            self.require(inner <= u64::from(span), || {
+            // A single line is one run, however long.
+            let line = m.swizzle == Swizzle::None && elements * bits == inner * 8;
+            self.require(line || inner <= u64::from(span), || {
                 format!("map {name}: {inner} bytes are more than a span of swizzle {swizzle}")
             });
             self.require(inner % 16 == 0, || {

@@ -288,13 +288,13 @@ impl Checker<'_> {
                 }
                 self.step(stmt, *vector >= 1, "accesses of no elements");
             }
-            Stmt::Wgmma { acc, a, b, zero_if } => {
+            Stmt::Wgmma { acc, a, b, turned, zero_if } => {
                 self.shared_step(stmt);
                 if let Some(cond) = zero_if {
                     self.known(stmt, &cond.lhs);
                     self.known(stmt, &cond.rhs);
                 }
-                self.wgmma(stmt, acc, a, b);
+                self.wgmma(stmt, acc, a, b, *turned);
             }
             Stmt::Mma { acc, a, b } => {
                 self.shared_step(stmt);

@@ -32,14 +32,22 @@ fn has_columns(n: u32, accumulator: DType) -> bool {
 }
 
 impl Checker<'_> {
-    pub(super) fn wgmma(&mut self, stmt: &Stmt, acc: &FragRef, a: &WgmmaA, b: &SmemTile) {
+    pub(super) fn wgmma(
+        &mut self,
+        stmt: &Stmt,
+        acc: &FragRef,
+        a: &WgmmaA,
+        b: &SmemTile,
+        turned: bool,
+    ) {
         let aligned = self.role.is_some_and(|r| r.warps == 4 && r.first_warp % 4 == 0);
         self.step(stmt, aligned, "the role is not an aligned warpgroup");
         let Some((rows, cols)) = self.frag(stmt, acc) else { return };
         let frag = &self.program.frags[acc.frag];
         let tile = frag.spread == Spread::Wgmma && frag.extent == Extent::Tile;
         self.step(stmt, tile, "accumulators are not spread as wgmma's");
-        let (acc_type, right) = (frag.dtype, self.operand(stmt, b, 0));
+        let (acc_type, right) = (frag.dtype, self.operand(stmt, b, usize::from(turned)));
+        let (b_depth, b_cols) = if turned { (b.cols, b.rows) } else { (b.rows, b.cols) };
         let (left, a_rows, depth) = match a {
             WgmmaA::Smem(tile) => (self.operand(stmt, tile, 1), tile.rows, tile.cols),
             WgmmaA::Frag(operand) => {
@@ -51,8 +59,8 @@ impl Checker<'_> {
             }
         };
         self.step(stmt, a_rows == rows, "left operand and accumulators differ in rows");
-        self.step(stmt, depth == b.rows, "the operands differ in depth");
-        self.step(stmt, b.cols == cols, "right operand and accumulators differ in columns");
+        self.step(stmt, depth == b_depth, "the operands differ in depth");
+        self.step(stmt, b_cols == cols, "right operand and accumulators differ in columns");
         self.step(stmt, rows.is_multiple_of(64), "rows are not a multiple of 64");
         let columns = has_columns(cols, acc_type);
         self.step(stmt, columns, &format!("no instruction has {cols} columns"));

@@ -185,8 +185,8 @@ impl<'p> Machine<'p, '_> {
                     self.smem_put(agent, smem, rect, &data);
                 }
             }
-            Stmt::Wgmma { acc, a, b, zero_if } => {
-                self.wgmma(agent, stmt, acc, a, b, zero_if.as_ref())?;
+            Stmt::Wgmma { acc, a, b, turned, zero_if } => {
+                self.wgmma(agent, stmt, acc, a, (b, *turned), zero_if.as_ref())?;
             }
             Stmt::Mma { acc, a, b } => {
                 let left = self.smem_read(agent, stmt, a)?;
@@ -489,7 +489,7 @@ impl<'p> Machine<'p, '_> {
         stmt: &'p Stmt,
         acc: &FragRef,
         left: &WgmmaA,
-        right: &SmemTile,
+        (right, turned): (&SmemTile, bool),
         zero_if: Option<&Cond>,
     ) -> Result<()> {
         let zero = match zero_if {
@@ -559,7 +559,11 @@ impl<'p> Machine<'p, '_> {
         let b = self.smem_get(agent, smem, rect);
         if let (Some(a), Some(b)) = (a, b) {
             let operand = self.program.smem[right.smem].dtype;
-            self.product(agent, view, (operand, rect.rows()), &a, &b, zero);
+            let (depth, b) = match turned {
+                true => (rect.cols(), transposed(&b, rect.rows(), rect.cols())),
+                false => (rect.rows(), b),
+            };
+            self.product(agent, view, (operand, depth), &a, &b, zero);
         }
         Ok(())
     }
@@ -810,6 +814,15 @@ fn tf32(value: f64) -> f64 {
     }
     let rounded = bits.wrapping_add(0x0FFF + ((bits >> 13) & 1)) & !0x1FFF;
     f64::from(f32::from_bits(rounded))
+}
+
+/// `[cols, rows]` of `[rows, cols]`.
+fn transposed(x: &Buf, rows: usize, cols: usize) -> Buf {
+    let order = (0..cols).flat_map(|c| (0..rows).map(move |r| r * cols + c));
+    match x {
+        Buf::F(v) => Buf::F(order.map(|i| v[i]).collect()),
+        Buf::I(v) => Buf::I(order.map(|i| v[i]).collect()),
+    }
 }
 
 /// The coordinate `row`, `col` away from `at`.

@@ -164,6 +164,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
             acc: whole(acc),
             a: WgmmaA::Smem(tile(sa, ring_slot(), sym("w") * 64, num(0), 64, 64)),
             b: tile(sb, ring_slot(), num(0), num(0), 64, 16),
+            turned: false,
             zero_if: Some(compare(sym("k"), Compare::Eq, num(0))),
         },
         Stmt::WgmmaCommit,

@@ -124,12 +124,12 @@ fn weaker(p: &Program, stmt: &Stmt) -> Vec<(String, Stmt)> {
                 out.push(("other slot".into(), load(&to, barrier, reach)));
             }
         }
-        Stmt::Wgmma { acc, a, b, zero_if } => {
-            let (acc, zero_if) = (acc.clone(), zero_if.clone());
+        Stmt::Wgmma { acc, a, b, turned, zero_if } => {
+            let (acc, turned, zero_if) = (acc.clone(), *turned, zero_if.clone());
             if let (WgmmaA::Smem(tile), Some(slot)) = (a, other(&b.slot)) {
                 let b = SmemTile { slot: slot.clone(), ..b.clone() };
                 let a = WgmmaA::Smem(SmemTile { slot, ..tile.clone() });
-                out.push(("other slot".into(), Stmt::Wgmma { acc, a, b, zero_if }));
+                out.push(("other slot".into(), Stmt::Wgmma { acc, a, b, turned, zero_if }));
             }
         }
         Stmt::WgmmaWait { pending } => {

@@ -20,11 +20,18 @@
 //! - Masks of the largest negative number hide as the softmax of such scores does: a row in which
 //!   everything is hidden so is the mean of its values.
 
+mod backward;
+mod backward_plan;
 mod plan;
 mod problem;
 mod program;
 mod space;
 
+pub use backward::BackwardSpec;
+pub use backward_plan::{
+    BackwardPlace, BackwardPlan, BackwardProblem, BackwardStep, Gradients, backward_plan,
+    backward_spaces,
+};
 pub use plan::{Candidate, Place, Step, plan};
 pub use problem::{Mask, MaskKind, Problem, Strides};
 pub use program::{AttentionSpec, Causal};

@@ -27,7 +27,7 @@ impl Strides {
         Strides { batch: heads * rows * depth, head: depth, row: heads * depth }
     }
 
-    fn all(&self) -> [i64; 3] {
+    pub(crate) fn all(&self) -> [i64; 3] {
         [self.batch, self.head, self.row]
     }
 }

@@ -61,7 +61,7 @@ pub struct AttentionSpec {
 }
 
 /// `f(params) -> result`, a function of a few scalars.
-fn func(
+pub(crate) fn func(
     params: &[DType],
     f: impl FnOnce(&mut FuncBuilder, &[tilewright_expr::ExprId]) -> tilewright_expr::ExprId,
 ) -> Func {
@@ -73,7 +73,7 @@ fn func(
 }
 
 /// `2^x`, with 0 for what would be below the normal numbers: one instruction on GPUs.
-fn exp2(f: &mut FuncBuilder, x: tilewright_expr::ExprId) -> tilewright_expr::ExprId {
+pub(crate) fn exp2(f: &mut FuncBuilder, x: tilewright_expr::ExprId) -> tilewright_expr::ExprId {
     let least = f.constant(-126.0, DType::F32);
     let below = f.op(Op::Lt, &[x, least]);
     let zero = f.constant(0.0, DType::F32);

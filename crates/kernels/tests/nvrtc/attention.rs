@@ -2,7 +2,9 @@
 
 use crate::ratchet::{self, Entry};
 use tilewright_base::DType;
-use tilewright_kernels::attention::{Mask, MaskKind, Problem, Strides, plan};
+use tilewright_kernels::attention::{
+    BackwardProblem, Mask, MaskKind, Problem, Strides, backward_plan, plan,
+};
 use tilewright_kernels::gemm::Precision;
 use tilewright_lower_gpu::lower;
 use tilewright_target::Gpu;
@@ -75,4 +77,27 @@ fn attention_keeps_to_its_resources() {
     let sixteen: Vec<_> = problems().into_iter().filter(|(n, _)| n.contains("depth")).collect();
     all.extend(entries(&sixteen, 80));
     ratchet::keep_to("attention", &all);
+}
+
+/// The gradient: sums of two products, scores and left operands of both in registers at once.
+#[test]
+fn gradients_keep_to_their_resources() {
+    let mut out = Vec::new();
+    for (depth, dtype) in
+        [(64, DType::BF16), (96, DType::BF16), (128, DType::BF16), (128, DType::F16)]
+    {
+        for (causal, kv_heads) in [(None, 16), (Some(0), 16), (Some(0), 4)] {
+            let p = Problem::dense(4, 16, 4096, depth, dtype);
+            let k = Strides::heads_first(kv_heads, 4096, depth);
+            let p = Problem { causal, kv_heads, k, v: k, ..p };
+            let name = format!("{dtype} depth {depth} causal {causal:?} heads 16/{kv_heads}");
+            let plan = backward_plan(&BackwardProblem::alike(p), &Gpu::h200()).unwrap();
+            for step in plan.steps {
+                let program = lower(&step.kernel, &step.schedule).unwrap();
+                let schedule = ratchet::schedule_of(&program, &step.schedule);
+                out.push(Entry::new(format!("{name}, {}: {schedule}", step.kernel.name), &program));
+            }
+        }
+    }
+    ratchet::keep_to("attention_backward", &out);
 }

@@ -1,6 +1,7 @@
 //! The operators, a file per family, and their list.
 
 mod attention;
+mod attention_training;
 mod bags;
 mod cross_entropy;
 mod dropout;
@@ -13,6 +14,7 @@ mod scale;
 mod softmax;
 
 pub(crate) use attention::{Attention, AttentionRows};
+pub(crate) use attention_training::{AttentionBackward, AttentionLse};
 pub(crate) use bags::{EmbeddingBag, EmbeddingBagBackward, EmbeddingBagWeightsBackward};
 pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward, CrossEntropyBoth};
 pub(crate) use dropout::Dropout;
@@ -62,6 +64,8 @@ macro_rules! for_each_operator {
             $crate::ops::Linear<true>,
             $crate::ops::Attention,
             $crate::ops::AttentionRows,
+            $crate::ops::AttentionLse,
+            $crate::ops::AttentionBackward,
             $crate::ops::AdamW,
             $crate::ops::Lion,
             $crate::ops::GradientNorm,

@@ -1,0 +1,297 @@
+//! From the problem of a gradient to steps.
+//!
+//! ```text
+//! BackwardProblem --backward_plan--> steps: rows, keys, queries (tile program, schedule, sizes, operands) + workspace
+//! ```
+//!
+//! To run it: the forward kernel stores its log-sum-exp ([`Problem::lse`]); then, for each step in order, lower its kernel
+//! under its schedule and launch it with the tensors that its operands name. The workspace needs no contents.
+
+use crate::attention::backward::BackwardSpec;
+use crate::attention::problem::{Problem, Strides};
+use tilewright_base::{DType, Error, Kind, Result};
+use tilewright_device::Arch;
+use tilewright_layout::Env;
+use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
+use tilewright_target::Gpu;
+use tilewright_tile::Kernel;
+
+/// How the gradients lie, beside a [`Problem`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gradients {
+    /// Of the gradient of the result.
+    pub o: Strides,
+    /// Of the gradient of the queries.
+    pub q: Strides,
+    /// Of the gradient of the keys.
+    pub k: Strides,
+    /// Of the gradient of the values.
+    pub v: Strides,
+    /// Alignment of their addresses, in this order, in bytes.
+    pub align: [i64; 4],
+}
+
+/// The gradient of one attention with its sizes: of queries, keys and values, from that of the result.
+///
+/// Reads queries, keys, values, the result, its gradient and the log-sum-exp of each row (f32, a dense
+/// `[batch, heads, q_len]`, as the forward kernel stores it).
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackwardProblem {
+    /// The attention; its `lse` and `result` (which is `dtype`) do not matter.
+    pub forward: Problem,
+    /// How the gradients lie.
+    pub gradients: Gradients,
+}
+
+impl BackwardProblem {
+    /// Gradients that lie as their tensors do.
+    pub fn alike(forward: Problem) -> BackwardProblem {
+        let gradients = Gradients {
+            o: forward.o,
+            q: forward.q,
+            k: forward.k,
+            v: forward.v,
+            align: [forward.align[3], forward.align[0], forward.align[1], forward.align[2]],
+        };
+        BackwardProblem { forward, gradients }
+    }
+
+    /// What is computed, for every length.
+    ///
+    /// # Errors
+    /// The user's for impossible sizes; unsupported: masks, types of other than 16 bits, depths that are padded differently.
+    pub fn spec(&self) -> Result<BackwardSpec> {
+        let p = &self.forward;
+        p.check()?;
+        let g = &self.gradients;
+        if [g.o, g.q, g.k, g.v]
+            .iter()
+            .flat_map(Strides::all)
+            .any(|s| !(0..=i64::from(i32::MAX)).contains(&s))
+        {
+            return Err(Error::user(format!("strides {g:?}: 0 to 2^31 - 1 elements")));
+        }
+        let refuse = |what: &str| {
+            Err(Error::unsupported(format!("the gradient of attention with {what} as one kernel")))
+        };
+        if !matches!(p.dtype, DType::BF16 | DType::F16) || p.result != p.dtype {
+            return refuse("operands of other than 16 bits");
+        }
+        if p.mask.is_some() {
+            return refuse("a mask");
+        }
+        let spec = BackwardSpec {
+            dtype: p.dtype,
+            depth: p.depth,
+            width: p.width,
+            causal: p.spec()?.causal,
+            grouped: p.heads != p.kv_heads,
+            scale: p.scale,
+        };
+        let (dk, dv) = spec.depths();
+        if dk != dv || dk > DEPTH_MOST {
+            return refuse(&format!("depths {} and {}", p.depth, p.width));
+        }
+        Ok(spec)
+    }
+
+    /// Whether the copy engine can address all tensors: 16-byte addresses, lines and ends of lines.
+    fn addressable(&self) -> bool {
+        let (p, g) = (&self.forward, &self.gradients);
+        let strides = [p.q, p.k, p.v, g.o, g.q, g.k, g.v];
+        let aligned = p.align.iter().chain(&g.align).all(|a| a % 16 == 0);
+        strides.iter().flat_map(Strides::all).all(|s| s % 8 == 0)
+            && (p.depth % 8, p.width % 8) == (0, 0)
+            && aligned
+    }
+}
+
+/// Beside wider sums, registers have no room for scores.
+const DEPTH_MOST: i64 = 128;
+
+/// Which tensor a parameter of a step is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackwardPlace {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// The result.
+    O,
+    /// Its gradient.
+    DO,
+    /// Log-sum-exp of each row.
+    Lse,
+    /// Gradient of the queries.
+    DQ,
+    /// Gradient of the keys.
+    DK,
+    /// Gradient of the values.
+    DV,
+    /// Part of the workspace.
+    Workspace {
+        /// First byte, a multiple of 256.
+        offset: u64,
+        /// Length.
+        bytes: u64,
+    },
+}
+
+/// One launch.
+#[derive(Clone, Debug)]
+pub struct BackwardStep {
+    /// What one block computes.
+    pub kernel: Kernel,
+    /// How.
+    pub schedule: GpuSchedule,
+    /// The kernel's size symbols.
+    pub sizes: Env,
+    /// The kernel's parameters, in order.
+    pub operands: Vec<BackwardPlace>,
+}
+
+/// Launches in order.
+#[derive(Clone, Debug)]
+pub struct BackwardPlan {
+    /// The launches.
+    pub steps: Vec<BackwardStep>,
+    /// Bytes of workspace.
+    pub workspace_bytes: u64,
+}
+
+/// Schedules of the programs for keys and for queries, the ones to prefer first.
+pub fn backward_spaces(spec: &BackwardSpec) -> [Vec<GpuSchedule>; 2] {
+    let (dk, _) = spec.depths();
+    let size = i64::from(spec.dtype.bits()) / 8;
+    let chunk = [64, 32, 16].into_iter().find(|c| dk % c == 0).unwrap_or(16);
+    let schedule = |consumers: i64, bq: i64, bt: i64, once: i64, turn: i64, stores: i64| {
+        let rows = 64 * consumers;
+        let staging = rows * chunk * size * stores;
+        let stages = ((SMEM_BYTES - staging - once) / turn).min(4);
+        (stages >= 2).then(|| {
+            let mut s = GpuSchedule::hopper(&[("BQ", bq), ("BT", bt)]);
+            s.consumers = consumers as u32;
+            s.stages = stages as u32;
+            s.raster = 1;
+            s.dependent = true;
+            s.store = StoreKind::Tma;
+            s.store_slots = 1;
+            s.serpentine = true;
+            s
+        })
+    };
+    // Vectors take a unit of shared memory each.
+    let rider = 2048;
+    let (mut keys, mut queries) = (Vec::new(), Vec::new());
+    for consumers in [2, 3, 1] {
+        let rows = 64 * consumers;
+        let budget = if consumers == 3 { 160 } else { 240 };
+        for other in [128, 112, 96, 80, 64, 48, 32] {
+            // Sums, scores and their gradient, 16-bit copies of both, and what addresses take.
+            if dk + other + other / 2 + 16 <= budget {
+                let stage = other * 2 * dk * size + rider;
+                keys.extend(schedule(consumers, other, rows, rows * 2 * dk * size, stage, 2));
+            }
+            if dk / 2 + other + other / 4 + 24 <= budget {
+                let stage = other * 2 * dk * size;
+                queries.extend(schedule(consumers, rows, other, rows * 2 * dk * size, stage, 1));
+            }
+        }
+    }
+    [keys, queries]
+}
+
+/// Shared memory that a block may use on Hopper, less what barriers take.
+const SMEM_BYTES: i64 = (227 << 10) - 512;
+
+/// The steps of a gradient on Hopper.
+///
+/// # Errors
+/// The user's for impossible sizes; unsupported where no kernel fits: masks, other than 16-bit types, depths above 128,
+/// tensors that the copy engine cannot address, other devices.
+pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPlan> {
+    let spec = problem.spec()?;
+    let p = &problem.forward;
+    let arch = Arch::of_capability(gpu.capability);
+    if arch < Arch::Sm90a || !problem.addressable() || p.kv_len == 0 {
+        return Err(Error::unsupported("the gradient of this attention as one kernel"));
+    }
+    if p.batch == 0 || p.heads == 0 || p.q_len == 0 {
+        return Err(Error::unsupported("the gradient of attention without queries"));
+    }
+    let ld = (p.q_len + 3) / 4 * 4;
+    let bytes = (p.batch * p.heads * ld).unsigned_abs() * 4;
+    let second = bytes.next_multiple_of(256);
+    let shift = BackwardPlace::Workspace { offset: 0, bytes };
+    let delta = BackwardPlace::Workspace { offset: second, bytes };
+    let sizes = sizes(problem, ld);
+    use BackwardPlace::{DK, DO, DQ, DV, K, Lse, O, Q, V};
+
+    let rows = spec.rows_program("attention_backward_rows");
+    let lookup = |name: &str| sizes.get(name).copied();
+    let Some(lines) = GpuSchedule::lines_for(&rows, arch, &lookup)? else {
+        return Err(Error::unsupported("rows too long for registers"));
+    };
+    let lines = GpuSchedule { dependent: true, ..lines };
+    let [keys, queries] = backward_spaces(&spec);
+    let first = |kernel: &Kernel, space: Vec<GpuSchedule>| -> Result<GpuSchedule> {
+        for schedule in space {
+            match lower(kernel, &schedule) {
+                Ok(_) => return Ok(schedule),
+                Err(e) if e.kind() == Kind::Unsupported => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let (dtype, depth) = (p.dtype, p.depth);
+        Err(Error::unsupported(format!("the gradient of attention of {dtype} with depth {depth}")))
+    };
+    let keys_kernel = spec.keys_program("attention_backward_keys");
+    let queries_kernel = spec.queries_program("attention_backward_queries");
+    let keys = first(&keys_kernel, keys)?;
+    let queries = first(&queries_kernel, queries)?;
+    let step = |kernel: Kernel, schedule, operands: &[BackwardPlace]| {
+        let named = kernel.symbols.iter();
+        let sizes = named.filter_map(|s| Some((s.name.clone(), *sizes.get(&s.name)?))).collect();
+        BackwardStep { kernel, schedule, sizes, operands: operands.to_vec() }
+    };
+    let steps = vec![
+        step(rows, lines, &[O, DO, Lse, shift, delta]),
+        step(keys_kernel, keys, &[Q, K, V, DO, shift, delta, DK, DV]),
+        step(queries_kernel, queries, &[Q, K, V, DO, shift, delta, DQ]),
+    ];
+    Ok(BackwardPlan { steps, workspace_bytes: second + bytes })
+}
+
+fn sizes(problem: &BackwardProblem, ld: i64) -> Env {
+    let (p, g) = (&problem.forward, &problem.gradients);
+    let mut env = Env::new();
+    let mut put = |name: &str, value: i64| {
+        env.insert(name.into(), value);
+    };
+    put("B", p.batch);
+    put("H", p.heads);
+    put("G", p.kv_heads);
+    put("R", p.heads / p.kv_heads);
+    put("S", p.q_len);
+    put("T", p.kv_len);
+    put("ld", ld);
+    put("ahead", p.causal.unwrap_or(0));
+    let tensors = [
+        ('q', &p.q),
+        ('k', &p.k),
+        ('v', &p.v),
+        ('o', &p.o),
+        ('u', &g.o),
+        ('x', &g.q),
+        ('y', &g.k),
+        ('z', &g.v),
+    ];
+    for (name, strides) in tensors {
+        put(&format!("{name}b"), strides.batch);
+        put(&format!("{name}h"), strides.head);
+        put(&format!("{name}s"), strides.row);
+    }
+    env
+}
