@@ -69,7 +69,7 @@ tiny_models() {
 }
 decoders() {
   local model bad=0
-  for model in llama mistral qwen2; do
+  for model in gpt2 llama mistral mistral_window qwen2 qwen2_window qwen3; do
     for batch in 1 3; do
       bin/tw generate "models/$model" --device cuda --cache "$cache" --tokens 5,9,1,17,3,3,20,8,11,2,4 --max-tokens 1 \
         --batch "$batch" --verify || bad=1

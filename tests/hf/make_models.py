@@ -102,6 +102,12 @@ def main():
          tf.MistralConfig(**LLAMA, head_dim=6, sliding_window=None, tie_word_embeddings=False), plain, ["logits"])
     make("qwen2", tf.Qwen2ForCausalLM, tf.Qwen2Config(**LLAMA, tie_word_embeddings=True), plain, ["logits"])
     make("qwen3", tf.Qwen3ForCausalLM, tf.Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True), plain, ["logits"])
+    make("mistral_window", tf.MistralForCausalLM,
+         tf.MistralConfig(**LLAMA, head_dim=6, sliding_window=3, tie_word_embeddings=False), plain, ["logits"])
+    # The first layer sees everything, the second one five positions.
+    make("qwen2_window", tf.Qwen2ForCausalLM,
+         tf.Qwen2Config(**LLAMA, tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=1), plain,
+         ["logits"])
     # Padding is token 1 in input_ids, too: positions are counted from it. Its own place is inside the text.
     roberta = dict(BERT, max_position_embeddings=18, type_vocab_size=1, pad_token_id=1)
     padded = dict(plain, input_ids=plain["input_ids"].where(plain["attention_mask"] == 1, 1))
@@ -141,7 +147,7 @@ def minilm(directory):
 
 def generate():
     """generated.json: how transformers continues two prompts greedily, with its cache, in float32."""
-    for folder in ["gpt2", "llama", "mistral", "qwen2", "qwen3"]:
+    for folder in ["gpt2", "llama", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3"]:
         model = tf.AutoModelForCausalLM.from_pretrained(HERE / folder, dtype=torch.float32, attn_implementation="eager")
         prompts = torch.tensor([[5, 9, 1, 17], [3, 3, 20, 8]])
         with torch.no_grad():

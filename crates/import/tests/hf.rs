@@ -465,11 +465,11 @@ fn absurd_configurations() {
         ),
         ("llama", "\"factor\": 8.0", "\"factor\": 0.0", Kind::User, "factor"),
         (
-            "mistral",
-            "\"sliding_window\": null",
-            "\"sliding_window\": 8",
+            "qwen2_window",
+            "\"full_attention\"",
+            "\"chunked_attention\"",
             Kind::Unsupported,
-            "window of 8",
+            "chunked_attention",
         ),
         (
             "qwen2",

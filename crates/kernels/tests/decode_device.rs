@@ -9,8 +9,8 @@ use tilewright_expr::Func;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, run};
 use tilewright_kernels::decode::{
-    AT, AttentionParts, Draw, DrawPlace, Ending, Rows, Scheduled, VectorProduct, advance, embed,
-    pick, pieces,
+    AT, AttentionParts, Draw, DrawPlace, Ending, Norm, Rows, Scheduled, VectorProduct, advance,
+    embed, head_norms, pick, pieces,
 };
 use tilewright_layout::Env;
 use tilewright_lower_gpu::lower;
@@ -110,7 +110,7 @@ fn products_of_few_rows_are_those_of_float64() {
         let act = Func::parse("{ x -> silu(x) }", &[DType::F32]).unwrap();
         let gated = VectorProduct {
             name: "gated".into(),
-            norm: Some((dtype, eps)),
+            norm: Some(Norm { dtype, eps, centred: false }),
             bias: false,
             ending: Ending::Gated(act),
             ..spec
@@ -128,6 +128,107 @@ fn products_of_few_rows_are_those_of_float64() {
         let wanted: Vec<f64> =
             gates.iter().zip(&ups).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
         close("gated", &back(DType::F32, &buffers[4]), &wanted, 2e-5);
+    }
+}
+
+#[test]
+fn a_layer_norm_in_front_is_that_of_float64_beside_a_large_mean() {
+    let (eps, dtype) = (1e-5, DType::F32);
+    for (batch, depth, lines) in [(1, 136, 40), (3, 513, 9), (2, 768, 12)] {
+        let rows = Rows { batch, new: 1, positions: 8 };
+        let (m, k, n) = (batch as usize, depth as usize, lines as usize);
+        let x: Vec<f64> = numbers(1, m * k).iter().map(|v| v + 1000.0).collect();
+        let (w, gain) = (numbers(2, n * k), numbers(3, k));
+        let (shift, bias) = (numbers(4, k), numbers(5, n));
+        let spec = VectorProduct {
+            name: "activated".into(),
+            rows,
+            lines,
+            depth,
+            weight: dtype,
+            norm: Some(Norm { dtype, eps, centred: true }),
+            bias: true,
+            ending: Ending::Activated(Func::parse("{ x -> tanh(x) }", &[DType::F32]).unwrap()),
+        };
+        let mut buffers = [&x, &gain, &shift, &w, &bias].map(|v| bytes(dtype, v)).to_vec();
+        buffers.push(vec![0xFF; m * n * 4]);
+        on_device(&spec.scheduled(Arch::Sm90a, 132).unwrap(), 0, &mut buffers);
+        let mut wanted = Vec::new();
+        for x in x.chunks(k) {
+            let mean = x.iter().sum::<f64>() / k as f64;
+            let square = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / k as f64;
+            let y: Vec<f64> = (0..k)
+                .map(|i| (x[i] - mean) / (square + eps).sqrt() * gain[i] + shift[i])
+                .collect();
+            for (line, b) in w.chunks(k).zip(&bias) {
+                let sum: f64 = line.iter().zip(&y).map(|(w, y)| w * y).sum();
+                wanted.push((sum + b).tanh());
+            }
+        }
+        // The mean has 24 digits, and what is left of x beside it 14.
+        close("activated", &back(DType::F32, &buffers[5]), &wanted, 3e-3);
+    }
+}
+
+#[test]
+fn norms_over_heads_come_before_their_turn() {
+    let (heads, kv_heads, positions, at) = (4, 2, 6, 3);
+    for (batch, new, width) in [(1, 1, 8), (2, 1, 6), (1, 3, 34)] {
+        let rows = Rows { batch, new, positions };
+        let (m, w, half) = (rows.count() as usize, width as usize, width as usize / 2);
+        let dtype = DType::BF16;
+        let all = (heads + 2 * kv_heads) as usize;
+        let (x, gains) = (numbers(1, m * all * w), numbers(2, 2 * w));
+        let angle = |p: usize, i: usize| p as f64 * 0.5f64.powi(i as i32);
+        let places = positions as usize * half;
+        let mut cos: Vec<f64> = (0..places).map(|i| angle(i / half, i % half).cos()).collect();
+        let mut sin: Vec<f64> = (0..places).map(|i| angle(i / half, i % half).sin()).collect();
+        cos.extend(vec![1.0; places]);
+        sin.extend(vec![0.0; places]);
+        let cache = (batch * kv_heads * positions) as usize * w;
+        let mut buffers = vec![
+            bytes(DType::F32, &x),
+            bytes(dtype, &gains),
+            bytes(DType::F32, &cos),
+            bytes(DType::F32, &sin),
+            vec![0xFF; m * heads as usize * w * 4],
+            bytes(dtype, &vec![7.0; cache]),
+            bytes(dtype, &vec![9.0; cache]),
+        ];
+        let sizes = (heads, kv_heads, width);
+        let kernel = head_norms(rows, sizes, (dtype, 1e-6), dtype, Arch::Sm90a).unwrap();
+        on_device(&kernel, at, &mut buffers);
+        let mut queries = Vec::new();
+        let mut caches = [vec![7.0; cache], vec![9.0; cache]];
+        for (row, y) in x.chunks(all * w).enumerate() {
+            let (sequence, position) = (row as i64 / new, at + row as i64 % new);
+            for (h, x) in y.chunks(w).enumerate() {
+                let (h, kind) = (h as i64, [heads, heads + kv_heads]);
+                let kind = kind.iter().filter(|&&from| h >= from).count();
+                let root = (x.iter().map(|v| v * v).sum::<f64>() / w as f64 + 1e-6).sqrt();
+                let y: Vec<f64> = match kind {
+                    2 => x.to_vec(),
+                    _ => (0..w).map(|i| x[i] / root * gains[kind * w + i]).collect(),
+                };
+                let turn = |i: usize| {
+                    let a = angle(position as usize, i % half);
+                    let (c, s) = (a.cos(), a.sin());
+                    if i < half { y[i] * c - y[i + half] * s } else { y[i] * c + y[i - half] * s }
+                };
+                if kind == 0 {
+                    queries.extend((0..w).map(turn));
+                    continue;
+                }
+                let g = h - heads - if kind == 2 { kv_heads } else { 0 };
+                let start = ((sequence * kv_heads + g) * positions + position) as usize * w;
+                for i in 0..w {
+                    caches[kind - 1][start + i] = if kind == 2 { y[i] } else { turn(i) };
+                }
+            }
+        }
+        close("queries", &back(DType::F32, &buffers[4]), &queries, 2e-5);
+        close("keys", &back(dtype, &buffers[5]), &caches[0], 5e-3);
+        close("values", &back(dtype, &buffers[6]), &caches[1], 5e-3);
     }
 }
 
@@ -155,7 +256,7 @@ fn queries_and_keys_turn_and_the_cache_is_written_at_the_position_in_memory() {
             lines,
             depth,
             weight: dtype,
-            norm: Some((DType::F32, 1e-6)),
+            norm: Some(Norm { dtype: DType::F32, eps: 1e-6, centred: false }),
             bias: true,
             ending: Ending::Rotary { heads, kv_heads, width },
         };
@@ -208,16 +309,21 @@ fn queries_and_keys_turn_and_the_cache_is_written_at_the_position_in_memory() {
 #[test]
 fn attention_in_parts_is_attention_over_what_is_valid() {
     let (heads, kv_heads) = (4, 2);
-    for (batch, new, at, width, part, positions) in [
-        (1, 1, 0, 8, 16, 40),
-        (2, 1, 36, 16, 16, 40),
-        (1, 4, 13, 12, 8, 80),
-        (1, 1, 299, 8, 32, 300),
+    for (batch, new, at, width, part, positions, window) in [
+        (1, 1, 0, 8, 16, 40, None),
+        (2, 1, 36, 16, 16, 40, None),
+        (1, 4, 13, 12, 8, 80, None),
+        (1, 1, 299, 8, 32, 300, None),
+        (1, 1, 3, 8, 16, 40, Some(9)),
+        (2, 1, 36, 8, 16, 40, Some(5)),
+        (1, 4, 63, 6, 8, 80, Some(33)),
+        (1, 1, 299, 8, 32, 300, Some(1)),
     ] {
         let rows = Rows { batch, new, positions };
         let m = rows.count() as usize;
         let dtype = DType::BF16;
-        let spec = AttentionParts { rows, heads, kv_heads, width, cache: dtype, scale: 0.3, part };
+        let spec =
+            AttentionParts { rows, heads, kv_heads, width, cache: dtype, scale: 0.3, part, window };
         let (w, t) = (width as usize, positions as usize);
         let q = numbers(1, m * heads as usize * w);
         let count = batch as usize * kv_heads as usize * t * w;
@@ -255,8 +361,12 @@ fn attention_in_parts_is_attention_over_what_is_valid() {
                 };
                 let q = &q[(row * heads as usize + h) * w..][..w];
                 let dot = |k: Vec<f64>| q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>();
-                let weights: Vec<f64> =
-                    (0..=last).map(|p| (0.3 * dot(line(&keys, p))).exp()).collect();
+                let first = window.map_or(0, |w| (last + 1).saturating_sub(w as usize));
+                let weight = |p| match p < first {
+                    true => 0.0,
+                    false => (0.3f64 * dot(line(&keys, p))).exp(),
+                };
+                let weights: Vec<f64> = (0..=last).map(weight).collect();
                 let all: f64 = weights.iter().sum();
                 for i in 0..w {
                     let mixed: f64 = weights
@@ -278,7 +388,14 @@ fn tokens_go_in_and_out() {
     let table = numbers(1, vocabulary * hidden);
     let mut buffers =
         vec![ints(&[2499, 3]), bytes(DType::BF16, &table), vec![0xFF; 2 * hidden * 4]];
-    let kernel = embed(2, vocabulary as i64, hidden as i64, DType::BF16, Arch::Sm90a).unwrap();
+    let kernel = embed(
+        &Rows { batch: 2, new: 1, positions: 4 },
+        [vocabulary as i64, hidden as i64],
+        None,
+        DType::BF16,
+        Arch::Sm90a,
+    )
+    .unwrap();
     on_device(&kernel, 0, &mut buffers);
     let wanted = [&table[2499 * hidden..], &table[3 * hidden..4 * hidden]].concat();
     close("embed", &back(DType::F32, &buffers[2]), &wanted, 0.0);

@@ -19,7 +19,7 @@ mod decoder;
 mod product;
 
 pub use attention::{Attention, Heads};
-pub use decoder::{Decoder, DecoderLayer};
+pub use decoder::{Decoder, DecoderLayer, DecoderNorm};
 pub use product::{Matrix, Product, Repeat, Second, Vector, Windows};
 
 use std::sync::Arc;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Result};
 use tilewright_cuda::{Gpu, Nvrtc};
 use tilewright_device::{Arch, Program};
-use tilewright_kernels::decode::{AT, Ending, Form, Rows, VectorProduct, activation};
+use tilewright_kernels::decode::{AT, Ending, Form, Norm, Rows, VectorProduct, activation};
 use tilewright_launch::{BoundKernel, Loader, Operand};
 use tilewright_layout::Env;
 use tilewright_lower_gpu::lower;
@@ -26,7 +26,7 @@ fn products(sizes: &[i64]) -> Result<Vec<VectorProduct>> {
         lines,
         depth,
         weight: DType::BF16,
-        norm: norm.then_some((DType::BF16, 1e-5)),
+        norm: norm.then_some(Norm { dtype: DType::BF16, eps: 1e-5, centred: false }),
         bias: false,
         ending,
     };

@@ -34,7 +34,7 @@ fn on_cpu(name: &str, request: &Request) -> Generated {
 
 #[test]
 fn greedy_generation_is_that_of_transformers() {
-    for name in ["gpt2", "llama", "qwen3"] {
+    for name in ["gpt2", "llama", "mistral_window", "qwen2_window", "qwen3"] {
         let [prompts, tokens] = expected(name);
         let got = on_cpu(name, &request(prompts, 10, None));
         assert_eq!(got.tokens, tokens, "{name}");
@@ -52,7 +52,7 @@ fn planned(name: &str, options: &GpuGeneratorOptions) -> GpuGeneratorPlan {
 
 #[test]
 fn device_programs_generate_what_transformers_does() {
-    for name in ["llama", "mistral", "qwen2"] {
+    for name in ["gpt2", "llama", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3"] {
         let [prompts, tokens] = expected(name);
         let plan = planned(name, &options(2, 16, None));
         let mut generator = plan.interpreted().unwrap();
@@ -64,7 +64,15 @@ fn device_programs_generate_what_transformers_does() {
 #[test]
 fn every_position_with_the_cache_is_that_of_the_whole_model_in_float64() {
     let sequence = |seed: i64| (0..11).map(|i| (i * i * 7 + seed) % 24).collect::<Vec<i64>>();
-    for (name, batch) in [("llama", 1), ("mistral", 3), ("qwen2", 2)] {
+    for (name, batch) in [
+        ("llama", 1),
+        ("mistral", 3),
+        ("qwen2", 2),
+        ("qwen3", 2),
+        ("gpt2", 1),
+        ("mistral_window", 1),
+        ("qwen2_window", 2),
+    ] {
         let mut generator = planned(name, &options(batch, 12, None)).interpreted().unwrap();
         let sequences: Vec<Vec<i64>> = (0..batch).map(sequence).collect();
         let report = generator.verify(&sequences, &directory(name), None).unwrap();
@@ -78,16 +86,18 @@ fn every_position_with_the_cache_is_that_of_the_whole_model_in_float64() {
 #[test]
 fn prompts_in_chunks_give_what_single_tokens_give() {
     let prompt: Vec<i64> = (0..13).map(|i| (i * 5 + 3) % 24).collect();
-    let plan = planned("llama", &options(1, 20, None));
-    assert_eq!(plan.plan().chunk_rows, 8);
-    let mut chunks = plan.interpreted().unwrap();
-    let got = chunks.generate(&request(vec![prompt.clone()], 4, None)).unwrap();
-    let mut single = plan.interpreted().unwrap();
-    single.decoding().start(None, &[]).unwrap();
-    for token in &prompt {
-        single.decoding().prompt(&[vec![*token]]).unwrap();
+    for name in ["llama", "gpt2", "qwen3", "mistral_window"] {
+        let plan = planned(name, &options(1, 16, None));
+        assert_eq!(plan.plan().chunk_rows, 8);
+        let mut chunks = plan.interpreted().unwrap();
+        let got = chunks.generate(&request(vec![prompt.clone()], 3, None)).unwrap();
+        let mut single = plan.interpreted().unwrap();
+        single.decoding().start(None, &[]).unwrap();
+        for token in &prompt {
+            single.decoding().prompt(&[vec![*token]]).unwrap();
+        }
+        assert_eq!(single.decoding().generate(3, &[]).unwrap(), got.tokens, "{name}");
     }
-    assert_eq!(single.decoding().generate(4, &[]).unwrap(), got.tokens);
 }
 
 #[test]
@@ -170,8 +180,8 @@ fn too_long_sequences_and_unknown_tokens_are_errors_in_words() {
     assert!(foreign.message().contains("token 24"), "{foreign}");
     let many = GpuGeneratorPlan::open(&directory("llama"), Gpu::h200(), &options(9, 8, None));
     assert!(many.is_err_and(|e| e.exit_code() == 3));
-    let gpt2 = GpuGeneratorPlan::open(&directory("gpt2"), Gpu::h200(), &options(1, 8, None));
-    assert!(gpt2.is_err_and(|e| e.message().contains("gpt2") && e.exit_code() == 3));
+    let bert = GpuGeneratorPlan::open(&directory("bert"), Gpu::h200(), &options(1, 8, None));
+    assert!(bert.is_err_and(|e| e.message().contains("no logits") && e.exit_code() == 3));
     // What is asked for beyond the model's own length is cut to it.
     assert_eq!(planned("llama", &options(1, 99, None)).plan().positions, 32);
 }

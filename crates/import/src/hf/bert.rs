@@ -47,7 +47,7 @@ impl Encoder {
     ) -> Result<ValueId> {
         let &Encoder { hidden, layers, heads, inner, width, eps, act } = self;
         let scale = 1.0 / (width as f64).sqrt();
-        let attention = Heads { q: heads, width, scale, causal: false };
+        let attention = Heads { q: heads, width, scale, causal: false, window: None };
         for i in 0..layers {
             let layer = format!("{prefix}encoder.layer.{i}");
             let a = format!("{layer}.attention.self");

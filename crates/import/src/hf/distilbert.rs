@@ -39,7 +39,7 @@ pub(super) fn build(
     let mut x = net.layer_norm(x, &format!("{e}.LayerNorm"), hidden, EPS)?;
 
     let scale = 1.0 / (width as f64).sqrt();
-    let attention = Heads { q: heads, width, scale, causal: false };
+    let attention = Heads { q: heads, width, scale, causal: false, window: None };
     for i in 0..layers {
         let layer = format!("{prefix}transformer.layer.{i}");
         let a = format!("{layer}.attention");

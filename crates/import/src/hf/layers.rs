@@ -34,6 +34,8 @@ pub(crate) struct Net {
     prompt: bool,
     /// Keys and values of all tokens so far, to be outputs.
     present: Vec<(String, ValueId)>,
+    /// Masks of sliding windows.
+    windows: BTreeMap<i64, ValueId>,
     loaded: BTreeMap<String, ValueId>,
     cast: BTreeMap<String, ValueId>,
     problems: Vec<String>,
@@ -50,6 +52,8 @@ pub(crate) struct Heads {
     pub(crate) scale: f64,
     /// Later positions are hidden.
     pub(crate) causal: bool,
+    /// Of the others those are seen that are less than this many positions back.
+    pub(crate) window: Option<i64>,
 }
 
 impl Net {
@@ -67,6 +71,7 @@ impl Net {
             past: None,
             prompt: false,
             present: Vec::new(),
+            windows: BTreeMap::new(),
             loaded: BTreeMap::new(),
             cast: BTreeMap::new(),
             problems: Vec::new(),
@@ -369,19 +374,46 @@ impl Net {
         self.b.set_origin(origin);
         let ty = self.score_type();
         let scale = heads.scale;
-        let (text, types) = match mask {
-            Some(_) => (format!("{{ s, m -> s * {ty}({scale:?}) + m }}"), vec![ty, ty]),
-            None => (format!("{{ s -> s * {ty}({scale:?}) }}"), vec![ty]),
+        let added: Vec<ValueId> = match heads.window {
+            Some(window) => mask.into_iter().chain([self.window_mask(window)?]).collect(),
+            None => mask.into_iter().collect(),
         };
-        let score = tilewright_expr::Func::parse(&text, &types)?;
+        self.b.set_origin(origin);
+        let (names, sum) = [("", ""), (", m", " + m"), (", m, w", " + m + w")][added.len()];
+        let text = format!("{{ s{names} -> s * {ty}({scale:?}){sum} }}");
+        let score = tilewright_expr::Func::parse(&text, &vec![ty; 1 + added.len()])?;
         let mut operands = vec![q, k, v];
-        operands.extend(mask);
+        operands.extend(added);
         let attrs = AttentionAttrs { score, causal: heads.causal };
         let y = self.b.op(Op::Attention(attrs), &operands)?;
         let y = self.b.permute(y, &[0, 2, 1, 3])?;
         let shape = self.b.shape(y);
         let merged = [shape[0].clone(), shape[1].clone(), Dim::new(heads.q * heads.width)];
         self.b.reshape(y, &merged)
+    }
+
+    /// What is added to the scores for a window: `[1,1,S,P+S]`, 0 where a position is less than `window` positions back, and
+    /// elsewhere the lowest finite number. Made once for each window.
+    fn window_mask(&mut self, window: i64) -> Result<ValueId> {
+        if let Some(known) = self.windows.get(&window) {
+            return Ok(*known);
+        }
+        self.b.set_origin("sliding_window");
+        let one = || Dim::new(1);
+        let (past, seq, ty) = (self.past(), self.seq.clone(), self.score_type());
+        let all = past.clone() + &seq;
+        let mut count = |shape: [Dim; 4], axis: usize| {
+            let ty = TensorType::new(DType::I64, shape);
+            self.b.op(Op::Iota { ty, axis }, &[])
+        };
+        let keys = count([one(), one(), one(), all.clone()], 3)?;
+        let queries = count([one(), one(), all, one()], 2)?;
+        let queries = self.b.slice_axis(queries, 2, past, seq)?;
+        let lowest = f32::MAX;
+        let text = format!("{{ q, k -> where(q - k < {window}, {ty}(0), -{ty}({lowest:?})) }}");
+        let mask = self.b.map_text(&text, &[queries, keys])?;
+        self.windows.insert(window, mask);
+        Ok(mask)
     }
 
     /// Elementwise function of one operand, as text.

@@ -9,7 +9,7 @@ use super::rotary::{Rotary, rotate};
 use super::weights::Weights;
 use super::{LoadOptions, Summary, Task};
 use tilewright_base::{Error, Result};
-use tilewright_plan::{Decoder, DecoderLayer};
+use tilewright_plan::{Decoder, DecoderLayer, DecoderNorm};
 
 /// What the relatives differ in.
 struct Variant {
@@ -20,8 +20,8 @@ struct Variant {
     mlp_bias: bool,
     /// RMS norm over each head of q and k.
     head_norms: bool,
-    /// Positions that a position sees, itself included.
-    window: Option<i64>,
+    /// Positions that a position sees, itself included, by layer; all where it is none.
+    windows: Vec<Option<i64>>,
     /// Transformers' default when the configuration is silent.
     default_eps: f64,
 }
@@ -34,7 +34,7 @@ fn llama(config: &mut Config) -> Variant {
         output_bias: bias,
         mlp_bias,
         head_norms: false,
-        window: None,
+        windows: Vec::new(),
         default_eps: 1e-6,
     }
 }
@@ -43,12 +43,13 @@ fn mistral(config: &mut Config) -> Variant {
     // Absent means the default of the first Mistral; null means none.
     let absent = config.is_absent("sliding_window").then_some(4096);
     let window = config.optional_size("sliding_window").or(absent);
+    let layers = config.layers("num_hidden_layers");
     Variant {
         qkv_bias: false,
         output_bias: false,
         mlp_bias: false,
         head_norms: false,
-        window,
+        windows: vec![window; usize::try_from(layers).unwrap_or(0)],
         default_eps: 1e-6,
     }
 }
@@ -59,7 +60,7 @@ fn qwen2(config: &mut Config) -> Variant {
         output_bias: false,
         mlp_bias: false,
         head_norms: false,
-        window: qwen_window(config),
+        windows: qwen_windows(config),
         default_eps: 1e-6,
     }
 }
@@ -71,7 +72,7 @@ fn qwen3(config: &mut Config) -> Variant {
         output_bias: bias,
         mlp_bias: false,
         head_norms: true,
-        window: qwen_window(config),
+        windows: qwen_windows(config),
         default_eps: 1e-6,
     }
 }
@@ -97,17 +98,28 @@ builder!(build_qwen2, qwen2);
 builder!(build_qwen3, qwen3);
 
 /// Qwen switches its window on by a flag, and for some layers only.
-fn qwen_window(config: &mut Config) -> Option<i64> {
+fn qwen_windows(config: &mut Config) -> Vec<Option<i64>> {
     if !config.flag("use_sliding_window", false) {
-        return None;
+        return Vec::new();
     }
     let window = config.optional_size("sliding_window").unwrap_or(4096);
-    if let Some(types) = config.get("layer_types").and_then(|t| t.as_array()) {
-        return types.iter().any(|t| t == "sliding_attention").then_some(window);
-    }
-    let first = config.get("max_window_layers").and_then(|v| v.as_i64()).unwrap_or(28);
     let layers = config.layers("num_hidden_layers");
-    (layers > first).then_some(window)
+    let first = config.get("max_window_layers").and_then(|v| v.as_i64()).unwrap_or(28);
+    let Some(types) = config.get("layer_types").and_then(|t| t.as_array()).cloned() else {
+        return (0..layers).map(|i| (i >= first).then_some(window)).collect();
+    };
+    if i64::try_from(types.len()) != Ok(layers) {
+        config.problem(format!("`layer_types` has {} entries for {layers} layers", types.len()));
+    }
+    let kind = |t: &serde_json::Value| match t.as_str() {
+        Some("sliding_attention") => Some(Some(window)),
+        Some("full_attention") => Some(None),
+        _ => None,
+    };
+    if let Some(other) = types.iter().find(|t| kind(t).is_none()) {
+        config.unsupported(format!("layers of the type {other}"));
+    }
+    types.iter().map(|t| kind(t).flatten()).collect()
 }
 
 /// What the configuration says.
@@ -124,6 +136,8 @@ struct Sizes {
     tied: bool,
     rotary: Rotary,
     most_tokens: i64,
+    /// By layer.
+    windows: Vec<Option<i64>>,
 }
 
 fn read(config: &mut Config, options: &LoadOptions, variant: &Variant) -> Result<Sizes> {
@@ -146,14 +160,9 @@ fn read(config: &mut Config, options: &LoadOptions, variant: &Variant) -> Result
     }
     let rotary = Rotary::read(config, width);
     let most_tokens = positions.min(options.max_tokens);
-    if let Some(window) = variant.window
-        && window < most_tokens
-    {
-        config.unsupported(format!(
-            "a sliding window of {window} positions (with at most {window} tokens it makes no \
-             difference: limit the length to that)"
-        ));
-    }
+    // A window as long as the sequence leaves nothing out.
+    let window = |i: usize| variant.windows.get(i).copied().flatten().filter(|w| *w < most_tokens);
+    let windows = (0..usize::try_from(layers).unwrap_or(0)).map(window).collect();
     config.check()?;
     Ok(Sizes {
         hidden,
@@ -168,6 +177,7 @@ fn read(config: &mut Config, options: &LoadOptions, variant: &Variant) -> Result
         tied,
         rotary,
         most_tokens,
+        windows,
     })
 }
 
@@ -180,7 +190,7 @@ fn build(
 ) -> Result<Summary> {
     let sizes = read(config, options, variant)?;
     let Sizes { hidden, layers, heads, kv_heads, width, inner, vocabulary, eps, act, .. } = sizes;
-    let Sizes { tied, rotary, most_tokens, .. } = sizes;
+    let Sizes { tied, rotary, most_tokens, windows, .. } = sizes;
 
     let prefix = if net.weights.has_prefix("model.") { "model." } else { "" };
     net.declare_tokens(most_tokens);
@@ -196,8 +206,8 @@ fn build(
     let tables = rotary.tables(net)?;
 
     let scale = 1.0 / (width as f64).sqrt();
-    let attention = Heads { q: heads, width, scale, causal: true };
-    for i in 0..layers {
+    for (i, window) in (0..layers).zip(windows) {
+        let attention = Heads { q: heads, width, scale, causal: true, window };
         let layer = format!("{prefix}layers.{i}");
         let a = format!("{layer}.self_attn");
         let y = net.rms_norm(x, &format!("{layer}.input_layernorm"), hidden, eps)?;
@@ -260,12 +270,9 @@ pub(super) fn decoder(
         "qwen3" => qwen3(config),
         other => {
             return Err(Error::unsupported(format!("decoding of `{other}` step by step on a GPU"))
-                .with_hint("llama, mistral and qwen2 are supported there; others run on the CPU"));
+                .with_hint("gpt2, llama, mistral, qwen2 and qwen3 are supported there"));
         }
     };
-    if variant.head_norms {
-        return Err(Error::unsupported("norms over each head, step by step on a GPU"));
-    }
     let sizes = read(config, options, &variant)?;
     let Sizes { hidden, layers, heads, kv_heads, width, inner, vocabulary, .. } = sizes;
     let prefix = if weights.has_prefix("model.") { "model." } else { "" };
@@ -273,7 +280,7 @@ pub(super) fn decoder(
     let (q, kv) = (heads * width, kv_heads * width);
     let table = get(format!("{prefix}embed_tokens.weight"), &[vocabulary, hidden])?;
     let mut all = Vec::new();
-    for i in 0..layers {
+    for (i, window) in (0..layers).zip(sizes.windows) {
         let a = format!("{prefix}layers.{i}.self_attn");
         let m = format!("{prefix}layers.{i}.mlp");
         let parts = [("q", q), ("k", kv), ("v", kv)];
@@ -285,6 +292,10 @@ pub(super) fn decoder(
                 qkv_bias.push(get(format!("{a}.{name}_proj.bias"), &[lines])?);
             }
         }
+        let mut head_norms = Vec::new();
+        for name in ["q", "k"].iter().filter(|_| variant.head_norms) {
+            head_norms.push(get(format!("{a}.{name}_norm.weight"), &[width])?);
+        }
         let mut bias = |there: bool, name: String, lines: i64| {
             there.then(|| get(format!("{name}.bias"), &[lines])).transpose()
         };
@@ -293,14 +304,23 @@ pub(super) fn decoder(
         let up_bias = bias(variant.mlp_bias, format!("{m}.up_proj"), inner)?;
         let down_bias = bias(variant.mlp_bias, format!("{m}.down_proj"), hidden)?;
         let layer = format!("{prefix}layers.{i}");
+        let mut norm = |name: &str| {
+            let gain = get(format!("{layer}.{name}.weight"), &[hidden])?;
+            Ok::<_, Error>(DecoderNorm { gain, shift: None })
+        };
+        let input_norm = norm("input_layernorm")?;
+        let post_norm = norm("post_attention_layernorm")?;
         all.push(DecoderLayer {
-            input_norm: get(format!("{layer}.input_layernorm.weight"), &[hidden])?,
+            input_norm,
             qkv,
             qkv_bias,
+            head_norms,
+            window,
+            scale: 1.0 / (width as f64).sqrt(),
             o: get(format!("{a}.o_proj.weight"), &[hidden, q])?,
             o_bias,
-            post_norm: get(format!("{layer}.post_attention_layernorm.weight"), &[hidden])?,
-            gate: get(format!("{m}.gate_proj.weight"), &[inner, hidden])?,
+            post_norm,
+            gate: Some(get(format!("{m}.gate_proj.weight"), &[inner, hidden])?),
             up: get(format!("{m}.up_proj.weight"), &[inner, hidden])?,
             gate_bias,
             up_bias,
@@ -308,7 +328,7 @@ pub(super) fn decoder(
             down_bias,
         });
     }
-    let norm = get(format!("{prefix}norm.weight"), &[hidden])?;
+    let norm = DecoderNorm { gain: get(format!("{prefix}norm.weight"), &[hidden])?, shift: None };
     let own = "lm_head.weight".to_string();
     let head = match sizes.tied {
         true => None,
@@ -322,9 +342,12 @@ pub(super) fn decoder(
         inner,
         vocabulary,
         eps: sizes.eps,
-        gate: sizes.act.to_string(),
+        centred: false,
+        act: sizes.act.to_string(),
+        turned: false,
         most_tokens: sizes.most_tokens,
         frequencies: sizes.rotary.frequencies().to_vec(),
+        positions: None,
         table,
         layers: all,
         norm,

@@ -260,7 +260,7 @@ fn stated_type(config: &Config) -> DType {
 /// Loads a decoder taken apart.
 ///
 /// # Errors
-/// The user's about the files; unsupported for what is no decoder of the kind of Llama.
+/// The user's about the files; unsupported for what is no decoder of the kinds of GPT-2 and Llama.
 pub fn load_decoder(dir: &Path, options: &LoadOptions) -> Result<Decoder> {
     load_parts(dir, options, |_| None).map(|(decoder, _)| decoder)
 }
@@ -277,7 +277,8 @@ pub fn load_decoder_and_prompt(
 ) -> Result<(Decoder, Option<Graph>)> {
     load_parts(dir, options, |decoder| {
         let compute = decoder.table.dtype();
-        let small = compute.is_float() && compute.bits() == 16;
+        // The step has matrices turned, which the graph could not share.
+        let small = compute.is_float() && compute.bits() == 16 && !decoder.turned;
         small.then(|| LoadOptions { compute, max_tokens: most_tokens, ..options.clone() })
     })
 }
@@ -297,7 +298,10 @@ fn load_parts(
             Some(seed) => Weights::random(seed, stated_type(&config)),
             None => Weights::open(dir)?,
         };
-        let decoder = llama::decoder(&mut config, &mut weights, options, family.model_type)?;
+        let decoder = match family.model_type {
+            "gpt2" => gpt2::decoder(&mut config, &mut weights, options)?,
+            other => llama::decoder(&mut config, &mut weights, options, other)?,
+        };
         let Some(options) = graph_options(&decoder) else { return Ok((decoder, None)) };
         let options = LoadOptions { cache: true, prompt: true, ..options };
         let model = build(Config::open(dir)?, || Ok(weights), &options)?;

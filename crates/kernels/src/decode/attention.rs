@@ -5,7 +5,7 @@
 //! Blocks behind the position do nothing. The second kernel combines the parts of a head in their order, so that results
 //! do not depend on who was first.
 
-use super::product::cache_layout;
+use super::heads::cache_layout;
 use super::{Rows, Scheduled, along, power_of_two, scalar, schedule, text};
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
@@ -30,6 +30,8 @@ pub struct AttentionParts {
     pub scale: f64,
     /// Positions of a part.
     pub part: i64,
+    /// Positions that a token sees, its own included; all when it is none.
+    pub window: Option<i64>,
 }
 
 fn shape(extents: &[i64]) -> Layout {
@@ -51,6 +53,12 @@ impl AttentionParts {
     /// Positions that a row sees.
     fn seen(&self, position: &Dim) -> Dim {
         position.clone() + 1
+    }
+
+    /// The first position that is seen where `seen` are, and the part that it lies in.
+    fn first(&self, seen: &Dim) -> Option<(Dim, Dim)> {
+        let first = (seen.clone() - self.window?).max_with(&Dim::new(0));
+        Some((first.clone(), first.floor_div(&Dim::new(self.part))))
     }
 
     /// The kernel of a part: `Q [rows, heads, width]`, keys, values, `P [rows, heads, parts, width]`, `M` and `L`
@@ -79,9 +87,14 @@ impl AttentionParts {
         let part = k.grid("part", d(parts));
         let (sequence, position) = self.rows.place(&row);
         let seen = self.seen(&position);
-        // Once, or not at all behind the position.
+        // Once, or not at all behind the position and before the window.
         let end = (part.clone() + 1).min_with(&seen.ceil_div(&bt));
-        let (part, _) = k.begin_for("here", part, end, &[]);
+        let first_seen = self.first(&seen);
+        let begin = match &first_seen {
+            Some((_, begin)) => part.max_with(begin),
+            None => part,
+        };
+        let (part, _) = k.begin_for("here", begin, end, &[]);
         let start = part.clone() * &bt;
         let limit = seen - &start;
         let plane = vec![bt.clone(), bd.clone()];
@@ -99,7 +112,12 @@ impl AttentionParts {
             let f = format!("{{ k, q -> f32(k) * (q * f32({factor:?})) }}");
             let f = text(&f, &[self.cache, DType::F32])?;
             let products = k.map(f, vec![k.plain(keys), along(query, 1)], plane.clone());
-            let scores = k.reduce(ReduceKind::Sum, products, 1, None);
+            let mut scores = k.reduce(ReduceKind::Sum, products, 1, None);
+            if let Some((first_seen, _)) = &first_seen {
+                let places = k.iota(DType::I32, 0, start.clone() - first_seen, vec![bt.clone()]);
+                let f = text("{ s, i -> where(i >= 0, s, -f32(inf)) }", &[DType::F32, DType::I32])?;
+                scores = k.map(f, vec![along(scores, 0), along(places, 0)], vec![bt.clone()]);
+            }
             let most = k.reduce(ReduceKind::Max, scores, 0, Some(limit.clone()));
             let f = text("{ s, m -> exp2(s - m) }", &[DType::F32; 2])?;
             let weights = k.map(f, vec![along(scores, 0), scalar(most)], vec![bt.clone()]);
@@ -150,13 +168,16 @@ impl AttentionParts {
         let row = k.grid("row", d(count));
         let head = k.grid("head", d(self.heads));
         let (_, position) = self.rows.place(&row);
-        let known = self.seen(&position).ceil_div(&d(self.part));
-        let pieces = known.ceil_div(&bs);
+        let seen = self.seen(&position);
+        let known = seen.ceil_div(&d(self.part));
+        // Parts before the window were not written.
+        let begin = self.first(&seen).map_or(d(0), |(_, begin)| begin);
+        let pieces = (known.clone() - &begin).ceil_div(&bs);
         let f32s = |s: Vec<Dim>| TileType::new(DType::F32, s);
         let one = vec![d(1), d(1), bs.clone()];
         let low = k.full(Value::Float(f64::NEG_INFINITY), f32s(vec![]));
         let (var, most) = k.begin_for("look", d(0), pieces.clone(), &[low]);
-        let at = var.clone() * &bs;
+        let at = begin.clone() + &(var * &bs);
         let some = k.load(m, vec![row.clone(), head.clone(), at.clone()], one.clone());
         let some = k.reshape(some, vec![bs.clone()]);
         let here = k.reduce(ReduceKind::Max, some, 0, Some(known.clone() - &at));
@@ -166,7 +187,7 @@ impl AttentionParts {
         let none = k.full(Value::Float(0.0), f32s(vec![]));
         let nothing = k.full(Value::Float(0.0), f32s(vec![bd.clone()]));
         let (var, sums) = k.begin_for("piece", d(0), pieces, &[none, nothing]);
-        let at = var.clone() * &bs;
+        let at = begin + &(var * &bs);
         let limit = known - &at;
         let [some, weight] = [m, l].map(|t| {
             let t = k.load(t, vec![row.clone(), head.clone(), at.clone()], one.clone());

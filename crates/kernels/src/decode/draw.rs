@@ -1,14 +1,15 @@
 //! One token of each row by its probability, all blocks of the machine at work.
 //!
 //! ```text
-//! ends      largest and smallest logit of each piece of the vocabulary
-//! open      the range of thresholds: from the smallest to above the largest, cut at TRIES places
+//! ends     largest and smallest logit of each piece of the vocabulary: the first range of thresholds
 //! per level, first for top_k (how many tokens), then for top_p (how much weight):
-//!   measure what lies at or above each threshold, per piece
-//!   narrow  the sums over the pieces; the cut that still has enough, and the next one, are the next range
-//! kept      the weight of each piece at or above the last threshold
-//! choose    the piece, then the token, at which the running sum passes a random number
+//!   level  the range, cut at TRIES places; per piece, what lies at or above each
+//! kept     the weight of each piece at or above the last threshold
+//! draw     the piece, then the token, at which the running sum passes a random number
 //! ```
+//!
+//! The sums over the pieces, and with them the next range (from the cut that still has enough to the next one), are few
+//! numbers: every block of the next launch works them out for itself, so that a level is one launch.
 //!
 //! Everything is summed in an order that does not depend on who was first. Random numbers are a table in memory, one per
 //! position and sequence.
@@ -22,15 +23,12 @@ use tilewright_tile::{
     Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
 };
 
-/// Logits of a piece of the vocabulary at most.
-const PIECE: i64 = 1024;
-/// Thresholds of a level: eight binary digits.
-const TRIES: i64 = 256;
-/// Thresholds that one block measures at once, and how often it does.
-const MEASURED: i64 = 16;
-const TURNS: i64 = 4;
-/// Levels: 32 binary digits of the range from the smallest to the largest logit.
-const LEVELS: usize = 4;
+/// Pieces of the vocabulary at most: a block reads what was measured of all of them at once.
+const PIECES: i64 = 128;
+/// Thresholds of a level: six binary digits.
+const TRIES: i64 = 64;
+/// Levels: 30 binary digits of the range from the smallest to the largest logit.
+const LEVELS: usize = 5;
 /// No place in a row.
 const NOWHERE: i64 = i32::MAX as i64;
 
@@ -104,11 +102,38 @@ fn line(k: &mut KernelBuilder, f: &str, args: &[TileId], extent: &Dim) -> Result
 }
 
 /// The columns of a state `[rows, STATE]`.
-const STATE: i64 = 4;
+const STATE: i64 = 8;
 const MOST: i64 = 0;
 const ABOVE: i64 = 1;
-const HIGH: i64 = 2;
-const ENOUGH: i64 = 3;
+const LOW: i64 = 2;
+const HIGH: i64 = 3;
+const ENOUGH: i64 = 4;
+
+/// What a launch knows of the thresholds before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    /// The ends of the pieces.
+    Ends,
+    /// How many logits lie at or above each threshold.
+    Counts,
+    /// How much weight, and whether that is the first time: it says how much is enough.
+    Weights { first: bool },
+}
+
+/// Where that is: most and least, or what was measured, the thresholds and the state.
+enum Source {
+    Ends(ParamId, ParamId),
+    Sums(ParamId, ParamId, ParamId),
+}
+
+/// A range of thresholds, and what stays the same.
+struct Found {
+    most: TileId,
+    above: TileId,
+    low: TileId,
+    high: TileId,
+    enough: TileId,
+}
 
 impl Draw {
     /// Pieces of a row; the last ones may lie behind its end.
@@ -119,7 +144,7 @@ impl Draw {
 
     /// Logits of a piece.
     fn piece_len(&self) -> i64 {
-        power_of_two(self.vocabulary).clamp(128, PIECE)
+        power_of_two((self.vocabulary + PIECES - 1) / PIECES).max(PIECES)
     }
 
     /// Extents of the memory that the launches share, all f32.
@@ -133,6 +158,7 @@ impl Draw {
             ("range", vec![rows, STATE]),
             ("range 2", vec![rows, STATE]),
             ("measured", vec![rows, TRIES, pieces]),
+            ("measured 2", vec![rows, TRIES, pieces]),
             ("kept", vec![rows, pieces]),
         ]
     }
@@ -140,45 +166,53 @@ impl Draw {
     /// The launches, in order.
     pub fn steps(&self) -> Vec<DrawStep> {
         use DrawPlace::{History, Knobs, Logits, Own, Random, Tokens};
+        type Make = fn(&Draw, Arch) -> Result<Scheduled>;
         let mut out = Vec::new();
-        let mut step = |label, make, operands: &[DrawPlace]| {
-            out.push(DrawStep { label, make, operands: operands.to_vec() });
+        let mut step = |label, make, operands: Vec<DrawPlace>| {
+            out.push(DrawStep { label, make, operands });
         };
-        step("draw_ends", Draw::ends, &[Logits, Own(0), Own(1)]);
-        step("draw_open", Draw::open, &[Own(0), Own(1), Own(2), Own(4)]);
-        let mut side = 0;
-        let mut levels = |weigh: bool, reopen: bool| {
-            for level in 0..LEVELS {
-                let (tries, state) = (Own(2 + side), Own(4 + side));
-                match weigh {
-                    false => step("draw_count", Draw::count, &[Logits, tries, Own(6)]),
-                    true => step("draw_weigh", Draw::weigh, &[Logits, Knobs, tries, state, Own(6)]),
-                }
-                let (label, make): (_, fn(&Draw, Arch) -> Result<Scheduled>) =
-                    match (weigh, level == 0, reopen && level + 1 == LEVELS) {
-                        (false, _, false) => {
-                            ("draw_narrow_k", |d, a| d.narrow(a, false, false, false))
-                        }
-                        (false, _, true) => ("draw_end_k", |d, a| d.narrow(a, false, false, true)),
-                        (true, true, _) => ("draw_begin_p", |d, a| d.narrow(a, true, true, false)),
-                        (true, false, _) => {
-                            ("draw_narrow_p", |d, a| d.narrow(a, true, false, false))
-                        }
-                    };
+        step("draw_ends", Draw::ends, vec![Logits, Own(0), Own(1)]);
+        let (mut known, mut side) = (Known::Ends, 0);
+        let source = |known: Known, side: usize| match known {
+            Known::Ends => vec![Own(0), Own(1)],
+            _ => vec![Own(6 + side), Own(2 + side), Own(4 + side)],
+        };
+        for weigh in [(self.top_k, false), (self.top_p, true)].iter().filter(|w| w.0).map(|w| w.1) {
+            for _ in 0..LEVELS {
+                let (label, make): (_, Make) = match (known, weigh) {
+                    (Known::Ends, false) => ("draw_open_k", |d, a| d.level(a, Known::Ends, false)),
+                    (_, false) => ("draw_count", |d, a| d.level(a, Known::Counts, false)),
+                    (Known::Ends, true) => ("draw_open_p", |d, a| d.level(a, Known::Ends, true)),
+                    (Known::Counts, true) => {
+                        ("draw_reopen_p", |d, a| d.level(a, Known::Counts, true))
+                    }
+                    (Known::Weights { first: true }, true) => {
+                        ("draw_enough", |d, a| d.level(a, Known::Weights { first: true }, true))
+                    }
+                    (Known::Weights { first: false }, true) => {
+                        ("draw_weigh", |d, a| d.level(a, Known::Weights { first: false }, true))
+                    }
+                };
+                let mut operands = vec![Logits, Knobs];
+                operands.extend(source(known, side));
                 side = 1 - side;
-                step(label, make, &[Own(6), tries, state, Knobs, Own(2 + side), Own(4 + side)]);
+                operands.extend([Own(6 + side), Own(2 + side), Own(4 + side)]);
+                step(label, make, operands);
+                let first = !matches!(known, Known::Weights { .. });
+                known = if weigh { Known::Weights { first } } else { Known::Counts };
             }
+        }
+        let make: Make = match known {
+            Known::Ends => |d, a| d.kept(a, Known::Ends),
+            Known::Counts => |d, a| d.kept(a, Known::Counts),
+            Known::Weights { .. } => |d, a| d.kept(a, Known::Weights { first: false }),
         };
-        if self.top_k {
-            levels(false, self.top_p);
-        }
-        if self.top_p {
-            levels(true, false);
-        }
-        let (tries, state) = (Own(2 + side), Own(4 + side));
-        step("draw_kept", Draw::kept, &[Logits, Knobs, tries, state, Own(7)]);
-        let operands = [Logits, Knobs, tries, state, Own(7), Random, Tokens, History];
-        step("draw", Draw::choose, &operands);
+        let mut operands = vec![Logits, Knobs];
+        operands.extend(source(known, side));
+        let state = Own(5 - side);
+        operands.extend([Own(8), state]);
+        step("draw_kept", make, operands);
+        step("draw", Draw::choose, vec![Logits, Knobs, state, Own(8), Random, Tokens, History]);
         out
     }
 
@@ -237,114 +271,156 @@ impl Draw {
         self.finish(k, arch, self.piece_len(), 128)
     }
 
-    /// `most`, `least`, thresholds, state.
-    fn open(&self, arch: Arch) -> Result<Scheduled> {
-        let d = Dim::new;
-        let mut k = KernelBuilder::new("decode_draw_open");
-        let bv = k.tile("BV");
-        let most = self.table(&mut k, "most", self.pieces(), Access::In);
-        let least = self.table(&mut k, "least", self.pieces(), Access::In);
-        let tries = self.table(&mut k, "tries", TRIES, Access::Out);
-        let state = self.table(&mut k, "state", STATE, Access::Out);
-        let row = k.grid("row", d(self.rows.batch));
-        let ends = [f64::NEG_INFINITY, f64::INFINITY];
-        let init = ends.map(|v| k.full(Value::Float(v), f32s(&[])));
-        let turns = d(self.pieces()).ceil_div(&bv);
-        let (var, best) = k.begin_for("pieces", d(0), turns, &init);
-        let mut next = Vec::new();
-        for (i, (table, op, kind)) in
-            [(most, Op::Max, ReduceKind::Max), (least, Op::Min, ReduceKind::Min)]
-                .into_iter()
-                .enumerate()
-        {
-            let one = vec![d(1), bv.clone()];
-            let index = vec![row.clone(), var.clone() * &bv];
-            let x = k.load_with(table, index, vec![1, 1], Value::Float(ends[i]), one);
-            let x = k.reshape(x, vec![bv.clone()]);
-            let here = k.reduce(kind, x, 0, None);
-            let f = Func::binary(op, DType::F32);
-            next.push(k.map(f, vec![scalar(best[i]), scalar(here)], vec![]));
+    fn source(&self, k: &mut KernelBuilder, known: Known) -> Source {
+        if known == Known::Ends {
+            let [most, least] =
+                ["most", "least"].map(|name| self.table(k, name, self.pieces(), Access::In));
+            return Source::Ends(most, least);
         }
-        let best = k.end_for(&next);
-        let above = of(&mut k, "{ m -> m + max(abs(m), f32(1)) * f32(1e-5) }", &[best[0]])?;
-        let nothing = k.full(Value::Float(0.0), f32s(&[]));
-        self.range(&mut k, (tries, state), &row, &bv, best[1], [best[0], above, above, nothing])?;
-        self.finish(k, arch, TRIES, 64)
+        let all = shape(&[self.rows.batch, TRIES, self.pieces()]);
+        let sums = k.param("sums", DType::F32, all, Access::In);
+        let tries = self.table(k, "tries", TRIES, Access::In);
+        Source::Sums(sums, tries, self.table(k, "state", STATE, Access::In))
     }
 
-    /// Writes the thresholds from `low` to a state's `HIGH`, and the state.
-    fn range(
+    /// The range that follows from what is known; `bt` thresholds and `bp` pieces at once, all there are.
+    fn found(
         &self,
         k: &mut KernelBuilder,
-        (tries, state): (ParamId, ParamId),
+        (known, source, knobs): (Known, &Source, ParamId),
         row: &Dim,
-        extent: &Dim,
-        low: TileId,
-        values: [TileId; STATE as usize],
-    ) -> Result<()> {
-        let places = k.iota(DType::I32, 0, Dim::new(0), vec![extent.clone()]);
-        let share = 1.0 / TRIES as f64;
-        let f = format!("{{ i, l, h -> l + (h - l) * (f32(i) * f32({share:?})) }}");
-        let all = line(k, &f, &[places, low, values[HIGH as usize]], extent)?;
-        let all = k.reshape(all, vec![Dim::new(1), extent.clone()]);
-        k.store(tries, vec![row.clone(), Dim::new(0)], all);
-        for (i, value) in values.into_iter().enumerate() {
+        [bt, bp]: [&Dim; 2],
+    ) -> Result<Found> {
+        let d = Dim::new;
+        let (sums, tries, state) = match source {
+            Source::Ends(most, least) => {
+                let mut end = |table: ParamId, kind: ReduceKind, fill: f64| {
+                    let one = vec![d(1), bp.clone()];
+                    let fill = Value::Float(fill);
+                    let x = k.load_with(table, vec![row.clone(), d(0)], vec![1, 1], fill, one);
+                    let x = k.reshape(x, vec![bp.clone()]);
+                    k.reduce(kind, x, 0, None)
+                };
+                let most = end(*most, ReduceKind::Max, f64::NEG_INFINITY);
+                let low = end(*least, ReduceKind::Min, f64::INFINITY);
+                let above = of(k, "{ m -> m + max(abs(m), f32(1)) * f32(1e-5) }", &[most])?;
+                let enough = k.full(Value::Float(0.0), f32s(&[]));
+                return Ok(Found { most, above, low, high: above, enough });
+            }
+            Source::Sums(sums, tries, state) => (*sums, *tries, *state),
+        };
+        let one = vec![d(1), bt.clone(), bp.clone()];
+        let all = k.load(sums, vec![row.clone(), d(0), d(0)], one);
+        let all = k.reshape(all, vec![bt.clone(), bp.clone()]);
+        let sum = k.reduce(ReduceKind::Sum, all, 1, None);
+        let t = k.load(tries, vec![row.clone(), d(0)], vec![d(1), bt.clone()]);
+        let t = k.reshape(t, vec![bt.clone()]);
+        let [most, above, high] = [MOST, ABOVE, HIGH].map(|i| entry(k, state, row, d(i)));
+        let enough = match known {
+            Known::Weights { first: false } => entry(k, state, row, d(ENOUGH)),
+            Known::Weights { first: true } => {
+                let all = k.reduce(ReduceKind::Max, sum, 0, None);
+                let share = entry(k, knobs, &d(0), d(2));
+                of(k, "{ a, s -> a * s }", &[all, share])?
+            }
+            _ => entry(k, knobs, &d(0), d(1)),
+        };
+        // The lowest threshold keeps what the ones before found, whether that is enough or not.
+        let lowest = k.reduce(ReduceKind::Min, t, 0, None);
+        let has = line(k, "{ t, s, e, l -> where(s >= e, t, l) }", &[t, sum, enough, lowest], bt)?;
+        let low = k.reduce(ReduceKind::Max, has, 0, None);
+        let f = "{ t, s, e, l, h -> where(s >= e, h, where(t > l, t, h)) }";
+        let lacks = line(k, f, &[t, sum, enough, lowest, high], bt)?;
+        let high = k.reduce(ReduceKind::Min, lacks, 0, None);
+        Ok(Found { most, above, low, high, enough })
+    }
+
+    /// The row of a table for what all blocks of a row know: that row for the first of them, one behind the end for the
+    /// others, where nothing is stored.
+    fn once(&self, row: &Dim, piece: &Dim) -> Dim {
+        row.clone() + &(piece.clone() * self.rows.batch)
+    }
+
+    /// Puts the state of a range there.
+    fn keep(&self, k: &mut KernelBuilder, state: ParamId, row: &Dim, found: &Found) {
+        for (i, value) in [
+            (MOST, found.most),
+            (ABOVE, found.above),
+            (LOW, found.low),
+            (HIGH, found.high),
+            (ENOUGH, found.enough),
+        ] {
             let one = k.reshape(value, vec![Dim::new(1), Dim::new(1)]);
-            k.store(state, vec![row.clone(), Dim::new(i as i64)], one);
+            k.store(state, vec![row.clone(), Dim::new(i)], one);
         }
-        Ok(())
     }
 
-    fn count(&self, arch: Arch) -> Result<Scheduled> {
-        self.measure(arch, false)
+    /// A part of a piece: `bv` logits.
+    fn part(
+        &self,
+        k: &mut KernelBuilder,
+        logits: ParamId,
+        [row, piece, turn]: [&Dim; 3],
+        bv: &Dim,
+    ) -> TileId {
+        let low = Value::Float(f64::NEG_INFINITY);
+        let at = piece.clone() * self.piece_len() + &(turn.clone() * bv);
+        let one = vec![Dim::new(1), bv.clone()];
+        let x = k.load_with(logits, vec![row.clone(), at], vec![1, 1], low, one);
+        k.reshape(x, vec![bv.clone()])
     }
 
-    fn weigh(&self, arch: Arch) -> Result<Scheduled> {
-        self.measure(arch, true)
-    }
-
-    /// `logits`, thresholds, what is measured; with weights `logits`, `knobs`, thresholds, state, what is measured.
-    fn measure(&self, arch: Arch, weigh: bool) -> Result<Scheduled> {
+    /// `logits`, `knobs`, what is known; then what is measured, its thresholds, the state.
+    fn level(&self, arch: Arch, known: Known, weigh: bool) -> Result<Scheduled> {
         let d = Dim::new;
         let mut k =
             KernelBuilder::new(if weigh { "decode_draw_weigh" } else { "decode_draw_count" });
         let (bt, bv) = (k.tile("BT"), k.tile("BV"));
         let logits = self.logits(&mut k);
-        let knobs = weigh.then(|| self.knobs(&mut k));
-        let tries = self.table(&mut k, "tries", TRIES, Access::In);
-        let state = weigh.then(|| self.table(&mut k, "state", STATE, Access::In));
+        let knobs = self.knobs(&mut k);
+        let source = self.source(&mut k, known);
         let all = shape(&[self.rows.batch, TRIES, self.pieces()]);
-        let sums = k.param("sums", DType::F32, all, Access::Out);
+        let next_sums = k.param("next_sums", DType::F32, all, Access::Out);
+        let next_tries = self.table(&mut k, "next_tries", TRIES, Access::Out);
+        let next_state = self.table(&mut k, "next_state", STATE, Access::InOut);
         let row = k.grid("row", d(self.rows.batch));
-        let some = k.grid("some", d(TRIES / TURNS).ceil_div(&bt)) * TURNS;
         let piece = k.grid("piece", d(self.pieces()));
-        let x = self.piece(&mut k, logits, &row, piece.clone(), &bv);
-        let weight = match (knobs, state) {
-            (Some(knobs), Some(state)) => {
-                Some(self.weight(&mut k, (knobs, state), &row, x, &bv)?)
-            }
-            _ => None,
-        };
-        let (turn, _) = k.begin_for("turn", d(0), d(TURNS), &[]);
-        let first = (some + &turn) * &bt;
-        let t = k.load(tries, vec![row.clone(), first.clone()], vec![d(1), bt.clone()]);
-        let t = k.reshape(t, vec![bt.clone()]);
+        let mut found = self.found(&mut k, (known, &source, knobs), &row, [&bt, &bv])?;
+        if weigh && known == Known::Counts {
+            // Anew from the threshold that was found.
+            found.high = found.above;
+        }
+        let places = k.iota(DType::I32, 0, d(0), vec![bt.clone()]);
+        let share = 1.0 / TRIES as f64;
+        let f = format!("{{ i, l, h -> l + (h - l) * (f32(i) * f32({share:?})) }}");
+        let tries = line(&mut k, &f, &[places, found.low, found.high], &bt)?;
+
+        let none = k.full(Value::Float(0.0), f32s(&[&bt]));
+        let (turn, sum) = k.begin_for("turn", d(0), d(self.piece_len()).ceil_div(&bv), &[none]);
+        let x = self.part(&mut k, logits, [&row, &piece, &turn], &bv);
         let plane = vec![bt.clone(), bv.clone()];
-        let kept = match weight {
-            Some(w) => {
+        let kept = match weigh {
+            true => {
+                let w = self.weight(&mut k, (knobs, found.most), x, &bv)?;
                 let f = text("{ x, t, w -> where(x >= t, w, f32(0)) }", &[DType::F32; 3])?;
-                k.map(f, vec![along(x, 1), along(t, 0), along(w, 1)], plane)
+                k.map(f, vec![along(x, 1), along(tries, 0), along(w, 1)], plane)
             }
-            None => {
+            false => {
                 let f = text("{ x, t -> where(x >= t, f32(1), f32(0)) }", &[DType::F32; 2])?;
-                k.map(f, vec![along(x, 1), along(t, 0)], plane)
+                k.map(f, vec![along(x, 1), along(tries, 0)], plane)
             }
         };
-        let sum = k.reduce(ReduceKind::Sum, kept, 1, None);
+        let here = k.reduce(ReduceKind::Sum, kept, 1, None);
+        let add = Func::binary(Op::Add, DType::F32);
+        let next = k.map(add, vec![along(sum[0], 0), along(here, 0)], vec![bt.clone()]);
+        let sum = k.end_for(&[next])[0];
         let sum = k.reshape(sum, vec![d(1), bt.clone(), d(1)]);
-        k.store(sums, vec![row, first, piece], sum);
-        k.end_for(&[]);
-        let tiles = [("BT", MEASURED), ("BV", self.piece_len())];
+        k.store(next_sums, vec![row.clone(), d(0), piece.clone()], sum);
+        let once = self.once(&row, &piece);
+        let tries = k.reshape(tries, vec![d(1), bt.clone()]);
+        k.store(next_tries, vec![once.clone(), d(0)], tries);
+        self.keep(&mut k, next_state, &once, &found);
+        let tiles = [("BT", TRIES), ("BV", PIECES)];
         let schedule = schedule(arch, &tiles, (256, 32, 4), self.vocabulary, true);
         Ok(Scheduled { kernel: k.finish(), schedule })
     }
@@ -353,66 +429,12 @@ impl Draw {
     fn weight(
         &self,
         k: &mut KernelBuilder,
-        (knobs, state): (ParamId, ParamId),
-        row: &Dim,
+        (knobs, most): (ParamId, TileId),
         x: TileId,
         bv: &Dim,
     ) -> Result<TileId> {
         let sharp = entry(k, knobs, &Dim::new(0), Dim::new(0));
-        let most = entry(k, state, row, Dim::new(MOST));
         line(k, "{ x, m, t -> exp((x - m) * t) }", &[x, most, sharp], bv)
-    }
-
-    /// What was measured, thresholds, state, `knobs`, next thresholds, next state. Of weights the `first` time says how
-    /// much is enough; to `reopen` is to begin anew from the threshold that was found.
-    fn narrow(&self, arch: Arch, weigh: bool, first: bool, reopen: bool) -> Result<Scheduled> {
-        let d = Dim::new;
-        let mut k = KernelBuilder::new("decode_draw_narrow");
-        let (bt, bp) = (k.tile("BT"), k.tile("BP"));
-        let all = shape(&[self.rows.batch, TRIES, self.pieces()]);
-        let sums = k.param("sums", DType::F32, all, Access::In);
-        let tries = self.table(&mut k, "tries", TRIES, Access::In);
-        let state = self.table(&mut k, "state", STATE, Access::In);
-        let knobs = self.knobs(&mut k);
-        let next_tries = self.table(&mut k, "next_tries", TRIES, Access::Out);
-        let next_state = self.table(&mut k, "next_state", STATE, Access::Out);
-        let row = k.grid("row", d(self.rows.batch));
-        let none = k.full(Value::Float(0.0), f32s(&[&bt]));
-        let turns = d(self.pieces()).ceil_div(&bp);
-        let (var, sum) = k.begin_for("pieces", d(0), turns, &[none]);
-        let one = vec![d(1), bt.clone(), bp.clone()];
-        let some = k.load(sums, vec![row.clone(), d(0), var * &bp], one);
-        let some = k.reshape(some, vec![bt.clone(), bp.clone()]);
-        let here = k.reduce(ReduceKind::Sum, some, 1, None);
-        let add = Func::binary(Op::Add, DType::F32);
-        let next = k.map(add, vec![along(sum[0], 0), along(here, 0)], vec![bt.clone()]);
-        let sum = k.end_for(&[next])[0];
-        let t = k.load(tries, vec![row.clone(), d(0)], vec![d(1), bt.clone()]);
-        let t = k.reshape(t, vec![bt.clone()]);
-        let [most, above, high] = [MOST, ABOVE, HIGH].map(|i| entry(&mut k, state, &row, d(i)));
-        let enough = match (weigh, first) {
-            (false, _) => entry(&mut k, knobs, &d(0), d(1)),
-            (true, false) => entry(&mut k, state, &row, d(ENOUGH)),
-            (true, true) => {
-                let all = k.reduce(ReduceKind::Max, sum, 0, None);
-                let share = entry(&mut k, knobs, &d(0), d(2));
-                of(&mut k, "{ a, s -> a * s }", &[all, share])?
-            }
-        };
-        // The lowest threshold keeps what the ones before found, whether that is enough or not.
-        let lowest = k.reduce(ReduceKind::Min, t, 0, None);
-        let f = "{ t, s, e, l -> where(s >= e, t, l) }";
-        let has = line(&mut k, f, &[t, sum, enough, lowest], &bt)?;
-        let low = k.reduce(ReduceKind::Max, has, 0, None);
-        let f = "{ t, s, e, l, h -> where(s >= e, h, where(t > l, t, h)) }";
-        let lacks = line(&mut k, f, &[t, sum, enough, lowest, high], &bt)?;
-        let next_high = k.reduce(ReduceKind::Min, lacks, 0, None);
-        let next_high = if reopen { above } else { next_high };
-        let values = [most, above, next_high, enough];
-        self.range(&mut k, (next_tries, next_state), &row, &bt, low, values)?;
-        let tiles = [("BT", TRIES), ("BP", 128)];
-        let schedule = schedule(arch, &tiles, (1024, 32, 4), self.pieces(), true);
-        Ok(Scheduled { kernel: k.finish(), schedule })
     }
 
     /// The weights of the logits that are kept; `from` is the threshold.
@@ -427,29 +449,37 @@ impl Draw {
         line(k, "{ x, t, w -> where(x >= t, w, f32(0)) }", &[x, from, weight], bv)
     }
 
-    /// `logits`, `knobs`, thresholds, state, the weight of each piece.
-    fn kept(&self, arch: Arch) -> Result<Scheduled> {
+    /// `logits`, `knobs`, what is known; then the weight of each piece, the state.
+    fn kept(&self, arch: Arch, known: Known) -> Result<Scheduled> {
         let d = Dim::new;
         let mut k = KernelBuilder::new("decode_draw_kept");
-        let bv = k.tile("BV");
+        let (bt, bv) = (k.tile("BT"), k.tile("BV"));
         let logits = self.logits(&mut k);
         let knobs = self.knobs(&mut k);
-        let tries = self.table(&mut k, "tries", TRIES, Access::In);
-        let state = self.table(&mut k, "state", STATE, Access::In);
+        let source = self.source(&mut k, known);
         let weights = self.table(&mut k, "weights", self.pieces(), Access::Out);
+        let next_state = self.table(&mut k, "next_state", STATE, Access::InOut);
         let row = k.grid("row", d(self.rows.batch));
         let piece = k.grid("piece", d(self.pieces()));
-        let x = self.piece(&mut k, logits, &row, piece.clone(), &bv);
-        let from = entry(&mut k, tries, &row, d(0));
-        let weight = self.weight(&mut k, (knobs, state), &row, x, &bv)?;
-        let kept = self.kept_of(&mut k, x, weight, from, &bv)?;
-        let sum = k.reduce(ReduceKind::Sum, kept, 0, None);
+        let found = self.found(&mut k, (known, &source, knobs), &row, [&bt, &bv])?;
+        let none = k.full(Value::Float(0.0), f32s(&[]));
+        let (turn, sum) = k.begin_for("turn", d(0), d(self.piece_len()).ceil_div(&bv), &[none]);
+        let x = self.part(&mut k, logits, [&row, &piece, &turn], &bv);
+        let weight = self.weight(&mut k, (knobs, found.most), x, &bv)?;
+        let kept = self.kept_of(&mut k, x, weight, found.low, &bv)?;
+        let here = k.reduce(ReduceKind::Sum, kept, 0, None);
+        let add = Func::binary(Op::Add, DType::F32);
+        let next = k.map(add, vec![scalar(sum[0]), scalar(here)], vec![]);
+        let sum = k.end_for(&[next])[0];
         let sum = k.reshape(sum, vec![d(1), d(1)]);
-        k.store(weights, vec![row, piece], sum);
-        self.finish(k, arch, self.piece_len(), 128)
+        k.store(weights, vec![row.clone(), piece.clone()], sum);
+        self.keep(&mut k, next_state, &self.once(&row, &piece), &found);
+        let tiles = [("BT", TRIES), ("BV", PIECES)];
+        let schedule = schedule(arch, &tiles, (256, 32, 4), self.vocabulary, true);
+        Ok(Scheduled { kernel: k.finish(), schedule })
     }
 
-    /// `logits`, `knobs`, thresholds, state, the weight of each piece, `random`, `tokens`, `history`.
+    /// `logits`, `knobs`, state, the weight of each piece, `random`, `tokens`, `history`.
     fn choose(&self, arch: Arch) -> Result<Scheduled> {
         let d = Dim::new;
         let mut k = KernelBuilder::new("decode_draw");
@@ -458,7 +488,6 @@ impl Draw {
         rows.declare(&mut k);
         let logits = self.logits(&mut k);
         let knobs = self.knobs(&mut k);
-        let tries = self.table(&mut k, "tries", TRIES, Access::In);
         let state = self.table(&mut k, "state", STATE, Access::In);
         let weights = self.table(&mut k, "weights", self.pieces(), Access::In);
         let table = shape(&[rows.positions + 1, rows.batch]);
@@ -522,8 +551,8 @@ impl Draw {
         let one = vec![d(1), bv.clone()];
         let x = k.gather(logits, 1, places, vec![row.clone(), d(0)], one);
         let x = k.reshape(x, vec![bv.clone()]);
-        let weight = self.weight(&mut k, (knobs, state), &row, x, &bv)?;
-        let from = entry(&mut k, tries, &row, d(0));
+        let [most, from] = [MOST, LOW].map(|i| entry(&mut k, state, &row, d(i)));
+        let weight = self.weight(&mut k, (knobs, most), x, &bv)?;
         let kept = self.kept_of(&mut k, x, weight, from, &bv)?;
         let f = format!("{{ w, i -> where(i < {}, w, f32(0)) }}", self.vocabulary);
         let kept = line(&mut k, &f, &[kept, places], &bv)?;

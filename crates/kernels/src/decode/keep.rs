@@ -1,6 +1,6 @@
 //! Keys and values of a prompt, put where steps look for them.
 
-use super::product::cache_layout;
+use super::heads::cache_layout;
 use super::{Rows, Scheduled, power_of_two, schedule};
 use tilewright_base::DType;
 use tilewright_device::Arch;

@@ -3,11 +3,12 @@
 //! ```text
 //! embed        x = table[token]
 //! per layer:
-//!   qkv        rms norm, one product with Wq Wk Wv, rotation; keys and values go to the cache
+//!   qkv        norm, one product with Wq Wk Wv, rotation; keys and values go to the cache
+//!   heads      where each head has a norm: that, and then rotation and the cache
 //!   parts      attention over a part of the cache: maximum, sum, weighted values
 //!   combine    the parts of a head, in their order
 //!   o          product, + x
-//!   gate_up    rms norm, two products, act(gate) * up
+//!   gate_up    norm, two products, act(gate) * up; or `up`: one product, act(up)
 //!   down       product, + x
 //! head         rms norm, product with the vocabulary
 //! pieces, pick the best token, or draw: one by its probability
@@ -21,14 +22,16 @@
 
 mod attention;
 mod draw;
+mod heads;
 mod keep;
 mod product;
 mod sample;
 
 pub use attention::AttentionParts;
 pub use draw::{Draw, DrawPlace, DrawStep};
+pub use heads::head_norms;
 pub use keep::keep;
-pub use product::{Ending, Form, VectorProduct};
+pub use product::{Ending, Form, Norm, VectorProduct};
 pub use sample::{advance, embed, pick, pieces};
 
 use tilewright_base::{DType, Result};

@@ -2,14 +2,16 @@
 //!
 //! `W [N, K]` lies as checkpoints have it, rows along the depth. A row of threads reads lines of it; the vectors come
 //! from the caches. The RMS norm needs no pass of its own: `norm(x) W = (x * gain) W / rms(x)`, and the sum of squares is
-//! taken on the way.
+//! taken on the way. A layer norm takes two short passes over the vectors first: taken on the way, what is left of a large
+//! mean would lose digits.
 
+use super::heads::Turn;
 use super::{Rows, Scheduled, along, scalar, schedule, text};
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{Func, Op, Value};
-use tilewright_layout::{Axis, Dim, Layout};
-use tilewright_tile::{Access, KernelBuilder, Operand, ReduceKind, TileId, TileType};
+use tilewright_layout::{Dim, Layout};
+use tilewright_tile::{Access, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType};
 
 /// Sums that a thread keeps at most, as long as it has one access to each matrix.
 const MOST_SUMS: i64 = 64;
@@ -22,6 +24,8 @@ pub enum Ending {
         /// Adds `R`.
         residual: bool,
     },
+    /// `Y[m, n] = act(sum)`; the function is from f32 to f32.
+    Activated(Func),
     /// `act(sum with W) * (sum with U)`; the function is from f32 to f32.
     Gated(Func),
     /// The lines of `W` are `heads + 2 * kv_heads` heads: queries and keys are rotated to their position. Queries go to
@@ -36,8 +40,19 @@ pub enum Ending {
     },
 }
 
-/// A product for a few vectors. Parameters in order: `X [rows, K]` f32, the gain, `W`, `U`, the bias (of a gate two), and what the ending
-/// has: `R` and `Y`; `Y`; `cos` and `sin` `[2, positions, width/2]` (first of what turns, then of what does not), `Q`, keys,
+/// What is done to the vectors before a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// Type of the gain, and of the shift.
+    pub dtype: DType,
+    /// What is added to the mean of squares.
+    pub eps: f64,
+    /// A layer norm: the mean is taken off, and a shift added at the end. Otherwise an RMS norm.
+    pub centred: bool,
+}
+
+/// A product for a few vectors. Parameters in order: `X [rows, K]` f32, the gain, the shift of a layer norm, `W`, `U`, the bias (of a
+/// gate two), and what the ending has: `R` and `Y`; `Y`; `cos` and `sin` `[2, positions, width/2]` (first of what turns, then of what does not), `Q`, keys,
 /// values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VectorProduct {
@@ -51,8 +66,8 @@ pub struct VectorProduct {
     pub depth: i64,
     /// Type of the weights.
     pub weight: DType,
-    /// Type of the gain of an RMS norm, and what is added to the mean of squares.
-    pub norm: Option<(DType, f64)>,
+    /// A norm in front.
+    pub norm: Option<Norm>,
     /// A bias of the weights' type, one per line.
     pub bias: bool,
     /// What happens to the sums.
@@ -79,7 +94,7 @@ pub struct Form {
 impl VectorProduct {
     /// Matrices, or pairs of lines of one, that a block reads side by side.
     fn planes(&self) -> i64 {
-        if matches!(self.ending, Ending::Plain { .. }) { 1 } else { 2 }
+        if matches!(self.ending, Ending::Plain { .. } | Ending::Activated(_)) { 1 } else { 2 }
     }
 
     /// Lines that are counted in blocks of `BN`.
@@ -111,10 +126,10 @@ impl VectorProduct {
             Ending::Rotary { .. } => (128, 2, 2),
             Ending::Gated(_) => (if self.depth <= 2048 { 256 } else { 128 }, 2, 1),
             // So many lines that every multiprocessor has many blocks.
-            Ending::Plain { .. } if self.lines >= 128 * sms => (128, 4, 2),
+            _ if self.lines >= 128 * sms => (128, 4, 2),
             // As deep as it is wide: the product behind attention.
-            Ending::Plain { .. } if self.depth <= 2048 => (128, 2, 4),
-            Ending::Plain { .. } => (256, 1, 4),
+            _ if self.depth <= 2048 => (128, 2, 4),
+            _ => (256, 1, 4),
         };
         let useful = (self.depth + lanes * self.vector() - 1) / (lanes * self.vector());
         while runs > 1 && runs > useful {
@@ -170,14 +185,20 @@ impl VectorProduct {
     }
 
     fn program(&self) -> Result<tilewright_tile::Kernel> {
-        use Access::{In, InOut, Out};
+        use Access::{In, Out};
         let mut k = KernelBuilder::new(&self.name);
         let rows = self.rows.count();
         let (bn, bk) = (k.tile("BN"), k.tile("BK"));
         let d = Dim::new;
         let shape = |s: &[i64]| Layout::row_major(&s.iter().map(|&n| d(n)).collect::<Vec<_>>());
         let x = k.param("X", DType::F32, shape(&[rows, self.depth]), In);
-        let gain = self.norm.map(|(t, _)| k.param("gain", t, shape(&[self.depth]), In));
+        let mut of_norm = |name: &str, there: bool| {
+            let norm = self.norm.filter(|_| there);
+            norm.map(|n| k.param(name, n.dtype, shape(&[self.depth]), In))
+        };
+        let gain = of_norm("gain", true);
+        let centred = self.norm.filter(|n| n.centred);
+        let shift = of_norm("shift", centred.is_some());
         let w = k.param("W", self.weight, shape(&[self.lines, self.depth]), In);
         let u = match self.ending {
             Ending::Gated(_) => k.param("U", self.weight, shape(&[self.lines, self.depth]), In),
@@ -206,10 +227,16 @@ impl VectorProduct {
         };
         let two = self.planes() == 2;
         let planes = if two { 2 } else { 1 };
+        let means = match centred {
+            Some(norm) => self.means(&mut k, x, &bk, norm.eps)?,
+            None => Vec::new(),
+        };
+        // A layer norm is complete before the product.
+        let roots = self.norm.filter(|n| !n.centred);
         let sum = TileType::new(DType::F32, [bn.clone()]);
         let zero = Value::Float(0.0);
         let mut init: Vec<TileId> = (0..planes * rows).map(|_| k.full(zero, sum.clone())).collect();
-        if self.norm.is_some() {
+        if roots.is_some() {
             let one = TileType::new(DType::F32, Vec::new());
             init.extend((0..rows).map(|_| k.full(zero, one.clone())));
         }
@@ -220,7 +247,8 @@ impl VectorProduct {
         if two {
             weights.push(k.load(u, vec![second.clone(), k0.clone()], plane.clone()));
         }
-        let gains = gain.map(|g| k.load(g, vec![k0.clone()], vec![bk.clone()]));
+        let [gains, shifts] =
+            [gain, shift].map(|p| p.map(|p| k.load(p, vec![k0.clone()], vec![bk.clone()])));
         let add = Func::binary(Op::Add, DType::F32);
         let mut next = Vec::new();
         let mut squares = Vec::new();
@@ -228,8 +256,14 @@ impl VectorProduct {
             let x = k.load(x, vec![d(row), k0.clone()], vec![d(1), bk.clone()]);
             let x = k.reshape(x, vec![bk.clone()]);
             let mut scaled = x;
-            if let (Some(g), Some((t, _))) = (gains, self.norm) {
-                let f = text("{ x, g -> x * f32(g) }", &[DType::F32, t])?;
+            if let (Some(g), Some(b), Some(norm)) = (gains, shifts, centred) {
+                let [mean, root] = means[row as usize];
+                let f = "{ x, m, r, g, b -> (x - m) * r * f32(g) + f32(b) }";
+                let types = [DType::F32, DType::F32, DType::F32, norm.dtype, norm.dtype];
+                let args = vec![along(x, 0), scalar(mean), scalar(root), along(g, 0), along(b, 0)];
+                scaled = k.map(text(f, &types)?, args, vec![bk.clone()]);
+            } else if let (Some(g), Some(norm)) = (gains, roots) {
+                let f = text("{ x, g -> x * f32(g) }", &[DType::F32, norm.dtype])?;
                 scaled = k.map(f, vec![along(x, 0), along(g, 0)], vec![bk.clone()]);
                 let f = text("{ x -> x * x }", &[DType::F32])?;
                 let square = k.map(f, vec![along(x, 0)], vec![bk.clone()]);
@@ -259,7 +293,7 @@ impl VectorProduct {
         for row in 0..rows {
             for p in 0..planes {
                 let mut y = sums[(row * planes + p) as usize];
-                if let Some((_, eps)) = self.norm {
+                if let Some(Norm { eps, .. }) = roots {
                     let q = sums[(planes * rows + row) as usize];
                     let of = self.depth;
                     let f = format!("{{ s, q -> s * rsqrt(q / f32({of}) + f32({eps:?})) }}");
@@ -291,6 +325,14 @@ impl VectorProduct {
                     k.store(y, at, value);
                 }
             }
+            Ending::Activated(act) => {
+                let y = k.param("Y", DType::F32, shape(&[rows, self.lines]), Out);
+                for (row, value) in finished.into_iter().enumerate() {
+                    let value = k.map(act.clone(), vec![along(value, 0)], line.clone());
+                    let value = k.reshape(value, vec![d(1), bn.clone()]);
+                    k.store(y, vec![d(row as i64), within.clone()], value);
+                }
+            }
             Ending::Gated(act) => {
                 let y = k.param("Y", DType::F32, shape(&[rows, self.lines]), Out);
                 for (row, pair) in finished.chunks(2).enumerate() {
@@ -302,71 +344,63 @@ impl VectorProduct {
                 }
             }
             Ending::Rotary { heads, kv_heads, width } => {
-                self.rows.declare(&mut k);
-                let (half, positions) = (width / 2, self.rows.positions);
-                let table = shape(&[2, positions, half]);
-                let cos = k.param("cos", DType::F32, table.clone(), In);
-                let sin = k.param("sin", DType::F32, table, In);
-                let q = k.param("Q", DType::F32, shape(&[rows, *heads, *width]), InOut);
-                let cache = || cache_layout(&self.rows, *kv_heads, *width);
-                let caches = [
-                    k.param("keys", self.weight, cache(), InOut),
-                    k.param("values", self.weight, cache(), InOut),
-                ];
-                let kind = head.floor_div(&d(heads + kv_heads));
+                let turn = Turn {
+                    rows: self.rows,
+                    heads: *heads,
+                    kv_heads: *kv_heads,
+                    width: *width,
+                    cache: self.weight,
+                };
+                let to = turn.params(&mut k);
                 for (row, pair) in finished.chunks(2).enumerate() {
-                    let (sequence, position) = self.rows.place(&d(row as i64));
-                    let at = vec![kind.clone(), position.clone(), within.clone()];
-                    let one = vec![d(1), d(1), bn.clone()];
-                    let [c, s] = [cos, sin].map(|t| {
-                        let t = k.load(t, at.clone(), one.clone());
-                        k.reshape(t, line.clone())
-                    });
-                    for (turn, start) in [
-                        ("{ a, b, c, s -> a * c - b * s }", d(0)),
-                        ("{ a, b, c, s -> b * c + a * s }", d(half)),
-                    ] {
-                        let f = text(turn, &[DType::F32; 4])?;
-                        let args = [pair[0], pair[1], c, s].map(|t| along(t, 0)).to_vec();
-                        let y = k.map(f, args, line.clone());
-                        let col = within.clone() + &start;
-                        let one = k.reshape(y, one.clone());
-                        k.store(q, vec![d(row as i64), head.clone(), col.clone()], one);
-                        let narrow = narrowed(&mut k, y, self.weight)?;
-                        for (i, cache) in caches.iter().enumerate() {
-                            // What is not of this kind lies outside, and outside nothing is stored.
-                            let head = head.clone() - &d(heads + i as i64 * kv_heads);
-                            let at = vec![sequence.clone(), head, position.clone(), col.clone()];
-                            let shape = vec![d(1), d(1), d(1), bn.clone()];
-                            let y = k.reshape(narrow, shape);
-                            k.store(*cache, at, y);
-                        }
-                    }
+                    let row = d(row as i64);
+                    turn.place(&mut k, &to, [&row, &head, &within], [pair[0], pair[1]])?;
                 }
             }
         }
         Ok(k.finish())
     }
-}
 
-/// `[batch, kv_heads, positions, width]`.
-pub(super) fn cache_layout(rows: &Rows, kv_heads: i64, width: i64) -> Layout {
-    let extents = [rows.batch, kv_heads, rows.positions, width];
-    let mut stride = 1;
-    let mut axes = Vec::new();
-    for extent in extents.into_iter().rev() {
-        axes.insert(0, Axis { extent: Dim::new(extent), stride: Dim::new(stride), block: None });
-        stride *= extent;
+    /// The mean of each row, and one over the root of the mean square around it.
+    fn means(
+        &self,
+        k: &mut KernelBuilder,
+        x: ParamId,
+        bk: &Dim,
+        eps: f64,
+    ) -> Result<Vec<[TileId; 2]>> {
+        let (d, of) = (Dim::new, self.depth);
+        let add = Func::binary(Op::Add, DType::F32);
+        let none = k.full(Value::Float(0.0), TileType::new(DType::F32, Vec::new()));
+        let pieces = || d(of).ceil_div(bk);
+        let mut all = Vec::new();
+        for row in 0..self.rows.count() {
+            let piece = |k: &mut KernelBuilder, k0: &Dim| {
+                let x = k.load(x, vec![d(row), k0.clone()], vec![d(1), bk.clone()]);
+                k.reshape(x, vec![bk.clone()])
+            };
+            let (var, sum) = k.begin_for("mean", d(0), pieces(), &[none]);
+            let here = piece(k, &(var * bk));
+            let here = k.reduce(ReduceKind::Sum, here, 0, None);
+            let next = k.map(add.clone(), vec![scalar(sum[0]), scalar(here)], vec![]);
+            let sum = k.end_for(&[next])[0];
+            let f = text(&format!("{{ s -> s / f32({of}) }}"), &[DType::F32])?;
+            let mean = k.map(f, vec![scalar(sum)], vec![]);
+            let (var, sum) = k.begin_for("square", d(0), pieces(), &[none]);
+            let k0 = var * bk;
+            let here = piece(k, &k0);
+            let places = k.iota(DType::I32, 0, k0, vec![bk.clone()]);
+            let f = format!("{{ x, m, i -> where(i < {of}, (x - m) * (x - m), f32(0)) }}");
+            let f = text(&f, &[DType::F32, DType::F32, DType::I32])?;
+            let args = vec![along(here, 0), scalar(mean), along(places, 0)];
+            let square = k.map(f, args, vec![bk.clone()]);
+            let here = k.reduce(ReduceKind::Sum, square, 0, None);
+            let next = k.map(add.clone(), vec![scalar(sum[0]), scalar(here)], vec![]);
+            let sum = k.end_for(&[next])[0];
+            let f = format!("{{ q -> rsqrt(q / f32({of}) + f32({eps:?})) }}");
+            let root = k.map(text(&f, &[DType::F32])?, vec![scalar(sum)], vec![]);
+            all.push([mean, root]);
+        }
+        Ok(all)
     }
-    Layout { axes, offset: Dim::new(0) }
-}
-
-/// A line in another type.
-fn narrowed(k: &mut KernelBuilder, x: TileId, dtype: DType) -> Result<TileId> {
-    if dtype == DType::F32 {
-        return Ok(x);
-    }
-    let shape = k.ty(x).shape.clone();
-    let f = text(&format!("{{ x -> {dtype}(x) }}"), &[DType::F32])?;
-    Ok(k.map(f, vec![along(x, 0)], shape))
 }

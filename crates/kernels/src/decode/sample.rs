@@ -16,22 +16,24 @@ fn shape(extents: &[i64]) -> Layout {
     Layout::row_major(&extents.iter().map(|&n| Dim::new(n)).collect::<Vec<_>>())
 }
 
-/// `X[row, :] = table[token[row], :]`: `tokens [rows]` i32, `table`, `X` f32.
+/// `X[row, :] = table[token[row], :]`: `tokens [rows]` i32, `table`, `X` f32. With `places` rows of a table of that many
+/// positions are added, which stands behind the other.
 ///
 /// # Errors
 /// Our bug.
 pub fn embed(
-    rows: i64,
-    vocabulary: i64,
-    hidden: i64,
+    of: &Rows,
+    [vocabulary, hidden]: [i64; 2],
+    places: Option<i64>,
     stored: DType,
     arch: Arch,
 ) -> Result<Scheduled> {
-    let d = Dim::new;
+    let (d, rows) = (Dim::new, of.count());
     let mut k = KernelBuilder::new("decode_embed");
     let bc = k.tile("BC");
     let tokens = k.param("tokens", DType::I32, shape(&[rows]), Access::In);
     let table = k.param("table", stored, shape(&[vocabulary, hidden]), Access::In);
+    let places = places.map(|n| k.param("places", stored, shape(&[n, hidden]), Access::In));
     let x = k.param("X", DType::F32, shape(&[rows, hidden]), Access::Out);
     let row = k.grid("row", d(rows));
     let at = k.grid("pc", d(hidden).ceil_div(&bc)) * &bc;
@@ -39,7 +41,14 @@ pub fn embed(
     let one = vec![d(1), bc.clone()];
     let picked = k.gather(table, 0, token, vec![d(0), at.clone()], one.clone());
     let f = text("{ x -> f32(x) }", &[stored])?;
-    let wide = k.map(f, vec![k.plain(picked)], one);
+    let mut wide = k.map(f, vec![k.plain(picked)], one.clone());
+    if let Some(places) = places {
+        of.declare(&mut k);
+        let (_, position) = of.place(&row);
+        let place = k.load(places, vec![position, at.clone()], one.clone());
+        let f = text("{ x, p -> x + f32(p) }", &[DType::F32, stored])?;
+        wide = k.map(f, vec![k.plain(wide), k.plain(place)], one);
+    }
     k.store(x, vec![row, at], wide);
     // The first kernel of a step: it waits for the whole step before, which changes what others read early.
     let schedule = schedule(arch, &[("BC", 512)], (128, 128, 4), hidden, false);

@@ -50,7 +50,7 @@ impl DeviceDecoder {
             starts.push(*place);
             let mut offset = *place;
             for tensor in &region.data {
-                let rounded = tensor.rounded(region.dtype)?;
+                let rounded = region.stored(tensor)?;
                 weights.write_at(&stream, offset, rounded.bytes())?;
                 offset += rounded.bytes().len();
             }

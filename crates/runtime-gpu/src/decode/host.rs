@@ -24,7 +24,7 @@ impl HostDecoder {
         for region in &plan.regions {
             let mut bytes = Vec::with_capacity(region.bytes);
             for tensor in &region.data {
-                bytes.extend_from_slice(tensor.rounded(region.dtype)?.bytes());
+                bytes.extend_from_slice(region.stored(tensor)?.bytes());
             }
             bytes.resize(region.bytes, 0xFF);
             memory.push(bytes);

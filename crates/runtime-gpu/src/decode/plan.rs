@@ -6,12 +6,12 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
 use tilewright_device::{Arch, Program};
 use tilewright_kernels::decode::{
-    AT, AttentionParts, Draw, DrawPlace, DrawStep, Ending, MOST_ROWS, Rows, Scheduled,
-    VectorProduct, activation, advance, embed, keep, pick, pieces,
+    AT, AttentionParts, Draw, DrawPlace, DrawStep, Ending, MOST_ROWS, Norm, Rows, Scheduled,
+    VectorProduct, activation, advance, embed, head_norms, keep, pick, pieces,
 };
 use tilewright_layout::Env;
 use tilewright_lower_gpu::lower;
-use tilewright_plan::Decoder;
+use tilewright_plan::{Decoder, DecoderLayer, DecoderNorm};
 use tilewright_target::Gpu;
 
 /// How a decoder is run.
@@ -39,6 +39,38 @@ pub struct Region {
     pub data: Vec<Tensor>,
     /// Type of the data.
     pub dtype: DType,
+    /// The tensors are matrices, whose columns lie here one after another instead of their rows.
+    pub turned: bool,
+}
+
+impl Region {
+    /// The bytes of one of its tensors as they lie here.
+    pub(super) fn stored(&self, tensor: &Tensor) -> Result<Tensor> {
+        let rounded = tensor.rounded(self.dtype)?;
+        match (self.turned, rounded.shape()) {
+            (true, &[rows, cols]) => turned(&rounded, rows, cols),
+            _ => Ok(rounded),
+        }
+    }
+}
+
+/// A matrix with its columns as rows.
+fn turned(matrix: &Tensor, rows: usize, cols: usize) -> Result<Tensor> {
+    let (from, size) = (matrix.bytes(), matrix.dtype().size());
+    let mut to = vec![0; from.len()];
+    // In squares, so that neither side of the copy jumps through memory line by line.
+    const SQUARE: usize = 64;
+    for (r0, c0) in
+        (0..rows).step_by(SQUARE).flat_map(|r| (0..cols).step_by(SQUARE).map(move |c| (r, c)))
+    {
+        for c in c0..cols.min(c0 + SQUARE) {
+            for r in r0..rows.min(r0 + SQUARE) {
+                let (at, here) = ((c * rows + r) * size, (r * cols + c) * size);
+                to[at..at + size].copy_from_slice(&from[here..here + size]);
+            }
+        }
+    }
+    Tensor::new(matrix.dtype(), vec![cols, rows], tilewright_data::Bytes::copy_from(&to))
 }
 
 /// One launch.
@@ -92,15 +124,18 @@ pub struct DecodePlan {
     pub(super) random: usize,
 }
 
-/// Regions of one layer.
+/// Regions of one layer. Norms are a gain and perhaps a shift.
 struct Layer {
-    input_norm: usize,
+    input_norm: Vec<usize>,
     qkv: usize,
     qkv_bias: Option<usize>,
+    head_norms: Option<usize>,
+    /// Which of the kinds of attention.
+    attention: usize,
     o: usize,
     o_bias: Option<usize>,
-    post_norm: usize,
-    gate: usize,
+    post_norm: Vec<usize>,
+    gate: Option<usize>,
     up: usize,
     gate_bias: Option<usize>,
     up_bias: Option<usize>,
@@ -110,9 +145,16 @@ struct Layer {
     values: usize,
 }
 
+/// The window and the factor of a layer's attention. A window as long as the memory leaves nothing out.
+fn attention_kind(layer: &DecoderLayer, positions: i64) -> (Option<i64>, f64) {
+    (layer.window.filter(|w| *w < positions), layer.scale)
+}
+
 /// What steps work on.
 struct Work {
     x: [usize; 2],
+    /// Heads before their norms.
+    raw: usize,
     q: usize,
     parts: [usize; 3],
     mixed: usize,
@@ -133,8 +175,24 @@ impl Builder<'_> {
             bytes +=
                 dtype.bytes_for(t.len()).ok_or_else(|| Error::user("a weight is too large"))?;
         }
-        self.regions.push(Region { name, bytes, data, dtype });
+        self.regions.push(Region { name, bytes, data, dtype, turned: false });
         Ok(self.regions.len() - 1)
+    }
+
+    /// Matrices of layers, as rows along the depth.
+    fn matrix(&mut self, name: String, data: Vec<Tensor>) -> Result<usize> {
+        let region = self.weights(name, data, self.stored)?;
+        self.regions[region].turned = self.decoder.turned;
+        Ok(region)
+    }
+
+    fn norm(&mut self, name: String, norm: &DecoderNorm) -> Result<Vec<usize>> {
+        let dtype = norm.gain.dtype();
+        let mut parts = vec![self.weights(name.clone(), vec![norm.gain.clone()], dtype)?];
+        if let Some(shift) = &norm.shift {
+            parts.push(self.weights(format!("{name} shift"), vec![shift.clone()], dtype)?);
+        }
+        Ok(parts)
     }
 
     fn memory(&mut self, name: impl Into<String>, extents: &[i64], dtype: DType) -> Result<usize> {
@@ -144,46 +202,48 @@ impl Builder<'_> {
             .and_then(|n| usize::try_from(n).ok())
             .and_then(|n| dtype.bytes_for(n))
             .ok_or_else(|| Error::user(format!("{name} of {extents:?} is too large")))?;
-        self.regions.push(Region { name, bytes, data: Vec::new(), dtype });
+        self.regions.push(Region { name, bytes, data: Vec::new(), dtype, turned: false });
         Ok(self.regions.len() - 1)
     }
 
-    fn layers(&mut self) -> Result<Vec<Layer>> {
+    fn layers(&mut self, kinds: &[(Option<i64>, f64)]) -> Result<Vec<Layer>> {
         let d = self.decoder;
         let cache = [self.options.batch, d.kv_heads, self.options.positions, d.width];
         let mut all = Vec::new();
+        let positions = self.options.positions;
         for (i, l) in d.layers.iter().enumerate() {
+            let kind = attention_kind(l, positions);
             let stored = self.stored;
             let name = |what: &str| format!("layer {i} {what}");
             let one = |t: &Tensor| vec![t.clone()];
-            let input_norm =
-                self.weights(name("input norm"), one(&l.input_norm), l.input_norm.dtype())?;
-            let post_norm =
-                self.weights(name("post norm"), one(&l.post_norm), l.post_norm.dtype())?;
-            let qkv = self.weights(name("qkv"), l.qkv.clone(), stored)?;
-            let qkv_bias = match l.qkv_bias.is_empty() {
-                true => None,
-                false => Some(self.weights(name("qkv bias"), l.qkv_bias.clone(), stored)?),
+            let input_norm = self.norm(name("input norm"), &l.input_norm)?;
+            let post_norm = self.norm(name("post norm"), &l.post_norm)?;
+            let qkv = self.matrix(name("qkv"), l.qkv.clone())?;
+            let mut optional = |what: &str, list: Vec<Tensor>, dtype: DType| {
+                (!list.is_empty()).then(|| self.weights(name(what), list, dtype)).transpose()
             };
-            let mut optional = |what: &str, t: &Option<Tensor>| {
-                t.as_ref().map(|t| self.weights(name(what), one(t), stored)).transpose()
-            };
-            let (o_bias, down_bias) =
-                (optional("o bias", &l.o_bias)?, optional("down bias", &l.down_bias)?);
-            let (gate_bias, up_bias) =
-                (optional("gate bias", &l.gate_bias)?, optional("up bias", &l.up_bias)?);
+            let bias = |t: &Option<Tensor>| t.iter().cloned().collect::<Vec<_>>();
+            let qkv_bias = optional("qkv bias", l.qkv_bias.clone(), stored)?;
+            let norm_type = l.head_norms.first().map_or(stored, Tensor::dtype);
+            let head_norms = optional("head norms", l.head_norms.clone(), norm_type)?;
+            let o_bias = optional("o bias", bias(&l.o_bias), stored)?;
+            let down_bias = optional("down bias", bias(&l.down_bias), stored)?;
+            let gate_bias = optional("gate bias", bias(&l.gate_bias), stored)?;
+            let up_bias = optional("up bias", bias(&l.up_bias), stored)?;
             all.push(Layer {
                 input_norm,
                 qkv,
                 qkv_bias,
-                o: self.weights(name("o"), one(&l.o), stored)?,
+                head_norms,
+                attention: kinds.iter().position(|k| *k == kind).unwrap_or(0),
+                o: self.matrix(name("o"), one(&l.o))?,
                 o_bias,
                 post_norm,
-                gate: self.weights(name("gate"), one(&l.gate), stored)?,
-                up: self.weights(name("up"), one(&l.up), stored)?,
+                gate: l.gate.as_ref().map(|t| self.matrix(name("gate"), one(t))).transpose()?,
+                up: self.matrix(name("up"), one(&l.up))?,
                 gate_bias,
                 up_bias,
-                down: self.weights(name("down"), one(&l.down), stored)?,
+                down: self.matrix(name("down"), one(&l.down))?,
                 down_bias,
                 keys: self.memory(name("keys"), &cache, stored)?,
                 values: self.memory(name("values"), &cache, stored)?,
@@ -245,7 +305,8 @@ impl Steps<'_> {
         }
         let weights = operands.iter().map(|&r| &self.regions[r]).filter(|r| !r.data.is_empty());
         // Of tables only single rows are read.
-        let read = weights.filter(|r| !matches!(&*r.name, "cosines" | "sines"));
+        let tables = ["cosines", "sines", "positions"];
+        let read = weights.filter(|r| !tables.contains(&&*r.name));
         let weight_bytes = match label {
             "embed" => 0,
             _ => read.map(|r| r.bytes as u64).sum(),
@@ -295,16 +356,40 @@ impl DecodePlan {
         let most_rows = batch.max(chunk_rows);
         let table = b.weights("embedding".into(), vec![decoder.table.clone()], stored)?;
         let [cos, sin] = b.tables()?;
-        let layers = b.layers()?;
-        let norm_type = decoder.norm.dtype();
-        let norm = b.weights("norm".into(), vec![decoder.norm.clone()], norm_type)?;
+        let places = decoder.positions.as_ref().map(|t| {
+            let rows = t.shape().first().copied().unwrap_or(0);
+            b.weights("positions".into(), vec![t.clone()], stored).map(|r| (r, rows as i64))
+        });
+        let places = places.transpose()?;
+        // Kinds of attention: each has a kernel of its own.
+        let mut kinds: Vec<(Option<i64>, f64)> = Vec::new();
+        for l in &decoder.layers {
+            let kind = attention_kind(l, positions);
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
+        let layers = b.layers(&kinds)?;
+        let norm_type = decoder.norm.gain.dtype();
+        let norm = b.norm("norm".into(), &decoder.norm)?;
         let head = match &decoder.head {
             None => table,
             Some(head) => b.weights("head".into(), vec![head.clone()], stored)?,
         };
         // One kernel serves all layers.
-        let same = |t: &Tensor| t.dtype() == norm_type;
-        if !decoder.layers.iter().all(|l| same(&l.input_norm) && same(&l.post_norm)) {
+        let same = |n: &DecoderNorm| {
+            let shifted = n.shift.as_ref().map(Tensor::dtype);
+            n.gain.dtype() == norm_type && shifted == decoder.centred.then_some(norm_type)
+        };
+        let heads_type =
+            |l: &DecoderLayer| l.head_norms.iter().map(Tensor::dtype).collect::<Vec<_>>();
+        let first = decoder.layers.first().map(heads_type).unwrap_or_default();
+        let alike = first.windows(2).all(|w| w[0] == w[1]);
+        let all_alike = decoder
+            .layers
+            .iter()
+            .all(|l| same(&l.input_norm) && same(&l.post_norm) && heads_type(l) == first);
+        if !(same(&decoder.norm) && alike && all_alike) {
             return Err(Error::unsupported("norms of several types in one decoder"));
         }
         let (hidden, heads, kv_heads) = (decoder.hidden, decoder.heads, decoder.kv_heads);
@@ -327,23 +412,27 @@ impl DecodePlan {
                 drawing.push(b.memory(name, &extents, f32s)?);
             }
         }
-        let attention = |rows: Rows| AttentionParts {
+        let attention = |rows: Rows, kind: usize| AttentionParts {
             rows,
             heads,
             kv_heads,
             width,
             cache: stored,
-            scale: 1.0 / (width as f64).sqrt(),
+            scale: kinds[kind].1,
             // Blocks behind the position cost something, too.
             part: if positions <= 2048 { 32 } else { 64 },
+            window: kinds[kind].0,
         };
-        let parts = attention(Rows { batch: 1, new: 1, positions }).parts();
+        let parts = attention(Rows { batch: 1, new: 1, positions }, 0).parts();
         let flat = [most_rows, heads, parts];
+        let all_lines = (heads + 2 * kv_heads) * width;
+        let raw_lines = if first.is_empty() { 1 } else { all_lines };
         let work = Work {
             x: [
                 b.memory("x", &[most_rows, hidden], f32s)?,
                 b.memory("x2", &[most_rows, hidden], f32s)?,
             ],
+            raw: b.memory("heads", &[most_rows, raw_lines], f32s)?,
             q: b.memory("q", &[most_rows, heads, width], f32s)?,
             parts: [
                 b.memory("parts", &[most_rows, heads, parts, width], f32s)?,
@@ -355,10 +444,10 @@ impl DecodePlan {
         };
         let Builder { regions, .. } = b;
 
-        let gate = activation(&decoder.gate)?;
+        let act = activation(&decoder.act)?;
         let eps = decoder.eps;
+        let norm_kind = Norm { dtype: norm_type, eps, centred: decoder.centred };
         let body = |steps: &mut Steps<'_>, rows: Rows| -> Result<()> {
-            let attention = attention(rows);
             let product =
                 |name: &str, (lines, depth): (i64, i64), norm: bool, bias: bool, ending| {
                     VectorProduct {
@@ -367,34 +456,46 @@ impl DecodePlan {
                         lines,
                         depth,
                         weight: stored,
-                        norm: norm.then_some((norm_type, eps)),
+                        norm: norm.then_some(norm_kind),
                         bias,
                         ending,
                     }
                 };
             for l in &layers {
-                let rotary = Ending::Rotary { heads, kv_heads, width };
-                let qkv = product(
-                    "qkv",
-                    ((heads + 2 * kv_heads) * width, hidden),
-                    true,
-                    l.qkv_bias.is_some(),
-                    rotary,
-                );
-                let mut operands = vec![work.x[0], l.input_norm, l.qkv];
+                let own_norms = l.head_norms.is_some();
+                let ending = match own_norms {
+                    true => Ending::Plain { residual: false },
+                    false => Ending::Rotary { heads, kv_heads, width },
+                };
+                let biased = l.qkv_bias.is_some();
+                let qkv = product("qkv", (all_lines, hidden), true, biased, ending);
+                let to = [cos, sin, work.q, l.keys, l.values];
+                let mut operands = vec![work.x[0]];
+                operands.extend(&l.input_norm);
+                operands.push(l.qkv);
                 operands.extend(l.qkv_bias);
-                operands.extend([cos, sin, work.q, l.keys, l.values]);
+                match own_norms {
+                    true => operands.push(work.raw),
+                    false => operands.extend(to),
+                }
                 steps.launch("qkv", &|| qkv.scheduled(arch, sms), operands, 0)?;
+                if let (Some(gains), Some(&dtype)) = (l.head_norms, first.first()) {
+                    let operands = [[work.raw, gains].as_slice(), &to].concat();
+                    let sizes = (heads, kv_heads, width);
+                    let make = || head_norms(rows, sizes, (dtype, eps), stored, arch);
+                    steps.launch("heads", &make, operands, 0)?;
+                }
+                let attention = attention(rows, l.attention);
+                let label = |name: &str| match l.attention {
+                    0 => name.to_string(),
+                    other => format!("{name}_{other}"),
+                };
                 let cache = 2 * batch * kv_heads * width * stored.size() as i64;
                 let [p, m, s] = work.parts;
-                steps.launch(
-                    "attention",
-                    &|| attention.partial(arch),
-                    vec![work.q, l.keys, l.values, p, m, s],
-                    cache,
-                )?;
+                let operands = vec![work.q, l.keys, l.values, p, m, s];
+                steps.launch(&label("attention"), &|| attention.partial(arch), operands, cache)?;
                 let operands = vec![p, m, s, work.mixed];
-                steps.launch("combine", &|| attention.combine(arch), operands, 0)?;
+                steps.launch(&label("combine"), &|| attention.combine(arch), operands, 0)?;
                 let residual = Ending::Plain { residual: true };
                 let bias = l.o_bias.is_some();
                 let o = product("o", (hidden, heads * width), false, bias, residual.clone());
@@ -402,14 +503,19 @@ impl DecodePlan {
                 operands.extend(l.o_bias);
                 operands.extend([work.x[0], work.x[1]]);
                 steps.launch("o", &|| o.scheduled(arch, sms), operands, 0)?;
-                let gated = Ending::Gated(gate.clone());
-                let bias = l.gate_bias.is_some();
-                let gate_up = product("gate_up", (inner, hidden), true, bias, gated);
-                let mut operands = vec![work.x[1], l.post_norm, l.gate, l.up];
+                let (name, ending, bias) = match l.gate {
+                    Some(_) => ("gate_up", Ending::Gated(act.clone()), l.gate_bias.is_some()),
+                    None => ("up", Ending::Activated(act.clone()), l.up_bias.is_some()),
+                };
+                let inwards = product(name, (inner, hidden), true, bias, ending);
+                let mut operands = vec![work.x[1]];
+                operands.extend(&l.post_norm);
+                operands.extend(l.gate);
+                operands.push(l.up);
                 operands.extend(l.gate_bias);
                 operands.extend(l.up_bias);
                 operands.push(work.inner);
-                steps.launch("gate_up", &|| gate_up.scheduled(arch, sms), operands, 0)?;
+                steps.launch(name, &|| inwards.scheduled(arch, sms), operands, 0)?;
                 let bias = l.down_bias.is_some();
                 let down = product("down", (hidden, inner), false, bias, residual);
                 let mut operands = vec![work.inner, l.down];
@@ -421,11 +527,18 @@ impl DecodePlan {
         };
         let begin =
             || Steps { regions: &regions, at, positions, known: BTreeMap::new(), out: Vec::new() };
-        let embedding = |rows: i64| move || embed(rows, vocabulary, hidden, stored, arch);
+        let embedding = |rows: Rows| {
+            let places = places.map(|(_, n)| n);
+            move || embed(&rows, [vocabulary, hidden], places, stored, arch)
+        };
+        let embedded = |from: usize| {
+            let places = places.map(|(region, _)| region);
+            [vec![from, table], places.into_iter().collect(), vec![work.x[0]]].concat()
+        };
 
         let rows = Rows { batch, new: 1, positions };
         let mut steps = begin();
-        steps.launch("embed", &embedding(batch), vec![tokens, table, work.x[0]], 0)?;
+        steps.launch("embed", &embedding(rows), embedded(tokens), 0)?;
         body(&mut steps, rows)?;
         let last = VectorProduct {
             name: "decode_head".into(),
@@ -433,11 +546,11 @@ impl DecodePlan {
             lines: vocabulary,
             depth: hidden,
             weight: stored,
-            norm: Some((norm_type, eps)),
+            norm: Some(norm_kind),
             bias: false,
             ending: Ending::Plain { residual: false },
         };
-        let operands = vec![work.x[0], norm, head, logits];
+        let operands = [vec![work.x[0]], norm, vec![head, logits]].concat();
         steps.launch("head", &|| last.scheduled(arch, sms), operands, 0)?;
         match options.draw {
             None => {
@@ -467,9 +580,9 @@ impl DecodePlan {
 
         let mut steps = begin();
         if chunk_rows > 0 {
-            let operands = vec![chunk_tokens, table, work.x[0]];
-            steps.launch("embed", &embedding(chunk_rows), operands, 0)?;
-            body(&mut steps, Rows { batch: 1, new: chunk_rows, positions })?;
+            let rows = Rows { batch: 1, new: chunk_rows, positions };
+            steps.launch("embed", &embedding(rows), embedded(chunk_tokens), 0)?;
+            body(&mut steps, rows)?;
             steps.launch("advance", &|| advance(chunk_rows, arch), vec![at], 0)?;
         }
         let chunk = steps.out;
