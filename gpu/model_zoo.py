@@ -3,7 +3,8 @@
 Each is built from a case (sizes and the shape of its input), gets random weights from a seed, and is exported: language and
 vision transformers as a Hugging Face directory (config.json, model.safetensors), convolution networks as an ONNX file
 (`onnx_writer.py`). Attention is `scaled_dot_product_attention`; batch norms are folded into the convolutions, on both sides.
-To add a model: its class with `forward`, `inputs` and `export`, and its rows in `CASES` and `KINDS`.
+To add a model: its class with `forward`, `inputs` and `export`, and its rows in `CASES` and `KINDS`. `NAME@8x512` is a model with
+other sizes of its inputs than its row has.
 """
 
 import json
@@ -22,10 +23,18 @@ CASES = {
     "gpt2": dict(kind="gpt2", hidden=768, layers=12, heads=12, vocab=50257, positions=1024, shape=(8, 512)),
     "vit": dict(kind="vit", hidden=768, layers=12, heads=12, inner=3072, image=224, patch=16, shape=(64,)),
     "llama": dict(kind="llama", hidden=2048, layers=16, heads=32, kv=8, inner=8192, vocab=128256, positions=4096, shape=(1, 2048)),
+    "llama8b": dict(kind="llama", hidden=4096, layers=32, heads=32, kv=8, inner=14336, vocab=128256, positions=4096, shape=(1, 2048),
+                    stored=torch.bfloat16),
     "resnet50": dict(kind="resnet50", image=224, classes=1000, shape=(64,)),
     "mobilenetv3": dict(kind="mobilenetv3", image=224, classes=1000, shape=(64,)),
     "efficientnet": dict(kind="efficientnet", image=224, classes=1000, shape=(64,)),
 }
+
+
+def case_of(name):
+    """The row of a model, with the sizes behind `@` for its inputs."""
+    base, _, sizes = name.partition("@")
+    return CASES[base] | ({"shape": tuple(int(n) for n in sizes.split("x"))} if sizes else {})
 
 
 class Linear(nn.Linear):
@@ -407,7 +416,7 @@ KINDS = {"bert": Bert, "gpt2": Gpt2, "vit": Vit, "llama": Llama, "resnet50": Res
 
 def make(name, device="cuda"):
     """The model of a case, with its weights, and its inputs in the order in which `tw` names them."""
-    case = CASES[name]
+    case = case_of(name)
     torch.manual_seed(0)
     with torch.device(device):
         model = KINDS[case["kind"]](case).eval()
@@ -423,17 +432,17 @@ def make(name, device="cuda"):
 def given(name, inputs, device="cuda"):
     """What the PyTorch model takes of the inputs: decoders make their mask themselves."""
     tensors = [t.to(device) for t in inputs.values()]
-    if issubclass(KINDS[CASES[name]["kind"]], Net):
+    if issubclass(KINDS[case_of(name)["kind"]], Net):
         return [tensors[0].to(memory_format=torch.channels_last)]
-    return tensors[:1] if CASES[name]["kind"] in ("gpt2", "llama") else tensors
+    return tensors[:1] if case_of(name)["kind"] in ("gpt2", "llama") else tensors
 
 
-def save(path, tensors):
-    """A safetensors file: length of the header, the header, the data."""
+def save(path, tensors, dtype=torch.float32):
+    """A safetensors file in float32 or bfloat16: length of the header, the header, the data."""
     header, at = {}, 0
     for name, t in tensors.items():
-        size = t.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [at, at + size]}
+        size = t.numel() * dtype.itemsize
+        header[name] = {"dtype": {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -441,12 +450,12 @@ def save(path, tensors):
         f.write(struct.pack("<Q", len(text)))
         f.write(text)
         for t in tensors.values():
-            f.write(t.detach().cpu().contiguous().numpy().tobytes())
+            f.write(t.detach().to(dtype).contiguous().view(torch.uint8).cpu().numpy().data)
 
 
 def export(name, model, folder):
     """Writes the model for `tw`, and says what to open."""
-    case = CASES[name]
+    case = case_of(name)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, Net):
         model.write(case, folder / "model.onnx")
@@ -458,5 +467,5 @@ def export(name, model, folder):
         stem, _, last = key.rpartition(".")
         to = names[key] if key in names else f"{names[stem]}.{last}"
         tensors[to] = t.T if key in turned else t
-    save(folder / "model.safetensors", tensors)
+    save(folder / "model.safetensors", tensors, case.get("stored", torch.float32))
     return folder

@@ -8,7 +8,8 @@ side; then they are timed one after another, alone. Measured is a run on the dev
 side runs --runs times, the first one of a round goes last in the next; a side's figure is the median of its rounds' medians,
 the ratio is taken within rounds. `tw` replays graphs; PyTorch (under `inference_mode`) has the forms of --peers: `eager`,
 `compile` (`torch.compile`), `graphs` (its mode `reduce-overhead`, which replays graphs, too), `autotune` (`max-autotune`, graphs
-and tuned kernels, minutes to compile; what is compiled stays in --work); `MODEL=PEERS` has peers of its own.
+and tuned kernels, minutes to compile; what is compiled stays in --work). `MODEL=PEERS` has peers of its own, `MODEL@8x512` inputs of other
+sizes, `MODEL:f32` another precision; all of them: `bert@8x512:f16=graphs`.
 
 Outputs are compared with PyTorch in float32 without TF32: error relative to the largest magnitude. Memory: for `tw` the
 sum of its blocks (weights, arena, workspace); for PyTorch the allocator's peak in eager mode, and per form what it allocated at
@@ -33,6 +34,9 @@ import threading
 import time
 
 MODES = {"compile": "default", "graphs": "reduce-overhead", "autotune": "max-autotune"}
+PRECISIONS = ["f32", "tf32", "f16", "bf16"]
+# What is measured when no models are named.
+MODELS = ["bert", "minilm", "gpt2", "vit", "llama", "resnet50", "mobilenetv3", "efficientnet"]
 CLOCKS = ["clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active"]
 
 
@@ -103,10 +107,11 @@ def worker(args, name):
 
     say = lambda value: print(json.dumps(value), flush=True)
     precision = args.precision
-    row = {"model": name, "type": precision, "shape": model_zoo.CASES[name]["shape"]}
+    folder = args.work / name.replace(":", "-")
+    name = name.partition(":")[0]
+    row = {"model": name, "type": precision, "shape": model_zoo.case_of(name)["shape"]}
     first = FirstTimes(args.work, name, precision)
     model, inputs = model_zoo.make(name)
-    folder = args.work / name
     path = folder / "model.onnx" if isinstance(model, model_zoo.Net) else folder
     if not (folder / "ready").exists():
         path = model_zoo.export(name, model, folder)
@@ -257,7 +262,7 @@ def main():
     p.add_argument("models", nargs="*")
     p.add_argument("--tw", default="tw")
     p.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "tw-models")
-    p.add_argument("--precision", default="bf16", choices=["f32", "tf32", "f16", "bf16"])
+    p.add_argument("--precision", default="bf16", choices=PRECISIONS)
     p.add_argument("--runs", type=int, default=20)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--peers", default="graphs,autotune")
@@ -271,17 +276,18 @@ def main():
         return worker(args, args.worker)
     import model_zoo
 
-    named = dict((m.split("=") + [args.peers])[:2] for m in args.models or model_zoo.CASES)
+    named = dict((m.split("=") + [args.peers])[:2] for m in args.models or MODELS)
     names = list(named)
-    unknown = [n for n in names if n not in model_zoo.CASES]
+    types = {n: n.partition(":")[2] or args.precision for n in names}
+    unknown = [n for n in names if n.partition(":")[0].partition("@")[0] not in model_zoo.CASES or types[n] not in PRECISIONS]
     if unknown:
-        p.error(f"no model {', '.join(unknown)}: there are {', '.join(model_zoo.CASES)}")
+        p.error(f"no model {', '.join(unknown)}: there are {', '.join(model_zoo.CASES)}, in {', '.join(PRECISIONS)}")
     before = nvidia_smi(CLOCKS)
     workers, said = {}, {}
     for name in names:
         # One cache of compiled kernels per model, so that each is made ready at the same time as the others.
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(args.work / f"inductor-{name}")}
-        call = [sys.executable, __file__, "--worker", name, "--tw", args.tw, "--work", str(args.work), "--precision", args.precision,
+        call = [sys.executable, __file__, "--worker", name, "--tw", args.tw, "--work", str(args.work), "--precision", types[name],
                 "--runs", str(args.runs), "--peers", named[name]] + ["--prepare"] * args.prepare
         workers[name] = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         said[name] = queue.Queue()

@@ -82,15 +82,16 @@ class Model:
         return results[0] if len(results) == 1 else results
 
 
-def load(path: str | os.PathLike, threads: int = 0, cache: bool = True) -> Model:
+def load(
+    path: str | os.PathLike, threads: int = 0, cache: bool = True, device: str = "cpu", precision: str = "f32"
+) -> Model:
     """Read and compile a .onnx file, a Hugging Face directory or a .tw graph text.
 
-    `threads` of 0 uses all; `cache` keeps compiled kernels on disk. Raises ValueError for a bad file,
-    NotImplementedError for an unsupported model.
+    `threads` of 0 uses all; `cache` keeps compiled kernels on disk. `device` is "cpu", "cuda" or "cuda:1"; inputs and outputs are
+    NumPy arrays on any of them. `precision` is "f32" or "bf16", on a GPU also "tf32" and "f16". Raises ValueError for a bad file,
+    NotImplementedError for an unsupported model, or where there is no such device.
     """
-    if not _native.HAS_CPU:
-        raise NotImplementedError("this build has no compiler for processors (LLVM): it has what runs on GPUs only")
-    return Model(_native.load(os.fspath(path), threads, cache))
+    return Model(_native.load(os.fspath(path), threads, cache, device, precision))
 
 
 def explain(model: Any, *inputs: Any, options: dict | None = None, runs: int = 5, **named: Any) -> "Explanation":

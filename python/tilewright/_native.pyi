@@ -77,10 +77,12 @@ class GpuProgram:
     ) -> list[tuple[int, float]]: ...
 
 def xla_handlers() -> list[tuple[str, int]]: ...
-def load(path: str, threads: int = 0, cache: bool = True) -> Native: ...
+def load(
+    path: str, threads: int = 0, cache: bool = True, device: str = "cpu", precision: str = "f32"
+) -> Native: ...
 
 HAS_CPU: bool
-"""Whether this build has the compiler for processors (LLVM). Without it there is the operator pack alone."""
+"""Whether this build has the compiler for processors (LLVM). Without it models and operators run on GPUs only."""
 
 def register_operators() -> None:
     """Puts the operators into the dispatcher of the PyTorch that is imported."""

@@ -35,7 +35,8 @@ pub(crate) enum Command {
     #[cfg(not(feature = "cpu"))]
     /// Print the GPU kernels of a matrix product
     Inspect(InspectKernelArgs),
-    #[cfg(feature = "cpu")]
+    /// Run small graphs at the edges on a GPU: empty batches, NaN, odd sizes, wrong inputs
+    Edges(EdgesArgs),
     /// Embed sentences with a sentence encoder, and search among them
     Embed(EmbedArgs),
     #[cfg(feature = "cpu")]
@@ -274,7 +275,24 @@ pub(crate) struct InspectArgs {
     pub(crate) time: bool,
 }
 
-#[cfg(feature = "cpu")]
+#[derive(Debug, Args)]
+pub(crate) struct EdgesArgs {
+    /// The GPU: cuda, or cuda:1 for the second one
+    #[arg(long, default_value = "cuda")]
+    pub(crate) device: String,
+    /// Only edges whose names contain this
+    #[arg(long, default_value = "")]
+    pub(crate) only: String,
+    /// Arithmetic, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "f32,tf32,f16,bf16")]
+    pub(crate) precisions: Vec<String>,
+    /// Also tensors of more than 2^31 elements, which take 40 GB on the device
+    #[arg(long)]
+    pub(crate) large: bool,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct EmbedArgs {
     #[command(flatten)]

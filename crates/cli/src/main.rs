@@ -44,7 +44,7 @@ fn run(command: &Command, output: &Output) -> Result<()> {
             let args::InspectWhat::Gemm(args) = &args.what;
             commands::gemm::inspect(args, output)
         }
-        #[cfg(feature = "cpu")]
+        Command::Edges(args) => commands::edges::run(args, output),
         Command::Embed(args) => commands::embed::run(args, output),
         #[cfg(feature = "cpu")]
         Command::Expr(args) => commands::expr::run(args, output),

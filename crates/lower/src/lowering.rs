@@ -518,7 +518,8 @@ impl Lowering<'_> {
             outputs.push(apart.buffer);
         }
         let note = self.note(group);
-        if !self.top_k(id, (&inputs, &outputs), &note)? {
+        let buffers = (inputs.as_slice(), outputs.as_slice());
+        if !self.top_k(id, buffers, &note)? && !self.places(id, buffers, &note)? {
             let op = (self.host)(self.graph, id);
             self.plan.steps.push(Step::Host { op, inputs, outputs: outputs.clone(), note });
         }

@@ -29,6 +29,7 @@
 //! | `reduce x` | `reshape x` | over axes of extent 1, or none |
 //! | `window x` | `reduce x` | the window is the whole plane, no padding |
 //! | `gather x, i` | `slice x` | known indices that count up by one |
+//! | `scan x` from the end | `slice (scan (slice x))`, both backwards | the axis is long, or of unknown length |
 //!
 //! Every rule is exact: results keep their bits. (A window of means divides by the count as a
 //! reduction followed by a division does.)
@@ -66,8 +67,27 @@ fn rule(ed: &mut Editor<'_>, id: NodeId) -> Rewritten {
         Op::Window(_) => one(window(ed, &node.op, inputs[0])?),
         Op::Conv(_) => one(conv(ed, &node.op, inputs)?),
         Op::Gather(axis) => one(gather(ed, *axis, inputs)?),
+        Op::Scan { reverse: true, .. } => one(scan_from_end(ed, &node.op, inputs[0])?),
         _ => Ok(None),
     }
+}
+
+/// Axes up to this length are scanned from the end as they lie, in one tile.
+const SCANNED_WHOLE: i64 = 32 << 10;
+
+fn scan_from_end(ed: &mut Editor<'_>, op: &Op, x: ValueId) -> Result<Option<ValueId>> {
+    let Op::Scan { kind, axis, exclusive, reverse: true } = *op else { return Ok(None) };
+    let shape = ed.graph.shape(x).to_vec();
+    if shape[axis].as_const().is_some_and(|n| n <= SCANNED_WHOLE) {
+        return Ok(None);
+    }
+    let mut starts = vec![Dim::new(0); shape.len()];
+    let mut steps = vec![1; shape.len()];
+    (starts[axis], steps[axis]) = (&shape[axis] - 1, -1);
+    let backwards = Op::Slice { starts, lens: shape, steps };
+    let turned = ed.op(backwards.clone(), &[x])?;
+    let scanned = ed.op(Op::Scan { kind, axis, exclusive, reverse: false }, &[turned])?;
+    Ok(Some(ed.op(backwards, &[scanned])?))
 }
 
 fn reshape(ed: &mut Editor<'_>, shape: &[Dim], x: ValueId) -> Result<Option<ValueId>> {

@@ -24,6 +24,19 @@ fn device(ordinal: u32, cache: bool) -> Result<Arc<GpuDevice>> {
     Ok(table.entry((ordinal, cache)).or_insert(opened).clone())
 }
 
+/// Plans a graph for device `ordinal` and copies its weights there. `cache`: keep compiled kernels on disk.
+pub(crate) fn load(
+    graph: Graph,
+    ordinal: u32,
+    precision: Precision,
+    cache: bool,
+) -> Result<GpuModel> {
+    let device = device(ordinal, cache)?;
+    let mut compiler = GpuCompiler::new(device.machine().clone());
+    compiler.precision = precision;
+    device.load(compiler.plan(graph)?)
+}
+
 /// A graph on a GPU. May be shared by threads: runs take turns.
 #[pyclass(frozen, weakref)]
 pub(crate) struct GpuProgram {

@@ -10,7 +10,6 @@
 mod builder;
 mod gpu;
 mod memory;
-#[cfg(feature = "cpu")]
 mod model;
 mod operators;
 #[cfg(feature = "cpu")]
@@ -39,12 +38,10 @@ fn xla_handlers() -> [(&'static str, usize); 2] {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     #[cfg(feature = "cpu")]
-    {
-        module.add_class::<model::Native>()?;
-        module.add_class::<model::Output>()?;
-        module.add_class::<program::Program>()?;
-        module.add_function(wrap_pyfunction!(model::load, module)?)?;
-    }
+    module.add_class::<program::Program>()?;
+    module.add_class::<model::Native>()?;
+    module.add_class::<model::Output>()?;
+    module.add_function(wrap_pyfunction!(model::load, module)?)?;
     module.add_class::<builder::Builder>()?;
     module.add_class::<gpu::GpuProgram>()?;
     module.add_function(wrap_pyfunction!(xla_handlers, module)?)?;

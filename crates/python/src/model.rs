@@ -1,14 +1,15 @@
 //! [`Native`]: a compiled model that runs on NumPy arrays.
 
 use crate::memory::{Input, input, type_string};
-use crate::program::compiler;
 use crate::python_error;
 use pyo3::exceptions::PyNotImplementedError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use tilewright::{Model, Session, Tensor};
+use tilewright::{Model, Precision, Result, Tensor};
+use tilewright_base::Error;
+use tilewright_graph::Graph;
 
 /// An output: NumPy reads it through the array interface, without a copy.
 #[pyclass(frozen)]
@@ -36,17 +37,43 @@ impl Output {
     }
 }
 
+/// What runs a model.
+enum Runner {
+    #[cfg(feature = "cpu")]
+    Cpu(tilewright::Session),
+    Gpu(Box<tilewright::gpu::Session>),
+}
+
+impl Runner {
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        match self {
+            #[cfg(feature = "cpu")]
+            Runner::Cpu(session) => session.run(inputs),
+            Runner::Gpu(session) => session.run(inputs),
+        }
+    }
+
+    /// Into the memory of earlier outputs; false when it has to be made anew.
+    fn run_into(&mut self, inputs: &[Tensor], outputs: &mut Vec<Tensor>) -> bool {
+        match self {
+            #[cfg(feature = "cpu")]
+            Runner::Cpu(session) => session.run_into(inputs, outputs).is_ok(),
+            Runner::Gpu(_) => false,
+        }
+    }
+}
+
 /// A compiled model.
 #[pyclass(frozen)]
 pub(crate) struct Native {
-    compiled: tilewright::Compiled,
+    kernels: (usize, usize),
     state: Mutex<State>,
     inputs: Vec<(String, &'static str)>,
     outputs: Vec<String>,
 }
 
 struct State {
-    session: Session,
+    runner: Runner,
     /// Outputs of the last run: their memory is used again when nobody holds them any more.
     last: Vec<Arc<Tensor>>,
 }
@@ -65,11 +92,10 @@ impl Native {
         self.outputs.clone()
     }
 
-    /// Distinct kernels, and how many came out of the cache.
+    /// Distinct kernels, and how many came out of the cache; a GPU's are compiled when sizes are known, and count 0.
     #[getter]
     fn kernels(&self) -> (usize, usize) {
-        let (hits, all) = self.compiled.cache_hits();
-        (all, hits)
+        self.kernels
     }
 
     /// Runs on inputs in order.
@@ -77,15 +103,15 @@ impl Native {
         let tensors = inputs.into_iter().map(input).collect::<PyResult<Vec<Tensor>>>()?;
         let results = py.detach(|| {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            let State { session, last } = &mut *state;
+            let State { runner, last } = &mut *state;
             // Memory of outputs that were dropped serves again: no pages to map and clear.
             let reusable = !last.is_empty() && last.iter().all(|t| Arc::strong_count(t) == 1);
             let mut outputs: Vec<Tensor> = match reusable {
                 true => last.drain(..).filter_map(Arc::into_inner).collect(),
                 false => Vec::new(),
             };
-            if outputs.is_empty() || session.run_into(&tensors, &mut outputs).is_err() {
-                outputs = session.run(&tensors)?;
+            if outputs.is_empty() || !runner.run_into(&tensors, &mut outputs) {
+                outputs = runner.run(&tensors)?;
             }
             *last = outputs.into_iter().map(Arc::new).collect();
             Ok(last.clone())
@@ -95,13 +121,21 @@ impl Native {
     }
 }
 
-/// Reads and compiles a model file or directory.
+/// Reads and compiles a model file or directory for `cpu`, `cuda` or `cuda:1`.
 #[pyfunction]
-#[pyo3(signature = (path, threads=0, cache=true))]
-pub(crate) fn load(py: Python<'_>, path: PathBuf, threads: usize, cache: bool) -> PyResult<Native> {
+#[pyo3(signature = (path, threads=0, cache=true, device="cpu", precision="f32"))]
+pub(crate) fn load(
+    py: Python<'_>,
+    path: PathBuf,
+    threads: usize,
+    cache: bool,
+    device: &str,
+    precision: &str,
+) -> PyResult<Native> {
     py.detach(|| {
+        let precision: Precision = precision.parse().map_err(Error::user)?;
+        let ordinal = if device == "cpu" { None } else { Some(tilewright::gpu::ordinal(device)?) };
         let model = Model::open(&path)?;
-        let compiled = compiler(threads, cache)?.compile(&model)?;
         let graph = &model.graph;
         let inputs = graph
             .inputs
@@ -109,8 +143,36 @@ pub(crate) fn load(py: Python<'_>, path: PathBuf, threads: usize, cache: bool) -
             .map(|&v| (graph.values[v].name.clone(), type_string(graph.dtype(v))))
             .collect();
         let outputs = graph.outputs.iter().map(|(name, _)| name.clone()).collect();
-        let state = Mutex::new(State { session: compiled.session()?, last: Vec::new() });
-        Ok(Native { compiled, state, inputs, outputs })
+        let (runner, kernels) = match ordinal {
+            None => on_cpu(graph, threads, cache, precision)?,
+            Some(ordinal) => {
+                let loaded = crate::gpu::load(graph.clone(), ordinal, precision, cache)?;
+                let kernels = loaded.planned().plan().kernels.len();
+                (Runner::Gpu(Box::new(loaded.session()?)), (kernels, 0))
+            }
+        };
+        let state = Mutex::new(State { runner, last: Vec::new() });
+        Ok(Native { kernels, state, inputs, outputs })
     })
     .map_err(python_error)
+}
+
+#[cfg(feature = "cpu")]
+fn on_cpu(
+    graph: &Graph,
+    threads: usize,
+    cache: bool,
+    precision: Precision,
+) -> Result<(Runner, (usize, usize))> {
+    let mut compiler = crate::program::compiler(threads, cache)?;
+    compiler.precision = precision;
+    let compiled = compiler.compile_observed(graph.clone(), &mut |_| {})?;
+    let (hits, all) = compiled.cache_hits();
+    Ok((Runner::Cpu(compiled.session()?), (all, hits)))
+}
+
+#[cfg(not(feature = "cpu"))]
+fn on_cpu(_: &Graph, _: usize, _: bool, _: Precision) -> Result<(Runner, (usize, usize))> {
+    Err(Error::unsupported("this build has no compiler for processors (LLVM)")
+        .with_hint("give device=\"cuda\""))
 }

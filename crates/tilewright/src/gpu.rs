@@ -364,6 +364,11 @@ impl GpuModel {
         &self.planned
     }
 
+    /// The device as data.
+    pub fn machine(&self) -> &Machine {
+        &self.planned.machine
+    }
+
     /// Means to run it.
     ///
     /// # Errors

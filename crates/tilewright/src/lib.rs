@@ -23,6 +23,7 @@
 pub mod bench;
 #[cfg(feature = "cpu")]
 mod compile;
+pub mod edges;
 pub mod explain;
 #[cfg(feature = "cpu")]
 pub mod expr;

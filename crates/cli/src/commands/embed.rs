@@ -1,6 +1,5 @@
 //! `tw embed`: sentences to vectors, and the nearest ones to a query.
 
-use super::compiler;
 use crate::args::EmbedArgs;
 use crate::npy;
 use crate::output::Output;
@@ -8,8 +7,10 @@ use serde_json::json;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use tilewright::{Result, Session, Tensor};
+use tilewright::gpu::RunReport;
+use tilewright::{Result, Tensor};
 use tilewright_base::Error;
+use tilewright_graph::Graph;
 use tilewright_import::hf;
 use tilewright_text::Tokenizer;
 
@@ -20,31 +21,33 @@ pub(crate) fn run(args: &EmbedArgs, output: &Output) -> Result<()> {
         let texts = lines(file)?.into_iter();
         queries.extend(texts.map(|l| l.split('\t').next().unwrap_or_default().to_string()));
     }
-    let compiler = compiler(&args.model)?;
     let model = hf::load_model(&args.model.model, &hf::LoadOptions::default())?;
     let graph = model.sentence_encoder()?;
     let names: Vec<String> = graph.inputs.iter().map(|&v| graph.values[v].name.clone()).collect();
     let max_tokens = usize::try_from(model.max_tokens).unwrap_or(512).max(1);
     let tokenizer = Tokenizer::open(&args.model.model, max_tokens)?;
     let start = Instant::now();
-    let compiled = compiler.compile_observed(graph, &mut |_| {})?;
+    let (runner, place) = runner(args, graph)?;
     let compile_s = start.elapsed().as_secs_f64();
     let mut encoder = Encoder {
-        session: compiled.session()?,
+        runner,
         names,
         tokenizer,
         batch: args.batch.max(1),
         busy: Duration::ZERO,
+        report: None,
     };
     let vectors = encoder.embed(&sentences)?;
     let embed_s = encoder.busy.as_secs_f64();
     let width = vectors.first().map_or(0, Vec::len);
     let mut text = format!(
-        "{} sentences to vectors of {width} in {embed_s:.3} s ({:.0} a second) on {} threads; compiled in {compile_s:.3} s\n",
+        "{} sentences to vectors of {width} in {embed_s:.3} s ({:.0} a second) on {place}; compiled in {compile_s:.3} s\n",
         sentences.len(),
         sentences.len() as f64 / embed_s.max(1e-9),
-        compiled.cpu().threads,
     );
+    if let Some(report) = &encoder.report {
+        super::gpu::warn(report);
+    }
     if let Some(path) = &args.output {
         let flat: Vec<f32> = vectors.iter().flatten().copied().collect();
         npy::write(path, &Tensor::from_slice(&[vectors.len(), width], &flat)?)?;
@@ -86,13 +89,43 @@ fn lines(path: &Path) -> Result<Vec<String>> {
     Ok(lines)
 }
 
+/// What runs the model.
+enum Runner {
+    #[cfg(feature = "cpu")]
+    Cpu(tilewright::Session),
+    Gpu(Box<tilewright::gpu::Session>),
+}
+
+/// The model compiled, and where it runs.
+fn runner(args: &EmbedArgs, graph: Graph) -> Result<(Runner, String)> {
+    if super::on_gpu(&args.model)? {
+        let loaded = super::gpu::load_graph(&args.model, graph)?;
+        let name = loaded.machine().name.clone();
+        return Ok((Runner::Gpu(Box::new(loaded.session()?)), name));
+    }
+    on_cpu(args, graph)
+}
+
+#[cfg(feature = "cpu")]
+fn on_cpu(args: &EmbedArgs, graph: Graph) -> Result<(Runner, String)> {
+    let compiled = super::compiler(&args.model)?.compile_observed(graph, &mut |_| {})?;
+    Ok((Runner::Cpu(compiled.session()?), format!("{} threads", compiled.cpu().threads)))
+}
+
+#[cfg(not(feature = "cpu"))]
+fn on_cpu(_: &EmbedArgs, _: Graph) -> Result<(Runner, String)> {
+    Err(super::without_cpu())
+}
+
 struct Encoder {
-    session: Session,
+    runner: Runner,
     names: Vec<String>,
     tokenizer: Tokenizer,
     batch: usize,
     /// Time in the tokenizer and the model.
     busy: Duration,
+    /// Of the last run on a GPU.
+    report: Option<RunReport>,
 }
 
 impl Encoder {
@@ -119,7 +152,15 @@ impl Encoder {
                     })
                 })
                 .collect::<Result<Vec<Tensor>>>()?;
-            let outputs = self.session.run(&inputs)?;
+            let outputs = match &mut self.runner {
+                #[cfg(feature = "cpu")]
+                Runner::Cpu(session) => session.run(&inputs)?,
+                Runner::Gpu(session) => {
+                    let outputs = session.run(&inputs)?;
+                    self.report = Some(session.report(&inputs)?);
+                    outputs
+                }
+            };
             let first = outputs.first().ok_or_else(|| Error::bug("an encoder without output"))?;
             let values = first.as_slice::<f32>()?;
             let width = values.len() / group.len();

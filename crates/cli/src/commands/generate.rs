@@ -51,28 +51,16 @@ fn prompts(args: &GenerateArgs) -> Result<Vec<Vec<i64>>> {
     Ok(vec![one; args.batch.max(1)])
 }
 
-#[cfg(feature = "cpu")]
 fn encoded(args: &GenerateArgs, text: &str) -> Result<Vec<i64>> {
     let tokenizer = tilewright_text::Tokenizer::open(&args.model.model, 1 << 20)?;
     Ok(tokenizer.encode(&[text])?.input_ids.to_i64s())
 }
 
-#[cfg(not(feature = "cpu"))]
-fn encoded(_: &GenerateArgs, _: &str) -> Result<Vec<i64>> {
-    Err(Error::unsupported("this `tw` was built without tokenizers").with_hint("give --tokens"))
-}
-
 /// The text of tokens, where the directory has a tokenizer.
-#[cfg(feature = "cpu")]
 fn decoded(args: &GenerateArgs, tokens: &[i64]) -> Option<String> {
     let tokenizer = tilewright_text::Tokenizer::open(&args.model.model, 1 << 20).ok()?;
     let ids: Vec<u32> = tokens.iter().filter_map(|&t| u32::try_from(t).ok()).collect();
     tokenizer.decode(&ids).ok()
-}
-
-#[cfg(not(feature = "cpu"))]
-fn decoded(_: &GenerateArgs, _: &[i64]) -> Option<String> {
-    None
 }
 
 fn sampling(args: &GenerateArgs) -> Result<Option<Sampling>> {

@@ -13,26 +13,38 @@ use tilewright::verify::Report;
 use tilewright::{Choice, Model, Result};
 use tilewright_base::Error;
 use tilewright_data::Tensor;
+use tilewright_graph::Graph;
 
 /// Reads the model, plans it and copies its weights to the device.
 fn load(args: &ModelArgs) -> Result<(Model, GpuModel)> {
-    let cache = if args.no_cache { None } else { super::cache_folder(args) };
-    let device =
-        GpuDevice::open_as(ordinal(&args.device)?, cache.as_deref(), args.target.as_deref())?;
+    let device = open(args)?;
     let model = super::open(args)?;
+    let loaded = plan(args, &device, model.graph.clone())?;
+    Ok((model, loaded))
+}
+
+/// Plans a graph and copies its weights to the device.
+pub(crate) fn load_graph(args: &ModelArgs, graph: Graph) -> Result<GpuModel> {
+    plan(args, &open(args)?, graph)
+}
+
+fn open(args: &ModelArgs) -> Result<GpuDevice> {
+    let cache = if args.no_cache { None } else { super::cache_folder(args) };
+    GpuDevice::open_as(ordinal(&args.device)?, cache.as_deref(), args.target.as_deref())
+}
+
+fn plan(args: &ModelArgs, device: &GpuDevice, graph: Graph) -> Result<GpuModel> {
     let mut compiler = GpuCompiler::new(device.machine().clone());
     if args.no_fusion {
         compiler.fusion = Choice::Apart;
     }
     compiler.precision = args.precision.parse().map_err(Error::user)?;
-    let _progress = progress(format!("planning {}", model.graph.name));
-    let planned = compiler.plan(model.graph.clone())?;
-    let loaded = device.load(planned)?;
-    Ok((model, loaded))
+    let _progress = progress(format!("planning {}", graph.name));
+    device.load(compiler.plan(graph)?)
 }
 
 /// Says what does not run on the device, and what did not go as planned.
-fn warn(report: &RunReport) {
+pub(crate) fn warn(report: &RunReport) {
     for warning in &report.warnings {
         say(&format!("warning: {warning}"));
     }

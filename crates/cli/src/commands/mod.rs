@@ -1,7 +1,7 @@
 //! One file per command. Each has `run(args, output)`.
 
 pub(crate) mod bench;
-#[cfg(feature = "cpu")]
+pub(crate) mod edges;
 pub(crate) mod embed;
 #[cfg(feature = "cpu")]
 pub(crate) mod emit;

@@ -12,7 +12,8 @@
 //! * a convolution is such a product whose left operand is read through windows (`windows.rs`), or with its data in another
 //!   order (`patches`), or with a copy of its windows (`im2col`);
 //! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
-//! * the few largest elements of rows are found by a kernel (`top_k.rs`);
+//! * the few largest elements of rows are found by a kernel (`top_k.rs`), and what stands at computed places is read or written by
+//!   one (`places.rs`);
 //! * a reduction over rows is also given with whole rows in a tile (`rows.rs`).
 //!
 //! Under `f16` and `bf16`, weights and what is computed from them are *stored* in that type: kernels widen
@@ -21,6 +22,7 @@
 
 mod attention;
 mod pairs;
+mod places;
 mod top_k;
 mod windows;
 
