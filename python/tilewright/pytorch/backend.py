@@ -1,15 +1,17 @@
 """The backend of `torch.compile`: Dynamo's graph, made functional by AOTAutograd, becomes groups and eager operators.
 
     torch.compile(model, backend="tilewright")
+    torch.compile(model, backend="tilewright", mode="reduce-overhead")
     torch.compile(model, backend="tilewright", options={"threads": 2, "freeze": False})
 
 Options: `threads` (0: as many as PyTorch), `cache` (compiled kernels on disk), `precision` ("f32", "tf32", "f16" or
 "bf16": arithmetic that f32 may be computed in, see the numerics contract; default: f32 on CPUs, on GPUs what
 `torch.get_float32_matmul_precision` says), `freeze` (in inference on CPUs, parameters are known data), `device`
-(default: that of the first tensor on a GPU, or the CPU). Operators on other devices stay PyTorch's.
+(default: that of the first tensor on a GPU, or the CPU), `eager_random` (dropout draws the numbers of eager PyTorch, which fuses
+with nothing). Operators on other devices stay PyTorch's.
 
 Composites stay whole where our graphs have them (softmax, layer norm, GELU, attention): the table of decompositions
-leaves them out.
+leaves them out. The mode records forward and backward graphs on a GPU (`graphs`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from . import attentions
+from . import attentions, graphs, randoms
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -84,6 +86,7 @@ class Settings:
     precision: str | None = None
     freeze: bool = True
     device: torch.device | str | None = None
+    eager_random: bool = False
 
     @staticmethod
     def of(options, examples=()) -> "Settings":
@@ -113,8 +116,8 @@ class Settings:
         return dataclasses.replace(settings, device=device, precision=precision, freeze=freeze)
 
 
-def decompositions() -> dict:
-    """PyTorch's decompositions without the composites that we keep."""
+def decompositions(eager_random: bool = False) -> dict:
+    """PyTorch's decompositions without the composites that we keep; dropout by ours unless it is to be eager's."""
     table = dict(core_aten_decompositions())
     for packet in (
         aten._native_batch_norm_legit_functional,
@@ -129,6 +132,8 @@ def decompositions() -> dict:
     for packet in KEPT:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
+    if not eager_random:
+        table.update(randoms.DECOMPOSITIONS)
     return table
 
 
@@ -155,6 +160,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     graph's.
     """
     graph = gm.graph
+    randoms.drawn_together(gm)
     known = {**ranges(graph), **(bounds or {})}
     division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")
@@ -279,27 +285,36 @@ def _static_inputs() -> set[int]:
 
 def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode=None):
     """The backend itself: what `torch.compile(..., backend="tilewright")` calls."""
-    if mode not in (None, "default"):
-        raise ValueError(f"tilewright has no mode {mode!r}; it takes options")
+    if mode not in (None, "default", "reduce-overhead"):
+        raise ValueError(f"tilewright has no mode {mode!r}; it takes options, and the mode 'reduce-overhead'")
     settings = Settings.of(options, example_inputs)
+    records = mode == "reduce-overhead" and settings.device.type == "cuda"
+
+    def compiled(graph_module, kind, static, fixed):
+        run = compile_fx(graph_module, kind, static, settings).run
+        return graphs.recorded(run, graph_module, fixed(), settings.device, kind) if records else run
 
     def forward(graph_module, _inputs):
-        return compile_fx(graph_module, "forward", set(), settings).run
+        return compiled(graph_module, "forward", set(), graphs.static_arguments)
 
     def backward(graph_module, _inputs):
-        return compile_fx(graph_module, "backward", set(), settings).run
+        return compiled(graph_module, "backward", set(), lambda: graphs.saved_arguments(graph_module.graph))
 
     def inference(graph_module, _inputs):
-        return compile_fx(graph_module, "inference", _static_inputs(), settings).run
+        return compiled(graph_module, "inference", _static_inputs(), graphs.static_arguments)
 
     compiler = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,
         inference_compiler=inference,
-        decompositions=decompositions(),
+        decompositions=decompositions(settings.eager_random),
         partition_fn=min_cut_rematerialization_partition,
     )
     trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     attentions.prepare(gm, trains)
     with attentions.in_parts(trains, settings.device):
         return compiler(gm, example_inputs)
+
+
+# What `torch.compiler.reset` calls.
+tilewright_backend.reset = graphs.reset

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import attentions, elementwise, layers, pools, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
+from . import attentions, elementwise, layers, pools, randoms, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
 from .sizes import Unsupported, order_in_memory, symbols, tensors_and_sizes
 from .writer import NAMES, RULES, Writer
 
@@ -149,13 +149,14 @@ def by_depth(graph: fx.Graph, ours: set[fx.Node], free: set[fx.Node]) -> list[li
     """Our nodes by depth; see the module's head."""
     depth: dict[fx.Node, int] = {}
     groups: dict[int, list[fx.Node]] = {}
-    effect_depth = 0
+    effect_depth = -1
     for node in graph.nodes:
         mine = node in ours
         if node.op in ("placeholder", "get_attr") or node in free:
             depth[node] = -1
             continue
-        deepest = 0
+        # What PyTorch makes of arguments alone comes before all groups.
+        deepest = 0 if mine else -1
         for before in node.all_input_nodes:
             d = depth[before]
             crossed = d >= 0 and (before in ours) != mine
