@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from contextlib import nullcontext
 
 import torch
 from torch import fx
@@ -25,7 +26,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from . import attentions, graphs, randoms
+from . import attentions, cached, graphs, randoms
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -146,7 +147,7 @@ class Compiled:
         self.groups = groups
         self.reasons = reasons
         # What AOTAutograd calls: one list, which the callee empties.
-        self.run = boxed(module)
+        self.run = cached.boxed(module)
 
 
 # Those who want to know of each compiled graph (`explain`, tests).
@@ -261,18 +262,6 @@ def is_operator(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and "sym_" not in str(node.target)
 
 
-def boxed(module: fx.GraphModule):
-    """The form in which AOTAutograd calls: one list, which the callee empties."""
-
-    def run(args):
-        values = list(args)
-        args.clear()
-        return module(*values)
-
-    run._boxed_call = True
-    return run
-
-
 def _static_inputs() -> set[int]:
     """Arguments of the graph being compiled that are parameters and buffers which nothing writes."""
     context = torch._guards.TracingContext.try_get()
@@ -290,9 +279,12 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     settings = Settings.of(options, example_inputs)
     records = mode == "reduce-overhead" and settings.device.type == "cuda"
 
+    keeps = settings.cache and not OBSERVERS
+
     def compiled(graph_module, kind, static, fixed):
-        run = compile_fx(graph_module, kind, static, settings).run
-        return graphs.recorded(run, graph_module, fixed(), settings.device, kind) if records else run
+        made = compile_fx(graph_module, kind, static, settings)
+        recording = graphs.Recording.of(graph_module, fixed(), settings.device, kind) if records else None
+        return cached.Code(made.run, made.module, keeps and all(g.can_be_kept for g in made.groups), recording)
 
     def forward(graph_module, _inputs):
         return compiled(graph_module, "forward", set(), graphs.static_arguments)
@@ -303,16 +295,19 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     def inference(graph_module, _inputs):
         return compiled(graph_module, "inference", _static_inputs(), graphs.static_arguments)
 
+    def form(compile_graph):
+        return cached.compiler(compile_graph) if keeps else compile_graph
+
     compiler = aot_autograd(
-        fw_compiler=forward,
-        bw_compiler=backward,
-        inference_compiler=inference,
+        fw_compiler=form(forward),
+        bw_compiler=form(backward),
+        inference_compiler=form(inference),
         decompositions=decompositions(settings.eager_random),
         partition_fn=min_cut_rematerialization_partition,
     )
     trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     attentions.prepare(gm, trains)
-    with attentions.in_parts(trains, settings.device):
+    with attentions.in_parts(trains, settings.device), cached.keeping(gm, (settings, mode, trains)) if keeps else nullcontext():
         return compiler(gm, example_inputs)
 
 

@@ -11,6 +11,7 @@ line in the log `tilewright`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 
@@ -37,22 +38,42 @@ def refused(graph: fx.GraphModule, static: set[int]) -> str | None:
     return None
 
 
-def recorded(run, graph: fx.GraphModule, static: set[int], device: torch.device, kind: str):
-    """`run` (one list of arguments, which it empties) behind recordings. `graph`: what it computes; `static`: arguments whose
-    addresses stay; `kind`: forward, backward or inference."""
-    from torch._dynamo.utils import preserve_rng_state
-    from torch._inductor import cudagraph_trees, cudagraph_utils
-    from torch._dynamo.backends.cudagraphs import find_input_mutations
+@dataclasses.dataclass
+class Recording:
+    """What is to be known of a graph to record it. Plain data, for the cache."""
 
-    why = refused(graph, static)
-    if why is not None:
-        log.warning("the %s graph is not recorded: %s", kind, why)
-        if kind != "backward":
+    kind: str
+    device: int
+    static: list[int]
+    why_not: str | None
+    stack_traces: list
+    placeholders: list
+    written: tuple
+
+    @staticmethod
+    def of(graph: fx.GraphModule, static: set[int], device: torch.device, kind: str) -> "Recording":
+        """`static`: arguments whose addresses stay; `kind`: forward, backward or inference."""
+        from torch._dynamo.backends.cudagraphs import find_input_mutations
+        from torch._inductor.cudagraph_utils import get_placeholder_info
+
+        why, traces = refused(graph, static), _stack_traces(graph.graph)
+        written = tuple(sorted(find_input_mutations(graph.graph)))
+        return Recording(kind, device.index, sorted(static), why, traces, get_placeholder_info(graph.graph), written)
+
+
+def recorded(run, what: Recording):
+    """`run` (one list of arguments, which it empties) behind recordings."""
+    from torch._dynamo.utils import preserve_rng_state
+    from torch._inductor import cudagraph_trees
+
+    if what.why_not is not None:
+        log.warning("the %s graph is not recorded: %s", what.kind, what.why_not)
+        if what.kind != "backward":
             return run
 
         def unrecorded(args):
             # The trees must know that a step goes on.
-            manager = cudagraph_trees.get_manager(device.index, create_if_none_exists=False)
+            manager = cudagraph_trees.get_manager(what.device, create_if_none_exists=False)
             if manager is not None:
                 manager.set_to_running_backward()
             return run(args)
@@ -60,12 +81,12 @@ def recorded(run, graph: fx.GraphModule, static: set[int], device: torch.device,
         unrecorded._boxed_call = True
         return unrecorded
     options = {
-        "device_index": device.index,
-        "is_backward": kind == "backward",
-        "is_inference": kind == "inference",
-        "stack_traces": _stack_traces(graph.graph),
-        "placeholders": cudagraph_utils.get_placeholder_info(graph.graph),
-        "mutated_input_idxs": tuple(sorted(find_input_mutations(graph.graph))),
+        "device_index": what.device,
+        "is_backward": what.kind == "backward",
+        "is_inference": what.kind == "inference",
+        "stack_traces": what.stack_traces,
+        "placeholders": what.placeholders,
+        "mutated_input_idxs": what.written,
     }
     made = None
 
@@ -73,7 +94,7 @@ def recorded(run, graph: fx.GraphModule, static: set[int], device: torch.device,
         nonlocal made
         if made is None:
             with preserve_rng_state():
-                made = cudagraph_trees.cudagraphify_impl(run, args, sorted(static), **options)
+                made = cudagraph_trees.cudagraphify_impl(run, args, what.static, **options)
         return made(args)
 
     replay._boxed_call = True

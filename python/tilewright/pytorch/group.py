@@ -27,7 +27,7 @@ from torch import fx
 from .. import _native
 from .partition import inputs_of, memory_order, outputs_of
 from .sizes import symbols, tensors_and_sizes
-from .writer import Writer
+from .writer import Script, Writer
 
 REFREEZES_MAX = 2
 
@@ -168,8 +168,13 @@ class Group(torch.nn.Module):
     def _compile(self, args) -> None:
         start = time.perf_counter()
         try:
-            writer = self.write(args)
-            self.program = self._program(writer.builder)
+            if self.nodes is None and not self.calls:
+                raise NotImplementedError("it was left to PyTorch when the graph was kept")
+            if self.nodes is None:
+                script = Script.built(self.name, self.calls)
+            else:
+                script = self.write(args).builder
+            self.program = self._program(script.builder)
             if self.program.symbols != self.symbols:
                 raise RuntimeError(f"sizes {self.program.symbols} where {self.symbols} are given")
         except (NotImplementedError, RuntimeError, ValueError) as why:
@@ -181,7 +186,7 @@ class Group(torch.nn.Module):
         self.failure = str(why).strip() or type(why).__name__
         log.warning("%s is left to PyTorch: %s", self.name, self.failure.splitlines()[0])
         self.program, self.seal = None, []
-        self.eager = self.as_module()
+        self.eager = self.as_module() if self.nodes is not None else self.kept_eager
 
     def _program(self, builder):
         settings = self.settings
@@ -224,6 +229,24 @@ class Group(torch.nn.Module):
         self.positions = sorted(set(writer.positions), key=str)
         self.readers = [(i, None if self.plain[i] else self.orders[i]) for i in self.live]
         return writer
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether the group can be written down for another process (`cached`)."""
+        return not self.frozen and not self.symbols
+
+    def __getstate__(self):
+        """Without the nodes: the calls that write the graph, and the operators as PyTorch's."""
+        state = {**self.__dict__, "program": None, "eager": None, "failure": None, "shapes": {}, "compile_seconds": 0.0}
+        if self.nodes is not None:
+            try:
+                state["calls"] = self.write(None).builder.calls
+            except (NotImplementedError, RuntimeError, ValueError):
+                state["calls"] = []
+            state.update(live=self.live, positions=self.positions, readers=self.readers)
+            state["kept_eager"] = self.as_module()
+            state.update(nodes=None, inputs=[None] * len(self.inputs), outputs=[None] * len(self.outputs), views=None)
+        return state
 
     def _seal_holds(self, args) -> bool:
         return all(args[i].data_ptr() == address and _version(args[i]) == version for i, address, version in self.seal)
