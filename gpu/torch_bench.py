@@ -40,25 +40,32 @@ def tokens(vocabulary, *shape):
     return torch.randint(0, vocabulary, shape, device="cuda")
 
 
-def bert():
-    return transformers.BertModel(transformers.BertConfig()), (tokens(30522, 32, 128),), {}
+def bert(layers):
+    config = transformers.BertConfig(num_hidden_layers=layers or 12)
+    return transformers.BertModel(config), (tokens(30522, 32, 128),), {}
 
 
-def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config()), (tokens(50257, 8, 512),), {"use_cache": False}
+def gpt2(layers):
+    config = transformers.GPT2Config(n_layer=layers or 12)
+    return transformers.GPT2LMHeadModel(config), (tokens(50257, 8, 512),), {"use_cache": False}
 
 
-def llama():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), (tokens(128256, 1, 2048),), {"use_cache": False}
+def llama(layers):
+    config = transformers.LlamaConfig(**{**LLAMA, **({"num_hidden_layers": layers} if layers else {})})
+    return transformers.LlamaForCausalLM(config), (tokens(128256, 1, 2048),), {"use_cache": False}
 
 
-def vit():
+def vit(layers):
     import torchvision
 
+    if layers:
+        sizes = dict(image_size=224, patch_size=16, num_heads=12, hidden_dim=768, mlp_dim=3072)
+        model = torchvision.models.VisionTransformer(num_layers=layers, **sizes)
+        return model, (torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
     return torchvision.models.vit_b_16(), (torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
 
 
-def resnet50():
+def resnet50(layers):
     import torchvision
 
     return torchvision.models.resnet50(), (torch.randn(32, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
@@ -100,7 +107,9 @@ class Arm:
             torch.compiler.cudagraph_mark_step_begin()
         if self.trains:
             self.model.zero_grad(set_to_none=True)
-            loss = first(self.run(*self.arguments, **self.named)).float().square().mean()
+            result = self.run(*self.arguments, **self.named)
+            # Language models have their loss inside.
+            loss = result.loss if "labels" in self.named else first(result).float().square().mean()
             loss.backward()
             if self.optimizer is not None:
                 self.optimizer.step()
@@ -150,7 +159,7 @@ def measure(name, args):
     torch.manual_seed(0)
     steps = name.endswith("-step")
     trains = steps or name.endswith("-train")
-    model, arguments, named = CASES[name.removesuffix("-train").removesuffix("-step")]()
+    model, arguments, named = CASES[name.removesuffix("-train").removesuffix("-step")](args.layers)
     model = model.cuda().train(trains)
     for module in [] if args.dropout else model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -162,6 +171,8 @@ def measure(name, args):
     with torch.no_grad():
         exact = first(model.float()(*map(wide, arguments), **named)).clone()
     model = model.bfloat16()
+    if trains and "use_cache" in named:
+        named["labels"] = arguments[0]
     rows, arms = [], []
     for peer in [*args.ours, *args.peers]:
         torch._dynamo.reset()
@@ -171,8 +182,9 @@ def measure(name, args):
         seen = []
         backend.OBSERVERS[:] = [seen.append]
         arm = Arm(peer, side, arguments, named, trains, steps)
-        with torch.no_grad():
-            error = float("nan") if args.dropout or steps else distance(first(arm.run(*arguments, **named)), exact)
+        # With gradients where it trains: that is compiled already.
+        with torch.set_grad_enabled(trains):
+            error = float("nan") if args.dropout or steps else distance(first(arm.run(*arguments, **named)).detach(), exact)
         left = sorted({str(n.target) for g in seen for n in g.reasons if "getitem" not in str(n.target)})
         failed = [g.failure.splitlines()[0] for s in seen for g in s.groups if g.failure]
         rows.append({
@@ -218,6 +230,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--kernels", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=0, help="of transformers, instead of the model's own number")
     parser.add_argument("--dropout", action="store_true")
     parser.add_argument("--ours", nargs="*", default=["tilewright"])
     parser.add_argument("--peers", nargs="*", default=["eager", "default"])

@@ -193,7 +193,7 @@ def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:
     for number, group in enumerate(groups):
         inside = set(group.nodes)
         waiting.append({n for node in group.nodes for n in node.all_input_nodes if n not in inside})
-    # Views of arguments that only groups read are not needed outside.
+    # Views of others' tensors that only groups read are not needed outside.
     needless: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node in free and all(u in member or u in needless for u in node.users):
