@@ -156,6 +156,41 @@ def dropout_drops_as_often_as_it_should():
         assert torch.equal(compiled(draw)(seed), draw(seed)), shape
 
 
+def compiled_graphs_are_kept_for_the_next_process():
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 16), torch.nn.Dropout(0.3), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)]
+    model, x = torch.nn.Sequential(*layers), torch.randn(6, 8)
+    told, results = [], []
+    for options in ({}, {}, {"precision": "bf16"}, {"cache": False}):
+        torch._dynamo.reset()
+        counters.clear()
+        model.zero_grad()
+        torch.manual_seed(1)
+        y = compiled(model, options=options)(x)
+        y.square().sum().backward()
+        told.append({k: n for k, n in counters["aot_autograd"].items() if k.startswith("autograd_cache")})
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    fresh = {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    assert told == [fresh, {"autograd_cache_hit": 1}, fresh, {}], told
+    for a, b in zip(results[0], results[1]):
+        assert torch.equal(a, b)
+    # A group that our compiler refuses runs as PyTorch's operators in the next process, too.
+    from tilewright.pytorch.group import Group
+
+    def refuse(self, args):
+        raise NotImplementedError("not today")
+
+    write, Group.write = Group.write, refuse
+    try:
+        for _ in range(2):
+            torch._dynamo.reset()
+            assert compiled(WithSort(), options={"freeze": False})(x).shape == (6, 4)
+    finally:
+        Group.write = write
+
+
 def inputs_and_views_are_written_as_in_eager():
     def writes(x, y):
         x.mul_(2)
@@ -343,6 +378,7 @@ if __name__ == "__main__":
             random_numbers_are_those_of_eager_where_it_is_asked_for,
             dropout_follows_the_seed_and_fuses,
             dropout_drops_as_often_as_it_should,
+            compiled_graphs_are_kept_for_the_next_process,
             inputs_and_views_are_written_as_in_eager,
             results_have_the_strides_of_eager,
             weights_that_change_are_seen,

@@ -58,7 +58,10 @@ class Group(torch.nn.Module):
         self.out_orders = [memory_order(n) for n in self.outputs]
         self.inverses = [_inverse(o) for o in self.out_orders]
         self.turned = any(i is not None for i in self.inverses)
+        self.live: list = []
         self.readers: list = []
+        self.calls: list = []
+        self.kept_eager = None
         self.dtypes = [n.meta["val"].dtype for n in self.outputs]
         self.device = settings.device
         self.on_cpu = settings.device.type == "cpu"
