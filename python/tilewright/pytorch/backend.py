@@ -26,7 +26,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from . import attentions, cached, graphs, randoms
+from . import attentions, cached, graphs, norms, randoms
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -133,6 +133,7 @@ def decompositions(eager_random: bool = False) -> dict:
     for packet in KEPT:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
+    table.update(norms.DECOMPOSITIONS)
     if not eager_random:
         table.update(randoms.DECOMPOSITIONS)
     return table
