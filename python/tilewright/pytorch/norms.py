@@ -13,9 +13,15 @@ import torch
 from torch._decomp import decomposition_table
 from torch.fx.experimental import proxy_tensor
 
+from .. import ops  # noqa: F401  (registers the operators)
+
 aten = torch.ops.aten
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
+PACKED_BACKWARD = torch.ops.tilewright.layer_norm_backward.default
+
+# Operators whose kernels are ours, outside of groups.
+PACK = {PACKED_BACKWARD}
 
 
 def eps_of(rstd: torch.Tensor) -> float | None:
@@ -41,10 +47,7 @@ def layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask):
     eps = eps_of(rstd) if plain and all(isinstance(n, int) for n in x.shape) else None
     if eps is None:
         return decomposition_table[aten.native_layer_norm_backward.default](dy, x, shape, mean, rstd, weight, bias, mask)
-    from .. import ops  # noqa: F401  (registers the operators)
-
-    packed = torch.ops.tilewright.layer_norm_backward.default
-    dx, dw, db = packed(dy.to(x.dtype), x, mean, rstd, None, weight, bias, eps)
+    dx, dw, db = PACKED_BACKWARD(dy.to(x.dtype), x, mean, rstd, None, weight, bias, eps)
     return tuple(t if wanted else None for t, wanted in zip((dx, dw, db), mask))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import attentions, elementwise, layers, pools, randoms, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
+from . import attentions, elementwise, layers, norms, pools, randoms, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
 from .sizes import Unsupported, order_in_memory, symbols, tensors_and_sizes
 from .writer import NAMES, RULES, Writer
 
@@ -60,6 +60,9 @@ ATTENTION = {
     aten._scaled_dot_product_efficient_attention.default: 5,
     aten._scaled_dot_product_cudnn_attention.default: 5,
 }
+
+# Why the operator pack's kernels are in no group.
+PACKED = "a kernel of the operator pack"
 
 # Operators that a group is not worth on their own: less than a copy's work.
 TRIVIAL = VIEWS | {aten.clone.default, aten.lift_fresh_copy.default, aten.full.default, aten.scalar_tensor.default}
@@ -270,6 +273,8 @@ def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
     if has_effects(node):
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         raise Unsupported("random numbers are PyTorch's" if random else "it has effects")
+    if node.target in norms.PACK:
+        raise Unsupported(PACKED)
     if node.target not in RULES:
         raise Unsupported("no rule for this operator")
     tensors = [node.meta["val"], *(a.meta.get("val") for a in node.all_input_nodes)]
