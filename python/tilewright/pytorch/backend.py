@@ -26,7 +26,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from . import attentions, cached, graphs, norms, randoms
+from . import attentions, cached, graphs, losses, norms, randoms
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -117,8 +117,9 @@ class Settings:
         return dataclasses.replace(settings, device=device, precision=precision, freeze=freeze)
 
 
-def decompositions(eager_random: bool = False) -> dict:
-    """PyTorch's decompositions without the composites that we keep; dropout by ours unless it is to be eager's."""
+def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
+    """PyTorch's decompositions without the composites that we keep, and ours: of dropout unless it is to be eager's, and of what is taken
+    apart in training only."""
     table = dict(core_aten_decompositions())
     for packet in (
         aten._native_batch_norm_legit_functional,
@@ -133,7 +134,9 @@ def decompositions(eager_random: bool = False) -> dict:
     for packet in KEPT:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
-    table.update(norms.DECOMPOSITIONS)
+    if trains:
+        table.update(norms.DECOMPOSITIONS)
+        table.update(losses.DECOMPOSITIONS)
     if not eager_random:
         table.update(randoms.DECOMPOSITIONS)
     return table
@@ -299,14 +302,14 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     def form(compile_graph):
         return cached.compiler(compile_graph) if keeps else compile_graph
 
+    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     compiler = aot_autograd(
         fw_compiler=form(forward),
         bw_compiler=form(backward),
         inference_compiler=form(inference),
-        decompositions=decompositions(settings.eager_random),
+        decompositions=decompositions(settings.eager_random, trains),
         partition_fn=min_cut_rematerialization_partition,
     )
-    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     attentions.prepare(gm, trains)
     with attentions.in_parts(trains, settings.device), cached.keeping(gm, (settings, mode, trains)) if keeps else nullcontext():
         return compiler(gm, example_inputs)
