@@ -153,6 +153,9 @@ if [ "$part" = ops ] || [ "$part" = all ]; then
   if python3 -c 'import torch, numpy' 2>/dev/null; then
     step "operators for PyTorch" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" python3 gpu/test_ops.py check
     step "optimizers, dropout, bags and losses for PyTorch" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" python3 gpu/test_optim.py check
+    if python3 -c 'import transformers' 2>/dev/null; then
+      step "training under torch.compile" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" python3 gpu/test_training.py
+    fi
     step "operators beside PyTorch's" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" \
       python3 gpu/test_ops.py time --out "$records/gpu-ops.json"
   else

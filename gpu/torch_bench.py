@@ -4,9 +4,11 @@
     gpu/torch_bench.py --out FOLDER [--warm] [--peers eager default reduce-overhead max-autotune] [CASE...]
 
 A case is a model of transformers or torchvision with random weights in bf16, in inference (`bert`, `gpt2`, `vit`, `llama`,
-`resnet50`) or a training step, forward and backward (`bert-train`, `gpt2-train`). Measured is the time between two events around
+`resnet50`), forward and backward (`bert-train`, ...), or those and an optimizer (`bert-step`, ...: PyTorch's fused AdamW on all
+sides). A side is `eager`, `tilewright`, `tilewright-graphs` (its mode `reduce-overhead`), or a mode of Inductor. Measured is the time between two events around
 --calls calls, in rounds that alternate; the median of the rounds counts, and ratios are taken within rounds. First calls are
-timed apart: that is compilation. Results are compared with eager float32 without TF32, relative to the norm. `--warm`
+timed apart: that is compilation. The host's time is that of putting calls into the stream. `--kernels N` lists the N kernels that
+take most of a call, as PyTorch's profiler sees them; `--dropout` leaves models their dropout. Results are compared with eager float32 without TF32, relative to the norm. `--warm`
 compiles everything and measures nothing (Inductor keeps what it compiled below TORCHINDUCTOR_CACHE_DIR).
 """
 
@@ -38,25 +40,32 @@ def tokens(vocabulary, *shape):
     return torch.randint(0, vocabulary, shape, device="cuda")
 
 
-def bert():
-    return transformers.BertModel(transformers.BertConfig()), (tokens(30522, 32, 128),), {}
+def bert(layers):
+    config = transformers.BertConfig(num_hidden_layers=layers or 12)
+    return transformers.BertModel(config), (tokens(30522, 32, 128),), {}
 
 
-def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config()), (tokens(50257, 8, 512),), {"use_cache": False}
+def gpt2(layers):
+    config = transformers.GPT2Config(n_layer=layers or 12)
+    return transformers.GPT2LMHeadModel(config), (tokens(50257, 8, 512),), {"use_cache": False}
 
 
-def llama():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), (tokens(128256, 1, 2048),), {"use_cache": False}
+def llama(layers):
+    config = transformers.LlamaConfig(**{**LLAMA, **({"num_hidden_layers": layers} if layers else {})})
+    return transformers.LlamaForCausalLM(config), (tokens(128256, 1, 2048),), {"use_cache": False}
 
 
-def vit():
+def vit(layers):
     import torchvision
 
+    if layers:
+        sizes = dict(image_size=224, patch_size=16, num_heads=12, hidden_dim=768, mlp_dim=3072)
+        model = torchvision.models.VisionTransformer(num_layers=layers, **sizes)
+        return model, (torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
     return torchvision.models.vit_b_16(), (torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
 
 
-def resnet50():
+def resnet50(layers):
     import torchvision
 
     return torchvision.models.resnet50(), (torch.randn(32, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
@@ -74,13 +83,17 @@ def first(result):
 class Arm:
     """One side: a function to call, and how long its first call took."""
 
-    def __init__(self, name, model, arguments, named, trains):
+    def __init__(self, name, model, arguments, named, trains, steps):
         self.name, self.model, self.arguments, self.named, self.trains = name, model, arguments, named, trains
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if steps else None
+        self.recorded = name in ("tilewright-graphs", "reduce-overhead", "max-autotune")
         mode = {} if name == "default" else {"mode": name}
         if name == "eager":
             self.run = model
         elif name == "tilewright":
             self.run = torch.compile(model, backend=backend.tilewright_backend)
+        elif name == "tilewright-graphs":
+            self.run = torch.compile(model, backend=backend.tilewright_backend, mode="reduce-overhead")
         else:
             self.run = torch.compile(model, **mode)
         torch.cuda.synchronize()
@@ -90,15 +103,42 @@ class Arm:
         self.first_seconds = time.perf_counter() - start
 
     def call(self):
-        if self.name in ("reduce-overhead", "max-autotune"):
+        if self.recorded:
             torch.compiler.cudagraph_mark_step_begin()
         if self.trains:
             self.model.zero_grad(set_to_none=True)
-            loss = first(self.run(*self.arguments, **self.named)).float().square().mean()
+            result = self.run(*self.arguments, **self.named)
+            # Language models have their loss inside.
+            loss = result.loss if "labels" in self.named else first(result).float().square().mean()
             loss.backward()
+            if self.optimizer is not None:
+                self.optimizer.step()
             return loss.detach()
         with torch.no_grad():
             return first(self.run(*self.arguments, **self.named))
+
+    def host_microseconds(self, calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            self.call()
+        passed = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return 1e6 * passed / calls
+
+    def kernels(self, most):
+        """The kernels of one call: name, how many, microseconds of all; and the sum over all kernels."""
+        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            self.call()
+            torch.cuda.synchronize()
+        rows = {}
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                count, us = rows.get(event.name, (0, 0.0))
+                rows[event.name] = (count + 1, us + event.device_time_total)
+        listed = sorted(((n, c, us) for n, (c, us) in rows.items()), key=lambda r: -r[2])
+        return listed[:most], sum(us for _, _, us in listed), sum(c for _, c, _ in listed)
 
     def microseconds(self, calls):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -117,10 +157,11 @@ def distance(found, exact):
 
 def measure(name, args):
     torch.manual_seed(0)
-    trains = name.endswith("-train")
-    model, arguments, named = CASES[name.removesuffix("-train")]()
+    steps = name.endswith("-step")
+    trains = steps or name.endswith("-train")
+    model, arguments, named = CASES[name.removesuffix("-train").removesuffix("-step")](args.layers)
     model = model.cuda().train(trains)
-    for module in model.modules():
+    for module in [] if args.dropout else model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in list(vars(module).items()):
@@ -130,17 +171,20 @@ def measure(name, args):
     with torch.no_grad():
         exact = first(model.float()(*map(wide, arguments), **named)).clone()
     model = model.bfloat16()
+    if trains and "use_cache" in named:
+        named["labels"] = arguments[0]
     rows, arms = [], []
-    for peer in ["tilewright", *args.peers]:
+    for peer in [*args.ours, *args.peers]:
         torch._dynamo.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         side = copy.deepcopy(model) if trains else model
         seen = []
         backend.OBSERVERS[:] = [seen.append]
-        arm = Arm(peer, side, arguments, named, trains)
-        with torch.no_grad():
-            error = distance(first(arm.run(*arguments, **named)), exact)
+        arm = Arm(peer, side, arguments, named, trains, steps)
+        # With gradients where it trains: that is compiled already.
+        with torch.set_grad_enabled(trains):
+            error = float("nan") if args.dropout or steps else distance(first(arm.run(*arguments, **named)).detach(), exact)
         left = sorted({str(n.target) for g in seen for n in g.reasons if "getitem" not in str(n.target)})
         failed = [g.failure.splitlines()[0] for s in seen for g in s.groups if g.failure]
         rows.append({
@@ -159,12 +203,23 @@ def measure(name, args):
         turn = arms if number % 2 == 0 else arms[::-1]
         for arm in turn:
             times[arm.name].append(arm.microseconds(args.calls))
-    for row in rows:
+    for row, arm in zip(rows, arms):
         mine = times[row["side"]]
         row["us"] = statistics.median(mine)
-        ratios = sorted(t / m for t, m in zip(times["tilewright"], mine))
-        row["tilewright_over_this"] = statistics.median(ratios)
-        print(f"{name:<12} {row['side']:<16} {row['us']:>10.1f} us   ours/this {row['tilewright_over_this']:.3f}", flush=True)
+        row["host_us"] = arm.host_microseconds(args.calls)
+        said = f"{name:<12} {row['side']:<18} {row['us']:>10.1f} us, host {row['host_us']:>8.1f} us"
+        for side in args.ours:
+            ratios = sorted(t / m for t, m in zip(times[side], mine))
+            row[f"{side}_over_this"] = statistics.median(ratios)
+            said += f"   {side}/this {row[f'{side}_over_this']:.3f}"
+        print(said, flush=True)
+    for row, arm in zip(rows, arms):
+        if args.kernels:
+            listed, total, count = arm.kernels(args.kernels)
+            row["kernels"], row["kernel_us"] = listed, total
+            print(f"   {name} {row['side']}: {count} kernels, {total:.0f} us", flush=True)
+            for kernel, times_run, us in listed:
+                print(f"      {us:>9.1f} us {times_run:>5} x  {kernel[:110]}", flush=True)
     return rows
 
 
@@ -174,12 +229,16 @@ def main():
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=5)
+    parser.add_argument("--kernels", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=0, help="of transformers, instead of the model's own number")
+    parser.add_argument("--dropout", action="store_true")
+    parser.add_argument("--ours", nargs="*", default=["tilewright"])
     parser.add_argument("--peers", nargs="*", default=["eager", "default"])
     parser.add_argument("cases", nargs="*")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     start, rows = time.time(), []
-    for name in args.cases or [*CASES, "bert-train", "gpt2-train"]:
+    for name in args.cases or [*CASES, *(f"{case}-train" for case in CASES if case != "resnet50")]:
         try:
             rows += measure(name, args)
         except Exception as error:  # one case must not take the others' figures

@@ -90,16 +90,105 @@ def graph_breaks_are_listed():
     assert found.graphs == 2 and len(found.graph_breaks) == 1, str(found)
 
 
-def random_numbers_are_those_of_eager():
+def random_numbers_are_those_of_eager_where_it_is_asked_for():
     model, arguments = made("bert")
     model.train()
     torch.manual_seed(7)
     expected = first(model(**arguments))
     with graphs() as seen:
         torch.manual_seed(7)
-        found = first(compiled(model)(**arguments))
+        found = first(compiled(model, options={"eager_random": True})(**arguments))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert any("random" in why for g in seen for why in g.reasons.values())
+
+
+def dropout_follows_the_seed_and_fuses():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Dropout(0.25), torch.nn.GELU(), torch.nn.Dropout(0.5))
+    x = torch.randn(64, 32)
+    with graphs() as seen:
+        run = compiled(model)
+
+        def step(seed):
+            if seed is not None:
+                torch.manual_seed(seed)
+            model.zero_grad()
+            y = run(x)
+            y.sum().backward()
+            return y.detach(), model[0].weight.grad.clone()
+
+        (a, da), (b, _), (c, dc), (d, _) = step(3), step(None), step(3), step(4)
+    assert torch.equal(a, c) and torch.equal(da, dc)
+    assert not torch.equal(a, b) and not torch.equal(a, d)
+    (forward, backward) = seen
+    # One group each: only drawing the seeds, both at once, is PyTorch's.
+    assert len(forward.groups) == len(backward.groups) == 1, forward.module.code
+    assert {str(n.target) for n in forward.reasons} == {"tilewright.seeds.default"} and not backward.reasons
+    # Every other value is dropped, the rest twice as large; the gradient drops the same.
+    with torch.no_grad():
+        torch.manual_seed(3)
+        seeds = torch.ops.tilewright.seeds(2, x.device)
+        stays = [torch.ops.tilewright.kept(seeds[i : i + 1], [64, 64], p) for i, p in enumerate((0.25, 0.5))]
+    weight = model[0].weight.detach().requires_grad_()
+    y = torch.nn.functional.gelu((x @ weight.T + model[0].bias.detach()) * stays[0] / 0.75) * stays[1] / 0.5
+    y.sum().backward()
+    torch.testing.assert_close(a, y.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(da, weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def dropout_drops_as_often_as_it_should():
+    n, p = 1 << 20, 0.1
+    words = [torch.ops.tilewright.kept(torch.tensor([seed]), [n], p) for seed in (0, 1, -1, 1 << 32, 0x5DEECE66D)]
+    for i, stays in enumerate(words):
+        # Five standard deviations, of each and of pairs of seeds.
+        assert abs(stays.double().mean().item() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+        for other in words[:i]:
+            both = (~stays & ~other).double().mean().item()
+            assert abs(both - p * p) < 5 * (p * p * (1 - p * p) / n) ** 0.5, both
+        # Neighbours are independent, too.
+        both = (~stays[1:] & ~stays[:-1]).double().mean().item()
+        assert abs(both - p * p) < 6 * (p * p * (1 - p * p) / n) ** 0.5, both
+    for shape in ((5,), (3, 7), (2, 3, 4), (4, 5, 6, 7)):
+
+        def draw(seed):
+            return torch.ops.tilewright.kept(seed, list(shape), 0.37)
+
+        seed = torch.tensor([0x123456789ABCDEF1])
+        assert torch.equal(compiled(draw)(seed), draw(seed)), shape
+
+
+def compiled_graphs_are_kept_for_the_next_process():
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 16), torch.nn.Dropout(0.3), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)]
+    model, x = torch.nn.Sequential(*layers), torch.randn(6, 8)
+    told, results = [], []
+    for options in ({}, {}, {"precision": "bf16"}, {"cache": False}):
+        torch._dynamo.reset()
+        counters.clear()
+        model.zero_grad()
+        torch.manual_seed(1)
+        y = compiled(model, options=options)(x)
+        y.square().sum().backward()
+        told.append({k: n for k, n in counters["aot_autograd"].items() if k.startswith("autograd_cache")})
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    fresh = {"autograd_cache_miss": 1, "autograd_cache_saved": 1}
+    assert told == [fresh, {"autograd_cache_hit": 1}, fresh, {}], told
+    for a, b in zip(results[0], results[1]):
+        assert torch.equal(a, b)
+    # A group that our compiler refuses runs as PyTorch's operators in the next process, too.
+    from tilewright.pytorch.group import Group
+
+    def refuse(self, args):
+        raise NotImplementedError("not today")
+
+    write, Group.write = Group.write, refuse
+    try:
+        for _ in range(2):
+            torch._dynamo.reset()
+            assert compiled(WithSort(), options={"freeze": False})(x).shape == (6, 4)
+    finally:
+        Group.write = write
 
 
 def inputs_and_views_are_written_as_in_eager():
@@ -286,7 +375,10 @@ if __name__ == "__main__":
             a_group_that_does_not_compile_is_left_to_pytorch,
             losses_of_classes_are_ours,
             graph_breaks_are_listed,
-            random_numbers_are_those_of_eager,
+            random_numbers_are_those_of_eager_where_it_is_asked_for,
+            dropout_follows_the_seed_and_fuses,
+            dropout_drops_as_often_as_it_should,
+            compiled_graphs_are_kept_for_the_next_process,
             inputs_and_views_are_written_as_in_eager,
             results_have_the_strides_of_eager,
             weights_that_change_are_seen,

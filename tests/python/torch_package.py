@@ -14,6 +14,8 @@ LIBRARY = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "r
 def install() -> None:
     """The package lies in a folder of its own, with a cache of its own; `TILEWRIGHT_TORCH_PACKAGE` names one that is whole."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    # What AOTAutograd keeps for other processes.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="tilewright-torch-")
     if "TILEWRIGHT_TORCH_PACKAGE" in os.environ:
         sys.path.insert(0, os.environ["TILEWRIGHT_TORCH_PACKAGE"])
         return

@@ -208,6 +208,9 @@ impl Lowering<'_> {
             let layout = layout.clone();
             return Ok(self.in_arena(v, layout));
         }
+        if let Some(place) = self.in_seen_output(v)? {
+            return Ok(place);
+        }
         // Views that only this value feeds, as far as they go.
         let mut chain = Vec::new();
         let mut end = v;
@@ -247,6 +250,31 @@ impl Lowering<'_> {
         }
         let layout = Layout::row_major(graph.shape(v));
         Ok(self.in_arena(v, layout))
+    }
+
+    /// A value of several readers in the memory of an output that is the same elements in another shape.
+    fn in_seen_output(&mut self, v: ValueId) -> Result<Option<Place>> {
+        let graph = self.graph;
+        if graph.is_output(v) || self.users[v].len() < 2 {
+            return Ok(None);
+        }
+        let plain = Layout::row_major(graph.shape(v));
+        for &user in &self.users[v].clone() {
+            let node = &graph.nodes[user];
+            let seen = node.outputs[0];
+            if !matches!(node.op, Op::Reshape(_)) || !graph.is_output(seen) {
+                continue;
+            }
+            let there = Layout::row_major(graph.shape(seen));
+            if unview(&node.op, &there, graph.shape(v)).as_ref() != Some(&plain) {
+                continue;
+            }
+            if let Some(place) = self.target_of(seen)? {
+                self.places.insert(seen, place.clone());
+                return Ok(Some(Place { buffer: place.buffer, layout: plain }));
+            }
+        }
+        Ok(None)
     }
 
     pub(crate) fn in_arena(&mut self, v: ValueId, layout: Layout) -> Place {

@@ -69,14 +69,19 @@ impl CpuTarget {
     }
 }
 
+/// How much faster a GPU's second-level cache is read than its memory, about.
+const CACHE_RATE: f64 = 2.0;
+
 impl From<&tilewright_target::Gpu> for CpuTarget {
     /// The rates of a GPU, for the fusion planner. Caches and lanes are those of a plain CPU: they set
-    /// the tile sizes with which the interpreter runs a GPU's plan.
+    /// the tile sizes with which the interpreter runs a GPU's plan. What is small enough for a cache comes at
+    /// least as fast as the rest: a processor's rate there would make small kernels look slower than large ones.
     fn from(gpu: &tilewright_target::Gpu) -> CpuTarget {
         let clocks = f64::from(gpu.sms) * gpu.model.clock_ghz * 1e9;
         CpuTarget {
             flops_per_second: clocks * gpu.f32_flops_per_clock,
             bytes_per_second: gpu.copy_bytes_per_s,
+            l2_bytes_per_second: CACHE_RATE * gpu.copy_bytes_per_s,
             launch_ns: gpu.model.launch_us * 1e3,
             ..CpuTarget::avx2()
         }

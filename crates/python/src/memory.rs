@@ -14,10 +14,9 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::sync::Arc;
 use tilewright::Tensor;
-use tilewright::gpu::{Gpu, Session, Stream};
+use tilewright::gpu::{Fitted, Gpu, Stream};
 use tilewright_base::DType;
 use tilewright_data::{Bytes, Lent};
-use tilewright_layout::Env;
 
 /// NumPy's type strings for the types that NumPy has.
 pub(crate) const TYPES: [(DType, &str); 12] = [
@@ -93,21 +92,24 @@ pub(crate) fn input((typestr, shape, address, bytes, owner): Input) -> PyResult<
 /// Puts a run into a stream of the caller's, from inputs to outputs in its memory on the device; with `timed`
 /// waits, and gives the number and the seconds of each step.
 pub(crate) fn run_at(
-    session: &mut Session,
-    env: &Env,
-    (inputs, outputs): (&[u64], &[u64]),
-    (gpu, stream): (&Gpu, usize),
+    fitted: &Fitted,
+    (inputs, outputs, scratch): (&[u64], &[u64], u64),
+    stream: &Stream,
     timed: bool,
 ) -> tilewright::Result<Vec<(usize, f64)>> {
-    // SAFETY: the module's contract: the handle is that of a stream of the framework's, which keeps its streams.
-    let stream = unsafe { Stream::from_raw(gpu, stream as *mut std::ffi::c_void) };
     if !timed {
         // SAFETY: the module's contract: the tensors are contiguous and aligned, live until the work in
-        // `stream` is done with them (the framework's allocator goes by streams), and results are new.
-        unsafe { session.run_at(env, inputs, outputs, &stream)? };
+        // `stream` is done with them (the framework's allocator goes by streams), and results and scratch memory are new.
+        unsafe { fitted.replay(inputs, outputs, scratch, stream)? };
         return Ok(Vec::new());
     }
     // SAFETY: as above.
-    let times = unsafe { session.run_at_timed(env, inputs, outputs, &stream)? };
+    let times = unsafe { fitted.launch_timed(inputs, outputs, scratch, stream)? };
     Ok(times.into_iter().map(|t| (t.step, t.time.as_secs_f64())).collect())
+}
+
+/// A stream of the framework's by its handle.
+pub(crate) fn stream(gpu: &Gpu, handle: usize) -> Stream {
+    // SAFETY: the module's contract: the handle is that of a stream of the framework's, which keeps its streams.
+    unsafe { Stream::from_raw(gpu, handle as *mut std::ffi::c_void) }
 }

@@ -21,45 +21,35 @@ pub enum Slot {
     Const,
     /// In the arena, from this byte on.
     Arena(usize),
-    /// At this address on the device: the caller's memory.
-    Caller(u64),
+    /// In the caller's memory: this input of the plan.
+    Input(usize),
+    /// In the caller's memory: this output of the plan.
+    Output(usize),
 }
 
 /// Where the inputs and outputs of a run lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place<'a> {
+pub enum Place {
     /// In the arena, with copies from and to the host.
     Arena,
-    /// In the caller's memory on the device: an address per input and per output of the plan, in order.
-    Caller {
-        /// Addresses of the inputs.
-        inputs: &'a [u64],
-        /// Addresses of the outputs.
-        outputs: &'a [u64],
-    },
+    /// In the caller's memory on the device, at addresses that each run brings along.
+    Caller,
 }
 
-impl Place<'_> {
+impl Place {
     /// Where a buffer lies if it is the caller's.
-    fn address(&self, storage: &Storage) -> Result<Option<u64>> {
-        let Place::Caller { inputs, outputs } = self else { return Ok(None) };
-        let address = match storage {
-            Storage::Input(i) => inputs.get(*i),
-            Storage::Output(i) => outputs.get(*i),
-            Storage::Const(_) | Storage::Arena => return Ok(None),
-        };
-        address.copied().map(Some).ok_or_else(|| Error::bug("an input or output without address"))
-    }
-
-    /// The key of a run: the values of the plan's symbols, and the addresses that are fixed in its launches.
-    pub fn key(&self, plan: &Plan, env: &Env) -> Vec<i64> {
-        let value = |name| env.get(name).copied().unwrap_or(0);
-        let mut key: Vec<i64> = plan.symbols.iter().map(|s| value(&s.name)).collect();
-        if let Place::Caller { inputs, outputs } = self {
-            key.extend(inputs.iter().chain(*outputs).map(|a| a.cast_signed()));
+    fn slot(self, storage: &Storage) -> Option<Slot> {
+        match (self, storage) {
+            (Place::Caller, Storage::Input(i)) => Some(Slot::Input(*i)),
+            (Place::Caller, Storage::Output(i)) => Some(Slot::Output(*i)),
+            _ => None,
         }
-        key
     }
+}
+
+/// The key of a run: the values of the plan's symbols.
+pub(crate) fn key(plan: &Plan, env: &Env) -> Vec<i64> {
+    plan.symbols.iter().map(|s| env.get(&s.name).copied().unwrap_or(0)).collect()
 }
 
 /// One step with its sizes.
@@ -94,7 +84,7 @@ pub enum BoundStep {
 /// A plan with all sizes known.
 #[derive(Debug)]
 pub struct Bound {
-    /// Of [`Place::key`].
+    /// The values of the plan's symbols, in order.
     pub key: Vec<i64>,
     /// The same by name.
     pub env: Env,
@@ -156,8 +146,8 @@ pub fn bind(plan: &Plan, env: &Env, chooser: &mut Chooser) -> Result<Bound> {
 /// Binds a plan to sizes, with inputs and outputs in the caller's memory or in the arena.
 ///
 /// # Errors
-/// As [`bind`]; a bug when addresses are missing.
-pub fn bind_at(plan: &Plan, env: &Env, place: Place<'_>, chooser: &mut Chooser) -> Result<Bound> {
+/// As [`bind`].
+pub fn bind_at(plan: &Plan, env: &Env, place: Place, chooser: &mut Chooser) -> Result<Bound> {
     let (mut shapes, mut bytes) = (Vec::new(), Vec::new());
     for (_, buffer) in plan.buffers.iter() {
         let shape = concrete(&buffer.layout.shape(), env)?;
@@ -195,11 +185,11 @@ pub fn bind_at(plan: &Plan, env: &Env, place: Place<'_>, chooser: &mut Chooser) 
     let mut lives = lives(plan, &bytes);
     let mut callers = Vec::with_capacity(lives.len());
     for ((_, buffer), live) in plan.buffers.iter().zip(&mut lives) {
-        let address = place.address(&buffer.storage)?;
-        if address.is_some() {
+        let slot = place.slot(&buffer.storage);
+        if slot.is_some() {
             *live = None;
         }
-        callers.push(address);
+        callers.push(slot);
     }
     let apart: Vec<usize> = (0..lives.len()).collect();
     let mut arena = placed(&lives, &apart, &lives);
@@ -212,9 +202,9 @@ pub fn bind_at(plan: &Plan, env: &Env, place: Place<'_>, chooser: &mut Chooser) 
         arena = shared;
     }
     let own = arena.slots.into_iter().zip(callers);
-    let slots = own.map(|(slot, caller)| caller.map_or(slot, Slot::Caller)).collect();
+    let slots = own.map(|(slot, caller)| caller.unwrap_or(slot)).collect();
     Ok(Bound {
-        key: place.key(plan, env),
+        key: key(plan, env),
         env: env.clone(),
         shapes,
         bytes,

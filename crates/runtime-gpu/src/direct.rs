@@ -1,25 +1,29 @@
 //! [`Direct`]: a plan on a device, launched in a caller's stream over a caller's memory.
 //!
-//! For those who own memory and stream already (an operator of another framework): nothing is copied, nothing is
-//! recorded, and a run is one call of the driver per kernel. Every kernel must run on the device.
+//! For those who own memory and stream already (an operator or a compiled model of another framework): nothing is
+//! copied, nothing waits, and all memory beside the plan's constants comes with each run. Kernels are bound once per set of
+//! sizes; a run moves them to its addresses. Every kernel must run on the device.
 //!
 //! ```text
 //! Direct --fit(sizes)--> Fitted: kernels compiled, loaded, arguments packed; remembered
-//! Fitted --launch(addresses, stream)--> the driver
+//! Fitted --launch(addresses, stream)--> the driver, one call per kernel
+//! Fitted --replay(addresses, stream)--> the same; where addresses come back, one call for all (`recordings`)
 //! ```
 
-use crate::bind::{BoundStep, bind};
+use crate::bind::{BoundStep, Place as In, Slot, bind_at};
 use crate::choose::{Chooser, Launch, Source};
 use crate::host::constant;
 use crate::product::ALIGNED;
+use crate::recordings::{Next, Recordings};
+use crate::session::StepTime;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use tilewright_base::{Error, Result};
-use tilewright_cuda::{Buffer, Stream};
+use tilewright_cuda::{Buffer, Event, Stream};
 use tilewright_data::Tensor;
 use tilewright_launch::{BoundKernel, Loader, Operand, first_that_works};
 use tilewright_layout::Env;
-use tilewright_plan::arena::{Live, plan_arena};
+use tilewright_plan::bind::concrete;
 use tilewright_plan::{BufferId, Plan, Storage};
 use tilewright_target::Gpu;
 
@@ -77,9 +81,40 @@ pub struct Fitted {
 }
 
 struct Kernels {
-    steps: Vec<(BoundKernel, Vec<Place>)>,
+    steps: Vec<Ready>,
     /// Room for the addresses of one launch.
     addresses: Vec<u64>,
+    recordings: Recordings,
+}
+
+/// A launch of a step.
+struct Ready {
+    /// Number of the step in the plan.
+    step: usize,
+    kernel: BoundKernel,
+    /// Of its operands.
+    places: Vec<Place>,
+}
+
+/// The addresses of a run.
+#[derive(Clone, Copy)]
+struct Addresses<'a> {
+    inputs: &'a [u64],
+    outputs: &'a [u64],
+    scratch: u64,
+}
+
+impl Ready {
+    fn move_to(&mut self, run: Addresses<'_>, room: &mut Vec<u64>) -> Result<()> {
+        room.clear();
+        room.extend(self.places.iter().map(|place| match *place {
+            Place::Input(i, offset) => run.inputs[i] + offset,
+            Place::Output(i, offset) => run.outputs[i] + offset,
+            Place::Scratch(offset) => run.scratch + offset,
+            Place::Fixed(address) => address,
+        }));
+        self.kernel.move_to(room)
+    }
 }
 
 impl Direct {
@@ -146,6 +181,20 @@ impl Direct {
         &self.plan
     }
 
+    /// Whether kernels for these values of the plan's symbols are there: then [`Direct::fit`] compiles nothing.
+    pub fn is_fit(&self, sizes: &[i64]) -> bool {
+        self.fitted.lock().unwrap_or_else(PoisonError::into_inner).contains_key(sizes)
+    }
+
+    /// Shapes of the plan's outputs for these values of its symbols.
+    ///
+    /// # Errors
+    /// The user's when a size is not known.
+    pub fn output_shapes(&self, sizes: &[i64]) -> Result<Vec<Vec<usize>>> {
+        let env = self.env(sizes)?;
+        self.plan.outputs.iter().map(|(_, _, dims)| concrete(dims, &env)).collect()
+    }
+
     /// The plan for these values of its symbols, in their order. The first time kernels are chosen, compiled and loaded.
     ///
     /// # Errors
@@ -164,7 +213,7 @@ impl Direct {
         Ok(fitted)
     }
 
-    fn fit_new(&self, sizes: &[i64]) -> Result<Fitted> {
+    fn env(&self, sizes: &[i64]) -> Result<Env> {
         if sizes.len() != self.plan.symbols.len() {
             return Err(Error::bug(format!("{} sizes for a plan", sizes.len())));
         }
@@ -177,25 +226,28 @@ impl Direct {
             }
             env.insert(symbol.name.clone(), size);
         }
+        Ok(env)
+    }
+
+    fn fit_new(&self, sizes: &[i64]) -> Result<Fitted> {
+        let env = self.env(sizes)?;
         let bound = {
             let mut chooser = self.chooser.lock().unwrap_or_else(PoisonError::into_inner);
-            bind(&self.plan, &env, &mut chooser)?
+            bind_at(&self.plan, &env, In::Caller, &mut chooser)?
         };
         if let Some((_, reason)) = bound.host_steps(&self.plan).into_iter().next() {
             return Err(Error::unsupported(format!("no kernel for the device: {reason}")));
         }
-        let (offsets, arena_bytes) = self.intermediates(&bound.bytes);
-        let workspace = arena_bytes.next_multiple_of(ALIGNED as usize) as u64;
-        let scratch_bytes = workspace as usize + bound.workspace_bytes;
+        let workspace = bound.workspace() as u64;
         let place = |args: &[BufferId], source: &Source| match *source {
             Source::Workspace { offset, bytes } => (Place::Scratch(workspace + offset), bytes),
             Source::Param { param, offset } => {
                 let id = args[param];
-                let place = match self.plan.buffers[id].storage {
-                    Storage::Input(i) => Place::Input(i, offset),
-                    Storage::Output(i) => Place::Output(i, offset),
-                    Storage::Arena => Place::Scratch(offsets[id.index()] as u64 + offset),
-                    Storage::Const(_) => Place::Fixed(self.constant_at[id.index()] + offset),
+                let place = match bound.slots[id.index()] {
+                    Slot::Input(i) => Place::Input(i, offset),
+                    Slot::Output(i) => Place::Output(i, offset),
+                    Slot::Arena(at) => Place::Scratch(at as u64 + offset),
+                    Slot::Const => Place::Fixed(self.constant_at[id.index()] + offset),
                 };
                 (place, (bound.bytes[id.index()] as u64).saturating_sub(offset))
             }
@@ -212,8 +264,8 @@ impl Direct {
             }
         }
         drop(self.loader.load_all(&first));
-        for step in &bound.steps {
-            let BoundStep::Device { args, choice, .. } = step else { continue };
+        for (step, bound) in bound.steps.iter().enumerate() {
+            let BoundStep::Device { args, choice, .. } = bound else { continue };
             let load = |launch: &Launch| {
                 let places: Vec<(Place, u64)> =
                     launch.operands.iter().map(|source| place(args, source)).collect();
@@ -222,7 +274,8 @@ impl Direct {
                     |&(_, bytes): &(Place, u64)| Operand { address: ALIGNED as u64, bytes };
                 let operands: Vec<Operand> = places.iter().map(operand).collect();
                 let kernel = self.loader.load(&launch.program)?.bind(&launch.sizes, &operands)?;
-                Ok((kernel, places.into_iter().map(|(p, _)| p).collect::<Vec<_>>()))
+                let places = places.into_iter().map(|(place, _)| place).collect();
+                Ok(Ready { step, kernel, places })
             };
             let taken = first_that_works(&choice.ways, |way| {
                 way.launches.iter().map(load).collect::<Result<Vec<_>>>()
@@ -241,42 +294,10 @@ impl Direct {
                 _ => {}
             }
         }
-        let kernels = Mutex::new(Kernels { steps, addresses: Vec::new() });
+        let recordings = Recordings::new(&self.loader.gpu().stream()?);
+        let kernels = Mutex::new(Kernels { steps, addresses: Vec::new(), recordings });
+        let scratch_bytes = bound.total_bytes();
         Ok(Fitted { kernels, scratch_bytes, input_bytes, output_bytes, schedules })
-    }
-
-    /// Places of the intermediates in a block of their own, and its size.
-    fn intermediates(&self, bytes: &[usize]) -> (Vec<usize>, usize) {
-        let mut lives: Vec<Option<Live>> = self
-            .plan
-            .buffers
-            .iter()
-            .map(|(id, buffer)| {
-                let bytes = bytes[id.index()].next_multiple_of(ALIGNED as usize);
-                let live = Live { bytes, first: usize::MAX, last: 0 };
-                matches!(buffer.storage, Storage::Arena).then_some(live)
-            })
-            .collect();
-        for (number, step) in self.plan.steps.iter().enumerate() {
-            let tilewright_plan::Step::Launch { args, .. } = step else { continue };
-            for arg in args {
-                if let Some(live) = &mut lives[arg.index()] {
-                    live.first = live.first.min(number);
-                    live.last = live.last.max(number);
-                }
-            }
-        }
-        for live in lives.iter_mut().flatten() {
-            live.first = live.first.min(live.last);
-        }
-        let listed: Vec<Live> = lives.iter().flatten().copied().collect();
-        let arena = plan_arena(&listed);
-        let mut offsets = arena.offsets.iter();
-        let place = |live: &Option<Live>| match live {
-            Some(_) => offsets.next().copied().unwrap_or(0),
-            None => 0,
-        };
-        (lives.iter().map(place).collect(), arena.bytes)
     }
 }
 
@@ -301,7 +322,7 @@ impl Fitted {
         &self.schedules
     }
 
-    /// Puts a run into the stream.
+    /// Puts a run into the stream, kernel by kernel.
     ///
     /// # Errors
     /// The driver's.
@@ -317,24 +338,177 @@ impl Fitted {
         scratch: u64,
         stream: &Stream,
     ) -> Result<()> {
+        let run = self.checked(inputs, outputs, scratch)?;
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        let Kernels { steps, addresses, .. } = &mut *kernels;
+        // SAFETY: the caller's promise.
+        unsafe { launch_all(steps, run, addresses, stream) }
+    }
+
+    /// Puts a run into the stream, as one call where its addresses have come before. In a stream that is being recorded,
+    /// kernel by kernel.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As [`Fitted::launch`].
+    pub unsafe fn replay(
+        &self,
+        inputs: &[u64],
+        outputs: &[u64],
+        scratch: u64,
+        stream: &Stream,
+    ) -> Result<()> {
+        let run = self.checked(inputs, outputs, scratch)?;
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        let Kernels { steps, addresses, recordings } = &mut *kernels;
+        if steps.len() > 1 && !stream.is_capturing()? {
+            let all = || inputs.iter().chain(outputs).copied().chain([scratch]);
+            let record = |private: &Stream| {
+                // SAFETY: recorded, not run; runs of the recording have these addresses, which are what the callers of those
+                // runs promise.
+                unsafe { launch_all(steps, run, addresses, private) }
+            };
+            if let Next::Replay(graph) = recordings.next(all, record) {
+                // SAFETY: the recording's addresses are those of this run, for which the caller vouches.
+                return unsafe { graph.launch(stream) };
+            }
+        }
+        // SAFETY: the caller's promise.
+        unsafe { launch_all(steps, run, addresses, stream) }
+    }
+
+    /// As [`Fitted::launch`], and gives the time of each launched step on the device. Waits for the end.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As [`Fitted::launch`].
+    pub unsafe fn launch_timed(
+        &self,
+        inputs: &[u64],
+        outputs: &[u64],
+        scratch: u64,
+        stream: &Stream,
+    ) -> Result<Vec<StepTime>> {
+        let run = self.checked(inputs, outputs, scratch)?;
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        let Kernels { steps, addresses, .. } = &mut *kernels;
+        // While the device is busy with this run, the host gets ahead of it.
+        // SAFETY: the caller's promise.
+        unsafe { launch_all(steps, run, addresses, stream)? };
+        let mut marks = vec![stream.record()?];
+        for ready in steps.iter_mut() {
+            ready.move_to(run, addresses)?;
+            // SAFETY: as in `launch_all`.
+            unsafe { ready.kernel.launch(stream)? };
+            marks.push(stream.record()?);
+        }
+        stream.synchronize()?;
+        let mut times: Vec<StepTime> = Vec::new();
+        for (ready, pair) in steps.iter().zip(marks.windows(2)) {
+            let time = std::time::Duration::from_secs_f64(pair[1].since_us(&pair[0])? * 1e-6);
+            match times.last_mut() {
+                Some(last) if last.step == ready.step => last.time += time,
+                _ => times.push(StepTime { step: ready.step, time }),
+            }
+        }
+        Ok(times)
+    }
+
+    fn checked<'a>(
+        &self,
+        inputs: &'a [u64],
+        outputs: &'a [u64],
+        scratch: u64,
+    ) -> Result<Addresses<'a>> {
         if (inputs.len(), outputs.len()) != (self.input_bytes.len(), self.output_bytes.len()) {
             return Err(Error::bug("addresses for another plan"));
         }
-        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        let Kernels { steps, addresses } = &mut *kernels;
-        for (kernel, places) in steps {
-            addresses.clear();
-            addresses.extend(places.iter().map(|place| match *place {
-                Place::Input(i, offset) => inputs[i] + offset,
-                Place::Output(i, offset) => outputs[i] + offset,
-                Place::Scratch(offset) => scratch + offset,
-                Place::Fixed(address) => address,
-            }));
-            kernel.move_to(addresses)?;
-            // SAFETY: the operands are as long as those that the kernel was bound with (`fit_new` takes their sizes from
-            // the plan), and the rest is the caller's promise.
-            unsafe { kernel.launch(stream)? };
+        Ok(Addresses { inputs, outputs, scratch })
+    }
+}
+
+/// Launches all kernels of a run.
+///
+/// # Safety
+/// The promise of [`Fitted::launch`].
+unsafe fn launch_all(
+    steps: &mut [Ready],
+    run: Addresses<'_>,
+    room: &mut Vec<u64>,
+    stream: &Stream,
+) -> Result<()> {
+    for ready in steps {
+        ready.move_to(run, room)?;
+        // SAFETY: the operands are as long as those that the kernel was bound with (`fit_new` takes their sizes from
+        // the plan), and the rest is the caller's promise.
+        unsafe { ready.kernel.launch(stream)? };
+    }
+    Ok(())
+}
+
+/// Scratch memory for runs of one [`Fitted`], for those whose framework gives none. Runs in other streams wait for each other.
+pub struct Room {
+    memory: Buffer,
+    /// The end of the last run, and its stream.
+    last: Option<(Stream, Event)>,
+}
+
+impl Room {
+    /// As much as `fitted` takes.
+    ///
+    /// # Errors
+    /// When the device's memory does not suffice.
+    pub fn new(fitted: &Fitted, loader: &Loader) -> Result<Room> {
+        let stream = loader.gpu().stream()?;
+        let memory = stream.alloc(fitted.scratch_bytes().max(1))?;
+        stream.synchronize()?;
+        Ok(Room { memory, last: None })
+    }
+
+    /// [`Fitted::replay`] in this memory.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As [`Fitted::launch`], of the `fitted` that this was made for; recordings of the run are not replayed beside other runs in
+    /// this memory, nor after it is dropped.
+    pub unsafe fn replay(
+        &mut self,
+        fitted: &Fitted,
+        inputs: &[u64],
+        outputs: &[u64],
+        stream: &Stream,
+    ) -> Result<()> {
+        let recorded = stream.is_capturing()?;
+        match &self.last {
+            Some((last, end)) if !recorded && !last.same(stream) => stream.wait(end)?,
+            _ => {}
         }
-        Ok(())
+        // SAFETY: the caller's promise; runs in this memory are in order, by the stream or by `last`.
+        unsafe { fitted.replay(inputs, outputs, self.memory.address(), stream)? };
+        match &mut self.last {
+            _ if recorded => Ok(()),
+            Some((last, end)) if last.same(stream) => end.record(stream),
+            last => {
+                let end = Event::new(stream.gpu())?;
+                end.record(stream)?;
+                *last = Some((stream.clone(), end));
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // Kernels in flight use the memory.
+        if let Some((_, end)) = &self.last {
+            let _ = end.synchronize();
+        }
     }
 }

@@ -23,7 +23,7 @@ impl Arena<'_> {
     fn range(&self, b: BufferId) -> Result<std::ops::Range<usize>> {
         match self.bound.slots[b.index()] {
             Slot::Arena(offset) => Ok(offset..offset + self.bound.bytes[b.index()]),
-            Slot::Const | Slot::Caller(_) => Err(Error::bug("a buffer that is not in the arena")),
+            _ => Err(Error::bug("a buffer that is not in the arena")),
         }
     }
 }

@@ -13,7 +13,6 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | `caller` | runs in the memory and the stream of another library |
 //! | `choose` | a kernel and sizes to device programs |
 //! | `attention` | an attention of the plan as a problem of the kernel library |
 //! | `product` | a matrix product of the plan as problems of the kernel library |
@@ -24,12 +23,12 @@
 //! | `session` | running it on a device |
 //! | `direct` | the same in a caller's stream, over a caller's memory |
 //! | `attention_training` | attention with its log-sum-exp and its gradient there, by kernels of the library |
+//! | `recordings` | graphs of its runs whose addresses come back |
 //! | `norm_backward` | the gradient of a normalisation there, by kernels of the library |
 
 mod attention;
 mod attention_training;
 mod bind;
-mod caller;
 mod choose;
 pub mod decode;
 mod direct;
@@ -38,12 +37,13 @@ mod in_place;
 mod interpret;
 mod norm_backward;
 mod product;
+mod recordings;
 mod session;
 
 pub use attention_training::{AttentionCall, AttentionKernels, AttentionPlaces, AttentionPlan};
 pub use bind::{Bound, BoundStep, Place, Slot, bind, bind_at};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
-pub use direct::{Direct, Fitted};
+pub use direct::{Direct, Fitted, Room};
 pub use interpret::{Interpreted, interpret};
 pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
 pub use session::{Executable, MemoryReport, RunReport, Session, StepTime};

@@ -3,7 +3,7 @@
 //! Weights go to the device once, straight from the mapped file. A session has one arena; for each set of
 //! sizes it keeps the loaded kernels with their arguments, recorded as graphs between host steps.
 
-use crate::bind::{Bound, BoundStep, Place, Slot, bind_at};
+use crate::bind::{Bound, BoundStep, Slot, bind, key};
 use crate::choose::{Chooser, Source, Way};
 use crate::host::{self, Memory, constant, constant_elements};
 use crate::product::ALIGNED;
@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tilewright_base::{Error, Result, ResultExt};
-use tilewright_cuda::{Buffer, Event, GraphExec, Nvrtc, Stream};
+use tilewright_cuda::{Buffer, GraphExec, Nvrtc, Stream};
 use tilewright_data::{Bytes, Tensor, check_memory};
 use tilewright_launch::{BoundKernel, LoadedKernel, Loader, Operand, first_that_works};
 use tilewright_layout::{Env, Layout};
@@ -87,13 +87,13 @@ impl Executable {
 }
 
 /// A step that is ready to run.
-pub(crate) enum ReadyStep {
+enum ReadyStep {
     Device(Vec<BoundKernel>),
     Host,
 }
 
 /// Steps that run together.
-pub(crate) enum Segment {
+enum Segment {
     /// Recorded.
     Graph(GraphExec),
     /// Launched one by one.
@@ -103,13 +103,11 @@ pub(crate) enum Segment {
 }
 
 /// A set of sizes with everything that a run needs.
-pub(crate) struct Ready {
-    pub(crate) bound: Bound,
-    pub(crate) steps: Vec<ReadyStep>,
-    pub(crate) segments: Vec<Segment>,
-    pub(crate) report: RunReport,
-    /// How often it ran in the caller's memory.
-    pub(crate) runs: usize,
+struct Ready {
+    bound: Bound,
+    steps: Vec<ReadyStep>,
+    segments: Vec<Segment>,
+    report: RunReport,
 }
 
 /// What a run consists of.
@@ -156,18 +154,12 @@ const MAX_READY: usize = 8;
 
 /// One caller's means to run an [`Executable`].
 pub struct Session {
-    pub(crate) exe: Arc<Executable>,
+    exe: Arc<Executable>,
     stream: Stream,
-    pub(crate) arena: Buffer,
+    arena: Buffer,
     graphs: bool,
     /// Most recently made last.
-    pub(crate) ready: Vec<Ready>,
-    /// The end of the last run in a stream of the caller's, and that stream.
-    pub(crate) last: Option<(Stream, Event)>,
-    /// Whether somebody else recorded a run: that recording holds the arena's address.
-    pub(crate) captured: bool,
-    /// Arenas that recordings of others still use.
-    outgrown: Vec<Buffer>,
+    ready: Vec<Ready>,
 }
 
 /// The arena, to host steps.
@@ -181,7 +173,7 @@ impl DeviceMemory<'_> {
     fn at(&self, b: BufferId) -> Result<usize> {
         match self.bound.slots[b.index()] {
             Slot::Arena(offset) => Ok(offset),
-            Slot::Const | Slot::Caller(_) => Err(Error::bug("a buffer that is not in the arena")),
+            _ => Err(Error::bug("a buffer that is not in the arena")),
         }
     }
 }
@@ -209,16 +201,7 @@ impl Session {
     pub fn new(exe: Arc<Executable>) -> Result<Session> {
         let stream = exe.loader.gpu().stream()?;
         let arena = stream.alloc(0)?;
-        Ok(Session {
-            exe,
-            stream,
-            arena,
-            graphs: true,
-            ready: Vec::new(),
-            last: None,
-            captured: false,
-            outgrown: Vec::new(),
-        })
+        Ok(Session { exe, stream, arena, graphs: true, ready: Vec::new() })
     }
 
     /// With `false`, kernels are launched one by one instead of as recorded graphs.
@@ -407,17 +390,12 @@ impl Session {
 
     /// Puts one run into the session's stream.
     fn replay(&self, at: usize) -> Result<()> {
-        self.replay_in(at, &self.stream)
-    }
-
-    /// Puts one run into a stream that comes after every other run of this session.
-    pub(crate) fn replay_in(&self, at: usize, stream: &Stream) -> Result<()> {
+        let stream = &self.stream;
         let Ready { bound, steps, segments, .. } = &self.ready[at];
         for segment in segments {
             match segment {
                 // SAFETY: arena and constants live as long as the session; a session that replaces its
-                // arena drops its recordings first, and nobody else uses the arena. What lies elsewhere is as
-                // the caller of `run_at` promises.
+                // arena drops its recordings first, and nobody else uses the arena.
                 Segment::Graph(graph) => unsafe { graph.launch(stream)? },
                 Segment::Launches(range) => {
                     for step in &steps[range.clone()] {
@@ -436,12 +414,12 @@ impl Session {
     fn prepare(&mut self, inputs: &[Tensor]) -> Result<usize> {
         let plan = &self.exe.plan;
         let env = bind_symbols(plan, inputs)?;
-        let key = Place::Arena.key(plan, &env);
+        let key = key(plan, &env);
         if let Some(at) = self.ready.iter().position(|r| r.bound.key == key) {
             return Ok(at);
         }
-        let bound = self.bind(&env, Place::Arena)?;
-        self.fit(&bound, MAX_READY)?;
+        let bound = self.bind(&env)?;
+        self.fit(&bound)?;
         let at = self.push_ready(bound)?;
         let mut report = std::mem::take(&mut self.ready[at].report);
         self.ready[at].segments = self.record(&self.ready[at].steps, &mut report)?;
@@ -450,41 +428,33 @@ impl Session {
     }
 
     /// Waits until nothing of this session runs.
-    pub(crate) fn settle(&self) -> Result<()> {
-        if let Some((_, end)) = &self.last {
-            end.synchronize()?;
-        }
+    fn settle(&self) -> Result<()> {
         self.stream.synchronize()
     }
 
-    pub(crate) fn bind(&self, env: &Env, place: Place<'_>) -> Result<Bound> {
+    fn bind(&self, env: &Env) -> Result<Bound> {
         let exe = &self.exe;
         if has_unbacked(&exe.plan, env) {
             return Err(Error::unsupported("a model whose sizes depend on its data, on a GPU")
                 .with_hint("it runs on the CPU: leave out --device"));
         }
         let mut chooser = exe.chooser.lock().unwrap_or_else(PoisonError::into_inner);
-        bind_at(&exe.plan, env, place, &mut chooser)
+        bind(&exe.plan, env, &mut chooser)
     }
 
-    /// Makes the arena large enough, and room for one more set of sizes among `most`.
-    pub(crate) fn fit(&mut self, bound: &Bound, most: usize) -> Result<()> {
+    /// Makes the arena large enough, and room for one more set of sizes.
+    fn fit(&mut self, bound: &Bound) -> Result<()> {
         if bound.total_bytes() > self.arena.len() {
             // Recordings hold the old address.
             self.settle()?;
             self.ready.clear();
             let planned = bound.total_bytes() + self.exe.constants.len();
             let none = self.stream.alloc(0)?;
-            let old = std::mem::replace(&mut self.arena, none);
-            if self.captured {
-                self.outgrown.push(old);
-            } else {
-                drop(old);
-            }
+            self.arena = none;
             self.arena = self.stream.alloc_planned(bound.total_bytes(), planned as u64)?;
             self.stream.synchronize()?;
         }
-        if self.ready.len() >= most {
+        if self.ready.len() >= MAX_READY {
             self.settle()?;
             self.ready.remove(0);
         }
@@ -492,12 +462,12 @@ impl Session {
     }
 
     /// Compiles, loads and binds what a run needs. Its segments are launches, one range between host steps.
-    pub(crate) fn push_ready(&mut self, mut bound: Bound) -> Result<usize> {
+    fn push_ready(&mut self, mut bound: Bound) -> Result<usize> {
         let mut report = RunReport::default();
         let steps = self.ready_steps(&mut bound, &mut report)?;
         report.host_steps = bound.host_steps(&self.exe.plan);
         let segments = unrecorded(&steps);
-        self.ready.push(Ready { bound, steps, segments, report, runs: 0 });
+        self.ready.push(Ready { bound, steps, segments, report });
         Ok(self.ready.len() - 1)
     }
 
@@ -554,15 +524,18 @@ impl Session {
             .iter()
             .map(|launch| {
                 let kernel: LoadedKernel = self.exe.loader.load(&launch.program)?;
-                let operands: Vec<Operand> =
-                    launch.operands.iter().map(|s| self.operand(bound, args, s)).collect();
+                let operands: Vec<Operand> = launch
+                    .operands
+                    .iter()
+                    .map(|s| self.operand(bound, args, s))
+                    .collect::<Result<_>>()?;
                 kernel.bind(&launch.sizes, &operands)
             })
             .collect()
     }
 
-    fn operand(&self, bound: &Bound, args: &[BufferId], source: &Source) -> Operand {
-        match *source {
+    fn operand(&self, bound: &Bound, args: &[BufferId], source: &Source) -> Result<Operand> {
+        Ok(match *source {
             Source::Workspace { offset, bytes } => {
                 let address = self.arena.address() + bound.workspace() as u64 + offset;
                 Operand { address, bytes }
@@ -572,20 +545,18 @@ impl Session {
                 let start = match bound.slots[b] {
                     Slot::Arena(at) => self.arena.address() + at as u64,
                     Slot::Const => self.exe.constants.address() + self.exe.constant_at[b] as u64,
-                    Slot::Caller(address) => address,
+                    Slot::Input(_) | Slot::Output(_) => {
+                        return Err(Error::bug("a session's tensor that is not in its arena"));
+                    }
                 };
                 let bytes = (bound.bytes[b] as u64).saturating_sub(offset);
                 Operand { address: start + offset, bytes }
             }
-        }
+        })
     }
 
     /// Records what lies between host steps.
-    pub(crate) fn record(
-        &self,
-        steps: &[ReadyStep],
-        report: &mut RunReport,
-    ) -> Result<Vec<Segment>> {
+    fn record(&self, steps: &[ReadyStep], report: &mut RunReport) -> Result<Vec<Segment>> {
         let mut segments = unrecorded(steps);
         if !self.graphs {
             return Ok(segments);
@@ -644,11 +615,10 @@ fn describe(launch: &crate::choose::Launch) -> String {
     format!("{}: {}", launch.program.name, launch.schedule)
 }
 
-pub(crate) fn launch_all(launches: &[BoundKernel], stream: &Stream) -> Result<()> {
+fn launch_all(launches: &[BoundKernel], stream: &Stream) -> Result<()> {
     for launch in launches {
         // SAFETY: operands lie in the session's arena and the executable's constants, which live at
-        // least as long as the session; it alone uses the arena, one run after the other. Other operands
-        // are those that the caller of `run_at` vouches for.
+        // least as long as the session; it alone uses the arena, one run after the other.
         unsafe { launch.launch(stream)? };
     }
     Ok(())

@@ -37,7 +37,7 @@ use tilewright_runtime_gpu::{Chooser, Executable, Interpreted, interpret};
 use tilewright_target::{Gpu as Machine, Precision};
 
 pub use tilewright_cuda::{Gpu, Stream};
-pub use tilewright_runtime_gpu::{MemoryReport, RunReport, Session};
+pub use tilewright_runtime_gpu::{Direct, Fitted, MemoryReport, Room, RunReport, Session};
 
 /// How models are planned for a GPU.
 #[derive(Clone, Debug)]
@@ -304,6 +304,22 @@ impl GpuDevice {
         let (plan, loader) = (planned.plan.clone(), self.loader.clone());
         let exe = Arc::new(Executable::on(plan, loader, self.machine.clone())?);
         Ok(GpuModel { planned, exe })
+    }
+
+    /// A planned model for runs in memory and streams of another library.
+    ///
+    /// # Errors
+    /// When its memory does not suffice for the weights.
+    pub fn direct(&self, planned: &GpuPlan) -> Result<Direct> {
+        Direct::new(planned.plan.clone(), self.loader.clone(), self.machine.clone())
+    }
+
+    /// Scratch memory for runs of `fitted`.
+    ///
+    /// # Errors
+    /// When its memory does not suffice.
+    pub fn room(&self, fitted: &Fitted) -> Result<Room> {
+        Room::new(fitted, &self.loader)
     }
 }
 

@@ -4,7 +4,7 @@ use crate::frame::{Call, Tensor};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tilewright::Precision;
-use tilewright::gpu::{GpuCompiler, GpuDevice, GpuModel, Session as GpuSession, Stream};
+use tilewright::gpu::{Direct, Fitted, GpuCompiler, GpuDevice, Room, Stream};
 use tilewright_base::{DType, Error, Result};
 use tilewright_graph::Graph;
 use tilewright_layout::{Dim, Env};
@@ -150,10 +150,17 @@ pub(crate) fn run_cpu(_: &Call<'_>) -> Result<()> {
     Err(Error::unsupported("this build has no code for processors"))
 }
 
+/// A program on a GPU.
+struct Program {
+    direct: Direct,
+    fitted: Arc<Fitted>,
+    room: Mutex<Room>,
+}
+
 /// A run on a GPU, in the call's stream.
 pub(crate) fn run_cuda(call: &Call<'_>) -> Result<()> {
     static DEVICES: Once<u32, GpuDevice> = Once::new();
-    static PROGRAMS: Once<(String, String, u32), (GpuModel, Mutex<GpuSession>)> = Once::new();
+    static PROGRAMS: Once<(String, String, u32), Program> = Once::new();
 
     let wanted = wanted(call)?;
     let ordinal = call.ordinal()?;
@@ -163,12 +170,12 @@ pub(crate) fn run_cuda(call: &Call<'_>) -> Result<()> {
     let program = PROGRAMS.get(&key, || {
         let mut compiler = GpuCompiler::new(device.machine().clone());
         compiler.precision = wanted.precision;
-        let model = device.load(compiler.plan(parsed(wanted.text)?)?)?;
-        let session = Mutex::new(model.session()?);
-        Ok((model, session))
+        let direct = device.direct(&compiler.plan(parsed(wanted.text)?)?)?;
+        let fitted = direct.fit(&[])?;
+        let room = Mutex::new(device.room(&fitted)?);
+        Ok(Program { direct, fitted, room })
     })?;
-    let (model, session) = &*program;
-    let plan = model.planned().plan();
+    let plan = program.direct.plan();
     check(&wanted.inputs, &plan.inputs)?;
     check(&wanted.outputs, &plan.outputs)?;
     // XLA places what it allocates on a GPU at multiples of 256 bytes.
@@ -184,8 +191,8 @@ pub(crate) fn run_cuda(call: &Call<'_>) -> Result<()> {
     let (inputs, outputs) = (addresses(&wanted.inputs)?, addresses(&wanted.outputs)?);
     // SAFETY: XLA's stream, of the primary context of its device, which outlives the call's work.
     let stream = unsafe { Stream::from_raw(device.gpu(), call.stream()?) };
-    let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut room = program.room.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: XLA's tensors, of the plan's sizes (`check`) and aligned as promised above; XLA keeps them for the
-    // work in its stream, and gives results memory of their own.
-    unsafe { session.run_at(&Env::new(), &inputs, &outputs, &stream) }
+    // work in its stream, and gives results memory of their own. Programs are never dropped.
+    unsafe { room.replay(&program.fitted, &inputs, &outputs, &stream) }
 }

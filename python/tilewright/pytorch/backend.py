@@ -1,21 +1,24 @@
 """The backend of `torch.compile`: Dynamo's graph, made functional by AOTAutograd, becomes groups and eager operators.
 
     torch.compile(model, backend="tilewright")
+    torch.compile(model, backend="tilewright", mode="reduce-overhead")
     torch.compile(model, backend="tilewright", options={"threads": 2, "freeze": False})
 
 Options: `threads` (0: as many as PyTorch), `cache` (compiled kernels on disk), `precision` ("f32", "tf32", "f16" or
 "bf16": arithmetic that f32 may be computed in, see the numerics contract; default: f32 on CPUs, on GPUs what
 `torch.get_float32_matmul_precision` says), `freeze` (in inference on CPUs, parameters are known data), `device`
-(default: that of the first tensor on a GPU, or the CPU). Operators on other devices stay PyTorch's.
+(default: that of the first tensor on a GPU, or the CPU), `eager_random` (dropout draws the numbers of eager PyTorch, which fuses
+with nothing). Operators on other devices stay PyTorch's.
 
 Composites stay whole where our graphs have them (softmax, layer norm, GELU, attention): the table of decompositions
-leaves them out.
+leaves them out. The mode records forward and backward graphs on a GPU (`graphs`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
+from contextlib import nullcontext
 
 import torch
 from torch import fx
@@ -23,7 +26,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from . import attentions
+from . import attentions, cached, graphs, losses, norms, randoms
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -84,6 +87,7 @@ class Settings:
     precision: str | None = None
     freeze: bool = True
     device: torch.device | str | None = None
+    eager_random: bool = False
 
     @staticmethod
     def of(options, examples=()) -> "Settings":
@@ -113,8 +117,9 @@ class Settings:
         return dataclasses.replace(settings, device=device, precision=precision, freeze=freeze)
 
 
-def decompositions() -> dict:
-    """PyTorch's decompositions without the composites that we keep."""
+def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
+    """PyTorch's decompositions without the composites that we keep, and ours: of dropout unless it is to be eager's, and of what is taken
+    apart in training only."""
     table = dict(core_aten_decompositions())
     for packet in (
         aten._native_batch_norm_legit_functional,
@@ -129,6 +134,11 @@ def decompositions() -> dict:
     for packet in KEPT:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
+    if trains:
+        table.update(norms.DECOMPOSITIONS)
+        table.update(losses.DECOMPOSITIONS)
+    if not eager_random:
+        table.update(randoms.DECOMPOSITIONS)
     return table
 
 
@@ -141,7 +151,7 @@ class Compiled:
         self.groups = groups
         self.reasons = reasons
         # What AOTAutograd calls: one list, which the callee empties.
-        self.run = boxed(module)
+        self.run = cached.boxed(module)
 
 
 # Those who want to know of each compiled graph (`explain`, tests).
@@ -155,6 +165,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     graph's.
     """
     graph = gm.graph
+    randoms.drawn_together(gm)
     known = {**ranges(graph), **(bounds or {})}
     division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")
@@ -186,7 +197,7 @@ def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:
     for number, group in enumerate(groups):
         inside = set(group.nodes)
         waiting.append({n for node in group.nodes for n in node.all_input_nodes if n not in inside})
-    # Views of arguments that only groups read are not needed outside.
+    # Views of others' tensors that only groups read are not needed outside.
     needless: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node in free and all(u in member or u in needless for u in node.users):
@@ -255,18 +266,6 @@ def is_operator(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and "sym_" not in str(node.target)
 
 
-def boxed(module: fx.GraphModule):
-    """The form in which AOTAutograd calls: one list, which the callee empties."""
-
-    def run(args):
-        values = list(args)
-        args.clear()
-        return module(*values)
-
-    run._boxed_call = True
-    return run
-
-
 def _static_inputs() -> set[int]:
     """Arguments of the graph being compiled that are parameters and buffers which nothing writes."""
     context = torch._guards.TracingContext.try_get()
@@ -279,27 +278,42 @@ def _static_inputs() -> set[int]:
 
 def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode=None):
     """The backend itself: what `torch.compile(..., backend="tilewright")` calls."""
-    if mode not in (None, "default"):
-        raise ValueError(f"tilewright has no mode {mode!r}; it takes options")
+    if mode not in (None, "default", "reduce-overhead"):
+        raise ValueError(f"tilewright has no mode {mode!r}; it takes options, and the mode 'reduce-overhead'")
     settings = Settings.of(options, example_inputs)
+    records = mode == "reduce-overhead" and settings.device.type == "cuda"
+
+    keeps = settings.cache and not OBSERVERS
+
+    def compiled(graph_module, kind, static, fixed):
+        made = compile_fx(graph_module, kind, static, settings)
+        recording = graphs.Recording.of(graph_module, fixed(), settings.device, kind) if records else None
+        return cached.Code(made.run, made.module, keeps and all(g.can_be_kept for g in made.groups), recording)
 
     def forward(graph_module, _inputs):
-        return compile_fx(graph_module, "forward", set(), settings).run
+        return compiled(graph_module, "forward", set(), graphs.static_arguments)
 
     def backward(graph_module, _inputs):
-        return compile_fx(graph_module, "backward", set(), settings).run
+        return compiled(graph_module, "backward", set(), lambda: graphs.saved_arguments(graph_module.graph))
 
     def inference(graph_module, _inputs):
-        return compile_fx(graph_module, "inference", _static_inputs(), settings).run
+        return compiled(graph_module, "inference", _static_inputs(), graphs.static_arguments)
 
+    def form(compile_graph):
+        return cached.compiler(compile_graph) if keeps else compile_graph
+
+    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     compiler = aot_autograd(
-        fw_compiler=forward,
-        bw_compiler=backward,
-        inference_compiler=inference,
-        decompositions=decompositions(),
+        fw_compiler=form(forward),
+        bw_compiler=form(backward),
+        inference_compiler=form(inference),
+        decompositions=decompositions(settings.eager_random, trains),
         partition_fn=min_cut_rematerialization_partition,
     )
-    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     attentions.prepare(gm, trains)
-    with attentions.in_parts(trains, settings.device):
+    with attentions.in_parts(trains, settings.device), cached.keeping(gm, (settings, mode, trains)) if keeps else nullcontext():
         return compiler(gm, example_inputs)
+
+
+# What `torch.compiler.reset` calls.
+tilewright_backend.reset = graphs.reset

@@ -9,7 +9,8 @@ packed for the kernels. Their addresses and version counters are looked at befor
 the group is compiled again with the new values (its kernels come out of the cache), and after `REFREEZES_MAX` times
 once more with all parameters as inputs.
 
-On a GPU the work goes into PyTorch's current stream, and nothing waits for it.
+On a GPU the work goes into PyTorch's current stream, and nothing waits for it. Groups that compute the same share a
+program; all memory of a run, also that between kernels, is PyTorch's.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from torch import fx
 from .. import _native
 from .partition import inputs_of, memory_order, outputs_of
 from .sizes import symbols, tensors_and_sizes
-from .writer import Writer
+from .writer import Script, Writer
 
 REFREEZES_MAX = 2
 
 # What kernels for GPUs expect of addresses, in bytes.
-ALIGNED = 256
+ALIGNED = 16
 
 log = logging.getLogger("tilewright")
 
@@ -56,6 +57,11 @@ class Group(torch.nn.Module):
         self.plain = [o == list(range(len(o))) for o in self.orders]
         self.out_orders = [memory_order(n) for n in self.outputs]
         self.inverses = [_inverse(o) for o in self.out_orders]
+        self.turned = any(i is not None for i in self.inverses)
+        self.live: list = []
+        self.readers: list = []
+        self.calls: list = []
+        self.kept_eager = None
         self.dtypes = [n.meta["val"].dtype for n in self.outputs]
         self.device = settings.device
         self.on_cpu = settings.device.type == "cpu"
@@ -87,67 +93,91 @@ class Group(torch.nn.Module):
         if self.on_cpu:
             for i, size, ignored in self.positions:
                 _check_positions(args[i], size, ignored)
-        kept, addresses = self._addresses(args)
-        sizes = [int(s) for s in args[len(self.inputs) :]]
-        results = self._results(sizes)
         try:
-            self._run(self.program.run, addresses, results, sizes)
+            return self._run(args, False)[0]
         except NotImplementedError as why:
             # On a GPU, what cannot run there shows when sizes are known.
             self._leave(why)
             return self.eager(*args)
-        del kept
-        return tuple(r if inv is None else r.permute(inv) for r, inv in zip(results, self.inverses))
 
     def timed(self, *args):
         """As a call; also the seconds of each step of the plan."""
         self(*args)
         if self.eager is not None:
             return self.eager(*args), []
-        kept, addresses = self._addresses(args)
-        sizes = [int(s) for s in args[len(self.inputs) :]]
-        results = self._results(sizes)
-        times = self._run(self.program.run_timed, addresses, results, sizes)
-        del kept
-        return tuple(r if inv is None else r.permute(inv) for r, inv in zip(results, self.inverses)), times
+        return self._run(args, True)
 
-    def _run(self, run, addresses, results, sizes):
-        outputs = [r.data_ptr() for r in results]
+    def _run(self, args, timed):
+        kept, addresses = self._addresses(args)
+        sizes = [int(s) for s in args[len(self.inputs) :]] if self.symbols else []
+        program, times = self.program, None
         if self.on_cpu:
-            return run(addresses, outputs, sizes)
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream(self.device)
-            return run(addresses, outputs, sizes, stream.cuda_stream)
+            results, _ = self._results(sizes, 0)
+            run = program.run_timed if timed else program.run
+            times = run(addresses, [r.data_ptr() for r in results], sizes)
+        else:
+            index = self.device.index
+            if torch.cuda.current_device() != index:
+                with torch.cuda.device(index):
+                    return self._run(args, timed)
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            results, scratch_bytes = self._results(sizes, stream)
+            # Memory of PyTorch's allocator, which gives it to later work of the stream only.
+            scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=self.device) if scratch_bytes else None
+            run = program.run_timed if timed else program.run
+            outputs = [r.data_ptr() for r in results]
+            times = run(addresses, outputs, 0 if scratch is None else scratch.data_ptr(), sizes, stream)
+        del kept
+        if self.turned:
+            results = [r if inv is None else r.permute(inv) for r, inv in zip(results, self.inverses)]
+        return tuple(results), times
 
     def _addresses(self, args):
+        """The addresses of the inputs; the first list keeps alive what had to be copied."""
         kept, addresses = [], []
-        for i in self.live:
-            tensor = args[i]
-            memory = tensor if self.plain[i] else tensor.permute(self.orders[i])
+        on_cpu = self.on_cpu
+        for i, order in self.readers:
+            memory = args[i]
+            if order is not None:
+                memory = memory.permute(order)
             if not memory.is_contiguous():
                 memory = memory.contiguous()
-            if not self.on_cpu and memory.data_ptr() % ALIGNED:
+                kept.append(memory)
+            address = memory.data_ptr()
+            if address % ALIGNED and not on_cpu:
                 memory = memory.clone()
-            kept.append(memory)
-            addresses.append(memory.data_ptr())
+                kept.append(memory)
+                address = memory.data_ptr()
+            addresses.append(address)
         return kept, addresses
 
-    def _results(self, sizes):
+    def _results(self, sizes, stream):
+        """Memory for the results, and how much scratch memory a run takes."""
         key = tuple(sizes)
-        shapes = self.shapes.get(key)
-        if shapes is None:
+        known = self.shapes.get(key)
+        if known is None:
             if len(self.shapes) > 64:
                 self.shapes.clear()
-            shapes = self.shapes[key] = self.program.output_shapes(sizes)
-        return [torch.empty(s, dtype=d, device=self.device) for s, d in zip(shapes, self.dtypes)]
+            if self.on_cpu:
+                known = self.program.output_shapes(sizes), 0
+            else:
+                known = self.program.fit(sizes, stream)
+            self.shapes[key] = known
+        shapes, scratch_bytes = known
+        return [torch.empty(s, dtype=d, device=self.device) for s, d in zip(shapes, self.dtypes)], scratch_bytes
 
     # ---- compiling -----------------------------------------------------------------------------
 
     def _compile(self, args) -> None:
         start = time.perf_counter()
         try:
-            writer = self.write(args)
-            self.program = self._program(writer.builder)
+            if self.nodes is None and not self.calls:
+                raise NotImplementedError("it was left to PyTorch when the graph was kept")
+            if self.nodes is None:
+                script = Script.built(self.name, self.calls)
+            else:
+                script = self.write(args).builder
+            self.program = self._program(script.builder)
             if self.program.symbols != self.symbols:
                 raise RuntimeError(f"sizes {self.program.symbols} where {self.symbols} are given")
         except (NotImplementedError, RuntimeError, ValueError) as why:
@@ -159,7 +189,7 @@ class Group(torch.nn.Module):
         self.failure = str(why).strip() or type(why).__name__
         log.warning("%s is left to PyTorch: %s", self.name, self.failure.splitlines()[0])
         self.program, self.seal = None, []
-        self.eager = self.as_module()
+        self.eager = self.as_module() if self.nodes is not None else self.kept_eager
 
     def _program(self, builder):
         settings = self.settings
@@ -174,10 +204,9 @@ class Group(torch.nn.Module):
         """Groups that differ in names only (layers of one model) share a plan and its kernels."""
         settings = self.settings
         key = (self.device.index, settings.cache, settings.precision, _NAMES.sub("", builder.text()))
-        known = PROGRAMS.get(key)
-        if known is not None:
-            return known.twin()
-        program = PROGRAMS[key] = builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
+        program = PROGRAMS.get(key)
+        if program is None:
+            program = PROGRAMS[key] = builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
         return program
 
     def write(self, args) -> Writer:
@@ -201,7 +230,26 @@ class Group(torch.nn.Module):
         for node, order in zip(self.outputs, self.out_orders):
             writer.builder.output(node.name, writer.in_memory_order(values[node], order).number)
         self.positions = sorted(set(writer.positions), key=str)
+        self.readers = [(i, None if self.plain[i] else self.orders[i]) for i in self.live]
         return writer
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether the group can be written down for another process (`cached`)."""
+        return not self.frozen and not self.symbols
+
+    def __getstate__(self):
+        """Without the nodes: the calls that write the graph, and the operators as PyTorch's."""
+        state = {**self.__dict__, "program": None, "eager": None, "failure": None, "shapes": {}, "compile_seconds": 0.0}
+        if self.nodes is not None:
+            try:
+                state["calls"] = self.write(None).builder.calls
+            except (NotImplementedError, RuntimeError, ValueError):
+                state["calls"] = []
+            state.update(live=self.live, positions=self.positions, readers=self.readers)
+            state["kept_eager"] = self.as_module()
+            state.update(nodes=None, inputs=[None] * len(self.inputs), outputs=[None] * len(self.outputs), views=None)
+        return state
 
     def _seal_holds(self, args) -> bool:
         return all(args[i].data_ptr() == address and _version(args[i]) == version for i, address, version in self.seal)

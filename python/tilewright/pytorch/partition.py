@@ -6,19 +6,21 @@ group; since a path that leaves a group gets deeper, groups never wait for each 
 
 What stays PyTorch's, on top of what the rules refuse: nodes on other devices, random numbers (so that they are
 those of eager PyTorch) and other effects, in their order; and views of which only PyTorch reads the result, because
-there they cost nothing. Views of the arguments are nobody's: each group that reads one has its own.
+there they cost nothing. Views of tensors that are not ours are nobody's: each group that reads one has its own. Elementwise work goes to the group that
+reads it (`sink`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from . import attentions, elementwise, layers, pools, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
+from . import attentions, elementwise, layers, norms, pools, randoms, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
 from .sizes import Unsupported, order_in_memory, symbols, tensors_and_sizes
 from .writer import NAMES, RULES, Writer
 
@@ -48,6 +50,9 @@ VIEWS = {
 # Those of them with one result. A view of another shape (`_unsafe_view`, `reshape`) may be a copy in PyTorch.
 ONE_VIEW = VIEWS - {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten._unsafe_view.default, aten.detach.default}
 
+# Elementwise, and not tagged so.
+CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default, aten._unsafe_view.default}
+
 # The forms of attention, with the place of the dropout's probability among their arguments.
 ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
@@ -55,6 +60,9 @@ ATTENTION = {
     aten._scaled_dot_product_efficient_attention.default: 5,
     aten._scaled_dot_product_cudnn_attention.default: 5,
 }
+
+# Why the operator pack's kernels are in no group.
+PACKED = "a kernel of the operator pack"
 
 # Operators that a group is not worth on their own: less than a copy's work.
 TRIVIAL = VIEWS | {aten.clone.default, aten.lift_fresh_copy.default, aten.full.default, aten.scalar_tensor.default}
@@ -113,25 +121,25 @@ def divide(graph: fx.Graph, device: torch.device, known) -> Division:
         if is_getitem(node) is False and isinstance(node.meta["val"], (tuple, list)):
             for user in node.users:
                 ours.add(user)
-    free = views_of_arguments(graph, ours)
+    free = views_of_others(graph, ours)
     groups = [with_views(group, free) for group in by_depth(graph, ours - free, free)]
     groups = [g for g in groups if not all(n.target in TRIVIAL or is_getitem(n) for n in g)]
     return Division(groups, reasons, free)
 
 
-def views_of_arguments(graph: fx.Graph, ours: set[fx.Node]) -> set[fx.Node]:
-    """Our views whose tensors are arguments, or other such views."""
+def views_of_others(graph: fx.Graph, ours: set[fx.Node]) -> set[fx.Node]:
+    """Our views whose tensors are not ours: arguments, PyTorch's results, or other such views."""
     free: set[fx.Node] = set()
     for node in graph.nodes:
         single = node in ours and node.target in VIEWS and isinstance(node.meta["val"], torch.Tensor)
         before = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if single and all(n.op in ("placeholder", "get_attr") or n in free for n in before):
+        if single and before and all(n not in ours or n in free for n in before):
             free.add(node)
     return free
 
 
 def with_views(group: list[fx.Node], free: set[fx.Node]) -> list[fx.Node]:
-    """A group with the views of arguments that it reads, before their readers."""
+    """A group with the views of others' tensors that it reads, before their readers."""
     whole: dict[fx.Node, None] = {}
 
     def add(node: fx.Node) -> None:
@@ -148,14 +156,14 @@ def with_views(group: list[fx.Node], free: set[fx.Node]) -> list[fx.Node]:
 def by_depth(graph: fx.Graph, ours: set[fx.Node], free: set[fx.Node]) -> list[list[fx.Node]]:
     """Our nodes by depth; see the module's head."""
     depth: dict[fx.Node, int] = {}
-    groups: dict[int, list[fx.Node]] = {}
-    effect_depth = 0
+    effect_depth = -1
     for node in graph.nodes:
         mine = node in ours
-        if node.op in ("placeholder", "get_attr") or node in free:
+        if node.op in ("placeholder", "get_attr"):
             depth[node] = -1
             continue
-        deepest = 0
+        # What PyTorch makes of arguments alone comes before all groups.
+        deepest = 0 if mine else -1
         for before in node.all_input_nodes:
             d = depth[before]
             crossed = d >= 0 and (before in ours) != mine
@@ -163,9 +171,59 @@ def by_depth(graph: fx.Graph, ours: set[fx.Node], free: set[fx.Node]) -> list[li
         if not mine and has_effects(node):
             deepest = effect_depth = max(deepest, effect_depth)
         depth[node] = deepest
-        if mine:
-            groups.setdefault(deepest, []).append(node)
+    sink(graph, ours, depth)
+    groups: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node in ours:
+            groups.setdefault(depth[node], []).append(node)
     return [groups[d] for d in sorted(groups)]
+
+
+def sink(graph: fx.Graph, ours: set[fx.Node], depth: dict[fx.Node, int]) -> None:
+    """Moves elementwise work to the group that reads it, so that it fuses there and its result is not stored.
+
+    A backward graph has much that could be computed from the arguments long before it is wanted. A node moves to the first group that
+    reads it, with the elementwise work that is done for it alone, if what they read does not make more tensors cross than it saves;
+    arguments are there anyway.
+    """
+    for node in reversed(graph.nodes):
+        here = depth[node]
+
+        def moves(n: fx.Node) -> bool:
+            return n in ours and depth[n] == here and is_elementwise(n)
+
+        def stays(users) -> bool:
+            return any(u not in ours or depth[u] <= here for u in users)
+
+        if not moves(node) or not node.users or stays(node.users):
+            continue
+        cone = {node}
+        found = True
+        while found:
+            before = {n for c in cone for n in c.all_input_nodes if n not in cone and moves(n)}
+            found = {n for n in before if not stays(u for u in n.users if u not in cone)}
+            cone |= found
+        read = {n for c in cone for n in c.all_input_nodes if n not in cone and n in ours and depth[n] == here}
+        crossing = [n for n in read if not any(u not in ours or depth[u] != here for u in n.users)]
+        if sum(map(bytes_of, crossing)) <= bytes_of(node):
+            first = min(depth[u] for c in cone for u in c.users if u not in cone)
+            depth.update(dict.fromkeys(cone, first))
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether a node computes each element of its one result from one of each operand, or is a view."""
+    if not isinstance(node.meta.get("val"), torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in node.target.tags or node.target in ONE_VIEW or node.target in CASTS
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Bytes of a node's tensor; sizes that are symbols count as 64."""
+    held = node.meta["val"]
+    if not isinstance(held, torch.Tensor):
+        return 0
+    sizes = [n if isinstance(n, int) else 64 for n in held.shape]
+    return math.prod(sizes) * held.dtype.itemsize
 
 
 def probe(graph: fx.Graph, device: torch.device, known) -> dict[fx.Node, str]:
@@ -215,6 +273,8 @@ def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
     if has_effects(node):
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         raise Unsupported("random numbers are PyTorch's" if random else "it has effects")
+    if node.target in norms.PACK:
+        raise Unsupported(PACKED)
     if node.target not in RULES:
         raise Unsupported("no rule for this operator")
     tensors = [node.meta["val"], *(a.meta.get("val") for a in node.all_input_nodes)]
@@ -238,7 +298,7 @@ def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
 def outputs_of(group: list[fx.Node], free: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """The tensors of a group that are read outside of it, and those of them that PyTorch makes as views of others.
 
-    Views of arguments are made again where they are read. The second list is in order, and has the views in between too.
+    Views of others' tensors are made again where they are read. The second list is in order, and has the views in between too.
     """
     inside = set(group)
     made = [n for n in group if n not in free and isinstance(n.meta["val"], torch.Tensor)]

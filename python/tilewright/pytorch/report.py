@@ -13,7 +13,7 @@ from torch import fx
 
 from . import backend
 from .group import Group
-from .partition import VIEWS
+from .partition import PACKED, VIEWS
 
 
 @dataclasses.dataclass
@@ -71,7 +71,8 @@ class Explanation:
     @property
     def fallback_share(self) -> float:
         """The part of the time inside compiled graphs that operators of PyTorch take."""
-        outside = sum(f.seconds for f in self.fallbacks) + sum(g.seconds for g in self.groups if g.failure)
+        others = (f for f in self.fallbacks if f.reason != PACKED)
+        outside = sum(f.seconds for f in others) + sum(g.seconds for g in self.groups if g.failure)
         return outside / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
@@ -81,7 +82,7 @@ class Explanation:
         ]
         lines += [f"graph break: {reason}" for reason in self.graph_breaks] or ["no graph breaks"]
         if self.fallbacks:
-            lines.append(f"{'left to PyTorch':<52} {'calls':>5} {'time':>10} {'share':>6}  why")
+            lines.append(f"{'outside of groups':<52} {'calls':>5} {'time':>10} {'share':>6}  why")
         for f in sorted(self.fallbacks, key=lambda f: -f.seconds):
             lines.append(f"  {f.operator:<50} {f.count:>5} {f.seconds * 1e6:>8.0f}us {self._share(f.seconds):>6}  {f.reason}")
         for g in self.groups:

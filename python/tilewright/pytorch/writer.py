@@ -101,12 +101,59 @@ def literal(value, dtype: torch.dtype) -> str:
     return f"{name}({torch.tensor(value, dtype=dtype).double().item()!r})"
 
 
+class Script:
+    """A builder that writes down what it is told, so that the graph can be built again (`built`)."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.calls: list[tuple] = []
+        self.builder = _native.Builder(name)
+
+    def symbol(self, *args):
+        return self._told("symbol", *args)
+
+    def input(self, *args):
+        return self._told("input", *args)
+
+    def scalar(self, *args):
+        return self._told("scalar", *args)
+
+    def op(self, *args):
+        return self._told("op", *args)
+
+    def output(self, *args):
+        return self._told("output", *args)
+
+    def constant(self, name: str, kind: str, memory: torch.Tensor):
+        """Known data, contiguous."""
+        self.calls.append(("constant", name, kind, memory))
+        return self.builder.constant(name, kind, memory.data_ptr(), memory.numel() * memory.element_size(), memory)
+
+    def _told(self, what: str, *args):
+        self.calls.append((what, *args))
+        return getattr(self.builder, what)(*args)
+
+    def type_of(self, number: int):
+        return self.builder.type_of(number)
+
+    def has_type(self, number: int, text: str) -> bool:
+        return self.builder.has_type(number, text)
+
+    @staticmethod
+    def built(name: str, calls: list[tuple]) -> "Script":
+        """The same again."""
+        script = Script(name)
+        for what, *args in calls:
+            getattr(script, what)(*args)
+        return script
+
+
 class Writer:
     """A graph under construction."""
 
     def __init__(self, name: str, symbols: dict[str, tuple[int, int | None]], device: str = "cpu"):
         self.device = device
-        self.builder = _native.Builder(name)
+        self.builder = Script(name)
         self.origin = ""
         # Inputs that hold positions, with the size that they must stay below, and a number beside that is allowed:
         # looked at before each run. Without a size: divisors, which must not be 0.
@@ -130,8 +177,7 @@ class Writer:
         memory = data if order is None else data.permute(order)
         if not memory.is_contiguous():
             memory = memory.contiguous()
-        bytes_ = memory.numel() * memory.element_size()
-        number = self.builder.constant(name, type_text(like, order), memory.data_ptr(), bytes_, memory)
+        number = self.builder.constant(name, type_text(like, order), memory)
         return self._in_logical_order(Value(number, like.dtype, tuple(like.shape)), like, order)
 
     def table(self, name: str, make: Callable[[], torch.Tensor]) -> Value:

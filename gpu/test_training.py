@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Training under `torch.compile(backend="tilewright")` on a GPU: losses of several steps beside eager PyTorch's, launched kernel by
+kernel and as recorded graphs; dropout; graphs that were kept.
+
+    gpu/test_training.py [CASE...]
+"""
+
+import copy
+import os
+import sys
+import tempfile
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="tilewright-training-"))
+
+import torch
+import transformers
+from torch._dynamo.utils import counters
+
+from tilewright.pytorch import backend
+
+transformers.logging.set_verbosity_error()
+MODES = (None, "reduce-overhead")
+
+
+def bert(dropout=0.0):
+    config = transformers.BertConfig(num_hidden_layers=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0)
+    return transformers.BertModel(config), torch.randint(0, 30522, (8, 128), device="cuda")
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_layer=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    return transformers.GPT2LMHeadModel(config), torch.randint(0, 50257, (2, 256), device="cuda")
+
+
+def llama():
+    sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2, vocab_size=32000)
+    config = transformers.LlamaConfig(num_hidden_layers=2, use_cache=False, **sizes)
+    return transformers.LlamaForCausalLM(config), torch.randint(0, 32000, (1, 512), device="cuda")
+
+
+def loss_of(model, run, ids):
+    if hasattr(model, "lm_head"):
+        return run(ids, labels=ids).loss
+    out = run(ids)[0].float()
+    return (out * torch.linspace(-1, 1, out.shape[-1], device="cuda")).mean() + out.square().mean()
+
+
+def steps(model, ids, mode, count=6, seed=None):
+    """Losses of `count` steps of a copy of the model, and how often AOTAutograd's cache was hit."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = copy.deepcopy(model)
+    run = model if mode == "eager" else torch.compile(model, backend=backend.tilewright_backend, mode=mode)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    losses = []
+    for step in range(count):
+        if seed is not None:
+            torch.manual_seed(seed[step])
+        if mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = loss_of(model, run, ids)
+        loss.backward()
+        if seed is None:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses, counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def training(make):
+    torch.manual_seed(0)
+    model, ids = make()
+    model = model.cuda().train()
+    exact, _ = steps(model, ids, "eager")
+    model = model.bfloat16()
+    eager, _ = steps(model, ids, "eager")
+    budget = 3 * max(abs(a - b) for a, b in zip(eager, exact)) + 2e-3 * abs(exact[0])
+    for mode in MODES:
+        for again in (False, True):
+            losses, hits = steps(model, ids, mode)
+            off = max(abs(a - b) for a, b in zip(losses, exact))
+            print(f"{make.__name__} {mode}: {losses[0]:.4f} to {losses[-1]:.4f}, eager {eager[-1]:.4f}, off by {off:.1e}", flush=True)
+            assert off <= budget, (losses, exact, budget)
+            assert losses[-1] < losses[0]
+            assert hits == again, "the second time the graphs are those that were kept"
+
+
+def dropout():
+    torch.manual_seed(0)
+    model, ids = bert(0.1)
+    model = model.cuda().bfloat16().train()
+    found = [steps(model, ids, mode, seed=(1, 2, 1, 3, 2, 1))[0] for mode in MODES]
+    for losses in found:
+        a, b, c, d, e, f = losses
+        assert a == c == f and b == e, losses
+        assert len({a, b, d}) == 3, losses
+    assert found[0] == found[1], "recorded graphs draw the same"
+    print("dropout:", [f"{x:.6f}" for x in found[0]], flush=True)
+
+
+if __name__ == "__main__":
+    cases = {"bert": lambda: training(bert), "gpt2": lambda: training(gpt2), "llama": lambda: training(llama), "dropout": dropout}
+    for name in sys.argv[1:] or cases:
+        cases[name]()
+        print(f"ok: {name}", flush=True)

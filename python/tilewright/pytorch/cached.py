@@ -1,0 +1,113 @@
+"""Compiled graphs in PyTorch's cache of traced functions, so that a second process traces a model with Dynamo only.
+
+AOTAutograd keeps what it made of a graph of Dynamo's (`torch._functorch._aot_autograd.autograd_cache`, on disk below
+`TORCHINDUCTOR_CACHE_DIR`) where a backend's results can be written down. Ours are: the graph around the groups as code, each group as the
+calls that wrote its graph, and the same operators as PyTorch's own, for the case that it has to step in. Plans are
+made again when a group first runs, kernels come out of our own cache.
+
+The key holds the settings and the package itself (`stamp`), beside PyTorch's version, the graph and the types of its arguments. Not
+kept: graphs with sizes as symbols, and those whose weights are known data (inference on processors, see `Settings.freeze`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import pathlib
+
+import torch
+from torch._inductor.output_code import OutputCode
+from torch.fx.graph_module import _format_import_block
+from torch.package import sys_importer
+
+from . import graphs
+
+
+@functools.cache
+def stamp() -> str:
+    """What this package is: a change of any file of it changes the stamp."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    text = hashlib.sha256()
+    for path in sorted([*root.glob("*.so"), *root.glob("*.pyd"), *root.glob("pytorch/*.py")]):
+        about = path.stat()
+        text.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return text.hexdigest()
+
+
+class Root:
+    """What the code of a graph that was read from the cache calls `self`: groups and constants by name."""
+
+
+class Code(OutputCode):
+    """A compiled graph as AOTAutograd calls it and keeps it."""
+
+    def __init__(self, run, module: torch.fx.GraphModule, keeps: bool, recording: graphs.Recording | None):
+        super().__init__()
+        self.module, self.keeps, self.recording = module, keeps, recording
+        self.source, self.held = None, None
+        self._boxed_call = True
+        self.run = self._recorded(run)
+
+    def _recorded(self, run):
+        return run if self.recording is None else graphs.recorded(run, self.recording)
+
+    def __call__(self, inputs):
+        return self.run(inputs)
+
+    def __getstate__(self):
+        if not self.keeps:
+            raise NotImplementedError("a graph that is not kept")
+        state = {**self.__dict__, "run": None, "module": None}
+        if self.module is not None:
+            code = self.module.graph.python_code("self")
+            state["source"] = _format_import_block(code.globals, sys_importer) + code.src
+            named = [n.target for n in self.module.graph.nodes if n.op in ("call_module", "get_attr")]
+            state["held"] = {name: getattr(self.module, name) for name in named}
+        return state
+
+    def prepare_for_serialization(self) -> None:
+        """Nothing to do: `__getstate__` leaves out what is made again."""
+
+    def post_compile(self, example_inputs, constants, graph_kwargs) -> None:
+        """After it was read from the cache."""
+        if self.run is not None:
+            return
+        root, names = Root(), {}
+        root.__dict__.update(self.held)
+        exec(compile(self.source, "<a graph of tilewright>", "exec"), names)  # noqa: S102  (our own text)
+        self.run = self._recorded(boxed(functools.partial(names["forward"], root)))
+
+    def set_triton_bundle(self, triton_bundle) -> None:
+        """There is none."""
+
+
+def boxed(function):
+    """The form in which AOTAutograd calls: one list, which the callee empties."""
+
+    def run(args):
+        values = list(args)
+        args.clear()
+        return function(*values)
+
+    run._boxed_call = True
+    return run
+
+
+def compiler(compile_graph):
+    """`compile_graph(graph module, arguments)`, which gives a [`Code`], in the form that AOTAutograd keeps results of."""
+    from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler
+
+    return SerializableAOTDispatchCompiler(Code, compile_graph)
+
+
+@contextlib.contextmanager
+def keeping(gm: torch.fx.GraphModule, settings):
+    """While a graph is compiled: its results are kept, under a key that has our settings. The backward graph is compiled
+    with the forward graph, since both are kept together."""
+    gm._tilewright = f"{stamp()} {settings}"
+    try:
+        with torch._functorch.config.patch(bundled_autograd_cache=True, force_non_lazy_backward_lowering=True):
+            yield
+    finally:
+        del gm._tilewright
