@@ -32,7 +32,11 @@ def _norm_composed(grads, max_norm):
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _adamw_composed(params, grads, first, second, masters, step, lr_tensor, factor, lr, beta1, beta2, eps, decay, maximize):
+def _adamw_composed(
+    params, grads, first, second, masters, maxima, step, lr_tensor, factor, found, lr, beta1, beta2, eps, decay, maximize
+):  # fmt: skip
+    if found is not None and found.item() != 0:
+        return
     rate = lr if lr_tensor is None else lr_tensor.item()
     t = step.item()
     size, root = rate / -math.expm1(t * math.log(beta1)), math.sqrt(-math.expm1(t * math.log(beta2)))
@@ -41,12 +45,16 @@ def _adamw_composed(params, grads, first, second, masters, step, lr_tensor, fact
         g = _scaled(g.to(m.dtype), factor, maximize)
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        if maxima:
+            v = torch.maximum(maxima[i], v, out=maxima[i])
         w.copy_(w.to(m.dtype) * (1 - rate * decay) - size * (m / (v.sqrt() / root + eps)))
         if masters:
             p.copy_(w)
 
 
-def _lion_composed(params, grads, first, masters, lr_tensor, factor, lr, beta1, beta2, decay, maximize):
+def _lion_composed(params, grads, first, masters, lr_tensor, factor, found, lr, beta1, beta2, decay, maximize):
+    if found is not None and found.item() != 0:
+        return
     rate = lr if lr_tensor is None else lr_tensor.item()
     for i, (p, g, m) in enumerate(zip(params, grads, first)):
         w = masters[i] if masters else p
@@ -96,6 +104,8 @@ class _Fused(torch.optim.Optimizer):
 
     _moments: tuple[str, ...] = ()
     _counts = False
+    # `torch.amp.GradScaler` then sets `grad_scale` and `found_inf` for the time of a step, and waits for neither.
+    _step_supports_amp_scaling = True
 
     def __init__(self, params, defaults: dict[str, Any], max_norm: float | None, master: bool):
         if max_norm is not None and not max_norm > 0:
@@ -117,9 +127,11 @@ class _Fused(torch.optim.Optimizer):
                 raise ValueError(f"{name} is {group[name]}; it must be at least 0")
         if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() != 1:
             raise ValueError("lr as a tensor must have one element")
-        if group.get("amsgrad"):
-            raise NotImplementedError("amsgrad is not there; use torch.optim.AdamW where it is needed")
+        if group.get("differentiable"):
+            raise NotImplementedError("differentiable steps are not there; use torch.optim.AdamW")
         for p in group["params"]:
+            if p.layout is not torch.strided:
+                raise TypeError(f"a parameter is {p.layout}; it must be strided. torch.optim.SparseAdam takes sparse ones")
             if p.is_complex() or not p.is_floating_point():
                 raise TypeError(f"a parameter is {p.dtype}; it must be float32, bfloat16, float16 or float64")
 
@@ -136,13 +148,17 @@ class _Fused(torch.optim.Optimizer):
     def _wide_copy(self, p: torch.Tensor) -> bool:
         return self._master and p.dtype in (torch.bfloat16, torch.float16)
 
-    def _begin(self, p: torch.Tensor, state: dict[str, Any], steps: dict) -> None:
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The moments that a group's parameters have."""
+        return (*self._moments, "max_exp_avg_sq") if group.get("amsgrad") else self._moments
+
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], steps: dict, group: dict[str, Any]) -> None:
         """The state of a parameter that has its first gradient. Parameters that begin together share the number of steps."""
         if self._counts:
             if p.device not in steps:
                 steps[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["step"] = steps[p.device]
-        for name in self._moments:
+        for name in self._names(group):
             state[name] = torch.zeros_like(p, dtype=_define.wide(p.dtype), memory_format=torch.preserve_format)
         if self._wide_copy(p):
             state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
@@ -158,12 +174,22 @@ class _Fused(torch.optim.Optimizer):
         if not calls:
             return loss
         grads_all = calls[0][1] if len(calls) == 1 else [g for call in calls for g in call[1]]
-        factor = None
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        factor = None if scale is None else scale.reshape(()).double().reciprocal().float()
         if self.max_norm is not None:
-            self.grad_norm, factor = gradient_norm(grads_all, self.max_norm)
+            self.grad_norm, clip = gradient_norm(grads_all, self.max_norm)
+            if factor is None:
+                factor = clip
+            else:
+                # The gradients are still too large by the scale.
+                factor = factor.to(self.grad_norm.device, non_blocking=True)
+                self.grad_norm = self.grad_norm * factor
+                factor = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0) * factor
         counts = {id(call[5]): call[5] for call in calls if call[5] is not None}
-        if counts:
+        if counts and found is None:
             torch._foreach_add_(list(counts.values()), 1.0)
+        for count in counts.values() if found is not None else ():
+            count.add_((found.reshape(()) == 0).to(count.device, non_blocking=True))
         for call in calls:
             device = call[0][0].device
             rate = call[4]["lr"]
@@ -171,7 +197,8 @@ class _Fused(torch.optim.Optimizer):
             if isinstance(rate, torch.Tensor) and not on_device:
                 rate = rate.item()
             f = factor if factor is None or factor.device == device else factor.to(device, non_blocking=True)
-            self._launch(call, rate if on_device else None, f, 0.0 if on_device else float(rate))
+            skip = found if found is None else found.reshape(()).to(device, torch.float32, non_blocking=True)
+            self._launch(call, rate if on_device else None, f, skip, 0.0 if on_device else float(rate))
             torch.autograd.graph.increment_version(call[0])
             call[1] = []  # Gradients are not kept alive.
         return loss
@@ -193,17 +220,21 @@ class _Fused(torch.optim.Optimizer):
                     if "step" in state:
                         absent.add(id(state["step"]))
                     continue
-                if grad.is_sparse:
+                if grad.layout is not torch.strided:
                     raise RuntimeError("sparse gradients are not supported; use torch.optim.SparseAdam")
                 if not state:
-                    self._begin(p, state, steps)
+                    self._begin(p, state, steps, group)
+                names = self._names(group)
+                if len(names) > len(self._moments) and names[-1] not in state:
+                    # The group has been switched to amsgrad since.
+                    state[names[-1]] = torch.zeros_like(state[names[0]])
                 key = (number, p.device, p.dtype, "master" in state, id(state.get("step")))
                 call = calls.get(key)
                 if call is None:
-                    call = calls[key] = [[], [], [[] for _ in self._moments], [], group, state.get("step"), []]
+                    call = calls[key] = [[], [], [[] for _ in names], [], group, state.get("step"), []]
                 call[0].append(p)
                 call[1].append(grad)
-                for into, name in zip(call[2], self._moments):
+                for into, name in zip(call[2], names):
                     into.append(state[name])
                 if key[3]:
                     call[3].append(state["master"])
@@ -230,7 +261,10 @@ class _Fused(torch.optim.Optimizer):
             states = call[6]
             if any(g is None for g in grads):
                 return None
-            for name, moments in zip(self._moments, call[2]):
+            names = self._names(call[4])
+            if len(names) != len(call[2]):
+                return None
+            for name, moments in zip(names, call[2]):
                 if not all(map(is_, [s.get(name) for s in states], moments)):
                     return None
             if call[3] and not all(map(is_, [s.get("master") for s in states], call[3])):
@@ -251,7 +285,9 @@ class _Fused(torch.optim.Optimizer):
                 for state in call[6]:
                     state["step"] = own
 
-    def _launch(self, call: list, rate: torch.Tensor | None, factor: torch.Tensor | None, value: float) -> None:
+    def _launch(
+        self, call: list, rate: torch.Tensor | None, factor: torch.Tensor | None, found: torch.Tensor | None, value: float
+    ) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,17 +303,16 @@ class _Fused(torch.optim.Optimizer):
         """Loads a state dict of this class or of PyTorch's. Moments and masters keep their width."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
         steps: dict[tuple, torch.Tensor] = {}
-        for index, p in zip(saved, params):
+        for index, (p, group) in zip(saved, params):
             given = state_dict["state"].get(index)
             if not given:
                 continue
-            if given.get("max_exp_avg_sq") is not None:
-                raise NotImplementedError("amsgrad is not there; use torch.optim.AdamW where it is needed")
             state = self.state[p]
-            for name in self._moments:
-                state[name] = self._like(p, given[name], _define.wide(p.dtype))
+            for name in self._names(group):
+                if name in given or name in self._moments:
+                    state[name] = self._like(p, given[name], _define.wide(p.dtype))
             if self._wide_copy(p):
                 state["master"] = self._like(p, given.get("master", p), torch.float32)
             else:
@@ -296,11 +331,12 @@ class _Fused(torch.optim.Optimizer):
 
 
 class AdamW(_Fused):
-    """AdamW with decoupled weight decay, as `torch.optim.AdamW`; `amsgrad` is refused.
+    """AdamW with decoupled weight decay, as `torch.optim.AdamW`, also with `amsgrad`.
 
     `lr` may be a tensor of one element; on the parameters' device it is read there, so that a recorded step follows it. `max_norm` clips
     the gradients of all groups together to this norm, within the step (gradients stay as they are); the norm is then in
     `grad_norm`. With `master`, parameters of 16 bits are updated in float32 copies; without, in float32 from what they are.
+    Under `torch.amp.GradScaler` the step divides by the scale itself and does nothing where a gradient is not finite, without waiting for the device.
     `foreach`, `capturable` and `fused` are taken for the sake of compatibility: a step is always fused and can always be recorded.
     """
 
@@ -333,11 +369,11 @@ class AdamW(_Fused):
         )  # fmt: skip
         super().__init__(params, defaults, max_norm, master)
 
-    def _launch(self, call, rate, factor, value):
-        params, grads, (first, second), masters, group, step, _ = call
+    def _launch(self, call, rate, factor, found, value):
+        params, grads, (first, second, *most), masters, group, step, _ = call
         beta1, beta2 = group["betas"]
         _PACK.adamw_(
-            params, grads, first, second, masters, step, rate, factor, value, float(beta1), float(beta2), group["eps"],
+            params, grads, first, second, masters, most[0] if most else [], step, rate, factor, found, value, float(beta1), float(beta2), group["eps"],
             group["weight_decay"], group["maximize"],
         )  # fmt: skip
 
@@ -363,11 +399,11 @@ class Lion(_Fused):
     ):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize), max_norm, master)
 
-    def _launch(self, call, rate, factor, value):
+    def _launch(self, call, rate, factor, found, value):
         params, grads, (first,), masters, group, _, _ = call
         beta1, beta2 = group["betas"]
         _PACK.lion_(
-            params, grads, first, masters, rate, factor, value, float(beta1), float(beta2), group["weight_decay"], group["maximize"]
+            params, grads, first, masters, rate, factor, found, value, float(beta1), float(beta2), group["weight_decay"], group["maximize"]
         )
 
 

@@ -36,7 +36,7 @@ def same(a, b, tolerance):
 
 def adamw_steps_as_pytorchs():
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-13)):
-        for options in ({}, {"maximize": True, "betas": (0.5, 0.7), "eps": 1e-3}):
+        for options in ({}, {"maximize": True, "betas": (0.5, 0.7), "eps": 1e-3}, {"amsgrad": True, "betas": (0.8, 0.5)}):
             mine, theirs = net(dtype), net(dtype)
             a = optim.AdamW(groups(mine), lr=1e-2, **options)
             b = torch.optim.AdamW(groups(theirs), lr=1e-2, **options)
@@ -182,19 +182,72 @@ def rates_may_be_tensors_and_follow_schedules():
     assert optim.AdamW(mine.parameters()).step(lambda: torch.tensor(3.0)) == 3.0
 
 
+def amsgrad_moves_between_state_dicts():
+    mine, theirs = net(), net()
+    a, b = optim.AdamW(mine.parameters(), amsgrad=True), torch.optim.AdamW(theirs.parameters(), amsgrad=True)
+    gradients(theirs, 0, 5.0)
+    b.step()
+    mine.load_state_dict(theirs.state_dict())
+    a.load_state_dict(b.state_dict())
+    for step in range(1, 4):
+        for model, optimizer in ((mine, a), (theirs, b)):
+            gradients(model, step)
+            optimizer.step()
+    same(mine, theirs, 2e-6)
+    b.load_state_dict(a.state_dict())
+    p, q = next(mine.parameters()), next(theirs.parameters())
+    assert torch.equal(a.state[p]["max_exp_avg_sq"], b.state[q]["max_exp_avg_sq"])
+    assert (b.state[q]["max_exp_avg_sq"] > b.state[q]["exp_avg_sq"]).any()
+
+
+def a_scaler_neither_waits_nor_steps_over_infinities():
+    """The scaled steps are the plain ones; a step whose gradients are not finite changes nothing, and does not count."""
+    for kind, options in ((optim.AdamW, {}), (optim.AdamW, {"max_norm": 0.5}), (optim.AdamW, {"amsgrad": True}), (optim.Lion, {})):
+        mine, plain = net(), net()
+        a, b = kind(mine.parameters(), lr=1e-2, **options), kind(plain.parameters(), lr=1e-2, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.ones(()))  # Makes the scale's tensor.
+        for step in range(6):
+            before = [p.detach().clone() for p in mine.parameters()]
+            gradients(mine, step, scaler.get_scale())
+            if step in (0, 3):
+                mine[0].weight.grad[2, 3] = math.inf if step else math.nan
+            else:
+                gradients(plain, step)
+                b.step()
+            reads = []
+            original, torch.Tensor.item = torch.Tensor.item, lambda t: reads.append(t) or original(t)
+            try:
+                scaler.step(a)
+            finally:
+                torch.Tensor.item = original
+            assert not reads, "the step waits for the device"
+            if step in (0, 3):
+                assert all(map(torch.equal, before, mine.parameters()))
+            scaler.update()
+            assert not hasattr(a, "found_inf") and not hasattr(a, "grad_scale")
+        assert scaler.get_scale() == 256.0
+        same(mine, plain, 1e-6)
+        if kind is optim.AdamW:
+            assert a.state[mine[0].weight]["step"].item() == 4
+        if "max_norm" in options:
+            torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)
+
+
 def optimizers_refuse_in_words():
     p = torch.nn.Parameter(torch.ones(3))
     for call, error, words in (
-        (lambda: optim.AdamW([p], amsgrad=True), NotImplementedError, "amsgrad"),
+        (lambda: optim.AdamW([p], differentiable=True), NotImplementedError, "differentiable"),
+        (lambda: optim.AdamW([torch.nn.Parameter(torch.ones(2, 2).to_sparse())]), TypeError, "sparse"),
         (lambda: optim.AdamW([p], betas=(1.0, 0.9)), ValueError, "betas"),
         (lambda: optim.AdamW([p], lr=-1.0), ValueError, "lr"),
         (lambda: optim.AdamW([p], max_norm=0.0), ValueError, "max_norm"),
         (lambda: optim.AdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]), TypeError, "complex"),
-        (lambda: PACK.adamw_([p], [], [p], [p], [], p, None, None, 0.1, 0.9, 0.9, 0.0, 0.0, False), RuntimeError, "0 grads for 1 params"),
-        (lambda: PACK.lion_([torch.ones(3, 3)[:, :2]], [torch.ones(3, 2)], [torch.ones(3, 2)], [], None, None, 0.1, 0.9, 0.9, 0.0, False), NotImplementedError, "gaps"),
-        (lambda: PACK.lion_([torch.ones(3).long()], [], [], [], None, None, 0.1, 0.9, 0.9, 0.0, False), RuntimeError, "i64"),
-        (lambda: PACK.lion_([p.data], [p.data.double()], [p.data.clone()], [], None, None, 0.1, 0.9, 0.9, 0.0, False), RuntimeError, "grads[0]"),
-        (lambda: PACK.lion_([p.data], [p.data], [p.data], [], None, None, 0.1, 0.9, 0.9, 0.0, False), RuntimeError, "share memory"),
+        (lambda: PACK.adamw_([p], [], [p], [p], [], [], p, None, None, None, 0.1, 0.9, 0.9, 0.0, 0.0, False), RuntimeError, "0 grads for 1 params"),
+        (lambda: PACK.lion_([torch.ones(3, 3)[:, :2]], [torch.ones(3, 2)], [torch.ones(3, 2)], [], None, None, None, 0.1, 0.9, 0.9, 0.0, False), NotImplementedError, "gaps"),
+        (lambda: PACK.lion_([torch.ones(3).long()], [], [], [], None, None, None, 0.1, 0.9, 0.9, 0.0, False), RuntimeError, "i64"),
+        (lambda: PACK.lion_([p.data], [p.data.double()], [p.data.clone()], [], None, None, None, 0.1, 0.9, 0.9, 0.0, False), RuntimeError, "grads[0]"),
+        (lambda: PACK.lion_([p.data], [p.data], [p.data], [], None, None, None, 0.1, 0.9, 0.9, 0.0, False), RuntimeError, "share memory"),
         (lambda: optim.gradient_norm([]), ValueError, "no gradients"),
     ):
         refused(call, error, words)
@@ -328,6 +381,8 @@ if __name__ == "__main__":
             gradients_are_clipped_to_a_norm,
             state_dicts_are_pytorchs,
             rates_may_be_tensors_and_follow_schedules,
+            amsgrad_moves_between_state_dicts,
+            a_scaler_neither_waits_nor_steps_over_infinities,
             optimizers_refuse_in_words,
             dropout_repeats_scales_and_is_its_own_gradient,
             dropout_passes_pytorchs_checks_and_compiles,

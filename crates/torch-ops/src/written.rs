@@ -132,7 +132,7 @@ mod tests {
                 return;
             }
         };
-        let table = crate::ops::table_definitions(580);
+        let table = crate::ops::table_definitions(510);
         let none = ("", 0);
         let mut requests = Vec::new();
         for dtype in [DType::F32, DType::BF16, DType::F64] {

@@ -16,6 +16,7 @@ struct Entry {
   Wide* first_moments;
   Wide* second_moments;
   Wide* masters;
+  Wide* maxima;     // of the second moments
   i64 elements;
   u32 first_block;  // of this launch
   u32 vector;       // all of them start at a multiple of 16 bytes
@@ -25,6 +26,7 @@ struct Table {
   const float* step;     // how many steps this one makes
   const void* rate;      // Wide or float, if the rate is on the device
   const float* factor;   // of all gradients, if there is one
+  const float* found;    // not 0: gradients are not finite, and nothing is done
   double rate_value, beta1, beta2, rest1, rest2, log_beta1, log_beta2, eps, decay;  // rest = 1 - beta
   u32 rate_is_double, maximize, chunk, count;
   Entry entries[TW_COUNT];
@@ -56,8 +58,9 @@ TW_INLINE double correction(double step, double log_beta) { return -expm1(step *
 TW_INLINE float root(float x) { return sqrtf(x); }
 TW_INLINE double root(double x) { return sqrt(x); }
 
-struct AdamW {
-  static constexpr bool second = true;
+// `MAXIMA`: the step divides by the root of the largest second moment so far.
+template <bool MAXIMA> struct AdamW {
+  static constexpr bool second = true, maxima = MAXIMA;
   Wide beta1, beta2, rest1, rest2, eps, keep, size, root_scale;
   TW_INLINE AdamW(const Table& t) {
     const Wide rate = (Wide)rate_of(t), step = (Wide)*t.step;
@@ -66,22 +69,24 @@ struct AdamW {
     size = rate / correction(step, t.log_beta1);
     root_scale = (Wide)1 / root(correction(step, t.log_beta2));
   }
-  TW_INLINE Wide operator()(Wide w, Wide g, Wide& m, Wide& v) const {
+  TW_INLINE Wide operator()(Wide w, Wide g, Wide& m, Wide& v, Wide& most) const {
     m = beta1 * m + rest1 * g;
     v = beta2 * v + rest2 * (g * g);
-    return w * keep - size * (m / (root(v) * root_scale + eps));
+    // What is not a number stays, as in PyTorch.
+    if (MAXIMA) most = v > most || v != v ? v : most;
+    return w * keep - size * (m / (root(MAXIMA ? most : v) * root_scale + eps));
   }
 };
 
 struct Lion {
-  static constexpr bool second = false;
+  static constexpr bool second = false, maxima = false;
   Wide beta1, beta2, rest1, rest2, keep, rate;
   TW_INLINE Lion(const Table& t) {
     rate = (Wide)rate_of(t);
     beta1 = (Wide)t.beta1, beta2 = (Wide)t.beta2, rest1 = (Wide)t.rest1, rest2 = (Wide)t.rest2;
     keep = (Wide)1 - rate * (Wide)t.decay;
   }
-  TW_INLINE Wide operator()(Wide w, Wide g, Wide& m, Wide&) const {
+  TW_INLINE Wide operator()(Wide w, Wide g, Wide& m, Wide&, Wide&) const {
     const Wide c = beta1 * m + rest1 * g;
     m = beta2 * m + rest2 * g;
     const Wide sign = c > 0 ? (Wide)1 : c < 0 ? (Wide)-1 : c;
@@ -90,6 +95,7 @@ struct Lion {
 };
 
 template <typename Rule> TW_INLINE void step(const Table& t) {
+  if (t.found != nullptr && *t.found != 0.0f) return;
   const Entry& e = entry_of_block(t);
   const i64 begin = (i64)(blockIdx.x - e.first_block) * t.chunk;
   const i64 end = begin + t.chunk < e.elements ? begin + t.chunk : e.elements;
@@ -99,7 +105,7 @@ template <typename Rule> TW_INLINE void step(const Table& t) {
   const Rule rule(t);
   for (i64 piece = begin; piece < end; piece += PIECE) {
     Four<Element> w[2], g[2];
-    Four<Wide> m[2], v[2], q[2];
+    Four<Wide> m[2], v[2], q[2], x[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const i64 i = piece + (j * THREADS + (int)threadIdx.x) * 4;
@@ -107,6 +113,7 @@ template <typename Rule> TW_INLINE void step(const Table& t) {
       g[j] = load_four(e.gradients, i, end, vector);
       m[j] = load_four(e.first_moments, i, end, vector);
       if (Rule::second) v[j] = load_four(e.second_moments, i, end, vector);
+      if (Rule::maxima) x[j] = load_four(e.maxima, i, end, vector);
       if (TW_MASTER) q[j] = load_four(e.masters, i, end, vector);
       else w[j] = load_four(e.weights, i, end, vector);
     }
@@ -117,19 +124,21 @@ template <typename Rule> TW_INLINE void step(const Table& t) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const Wide old = TW_MASTER ? q[j].at[k] : (Wide)wide_of(w[j].at[k]);
-        const Wide next = rule(old, (Wide)wide_of(g[j].at[k]) * factor, m[j].at[k], v[j].at[k]);
+        const Wide next = rule(old, (Wide)wide_of(g[j].at[k]) * factor, m[j].at[k], v[j].at[k], x[j].at[k]);
         q[j].at[k] = next;
         w[j].at[k] = Rounded<Element>::of(next);
       }
       store_four(e.weights, i, end, vector, w[j]);
       store_four(e.first_moments, i, end, vector, m[j]);
       if (Rule::second) store_four(e.second_moments, i, end, vector, v[j]);
+      if (Rule::maxima) store_four(e.maxima, i, end, vector, x[j]);
       if (TW_MASTER) store_four(e.masters, i, end, vector, q[j]);
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) adamw(const __grid_constant__ Table t) { step<AdamW>(t); }
+extern "C" __global__ void __launch_bounds__(THREADS) adamw(const __grid_constant__ Table t) { step<AdamW<false>>(t); }
+extern "C" __global__ void __launch_bounds__(THREADS) amsgrad(const __grid_constant__ Table t) { step<AdamW<true>>(t); }
 extern "C" __global__ void __launch_bounds__(THREADS) lion(const __grid_constant__ Table t) { step<Lion>(t); }
 
 // The sum of a block's numbers, in one order, in thread 0.

@@ -7,9 +7,10 @@
 //!         m = beta2 m + (1 - beta2) g
 //! ```
 //!
-//! `g` is the gradient times `factor`, negated to maximise. Moments are `f32` (`f64` for `f64`). Weights of 16 bits may have a wide
+//! With maxima (AMSGrad) the step divides by the largest `v` so far instead. `g` is the gradient times `factor`, negated to maximise. Moments are `f32` (`f64` for `f64`). Weights of 16 bits may have a wide
 //! copy, a master, which is what is updated; they are then its rounding. On a GPU all tensors of a call are one launch (one for
-//! every 580). The number `t` of this step, and if wished `rate` and `factor`, are read from the device.
+//! every 510). The number `t` of this step, and if wished `rate` and `factor`, are read from the device; so is
+//! `found_inf`, of which anything but 0 leaves everything as it is.
 
 use crate::host::{self, Float, Number, with_number};
 use crate::tensors::{float, wide};
@@ -45,6 +46,7 @@ struct Tensors {
     first: Vec<Tensor>,
     second: Vec<Tensor>,
     masters: Vec<Tensor>,
+    maxima: Vec<Tensor>,
 }
 
 /// The tensor in the memory order of another one of the same shape.
@@ -60,11 +62,11 @@ fn in_order_of(tensor: Tensor, other: &Tensor) -> Result<Tensor> {
 
 impl Tensors {
     /// Checks everything that the kernels rely on; `None` where there is nothing to do.
-    fn checked(lists: [(&str, Vec<Tensor>); 5], seconds: bool) -> Result<Option<Tensors>> {
-        let [(_, weights), (grads, gradients), first, second, masters] = lists;
+    fn checked(lists: [(&str, Vec<Tensor>); 6], seconds: bool) -> Result<Option<Tensors>> {
+        let [(_, weights), (grads, gradients), first, second, masters, maxima] = lists;
         let Some(one) = weights.first() else { return Ok(None) };
         let (dtype, device) = (float("params", one)?, one.device());
-        let some_masters = !masters.1.is_empty();
+        let (some_masters, some_maxima) = (!masters.1.is_empty(), !maxima.1.is_empty());
         for (index, w) in weights.iter().enumerate() {
             if w.dtype()? != dtype || w.device() != device {
                 let message = "params have several types or devices; a call takes one of each";
@@ -75,7 +77,12 @@ impl Tensors {
                 return Err(Error::unsupported(message).with_hint("call .contiguous() on it"));
             }
         }
-        let states = [(&first, true), (&second, seconds), (&masters, some_masters)];
+        let states = [
+            (&first, true),
+            (&second, seconds),
+            (&masters, some_masters),
+            (&maxima, some_maxima),
+        ];
         for ((name, list), given) in states {
             if !given && list.is_empty() {
                 continue;
@@ -120,8 +127,8 @@ impl Tensors {
             in_order_of(g, w)
         });
         let gradients = gradients.collect::<Result<Vec<_>>>()?;
-        let (first, second, masters) = (first.1, second.1, masters.1);
-        Ok(Some(Tensors { dtype, device, weights, gradients, first, second, masters }))
+        let (first, second, masters, maxima) = (first.1, second.1, masters.1, maxima.1);
+        Ok(Some(Tensors { dtype, device, weights, gradients, first, second, masters, maxima }))
     }
 }
 
@@ -149,15 +156,25 @@ fn one_number(name: &str, tensor: &Tensor, device: Device, double: bool) -> Resu
     )))
 }
 
+/// Numbers that a step may find in tensors on the device of the parameters.
+#[derive(Default)]
+struct Given {
+    /// How many steps this one makes.
+    count: Option<Tensor>,
+    rate: Option<Tensor>,
+    factor: Option<Tensor>,
+    found: Option<Tensor>,
+}
+
 fn step(
     abi: &'static Abi,
     rule: Rule,
     tensors: &Tensors,
-    count: Option<&Tensor>,
-    rate: Option<&Tensor>,
-    factor: Option<&Tensor>,
+    given: &Given,
     numbers: Numbers,
 ) -> Result<()> {
+    let Given { count, rate, factor, found } = given;
+    let [count, rate, factor, found] = [count, rate, factor, found].map(Option::as_ref);
     let Numbers { rate: value, beta1, beta2, eps, decay, .. } = numbers;
     for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
         if !(0.0..1.0).contains(&beta) {
@@ -169,19 +186,26 @@ fn step(
             return Err(Error::user(format!("{name} is {x}; it must be a number of at least 0")));
         }
     }
-    for (name, tensor, double) in
-        [("step", count, false), ("lr", rate, true), ("factor", factor, false)]
-    {
+    for (name, tensor, double) in [
+        ("step", count, false),
+        ("lr", rate, true),
+        ("factor", factor, false),
+        ("found_inf", found, false),
+    ] {
         if let Some(tensor) = tensor {
             one_number(name, tensor, tensors.device, double)?;
         }
     }
     let Device::Cuda(index) = tensors.device else {
-        let written = [&tensors.weights, &tensors.first, &tensors.second, &tensors.masters];
+        let Tensors { weights, first, second, masters, maxima, .. } = tensors;
+        let written = [weights, first, second, masters, maxima];
         host::distinct(written.into_iter().flatten(), tensors.gradients.iter())?;
         let numbers = Numbers { rate: rate.map_or(Ok(value), |t| number("lr", t))?, ..numbers };
         let count = count.map_or(Ok(1.0), |t| number("step", t))?;
         let factor = factor.map_or(Ok(1.0), |t| number("factor", t))?;
+        if found.map_or(Ok(0.0), |t| number("found_inf", t))? != 0.0 {
+            return Ok(());
+        }
         return with_number!(tensors.dtype, on_host(abi, rule, tensors, count, factor, numbers));
     };
     let at = |t: Option<&Tensor>| t.map_or(Ok(0), Tensor::address);
@@ -189,10 +213,15 @@ fn step(
         step: at(count)?,
         rate: at(rate)?,
         factor: at(factor)?,
+        found: at(found)?,
         rate_is_double: rate.map(|r| r.dtype()).transpose()? == Some(DType::F64),
         numbers,
     };
-    let entry = if rule == Rule::AdamW { "adamw" } else { "lion" };
+    let entry = match rule {
+        Rule::AdamW if tensors.maxima.is_empty() => "adamw",
+        Rule::AdamW => "amsgrad",
+        Rule::Lion => "lion",
+    };
     let some = !tensors.masters.is_empty();
     for table in tables(tensors, &head)? {
         let [bytes, count] = table_definitions(table.places);
@@ -210,10 +239,10 @@ const THREADS: u32 = 256;
 /// Elements that a block has in flight: chunks are multiples of it.
 const PIECE: i64 = 2048;
 /// Bytes of `Entry` and of what is before the entries in `Table`.
-const ENTRY_BYTES: u64 = 56;
-const HEAD_BYTES: u64 = 112;
+const ENTRY_BYTES: u64 = 64;
+const HEAD_BYTES: u64 = 120;
 /// Tensors in a small table and in the largest that a launch can pass.
-const PLACES: [u64; 2] = [64, 580];
+const PLACES: [u64; 2] = [64, 510];
 
 /// How `optimizers.cu` is told of tables with so many places.
 pub(crate) fn table_definitions(places: u64) -> [(&'static str, u64); 2] {
@@ -224,6 +253,7 @@ struct Head {
     step: u64,
     rate: u64,
     factor: u64,
+    found: u64,
     rate_is_double: bool,
     numbers: Numbers,
 }
@@ -251,7 +281,7 @@ fn tables(tensors: &Tensors, head: &Head) -> Result<Vec<Table>> {
         let size = HEAD_BYTES + places * ENTRY_BYTES;
         let mut bytes = Vec::with_capacity(size as usize);
         let Numbers { rate, beta1, beta2, eps, decay, maximize } = head.numbers;
-        for address in [head.step, head.rate, head.factor] {
+        for address in [head.step, head.rate, head.factor, head.found] {
             bytes.extend(address.to_le_bytes());
         }
         let numbers =
@@ -273,6 +303,7 @@ fn tables(tensors: &Tensors, head: &Head) -> Result<Vec<Table>> {
                 at(&tensors.first)?,
                 at(&tensors.second)?,
                 at(&tensors.masters)?,
+                at(&tensors.maxima)?,
             ];
             for place in places {
                 bytes.extend(place.to_le_bytes());
@@ -303,6 +334,8 @@ struct Job<'a, T: Number> {
     second: &'a mut [T::Wide],
     /// Empty without masters.
     masters: &'a mut [T::Wide],
+    /// Of the second moments; empty but for AMSGrad.
+    maxima: &'a mut [T::Wide],
 }
 
 /// Elements of a job.
@@ -330,6 +363,10 @@ fn on_host<T: Number>(
             Some(t) => host::write::<T::Wide>(t)?.chunks_mut(STRETCH),
             None => [].chunks_mut(STRETCH),
         };
+        let mut maxima = match tensors.maxima.get(i) {
+            Some(t) => host::write::<T::Wide>(t)?.chunks_mut(STRETCH),
+            None => [].chunks_mut(STRETCH),
+        };
         elements += gradients.len();
         for (weights, gradients) in weights.chunks_mut(STRETCH).zip(gradients.chunks(STRETCH)) {
             jobs.push(Job {
@@ -338,6 +375,7 @@ fn on_host<T: Number>(
                 first: first.next().unwrap_or_default(),
                 second: second.next().unwrap_or_default(),
                 masters: masters.next().unwrap_or_default(),
+                maxima: maxima.next().unwrap_or_default(),
             });
         }
     }
@@ -359,7 +397,8 @@ fn on_host<T: Number>(
         eps: of(eps),
     };
     host::in_parallel(abi.threads(), elements, jobs, |job| match rule {
-        Rule::AdamW => host::wider(|| adamw(job, &constants)),
+        Rule::AdamW if job.maxima.is_empty() => host::wider(|| adamw(job, &constants)),
+        Rule::AdamW => host::wider(|| amsgrad(job, &constants)),
         Rule::Lion => host::wider(|| lion(job, &constants)),
     });
     Ok(())
@@ -377,7 +416,7 @@ struct Constants<W> {
 
 #[inline(always)]
 fn adamw<T: Number>(job: Job<'_, T>, c: &Constants<T::Wide>) {
-    let Job { weights, gradients, first, second, masters } = job;
+    let Job { weights, gradients, first, second, masters, .. } = job;
     let update = |w: T::Wide, g: T, m: &mut T::Wide, v: &mut T::Wide| {
         let g = g.wide() * c.factor;
         *m = c.beta[0] * *m + c.rest[0] * g;
@@ -394,6 +433,30 @@ fn adamw<T: Number>(job: Job<'_, T>, c: &Constants<T::Wide>) {
             *q = update(*q, *g, m, v);
             *w = T::narrow(*q);
         }
+    }
+}
+
+/// AdamW that divides by the root of the largest second moment so far.
+#[inline(always)]
+fn amsgrad<T: Number>(job: Job<'_, T>, c: &Constants<T::Wide>) {
+    let Job { weights, gradients, first, second, masters, maxima } = job;
+    let moments = first.iter_mut().zip(second).zip(maxima);
+    for (i, ((w, g), ((m, v), most))) in weights.iter_mut().zip(gradients).zip(moments).enumerate()
+    {
+        let g = g.wide() * c.factor;
+        *m = c.beta[0] * *m + c.rest[0] * g;
+        *v = c.beta[1] * *v + c.rest[1] * (g * g);
+        // What is not a number stays, as in PyTorch.
+        if *v > *most || v.double().is_nan() {
+            *most = *v;
+        }
+        let master = masters.get_mut(i);
+        let old = master.as_ref().map_or(w.wide(), |q| **q);
+        let next = old * c.keep - c.rate * (*m / (most.root() * c.root_scale + c.eps));
+        if let Some(q) = master {
+            *q = next;
+        }
+        *w = T::narrow(next);
     }
 }
 
@@ -440,9 +503,11 @@ impl Operator for AdamW {
         ("exp_avgs", Arg::AllWritten),
         ("exp_avg_sqs", Arg::AllWritten),
         ("masters", Arg::AllWritten),
+        ("max_exp_avg_sqs", Arg::AllWritten),
         ("step", Arg::Tensor),
         ("lr_tensor", Arg::Optional),
         ("factor", Arg::Optional),
+        ("found_inf", Arg::Optional),
         ("lr", Arg::Float),
         ("beta1", Arg::Float),
         ("beta2", Arg::Float),
@@ -453,7 +518,8 @@ impl Operator for AdamW {
     const RETURNS: &'static str = "()";
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [params, grads, first, second, masters, count, rate, factor, numbers @ ..] = args
+        let [params, grads, first, second, masters, maxima, count, rate, factor, found, numbers @ ..] =
+            args
         else {
             return Err(Error::bug("arguments"));
         };
@@ -466,6 +532,7 @@ impl Operator for AdamW {
             ("exp_avgs", first.tensors()?),
             ("exp_avg_sqs", second.tensors()?),
             ("masters", masters.tensors()?),
+            ("max_exp_avg_sqs", maxima.tensors()?),
         ];
         let numbers = Numbers {
             rate: lr.float()?,
@@ -475,10 +542,14 @@ impl Operator for AdamW {
             decay: decay.float()?,
             maximize: maximize.bool()?,
         };
-        let (count, rate, factor) = (count.tensor()?, rate.optional()?, factor.optional()?);
+        let given = Given {
+            count: Some(count.tensor()?),
+            rate: rate.optional()?,
+            factor: factor.optional()?,
+            found: found.optional()?,
+        };
         let Some(tensors) = Tensors::checked(lists, true)? else { return Ok(Vec::new()) };
-        let count = Some(&count);
-        step(abi, Rule::AdamW, &tensors, count, rate.as_ref(), factor.as_ref(), numbers)?;
+        step(abi, Rule::AdamW, &tensors, &given, numbers)?;
         Ok(Vec::new())
     }
 }
@@ -495,6 +566,7 @@ impl Operator for Lion {
         ("masters", Arg::AllWritten),
         ("lr_tensor", Arg::Optional),
         ("factor", Arg::Optional),
+        ("found_inf", Arg::Optional),
         ("lr", Arg::Float),
         ("beta1", Arg::Float),
         ("beta2", Arg::Float),
@@ -504,8 +576,10 @@ impl Operator for Lion {
     const RETURNS: &'static str = "()";
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [params, grads, first, masters, rate, factor, lr, beta1, beta2, decay, maximize] = args
-        else {
+        let [params, grads, first, masters, rate, factor, found, numbers @ ..] = args else {
+            return Err(Error::bug("arguments"));
+        };
+        let [lr, beta1, beta2, decay, maximize] = numbers else {
             return Err(Error::bug("arguments"));
         };
         let lists = [
@@ -514,6 +588,7 @@ impl Operator for Lion {
             ("exp_avgs", first.tensors()?),
             ("exp_avg_sqs", Vec::new()),
             ("masters", masters.tensors()?),
+            ("max_exp_avg_sqs", Vec::new()),
         ];
         let numbers = Numbers {
             rate: lr.float()?,
@@ -523,9 +598,14 @@ impl Operator for Lion {
             decay: decay.float()?,
             maximize: maximize.bool()?,
         };
-        let (rate, factor) = (rate.optional()?, factor.optional()?);
+        let given = Given {
+            count: None,
+            rate: rate.optional()?,
+            factor: factor.optional()?,
+            found: found.optional()?,
+        };
         let Some(tensors) = Tensors::checked(lists, false)? else { return Ok(Vec::new()) };
-        step(abi, Rule::Lion, &tensors, None, rate.as_ref(), factor.as_ref(), numbers)?;
+        step(abi, Rule::Lion, &tensors, &given, numbers)?;
         Ok(Vec::new())
     }
 }
@@ -569,7 +649,7 @@ impl Operator for GradientNorm {
         };
         let numbers =
             Numbers { rate: 0.0, beta1: 0.5, beta2: 0.5, eps: 0.0, decay: 0.0, maximize: false };
-        let head = Head { step: 0, rate: 0, factor: 0, rate_is_double: false, numbers };
+        let head = Head { step: 0, rate: 0, factor: 0, found: 0, rate_is_double: false, numbers };
         let gradients = grads.iter().map(Tensor::share).collect::<Result<Vec<_>>>()?;
         let none = Vec::new;
         let tensors = Tensors {
@@ -580,6 +660,7 @@ impl Operator for GradientNorm {
             first: none(),
             second: none(),
             masters: none(),
+            maxima: none(),
         };
         let tables = tables(&tensors, &head)?;
         let parts_count = tables.iter().map(|t| t.blocks).sum::<u64>();
