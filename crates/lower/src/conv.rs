@@ -1,6 +1,7 @@
-//! Convolution. Four ways, by shape:
+//! Convolution. Five ways, by shape:
 //!
 //! * one tap without padding: a contraction over channels ([`Product`]), spatial axes merged;
+//! * 3x3 with steps of one, where fewer multiplications are estimated to pay: the module `winograd`;
 //! * depthwise: taps multiplied and added elementwise, channels as the vector axis;
 //! * few input channels: all taps of a tile are one long sum. The data is padded once, with the
 //!   channels of a row of the image next to each other (`[N, H, C, W]`), and read through a view in
@@ -87,6 +88,9 @@ impl Lowering<'_> {
                 true => self.patches(name, &conv, &dag, note),
                 false => self.im2col(name, &conv, &dag, note),
             };
+        }
+        if let Some(form) = self.winograd_form(&conv, &dag)? {
+            return self.winograd(name, &conv, &dag, note, &form);
         }
         self.by_taps(name, &conv, &dag, note, None)
     }
@@ -716,7 +720,7 @@ fn channel_before_last(rank: usize) -> Vec<usize> {
 }
 
 /// The permutation that undoes `order`.
-fn inverse(order: &[usize]) -> Vec<usize> {
+pub(crate) fn inverse(order: &[usize]) -> Vec<usize> {
     let mut inverse = vec![0; order.len()];
     order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
     inverse

@@ -261,7 +261,9 @@ pub(crate) fn gemm_tiles(
         return GemmTiles { bm: m.max(1), bn: share.clamp(panel, 16 * panel), bk };
     }
     let bm_most = ((target.l2_bytes / 2 / bytes / bk / rows).max(1) * rows).min(16 * rows);
-    let (bms, bns) = (equal_pieces(m, bm_most, rows), equal_pieces(n, 12 * panel, panel));
+    // Sums in several steps keep a block of results in the second-level cache between them.
+    let panels = if k > bk || computed { 12 } else { 32 };
+    let (bms, bns) = (equal_pieces(m, bm_most, rows), equal_pieces(n, panels * panel, panel));
     let widest = bns.iter().copied().max();
     let bns: Vec<i64> = bns.into_iter().filter(|b| !computed || Some(*b) == widest).collect();
     let score = |bm: i64, bn: i64| {
