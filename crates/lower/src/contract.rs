@@ -23,13 +23,13 @@ use crate::map::{block_of, extent};
 use crate::place::Place;
 use crate::prologue::Computed;
 use crate::rows::func;
-use crate::schedule::{depth_unit, even, gemm_tiles, panel_for, round_up};
+use crate::schedule::{How, depth_unit, even, gemm_tiles, panel_for, round_up};
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
 use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{BufferId, Note};
-use tilewright_tile::{ParamId, TileId, TileType};
+use tilewright_tile::{MatrixUnit, ParamId, TileId, TileType};
 
 /// One operand over the space of letters.
 #[derive(Clone)]
@@ -221,7 +221,8 @@ impl Lowering<'_> {
         let elements = size(&numel(&shape)) as f64;
         let batch = size(&numel(&shape)) / (size(&shape[near]) * size(&shape[depth])).max(1);
         let (n, k) = (size(&shape[near]), size(&shape[depth]));
-        let bm = gemm_tiles(self.target, &knobs, bytes, batch, [size(rows), n, k], false).bm;
+        let how = if in_rows { How::RightLoose } else { How::Plain };
+        let bm = gemm_tiles(self.target, &knobs, bytes, batch, [size(rows), n, k], how).bm;
         let blocks = (size(rows).max(1) + bm - 1) / bm;
         // Gathered in memory's type where the product takes that.
         let bytes = operands.right.size().min(self.graph.dtype(v).size());
@@ -232,14 +233,14 @@ impl Lowering<'_> {
         };
         let (read, copied) = (once * blocks as f64, once + cost::copy_ns(self.target, moved));
         let name = self.value_name(v);
-        let how = if gathered { "transposed" } else { "in panels" };
+        let to = if gathered { "transposed" } else { "in panels" };
         let times = [crate::fuse::time(copied), crate::fuse::time(read)];
         let panels = [operands.right, self.graph.dtype(v)] == [DType::F32; 2];
         if copied >= read || (in_rows && !panels) {
-            self.views.push(format!("not: copy {name} {how}: {} instead of {}", times[0], times[1]));
+            self.views.push(format!("not: copy {name} {to}: {} instead of {}", times[0], times[1]));
             return Ok(place);
         }
-        self.views.push(format!("taken: copy {name} {how}: {} instead of {}", times[0], times[1]));
+        self.views.push(format!("taken: copy {name} {to}: {} instead of {}", times[0], times[1]));
         let layout = if gathered {
             let order: Vec<usize> =
                 (0..shape.len()).filter(|&a| a != near).chain([near]).collect();
@@ -381,8 +382,20 @@ impl Lowering<'_> {
         let depth_unit = depth_unit(knobs.unit);
         let bytes = left.size().max(right.size()) as i64;
         let sizes = [size(units), size(units + 1), size(last)];
-        let mut t =
-            gemm_tiles(self.target, &knobs, bytes, batch_size, sizes, computed[0].is_some());
+        // A right operand in rows of more than a few vectors: its rows are too far apart to be read as panels.
+        let in_rows = |l: &Layout| {
+            let near = canon[units + 1].iter().map(|&a| &l.axes[a]).find(|a| a.stride.is(1));
+            near.is_some_and(|a| a.block.is_none()) && block_of(&[l], &canon[units + 1]).is_none()
+        };
+        let loose = computed[1].is_none()
+            && knobs.unit == MatrixUnit::Fma
+            && in_rows(&sides[1].layout);
+        let how = match (computed[0].is_some(), loose) {
+            (true, _) => How::LeftComputed,
+            (false, true) => How::RightLoose,
+            (false, false) => How::Plain,
+        };
+        let mut t = gemm_tiles(self.target, &knobs, bytes, batch_size, sizes, how);
         // A tile of a blocked axis is one block, so that it stays affine; packed panels are made
         // for the micro-kernel and may be several side by side.
         let operand_block = |c: usize, i: usize| block_of(&read[i], &canon[c]);
