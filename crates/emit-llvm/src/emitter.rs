@@ -116,6 +116,8 @@ pub(crate) struct Emitter<'a> {
     pub(crate) assumed: Vec<(Dim, Dim)>,
     /// The tile that the next loop nest evaluates, when its reads may be split by their guards.
     pub(crate) split: Option<TileId>,
+    /// The axis along which this many neighbours are computed in one turn: see `side.rs`.
+    pub(crate) side_by_side: Option<(usize, i64)>,
     /// The first loop nest that reads a parameter, and the one that asks for the next block's.
     sites: BTreeMap<tilewright_tile::ParamId, (u32, Option<u32>)>,
 }
@@ -151,6 +153,7 @@ impl<'a> Emitter<'a> {
             site: 0,
             assumed: Vec::new(),
             split: None,
+            side_by_side: None,
             sites: BTreeMap::new(),
         }
     }
@@ -901,7 +904,7 @@ impl<'a> Emitter<'a> {
                 e.nest_level(base, counts, rest, lane_axis, lanes, coords, body)
             };
             return match probe {
-                Some((tile, at)) => self.counted_inside(&counts[axis], tile, &at, &mut inner),
+                Some((t, at)) => self.counted_inside(&counts[axis], axis, t, &at, &mut inner),
                 None => self.counted(&counts[axis], &mut inner),
             };
         }

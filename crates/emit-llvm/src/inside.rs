@@ -154,11 +154,12 @@ impl Emitter<'_> {
         [a, b]
     }
 
-    /// As [`Emitter::counted`]. `coords` gives the coordinates of `tile` in an iteration, with
+    /// As [`Emitter::counted`], along an axis of a nest. `coords` gives the coordinates of `tile` in an iteration, with
     /// [`PROBE`] for what else moves inside it; iterations whose reads are inside go without guards.
     pub(crate) fn counted_inside(
         &mut self,
         count: &Dim,
+        axis: usize,
         tile: TileId,
         coords: &dyn Fn(&Dim) -> Vec<Dim>,
         body: &mut dyn FnMut(&mut Self, Dim) -> Result<()>,
@@ -169,13 +170,17 @@ impl Emitter<'_> {
             return self.counted(&count, body);
         }
         let range = Range { min: 0, max: most - 1 };
-        let (slow, fast) = (self.symbol(), self.symbol());
-        for name in [&slow, &fast] {
-            self.facts.declare(name, range, uppers(&count));
-        }
+        let slow = self.symbol();
+        self.facts.declare(&slow, range, uppers(&count));
         let guards = self.common_guards(tile, &coords(&Dim::sym(slow.clone())))?;
         let joined = self.joined_guards(&guards, &slow).filter(|g| !g.is_empty());
-        let Some(joined) = joined else { return self.counted(&count, body) };
+        let Some(joined) = joined else {
+            if self.knobs.jam <= 1 || !guards.is_empty() {
+                return self.counted(&count, body);
+            }
+            let n = self.dim(&count);
+            return self.side_by_side(axis, ["0", &n], &count, &|_, _| Vec::new(), body);
+        };
         let n = self.dim(&count);
         let [a, b] = self.range_inside(&joined, &n);
         let some = self.c.cmp("slt", "i64", 1, &a, &b);
@@ -193,21 +198,14 @@ impl Emitter<'_> {
         self.c.t.br_if(&here, &inside, &outside);
 
         self.c.t.place(&inside);
-        self.push_scope();
-        let open = self.c.t.begin_loop(&a, &b, "1");
-        self.bind(&fast, &open.iv);
-        let renamed = |s: &str| (s == &*slow).then(|| Dim::sym(fast.clone()));
-        self.assumed = guards
-            .iter()
-            .map(|(x, extent)| (self.facts.simplify(&x.substitute(&renamed)), extent.clone()))
-            .collect();
-        self.push_scope();
-        let written = body(self, Dim::sym(fast.clone()));
-        self.pop_scope();
-        self.assumed.clear();
-        written?;
-        self.c.t.end_loop(open);
-        self.pop_scope();
+        let holds = |e: &Self, x: &Dim| -> Vec<(Dim, Dim)> {
+            let here = |s: &str| (s == &*slow).then(|| x.clone());
+            let moved = |(x, extent): &(Dim, Dim)| {
+                (e.facts.simplify(&x.substitute(&here)), extent.clone())
+            };
+            guards.iter().map(moved).collect()
+        };
+        self.side_by_side(axis, [&a, &b], &count, &holds, body)?;
         self.c.t.stmt(format_args!("store i64 {b}, ptr {slot}"));
         self.c.t.br(&head);
 

@@ -47,6 +47,7 @@ mod math;
 mod mma;
 mod ops;
 mod reduce;
+mod side;
 mod stmts;
 mod text;
 mod turn;

@@ -9,7 +9,7 @@
 //! Result pieces lie in scratch memory in panels; in the last iteration of the loops around, each
 //! piece goes through the epilogue and to its destination while it is still in the cache.
 
-use crate::access::{DepthAccess, crowds};
+use crate::access::{DepthAccess, crowds, rows_crowd};
 use crate::emitter::{Buf, Emitter, Epilogue, Loc};
 use crate::ops::{Code, mem_elem, reg_elem, splat_lit, vector};
 use crate::stmts::ScratchType;
@@ -207,7 +207,7 @@ impl<'a> Emitter<'a> {
                 }
             });
         let crowded = a_access.as_ref().is_some_and(|(place, _, row, ..)| {
-            rows_max >= 4 && cols_max > 2 * g.width && crowds(place, &row.inner)
+            rows_max >= 4 && cols_max > 2 * g.width && rows_crowd(place, &row.inner, g.rows)
         });
         if a_access.is_none() || crowded {
             self.c.t.comment("left operand copied");

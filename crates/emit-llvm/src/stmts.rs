@@ -118,9 +118,10 @@ impl<'a> Emitter<'a> {
         let plain = |e: &mut Self, base: &[Dim], counts: &[Dim]| {
             e.split = Some(value);
             e.nest(base, counts, axis, lanes, &mut |e, coords| {
-                let v = e.eval(value, coords)?;
-                let place = to(e, coords);
-                e.store(&place, &v, false)
+                e.each_neighbour(value, coords, &mut |e, coords, v| {
+                    let place = to(e, coords);
+                    e.store(&place, v, false)
+                })
             })
         };
         let write = |e: &mut Self| match turn {
@@ -216,9 +217,10 @@ impl<'a> Emitter<'a> {
         let mut plain = |e: &mut Self, base: &[Dim], counts: &[Dim]| {
             e.split = Some(tile);
             e.nest(base, counts, axis, lanes, &mut |e, coords| {
-                let v = e.eval(tile, coords)?;
-                let place = e.buffer_place(&buf, coords);
-                e.store(&place, &v, false)
+                e.each_neighbour(tile, coords, &mut |e, coords, v| {
+                    let place = e.buffer_place(&buf, coords);
+                    e.store(&place, v, false)
+                })
             })
         };
         match turn {

@@ -539,6 +539,56 @@ fn convolution_by_taps() {
     }
 }
 
+/// `out[w, c] = sum over t of x[c, w * stride + t - 2] * weight[t, c]`: windows that overlap and leave the data.
+fn windows(stride: i64, taps: i64) -> Kernel {
+    let mut b = KernelBuilder::new("windows");
+    let (bw, bc) = (b.tile("BW"), b.tile("BC"));
+    let (c, w) = (size(&mut b, "C"), size(&mut b, "W"));
+    let outputs = w.ceil_div(&d(stride));
+    let pc = b.grid("pc", c.ceil_div(&bc));
+    let pw = b.grid("pw", outputs.ceil_div(&bw));
+    let data = Layout::blocked(&[c.clone(), w], 0, 16);
+    let x = b.param("x", F32, data, Access::In);
+    let wt = b.param("w", F32, Layout::row_major(&[d(taps), c.clone()]), Access::In);
+    let o = b.param("o", F32, Layout::row_major(&[outputs, c]), Access::Out);
+    let mut f = FuncBuilder::new();
+    let (mut args, mut sum) = (Vec::new(), None);
+    for t in 0..taps {
+        let index = vec![&pc * &bc, &pw * &bw * stride + (t - 2)];
+        let shape = vec![bc.clone(), bw.clone()];
+        let seen = b.load_with(x, index, vec![1, stride], Value::Float(0.0), shape);
+        let seen = b.permute(seen, &[1, 0]);
+        let weight = b.load(wt, vec![d(t), &pc * &bc], vec![d(1), bc.clone()]);
+        let weight = b.reshape(weight, vec![bc.clone()]);
+        args.push(b.plain(seen));
+        args.push(Operand { tile: weight, along: vec![1] });
+        let (p, q) = (f.param(&format!("x{t}"), F32), f.param(&format!("w{t}"), F32));
+        sum = Some(match sum {
+            None => f.op(Op::Mul, &[p, q]),
+            Some(sum) => f.op(Op::Fma, &[p, q, sum]),
+        });
+    }
+    let f = f.finish(sum.unwrap());
+    let r = b.map(f, args, vec![bw.clone(), bc.clone()]);
+    b.store(o, vec![&pw * &bw, &pc * &bc], r);
+    b.finish()
+}
+
+/// Neighbours that are computed together are what they are one by one: more of them than there are, with a
+/// rest, at borders, and with channels that fill no vector.
+#[test]
+fn neighbours_side_by_side() {
+    for mut knobs in knobs() {
+        for (jam, stride, taps) in [(1, 1, 5), (2, 2, 5), (4, 1, 5), (4, 2, 3), (3, 1, 1)] {
+            knobs.jam = jam;
+            let s = schedule(&[("BW", 14), ("BC", 16)], knobs.clone());
+            for (c, w) in [(16, 40), (24, 17), (5, 3), (32, 14)] {
+                check(&windows(stride, taps), &s, &[("C", c), ("W", w)], 1e-5);
+            }
+        }
+    }
+}
+
 #[test]
 fn loops_carry_tiles_as_if_at_once() {
     // (a, b) <- (b, a + b), five times: each next value reads the other's old one.

@@ -29,6 +29,7 @@ pub(crate) struct KernelParts {
     pub(crate) b: KernelBuilder,
     pub(crate) args: Vec<BufferId>,
     seen: Vec<(BufferId, Layout, DType, ParamId)>,
+    written: Vec<(BufferId, Layout, ParamId)>,
     taken: BTreeSet<String>,
 }
 
@@ -39,6 +40,7 @@ impl KernelParts {
             b: KernelBuilder::new(name),
             args: Vec::new(),
             seen: Vec::new(),
+            written: Vec::new(),
             taken: symbols.iter().map(|s| s.name.to_string()).collect(),
         }
     }
@@ -67,11 +69,17 @@ impl KernelParts {
         id
     }
 
-    /// A parameter that is written.
+    /// A parameter that is written. The same buffer under the same layout is one parameter.
     pub(crate) fn output(&mut self, buffer: BufferId, dtype: DType, layout: Layout) -> ParamId {
+        let known = self.written.iter().find(|s| s.0 == buffer && s.1 == layout);
+        if let Some(known) = known {
+            return known.2;
+        }
         let name = self.fresh(&format!("y{}", self.args.len()));
         self.args.push(buffer);
-        self.b.param(&name, dtype, layout, Access::Out)
+        let id = self.b.param(&name, dtype, layout.clone(), Access::Out);
+        self.written.push((buffer, layout, id));
+        id
     }
 
     /// Declares a tile size and returns it with its name.

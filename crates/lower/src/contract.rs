@@ -14,6 +14,7 @@
 //! ```
 
 use crate::block::{Dag, DagOp, Emit, KernelParts, Pos};
+use crate::conv::inverse;
 use crate::cost;
 use crate::fuse::Group;
 use crate::gpu::{Fit, Tried, Written};
@@ -22,13 +23,13 @@ use crate::map::{block_of, extent};
 use crate::place::Place;
 use crate::prologue::Computed;
 use crate::rows::func;
-use crate::schedule::{depth_unit, even, gemm_tiles, panel_for, round_up};
+use crate::schedule::{How, depth_unit, even, gemm_tiles, panel_for, round_up};
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
 use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{BufferId, Note};
-use tilewright_tile::{ParamId, TileId, TileType};
+use tilewright_tile::{MatrixUnit, ParamId, TileId, TileType};
 
 /// One operand over the space of letters.
 #[derive(Clone)]
@@ -194,7 +195,8 @@ impl Lowering<'_> {
     /// The right operand of a product of `rows` rows, which wants neighbours along its axis `near`
     /// next to each other. When they lie next to each other along the depth instead, each block of
     /// rows gathers them element by element: or a copy does that once, when that is estimated to be
-    /// faster.
+    /// faster. When they are in rows of a matrix that several blocks of rows read, each of these would
+    /// collect its panels from far apart in memory: a copy puts them into panels once.
     fn near_copy(
         &mut self,
         v: ValueId,
@@ -207,8 +209,9 @@ impl Lowering<'_> {
         let axes = &place.layout.axes;
         let plain = axes.iter().all(|a| a.block.is_none());
         let gathered = axes[depth].stride.is(1) && !axes[near].stride.is(1);
+        let in_rows = axes[near].stride.is(1);
         let real = !axes[depth].extent.is(1) && !is_broadcast(&axes[near]);
-        if self.graph.as_const(v).is_some() || !(plain && gathered && real) {
+        if self.graph.as_const(v).is_some() || !(plain && (gathered || in_rows) && real) {
             return Ok(place);
         }
         let size = |d: &Dim| nominal(d, symbols);
@@ -218,27 +221,34 @@ impl Lowering<'_> {
         let elements = size(&numel(&shape)) as f64;
         let batch = size(&numel(&shape)) / (size(&shape[near]) * size(&shape[depth])).max(1);
         let (n, k) = (size(&shape[near]), size(&shape[depth]));
-        let bm = gemm_tiles(self.target, &knobs, bytes, batch, [size(rows), n, k], false).bm;
+        let how = if in_rows { How::RightLoose } else { How::Plain };
+        let bm = gemm_tiles(self.target, &knobs, bytes, batch, [size(rows), n, k], how).bm;
         let blocks = (size(rows).max(1) + bm - 1) / bm;
         // Gathered in memory's type where the product takes that.
         let bytes = operands.right.size().min(self.graph.dtype(v).size());
-        let once = cost::gather_ns(self.target, elements, bytes);
         let moved = 2.0 * elements * self.graph.dtype(v).size() as f64;
+        let once = match gathered {
+            true => cost::gather_ns(self.target, elements, bytes),
+            false => cost::copy_ns(self.target, moved) - self.target.launch_ns,
+        };
         let (read, copied) = (once * blocks as f64, once + cost::copy_ns(self.target, moved));
         let name = self.value_name(v);
+        let to = if gathered { "transposed" } else { "in panels" };
         let times = [crate::fuse::time(copied), crate::fuse::time(read)];
-        if copied >= read {
-            self.views
-                .push(format!("not: copy {name} transposed: {} instead of {}", times[0], times[1]));
+        let panels = [operands.right, self.graph.dtype(v)] == [DType::F32; 2];
+        if copied >= read || (in_rows && !panels) {
+            self.views.push(format!("not: copy {name} {to}: {} instead of {}", times[0], times[1]));
             return Ok(place);
         }
-        self.views
-            .push(format!("taken: copy {name} transposed: {} instead of {}", times[0], times[1]));
-        let order: Vec<usize> = (0..shape.len()).filter(|&a| a != near).chain([near]).collect();
-        let mut inverse = vec![0; order.len()];
-        order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
-        let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
-        let layout = Layout::row_major(&permuted).permute(&inverse);
+        self.views.push(format!("taken: copy {name} {to}: {} instead of {}", times[0], times[1]));
+        let layout = if gathered {
+            let order: Vec<usize> =
+                (0..shape.len()).filter(|&a| a != near).chain([near]).collect();
+            let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+            Layout::row_major(&permuted).permute(&inverse(&order))
+        } else {
+            Layout::panels(&shape, near, panel_for(self.target, n))
+        };
         let dtype = self.plan.buffers[place.buffer].dtype;
         self.copy_as(v, dtype, &place, layout)
     }
@@ -372,8 +382,20 @@ impl Lowering<'_> {
         let depth_unit = depth_unit(knobs.unit);
         let bytes = left.size().max(right.size()) as i64;
         let sizes = [size(units), size(units + 1), size(last)];
-        let mut t =
-            gemm_tiles(self.target, &knobs, bytes, batch_size, sizes, computed[0].is_some());
+        // A right operand in rows of more than a few vectors: its rows are too far apart to be read as panels.
+        let in_rows = |l: &Layout| {
+            let near = canon[units + 1].iter().map(|&a| &l.axes[a]).find(|a| a.stride.is(1));
+            near.is_some_and(|a| a.block.is_none()) && block_of(&[l], &canon[units + 1]).is_none()
+        };
+        let loose = computed[1].is_none()
+            && knobs.unit == MatrixUnit::Fma
+            && in_rows(&sides[1].layout);
+        let how = match (computed[0].is_some(), loose) {
+            (true, _) => How::LeftComputed,
+            (false, true) => How::RightLoose,
+            (false, false) => How::Plain,
+        };
+        let mut t = gemm_tiles(self.target, &knobs, bytes, batch_size, sizes, how);
         // A tile of a blocked axis is one block, so that it stays affine; packed panels are made
         // for the micro-kernel and may be several side by side.
         let operand_block = |c: usize, i: usize| block_of(&read[i], &canon[c]);

@@ -12,7 +12,7 @@
 use crate::block::func_cost;
 use crate::fuse::{Anchor, Group, WHOLE_ROW, row_axes, see_through};
 use crate::prologue::{Prologue, operand_axes};
-use crate::schedule::{gemm_tiles, knobs, map_tiles, row_tile};
+use crate::schedule::{How, gemm_tiles, knobs, map_tiles, row_tile};
 use crate::survey::Survey;
 use crate::target::CpuTarget;
 use std::collections::{BTreeMap, BTreeSet};
@@ -207,7 +207,8 @@ impl Again {
         let (rows, cols) = if turned { (n, m) } else { (m, n) };
         let left = (p.operand == 0) != turned;
         let sizes = [rows, cols, k].map(|x| x as i64);
-        let t = gemm_tiles(s.target, &knobs(s.target), 4, batch as i64, sizes, left);
+        let how = if left { How::LeftComputed } else { How::Plain };
+        let t = gemm_tiles(s.target, &knobs(s.target), 4, batch as i64, sizes, how);
         let up = |x: f64, tile: i64| (x / tile as f64).ceil().max(1.0);
         let (of_rows, of_cols) = (up(rows, t.bm), up(cols, t.bn));
         let (own, others) = if left { (of_rows, of_cols) } else { (of_cols, of_rows) };

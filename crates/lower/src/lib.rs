@@ -40,6 +40,7 @@ mod taps;
 mod target;
 mod views;
 mod window;
+mod winograd;
 
 pub use fuse::{Anchor, Choice, FusionPlan, Group, fuse, is_view};
 pub use gpu::attention_fits;

@@ -118,6 +118,36 @@ fn convolutions_with_blocked_channels() {
     }
 }
 
+/// Where fewer multiplications are estimated to pay, also at borders of different widths and for several images.
+#[test]
+fn convolutions_in_winograds_form() {
+    let case = |x: &'static [i64], w: &'static [i64], pad: i64| Case {
+        x,
+        w,
+        stride: 1,
+        pad,
+        dilation: 1,
+        groups: 1,
+    };
+    for case in [
+        case(&[1, 32, 18, 18], &[32, 32, 3, 3], 0),
+        case(&[1, 32, 16, 17], &[40, 32, 3, 3], 1),
+        case(&[2, 32, 14, 15], &[32, 32, 3, 3], 2),
+    ] {
+        let (graph, inputs) = conv_graph(&case, true);
+        let mut layouts = Layouts::new();
+        for (_, node) in graph.live() {
+            let v = node.outputs[0];
+            if matches!(node.op, Op::Conv(_) | Op::Map(_)) && !graph.is_output(v) {
+                layouts.insert(v, Layout::blocked(graph.shape(v), 1, 8));
+            }
+        }
+        let plan = check_layouts(&graph, &inputs, &layouts);
+        let products = plan.kernels.iter().filter(|(_, k)| k.kernel.name == "winograd_product");
+        assert_eq!(products.count(), 1, "{:?}", case.x);
+    }
+}
+
 #[test]
 fn convolution_of_symbolic_images() {
     let mut b = GraphBuilder::new("symbolic conv");

@@ -23,6 +23,7 @@ mod pack_weights;
 mod recognise;
 mod simplify;
 mod simplify_map;
+mod split_reductions;
 mod view;
 
 pub use decompose::{decompose_all, decompose_products};
@@ -32,3 +33,4 @@ pub use layout::{Layouts, choose_layouts};
 pub use manager::{
     Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,
 };
+pub use split_reductions::split_reductions;

@@ -271,6 +271,45 @@ fn shared_probabilities_stay() {
     assert_eq!(histogram(&apply(&b.finish(), &["recognise"])), "contract 2, softmax 1");
 }
 
+/// A mask that hides later positions is taken away; one that hides another position is not.
+#[test]
+fn causal_masks() {
+    let (rows, keys) = (5, 7);
+    let visible = |at: usize| at % keys <= at / keys + (keys - rows);
+    for (low, function) in [
+        (f64::NEG_INFINITY, "{ s, m -> s * 0.3 + m }"),
+        (-3e38, "{ s, m -> m + s }"),
+        (0.0, "{ s, m -> select(m, s * 0.5, -inf) }"),
+    ] {
+        for spoiled in [None, Some(3), Some(2)] {
+            let seen = |at: usize| visible(at) != (spoiled == Some(at));
+            let mask = match low == 0.0 {
+                true => {
+                    let values: Vec<f64> = (0..35).map(|i| f64::from(seen(i))).collect();
+                    Tensor::from_f64s(DType::Bool, &[rows, keys], &values).unwrap()
+                }
+                false => {
+                    let values: Vec<f64> =
+                        (0..35).map(|i| if seen(i) { 0.0 } else { low }).collect();
+                    Tensor::from_f64s(DType::F32, &[rows, keys], &values).unwrap()
+                }
+            };
+            let mut b = GraphBuilder::new("t");
+            let q = input(&mut b, "q", &[1, 2, 5, 4]);
+            let [k, v] = ["k", "v"].map(|name| input(&mut b, name, &[1, 2, 7, 4]));
+            let mask = b.constant(mask);
+            let s = b.contract("bhqd,bhkd->bhqk", q, k).unwrap();
+            let s = text(&mut b, function, &[s, mask]);
+            let p = b.op(Op::Softmax { axis: 3, log: false }, &[s]).unwrap();
+            let y = b.contract("bhqk,bhke->bhqe", p, v).unwrap();
+            b.output("y", y);
+            let g = apply(&b.finish(), &["recognise"]);
+            let causal = g.live().any(|(_, n)| matches!(&n.op, Op::Attention(a) if a.causal));
+            assert_eq!(causal, spoiled.is_none(), "{function} {spoiled:?}");
+        }
+    }
+}
+
 /// Letters in unusual orders, shared keys, no batch.
 #[test]
 fn attention_letters() {

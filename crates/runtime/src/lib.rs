@@ -6,6 +6,7 @@
 //! steps excepted). This crate decides nothing about compilation: it is handed loaded libraries.
 
 mod array;
+mod clock;
 mod machine;
 mod memory;
 mod pack;

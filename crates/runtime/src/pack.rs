@@ -17,6 +17,23 @@ struct Loop {
 /// The tensor's elements placed as `layout` says. Elements of whole blocks beyond the shape are
 /// zero. Errors on a symbolic or negative layout, on packed 4-bit types, and when out of memory.
 pub fn pack(tensor: &Tensor, layout: &Layout) -> Result<AlignedBuffer> {
+    let bytes = packed_bytes(tensor.dtype(), layout)?;
+    let mut out = AlignedBuffer::new(bytes, "a packed constant")?;
+    pack_into(tensor, layout, &mut out)?;
+    Ok(out)
+}
+
+/// Bytes of a tensor of this type in this layout.
+pub(crate) fn packed_bytes(dtype: DType, layout: &Layout) -> Result<usize> {
+    let elements = layout.alloc_elements().eval(&Env::new());
+    elements
+        .and_then(|n| usize::try_from(n).ok())
+        .and_then(|n| n.checked_mul(dtype.size()))
+        .ok_or_else(|| Error::bug(format!("constant with layout {layout}")))
+}
+
+/// As [`pack`], into zero memory of [`packed_bytes`].
+pub(crate) fn pack_into(tensor: &Tensor, layout: &Layout, out: &mut AlignedBuffer) -> Result<()> {
     let none = Env::new();
     let eval = |d: &tilewright_layout::Dim| {
         d.eval(&none)
@@ -27,16 +44,15 @@ pub fn pack(tensor: &Tensor, layout: &Layout) -> Result<AlignedBuffer> {
         return Err(Error::unsupported(format!("packing a {} constant", tensor.dtype())));
     }
     let size = tensor.dtype().size();
-    let bytes = eval(&layout.alloc_elements())?
-        .checked_mul(size)
-        .ok_or_else(|| Error::bug(format!("constant with layout {layout} is too large")))?;
-    let mut out = AlignedBuffer::new(bytes, "a packed constant")?;
+    if out.len() != packed_bytes(tensor.dtype(), layout)? {
+        return Err(Error::bug(format!("{} bytes for a constant with layout {layout}", out.len())));
+    }
     let shape = tensor.shape();
     if shape.len() != layout.rank() {
         return Err(Error::bug(format!("a constant of shape {shape:?} with layout {layout}")));
     }
     if tensor.is_empty() {
-        return Ok(out);
+        return Ok(());
     }
     // Row-major source strides; a blocked axis gives two loops and perhaps a shorter last block.
     let mut loops: Vec<Loop> = Vec::new();
@@ -88,7 +104,7 @@ pub fn pack(tensor: &Tensor, layout: &Layout) -> Result<AlignedBuffer> {
             _ => copy::<8>(source, target, src, dst, &loops),
         }
     }
-    Ok(out)
+    Ok(())
 }
 
 fn copy<const N: usize>(source: &[u8], target: &mut [u8], src: usize, dst: usize, loops: &[Loop]) {

@@ -31,6 +31,8 @@ struct Shared {
     stop: AtomicBool,
     /// Set when a task panicked on a worker.
     poisoned: AtomicBool,
+    /// Workers that sleep, or are about to.
+    asleep: AtomicUsize,
     sleepers: Mutex<()>,
     wake: Condvar,
 }
@@ -67,6 +69,7 @@ impl Pool {
             busy: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
+            asleep: AtomicUsize::new(0),
             sleepers: Mutex::new(()),
             wake: Condvar::new(),
         });
@@ -116,8 +119,10 @@ impl Pool {
         shared.total.store(blocks, Ordering::Relaxed);
         shared.chunk.store(chunk, Ordering::Relaxed);
         shared.busy.store(workers, Ordering::Relaxed);
-        shared.epoch.fetch_add(1, Ordering::Release);
-        {
+        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        // A worker says that it goes to sleep before it looks at the epoch for the last time: either it
+        // sees the new one, or it is seen here. Mostly all spin, and nobody asks the system.
+        if shared.asleep.load(Ordering::SeqCst) > 0 {
             // Taking the lock orders this wake-up after a worker's last look at the epoch.
             let _guard = shared.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
@@ -205,9 +210,11 @@ fn wait_for_job(shared: &Shared, seen: u64) -> u64 {
         }
     }
     let mut guard = shared.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+    shared.asleep.fetch_add(1, Ordering::SeqCst);
     loop {
-        let epoch = shared.epoch.load(Ordering::Acquire);
+        let epoch = shared.epoch.load(Ordering::SeqCst);
         if epoch != seen {
+            shared.asleep.fetch_sub(1, Ordering::SeqCst);
             return epoch;
         }
         guard = shared.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);

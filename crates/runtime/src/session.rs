@@ -1,10 +1,11 @@
 //! [`Executable`] and [`Session`]: a compiled plan, and one caller's means to run it.
 
+use crate::clock::Watch;
 use crate::memory::AlignedBuffer;
-use crate::pack::{pack, unpack};
+use crate::pack::{pack_into, packed_bytes, unpack};
 use crate::pool::Pool;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tilewright_base::{DType, Error, Result, ResultExt};
 use tilewright_data::{Bytes, Tensor, check_memory, element_count};
 use tilewright_jit::Library;
@@ -105,19 +106,31 @@ impl Executable {
             }
         }
         let ids: Vec<BufferId> = plan.buffers.ids().collect();
-        let slots: Vec<std::sync::Mutex<Option<Result<Constant>>>> =
-            ids.iter().map(|_| std::sync::Mutex::new(None)).collect();
+        // Memory of all that are packed, in one piece; then each is filled by some thread.
+        let sizes = ids.iter().map(|&id| constant_bytes(&plan.buffers[id]));
+        let sizes = sizes.collect::<Result<Vec<usize>>>()?;
+        let memory = AlignedBuffer::many(&sizes, "packed constants")?;
+        type Place = (AlignedBuffer, Result<Option<Filled>>);
+        let slots: Vec<std::sync::Mutex<Place>> =
+            memory.into_iter().map(|m| std::sync::Mutex::new((m, Ok(None)))).collect();
+        let filled = |i: usize| slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         pool.run(ids.len() as i64, &|first, last, _| {
             for i in first..last {
-                let i = i as usize;
-                let constant = constant(&plan.buffers[ids[i]]);
-                *slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
-                    constant.transpose();
+                let (memory, constant) = &mut *filled(i as usize);
+                *constant = fill_constant(&plan.buffers[ids[i as usize]], memory);
             }
         });
         let constants = slots
             .into_iter()
-            .map(|s| s.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).transpose())
+            .map(|slot| {
+                let slot = slot.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let (memory, constant) = slot;
+                Ok(match constant? {
+                    Some(Filled::Shared(bytes)) => Some(Constant::Shared(bytes)),
+                    Some(Filled::Packed) => Some(Constant::Packed(memory)),
+                    None => None,
+                })
+            })
             .collect::<Result<Vec<_>>>()?;
         let shareable = plan.kernels.iter().map(|(_, k)| shareable(&k.kernel)).collect();
         Ok(Executable { plan, code, constants, shareable, in_place: true, pool })
@@ -149,7 +162,25 @@ fn shareable(kernel: &Kernel) -> Vec<(ParamId, ParamId)> {
         .collect()
 }
 
-fn constant(buffer: &Buffer) -> Result<Option<Constant>> {
+/// What became of a constant.
+enum Filled {
+    Shared(Bytes),
+    /// It lies in the memory that was given.
+    Packed,
+}
+
+/// Bytes of the memory that a buffer's constant is packed into; none where it is used as it lies.
+fn constant_bytes(buffer: &Buffer) -> Result<usize> {
+    match buffer.storage {
+        Storage::Const(_) if !buffer.layout.is_row_major() => {
+            packed_bytes(buffer.dtype, &buffer.layout)
+        }
+        _ => Ok(0),
+    }
+}
+
+/// Packs a buffer's constant into memory of [`constant_bytes`], or says where it lies.
+fn fill_constant(buffer: &Buffer, memory: &mut AlignedBuffer) -> Result<Option<Filled>> {
     let Storage::Const(tensor) = &buffer.storage else { return Ok(None) };
     let rounded;
     let tensor = if tensor.dtype() == buffer.dtype {
@@ -159,10 +190,11 @@ fn constant(buffer: &Buffer) -> Result<Option<Constant>> {
         &rounded
     };
     if buffer.layout.is_row_major() {
-        return Ok(Some(Constant::Shared(tensor.shared_bytes().clone())));
+        return Ok(Some(Filled::Shared(tensor.shared_bytes().clone())));
     }
-    let packed = pack(tensor, &buffer.layout).context(|| format!("packing `{}`", buffer.name))?;
-    Ok(Some(Constant::Packed(packed)))
+    pack_into(tensor, &buffer.layout, memory)
+        .context(|| format!("packing `{}`", buffer.name))?;
+    Ok(Some(Filled::Packed))
 }
 
 /// Where an argument lies.
@@ -198,7 +230,7 @@ struct Bound {
 pub struct StepTime {
     /// Number of the step in the plan.
     pub step: usize,
-    /// Wall time.
+    /// Wall time; with one thread, that thread's time on a processor.
     pub time: Duration,
 }
 
@@ -552,7 +584,7 @@ impl Session {
         let Session { exe, arena, scratch, bound, pointers } = self;
         let bound = &bound[at];
         for (number, step) in bound.steps.iter().enumerate() {
-            let start = times.is_some().then(Instant::now);
+            let start = times.is_some().then(|| Watch::start(exe.pool.threads()));
             match step {
                 BoundStep::Launch { kernel, args, sizes, blocks } => {
                     pointers.clear();
@@ -606,7 +638,7 @@ impl Session {
             };
         }
         for (number, step) in plan.steps.iter().enumerate() {
-            let start = times.is_some().then(Instant::now);
+            let start = times.is_some().then(|| Watch::start(exe.pool.threads()));
             match step {
                 Step::Host { op, inputs, outputs, .. } => {
                     let operands = inputs

@@ -79,6 +79,7 @@ impl Schedule {
                 "vector" => &mut cpu.vector_bits,
                 "unroll" => &mut cpu.unroll_k,
                 "chains" => &mut cpu.reduce_chains,
+                "jam" => &mut cpu.jam,
                 "stream" | "ahead" => {
                     let set = match value.text {
                         "0" => false,

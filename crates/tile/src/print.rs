@@ -69,6 +69,9 @@ impl fmt::Display for Schedule {
                 write!(f, " {name}=1")?;
             }
         }
+        if c.jam != 1 {
+            write!(f, " jam={}", c.jam)?;
+        }
         match c.unit {
             MatrixUnit::Fma => Ok(()),
             unit => write!(f, " unit={}", unit.name()),

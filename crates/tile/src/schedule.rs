@@ -86,6 +86,8 @@ pub struct CpuKnobs {
     /// When a block reads an operand for the second time, it asks memory for the same part of the
     /// next block's.
     pub ahead: bool,
+    /// Neighbours that a store computes together, so that they share what they load; 1 for none.
+    pub jam: u32,
     /// Instruction of matrix products whose operand types fit it.
     pub unit: MatrixUnit,
 }
@@ -101,6 +103,7 @@ impl Default for CpuKnobs {
             reduce_chains: 4,
             stream: false,
             ahead: false,
+            jam: 1,
             unit: MatrixUnit::Fma,
         }
     }

@@ -46,7 +46,7 @@ use tilewright_expr::Value;
 use tilewright_layout::{Dim, Env, numel};
 
 /// Knobs that stand beside tile sizes in the text form of a schedule.
-const KNOBS: [&str; 5] = ["vector", "mma", "unroll", "chains", "unit"];
+const KNOBS: [&str; 8] = ["vector", "mma", "unroll", "chains", "stream", "ahead", "jam", "unit"];
 
 /// Checks every promise in the module's head. The error is our bug (kernels are made by lowering)
 /// and notes every violation.
@@ -90,6 +90,7 @@ pub fn verify_schedule(kernel: &Kernel, schedule: &Schedule) -> Result<()> {
         ("mma vectors", c.mma_vectors),
         ("unroll", c.unroll_k),
         ("chains", c.reduce_chains),
+        ("jam", c.jam),
     ] {
         if value < 1 {
             found.push(format!("{knob} is {value}"));

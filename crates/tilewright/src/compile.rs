@@ -128,6 +128,9 @@ impl Compiler {
         }
         lap(&mut stages, "passes (all)");
 
+        if tilewright_passes::split_reductions(&mut graph)? {
+            tilewright_graph::verify(&graph)?;
+        }
         let layouts = tilewright_passes::choose_layouts(&graph, &context);
         lap(&mut stages, "layout");
         let options = tilewright_lower::Options {

@@ -5,6 +5,7 @@
 //! * [`norm`]: layer norm and RMS norm out of means, differences and square roots,
 //! * [`softmax`]: softmax out of maximum, exponential and sum,
 //! * [`attention`]: two contractions around a softmax,
+//! * [`causal`]: attention whose mask hides later positions,
 //! * [`fold_scale`]: batch norm and per-channel scales into convolution weights.
 //!
 //! (GELU and its kin need nothing: they are chains of maps, which fusion joins.)
@@ -13,6 +14,7 @@
 //! function over the reals; roundings may fall elsewhere, within the operator's error budget.
 
 mod attention;
+mod causal;
 mod fold_scale;
 mod norm;
 mod softmax;
@@ -34,6 +36,7 @@ pub(crate) fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
                 found => found,
             },
             Op::Contract { .. } => attention::rule(ed, id)?,
+            Op::Attention(_) => causal::rule(ed, id)?,
             Op::BatchNorm { .. } => fold_scale::batch_norm_rule(ed, id)?,
             _ => None,
         };
