@@ -71,6 +71,7 @@ pub(crate) struct GemmTiles {
 pub(crate) fn depth_unit(unit: MatrixUnit) -> i64 {
     match unit {
         MatrixUnit::Bf16Tile => 32,
+        MatrixUnit::I8Tile => 64,
         unit => unit.depth_group(),
     }
 }

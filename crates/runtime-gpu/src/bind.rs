@@ -46,7 +46,7 @@ impl Place<'_> {
         let address = match storage {
             Storage::Input(i) => inputs.get(*i),
             Storage::Output(i) => outputs.get(*i),
-            Storage::Const(_) | Storage::Arena => return Ok(None),
+            Storage::Const(_) | Storage::Arena | Storage::State(_) => return Ok(None),
         };
         address.copied().map(Some).ok_or_else(|| Error::bug("an input or output without address"))
     }
@@ -259,7 +259,7 @@ fn lives(plan: &Plan, bytes: &[usize]) -> Vec<Option<Live>> {
         .map(|(id, buffer)| {
             let bytes = aligned(bytes[id.index()]);
             match buffer.storage {
-                Storage::Const(_) => None,
+                Storage::Const(_) | Storage::State(_) => None,
                 // Inputs stay, so that a run can be repeated without copying them again.
                 Storage::Input(_) => Some(Live { bytes, first: 0, last }),
                 Storage::Output(_) => Some(Live { bytes, first: usize::MAX, last }),

@@ -184,6 +184,9 @@ impl Direct {
         if let Some((_, reason)) = bound.host_steps(&self.plan).into_iter().next() {
             return Err(Error::unsupported(format!("no kernel for the device: {reason}")));
         }
+        if !self.plan.states.is_empty() {
+            return Err(Error::unsupported("memory that is kept between runs, on a GPU"));
+        }
         let (offsets, arena_bytes) = self.intermediates(&bound.bytes);
         let workspace = arena_bytes.next_multiple_of(ALIGNED as usize) as u64;
         let scratch_bytes = workspace as usize + bound.workspace_bytes;
@@ -194,7 +197,10 @@ impl Direct {
                 let place = match self.plan.buffers[id].storage {
                     Storage::Input(i) => Place::Input(i, offset),
                     Storage::Output(i) => Place::Output(i, offset),
-                    Storage::Arena => Place::Scratch(offsets[id.index()] as u64 + offset),
+                    // There are no states: they were refused above.
+                    Storage::Arena | Storage::State(_) => {
+                        Place::Scratch(offsets[id.index()] as u64 + offset)
+                    }
                     Storage::Const(_) => Place::Fixed(self.constant_at[id.index()] + offset),
                 };
                 (place, (bound.bytes[id.index()] as u64).saturating_sub(offset))

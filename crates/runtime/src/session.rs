@@ -172,6 +172,7 @@ enum Slot {
     Output(usize),
     Arena(usize),
     Fixed(usize),
+    State(usize),
 }
 
 enum BoundStep {
@@ -224,9 +225,16 @@ pub struct Session {
     exe: Arc<Executable>,
     arena: AlignedBuffer,
     scratch: Vec<AlignedBuffer>,
+    states: Vec<Kept>,
     /// Most recently used last; few, because callers use few sizes.
     bound: Vec<Bound>,
     pointers: Vec<*mut u8>,
+}
+
+/// Memory of a state.
+struct Kept {
+    memory: AlignedBuffer,
+    shape: Vec<usize>,
 }
 
 // SAFETY: the pointers in `pointers` are scratch space, rewritten before each use.
@@ -250,7 +258,45 @@ impl Session {
             .map(|_| AlignedBuffer::new(scratch_bytes, "scratch memory"))
             .collect::<Result<Vec<_>>>()?;
         let arena = AlignedBuffer::new(0, "the arena")?;
-        Ok(Session { exe, arena, scratch, bound: Vec::new(), pointers: Vec::new() })
+        let states = Vec::new();
+        Ok(Session { exe, arena, scratch, states, bound: Vec::new(), pointers: Vec::new() })
+    }
+
+    /// Makes memory for the plan's states, all zero, for the sizes that their shapes need. Runs read and lengthen it;
+    /// what is valid in it is what the sizes of a run say. Errors when a size is missing or memory is short.
+    pub fn make_states(&mut self, env: &Env) -> Result<()> {
+        self.states.clear();
+        for state in &self.exe.plan.states {
+            let shape = concrete(&state.shape, env)?;
+            let bytes = byte_len(state.dtype, &shape)?;
+            let memory = AlignedBuffer::new(bytes, "what is kept between runs")?;
+            self.states.push(Kept { memory, shape });
+        }
+        Ok(())
+    }
+
+    /// Checks that the states' memory is what these sizes want.
+    fn check_states(&self, env: &Env) -> Result<()> {
+        let wanted = &self.exe.plan.states;
+        if wanted.len() != self.states.len() {
+            return Err(Error::user("there is no memory for what the plan keeps between runs"));
+        }
+        for (state, kept) in wanted.iter().zip(&self.states) {
+            let (shape, valid) = (concrete(&state.shape, env)?, concrete(&state.valid, env)?);
+            if shape != kept.shape {
+                return Err(Error::user(format!(
+                    "`{}` was made for {:?}, and these sizes want {shape:?}",
+                    state.name, kept.shape
+                )));
+            }
+            if valid.iter().zip(&shape).any(|(v, s)| v > s) {
+                return Err(Error::user(format!(
+                    "`{}` would be {valid:?}, and there is memory for {shape:?}",
+                    state.name
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The executable.
@@ -328,7 +374,7 @@ impl Session {
                     let bytes = match bound.slots[b.index()] {
                         Slot::Arena(offset) => &arena.bytes()[offset..],
                         Slot::Output(i) => outputs[i].bytes(),
-                        Slot::Input(_) | Slot::Fixed(_) => continue,
+                        Slot::Input(_) | Slot::Fixed(_) | Slot::State(_) => continue,
                     };
                     match unpack(bytes, &exe.plan.buffers[b], &bound.shapes[b.index()], &env) {
                         Ok(tensor) => observe(number, b, tensor),
@@ -449,7 +495,8 @@ impl Session {
                 self.bind_given(&env)?
             }
         };
-        let Session { exe, arena, scratch, bound, pointers } = self;
+        self.check_states(&self.bound[at].env)?;
+        let Session { exe, arena, scratch, bound, pointers, states } = self;
         let bound = &bound[at];
         if bound.steps.iter().any(|s| matches!(s, BoundStep::Host { .. })) {
             return Err(Error::unsupported("a step of the interpreter on bare addresses"));
@@ -463,6 +510,7 @@ impl Session {
                 // SAFETY: the arena plan keeps each offset plus size inside the arena.
                 Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
                 Slot::Fixed(address) => address as *mut u8,
+                Slot::State(i) => states[i].memory.as_ptr(),
             }));
             let pool = if alone { None } else { Some(&*exe.pool) };
             launch(&exe.code[kernel.index()], pointers, sizes, *blocks, scratch, pool);
@@ -549,7 +597,8 @@ impl Session {
         mut times: Option<&mut Vec<StepTime>>,
         mut after: Option<AfterStep<'_>>,
     ) -> Result<()> {
-        let Session { exe, arena, scratch, bound, pointers } = self;
+        self.check_states(&self.bound[at].env)?;
+        let Session { exe, arena, scratch, bound, pointers, states } = self;
         let bound = &bound[at];
         for (number, step) in bound.steps.iter().enumerate() {
             let start = times.is_some().then(Instant::now);
@@ -563,6 +612,7 @@ impl Session {
                             // SAFETY: the arena plan keeps each offset plus size inside the arena.
                             Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
                             Slot::Fixed(address) => address as *mut u8,
+                            Slot::State(i) => states[i].memory.as_ptr(),
                         });
                     }
                     launch(
@@ -758,6 +808,10 @@ fn host_step(
                 Tensor::new(dtype, shape, Bytes::copy_from(&arena.bytes()[offset..offset + bytes]))?
             }
             (Slot::Fixed(_), Storage::Const(tensor)) => tensor.clone(),
+            (Slot::State(_), _) => {
+                let name = &op.name;
+                return Err(Error::unsupported(format!("`{name}` on what is kept between runs")));
+            }
             (Slot::Fixed(_), _) => return Err(Error::bug("fixed memory that is no constant")),
         });
     }
@@ -898,6 +952,7 @@ fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
                 Some(Constant::Packed(buffer)) => buffer.as_ptr() as usize,
                 None => return Err(Error::bug(format!("constant {} has no data", buffer.name))),
             }),
+            Storage::State(i) => Slot::State(*i),
             Storage::Arena => Slot::Arena(live_of[id.index()].map_or(0, |l| arena.offsets[l])),
         });
     }

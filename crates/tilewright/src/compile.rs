@@ -32,6 +32,9 @@ pub struct Compiler {
     /// Let kernels write results over operands that nobody reads again; off for finding what that
     /// breaks.
     pub in_place: bool,
+    /// The symbol that says for how many positions there is memory in what sessions keep between runs; see
+    /// [`tilewright_lower::Options::states`].
+    pub states: Option<Arc<str>>,
     pool: Arc<Pool>,
 }
 
@@ -75,6 +78,7 @@ impl Compiler {
             cache,
             fusion: Choice::Fastest,
             in_place: true,
+            states: None,
             pool,
         }
     }
@@ -134,6 +138,7 @@ impl Compiler {
             windows: false,
             fusion: self.fusion,
             precision: self.precision,
+            states: self.states.clone(),
             ..Default::default()
         };
         let (plan, fusion) =
