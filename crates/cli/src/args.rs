@@ -151,6 +151,9 @@ pub(crate) struct ModelArgs {
     /// Compile everything anew
     #[arg(long)]
     pub(crate) no_cache: bool,
+    /// Take the planner's schedules, not those that `tw tune model` found (CPU)
+    #[arg(long)]
+    pub(crate) untuned: bool,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
 }
@@ -365,6 +368,24 @@ pub(crate) struct TuneArgs {
 pub(crate) enum TuneWhat {
     /// A matrix product: tw tune gemm 4096 4096 4096 --type bf16
     Gemm(TuneOptions),
+    #[cfg(feature = "cpu")]
+    /// The kernels of a model on this processor: tw tune model MODEL --seconds 30
+    Model(TuneModelArgs),
+}
+
+#[cfg(feature = "cpu")]
+#[derive(Debug, Args)]
+pub(crate) struct TuneModelArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) inputs: InputArgs,
+    /// Begin no round after so many seconds
+    #[arg(long, default_value_t = 60.0)]
+    pub(crate) seconds: f64,
+    /// Candidates of a kernel at most
+    #[arg(long, default_value_t = 32)]
+    pub(crate) rounds: usize,
 }
 
 /// What can be timed besides models.

@@ -12,7 +12,7 @@ use tilewright_layout::{Dim, Env};
 use tilewright_plan::arena::{ArenaPlan, Live, plan_arena};
 use tilewright_plan::bind::{bind_shape, bind_symbols, concrete, eval_all, has_unbacked};
 use tilewright_plan::{Buffer, BufferId, HostCall, KernelId, Plan, Step, Storage};
-use tilewright_tile::{Access, Kernel, ParamId, may_overwrite};
+use tilewright_tile::{Access, Kernel, ParamId, Schedule, may_overwrite};
 
 /// A compiled kernel: `(buffers, sizes, first block, one past the last block, scratch)`.
 ///
@@ -81,7 +81,7 @@ enum Constant {
 pub struct Executable {
     plan: Plan,
     code: Vec<Code>,
-    constants: Vec<Option<Constant>>,
+    constants: Arc<Vec<Option<Constant>>>,
     /// For each kernel, the parameters that may share memory: operand and result.
     shareable: Vec<Vec<(ParamId, ParamId)>>,
     in_place: bool,
@@ -119,8 +119,33 @@ impl Executable {
             .into_iter()
             .map(|s| s.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).transpose())
             .collect::<Result<Vec<_>>>()?;
+        let constants = Arc::new(constants);
         let shareable = plan.kernels.iter().map(|(_, k)| shareable(&k.kernel)).collect();
         Ok(Executable { plan, code, constants, shareable, in_place: true, pool })
+    }
+
+    /// The same plan with other schedules and their code, an entry per kernel. Constants stay where they are.
+    pub fn rescheduled(&self, schedules: Vec<Schedule>, code: Vec<Code>) -> Result<Executable> {
+        let mut plan = self.plan.clone();
+        if schedules.len() != plan.kernels.len() || code.len() != plan.kernels.len() {
+            return Err(Error::bug("schedules and codes for another number of kernels"));
+        }
+        let ids: Vec<KernelId> = plan.kernels.ids().collect();
+        for ((id, schedule), code) in ids.into_iter().zip(schedules).zip(&code) {
+            let planned = &mut plan.kernels[id];
+            if code.name() != planned.kernel.name {
+                return Err(Error::bug(format!("other code for kernel {}", planned.kernel.name)));
+            }
+            planned.schedule = schedule;
+        }
+        let (constants, shareable) = (self.constants.clone(), self.shareable.clone());
+        let pool = self.pool.clone();
+        Ok(Executable { plan, code, constants, shareable, in_place: self.in_place, pool })
+    }
+
+    /// The code of each kernel.
+    pub fn code(&self) -> &[Code] {
+        &self.code
     }
 
     /// With `false`, every intermediate has memory of its own, also where a kernel could write its
