@@ -36,6 +36,7 @@ mod amx;
 mod analyze;
 mod array;
 mod emitter;
+mod erf;
 mod eval;
 mod groups;
 mod inside;

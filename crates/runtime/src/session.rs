@@ -3,6 +3,7 @@
 use crate::memory::AlignedBuffer;
 use crate::pack::{pack, unpack};
 use crate::pool::Pool;
+use crate::states::Kept;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tilewright_base::{DType, Error, Result, ResultExt};
@@ -247,19 +248,13 @@ pub struct MemoryReport {
 
 /// One caller's means to run an [`Executable`]: arena, scratch, argument tables.
 pub struct Session {
-    exe: Arc<Executable>,
+    pub(crate) exe: Arc<Executable>,
     arena: AlignedBuffer,
     scratch: Vec<AlignedBuffer>,
-    states: Vec<Kept>,
+    pub(crate) states: Vec<Kept>,
     /// Most recently used last; few, because callers use few sizes.
     bound: Vec<Bound>,
     pointers: Vec<*mut u8>,
-}
-
-/// Memory of a state.
-struct Kept {
-    memory: AlignedBuffer,
-    shape: Vec<usize>,
 }
 
 // SAFETY: the pointers in `pointers` are scratch space, rewritten before each use.
@@ -285,43 +280,6 @@ impl Session {
         let arena = AlignedBuffer::new(0, "the arena")?;
         let states = Vec::new();
         Ok(Session { exe, arena, scratch, states, bound: Vec::new(), pointers: Vec::new() })
-    }
-
-    /// Makes memory for the plan's states, all zero, for the sizes that their shapes need. Runs read and lengthen it;
-    /// what is valid in it is what the sizes of a run say. Errors when a size is missing or memory is short.
-    pub fn make_states(&mut self, env: &Env) -> Result<()> {
-        self.states.clear();
-        for state in &self.exe.plan.states {
-            let shape = concrete(&state.shape, env)?;
-            let bytes = byte_len(state.dtype, &shape)?;
-            let memory = AlignedBuffer::new(bytes, "what is kept between runs")?;
-            self.states.push(Kept { memory, shape });
-        }
-        Ok(())
-    }
-
-    /// Checks that the states' memory is what these sizes want.
-    fn check_states(&self, env: &Env) -> Result<()> {
-        let wanted = &self.exe.plan.states;
-        if wanted.len() != self.states.len() {
-            return Err(Error::user("there is no memory for what the plan keeps between runs"));
-        }
-        for (state, kept) in wanted.iter().zip(&self.states) {
-            let (shape, valid) = (concrete(&state.shape, env)?, concrete(&state.valid, env)?);
-            if shape != kept.shape {
-                return Err(Error::user(format!(
-                    "`{}` was made for {:?}, and these sizes want {shape:?}",
-                    state.name, kept.shape
-                )));
-            }
-            if valid.iter().zip(&shape).any(|(v, s)| v > s) {
-                return Err(Error::user(format!(
-                    "`{}` would be {valid:?}, and there is memory for {shape:?}",
-                    state.name
-                )));
-            }
-        }
-        Ok(())
     }
 
     /// The executable.
@@ -868,7 +826,7 @@ fn host_step(
     Ok(())
 }
 
-fn byte_len(dtype: DType, shape: &[usize]) -> Result<usize> {
+pub(crate) fn byte_len(dtype: DType, shape: &[usize]) -> Result<usize> {
     dtype
         .bytes_for(tilewright_data::element_count(shape)?)
         .ok_or_else(|| Error::user(format!("a {dtype} tensor of shape {shape:?} is too large")))

@@ -144,9 +144,8 @@ impl Compiler {
             states: self.states.clone(),
             ..Default::default()
         };
-        let (plan, fusion) =
+        let (mut plan, fusion) =
             tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
-        let mut plan = plan;
         let records = self.records.as_ref().map(|r| r.apply(&mut plan, &self.cpu));
         observe(Stage::Fusion(&fusion));
         observe(Stage::Plan(&plan));
@@ -216,9 +215,9 @@ impl Compiler {
     ) -> Result<Vec<Option<Code>>> {
         let emitted: Vec<_> =
             kernels.iter().map(|(kernel, schedule)| emit_kernel(kernel, schedule).ok()).collect();
-        let some = emitted.iter().flatten();
-        let sources: Vec<Source> = some
-            .clone()
+        let sources: Vec<Source> = emitted
+            .iter()
+            .flatten()
             .map(|e| Source { symbol: e.name.clone(), text: e.llvm_ir.clone() })
             .collect();
         let jit = Jit::new(tilewright_jit::Options {

@@ -63,7 +63,7 @@ fn key(kernel: &str, planned: &str, cpu: &Cpu) -> String {
     let version = env!("CARGO_PKG_VERSION");
     let features = cpu.features.join(" ");
     let threads = cpu.threads.to_string();
-    let parts = [version, kernel, planned, &cpu.name, &features, &threads];
+    let parts = [version, kernel, planned, cpu.name.as_str(), &*features, &*threads];
     let mut hash = Sha256::new();
     for part in parts {
         hash.update((part.len() as u64).to_le_bytes());
@@ -195,7 +195,9 @@ fn candidates(planned: &Schedule) -> Vec<Schedule> {
             "BM" if product && size > rows => {
                 vec![size - rows, size + rows, size / 2 / rows * rows, size * 2]
             }
-            "BN" if product && size >= panel => vec![size + panel, size - panel, size * 2, size / 2],
+            "BN" if product && size >= panel => {
+                vec![size + panel, size - panel, size * 2, size / 2]
+            }
             // A step of the depth that divides it still does when it is halved.
             "BK" if product && size % 2 == 0 && size / 2 >= 64 => vec![size / 2],
             "BM" | "BN" | "BK" if product => vec![],
@@ -453,7 +455,11 @@ impl TuneReport {
         use std::fmt::Write as _;
         let mut out = String::new();
         // Writing to a string cannot fail.
-        let _ = writeln!(out, "{:<32} {:>5} {:>5} {:>10} {:>10}  schedule", "kernel", "steps", "tried", "us", "tuned");
+        let _ = writeln!(
+            out,
+            "{:<32} {:>5} {:>5} {:>10} {:>10}  schedule",
+            "kernel", "steps", "tried", "us", "tuned"
+        );
         for k in &self.kernels {
             let schedule = k.schedule.as_deref().unwrap_or("the planner's");
             let name: String = k.name.chars().take(32).collect();
@@ -515,7 +521,10 @@ mod tests {
         let mut lines = 0;
         let inputs = std::slice::from_ref(&x);
         let report = compiler.tune(&graph, inputs, &options, &mut |_| lines += 1).unwrap();
-        assert!(report.rounds <= 3 && report.dropped.is_empty() && lines == report.rounds, "{report:?}");
+        assert!(
+            report.rounds <= 3 && report.dropped.is_empty() && lines == report.rounds,
+            "{report:?}"
+        );
         assert!(report.tuned_us <= report.planned_us, "{report:?}");
         assert!(report.kernels.iter().any(|k| k.tried > 0), "{report:?}");
         let kept: Vec<_> = report.kernels.iter().filter(|k| k.schedule.is_some()).collect();
