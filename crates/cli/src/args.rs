@@ -152,6 +152,9 @@ pub(crate) struct ModelArgs {
     /// Compile everything anew
     #[arg(long)]
     pub(crate) no_cache: bool,
+    /// Take the planner's schedules, not those that `tw tune model` found (CPU)
+    #[arg(long)]
+    pub(crate) untuned: bool,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
 }
@@ -348,16 +351,23 @@ pub(crate) struct GenerateArgs {
     /// Continue the prompt so many times side by side (up to 8 on a GPU)
     #[arg(long, default_value_t = 1)]
     pub(crate) batch: usize,
+    /// How matrices are kept: `stored` (as in the files), `f32`, or as integers with a scale for each group of the
+    /// depth: `int8`, `int4` (CPU)
+    #[arg(long, value_name = "FORM", default_value = "stored")]
+    pub(crate) weights: String,
+    /// Depth that shares a scale, with --weights int8 (default 128) or int4 (32)
+    #[arg(long, value_name = "N")]
+    pub(crate) group: Option<i64>,
     /// Go on behind the token that ends a text
     #[arg(long)]
     pub(crate) ignore_eos: bool,
-    /// Compare the logits of every position of the prompt, taken with the cache, with the float64 oracle without one (GPU)
+    /// Compare the logits of every position of the prompt, taken with the cache, with the float64 oracle without one
     #[arg(long)]
     pub(crate) verify: bool,
     /// Show what a step costs, launch by launch, against the bytes that it must read (GPU)
     #[arg(long, conflicts_with = "verify")]
     pub(crate) explain: bool,
-    /// Generate twice and report the second time (GPU)
+    /// Generate twice and report the second time
     #[arg(long)]
     pub(crate) warm: bool,
     /// Launch kernels one by one instead of as a recorded graph (GPU)
@@ -376,6 +386,24 @@ pub(crate) struct TuneArgs {
 pub(crate) enum TuneWhat {
     /// A matrix product: tw tune gemm 4096 4096 4096 --type bf16
     Gemm(TuneOptions),
+    #[cfg(feature = "cpu")]
+    /// The kernels of a model on this processor: tw tune model MODEL --seconds 30
+    Model(TuneModelArgs),
+}
+
+#[cfg(feature = "cpu")]
+#[derive(Debug, Args)]
+pub(crate) struct TuneModelArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) inputs: InputArgs,
+    /// Begin no round after so many seconds
+    #[arg(long, default_value_t = 60.0)]
+    pub(crate) seconds: f64,
+    /// Candidates of a kernel at most
+    #[arg(long, default_value_t = 32)]
+    pub(crate) rounds: usize,
 }
 
 /// What can be timed besides models.

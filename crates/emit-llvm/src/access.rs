@@ -59,7 +59,7 @@ impl Emitter<'_> {
         depth: &str,
         blocks: &[i64],
     ) -> Option<(Place, DepthAccess, Dim, Option<i64>)> {
-        let place = self.view(operand, &coords(Dim::sym(depth)))?;
+        let place = self.packed_view(operand, &coords(Dim::sym(depth)))?;
         if let Some((inner, rest)) = linear_in(&place.offset, depth) {
             let outer = Dim::new(0);
             return Some((place, DepthAccess { inner, outer }, rest, None));
@@ -117,6 +117,9 @@ impl Emitter<'_> {
         blocks: &[i64],
     ) -> Option<(Place, DepthAccess, RowAccess, Dim, Option<i64>)> {
         let (place, access, rest, block) = self.depth_access(tile, coords, depth, blocks)?;
+        if place.dtype.bits() < 8 {
+            return None;
+        }
         if [&access.inner, &access.outer].iter().any(|d| mentions(d, row) || mentions(d, depth)) {
             return None;
         }

@@ -110,6 +110,8 @@ pub(crate) struct Emitter<'a> {
     pub(crate) streaming: bool,
     /// Some were: the kernel ends with a fence.
     pub(crate) streamed: bool,
+    /// Some product lies in tile registers.
+    pub(crate) tiles: bool,
     /// Number of the loop nest that is being written.
     pub(crate) site: u32,
     /// Guards that hold here: see `inside.rs`.
@@ -150,6 +152,7 @@ impl<'a> Emitter<'a> {
             functions: Vec::new(),
             streaming: false,
             streamed: false,
+            tiles: false,
             site: 0,
             assumed: Vec::new(),
             split: None,

@@ -213,6 +213,11 @@ impl Emitter<'_> {
     /// Where the element lies, when the tile is memory as it stands (through views and lossless
     /// widening) and all of it lies inside. The place's type is the one in memory.
     pub(crate) fn view(&self, tile: TileId, coords: &[Dim]) -> Option<Place> {
+        self.packed_view(tile, coords).filter(|place| place.dtype.bits() >= 8)
+    }
+
+    /// As [`Emitter::view`], also of numbers that share a byte: their offsets count numbers.
+    pub(crate) fn packed_view(&self, tile: TileId, coords: &[Dim]) -> Option<Place> {
         let place = match &self.loc[tile.index()] {
             Loc::Buffer(buf) => self.buffer_place(buf, coords),
             Loc::Acc(_) => return None,
@@ -225,15 +230,15 @@ impl Emitter<'_> {
                     for (i, &p) in perm.iter().enumerate() {
                         at[p] = coords[i].clone();
                     }
-                    self.view(*x, &at)?
+                    self.packed_view(*x, &at)?
                 }
                 TileOp::Reshape(x) => {
                     let from = self.extents(*x).ok()?;
                     let to = self.extents(tile).ok()?;
-                    self.view(*x, &self.reshape_coords(&from, &to, coords))?
+                    self.packed_view(*x, &self.reshape_coords(&from, &to, coords))?
                 }
                 TileOp::Broadcast(operand) => {
-                    self.view(operand.tile, &self.operand_coords(operand, coords).ok()?)?
+                    self.packed_view(operand.tile, &self.operand_coords(operand, coords).ok()?)?
                 }
                 TileOp::Map { func, args } => {
                     let [arg] = args.as_slice() else { return None };
@@ -244,12 +249,12 @@ impl Emitter<'_> {
                     if !widening {
                         return None;
                     }
-                    self.view(arg.tile, &self.operand_coords(arg, coords).ok()?)?
+                    self.packed_view(arg.tile, &self.operand_coords(arg, coords).ok()?)?
                 }
                 _ => return None,
             },
         };
-        (place.guards.is_empty() && place.dtype.bits() >= 8).then_some(place)
+        place.guards.is_empty().then_some(place)
     }
 
     /// Offsets of everything that the element depends on, with their element types.

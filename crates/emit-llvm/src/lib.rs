@@ -36,6 +36,7 @@ mod amx;
 mod analyze;
 mod array;
 mod emitter;
+mod erf;
 mod eval;
 mod groups;
 mod inside;
@@ -45,6 +46,7 @@ mod inside;
 )]
 mod math;
 mod mma;
+mod nibbles;
 mod ops;
 mod reduce;
 mod side;
@@ -126,6 +128,14 @@ fn emit_bound(k: &Kernel, schedule: &Schedule) -> Result<Emitted> {
     e.c.t.end_loop(blocks);
     if e.streamed {
         e.c.t.intrinsic("void", "llvm.x86.sse.sfence", &[]);
+    }
+    if e.tiles {
+        // One configuration for all whole tiles, once per call; a thread that waits has no tile state to save.
+        let call = format!("  call void @llvm.x86.ldtilecfg(ptr @{}.tiles)\n", k.name);
+        e.c.t.allocas.push_str(&call);
+        e.c.t.declares.insert("declare void @llvm.x86.ldtilecfg(ptr)".into());
+        e.functions.push(amx::configuration(&k.name));
+        e.c.t.intrinsic("void", "llvm.x86.tilerelease", &[]);
     }
     e.c.t.stmt("ret void");
 

@@ -1298,6 +1298,9 @@ impl Body<'_> {
             "log" => return self.log(&x[0]),
             "tanh" => return self.tanh(&x[0]),
             "sigmoid" => return self.sigmoid(&x[0]),
+            "erf" if self.is_f32() && self.c.vector_bits >= 512 => {
+                return crate::erf::erf(self.c, self.n, &x[0]);
+            }
             "erf" if self.is_f32() => return self.erf32(&x[0]),
             _ => {}
         }

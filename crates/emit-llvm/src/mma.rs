@@ -11,6 +11,7 @@
 
 use crate::access::{DepthAccess, crowds, rows_crowd};
 use crate::emitter::{Buf, Emitter, Epilogue, Loc};
+use crate::nibbles;
 use crate::ops::{Code, mem_elem, reg_elem, splat_lit, vector};
 use crate::stmts::ScratchType;
 use std::fmt::Write;
@@ -53,6 +54,8 @@ pub(crate) enum MicroKind {
     /// `vpdpbusd`: four neighbours of the depth at once, unsigned times signed. A signed left
     /// operand is moved up by 128, which `shifted` says; its share is taken off at the end.
     I8Dot { shifted: bool },
+    /// `tdpbssd`, or `tdpbusd` for an unsigned left operand.
+    I8Tile { signed: bool },
 }
 
 impl MicroKind {
@@ -61,15 +64,20 @@ impl MicroKind {
         match self {
             MicroKind::Fma | MicroKind::MulAdd => 1,
             MicroKind::Bf16Dot | MicroKind::Bf16Tile => 2,
-            MicroKind::I8Dot { .. } => 4,
+            MicroKind::I8Dot { .. } | MicroKind::I8Tile { .. } => 4,
         }
+    }
+
+    /// Whether operands lie in tile registers: see `amx.rs`.
+    pub(crate) fn is_tile(self) -> bool {
+        matches!(self, MicroKind::Bf16Tile | MicroKind::I8Tile { .. })
     }
 }
 
 /// Everything that one micro-kernel text depends on, but for its number of rows.
 #[derive(Clone, Debug)]
 pub(crate) struct Micro {
-    kind: MicroKind,
+    pub(crate) kind: MicroKind,
     pub(crate) geometry: Geometry,
     acc: DType,
     pub(crate) a: DType,
@@ -111,6 +119,7 @@ impl<'a> Emitter<'a> {
             MatrixUnit::Bf16Dot | MatrixUnit::Fma => MicroKind::Bf16Dot,
             MatrixUnit::Bf16Tile => MicroKind::Bf16Tile,
             MatrixUnit::I8Dot => MicroKind::I8Dot { shifted: a == DType::I8 },
+            MatrixUnit::I8Tile => MicroKind::I8Tile { signed: a == DType::I8 },
         }
     }
 
@@ -245,6 +254,20 @@ impl<'a> Emitter<'a> {
         let crowded = b_access.as_ref().is_some_and(|(place, depth_access, ..)| {
             group == 1 && rows_max >= 3 * g.rows && crowds(place, &depth_access.inner)
         });
+        // Two columns share a byte: whole pairs of vectors are read from memory, else bytes are unpacked first.
+        let packed = |place: &crate::emitter::Place| place.dtype.bits() == 4;
+        if let Some((place, depth_access, ..)) = &b_access
+            && packed(place)
+        {
+            let whole = [&depth_access.inner, &depth_access.outer]
+                .iter()
+                .all(|d| d.as_const().is_some_and(|d| d % 2 == 0));
+            let wide = g.vectors.is_multiple_of(2) && kind == MicroKind::Fma;
+            let inside = self.may_over_read(b_tile, Some(place), width, group);
+            if !(whole && wide && inside) {
+                b_access = None;
+            }
+        }
         let mut tail = None;
         // Read in a narrower type than its tile has: a panel of it would be copied in the tile's.
         let widened = b_access
@@ -305,6 +328,11 @@ impl<'a> Emitter<'a> {
         };
         let a_outer = unblocked(&a_depth, a_block);
         let b_outer = unblocked(&b_depth, b_block);
+        // From elements to bytes.
+        let nibbles = packed(&b_place);
+        let halved = |d: &Dim| if nibbles { d.floor_div(&Dim::new(2)) } else { d.clone() };
+        let b_depth = DepthAccess { inner: halved(&b_depth.inner), outer: halved(&b_depth.outer) };
+        let b_outer = halved(&b_outer);
 
         // Strides that are not known are arguments.
         let mut given: Vec<String> = Vec::new();
@@ -334,7 +362,7 @@ impl<'a> Emitter<'a> {
                 .is_some_and(|size| self.facts.simplify(&depth.modulo(&Dim::new(size))).is(0)),
             ahead: block.is_none()
                 && tail.is_none()
-                && kind != MicroKind::Bf16Tile
+                && !kind.is_tile()
                 && b_place.base.starts_with("%p")
                 && self.facts.bounds(&depth).max >= AHEAD_FROM,
             unroll: self.knobs.unroll_k.max(1),
@@ -355,6 +383,11 @@ impl<'a> Emitter<'a> {
         }
         let group_rows = a_row.group(g.rows);
         let variants = match a_row.block {
+            // Whole tiles as long as there are some: they need no configuration of their own.
+            None if kind.is_tile() && m.as_const().is_some_and(|m| m > g.rows) => {
+                let rest = m.as_const().unwrap_or(0) % g.rows;
+                [g.rows, rest].into_iter().filter(|r| *r > 0).collect()
+            }
             None => self.row_variants(&m, g.rows),
             Some(_) => {
                 let rest = m.as_const().unwrap_or(0) % group_rows;
@@ -366,7 +399,11 @@ impl<'a> Emitter<'a> {
             let name = format!("{}.mma{}.r{rows}", self.k.name, self.functions.len());
             let bits = self.knobs.vector_bits;
             let (text, code) = match kind {
-                MicroKind::Bf16Tile => crate::amx::micro_kernel(&micro, rows, &name, &names, bits),
+                _ if kind.is_tile() => {
+                    self.tiles = true;
+                    let config = format!("@{}.tiles", self.k.name);
+                    crate::amx::micro_kernel(&micro, rows, [&name, &config], &names, bits)
+                }
                 _ => micro_kernel(&micro, rows, &name, &names, bits),
             };
             functions.push((rows, name));
@@ -390,6 +427,7 @@ impl<'a> Emitter<'a> {
         self.push_scope();
         let mut b_ptr = {
             let at = self.settle(&b_rest);
+            let at = self.facts.simplify(&halved(&at));
             let at = self.dim(&at);
             let elem = mem_elem(b_place.dtype);
             self.c
@@ -414,7 +452,7 @@ impl<'a> Emitter<'a> {
         self.facts.declare(&i0, Range { min: 0, max: (rows_max - 1).max(0) }, uppers(&m));
         self.bind(&i0, &row_loop.iv);
         self.push_scope();
-        let even = a_row.block.is_none();
+        let even = a_row.block.is_none() && !kind.is_tile();
         let count_v = self.row_count(&m, g.rows, &variants, &row_loop.iv.clone(), &m_v, even);
         row_loop.set_step(&count_v);
         let count = self.symbol();
@@ -694,6 +732,9 @@ fn micro_kernel(
             c.t.stmt(format_args!("store {v} {x}, ptr {}", accs[r * vecs + j]));
         }
     }
+    if micro.b.bits() == 4 {
+        nibbles::apart(&mut c, acc_elem, g.lanes, &accs);
+    }
     c.t.br("go");
     c.t.place("go");
     // Where windows overlap, one step reads what another row read in the step before. LLVM would
@@ -738,7 +779,7 @@ fn micro_kernel(
         let pb = at(c, be, b, &micro.b_depth);
         if let Some(next) = &next {
             let p = at(c, be, next, &micro.b_depth);
-            let bytes = g.width * micro.kind.group() * micro.b.size() as i64;
+            let bytes = g.width * micro.kind.group() * i64::from(micro.b.bits()) / 8;
             for line in 0..bytes / LINE {
                 let p = c.t.ins(format_args!("getelementptr i8, ptr {p}, i64 {}", line * LINE));
                 // To read, into the second level, as data.
@@ -750,7 +791,10 @@ fn micro_kernel(
             return dot_step(c, micro, [&pa, &pb], &row_offsets, &accs, &shares);
         }
         let mut bs = Vec::new();
-        for j in 0..g.vectors {
+        if micro.b.bits() == 4 {
+            bs = nibbles::load(c, micro.b, widened(micro.acc), [g.lanes, g.vectors], &pb);
+        }
+        for j in bs.len() as u32..g.vectors {
             let off = j * g.lanes;
             let p = c.t.ins(format_args!("getelementptr inbounds {be}, ptr {pb}, i64 {off}"));
             let bv = vector(be, g.lanes);
@@ -829,6 +873,9 @@ fn micro_kernel(
             run(&mut c, &count, &a, &b);
             c.t.end_loop(open);
         }
+    }
+    if micro.b.bits() == 4 {
+        nibbles::together(&mut c, acc_elem, g.lanes, &accs);
     }
     for r in 0..rows_n {
         for j in 0..vecs {

@@ -46,6 +46,57 @@ fn gemm(dims: [Dim; 3], symbols: &[&str], grouped: bool) -> Kernel {
     b.finish()
 }
 
+/// The same with 8-bit operands, `signed` or not on the left.
+fn gemm_bytes(dims: [i64; 3], signed: bool, grouped: bool) -> Kernel {
+    let mut b = KernelBuilder::new("gemm");
+    let (bm, bn, bk) = (b.tile("BM"), b.tile("BN"), b.tile("BK"));
+    let [m, n, k] = dims.map(Dim::new);
+    let pm = b.grid("pm", m.ceil_div(&bm));
+    let pn = b.grid("pn", n.ceil_div(&bn));
+    let shape = [k.clone(), n.clone()];
+    let weights = match grouped {
+        true => Layout::grouped_panels(&shape, 1, 32, 0, 4),
+        false => Layout::row_major(&shape),
+    };
+    let left = if signed { DType::I8 } else { DType::U8 };
+    let a = b.param("A", left, Layout::row_major(&[m.clone(), k.clone()]), Access::In);
+    let w = b.param("B", DType::I8, weights, Access::In);
+    let c = b.param("C", DType::I32, Layout::row_major(&[m, n]), Access::Out);
+    let zero = b.full(Value::Int(0), TileType::new(DType::I32, vec![bm.clone(), bn.clone()]));
+    let (i, carried) = b.begin_for("k", Dim::new(0), k.ceil_div(&bk), &[zero]);
+    let ta = b.load(a, vec![&pm * &bm, &i * &bk], vec![bm.clone(), bk.clone()]);
+    let tb = b.load(w, vec![&i * &bk, &pn * &bn], vec![bk.clone(), bn.clone()]);
+    let x = b.mma(carried[0], ta, tb, Some(&k - &i * &bk));
+    let out = b.end_for(&[x])[0];
+    b.store(c, vec![&pm * &bm, &pn * &bn], out);
+    b.finish()
+}
+
+#[test]
+fn bytes_mean_the_product_under_a_software_model() {
+    for (signed, grouped) in [(true, true), (false, true), (true, false)] {
+        for (m, n, k) in [(1, 1, 1), (5, 7, 3), (32, 32, 64), (37, 50, 41), (70, 96, 260)] {
+            let s = schedule(&[("BM", 64), ("BN", 64), ("BK", 128)], CpuKnobs::amx_bytes());
+            check_text(&gemm_bytes([m, n, k], signed, grouped), &s, &[], 0.0, &soften);
+        }
+    }
+}
+
+#[test]
+fn whole_tiles_are_configured_once_a_call() {
+    let s = schedule(&[("BM", 64), ("BN", 64), ("BK", 128)], CpuKnobs::amx_bytes());
+    let emitted = tilewright_emit_llvm::emit_kernel(&gemm_bytes([128, 128, 256], true, true), &s);
+    let text = emitted.unwrap().llvm_ir;
+    // At the start, and around the rest of the depth, which may be there for all that the micro-kernel knows.
+    let at = text.find("call void @llvm.x86.ldtilecfg(ptr @gemm.tiles)").unwrap();
+    assert!(at < text.find("br label").unwrap(), "{text}");
+    assert_eq!(text.matches("call void @llvm.x86.tilerelease").count(), 1, "{text}");
+    let jit = Jit::new(Options::default()).unwrap();
+    let source = Source { symbol: "gemm".into(), text };
+    let text = jit.assembly_with(&source, "+amx-tile,+amx-int8").unwrap();
+    assert!(text.contains("tdpbssd"), "{text}");
+}
+
 #[test]
 fn llvm_makes_the_instructions_of_it() {
     let d = Dim::new;
@@ -93,17 +144,83 @@ fn soften(text: &str) -> String {
         .filter(|l| !l.starts_with("declare void @llvm.x86.ldtilecfg"))
     {
         let mut line = line.to_string();
-        for name in
-            ["ldtilecfg", "tilezero", "tileloadd64", "tilestored64", "tdpbf16ps", "tilerelease"]
-        {
+        for name in [
+            "ldtilecfg",
+            "tilezero",
+            "tileloadd64",
+            "tilestored64",
+            "tdpbf16ps",
+            "tdpbssd",
+            "tdpbusd",
+            "tilerelease",
+        ] {
             line = line.replace(&format!("@llvm.x86.{name}("), &format!("@soft_{name}("));
         }
         out.push_str(&line);
         out.push('\n');
     }
     assert!(!out.contains("@llvm.x86.t"), "an instruction that the model lacks");
-    out + MODEL
+    let bytes = |name: &str, left: &str| {
+        BYTES.replace("@soft_bytes_product", &format!("@soft_{name}")).replace("LEFT", left)
+    };
+    out + MODEL + &bytes("tdpbssd", "sext") + &bytes("tdpbusd", "zext")
 }
+
+/// `tdpbssd` and `tdpbusd`: the left operand is extended by `LEFT`.
+const BYTES: &str = r"
+define internal void @soft_bytes_product(i8 %dst, i8 %a, i8 %b) noinline {
+start:
+  %pd = call ptr @soft_tile(i8 %dst)
+  %pa = call ptr @soft_tile(i8 %a)
+  %pb = call ptr @soft_tile(i8 %b)
+  %rows = call i64 @soft_rows(i8 %dst)
+  %bytes = call i64 @soft_bytes(i8 %dst)
+  %depth = call i64 @soft_bytes(i8 %a)
+  %cols = udiv i64 %bytes, 4
+  br label %go
+go:
+  %i = phi i64 [ 0, %start ], [ %n, %next ]
+  %m = udiv i64 %i, 1024
+  %rest = urem i64 %i, 1024
+  %k = udiv i64 %rest, 16
+  %j = urem i64 %rest, 16
+  %in_rows = icmp ult i64 %m, %rows
+  %in_cols = icmp ult i64 %j, %cols
+  %in_depth = icmp ult i64 %k, %depth
+  %some = and i1 %in_rows, %in_cols
+  %inside = and i1 %some, %in_depth
+  br i1 %inside, label %add, label %next
+add:
+  %a_line = mul i64 %m, 64
+  %a_at = add i64 %a_line, %k
+  %a_p = getelementptr i8, ptr %pa, i64 %a_at
+  %a_x = load i8, ptr %a_p
+  %a_w = LEFT i8 %a_x to i32
+  %four = udiv i64 %k, 4
+  %in_four = urem i64 %k, 4
+  %b_line = mul i64 %four, 64
+  %b_col = mul i64 %j, 4
+  %b_at0 = add i64 %b_line, %b_col
+  %b_at = add i64 %b_at0, %in_four
+  %b_p = getelementptr i8, ptr %pb, i64 %b_at
+  %b_x = load i8, ptr %b_p
+  %b_w = sext i8 %b_x to i32
+  %d_line = mul i64 %m, 16
+  %d_at = add i64 %d_line, %j
+  %d_p = getelementptr i32, ptr %pd, i64 %d_at
+  %d = load i32, ptr %d_p
+  %x = mul i32 %a_w, %b_w
+  %s = add i32 %d, %x
+  store i32 %s, ptr %d_p
+  br label %next
+next:
+  %n = add i64 %i, 1
+  %more = icmp ult i64 %n, 16384
+  br i1 %more, label %go, label %end
+end:
+  ret void
+}
+";
 
 const MODEL: &str = r"
 @soft_tiles = internal global [8 x [1024 x i8]] zeroinitializer, align 64

@@ -169,6 +169,7 @@ pub fn infer(op: &Op, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
             one(inputs[0].clone())
         }
         Op::Contract { lhs, rhs, out, dtype, .. } => contract(lhs, rhs, out, *dtype, inputs),
+        Op::GroupProduct { group } => group_product(*group, inputs),
         Op::Conv(attrs) => conv(attrs, inputs),
         Op::Window(attrs) => window(attrs, inputs),
         Op::Attention(attrs) => attention(attrs, inputs),
@@ -295,6 +296,7 @@ fn operand_count(op: &Op) -> (usize, usize) {
         Op::Gather(_) | Op::GatherElements(_) | Op::GatherNd { .. } => (2, 2),
         Op::ScatterElements { .. } | Op::ScatterNd { .. } | Op::GroupNorm { .. } => (3, 3),
         Op::LayerNorm { .. } => (2, 3),
+        Op::GroupProduct { .. } => (3, 4),
         Op::BatchNorm { .. } => (5, 5),
         Op::Reshape(_)
         | Op::Permute(_)
@@ -308,6 +310,40 @@ fn operand_count(op: &Op) -> (usize, usize) {
         | Op::TopK { .. }
         | Op::Softmax { .. } => (1, 1),
     }
+}
+
+fn group_product(group: i64, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
+    let (x, codes, scales) = (&inputs[0], &inputs[1], &inputs[2]);
+    float(x)?;
+    if !codes.dtype.is_int() || codes.dtype.bits() > 8 {
+        let message = format!("codes are integers of 4 or 8 bits, not {}", codes.dtype);
+        return Err(Error::user(message));
+    }
+    if group < 1 {
+        return Err(Error::user(format!("groups of {group}")));
+    }
+    let (Some(depth), [n, k]) = (x.shape.last(), codes.shape.as_slice()) else {
+        let (x, codes) = (list(&x.shape), list(&codes.shape));
+        return Err(Error::user(format!(
+            "x {x} and codes {codes}, which should be [..., K], [N, K]"
+        )));
+    };
+    if depth != k {
+        let (x, codes) = (list(&x.shape), list(&codes.shape));
+        return Err(Error::user(format!("x {x} and codes {codes} differ in depth")));
+    }
+    let groups = k.ceil_div(&Dim::new(group));
+    for (name, ty) in [("scales", scales)].into_iter().chain(inputs.get(3).map(|t| ("zeros", t))) {
+        float(ty)?;
+        if ty.shape != [n.clone(), groups.clone()] {
+            let (is, want) = (list(&ty.shape), list(&[n.clone(), groups.clone()]));
+            return Err(Error::user(format!("{name} are {is}, and should be {want}")));
+        }
+    }
+    let mut shape = x.shape.clone();
+    shape.pop();
+    shape.push(n.clone());
+    Ok(vec![TensorType::new(x.dtype, shape)])
 }
 
 fn float(ty: &TensorType) -> Result<()> {

@@ -223,6 +223,16 @@ pub enum Op {
         /// Result type.
         dtype: DType,
     },
+    /// Product with a matrix that is stored in few bits, with a scale for each group of its depth. Operands x
+    /// `[..., K]`, codes `[N, K]` (integers of 4 or 8 bits), scales `[N, ceil(K/group)]` (floats), and optionally zeros
+    /// of the scales' shape, floats too:
+    /// `out[..., n] = sum over k of x[..., k] * (codes[n, k] - zeros[n, k/group]) * scales[n, k/group]`.
+    /// Sums are taken in the type in which x computes; the result has the type of x. A scale that is not finite gives
+    /// its column results that are not.
+    GroupProduct {
+        /// Neighbours of the depth that share a scale; the last group may be shorter.
+        group: i64,
+    },
     /// Convolution (cross-correlation): operands data `[N,C,...]` and weights `[O,C/g,...]`.
     Conv(ConvAttrs),
     /// Pooling over data `[N,C,...]`.
@@ -330,6 +340,7 @@ impl Op {
             Op::ArgReduce { .. } => "arg_reduce",
             Op::Scan { .. } => "scan",
             Op::Contract { .. } => "contract",
+            Op::GroupProduct { .. } => "group_product",
             Op::Conv(_) => "conv",
             Op::Window(_) => "window",
             Op::Attention(_) => "attention",

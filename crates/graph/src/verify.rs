@@ -270,6 +270,7 @@ impl Checker<'_> {
                     check(fits && *acc != DType::Bool, &format!("{operand} accumulated in {acc}"));
                 }
             }
+            Op::GroupProduct { group } => check(*group >= 1, "groups of less than one"),
             Op::LayerNorm { eps, .. }
             | Op::RmsNorm { eps, .. }
             | Op::BatchNorm { eps }
@@ -354,6 +355,7 @@ fn for_each_dim(op: &Op, visit: &mut dyn FnMut(&Dim, Sign)) {
         | Op::ArgReduce { .. }
         | Op::Scan { .. }
         | Op::Contract { .. }
+        | Op::GroupProduct { .. }
         | Op::Conv(_)
         | Op::Window(_)
         | Op::Attention(_)

@@ -457,6 +457,10 @@ impl Machine<'_, '_> {
                             let add = |t: f64, (x, y)| self.round(dtype, t + a[x] * b[y]);
                             Value::Float(pairs.fold(acc[start], add))
                         }
+                        (Data::Float(acc), Data::Float(a), Data::Int(b)) => {
+                            let add = |t: f64, (x, y)| self.round(dtype, t + a[x] * b[y] as f64);
+                            Value::Float(pairs.fold(acc[start], add))
+                        }
                         (Data::Int(acc), Data::Int(a), Data::Int(b)) => {
                             let add = |t: i64, (x, y): (usize, usize)| {
                                 wrap(dtype, t.wrapping_add(a[x].wrapping_mul(b[y])))

@@ -18,6 +18,7 @@ use crate::conv::inverse;
 use crate::cost;
 use crate::fuse::Group;
 use crate::gpu::{Fit, Tried, Written};
+use crate::group_product::{self, Scaled};
 use crate::lowering::Lowering;
 use crate::map::{block_of, extent};
 use crate::place::Place;
@@ -51,6 +52,8 @@ pub(crate) struct Product {
     pub(crate) computed: [Option<Computed>; 2],
     pub(crate) operands: Operands,
     pub(crate) dtype: DType,
+    /// The right operand holds codes: scales for each group of the depth.
+    pub(crate) scaled: Option<Scaled>,
 }
 
 /// In which types a product multiplies and sums.
@@ -187,6 +190,7 @@ impl Lowering<'_> {
             computed,
             operands,
             dtype: *dtype,
+            scaled: None,
         };
         let (name, note) = (self.kernel_name(group), self.note(group));
         self.product_kernel(name, &product, &dag, note)
@@ -378,7 +382,10 @@ impl Lowering<'_> {
         let size = |c: usize| nominal(&extent(space, &canon[c]), symbols);
         let batch_size = (0..units).map(size).product();
         let Operands { left, right, acc: acc_type } = product.operands;
-        let knobs = self.product_knobs(left, right, acc_type);
+        let mut knobs = self.product_knobs(left, right, acc_type);
+        if product.scaled.is_some() {
+            knobs = group_product::knobs(knobs);
+        }
         let depth_unit = depth_unit(knobs.unit);
         let bytes = left.size().max(right.size()) as i64;
         let sizes = [size(units), size(units + 1), size(last)];
@@ -411,6 +418,11 @@ impl Lowering<'_> {
         }
         if let Some(b) = block_of(&outs, &canon[units + 1]) {
             t.bn = round_up(t.bn, b);
+        }
+
+        if let Some(scaled) = &product.scaled {
+            t.bn = self.group_panel();
+            t.bk = group_product::depth_block(scaled.group, &extent(space, &canon[last]));
         }
 
         let mut k = KernelParts::new(name.clone(), symbols);
@@ -446,13 +458,15 @@ impl Lowering<'_> {
         });
         let acc_ty = TileType::new(acc_type, vec![bm.clone(), bn.clone()]);
         let zero = crate::block::zero(acc_type);
-        let mut acc = vec![k.b.full(zero, acc_ty)];
+        let mut acc = vec![k.b.full(zero, acc_ty.clone())];
         // Loops over the sums.
+        let mut step = Dim::new(0);
         for (c, axes) in canon.iter().enumerate().skip(first_k) {
             let extent = extent(space, axes);
             let var = k.fresh("k");
             let hi = if c == last { extent.ceil_div(&bk) } else { extent };
             let (var, inner) = k.b.begin_for(&var, Dim::new(0), hi, &acc);
+            step = var.clone();
             pos.push(match c == last {
                 true => Pos::tile(var * &bk, bk.clone()),
                 false => Pos::unit(var),
@@ -474,7 +488,15 @@ impl Lowering<'_> {
         let k_extent = extent(space, &canon[last]);
         let divides = k_extent.as_const().is_some_and(|e| e % t.bk == 0);
         let limit = (!divides).then(|| k_extent - &pos[last].start);
-        let mut sum = vec![k.b.mma(acc[0], a, b, limit)];
+        let mut sum = match &product.scaled {
+            None => vec![k.b.mma(acc[0], a, b, limit)],
+            Some(scaled) => {
+                let zero = k.b.full(zero, acc_ty);
+                let part = k.b.mma(zero, a, b, limit.clone());
+                let at = [pos[units + 1].start.clone(), step];
+                vec![scaled.add(&mut k, [acc[0], part, a], &at, limit)]
+            }
+        };
         for _ in first_k..=last {
             sum = k.b.end_for(&sum);
         }

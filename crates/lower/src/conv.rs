@@ -193,6 +193,7 @@ impl Lowering<'_> {
             operands,
             dtype,
             space,
+            scaled: None,
         };
         self.product_kernel(name, &product, dag, note)
     }

@@ -41,6 +41,7 @@ pub(crate) fn node_flops(graph: &Graph, node: &Node) -> Dim {
             let _ = out;
             product
         }
+        Op::GroupProduct { .. } => elements * 2 * numel(&operand(1)[1..]),
         Op::Conv(_) => elements * 2 * numel(&operand(1)[1..]),
         Op::Window(attrs) => elements * attrs.kernel.iter().product::<i64>(),
         Op::Attention(_) => {
@@ -58,7 +59,11 @@ pub(crate) fn node_flops(graph: &Graph, node: &Node) -> Dim {
 }
 
 fn bytes(graph: &Graph, v: ValueId) -> Dim {
-    numel(graph.shape(v)) * graph.dtype(v).size() as i64
+    let (elements, dtype) = (numel(graph.shape(v)), graph.dtype(v));
+    match dtype.bits() {
+        4 => elements.ceil_div(&Dim::new(2)),
+        _ => elements * dtype.size() as i64,
+    }
 }
 
 /// Flops, bytes that must move, bytes that fusion keeps out of memory.
@@ -146,7 +151,7 @@ fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
     for &n in &group.nodes {
         let node = &s.graph.nodes[n];
         let share = match &node.op {
-            Op::Contract { .. } => 0.8,
+            Op::Contract { .. } | Op::GroupProduct { .. } => 0.8,
             Op::Conv(attrs) if attrs.groups == 1 => 0.8,
             Op::Attention(_) => 0.5,
             Op::Conv(_) => 0.12,

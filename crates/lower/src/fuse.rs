@@ -229,6 +229,10 @@ pub(crate) fn scan_in_pieces(graph: &Graph, node: &Node) -> bool {
 
 /// The kind of group that a node starts.
 pub(crate) fn anchor_of(graph: &Graph, node: &Node) -> Anchor {
+    if matches!(node.op, Op::GroupProduct { .. }) {
+        let fits = crate::group_product::fits(graph, node);
+        return if fits { Anchor::Contract } else { Anchor::Host };
+    }
     let nibbles = node.inputs.iter().chain(&node.outputs).any(|&v| is_nibble(graph.dtype(v)));
     if nibbles {
         return Anchor::Host;

@@ -27,6 +27,7 @@ mod fuse;
 mod gather;
 mod gpu;
 mod greedy;
+mod group_product;
 mod lowering;
 mod map;
 mod moves;
@@ -35,6 +36,7 @@ mod planner;
 mod prologue;
 mod rows;
 mod schedule;
+mod states;
 mod survey;
 mod taps;
 mod target;
@@ -61,6 +63,9 @@ pub struct Options {
     pub precision: Precision,
     /// What runs the plan.
     pub device: Device,
+    /// The symbol that says for how many positions there is memory in states: inputs that a concatenation makes longer
+    /// are then kept by the session (see the module `states`). On a CPU.
+    pub states: Option<std::sync::Arc<str>>,
     /// On a GPU, convolutions read their windows through the copy engine, and images have their channels innermost.
     pub windows: bool,
 }
@@ -82,6 +87,7 @@ impl Default for Options {
             fusion: Choice::Fastest,
             precision: Precision::F32,
             device: Device::Cpu,
+            states: None,
             windows: false,
         }
     }

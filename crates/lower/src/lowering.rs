@@ -85,6 +85,9 @@ pub fn lower_with(
         views: Vec::new(),
         written: BTreeSet::new(),
     };
+    if let Some(capacity) = options.states.as_ref().filter(|_| options.device == Device::Cpu) {
+        low.keep_states(capacity)?;
+    }
     // Inputs have their buffers whether anybody reads them or not.
     for &v in &graph.inputs {
         low.place(v)?;
@@ -153,6 +156,10 @@ fn signature(
     values.map(|(name, v)| (name, graph.dtype(v), graph.shape(v).to_vec())).collect()
 }
 
+fn is_grouped(graph: &Graph, node: NodeId) -> bool {
+    matches!(graph.nodes[node].op, Op::GroupProduct { .. })
+}
+
 /// The tile program's form of a reduction kind.
 pub(crate) fn reduce_kind(kind: tilewright_graph::ReduceKind) -> ReduceKind {
     match kind {
@@ -186,6 +193,7 @@ impl Lowering<'_> {
         let unit = unit.unwrap_or_default();
         match unit {
             MatrixUnit::Bf16Tile => CpuKnobs::amx(),
+            MatrixUnit::I8Tile => CpuKnobs::amx_bytes(),
             unit => CpuKnobs { unit, ..self.knobs() },
         }
     }
@@ -195,7 +203,10 @@ impl Lowering<'_> {
         match group.anchor {
             Anchor::Map => self.map_group(group),
             Anchor::Rows => self.rows_group(group),
-            Anchor::Contract => self.contract_group(group),
+            Anchor::Contract => match group.nodes.iter().any(|&n| is_grouped(self.graph, n)) {
+                true => self.group_product_group(group),
+                false => self.contract_group(group),
+            },
             Anchor::Conv => self.conv_group(group),
             Anchor::Window => self.window_group(group),
             Anchor::Attention => self.attention_group(group),

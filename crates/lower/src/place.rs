@@ -64,7 +64,7 @@ impl Lowering<'_> {
         // Inputs and outputs are the caller's: they have the types of the model.
         let dtype = match storage {
             Storage::Arena | Storage::Const(_) => self.stored_type(v),
-            Storage::Input(_) | Storage::Output(_) => self.graph.dtype(v),
+            Storage::Input(_) | Storage::Output(_) | Storage::State(_) => self.graph.dtype(v),
         };
         self.plan.buffers.push(Buffer { name, value: Some(v.0), dtype, layout, storage })
     }

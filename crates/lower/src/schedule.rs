@@ -92,6 +92,7 @@ pub(crate) enum How {
 pub(crate) fn depth_unit(unit: MatrixUnit) -> i64 {
     match unit {
         MatrixUnit::Bf16Tile => 32,
+        MatrixUnit::I8Tile => 64,
         unit => unit.depth_group(),
     }
 }

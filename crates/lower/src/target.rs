@@ -41,7 +41,13 @@ pub fn matrix_units(vector_bits: u32, has: impl Fn(&str) -> bool) -> (MatrixUnit
     } else {
         MatrixUnit::Fma
     };
-    let int8 = if has("avx512vnni") { MatrixUnit::I8Dot } else { MatrixUnit::Fma };
+    let int8 = if has("amx-tile") && has("amx-int8") {
+        MatrixUnit::I8Tile
+    } else if has("avx512vnni") {
+        MatrixUnit::I8Dot
+    } else {
+        MatrixUnit::Fma
+    };
     (bf16, int8)
 }
 

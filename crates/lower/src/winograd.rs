@@ -368,6 +368,7 @@ impl Lowering<'_> {
             operands: self.conv_operands(DType::F32),
             dtype: DType::F32,
             space,
+            scaled: None,
         };
         let mut dag = Dag::default();
         let node = dag.push(DagOp::Anchor, vec![], vec![true; 5], DType::F32);

@@ -51,6 +51,8 @@ pub enum Storage {
     Const(Tensor),
     /// Part of the arena; lives from its first writer to its last reader.
     Arena,
+    /// State number `i` of the plan: memory that is kept from run to run.
+    State(usize),
 }
 
 /// A tensor in memory.
@@ -173,6 +175,20 @@ pub struct Reshaped {
     pub to: Vec<Dim>,
 }
 
+/// Memory that a session keeps from run to run, and that each run makes longer: a run reads what earlier runs wrote in
+/// front, and writes what it adds behind. It is no input and no output.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// Name of the model's output that it stands for.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// What there is memory for, row-major.
+    pub shape: Vec<Dim>,
+    /// What is valid after a run; at most `shape`.
+    pub valid: Vec<Dim>,
+}
+
 /// Ordered kernels over buffers.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
@@ -192,4 +208,6 @@ pub struct Plan {
     pub inputs: Vec<(String, DType, Vec<Dim>)>,
     /// Names of the outputs, in order, with element type and shape.
     pub outputs: Vec<(String, DType, Vec<Dim>)>,
+    /// Memory that is kept from run to run.
+    pub states: Vec<State>,
 }

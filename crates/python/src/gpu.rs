@@ -6,7 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use tilewright::gpu::{Direct, GpuCompiler, GpuDevice, GpuPlan};
+use tilewright::gpu::{Direct, GpuCompiler, GpuDevice, GpuModel, GpuPlan};
 use tilewright::{Error, Precision, Result};
 use tilewright_graph::Graph;
 use tilewright_layout::Env;

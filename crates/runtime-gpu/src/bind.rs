@@ -249,7 +249,7 @@ fn lives(plan: &Plan, bytes: &[usize]) -> Vec<Option<Live>> {
         .map(|(id, buffer)| {
             let bytes = aligned(bytes[id.index()]);
             match buffer.storage {
-                Storage::Const(_) => None,
+                Storage::Const(_) | Storage::State(_) => None,
                 // Inputs stay, so that a run can be repeated without copying them again.
                 Storage::Input(_) => Some(Live { bytes, first: 0, last }),
                 Storage::Output(_) => Some(Live { bytes, first: usize::MAX, last }),

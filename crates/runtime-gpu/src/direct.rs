@@ -238,6 +238,9 @@ impl Direct {
         if let Some((_, reason)) = bound.host_steps(&self.plan).into_iter().next() {
             return Err(Error::unsupported(format!("no kernel for the device: {reason}")));
         }
+        if !self.plan.states.is_empty() {
+            return Err(Error::unsupported("memory that is kept between runs, on a GPU"));
+        }
         let workspace = bound.workspace() as u64;
         let place = |args: &[BufferId], source: &Source| match *source {
             Source::Workspace { offset, bytes } => (Place::Scratch(workspace + offset), bytes),

@@ -13,6 +13,7 @@ mod pack;
 mod permission;
 mod pool;
 mod session;
+mod states;
 
 pub use array::ArrayCode;
 pub use machine::measure;

@@ -26,6 +26,14 @@ pub fn measure(cpu: &Cpu, pool: &Pool) -> Result<Ceilings> {
     // Sixteen sums per instruction, of two or four products.
     let bf16 = rate(has("avx512bf16"), bf16_chains, 64.0);
     let int8 = rate(has("avx512vnni"), int8_chains, 128.0);
+    let tiles =
+        |feature: &str, op: fn(u64), work: f64| match cpu.has("amx-tile") && cpu.has(feature) {
+            true if crate::permission::request_tiles() => best(5, || tile_rate(pool, work, op)),
+            _ => 0.0,
+        };
+    // 16x16 sums per instruction, of 32 or 64 products.
+    let amx_bf16 = tiles("amx-bf16", bf16_tiles, 16384.0);
+    let amx_int8 = tiles("amx-int8", int8_tiles, 32768.0);
     let bytes = (cpu.l3_bytes * BEYOND_CACHE).clamp(64 << 20, 512 << 20);
     let mut from = AlignedBuffer::new(bytes, "the memory test")?;
     let mut to = AlignedBuffer::new(bytes, "the memory test")?;
@@ -46,6 +54,9 @@ pub fn measure(cpu: &Cpu, pool: &Pool) -> Result<Ceilings> {
         launch_s: launch_seconds(pool),
         bf16_flops_per_s: bf16,
         int8_ops_per_s: int8,
+        amx_bf16_flops_per_s: amx_bf16,
+        amx_int8_ops_per_s: amx_int8,
+        wake_s: wake_seconds(pool),
     })
 }
 
@@ -238,3 +249,93 @@ fn launch_seconds(pool: &Pool) -> f64 {
     }
     best
 }
+
+/// As [`launch_seconds`] after a rest in which the workers fall asleep: the median of a few.
+fn wake_seconds(pool: &Pool) -> f64 {
+    let mut times: Vec<f64> = (0..21)
+        .map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            let start = Instant::now();
+            pool.run(pool.threads() as i64, &|first, _, _| {
+                black_box(first);
+            });
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// Tile instructions in a row, four at a time into four tiles.
+const TILE_ROUNDS: u64 = 200_000;
+
+/// Operations per second when an instruction on tiles does `work` of them.
+fn tile_rate(pool: &Pool, work: f64, run: fn(u64)) -> f64 {
+    let start = Instant::now();
+    pool.run(pool.threads() as i64 * 8, &|first, last, _| {
+        for _ in first..last {
+            run(TILE_ROUNDS / 8);
+        }
+    });
+    TILE_ROUNDS as f64 * 4.0 * work * pool.threads() as f64 / start.elapsed().as_secs_f64()
+}
+
+/// Eight whole tiles: palette 1, 64 bytes a row from byte 16 on, 16 rows from byte 48.
+#[cfg(target_arch = "x86_64")]
+#[repr(align(64))]
+struct TileConfig([u8; 64]);
+
+#[cfg(target_arch = "x86_64")]
+const WHOLE_TILES: TileConfig = {
+    let mut config = [0u8; 64];
+    config[0] = 1;
+    let mut tile = 0;
+    while tile < 8 {
+        config[16 + 2 * tile] = 64;
+        config[48 + tile] = 16;
+        tile += 1;
+    }
+    TileConfig(config)
+};
+
+/// Rounds of four products of tiles that hold zeros.
+macro_rules! tile_chains {
+    ($name:ident, $op:literal) => {
+        #[cfg(target_arch = "x86_64")]
+        fn $name(rounds: u64) {
+            let config = &WHOLE_TILES.0;
+            // SAFETY: called only where the processor has the instructions and the system gave the process room for
+            // tiles (`measure` asked for both). The configuration is 64 readable bytes; nothing else is read or
+            // written but tiles, which the compiler does not use, and which are released at the end.
+            unsafe {
+                std::arch::asm!(
+                    "ldtilecfg [{config}]",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "tilezero tmm4",
+                    "tilezero tmm5",
+                    "tilezero tmm6",
+                    "tilezero tmm7",
+                    "2:",
+                    concat!($op, " tmm0, tmm4, tmm6"),
+                    concat!($op, " tmm1, tmm4, tmm7"),
+                    concat!($op, " tmm2, tmm5, tmm6"),
+                    concat!($op, " tmm3, tmm5, tmm7"),
+                    "dec {rounds}",
+                    "jnz 2b",
+                    "tilerelease",
+                    config = in(reg) config.as_ptr(),
+                    rounds = inout(reg) rounds.max(1) => _,
+                    options(nostack, readonly),
+                );
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        fn $name(_rounds: u64) {}
+    };
+}
+
+tile_chains!(bf16_tiles, "tdpbf16ps");
+tile_chains!(int8_tiles, "tdpbssd");

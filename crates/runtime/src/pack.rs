@@ -15,7 +15,8 @@ struct Loop {
 }
 
 /// The tensor's elements placed as `layout` says. Elements of whole blocks beyond the shape are
-/// zero. Errors on a symbolic or negative layout, on packed 4-bit types, and when out of memory.
+/// zero. Numbers of 4 bits stay two in a byte; in the layout they count as elements. Errors on a symbolic or negative
+/// layout, and when out of memory.
 pub fn pack(tensor: &Tensor, layout: &Layout) -> Result<AlignedBuffer> {
     let bytes = packed_bytes(tensor.dtype(), layout)?;
     let mut out = AlignedBuffer::new(bytes, "a packed constant")?;
@@ -28,7 +29,7 @@ pub(crate) fn packed_bytes(dtype: DType, layout: &Layout) -> Result<usize> {
     let elements = layout.alloc_elements().eval(&Env::new());
     elements
         .and_then(|n| usize::try_from(n).ok())
-        .and_then(|n| n.checked_mul(dtype.size()))
+        .and_then(|n| dtype.bytes_for(n))
         .ok_or_else(|| Error::bug(format!("constant with layout {layout}")))
 }
 
@@ -40,11 +41,9 @@ pub(crate) fn pack_into(tensor: &Tensor, layout: &Layout, out: &mut AlignedBuffe
             .and_then(|v| usize::try_from(v).ok())
             .ok_or_else(|| Error::bug(format!("constant with layout {layout}")))
     };
-    if matches!(tensor.dtype(), DType::I4 | DType::U4) {
-        return Err(Error::unsupported(format!("packing a {} constant", tensor.dtype())));
-    }
-    let size = tensor.dtype().size();
-    if out.len() != packed_bytes(tensor.dtype(), layout)? {
+    let (dtype, size) = (tensor.dtype(), tensor.dtype().size());
+    let nibbles = dtype.bits() == 4;
+    if out.len() != packed_bytes(dtype, layout)? {
         return Err(Error::bug(format!("{} bytes for a constant with layout {layout}", out.len())));
     }
     let shape = tensor.shape();
@@ -98,6 +97,7 @@ pub(crate) fn pack_into(tensor: &Tensor, layout: &Layout, out: &mut AlignedBuffe
         loops.sort_by_key(|l| std::cmp::Reverse(l.dst));
         let (source, target) = (tensor.bytes(), out.bytes_mut());
         match size {
+            1 if nibbles => copy_nibbles(source, target, src, dst, &loops),
             1 => copy::<1>(source, target, src, dst, &loops),
             2 => copy::<2>(source, target, src, dst, &loops),
             4 => copy::<4>(source, target, src, dst, &loops),
@@ -105,6 +105,33 @@ pub(crate) fn pack_into(tensor: &Tensor, layout: &Layout, out: &mut AlignedBuffe
         }
     }
     Ok(())
+}
+
+/// As [`copy`], for elements of half a byte, low one first. What is written was zero before.
+fn copy_nibbles(source: &[u8], target: &mut [u8], src: usize, dst: usize, loops: &[Loop]) {
+    let [outer, rest @ ..] = loops else {
+        target[dst / 2] |= (source[src / 2] >> (4 * (src % 2)) & 15) << (4 * (dst % 2));
+        return;
+    };
+    // The destination of a panel stays in the cache while sixteen lines of the source are walked.
+    if let [inner] = rest
+        && inner.src > 1
+    {
+        for line in (0..outer.count).step_by(16) {
+            let lines = (outer.count - line).min(16);
+            for j in 0..inner.count {
+                for i in line..line + lines {
+                    let s = src + i * outer.src + j * inner.src;
+                    let d = dst + i * outer.dst + j * inner.dst;
+                    target[d / 2] |= (source[s / 2] >> (4 * (s % 2)) & 15) << (4 * (d % 2));
+                }
+            }
+        }
+        return;
+    }
+    for i in 0..outer.count {
+        copy_nibbles(source, target, src + i * outer.src, dst + i * outer.dst, rest);
+    }
 }
 
 fn copy<const N: usize>(source: &[u8], target: &mut [u8], src: usize, dst: usize, loops: &[Loop]) {

@@ -4,6 +4,7 @@ use crate::clock::Watch;
 use crate::memory::AlignedBuffer;
 use crate::pack::{pack_into, packed_bytes, unpack};
 use crate::pool::Pool;
+use crate::states::Kept;
 use std::sync::Arc;
 use std::time::Duration;
 use tilewright_base::{DType, Error, Result, ResultExt};
@@ -13,7 +14,7 @@ use tilewright_layout::{Dim, Env};
 use tilewright_plan::arena::{ArenaPlan, Live, plan_arena};
 use tilewright_plan::bind::{bind_shape, bind_symbols, concrete, eval_all, has_unbacked};
 use tilewright_plan::{Buffer, BufferId, HostCall, KernelId, Plan, Step, Storage};
-use tilewright_tile::{Access, Kernel, ParamId, may_overwrite};
+use tilewright_tile::{Access, Kernel, ParamId, Schedule, may_overwrite};
 
 /// A compiled kernel: `(buffers, sizes, first block, one past the last block, scratch)`.
 ///
@@ -82,7 +83,7 @@ enum Constant {
 pub struct Executable {
     plan: Plan,
     code: Vec<Code>,
-    constants: Vec<Option<Constant>>,
+    constants: Arc<Vec<Option<Constant>>>,
     /// For each kernel, the parameters that may share memory: operand and result.
     shareable: Vec<Vec<(ParamId, ParamId)>>,
     in_place: bool,
@@ -132,8 +133,33 @@ impl Executable {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
+        let constants = Arc::new(constants);
         let shareable = plan.kernels.iter().map(|(_, k)| shareable(&k.kernel)).collect();
         Ok(Executable { plan, code, constants, shareable, in_place: true, pool })
+    }
+
+    /// The same plan with other schedules and their code, an entry per kernel. Constants stay where they are.
+    pub fn rescheduled(&self, schedules: Vec<Schedule>, code: Vec<Code>) -> Result<Executable> {
+        let mut plan = self.plan.clone();
+        if schedules.len() != plan.kernels.len() || code.len() != plan.kernels.len() {
+            return Err(Error::bug("schedules and codes for another number of kernels"));
+        }
+        let ids: Vec<KernelId> = plan.kernels.ids().collect();
+        for ((id, schedule), code) in ids.into_iter().zip(schedules).zip(&code) {
+            let planned = &mut plan.kernels[id];
+            if code.name() != planned.kernel.name {
+                return Err(Error::bug(format!("other code for kernel {}", planned.kernel.name)));
+            }
+            planned.schedule = schedule;
+        }
+        let (constants, shareable) = (self.constants.clone(), self.shareable.clone());
+        let pool = self.pool.clone();
+        Ok(Executable { plan, code, constants, shareable, in_place: self.in_place, pool })
+    }
+
+    /// The code of each kernel.
+    pub fn code(&self) -> &[Code] {
+        &self.code
     }
 
     /// With `false`, every intermediate has memory of its own, also where a kernel could write its
@@ -204,6 +230,7 @@ enum Slot {
     Output(usize),
     Arena(usize),
     Fixed(usize),
+    State(usize),
 }
 
 enum BoundStep {
@@ -253,9 +280,10 @@ pub struct MemoryReport {
 
 /// One caller's means to run an [`Executable`]: arena, scratch, argument tables.
 pub struct Session {
-    exe: Arc<Executable>,
+    pub(crate) exe: Arc<Executable>,
     arena: AlignedBuffer,
     scratch: Vec<AlignedBuffer>,
+    pub(crate) states: Vec<Kept>,
     /// Most recently used last; few, because callers use few sizes.
     bound: Vec<Bound>,
     pointers: Vec<*mut u8>,
@@ -282,7 +310,8 @@ impl Session {
             .map(|_| AlignedBuffer::new(scratch_bytes, "scratch memory"))
             .collect::<Result<Vec<_>>>()?;
         let arena = AlignedBuffer::new(0, "the arena")?;
-        Ok(Session { exe, arena, scratch, bound: Vec::new(), pointers: Vec::new() })
+        let states = Vec::new();
+        Ok(Session { exe, arena, scratch, states, bound: Vec::new(), pointers: Vec::new() })
     }
 
     /// The executable.
@@ -360,7 +389,7 @@ impl Session {
                     let bytes = match bound.slots[b.index()] {
                         Slot::Arena(offset) => &arena.bytes()[offset..],
                         Slot::Output(i) => outputs[i].bytes(),
-                        Slot::Input(_) | Slot::Fixed(_) => continue,
+                        Slot::Input(_) | Slot::Fixed(_) | Slot::State(_) => continue,
                     };
                     match unpack(bytes, &exe.plan.buffers[b], &bound.shapes[b.index()], &env) {
                         Ok(tensor) => observe(number, b, tensor),
@@ -481,7 +510,8 @@ impl Session {
                 self.bind_given(&env)?
             }
         };
-        let Session { exe, arena, scratch, bound, pointers } = self;
+        self.check_states(&self.bound[at].env)?;
+        let Session { exe, arena, scratch, bound, pointers, states } = self;
         let bound = &bound[at];
         if bound.steps.iter().any(|s| matches!(s, BoundStep::Host { .. })) {
             return Err(Error::unsupported("a step of the interpreter on bare addresses"));
@@ -495,6 +525,7 @@ impl Session {
                 // SAFETY: the arena plan keeps each offset plus size inside the arena.
                 Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
                 Slot::Fixed(address) => address as *mut u8,
+                Slot::State(i) => states[i].memory.as_ptr(),
             }));
             let pool = if alone { None } else { Some(&*exe.pool) };
             launch(&exe.code[kernel.index()], pointers, sizes, *blocks, scratch, pool);
@@ -581,7 +612,8 @@ impl Session {
         mut times: Option<&mut Vec<StepTime>>,
         mut after: Option<AfterStep<'_>>,
     ) -> Result<()> {
-        let Session { exe, arena, scratch, bound, pointers } = self;
+        self.check_states(&self.bound[at].env)?;
+        let Session { exe, arena, scratch, bound, pointers, states } = self;
         let bound = &bound[at];
         for (number, step) in bound.steps.iter().enumerate() {
             let start = times.is_some().then(|| Watch::start(exe.pool.threads()));
@@ -595,6 +627,7 @@ impl Session {
                             // SAFETY: the arena plan keeps each offset plus size inside the arena.
                             Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
                             Slot::Fixed(address) => address as *mut u8,
+                            Slot::State(i) => states[i].memory.as_ptr(),
                         });
                     }
                     launch(
@@ -790,6 +823,10 @@ fn host_step(
                 Tensor::new(dtype, shape, Bytes::copy_from(&arena.bytes()[offset..offset + bytes]))?
             }
             (Slot::Fixed(_), Storage::Const(tensor)) => tensor.clone(),
+            (Slot::State(_), _) => {
+                let name = &op.name;
+                return Err(Error::unsupported(format!("`{name}` on what is kept between runs")));
+            }
             (Slot::Fixed(_), _) => return Err(Error::bug("fixed memory that is no constant")),
         });
     }
@@ -821,7 +858,7 @@ fn host_step(
     Ok(())
 }
 
-fn byte_len(dtype: DType, shape: &[usize]) -> Result<usize> {
+pub(crate) fn byte_len(dtype: DType, shape: &[usize]) -> Result<usize> {
     dtype
         .bytes_for(tilewright_data::element_count(shape)?)
         .ok_or_else(|| Error::user(format!("a {dtype} tensor of shape {shape:?} is too large")))
@@ -930,6 +967,7 @@ fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
                 Some(Constant::Packed(buffer)) => buffer.as_ptr() as usize,
                 None => return Err(Error::bug(format!("constant {} has no data", buffer.name))),
             }),
+            Storage::State(i) => Slot::State(*i),
             Storage::Arena => Slot::Arena(live_of[id.index()].map_or(0, |l| arena.offsets[l])),
         });
     }

@@ -64,13 +64,22 @@ pub struct Ceilings {
     /// Starting a kernel on all threads and waiting for its end, in seconds.
     pub launch_s: f64,
     /// `bf16` products with sums in `f32` (AVX512-BF16), all threads, in FLOP/s; 0 where there are
-    /// none. AMX has no measurement yet.
+    /// none.
     #[serde(default)]
     pub bf16_flops_per_s: f64,
     /// 8-bit products with sums in `i32` (AVX512-VNNI), all threads, in operations/s (two per
     /// multiply-add); 0 where there are none.
     #[serde(default)]
     pub int8_ops_per_s: f64,
+    /// `bf16` products on AMX, all threads, in FLOP/s; 0 where there is none.
+    #[serde(default)]
+    pub amx_bf16_flops_per_s: f64,
+    /// 8-bit products on AMX, all threads, in operations/s; 0 where there is none.
+    #[serde(default)]
+    pub amx_int8_ops_per_s: f64,
+    /// Starting a kernel on all threads when the others have fallen asleep, in seconds.
+    #[serde(default)]
+    pub wake_s: f64,
 }
 
 /// An x86 machine.
@@ -138,6 +147,9 @@ impl Cpu {
                 launch_s: 2e-6,
                 bf16_flops_per_s: 0.0,
                 int8_ops_per_s: 0.0,
+                amx_bf16_flops_per_s: 0.0,
+                amx_int8_ops_per_s: 0.0,
+                wake_s: 2e-5,
             },
         })
     }

@@ -162,6 +162,10 @@ pub(crate) fn grow(op: &Op, r: &[f64], types: &[&TensorType], out: &TensorType, 
             }
             all + sum_of(n, unit_roundoff(*acc)) + u
         }
+        Op::GroupProduct { .. } => {
+            let compute = unit_roundoff(out.dtype.compute());
+            all + sum_of(axes(types[1], &[1]), compute) + 4.0 * compute + u
+        }
         Op::Conv(_) => {
             all + sum_of(extent(&types[1].shape[1..], env), unit_roundoff(out.dtype.compute())) + u
         }

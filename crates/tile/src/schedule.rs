@@ -27,12 +27,24 @@ pub enum MatrixUnit {
     Bf16Tile,
     /// AVX512-VNNI `vpdpbusd`: 8-bit operands, four steps at a time, sums in `i32`.
     I8Dot,
+    /// AMX `tdpbssd` and `tdpbusd`: 8-bit operands in 16x64 tiles, sums in `i32`.
+    I8Tile,
 }
 
 impl MatrixUnit {
     /// All of them.
-    pub const ALL: [MatrixUnit; 4] =
-        [MatrixUnit::Fma, MatrixUnit::Bf16Dot, MatrixUnit::Bf16Tile, MatrixUnit::I8Dot];
+    pub const ALL: [MatrixUnit; 5] = [
+        MatrixUnit::Fma,
+        MatrixUnit::Bf16Dot,
+        MatrixUnit::Bf16Tile,
+        MatrixUnit::I8Dot,
+        MatrixUnit::I8Tile,
+    ];
+
+    /// Whether its operands lie in tile registers.
+    pub fn is_tile(self) -> bool {
+        matches!(self, MatrixUnit::Bf16Tile | MatrixUnit::I8Tile)
+    }
 
     /// Short name.
     pub fn name(self) -> &'static str {
@@ -41,6 +53,7 @@ impl MatrixUnit {
             MatrixUnit::Bf16Dot => "bf16dot",
             MatrixUnit::Bf16Tile => "bf16tile",
             MatrixUnit::I8Dot => "i8dot",
+            MatrixUnit::I8Tile => "i8tile",
         }
     }
 
@@ -51,7 +64,7 @@ impl MatrixUnit {
             MatrixUnit::Bf16Dot | MatrixUnit::Bf16Tile => {
                 (a, b, acc) == (DType::BF16, DType::BF16, DType::F32)
             }
-            MatrixUnit::I8Dot => {
+            MatrixUnit::I8Dot | MatrixUnit::I8Tile => {
                 matches!(a, DType::I8 | DType::U8) && (b, acc) == (DType::I8, DType::I32)
             }
         }
@@ -63,7 +76,7 @@ impl MatrixUnit {
         match self {
             MatrixUnit::Fma => 1,
             MatrixUnit::Bf16Dot | MatrixUnit::Bf16Tile => 2,
-            MatrixUnit::I8Dot => 4,
+            MatrixUnit::I8Dot | MatrixUnit::I8Tile => 4,
         }
     }
 }
@@ -113,6 +126,11 @@ impl CpuKnobs {
     /// AMX for `bf16`: 2x2 tiles of results, two of each operand.
     pub fn amx() -> CpuKnobs {
         CpuKnobs { mma_rows: 32, unit: MatrixUnit::Bf16Tile, ..CpuKnobs::avx512() }
+    }
+
+    /// AMX for 8 bits, in the same tiles.
+    pub fn amx_bytes() -> CpuKnobs {
+        CpuKnobs { unit: MatrixUnit::I8Tile, ..CpuKnobs::amx() }
     }
 
     /// AVX-512: a 14x2-vector micro-kernel (28 accumulators of 32 registers).

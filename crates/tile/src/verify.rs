@@ -110,7 +110,7 @@ pub fn verify_schedule(kernel: &Kernel, schedule: &Schedule) -> Result<()> {
     let vectors = u64::from(c.mma_vectors);
     let used = u64::from(c.mma_rows).saturating_mul(vectors).saturating_add(vectors + 1);
     let (rows, vectors) = (c.mma_rows, c.mma_vectors);
-    if c.unit == MatrixUnit::Bf16Tile {
+    if c.unit.is_tile() {
         // Results, left and right operands in tiles of 16 rows.
         let (tall, wide) = (u64::from(rows).div_ceil(16), u64::from(vectors));
         let used = tall.saturating_mul(wide).saturating_add(tall + wide);
@@ -682,7 +682,10 @@ impl<'a> Checker<'a> {
             self.report(format!("{place}: mma of {acc}, {a}, {b}"));
         }
         let types = [acc.dtype, a.dtype, b.dtype];
-        let alike = types.iter().all(|t| t.is_float()) || types.iter().all(|t| t.is_int());
+        // Codes of 4 or 8 bits are exact in every float that sums.
+        let codes =
+            acc.dtype.is_float() && a.dtype.is_float() && b.dtype.is_int() && b.dtype.bits() <= 8;
+        let alike = codes || types.iter().all(|t| t.is_float()) || types.iter().all(|t| t.is_int());
         if !alike || acc.dtype.bits() < a.dtype.bits().max(b.dtype.bits()) {
             self.report(format!("{place}: mma in {} of {} and {}", types[0], types[1], types[2]));
         }

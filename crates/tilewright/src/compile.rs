@@ -16,7 +16,7 @@ use tilewright_passes::PassContext;
 use tilewright_plan::Plan;
 use tilewright_runtime::{Code, Executable, Pool, Session};
 use tilewright_target::{Cpu, Precision};
-use tilewright_tile::MatrixUnit;
+use tilewright_tile::{Kernel, MatrixUnit, Schedule};
 
 /// How models are compiled.
 #[derive(Clone, Debug)]
@@ -32,6 +32,11 @@ pub struct Compiler {
     /// Let kernels write results over operands that nobody reads again; off for finding what that
     /// breaks.
     pub in_place: bool,
+    /// The symbol that says for how many positions there is memory in what sessions keep between runs; see
+    /// [`tilewright_lower::Options::states`].
+    pub states: Option<Arc<str>>,
+    /// Schedules that a search found on this machine; see [`crate::tune`]. `None` takes the planner's.
+    pub records: Option<crate::tune::Records>,
     pool: Arc<Pool>,
 }
 
@@ -72,9 +77,11 @@ impl Compiler {
         Compiler {
             cpu,
             precision: Precision::F32,
+            records: cache.as_deref().map(crate::tune::Records::at),
             cache,
             fusion: Choice::Fastest,
             in_place: true,
+            states: None,
             pool,
         }
     }
@@ -137,10 +144,12 @@ impl Compiler {
             windows: false,
             fusion: self.fusion,
             precision: self.precision,
+            states: self.states.clone(),
             ..Default::default()
         };
-        let (plan, fusion) =
+        let (mut plan, fusion) =
             tilewright_lower::lower_with(&graph, &self.target(), &layouts, &host_call, &options)?;
+        let records = self.records.as_ref().map(|r| r.apply(&mut plan, &self.cpu));
         observe(Stage::Fusion(&fusion));
         observe(Stage::Plan(&plan));
         lap(&mut stages, "lower");
@@ -150,6 +159,7 @@ impl Compiler {
 
         let Generated { code, cache_hits, mut warnings } =
             self.generate(&plan, observe, &mut stages)?;
+        warnings.extend(records.into_iter().flatten());
         if self.precision == Precision::Bf16 && self.target().bf16_unit == MatrixUnit::Fma {
             warnings.push(
                 "this processor has no bf16 instructions that are used here (AVX512-BF16, AMX): \
@@ -199,6 +209,35 @@ impl Compiler {
             .collect::<Result<Vec<_>>>()?;
         let cache_hits = (build.cache_hits, sources.len());
         Ok(Generated { code, cache_hits, warnings: build.warnings })
+    }
+
+    /// Code for kernels under schedules; `None` where the emitter refuses the schedule.
+    pub(crate) fn code_for(
+        &self,
+        kernels: &[(Arc<Kernel>, Schedule)],
+    ) -> Result<Vec<Option<Code>>> {
+        let emitted: Vec<_> =
+            kernels.iter().map(|(kernel, schedule)| emit_kernel(kernel, schedule).ok()).collect();
+        let sources: Vec<Source> = emitted
+            .iter()
+            .flatten()
+            .map(|e| Source { symbol: e.name.clone(), text: e.llvm_ir.clone() })
+            .collect();
+        let jit = Jit::new(tilewright_jit::Options {
+            cache: self.cache.clone(),
+            threads: self.pool.threads(),
+            ..Default::default()
+        })?;
+        let library = Arc::new(jit.build(&sources)?.library);
+        let mut number = 0;
+        emitted
+            .iter()
+            .map(|e| {
+                let Some(e) = e else { return Ok(None) };
+                number += 1;
+                Code::from_library(&library, number - 1, e.scratch_bytes).map(Some)
+            })
+            .collect()
     }
 
     /// The numbers that lowering reads.
@@ -265,5 +304,10 @@ impl Compiled {
     /// Means to run it. Several sessions may run at the same time.
     pub fn session(&self) -> Result<Session> {
         Session::new(self.exe.clone())
+    }
+
+    /// The plan with its code.
+    pub(crate) fn executable(&self) -> &Arc<Executable> {
+        &self.exe
     }
 }

@@ -379,6 +379,10 @@ fn compute_ceiling(ceilings: &Ceilings, products: &[String]) -> f64 {
         ceilings.bf16_flops_per_s
     } else if uses(MatrixUnit::I8Dot) && ceilings.int8_ops_per_s > 0.0 {
         ceilings.int8_ops_per_s
+    } else if uses(MatrixUnit::Bf16Tile) && ceilings.amx_bf16_flops_per_s > 0.0 {
+        ceilings.amx_bf16_flops_per_s
+    } else if uses(MatrixUnit::I8Tile) && ceilings.amx_int8_ops_per_s > 0.0 {
+        ceilings.amx_int8_ops_per_s
     } else {
         ceilings.f32_flops_per_s
     }

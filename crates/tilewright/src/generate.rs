@@ -1,7 +1,7 @@
 //! Text generation: tokens in, tokens out, one at a time, with a cache of keys and values.
 //!
-//! On a CPU the model's graph takes the keys and values of earlier tokens as inputs and gives those of all tokens back;
-//! tokens are chosen on the host. On a GPU everything stays on the device ([`GpuGenerator`]). Both choose tokens by the
+//! On a CPU the model's graph makes keys and values of earlier tokens longer, in memory that the session keeps; tokens are
+//! chosen on the host. On a GPU everything stays on the device ([`GpuGenerator`]). Both choose tokens by the
 //! same rule from the same random numbers ([`choose`], [`random_numbers`]).
 
 use crate::gpu::{GpuCompiler, GpuDevice};
@@ -13,12 +13,15 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
 use tilewright_import::hf::{self, LoadOptions};
 use tilewright_interp::{Mode, Options, philox4x32_10, run_with};
+#[cfg(feature = "cpu")]
+use tilewright_layout::{Env, Range, Symbol};
 use tilewright_plan::Decoder;
 use tilewright_runtime_gpu::decode::{
     DecodeMachine, DecodeOptions, DecodePlan, Decoding, DeviceDecoder, HostDecoder, PromptPlan,
 };
 use tilewright_target::Gpu as Machine;
 
+pub use tilewright_import::hf::MatrixForm;
 pub use tilewright_runtime_gpu::decode::Sampling;
 
 /// What is to be generated.
@@ -115,19 +118,26 @@ pub fn end_tokens(dir: &Path) -> Vec<i64> {
     Vec::new()
 }
 
-/// Generation on a CPU.
+/// Generation on a CPU: one plan for every length, whose session keeps keys and values in memory for the longest.
 #[cfg(feature = "cpu")]
 pub struct CpuGenerator {
     session: tilewright_runtime::Session,
-    /// Heads and width of each part of the cache, in the order of the inputs.
-    past: Vec<Vec<i64>>,
     max_tokens: usize,
     vocabulary: usize,
+    /// Bytes of weights that a step reads.
+    weight_bytes: f64,
+    /// What a second's reading gives, and whether that was measured.
+    bytes_per_s: (f64, bool),
 }
+
+/// The symbol for the number of positions that there is memory for.
+#[cfg(feature = "cpu")]
+const CAPACITY: &str = "capacity";
 
 #[cfg(feature = "cpu")]
 impl CpuGenerator {
-    /// Compiles a step of the model in a directory. Sequences have up to `max_length` tokens.
+    /// Compiles a step of the model in a directory. Sequences have up to `max_length` tokens; `matrices` says in which
+    /// form weights are kept.
     ///
     /// # Errors
     /// The importer's and the compiler's.
@@ -135,10 +145,12 @@ impl CpuGenerator {
         dir: &Path,
         compiler: &crate::Compiler,
         max_length: i64,
+        matrices: MatrixForm,
         random_weights: Option<u64>,
     ) -> Result<CpuGenerator> {
         let options = LoadOptions {
             cache: true,
+            matrices,
             random_weights,
             max_tokens: max_length,
             ..LoadOptions::default()
@@ -147,21 +159,81 @@ impl CpuGenerator {
         if model.task != hf::Task::CausalLanguage {
             return Err(Error::unsupported("generation with a model that gives no logits"));
         }
-        let past = model.graph.inputs[1..]
-            .iter()
-            .map(|&v| {
-                let shape = model.graph.shape(v);
-                [1, 3].iter().map(|&i| shape[i].as_const().unwrap_or(0)).collect()
-            })
-            .collect();
         let (max_tokens, vocabulary) = (model.max_tokens, model.summary.vocabulary);
-        let compiled = compiler.compile_observed(model.graph, &mut |_| {})?;
+        let mut graph = model.graph;
+        let range = Range { min: 1, max: max_tokens };
+        graph.symbols.push(Symbol { name: CAPACITY.into(), range });
+        let mut compiler = compiler.clone();
+        compiler.states = Some(CAPACITY.into());
+        let compiled = compiler.compile_observed(graph, &mut |_| {})?;
+        if compiled.plan().inputs.len() != 1 || compiled.plan().outputs.len() != 1 {
+            return Err(Error::bug(
+                "a step that takes more than tokens, or gives more than logits",
+            ));
+        }
+        let ceilings = &compiled.cpu().ceilings;
         Ok(CpuGenerator {
+            weight_bytes: weight_bytes(compiled.plan()),
+            bytes_per_s: (ceilings.memory_read_bytes_per_s, ceilings.measured),
             session: compiled.session()?,
-            past,
             max_tokens: usize::try_from(max_tokens).unwrap_or(0),
             vocabulary: usize::try_from(vocabulary).unwrap_or(0),
         })
+    }
+
+    /// What a step with one more token for each of `batch` sequences must read: the weights, and keys and values of
+    /// `position` tokens. Bytes; and the bytes that this machine reads in a second, measured or guessed.
+    pub fn step_bytes(&self, batch: usize, position: usize) -> StepBytes {
+        let env = self.sizes(batch, 1, position.saturating_sub(1));
+        let states = &self.session.executable().plan().states;
+        let kept = states.iter().map(|s| {
+            let elements = tilewright_layout::numel(&s.valid).eval(&env).unwrap_or(0);
+            elements as f64 * s.dtype.size() as f64
+        });
+        let (bytes_per_s, measured) = self.bytes_per_s;
+        StepBytes { bytes: self.weight_bytes + kept.sum::<f64>(), bytes_per_s, measured }
+    }
+
+    fn sizes(&self, batch: usize, width: usize, past: usize) -> Env {
+        let sizes = [("B", batch), ("S", width), ("P", past), (CAPACITY, self.max_tokens)];
+        sizes.into_iter().map(|(n, v)| (n.into(), i64::try_from(v).unwrap_or(i64::MAX))).collect()
+    }
+
+    /// Forgets everything, and makes memory for so many sequences.
+    fn start(&mut self, batch: usize) -> Result<()> {
+        let sizes = self.sizes(batch, 1, 0);
+        self.session.make_states(&sizes)
+    }
+
+    /// The logits `[batch, 1, vocabulary]` behind these tokens `[batch, width]`, of which `past` came before.
+    fn step(&mut self, tokens: &[i64], batch: usize, past: usize) -> Result<Tensor> {
+        let width = tokens.len() / batch.max(1);
+        let ids = Tensor::from_i64s(DType::I64, &[batch, width], tokens)?;
+        let mut logits = [Tensor::zeros(DType::F32, [batch, 1, self.vocabulary])?];
+        let sizes = self.sizes(batch, width, past);
+        self.session.run_sized(&sizes, &[ids], &mut logits, None)?;
+        let [logits] = logits;
+        Ok(logits)
+    }
+
+    /// Checks that there are tokens, all known, and not too many.
+    fn check(&self, prompts: &[Vec<i64>], count: usize) -> Result<usize> {
+        let length = prompts.first().map_or(0, Vec::len);
+        if length == 0 || prompts.iter().any(|p| p.len() != length) {
+            return Err(Error::unsupported("empty prompts, or prompts of different lengths"));
+        }
+        let most = length + count.saturating_sub(1);
+        if most > self.max_tokens {
+            let all = self.max_tokens;
+            let message = format!("{most} tokens, and sequences may have up to {all}");
+            return Err(Error::user(message).with_hint("--max-length sets it"));
+        }
+        let unknown = |t: &i64| usize::try_from(*t).map_or(true, |t| t >= self.vocabulary);
+        if let Some(t) = prompts.iter().flatten().find(|t| unknown(t)) {
+            let all = self.vocabulary;
+            return Err(Error::user(format!("token {t} is not one of the {all} of the model")));
+        }
+        Ok(length)
     }
 
     /// Generates.
@@ -170,39 +242,16 @@ impl CpuGenerator {
     /// The user's about the prompts.
     pub fn generate(&mut self, request: &Request) -> Result<Generated> {
         let batch = request.prompts.len();
-        let length = request.prompts.first().map_or(0, Vec::len);
-        if length == 0 || request.prompts.iter().any(|p| p.len() != length) {
-            return Err(Error::unsupported("empty prompts, or prompts of different lengths"));
-        }
-        let most = length + request.count.saturating_sub(1);
-        if most > self.max_tokens {
-            let all = self.max_tokens;
-            let message = format!("{most} tokens, and sequences may have up to {all}");
-            return Err(Error::user(message).with_hint("--max-length sets it"));
-        }
-        let unknown = |t: &i64| usize::try_from(*t).map_or(true, |t| t >= self.vocabulary);
-        if let Some(t) = request.prompts.iter().flatten().find(|t| unknown(t)) {
-            let all = self.vocabulary;
-            return Err(Error::user(format!("token {t} is not one of the {all} of the model")));
-        }
+        let length = self.check(&request.prompts, request.count)?;
         let random = random_numbers(request.seed, (self.max_tokens + 1) * batch);
-        let empty = |shape: &Vec<i64>| {
-            let shape = vec![batch, shape[0] as usize, 0, shape[1] as usize];
-            Tensor::zeros(DType::F32, shape)
-        };
-        let mut past: Vec<Tensor> = self.past.iter().map(empty).collect::<Result<_>>()?;
         let mut new: Vec<i64> = request.prompts.concat();
         let mut tokens: Vec<Vec<i64>> = vec![Vec::new(); batch];
+        self.start(batch)?;
         let (begin, mut prompt, mut steps) = (Instant::now(), Duration::ZERO, 0);
-        let mut position = length;
-        let mut width = length;
+        let (mut position, mut past) = (length, 0);
         while tokens[0].len() < request.count {
-            let mut inputs = vec![Tensor::from_i64s(DType::I64, &[batch, width], &new)?];
-            inputs.append(&mut past);
-            let mut outputs = self.session.run(&inputs)?;
-            drop(inputs);
-            past = outputs.split_off(1);
-            let logits = outputs.pop().map_or_else(Vec::new, |l| l.to_f64s());
+            let logits = self.step(&new, batch, past)?.to_f64s();
+            past = position;
             new = logits
                 .chunks(self.vocabulary)
                 .enumerate()
@@ -215,7 +264,7 @@ impl CpuGenerator {
             if steps == 0 {
                 prompt = begin.elapsed();
             }
-            (position, width, steps) = (position + 1, 1, steps + 1);
+            (position, steps) = (position + 1, steps + 1);
             let ended = |s: &Vec<i64>| s.iter().any(|t| request.ends.contains(t));
             if tokens.iter().all(ended) {
                 break;
@@ -228,6 +277,91 @@ impl CpuGenerator {
         }
         let rest = begin.elapsed() - prompt;
         Ok(Generated { tokens, prompt, rest, steps: steps.max(1) - 1 })
+    }
+
+    /// Compares the logits of every position of these sequences, taken token by token with the cache, with those of the
+    /// whole model in float64 without one, whose matrices have the same form: rounding them to few bits is not counted.
+    ///
+    /// # Errors
+    /// The user's about the sequences.
+    pub fn verify(
+        &mut self,
+        sequences: &[Vec<i64>],
+        dir: &Path,
+        matrices: MatrixForm,
+        random_weights: Option<u64>,
+    ) -> Result<Report> {
+        let length = self.check(sequences, 1)?;
+        let options = LoadOptions { matrices, random_weights, ..LoadOptions::default() };
+        let graph = hf::load_model(dir, &options)?.graph;
+        let batch = sequences.len();
+        let inputs = [
+            Tensor::from_i64s(DType::I64, &[batch, length], &sequences.concat())?,
+            Tensor::from_i64s(DType::I64, &[batch, length], &vec![1; batch * length])?,
+        ];
+        let wide = run_with(&graph, &inputs, &Options::new(Mode::F64))?;
+        let plain = run_with(&graph, &inputs, &Options::new(Mode::Exact))?;
+        let mut report = Report { outputs: Vec::new(), kernels: Vec::new() };
+        self.start(batch)?;
+        for at in 0..length {
+            let tokens: Vec<i64> = sequences.iter().map(|s| s[at]).collect();
+            let got = self.step(&tokens, batch, at)?.reshaped(vec![batch, self.vocabulary])?;
+            let [wide, plain] = [&wide, &plain].map(|run| position(&run.outputs[0], at));
+            let name = format!("logits of position {at}");
+            report.outputs.push(deviation(name, &got, &wide?, &plain?, 0.0)?);
+        }
+        Ok(report)
+    }
+}
+
+/// What a step must read, and how fast this machine reads.
+#[derive(Clone, Copy, Debug)]
+pub struct StepBytes {
+    /// Bytes.
+    pub bytes: f64,
+    /// Bytes a second.
+    pub bytes_per_s: f64,
+    /// Whether that was measured (`tw machine`), or is a guess.
+    pub measured: bool,
+}
+
+/// Bytes of the constants that a plan's kernels read whole: tables of which rows are picked do not count.
+#[cfg(feature = "cpu")]
+fn weight_bytes(plan: &tilewright_plan::Plan) -> f64 {
+    use std::collections::BTreeSet;
+    use tilewright_plan::{Step, Storage};
+    let mut read = BTreeSet::new();
+    for step in &plan.steps {
+        let Step::Launch { kernel, args, .. } = step else { continue };
+        let kernel = &plan.kernels[*kernel].kernel;
+        let mut loaded = BTreeSet::new();
+        loads(&kernel.body, &mut loaded);
+        let ids = kernel.params.ids().zip(args).filter(|(p, _)| loaded.contains(p));
+        read.extend(ids.map(|(_, b)| *b));
+    }
+    let bytes = |b: &tilewright_plan::BufferId| {
+        let buffer = &plan.buffers[*b];
+        let constant = matches!(buffer.storage, Storage::Const(_));
+        let elements = buffer.layout.alloc_elements().as_const().filter(|_| constant);
+        elements.unwrap_or(0) as f64 * f64::from(buffer.dtype.bits()) / 8.0
+    };
+    read.iter().map(bytes).sum()
+}
+
+/// The parameters that a block loads, other than by picking rows.
+#[cfg(feature = "cpu")]
+fn loads(
+    block: &tilewright_tile::Block,
+    found: &mut std::collections::BTreeSet<tilewright_tile::ParamId>,
+) {
+    use tilewright_tile::{Stmt, TileOp};
+    for stmt in &block.stmts {
+        match stmt {
+            Stmt::Let(_, TileOp::Load { param, .. }) => _ = found.insert(*param),
+            Stmt::For(f) => loads(&f.body, found),
+            Stmt::If(i) => [&i.then, &i.otherwise].into_iter().for_each(|b| loads(b, found)),
+            _ => {}
+        }
     }
 }
 

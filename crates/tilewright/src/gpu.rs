@@ -153,6 +153,7 @@ impl GpuCompiler {
         let options = tilewright_lower::Options {
             windows: self.windows,
             fusion: self.fusion,
+            states: None,
             precision: self.precision,
             device: Device::Gpu,
         };

@@ -36,6 +36,8 @@ mod machine;
 mod model;
 mod precision;
 mod stage;
+#[cfg(feature = "cpu")]
+pub mod tune;
 pub mod verify;
 
 #[cfg(feature = "cpu")]

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 use tilewright::Compiler;
 use tilewright::generate::{
-    CpuGenerator, Generated, GpuGeneratorOptions, GpuGeneratorPlan, Request, Sampling, choose,
-    end_tokens, random_numbers,
+    CpuGenerator, Generated, GpuGeneratorOptions, GpuGeneratorPlan, MatrixForm, Request, Sampling,
+    choose, end_tokens, random_numbers,
 };
 use tilewright_runtime_gpu::decode::HostDecoder;
 use tilewright_target::Gpu;
@@ -27,7 +27,7 @@ fn request(prompts: Vec<Vec<i64>>, count: usize, sampling: Option<Sampling>) -> 
 
 fn on_cpu(name: &str, request: &Request) -> Generated {
     let compiler = Compiler::new().unwrap();
-    CpuGenerator::open(&directory(name), &compiler, 16, None)
+    CpuGenerator::open(&directory(name), &compiler, 16, MatrixForm::Stored, None)
         .and_then(|mut g| g.generate(request))
         .unwrap_or_else(|e| panic!("{name}: {e} {:?}", e.notes()))
 }

@@ -28,7 +28,11 @@ use tilewright_tune::command::tune_command;
 use tilewright_tune::store::Store;
 
 pub(crate) fn tune(args: &TuneArgs, output: &Output) -> Result<()> {
-    let TuneWhat::Gemm(options) = &args.what;
+    let options = match &args.what {
+        TuneWhat::Gemm(options) => options,
+        #[cfg(feature = "cpu")]
+        TuneWhat::Model(args) => return super::tune::model(args, output),
+    };
     let cache = options.cache.clone().or_else(tilewright::cache_dir);
     let outcome = tune_command(options, cache.as_deref(), &mut |line| say(line))?;
     output.result(&outcome.table(), &outcome.json());

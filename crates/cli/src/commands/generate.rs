@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use std::time::Instant;
 use tilewright::explain::time_text;
 use tilewright::generate::{
-    Generated, GpuGeneratorOptions, GpuGeneratorPlan, Request, Sampling, end_tokens,
+    Generated, GpuGeneratorOptions, GpuGeneratorPlan, MatrixForm, Request, Sampling, end_tokens,
 };
 use tilewright::gpu::{GpuDevice, ordinal};
 use tilewright::verify::Report;
@@ -27,7 +27,7 @@ pub(crate) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
     };
     let generated = match super::on_gpu(&args.model)? {
         true => on_gpu(args, &request, output)?,
-        false => on_cpu(args, &request)?,
+        false => on_cpu(args, &request, output)?,
     };
     if let Some(generated) = generated {
         report(args, &request, &generated, output)?;
@@ -87,31 +87,77 @@ fn max_length(args: &GenerateArgs, request: &Request) -> i64 {
     args.max_length.unwrap_or_else(|| i64::try_from(needed).unwrap_or(i64::MAX))
 }
 
-#[cfg(feature = "cpu")]
-fn on_cpu(args: &GenerateArgs, request: &Request) -> Result<Option<Generated>> {
-    if args.verify || args.explain {
-        return Err(Error::unsupported("--verify and --explain of `tw generate` on a CPU")
-            .with_hint("tw verify and tw explain take the model"));
-    }
-    let compiler = super::compiler(&args.model)?;
-    let mut generator = {
-        let _progress = progress(format!("compiling {}", args.model.model.display()));
-        tilewright::generate::CpuGenerator::open(
-            &args.model.model,
-            &compiler,
-            max_length(args, request),
-            args.model.random_weights,
-        )?
+/// The form of matrices.
+fn matrices(args: &GenerateArgs) -> Result<MatrixForm> {
+    let coded = |dtype: DType, usual: i64| match args.group.unwrap_or(usual) {
+        group @ 1.. => Ok(MatrixForm::Codes { dtype, group }),
+        group => Err(Error::user(format!("--group {group}"))),
     };
-    generator.generate(request).map(Some)
+    let form = match args.weights.as_str() {
+        "stored" => MatrixForm::Stored,
+        "f32" => MatrixForm::Compute,
+        "int8" => return coded(DType::I8, 128),
+        "int4" => return coded(DType::I4, 32),
+        other => {
+            return Err(
+                Error::user(format!("--weights {other}")).with_hint("stored, f32, int8 or int4")
+            );
+        }
+    };
+    match args.group {
+        None => Ok(form),
+        Some(_) => Err(Error::user("--group has no effect without --weights int8 or int4")),
+    }
+}
+
+#[cfg(feature = "cpu")]
+fn on_cpu(args: &GenerateArgs, request: &Request, output: &Output) -> Result<Option<Generated>> {
+    if args.explain {
+        return Err(Error::unsupported("--explain of `tw generate` on a CPU")
+            .with_hint("tw explain takes the model"));
+    }
+    let (compiler, matrices) = (super::compiler(&args.model)?, matrices(args)?);
+    let (dir, random) = (&args.model.model, args.model.random_weights);
+    let start = Instant::now();
+    let mut generator = {
+        let _progress = progress(format!("compiling {}", dir.display()));
+        let longest = max_length(args, request);
+        tilewright::generate::CpuGenerator::open(dir, &compiler, longest, matrices, random)?
+    };
+    say(&format!("ready after {}", time_text(start.elapsed().as_secs_f64())));
+    if args.verify {
+        let report = generator.verify(&request.prompts, dir, matrices, random)?;
+        return verified(&report, output).map(|()| None);
+    }
+    // The first one finds cold caches and clocks.
+    if args.warm {
+        generator.generate(request)?;
+    }
+    let generated = generator.generate(request)?;
+    let middle = request.prompts[0].len() + generated.steps / 2;
+    let step = generator.step_bytes(request.prompts.len(), middle);
+    let floor = step.bytes / step.bytes_per_s;
+    let took = generated.rest.as_secs_f64() / generated.steps.max(1) as f64;
+    say(&format!(
+        "a step reads {:.1} MB, which takes {} at the {:.1} GB/s that {}: {:.0}% of that rate reached",
+        step.bytes * 1e-6,
+        time_text(floor),
+        step.bytes_per_s * 1e-9,
+        if step.measured { "`tw machine` measured" } else { "are guessed (`tw machine` measures)" },
+        100.0 * floor / took.max(1e-12),
+    ));
+    Ok(Some(generated))
 }
 
 #[cfg(not(feature = "cpu"))]
-fn on_cpu(_: &GenerateArgs, _: &Request) -> Result<Option<Generated>> {
+fn on_cpu(_: &GenerateArgs, _: &Request, _: &Output) -> Result<Option<Generated>> {
     Err(super::without_cpu())
 }
 
 fn on_gpu(args: &GenerateArgs, request: &Request, output: &Output) -> Result<Option<Generated>> {
+    if matrices(args)? != MatrixForm::Stored {
+        return Err(Error::unsupported(format!("--weights {} on a GPU", args.weights)));
+    }
     let cache = if args.model.no_cache { None } else { super::cache_folder(&args.model) };
     let target = args.model.target.as_deref();
     let device = GpuDevice::open_as(ordinal(&args.model.device)?, cache.as_deref(), target)?;

@@ -15,7 +15,7 @@ pub(crate) fn run(args: &MachineArgs, output: &Output) -> Result<()> {
     let _ = write!(
         text,
         "{}\n  threads          {}\n  vector           {} bits\n  caches           L1 {} KiB, L2 {} KiB, L3 {} KiB\n  features         {}\n\
-         measured ceilings\n  f32 multiply-add {:.0} GFLOP/s on 1 thread, {:.0} on {}\n  memory           {:.1} GB/s read, {:.1} GB/s copy\n  L2               {:.0} GB/s on 1 thread\n  kernel launch    {:.2} us",
+         measured ceilings\n  f32 multiply-add {:.0} GFLOP/s on 1 thread, {:.0} on {}\n  memory           {:.1} GB/s read, {:.1} GB/s copy\n  L2               {:.0} GB/s on 1 thread\n  kernel launch    {:.2} us, {:.1} us when threads sleep",
         cpu.name,
         cpu.threads,
         cpu.vector_bits,
@@ -30,17 +30,18 @@ pub(crate) fn run(args: &MachineArgs, output: &Output) -> Result<()> {
         c.memory_copy_bytes_per_s * giga,
         c.l2_read_bytes_per_s * giga,
         c.launch_s * 1e6,
+        c.wake_s * 1e6,
     );
     // Matrix instructions, as far as the processor has them.
     for (feature, name, unit, rate) in [
-        ("avx512bf16", "bf16 AVX-512", "GFLOP/s", Some(c.bf16_flops_per_s)),
-        ("avx512vnni", "int8 VNNI", "GOP/s", Some(c.int8_ops_per_s)),
-        ("amx-bf16", "bf16 AMX", "GFLOP/s", None),
-        ("amx-int8", "int8 AMX", "GOP/s", None),
+        ("avx512bf16", "bf16 AVX-512", "GFLOP/s", c.bf16_flops_per_s),
+        ("avx512vnni", "int8 VNNI", "GOP/s", c.int8_ops_per_s),
+        ("amx-bf16", "bf16 AMX", "GFLOP/s", c.amx_bf16_flops_per_s),
+        ("amx-int8", "int8 AMX", "GOP/s", c.amx_int8_ops_per_s),
     ] {
         let _ = match rate {
             _ if !cpu.has(feature) => Ok(()),
-            Some(rate) if rate > 0.0 => {
+            rate if rate > 0.0 => {
                 write!(text, "\n  {name:<16} {:.0} {unit} on {}", rate * giga, cpu.threads)
             }
             _ => write!(text, "\n  {name:<16} present, not measured"),

@@ -16,6 +16,8 @@ pub(crate) mod inspect;
 #[cfg(feature = "cpu")]
 pub(crate) mod machine;
 pub(crate) mod run;
+#[cfg(feature = "cpu")]
+pub(crate) mod tune;
 pub(crate) mod verify;
 
 use crate::args::{InputArgs, ModelArgs};
@@ -61,6 +63,9 @@ fn compiler(args: &ModelArgs) -> Result<Compiler> {
     let mut compiler = Compiler::for_cpu(cpu, cache);
     if args.no_fusion {
         compiler.fusion = Choice::Apart;
+    }
+    if args.untuned {
+        compiler.records = None;
     }
     compiler.precision = args.precision.parse().map_err(Error::user)?;
     Ok(compiler)

@@ -53,7 +53,7 @@ pub(crate) fn unit_knobs(unit: MatrixUnit) -> Option<CpuKnobs> {
         MatrixUnit::Fma => true,
         MatrixUnit::Bf16Dot => std::is_x86_feature_detected!("avx512bf16"),
         MatrixUnit::I8Dot => std::is_x86_feature_detected!("avx512vnni"),
-        MatrixUnit::Bf16Tile => false,
+        MatrixUnit::Bf16Tile | MatrixUnit::I8Tile => false,
     };
     here.then(|| CpuKnobs { unit, ..CpuKnobs::avx512() })
 }

@@ -580,6 +580,7 @@ impl<'a> Parser<'a> {
                 reverse: Self::flag(attrs, "reverse"),
             },
             "contract" => self.contract(attrs, name, operands, results)?,
+            "group_product" => Op::GroupProduct { group: self.scalar(attrs, name, "group")? },
             "conv" => Op::Conv(ConvAttrs {
                 strides: self.numbers(attrs, name, "strides")?,
                 pads_lo: self.numbers(attrs, name, "pads_lo")?,

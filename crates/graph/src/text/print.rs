@@ -287,6 +287,7 @@ fn attributes(op: &Op) -> Vec<String> {
         Op::LayerNorm { axis, eps: e } | Op::RmsNorm { axis, eps: e } => {
             vec![format!("axis={axis}"), eps(e)]
         }
+        Op::GroupProduct { group } => vec![format!("group={group}")],
         Op::BatchNorm { eps: e } => vec![eps(e)],
         Op::GroupNorm { groups, eps: e } => vec![format!("groups={groups}"), eps(e)],
         Op::Host(host) => {

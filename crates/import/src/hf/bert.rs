@@ -119,9 +119,9 @@ pub(super) fn build(
             let own = format!("{h}.decoder.weight");
             let tied = format!("{e}.word_embeddings.weight");
             let table = if net.weights.has(&own) { own } else { tied };
-            let table = net.weight(&table, &[vocabulary, hidden])?;
+            let table = net.matrix(&table, [vocabulary, hidden], "oi")?;
             let bias = net.weight(&format!("{h}.bias"), &[vocabulary])?;
-            let y = net.project(y, table, "oi", Some(bias), h)?;
+            let y = net.project(y, table, Some(bias), h)?;
             net.b.output("logits", y);
         }
         Task::SequenceLabels => {

@@ -67,9 +67,9 @@ pub(super) fn build(
             let own = "vocab_projector.weight".to_string();
             let tied = format!("{e}.word_embeddings.weight");
             let table = if net.weights.has(&own) { own } else { tied };
-            let table = net.weight(&table, &[vocabulary, hidden])?;
+            let table = net.matrix(&table, [vocabulary, hidden], "oi")?;
             let bias = net.weight("vocab_projector.bias", &[vocabulary])?;
-            let y = net.project(y, table, "oi", Some(bias), "vocab_projector")?;
+            let y = net.project(y, table, Some(bias), "vocab_projector")?;
             net.b.output("logits", y);
         }
         Task::SequenceLabels => {

@@ -98,9 +98,9 @@ pub(super) fn build(
     if task == Task::CausalLanguage {
         let own = "lm_head.weight".to_string();
         let head = if net.weights.has(&own) { own } else { table };
-        let head = net.weight(&head, &[vocabulary, hidden])?;
+        let head = net.matrix(&head, [vocabulary, hidden], "oi")?;
         let x = net.asked_for(x)?;
-        let y = net.project(x, head, "oi", None, "lm_head")?;
+        let y = net.project(x, head, None, "lm_head")?;
         net.outputs_with_cache("logits", y);
     } else {
         net.outputs_with_cache("last_hidden_state", x);

@@ -7,9 +7,11 @@
 //! Activations are `[B, S, width]` in the compute type. Weights stay in the type of their file and
 //! are cast in the graph.
 
+use super::MatrixForm;
+use super::quantise::quantise;
 use super::weights::Weights;
 use std::collections::BTreeMap;
-use tilewright_base::{DType, Error, Result};
+use tilewright_base::{DType, Error, Result, ResultExt};
 use tilewright_data::Tensor;
 use tilewright_graph::{AttentionAttrs, GraphBuilder, Op, ReduceKind, TensorType, ValueId};
 use tilewright_layout::{Dim, Range};
@@ -23,6 +25,8 @@ pub(crate) struct Net {
     /// In which type activations are held.
     pub(crate) compute: DType,
     pub(crate) weights: Weights,
+    /// The form of matrices.
+    pub(crate) matrices: MatrixForm,
     /// Batch size.
     pub(crate) batch: Dim,
     /// Sequence length, when the model has one.
@@ -38,8 +42,17 @@ pub(crate) struct Net {
     windows: BTreeMap<i64, ValueId>,
     loaded: BTreeMap<String, ValueId>,
     cast: BTreeMap<String, ValueId>,
+    codes: BTreeMap<String, [ValueId; 2]>,
     problems: Vec<String>,
     unsupported: Vec<String>,
+}
+
+/// A weight that activations are multiplied with.
+pub(crate) enum Matrix {
+    /// Floats, with the letters of its axes.
+    Plain { weight: ValueId, letters: &'static str },
+    /// Codes `[to, from]` and a scale for each group of the depth.
+    Codes { codes: ValueId, scales: ValueId, group: i64 },
 }
 
 /// How attention looks at its operands.
@@ -65,6 +78,7 @@ impl Net {
             b,
             compute,
             weights,
+            matrices: MatrixForm::Compute,
             batch,
             seq: Dim::new(1),
             most_tokens: 1,
@@ -74,6 +88,7 @@ impl Net {
             windows: BTreeMap::new(),
             loaded: BTreeMap::new(),
             cast: BTreeMap::new(),
+            codes: BTreeMap::new(),
             problems: Vec::new(),
             unsupported: Vec::new(),
         }
@@ -178,34 +193,103 @@ impl Net {
         to: i64,
         bias: bool,
     ) -> Result<ValueId> {
-        let weight = self.weight(&format!("{name}.weight"), &[to, from])?;
+        let weight = self.matrix(&format!("{name}.weight"), [to, from], "oi")?;
         let bias = self.optional_bias(name, to, bias)?;
-        self.project(x, weight, "oi", bias, name)
+        self.project(x, weight, bias, name)
     }
 
     /// `x W + b` over the last axis, with `W [from, to]` as GPT-2's `Conv1D` stores it.
     pub(crate) fn conv1d(&mut self, x: ValueId, name: &str, from: i64, to: i64) -> Result<ValueId> {
-        let weight = self.weight(&format!("{name}.weight"), &[from, to])?;
+        let weight = self.matrix(&format!("{name}.weight"), [from, to], "io")?;
         let bias = self.optional_bias(name, to, true)?;
-        self.project(x, weight, "io", bias, name)
+        self.project(x, weight, bias, name)
+    }
+
+    /// Codes `[to, from]` and scales of a matrix.
+    fn codes(
+        &mut self,
+        name: &str,
+        shape: [i64; 2],
+        turned: bool,
+        dtype: DType,
+        group: i64,
+    ) -> Result<[ValueId; 2]> {
+        if let Some(known) = self.codes.get(name) {
+            return Ok(*known);
+        }
+        let (stored, mut sizes) = (self.stored(name, &shape)?, shape);
+        let tensor = self.b.graph().as_const(stored).cloned();
+        let pair = match tensor {
+            Some(mut tensor) => {
+                if turned {
+                    tensor = transposed(&tensor)?;
+                }
+                let size = usize::try_from(group).unwrap_or(1);
+                let made = quantise(&tensor, dtype, size);
+                let (codes, scales) = made.context(|| format!("storing `{name}` as {dtype}"))?;
+                [("codes", codes), ("scales", scales)]
+                    .map(|(part, t)| self.b.constant(&format!("{name}.{part}"), t))
+            }
+            // Noted as missing: what stands in has the right shapes.
+            None => {
+                if turned {
+                    sizes.reverse();
+                }
+                let groups = (sizes[1] + group - 1) / group.max(1);
+                let shapes = [(dtype, sizes[1], "codes"), (DType::BF16, groups, "scales")];
+                shapes.map(|(dtype, k, part)| {
+                    let ty = TensorType::new(dtype, vec![Dim::new(sizes[0]), Dim::new(k)]);
+                    self.b.input(format!("{name}.{part}"), ty)
+                })
+            }
+        };
+        self.codes.insert(name.to_string(), pair);
+        Ok(pair)
     }
 
     fn optional_bias(&mut self, name: &str, to: i64, bias: bool) -> Result<Option<ValueId>> {
         bias.then(|| self.weight(&format!("{name}.bias"), &[to])).transpose()
     }
 
-    /// A contraction over the last axis of `x` (letters `oi` or `io` for the weight), plus a bias.
+    /// A matrix to multiply with, in the form that was asked for; `letters` are `oi` (PyTorch's `Linear`) or `io`.
+    pub(crate) fn matrix(
+        &mut self,
+        name: &str,
+        shape: [i64; 2],
+        letters: &'static str,
+    ) -> Result<Matrix> {
+        match self.matrices {
+            MatrixForm::Codes { dtype, group } => {
+                let [codes, scales] = self.codes(name, shape, letters == "io", dtype, group)?;
+                Ok(Matrix::Codes { codes, scales, group })
+            }
+            form => {
+                let stored = self.stored(name, &shape)?;
+                let keep = form == MatrixForm::Stored && self.b.dtype(stored).bits() == 16;
+                let weight = if keep { stored } else { self.weight(name, &shape)? };
+                Ok(Matrix::Plain { weight, letters })
+            }
+        }
+    }
+
+    /// The product of the last axis of `x` with a matrix, plus a bias.
     pub(crate) fn project(
         &mut self,
         x: ValueId,
-        weight: ValueId,
-        letters: &str,
+        matrix: Matrix,
         bias: Option<ValueId>,
         origin: &str,
     ) -> Result<ValueId> {
         self.b.set_origin(origin);
-        let outer = if self.b.shape(x).len() == 2 { "b" } else { "bs" };
-        let y = self.b.contract(&format!("{outer}i,{letters}->{outer}o"), x, weight)?;
+        let y = match matrix {
+            Matrix::Codes { codes, scales, group } => {
+                self.b.op(Op::GroupProduct { group }, &[x, codes, scales])?
+            }
+            Matrix::Plain { weight, letters } => {
+                let outer = if self.b.shape(x).len() == 2 { "b" } else { "bs" };
+                self.b.contract(&format!("{outer}i,{letters}->{outer}o"), x, weight)?
+            }
+        };
         match bias {
             Some(bias) => self.b.map_text("{ x, b -> x + b }", &[y, bias]),
             None => Ok(y),
@@ -430,6 +514,23 @@ impl Net {
     pub(crate) fn first_token(&mut self, x: ValueId) -> Result<ValueId> {
         first_token(&mut self.b, x)
     }
+}
+
+/// A matrix with its axes exchanged.
+fn transposed(matrix: &Tensor) -> Result<Tensor> {
+    let [rows, cols] = *matrix.shape() else {
+        return Err(Error::bug(format!("a matrix of shape {:?}", matrix.shape())));
+    };
+    let size = matrix.dtype().size();
+    let mut out = Tensor::zeros(matrix.dtype(), [cols, rows])?;
+    let (from, to) = (matrix.bytes(), out.bytes_mut());
+    for r in 0..rows {
+        for c in 0..cols {
+            to[(c * rows + r) * size..][..size]
+                .copy_from_slice(&from[(r * cols + c) * size..][..size]);
+        }
+    }
+    Ok(out)
 }
 
 /// Position 0 of `[B,S,width]`, as `[B,width]`.

@@ -19,6 +19,7 @@ mod gpt2;
 mod layers;
 mod llama;
 mod pooling;
+mod quantise;
 mod random;
 mod roberta;
 mod rotary;
@@ -36,6 +37,25 @@ use tilewright_graph::Graph;
 use tilewright_plan::Decoder;
 use weights::Weights;
 
+pub use quantise::quantise;
+
+/// How matrices that activations are multiplied with are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MatrixForm {
+    /// In the type of activations.
+    #[default]
+    Compute,
+    /// As in the files, where that is a float of 16 bits: products widen it.
+    Stored,
+    /// As integers of this type (`I4` or `I8`), with a bf16 scale for each `group` of the depth.
+    Codes {
+        /// The type.
+        dtype: DType,
+        /// Neighbours that share a scale, at least 1.
+        group: i64,
+    },
+}
+
 /// How a directory is loaded.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -50,6 +70,8 @@ pub struct LoadOptions {
     pub cache: bool,
     /// With `cache`: the first step. Nothing comes in beside tokens, and nothing but `present.0.key` and so on goes out.
     pub prompt: bool,
+    /// The form of matrices.
+    pub matrices: MatrixForm,
     /// No files of weights: random ones of this seed, in the type that the configuration states (or bf16).
     pub random_weights: Option<u64>,
 }
@@ -62,6 +84,7 @@ impl Default for LoadOptions {
             max_tokens: 32768,
             cache: false,
             prompt: false,
+            matrices: MatrixForm::Compute,
             random_weights: None,
         }
     }
@@ -330,6 +353,7 @@ fn build(
     }
     let (family, architecture, task) = recognise(&config)?;
     let mut net = Net::new(&architecture, weights()?, options.compute, options.max_batch);
+    net.matrices = options.matrices;
     if options.cache {
         net.with_cache(options.prompt);
     }

@@ -64,9 +64,9 @@ pub(super) fn build(
             let own = "lm_head.decoder.weight".to_string();
             let tied = format!("{e}.word_embeddings.weight");
             let table = if net.weights.has(&own) { own } else { tied };
-            let table = net.weight(&table, &[vocabulary, hidden])?;
+            let table = net.matrix(&table, [vocabulary, hidden], "oi")?;
             let bias = net.weight("lm_head.bias", &[vocabulary])?;
-            let y = net.project(y, table, "oi", Some(bias), "lm_head")?;
+            let y = net.project(y, table, Some(bias), "lm_head")?;
             net.b.output("logits", y);
         }
         Task::SequenceLabels => {

@@ -288,3 +288,62 @@ fn initialisers_of_every_kind_of_storage() {
     let text = TensorProto { string_data: vec![vec![b'a'].into()], ..proto(8, &[1]) };
     assert_eq!(read(&text).unwrap_err().kind(), Kind::Unsupported);
 }
+
+/// `MatMulNBits` with codes of `bits`, rows of `K = 5` in blocks of 4, and zero points when `zeros` are given.
+fn n_bits(bits: i64, codes: &[u8], zeros: Option<&[u8]>, more: &[(&str, i64)]) -> ModelProto {
+    let bytes = |name: &str, values: &[u8]| TensorProto {
+        name: name.into(),
+        data_type: 2,
+        dims: vec![values.len() as i64],
+        raw_data: Some(values.to_vec().into()),
+        ..Default::default()
+    };
+    let scales = TensorProto {
+        name: "s".into(),
+        data_type: 1,
+        dims: vec![4],
+        float_data: vec![1.0, 2.0, 0.5, 4.0],
+        ..Default::default()
+    };
+    let mut attributes = vec![attr_i("K", 5), attr_i("N", 2), attr_i("bits", bits)];
+    attributes.push(attr_i("block_size", 4));
+    attributes.extend(more.iter().map(|(n, v)| attr_i(n, *v)));
+    let mut operands = vec!["x", "b", "s"];
+    operands.extend(zeros.map(|_| "z"));
+    let mut product = node("MatMulNBits", &operands, &["y"], attributes);
+    product.domain = "com.microsoft".into();
+    let mut g = graph(vec![product], vec![input("x", &["M", "5"])], &["y"]);
+    g.initializer = vec![bytes("b", codes), scales];
+    g.initializer.extend(zeros.map(|z| bytes("z", z)));
+    let mut m = model(g);
+    m.opset_import.push(OperatorSetIdProto { domain: "com.microsoft".into(), version: 1 });
+    m
+}
+
+#[test]
+fn products_with_codes_of_few_bits_are_those_of_the_matrix() {
+    let x = tilewright_data::Tensor::from_f64s(DType::F32, &[1, 5], &[1.0, 10.0, 100.0, 1000.0, 1e4]);
+    let x = [x.unwrap()];
+    // Row 0: 9 8 7 6 | 5; row 1: 0 1 2 3 | 15; what is behind the fifth is padding.
+    let four = [0x89, 0x67, 0x05, 0xff, 0x10, 0x32, 0x0f, 0x00];
+    let eight = [137, 136, 135, 134, 133, 1, 2, 3, 128, 129, 130, 131, 143, 0, 0, 0];
+    let row = |w: [f64; 5]| {
+        [1.0, 10.0, 100.0, 1000.0, 1e4].iter().zip(w).map(|(x, w)| x * w).sum::<f64>()
+    };
+    let plain = [row([1.0, 0.0, -1.0, -2.0, -6.0]), row([-4.0, -3.5, -3.0, -2.5, 28.0])];
+    let wide = [row([9.0, 8.0, 7.0, 6.0, 10.0]), row([0.0, 0.5, 1.0, 1.5, 60.0])];
+    // Zero points 1 and 2 for row 0, 3 and 4 for row 1.
+    let moved = [row([8.0, 7.0, 6.0, 5.0, 6.0]), row([-1.5, -1.0, -0.5, 0.0, 44.0])];
+    for (model, want) in [
+        (n_bits(4, &four, None, &[]), plain),
+        (n_bits(8, &eight, None, &[]), wide),
+        (n_bits(4, &four, Some(&[0x21, 0x43]), &[]), moved),
+    ] {
+        let got = run(&load(&model).unwrap(), &x, Mode::F64).unwrap();
+        assert_eq!(got[0].to_f64s(), want);
+    }
+    user_error(&n_bits(4, &four[1..], None, &[]), "codes");
+    user_error(&n_bits(4, &four, Some(&[0x21]), &[]), "zero points");
+    let e = load(&n_bits(3, &four, None, &[])).unwrap_err();
+    assert_eq!(e.kind(), Kind::Unsupported, "{e}");
+}

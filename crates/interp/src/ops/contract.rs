@@ -3,7 +3,7 @@
 use super::numeric::{Acc, GEMM_ROWS, gemm_rows, with_acc};
 use super::views::{row_major, strided};
 use crate::graph::Mode;
-use crate::value::{Buf, Val, checked_len};
+use crate::value::{Buf, Val, checked_len, round_to};
 use rayon::prelude::*;
 use tilewright_base::{DType, Error, Result};
 
@@ -84,6 +84,34 @@ pub(super) fn contract(
     }
     let made = Val::new(dtype, made_shape, buf);
     Ok(strided(&made, &shape, &strides, 0).take_buf())
+}
+
+/// The product with a matrix of codes: the matrix is computed in the type in which `x` computes, then multiplied.
+pub(super) fn group_product(inputs: &[Val], group: i64, mode: Mode) -> Result<Buf> {
+    let (x, codes, scales) = (&inputs[0], &inputs[1], &inputs[2]);
+    let [rows, depth] = codes.shape[..] else { return Err(Error::bug("codes are no matrix")) };
+    let per_row = scales.shape.get(1).copied().unwrap_or(0);
+    let group = usize::try_from(group).unwrap_or(1).max(1);
+    checked_len(&[rows, depth])?;
+    let acc = x.dtype.compute();
+    let rounded = |v: f64| if mode == Mode::Exact { round_to(acc, v) } else { v };
+    let (codes, scales) = (codes.floats(), scales.floats());
+    let zeros = inputs.get(3).map(Val::floats);
+    let mut matrix = vec![0.0; rows * depth];
+    for (i, value) in matrix.iter_mut().enumerate() {
+        let at = i / depth.max(1) * per_row + i % depth.max(1) / group;
+        let code = match &zeros {
+            Some(zeros) => rounded(codes[i] - zeros[at]),
+            None => codes[i],
+        };
+        *value = rounded(code * scales[at]);
+    }
+    let outer: usize = x.shape[..x.shape.len().saturating_sub(1)].iter().product();
+    let x = strided(x, &[outer, depth], &row_major(&[outer, depth]), 0);
+    let dtype = x.dtype;
+    let matrix = Val::new(acc, vec![rows, depth], Buf::F(matrix));
+    let spec = ["mk".to_owned(), "nk".to_owned(), "mn".to_owned()];
+    contract(&x, &matrix, [&spec[0], &spec[1], &spec[2]], acc, dtype, mode)
 }
 
 fn multiply<T: Acc>(

@@ -69,6 +69,7 @@ pub(crate) fn apply(op: &Op, inputs: &[Val], outs: &[OutType], mode: Mode) -> Re
         Op::Contract { lhs, rhs, out: result, acc, .. } => {
             out(contract::contract(&inputs[0], &inputs[1], [lhs, rhs, result], *acc, dtype, mode)?)
         }
+        Op::GroupProduct { group } => out(contract::group_product(inputs, *group, mode)?),
         Op::Conv(attrs) => out(conv::conv(&inputs[0], &inputs[1], attrs, &shape, mode)),
         Op::Window(attrs) => out(window::window(&inputs[0], attrs, &shape, mode)),
         Op::Attention(attrs) => out(attention::attention(inputs, attrs, mode)),

@@ -303,6 +303,7 @@ impl Lowering<'_> {
             computed: [None, None],
             operands: product.operands,
             dtype: product.dtype,
+            scaled: None,
         };
         self.product_tried(name.to_string(), &packed, dag, note, Tried { packed: true, ..tried })
     }
@@ -351,6 +352,7 @@ impl Lowering<'_> {
             operands: self.conv_operands(dtype),
             dtype,
             space,
+            scaled: None,
         };
         self.product_packed(&name, &product, dag, note, Tried::default())
     }
@@ -428,6 +430,7 @@ impl Lowering<'_> {
             operands: self.conv_operands(dtype),
             dtype,
             space,
+            scaled: None,
         };
         // The result's channels in two axes: groups and those of one group.
         let mut dag = dag.clone();

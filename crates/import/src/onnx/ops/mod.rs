@@ -11,6 +11,7 @@ mod control;
 mod conv;
 mod domains;
 mod elementwise;
+mod group;
 mod image;
 mod indexing;
 mod loss;
@@ -125,6 +126,7 @@ const TABLE: &[(&str, &str, Converter)] = &[
     ("", "Mish", Plain(activation::mish)),
     ("", "Gelu", Plain(activation::gelu)),
     ("com.microsoft", "Gelu", Plain(activation::gelu)),
+    ("com.microsoft", "MatMulNBits", Plain(group::mat_mul_n_bits)),
     ("", "Swish", Plain(activation::swish)),
     ("", "SwiGLU", Plain(activation::swiglu)),
     ("", "Shrink", Plain(activation::shrink)),
