@@ -387,3 +387,19 @@ fn sizes(problem: &BackwardProblem, ld: i64) -> Env {
     }
     env
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_are_walked_together_where_few_items_differ() {
+        // 8 heads of 64 blocks in less than four rounds: the longest blocks of all heads come first.
+        let causal: Vec<i64> = (0..64).map(|block| 4 * (128 - 2 * block)).collect();
+        assert_eq!(together(8, &causal, 132), 8);
+        // In many rounds they even out, and all alike need no order.
+        let causal: Vec<i64> = (0..32).map(|block| 64 - 2 * block).collect();
+        assert_eq!(together(64, &causal, 132), 1);
+        assert_eq!(together(8, &[512; 64], 132), 1);
+    }
+}
