@@ -178,11 +178,16 @@ def _lse_gradient(ctx, dy, _):
 _attention_lse = pair("attention_lse", fake=_lse_fake, composed=_lse_composed, save=_lse_save, gradient=_lse_gradient)
 
 
+@torch.compiler.assume_constant_result
+def _is_hopper(device):
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _has_kernels(q, k, v, mask):
     """Whether the library has kernels for the gradient: `backward_plan` in crates/kernels/src/attention."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or 0 in (*q.shape, *k.shape, *v.shape):
         return False
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
+    if not _is_hopper(q.get_device()):
         return False
     if mask is not None and (mask.requires_grad or mask.dtype == torch.float64):
         return False
