@@ -480,10 +480,10 @@ def losses_and_attention(report, out, deadline):
 def attention_gradients(q, k, v, down, causal):
     """Ways to the gradients of attention, from what their forward kernels keep."""
     aten, scale = torch.ops.aten, q.shape[-1] ** -0.5
-    y, lse = torch.ops.tilewright.attention_lse.inference(q, k, v, scale, causal)
+    y, lse = torch.ops.tilewright.attention_lse.inference(q, k, v, None, scale, causal)
     o, l, cq, ck, most_q, most_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return {
-        "ours": lambda q, k, v: torch.ops.tilewright.attention_backward(down, q, k, v, y, lse, scale, causal),
+        "ours": lambda q, k, v: torch.ops.tilewright.attention_backward(down, q, k, v, y, lse, None, scale, causal),
         "eager": lambda q, k, v: aten._scaled_dot_product_flash_attention_backward(
             down, q, k, v, o, l, cq, ck, most_q, most_k, 0.0, causal, seed, offset, scale=scale
         ),

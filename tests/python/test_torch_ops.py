@@ -211,6 +211,21 @@ def losses_with_their_gradients_compile_whole():
         torch.library.opcheck(op.default, args)
 
 
+def attention_with_truth_values():
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, 4, n, 16, dtype=torch.float64, requires_grad=True) for n in (9, 11, 11))
+    seen = torch.rand(2, 1, 9, 11) > 0.3
+    seen[1, :, 4] = False
+    low = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, float("-inf"))
+    for mask in (seen, low):
+        given, wanted = ops.attention(q, k, v, mask), sdpa(q, k, v, mask)
+        torch.testing.assert_close(given, wanted)
+        assert (given[1, :, 4] == 0).all()
+        down = torch.randn_like(given)
+        for a, b in zip(torch.autograd.grad(given, (q, k, v), down), torch.autograd.grad(wanted, (q, k, v), down)):
+            torch.testing.assert_close(a, b)
+
+
 def attention_takes_some_queries_at_a_time():
     from tilewright.ops import attentions
 
@@ -395,6 +410,7 @@ if __name__ == "__main__":
             pytorchs_own_checks_pass,
             losses_with_their_gradients_compile_whole,
             attention_takes_some_queries_at_a_time,
+            attention_with_truth_values,
             they_compile_export_and_cast,
             views_empty_tensors_and_special_numbers_are_right,
             bad_input_is_refused_in_words,

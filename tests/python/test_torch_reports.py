@@ -16,7 +16,10 @@ def attention_with_masks_is_whole():
     added = torch.randn(2, 4, 6, 9)
     square = torch.rand(6, 9) > 0.3
     square[2] = False
-    for mask in (None, keys, keys.expand(2, 4, 6, 9), nothing, added, square):
+    # Nothing is seen in a row where minus infinity is added to all scores: 0, as with truth values.
+    low = added.clone()
+    low[1, :, 3] = float("-inf")
+    for mask in (None, keys, keys.expand(2, 4, 6, 9), nothing, added, square, low):
 
         def function(q, k, v, mask):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(2, 6, 64)

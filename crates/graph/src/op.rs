@@ -106,6 +106,8 @@ pub struct AttentionAttrs {
     pub score: Func,
     /// Position `t` is hidden from position `s` when `t > s + (T - S)`.
     pub causal: bool,
+    /// A row whose scores are all minus infinity has weights 0, as in PyTorch's attention. Its softmax would be NaN, and is without.
+    pub zeros: bool,
 }
 
 /// An attribute of a host operator.

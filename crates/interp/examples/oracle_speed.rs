@@ -40,7 +40,8 @@ fn encoder() -> Result<Graph> {
             heads.push(b.permute(y, &[0, 2, 1, 3])?);
         }
         let score = Func::parse("{ s -> s * 0.176776695 }", &[F])?;
-        let a = b.op(Op::Attention(AttentionAttrs { score, causal: false }), &heads)?;
+        let a =
+            b.op(Op::Attention(AttentionAttrs { score, causal: false, zeros: false }), &heads)?;
         let a = b.permute(a, &[0, 2, 1, 3])?;
         let a = b.reshape(a, &dims(&[8, 32, 384]))?;
         let a = linear(&mut b, a, 384, 384)?;

@@ -335,22 +335,33 @@ fn attention_with_groups_mask_and_causality() {
     let q = f32s(&[1, 2, 1, 2], &[100., 0., 0., 100.]);
     let k = f32s(&[1, 1, 2, 2], &[1., 0., 0., 1.]);
     let v = f32s(&[1, 1, 2, 3], &[1., 2., 3., 4., 5., 6.]);
-    let op = Op::Attention(AttentionAttrs { score: scaled(1.0), causal: false });
+    let op = Op::Attention(AttentionAttrs { score: scaled(1.0), causal: false, zeros: false });
     check_near(op, &[q.clone(), k.clone(), v.clone()], &[1, 2, 1, 3], &[1., 2., 3., 4., 5., 6.]);
-    let op = Op::Attention(AttentionAttrs { score: scaled(0.0), causal: false });
+    let op = Op::Attention(AttentionAttrs { score: scaled(0.0), causal: false, zeros: false });
     let mean = [2.5, 3.5, 4.5];
     check_near(op, &[q, k.clone(), v.clone()], &[1, 2, 1, 3], &[mean, mean].concat());
     // Causal, S = T = 2: the first position sees only itself.
     let q = f32s(&[1, 1, 2, 2], &[0.; 4]);
-    let op = Op::Attention(AttentionAttrs { score: scaled(1.0), causal: true });
+    let op = Op::Attention(AttentionAttrs { score: scaled(1.0), causal: true, zeros: false });
     check_near(op, &[q.clone(), k.clone(), v.clone()], &[1, 1, 2, 3], &[1., 2., 3., 2.5, 3.5, 4.5]);
     // An additive mask of -inf on the first key, broadcast.
     let op = Op::Attention(AttentionAttrs {
         score: Func::binary(ExprOp::Add, DType::F32),
         causal: false,
+        zeros: false,
     });
     let mask = f32s(&[1, 1, 1, 2], &[f32::NEG_INFINITY, 0.]);
-    check_near(op, &[q, k, v, mask], &[1, 1, 2, 3], &[4., 5., 6., 4., 5., 6.]);
+    let inputs = [q.clone(), k.clone(), v.clone(), mask];
+    check_near(op, &inputs, &[1, 1, 2, 3], &[4., 5., 6., 4., 5., 6.]);
+    // A row that sees nothing: 0 where the node says so.
+    let op = Op::Attention(AttentionAttrs {
+        score: Func::binary(ExprOp::Add, DType::F32),
+        causal: false,
+        zeros: true,
+    });
+    let low = f32::NEG_INFINITY;
+    let mask = f32s(&[1, 1, 2, 2], &[low, low, low, 0.]);
+    check_near(op, &[q, k, v, mask], &[1, 1, 2, 3], &[0., 0., 0., 4., 5., 6.]);
 }
 
 #[test]

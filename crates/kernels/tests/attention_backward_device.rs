@@ -6,7 +6,7 @@ use tilewright_base::DType;
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, orders, run};
 use tilewright_kernels::attention::{
-    BackwardPlace, BackwardProblem, Problem, Strides, backward_plan,
+    BackwardPlace, BackwardProblem, Mask, MaskKind, Problem, Strides, backward_plan,
 };
 use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_target::Gpu;
@@ -54,6 +54,23 @@ fn cases() -> Vec<Case> {
     add("causal", problem([1, 1, 150, 150], Some(0), bf16), one.0.clone(), one.1.clone());
     add("after a cache", problem([1, 2, 100, 197], Some(97), bf16), two.0.clone(), two.1.clone());
     add("unseen", problem([1, 2, 150, 90], Some(-60), bf16), one.0.clone(), one.1.clone());
+    let masked = |kind, dtype, each: [i64; 3], causal| {
+        let mut p = problem([1, 2, 70, 100], causal, bf16);
+        let [batch, head, row] = each;
+        p.forward.mask =
+            Some(Mask { dtype, kind, strides: Strides { batch, head, row }, align: 4 });
+        p
+    };
+    let (add_kind, keep) = (MaskKind::Add, MaskKind::Keep);
+    let cases = [
+        ("truth values of keys", masked(keep, DType::Bool, [101, 0, 0], None)),
+        ("truth values", masked(keep, DType::Bool, [7000, 0, 100], Some(30))),
+        ("added to keys of each head", masked(add_kind, DType::F32, [202, 101, 0], None)),
+        ("added", masked(add_kind, bf16, [0, 7000, 100], None)),
+    ];
+    for (name, problem) in cases {
+        add(name, problem, one.0.clone(), one.1.clone());
+    }
     add("from the start", problem([1, 1, 70, 100], Some(0), bf16), one.0, one.1);
     out
 }
@@ -107,6 +124,14 @@ fn reference(p: &Problem) -> Reference {
                 if s.is_empty() {
                     continue;
                 }
+                let s: Vec<f64> = match &p.mask {
+                    None => s,
+                    Some(m) => {
+                        let first = at(&m.strides, b, h, i);
+                        let each = s.iter().enumerate();
+                        each.map(|(j, s)| score(m, first + j, *s)).collect()
+                    }
+                };
                 let max = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let lse = max + s.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
                 r.lse[((b * p.heads + h) * p.q_len + i) as usize] = lse;
@@ -139,6 +164,34 @@ fn rounded(dtype: DType, x: f64) -> f64 {
     tilewright_data::read_f64(dtype, &bytes(dtype, &[x]), 0)
 }
 
+/// A score under an element of the mask.
+fn score(mask: &Mask, i: usize, s: f64) -> f64 {
+    match (mask.kind, (i * 7 + i / 13) % 5) {
+        (_, 0) => f64::NEG_INFINITY,
+        (MaskKind::Keep, _) => s,
+        (MaskKind::Add, _) => s + ((i * 3 % 11) as f64 - 5.0) / 4.0,
+    }
+}
+
+/// The mask's memory.
+fn mask_bytes(p: &Problem) -> Vec<u8> {
+    let Some(m) = &p.mask else { return Vec::new() };
+    let last = (p.batch - 1) * m.strides.batch
+        + (p.heads - 1) * m.strides.head
+        + (p.q_len - 1) * m.strides.row;
+    let mut out = vec![0u8; (last + p.kv_len) as usize * m.dtype.size()];
+    for i in 0..(last + p.kv_len) as usize {
+        let value = score(m, i, 0.0);
+        match m.kind {
+            MaskKind::Keep => {
+                tilewright_data::from_i64(m.dtype, &mut out, i, i64::from(value == 0.0))
+            }
+            MaskKind::Add => tilewright_data::from_f64(m.dtype, &mut out, i, value),
+        }
+    }
+    out
+}
+
 fn bytes(dtype: DType, values: &[f64]) -> Vec<u8> {
     let mut out = vec![0u8; values.len() * dtype.bits() as usize / 8];
     values.iter().enumerate().for_each(|(i, v)| tilewright_data::from_f64(dtype, &mut out, i, *v));
@@ -149,6 +202,10 @@ fn plan(case: &Case) -> tilewright_kernels::attention::BackwardPlan {
     let mut plan = backward_plan(&case.problem, &Gpu::h200()).unwrap();
     plan.steps[1].schedule = case.keys.clone();
     plan.steps[2].schedule = case.queries.clone();
+    // Two heads at a time: both batches' at least.
+    for step in &mut plan.steps[1..] {
+        step.sizes.insert(Arc::from("hc"), 2);
+    }
     plan
 }
 
@@ -185,6 +242,7 @@ fn scheduled_gradients_are_those_of_the_definition() {
             ("V", bytes(p.dtype, &want.v)),
             ("O", bytes(p.dtype, &want.o)),
             ("DO", bytes(p.dtype, &want.u)),
+            ("Mask", mask_bytes(p)),
             ("Lse", bytes(DType::F32, &want.lse)),
             ("DQ", half(want.dq.len())),
             ("DK", half(want.dk.len())),
@@ -199,6 +257,7 @@ fn scheduled_gradients_are_those_of_the_definition() {
             BackwardPlace::O => "O",
             BackwardPlace::DO => "DO",
             BackwardPlace::Lse => "Lse",
+            BackwardPlace::Mask => "Mask",
             BackwardPlace::DQ => "DQ",
             BackwardPlace::DK => "DK",
             BackwardPlace::DV => "DV",

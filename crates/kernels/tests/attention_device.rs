@@ -32,6 +32,7 @@ fn spec(dtype: DType, depth: i64) -> AttentionSpec {
         mask: None,
         scale: 0.25,
         lse: false,
+        zeros: false,
     }
 }
 
@@ -43,17 +44,28 @@ fn tiles(consumers: i64, bt: i64) -> GpuSchedule {
     s
 }
 
+fn turns_of_two() -> GpuSchedule {
+    GpuSchedule { turns: true, serpentine: true, dependent: true, ..tiles(2, 32) }
+}
+
+/// Truth values of their own for each row.
+fn keep_rows() -> Option<(MaskKind, DType, bool)> {
+    Some((MaskKind::Keep, DType::Bool, true))
+}
+
 fn cases() -> Vec<Case> {
     let mut out = Vec::new();
     let mut add = |name, spec, schedule, sizes| out.push(Case { name, spec, schedule, sizes });
     let bf16 = spec(DType::BF16, 32);
     add("plain", bf16.clone(), tiles(1, 32), [1, 2, 70, 100]);
-    let turns = GpuSchedule { turns: true, serpentine: true, dependent: true, ..tiles(2, 32) };
+    let turns = turns_of_two();
     add("two in turns", bf16.clone(), turns.clone(), [1, 1, 200, 96]);
     add("one block of keys", bf16.clone(), turns.clone(), [1, 1, 130, 1]);
     let causal = AttentionSpec { causal: Causal::EndTogether, lse: true, ..bf16.clone() };
     add("causal", causal.clone(), turns.clone(), [1, 1, 150, 150]);
     add("causal after a cache", causal.clone(), turns.clone(), [1, 2, 130, 197]);
+    let zeros = AttentionSpec { mask: keep_rows(), zeros: true, ..causal.clone() };
+    add("rows that see nothing are 0", zeros, turns_of_two(), [1, 1, 150, 90]);
     add("causal, rows that see nothing", causal, turns.clone(), [1, 1, 150, 90]);
     let ahead = AttentionSpec { causal: Causal::Ahead, ..bf16.clone() };
     add("causal from the start", ahead, turns.clone(), [1, 1, 70, 100]);

@@ -668,6 +668,33 @@ impl<'b, 'k> Evaluator<'b, 'k> {
                 self.columns_done.insert((tile, true), inner.clone());
                 return Ok(inner);
             }
+            TileOp::Permute { x, perm } if perm == [1, 0] => {
+                // Columns of the tile run along the rows of memory.
+                let inner = match self.definition(x)? {
+                    TileOp::Reshape(inner) => inner,
+                    _ => x,
+                };
+                let shape = extents(self.b.kernel, inner)?;
+                let plain = shape.iter().rev().skip(2).all(|e| *e == 1);
+                let TileOp::Load { param, index, steps, fill } = self.definition(inner)? else {
+                    return Err(Error::unsupported("a transposition after the products"));
+                };
+                if !plain || index.len() < 2 || steps.iter().any(|s| *s != 1) {
+                    return Err(Error::unsupported("a strided load after the products"));
+                }
+                let (rows, cols) = (index.len() - 1, index.len() - 2);
+                let mut at = index;
+                at[rows] = at[rows].clone() + &self.b.row0();
+                at[cols] = at[cols].clone() + &self.column;
+                self.steps.push(Stmt::Load {
+                    dst: frag.clone(),
+                    param,
+                    at,
+                    axes: (Some(rows), Some(cols)),
+                    fill,
+                    vector: 1,
+                });
+            }
             TileOp::Full(value) => self.steps.push(Stmt::Fill { dst: frag.clone(), value }),
             TileOp::Iota { axis, start } => {
                 let offset = if axis == 0 { self.b.row0() } else { self.column.clone() };

@@ -183,7 +183,16 @@ impl Lowering<'_> {
         let new_acc = k.b.mma(scaled, weights, values_tile, limit);
         let results = k.b.end_for(&[new_max, new_sum, new_acc]);
         let divide = func(&[acc_type; 2], |f, a| {
-            let y = f.op(ExprOp::Div, &[a[0], a[1]]);
+            // The largest weight is 1: there is no sum where nothing is seen.
+            let sum = match attrs.zeros {
+                true => {
+                    let (zero, one) = (f.constant(0.0, acc_type), f.constant(1.0, acc_type));
+                    let none = f.op(ExprOp::Eq, &[a[1], zero]);
+                    f.op(ExprOp::Select, &[none, one, a[1]])
+                }
+                false => a[1],
+            };
+            let y = f.op(ExprOp::Div, &[a[0], sum]);
             f.cast(y, dtype)
         });
         let args = vec![k.b.plain(results[2]), Operand { tile: results[1], along: vec![0] }];

@@ -297,6 +297,18 @@ fn attention(
         true => ed.op(Op::Softmax { axis: 3, log: false }, &[scores])?,
         false => softmax(ed, scores, 3, false)?,
     };
+    let weights = match attrs.zeros {
+        true => {
+            let most = reduce(ed, ReduceKind::Max, scores, vec![3])?;
+            map(ed, &[weights, most], |f, p| {
+                let low = f.constant(f64::NEG_INFINITY, f.dtype_of(p[1]));
+                let none = f.op(ExprOp::Eq, &[p[1], low]);
+                let zero = f.constant(0.0, f.dtype_of(p[0]));
+                f.op(ExprOp::Select, &[none, zero, p[0]])
+            })?
+        }
+        false => weights,
+    };
     let weights = ed.reshape(
         weights,
         &[

@@ -471,7 +471,11 @@ fn composites_equal_their_decomposition() {
                         &[DType::F32, DType::F32],
                     )
                     .unwrap();
-                    b.op(Op::Attention(AttentionAttrs { score, causal }), &[q, k, v, m]).unwrap()
+                    b.op(
+                        Op::Attention(AttentionAttrs { score, causal, zeros: false }),
+                        &[q, k, v, m],
+                    )
+                    .unwrap()
                 },
                 &none,
             );

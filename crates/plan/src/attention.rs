@@ -47,12 +47,14 @@ pub struct Attention {
     pub v: Heads,
     /// Result.
     pub o: Heads,
-    /// Added to the scores.
+    /// Added to the scores, or of truth values: hides the score where it is false.
     pub mask: Option<Heads>,
     /// Factor of the scores.
     pub scale: f64,
     /// Later keys are hidden.
     pub causal: bool,
+    /// A row that sees nothing is 0, not NaN.
+    pub zeros: bool,
     /// Operands may be rounded to TF32 on the way in.
     pub tf32: bool,
 }

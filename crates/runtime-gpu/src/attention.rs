@@ -3,7 +3,7 @@
 use crate::choose::{Launch, Source, Way};
 use crate::product::{alignment, number};
 use std::sync::Arc;
-use tilewright_base::{Error, Result};
+use tilewright_base::{DType, Error, Result};
 use tilewright_kernels::attention::{self, Mask, MaskKind, Place, Problem, Strides};
 use tilewright_kernels::gemm::Precision;
 use tilewright_layout::Env;
@@ -40,7 +40,7 @@ pub(crate) fn ways(a: &Attention, sizes: &Env, gpu: &Gpu, most: usize) -> Result
         None => None,
         Some(m) => Some(Mask {
             dtype: m.dtype,
-            kind: MaskKind::Add,
+            kind: if m.dtype == DType::Bool { MaskKind::Keep } else { MaskKind::Add },
             strides: strides(m, sizes)?,
             align: align(m)?,
         }),
@@ -60,6 +60,7 @@ pub(crate) fn ways(a: &Attention, sizes: &Env, gpu: &Gpu, most: usize) -> Result
         causal: a.causal.then_some(keys - queries),
         mask,
         lse: false,
+        zeros: a.zeros,
         q: strides(&a.q, sizes)?,
         k: strides(&a.k, sizes)?,
         v: strides(&a.v, sizes)?,

@@ -8,7 +8,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::Stream;
 use tilewright_device::Program;
 use tilewright_kernels::attention::{
-    self, BackwardPlace, BackwardProblem, Gradients, Place, Problem, Strides,
+    self, BackwardPlace, BackwardProblem, Gradients, Mask, MaskKind, Place, Problem, Strides,
 };
 use tilewright_kernels::gemm::Precision;
 use tilewright_launch::{BoundKernel, Loader, Operand};
@@ -40,8 +40,21 @@ pub struct AttentionCall {
     pub scale: f64,
     /// Query `i` sees keys up to `i + keys - queries`.
     pub causal: bool,
+    /// A mask.
+    pub mask: Option<AttentionMask>,
     /// Of queries, keys, values, the result, its gradient, and the gradients of queries, keys and values.
     pub strides: [[i64; 3]; 8],
+}
+
+/// A mask `[batch, head, row, key]`: added to the scores, or truth values that say what is seen. Keys are neighbours in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionMask {
+    /// A float, or `bool`.
+    pub dtype: DType,
+    /// Distances in elements along the first three axes; 0 where it repeats itself.
+    pub strides: [i64; 3],
+    /// Alignment of its address, in bytes.
+    pub align: i64,
 }
 
 /// Where the tensors of a call lie on the device, in bytes; those that a direction does not use may be 0.
@@ -51,6 +64,8 @@ pub struct AttentionPlaces {
     pub tensors: [u64; 8],
     /// The log-sum-exp of each row, f32, a dense `[batch, heads, queries]`.
     pub lse: u64,
+    /// The mask, if there is one.
+    pub mask: u64,
     /// Memory without contents: [`AttentionPlan::scratch_bytes`].
     pub scratch: u64,
 }
@@ -60,6 +75,7 @@ pub struct AttentionPlaces {
 enum Part {
     Tensor(usize),
     Lse,
+    Mask,
     Scratch { offset: u64, bytes: u64 },
 }
 
@@ -95,7 +111,7 @@ impl AttentionPlan {
                 Place::V => Ok(Part::Tensor(2)),
                 Place::O => Ok(Part::Tensor(3)),
                 Place::Lse => Ok(Part::Lse),
-                Place::Mask => Err(Error::bug("a mask that nobody gave")),
+                Place::Mask => Ok(Part::Mask),
                 Place::Workspace { offset, bytes } => {
                     Ok(Part::Scratch { offset: *offset, bytes: *bytes })
                 }
@@ -128,6 +144,7 @@ impl AttentionPlan {
                 BackwardPlace::DK => Part::Tensor(6),
                 BackwardPlace::DV => Part::Tensor(7),
                 BackwardPlace::Lse => Part::Lse,
+                BackwardPlace::Mask => Part::Mask,
                 BackwardPlace::Workspace { offset, bytes } => {
                     Part::Scratch { offset: *offset, bytes: *bytes }
                 }
@@ -165,8 +182,14 @@ impl AttentionCall {
             precision: Precision::F32,
             scale: self.scale,
             causal: self.causal.then_some(self.keys - self.queries),
-            mask: None,
+            mask: self.mask.map(|m| Mask {
+                dtype: m.dtype,
+                kind: if m.dtype == DType::Bool { MaskKind::Keep } else { MaskKind::Add },
+                strides: strides(m.strides),
+                align: m.align,
+            }),
             lse: true,
+            zeros: true,
             q,
             k,
             v,
@@ -226,6 +249,15 @@ impl AttentionKernels {
                 let AttentionCall { batch, heads, queries, .. } = self.call;
                 let bytes = (batch * heads * queries).unsigned_abs() * 4;
                 Operand { address: places.lse, bytes }
+            }
+            Part::Mask => {
+                let AttentionCall { batch, heads, queries, keys, mask, .. } = self.call;
+                let last = |m: AttentionMask| {
+                    let counts = [batch, heads, queries];
+                    let far = counts.iter().zip(m.strides).map(|(n, s)| (n - 1) * s);
+                    (far.sum::<i64>() + keys).unsigned_abs() * m.dtype.size() as u64
+                };
+                Operand { address: places.mask, bytes: mask.map_or(0, last) }
             }
             Part::Scratch { offset, bytes } => Operand { address: places.scratch + offset, bytes },
         }

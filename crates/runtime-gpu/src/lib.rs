@@ -40,7 +40,9 @@ mod product;
 mod recordings;
 mod session;
 
-pub use attention_training::{AttentionCall, AttentionKernels, AttentionPlaces, AttentionPlan};
+pub use attention_training::{
+    AttentionCall, AttentionKernels, AttentionMask, AttentionPlaces, AttentionPlan,
+};
 pub use bind::{Bound, BoundStep, Place, Slot, bind, bind_at};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted, Room};

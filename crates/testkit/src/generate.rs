@@ -472,7 +472,7 @@ impl Maker {
         let x = self.such(|s| s.len() == 4)?;
         let causal = self.rng.one_in(2);
         let score = Func::parse("{ s -> s * 0.25 }", &[self.options.dtype.compute()]).ok()?;
-        self.add(Op::Attention(AttentionAttrs { score, causal }), &[x, x, x])
+        self.add(Op::Attention(AttentionAttrs { score, causal, zeros: false }), &[x, x, x])
     }
 
     fn top_k(&mut self) -> Option<ValueId> {

@@ -159,7 +159,7 @@ fn attention_over_symbolic_lengths() {
     let mut f = FuncBuilder::new();
     let (dot, scale) = (f.param("dot", DType::F32), f.constant(0.25, DType::F32));
     let scaled = f.op(E::Mul, &[dot, scale]);
-    let attrs = AttentionAttrs { score: f.finish(scaled), causal: true };
+    let attrs = AttentionAttrs { score: f.finish(scaled), causal: true, zeros: false };
     let y = g.op(Op::Attention(attrs), &[x, x, x]).unwrap();
     g.output("y", y);
     let graph = g.finish();

@@ -317,6 +317,10 @@ pub(crate) fn attention_training(
     key.extend(flags);
     key.push(call.scale.to_bits().cast_signed());
     key.extend(call.strides.as_flattened());
+    if let Some(mask) = &call.mask {
+        key.extend([mask.dtype as i64, mask.align]);
+        key.extend(mask.strides);
+    }
     let known = device.attentions.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
     let mut scratch = None;
     let mut memory = |bytes: u64| -> Result<u64> {

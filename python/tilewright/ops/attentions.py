@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from ._define import pair, single, wide
 
 
+def _hidden(mask, hidden):
+    """A mask that hides more."""
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, float("-inf"))
+
+
 def _composed(q, k, v, mask, scale, causal):
     group = q.shape[1] // k.shape[1]
     if group > 1:
@@ -15,19 +20,20 @@ def _composed(q, k, v, mask, scale, causal):
     if causal and q.shape[2] != k.shape[2]:
         s, t = q.shape[2], k.shape[2]
         hidden = torch.arange(t, device=q.device) > torch.arange(s, device=q.device).unsqueeze(1) + (t - s)
-        extra = torch.zeros(s, t, dtype=q.dtype, device=q.device).masked_fill(hidden, float("-inf"))
-        mask, causal = extra if mask is None else mask.to(q.dtype) + extra, False
+        mask, causal = ~hidden if mask is None else _hidden(mask, hidden), False
     if causal and mask is not None:
         s = q.shape[2]
-        hidden = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
-        mask, causal = mask.masked_fill(hidden, float("-inf")), False
-    mask = None if mask is None else mask.to(q.dtype)
+        mask, causal = _hidden(mask, torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)), False
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal)
 
 
 def _rows_composed(s, dp, before, after):
     c = wide(s.dtype)
-    p = torch.softmax(s.to(c) * before, -1)
+    f = s.to(c) * before
+    none = f.amax(-1, keepdim=True) == float("-inf")
+    p = torch.softmax(f, -1).masked_fill(none, 0.0)
     d = dp.to(c)
     return p.to(s.dtype), (p * (d - (p * d).sum(-1, keepdim=True)) * after).to(s.dtype)
 
@@ -63,7 +69,9 @@ def _blocked_gradient(q, k, v, mask, scale, causal, dy, mask_wanted):
         if mask is not None or causal:
             before = 1.0
             seen = s.mul_(scale).view(b, h, n, keys)
-            if mask is not None:
+            if mask is not None and mask.dtype == torch.bool:
+                seen.masked_fill_(~mask[:, :, first:last], float("-inf"))
+            elif mask is not None:
                 seen += mask[:, :, first:last].to(c)
             if causal:
                 at = torch.arange(first, last, device=q.device).unsqueeze(1) + (keys - length)
@@ -127,20 +135,24 @@ def _lse_fake(q, k, v, *_):
     return y, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _scores(q, k, scale, causal):
+def _scores(q, k, mask, scale, causal):
     s = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    if mask is not None:
+        s = s.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else s + mask
     if causal:
         at = torch.arange(q.shape[2], device=q.device).unsqueeze(1) + (k.shape[2] - q.shape[2])
         s = s.masked_fill(torch.arange(k.shape[2], device=q.device) > at, float("-inf"))
     return s
 
 
-def _lse_composed(q, k, v, scale, causal):
-    return _composed(q, k, v, None, scale, causal), torch.logsumexp(_scores(q, k, scale, causal), -1)
+def _lse_composed(q, k, v, mask, scale, causal):
+    full = None if mask is None else mask.expand(-1, -1, q.shape[2], -1)
+    return _composed(q, k, v, full, scale, causal), torch.logsumexp(_scores(q, k, mask, scale, causal), -1)
 
 
-def _backward_composed(dy, q, k, v, y, lse, scale, causal):
-    return _blocked_gradient(q, k, v, None, scale, causal, dy, False)[:3]
+def _backward_composed(dy, q, k, v, y, lse, mask, scale, causal):
+    full = None if mask is None else mask.expand(-1, -1, q.shape[2], -1)
+    return _blocked_gradient(q, k, v, full, scale, causal, dy, False)[:3]
 
 
 _attention_backward = single(
@@ -151,26 +163,33 @@ _attention_backward = single(
 
 
 def _lse_save(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.causal = inputs
+    q, k, v, mask, ctx.scale, ctx.causal = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output)
+    ctx.save_for_backward(q, k, v, *output, mask)
 
 
 def _lse_gradient(ctx, dy, _):
     if dy is None:
-        return (None,) * 5
+        return (None,) * 6
     found = _attention_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.causal)
-    return *(f if needed else None for f, needed in zip(found, ctx.needs_input_grad)), None, None
+    return *(f if needed else None for f, needed in zip(found, ctx.needs_input_grad)), None, None, None
 
 
 _attention_lse = pair("attention_lse", fake=_lse_fake, composed=_lse_composed, save=_lse_save, gradient=_lse_gradient)
 
 
-def _has_kernels(q, k, v):
+@torch.compiler.assume_constant_result
+def _is_hopper(device):
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _has_kernels(q, k, v, mask):
     """Whether the library has kernels for the gradient: `backward_plan` in crates/kernels/src/attention."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or 0 in (*q.shape, *k.shape, *v.shape):
         return False
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
+    if not _is_hopper(q.get_device()):
+        return False
+    if mask is not None and (mask.requires_grad or mask.dtype == torch.float64):
         return False
     # Tiles along a depth: 16 elements, or whole 32s.
     widths = [16 if n <= 16 else -(-n // 32) * 32 for n in (q.shape[-1], v.shape[-1])]
@@ -181,16 +200,14 @@ def attention(q, k, v, mask=None, scale=None, causal=False):
     """`softmax(q k^T * scale + mask) v` of `q [B, H, S, D]`, `k [B, G, T, D]` and `v [B, G, T, E]`, `H` a multiple of `G`.
 
     `mask` is added (float) or says where attention is allowed (bool), and has the shape `[B or 1, H or 1, S, T]`. With `causal`, query
-    `s` sees keys up to `s + T - S`. `scale` is `1 / sqrt(D)` unless given. Rows that see no key give NaN. The gradient takes
-    some queries at a time and never has all scores; for 16-bit types without a mask it is two kernels on Hopper (the same bits each
-    time), PyTorch's on other GPUs.
+    `s` sees keys up to `s + T - S`. `scale` is `1 / sqrt(D)` unless given. Rows that see no key give 0, as PyTorch's. The gradient takes
+    some queries at a time and never has all scores; for 16-bit types it is our own kernels' on Hopper (the same bits each time), unless
+    the mask asks for one, and without a mask PyTorch's on other GPUs.
     """
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if trains and mask is None and _has_kernels(q, k, v):
-        return _attention_lse(q, k, v, scale, causal)[0]
+    if trains and scale > 0 and _has_kernels(q, k, v, mask):
+        return _attention_lse(q, k, v, mask, scale, causal)[0]
     return _attention(q, k, v, mask, scale, causal)
 
 

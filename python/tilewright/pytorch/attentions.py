@@ -8,7 +8,7 @@ in memory, attention becomes products and a softmax with a square of the length 
 - in training on a GPU, masks are made contiguous, so that PyTorch's memory-efficient kernels, forward and backward, take them; on
   processors attention is taken apart, and its gradient is made of operators that are ours.
 
-Rows of which a mask of truth values hides everything give 0, as PyTorch's do.
+Rows of which a mask hides everything give 0, as PyTorch's do.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from .sizes import Unsupported
 from .writer import Value, Writer, dtype_name, rule, used_results, wide
 
 aten = torch.ops.aten
-
-# What stands for minus infinity where truth values hide keys: finite, so that rows without any visible key are not NaN.
-HIDDEN = -1e30
 
 
 @torch.library.custom_op("tilewright::whole_attention", mutates_args=())
@@ -105,15 +102,16 @@ def attended(w: Writer, q: Value, k: Value, v: Value, mask: Value | None, causal
     score = wide(q.dtype)
     name = dtype_name(score)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    body, extras, seen = f"{{ s -> s * {name}({factor!r}) }}", [], None
+    body, extras = f"{{ s -> s * {name}({factor!r}) }}", []
     if mask is not None:
         mask = unexpanded(w, mask, source)
         if mask.dtype is torch.bool:
-            seen = w.reduce("max", w.cast(mask, torch.int32), [mask.rank - 1], True)
-            mask = w.map(f"where({{a}}, {name}(0), {name}({HIDDEN!r}))", mask, dtype=score)
-        body, extras = f"{{ s, m -> s * {name}({factor!r}) + m }}", [w.cast(mask, score)]
-    y = w.op(f"attention{' causal' if causal else ''} score={name} {body}", q, k, v, *extras)
-    return y if seen is None else w.map("where({a} > 0, {b}, 0)", seen, y, dtype=q.dtype)
+            body, extras = f"{{ s, m -> where(m, s * {name}({factor!r}), {name}(-inf)) }}", [mask]
+        else:
+            body, extras = f"{{ s, m -> s * {name}({factor!r}) + m }}", [w.cast(mask, score)]
+    # A row that sees nothing gives 0, as PyTorch's do.
+    words = " causal" * causal + " zeros" * (mask is not None)
+    return w.op(f"attention{words} score={name} {body}", q, k, v, *extras)
 
 
 def unexpanded(w: Writer, mask: Value, source) -> Value:

@@ -605,6 +605,7 @@ impl<'a> Parser<'a> {
                 Op::Attention(AttentionAttrs {
                     score: self.func(attrs, name, &types)?,
                     causal: Self::flag(attrs, "causal"),
+                    zeros: Self::flag(attrs, "zeros"),
                 })
             }
             "gather" => Op::Gather(self.scalar(attrs, name, "axis")?),

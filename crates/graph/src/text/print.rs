@@ -272,7 +272,8 @@ fn attributes(op: &Op) -> Vec<String> {
         ],
         Op::Attention(a) => {
             let of = a.score.params().first().map_or(DType::F32, |p| p.dtype);
-            vec![format!("score={of} {}", a.score), word(a.causal, "causal")]
+            let words = [word(a.causal, "causal"), word(a.zeros, "zeros")];
+            [vec![format!("score={of} {}", a.score)], words.to_vec()].concat()
         }
         Op::GatherNd { batch } => vec![format!("batch={batch}")],
         Op::ScatterElements { axis, kind } => {

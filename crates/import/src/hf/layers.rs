@@ -468,7 +468,7 @@ impl Net {
         let score = tilewright_expr::Func::parse(&text, &vec![ty; 1 + added.len()])?;
         let mut operands = vec![q, k, v];
         operands.extend(added);
-        let attrs = AttentionAttrs { score, causal: heads.causal };
+        let attrs = AttentionAttrs { score, causal: heads.causal, zeros: false };
         let y = self.b.op(Op::Attention(attrs), &operands)?;
         let y = self.b.permute(y, &[0, 2, 1, 3])?;
         let shape = self.b.shape(y);

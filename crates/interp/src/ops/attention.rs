@@ -1,7 +1,7 @@
 //! `Attention`: `softmax(score(q k^T, extras...)) v` per batch entry and head.
 //!
 //! A position hidden by `causal` has score minus infinity; a row with nothing visible is therefore
-//! NaN, exactly as the softmax of such a row. In exact mode the dot products are rounded to the
+//! NaN, exactly as the softmax of such a row, unless the node says `zeros`. In exact mode the dot products are rounded to the
 //! score function's parameter type, the function rounds as any elementwise function does, and the
 //! rest is computed in `f64` and rounded once.
 
@@ -52,7 +52,11 @@ pub(super) fn attention(inputs: &[Val], attrs: &AttentionAttrs, mode: Mode) -> B
                 let visible = (s + keys + 1).saturating_sub(rows).min(keys);
                 row[visible..].fill(f64::NEG_INFINITY);
             }
-            softmax_row(row, false);
+            if attrs.zeros && row.iter().all(|s| *s == f64::NEG_INFINITY) {
+                row.fill(0.0);
+            } else {
+                softmax_row(row, false);
+            }
         }
         let v = &v_data[source * keys * width..][..keys * width];
         gemm_rows(out, &scores, v, width, keys);

@@ -26,6 +26,7 @@
 //! Weights and gradients of scores stay in registers: the programs compute each tile in the orientation in which it is the
 //! left operand of the next product. Heads of queries that share keys are summed within a block.
 
+use crate::attention::problem::MaskKind;
 use crate::attention::program::{Causal, exp2, func, padded};
 use tilewright_base::DType;
 use tilewright_expr::{Func, Op, Value};
@@ -38,7 +39,8 @@ use tilewright_tile::{
 ///
 /// Size symbols as in [`AttentionSpec`](crate::attention::AttentionSpec), with `ob oh os` the strides of the result (and
 /// `ub uh us` of its gradient), and of the gradients `xb xh xs` (queries), `yb yh ys` (keys), `zb zh zs` (values); `ld`,
-/// the distance in elements between heads of `shift` and `delta`, `[B, H, S]` of f32.
+/// the distance in elements between heads of `shift` and `delta`, `[B, H, S]` of f32; `hc`, a divisor of the heads of all
+/// batches (of keys, or of queries), how many of them are walked together; of a mask `mb mh ms`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BackwardSpec {
     /// Type of all matrices: 16 bits.
@@ -51,8 +53,23 @@ pub struct BackwardSpec {
     pub causal: Causal,
     /// Heads of queries may share keys.
     pub grouped: bool,
-    /// Factor of the scores.
+    /// Factor of the scores: above zero.
     pub scale: f64,
+    /// What is known of scores beside.
+    pub mask: Option<BackwardMask>,
+}
+
+/// A mask, which has no gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackwardMask {
+    /// What it does.
+    pub kind: MaskKind,
+    /// Element type.
+    pub dtype: DType,
+    /// Queries have masks of their own.
+    pub by_row: bool,
+    /// Heads have masks of their own.
+    pub by_head: bool,
 }
 
 /// A block's place and the parameters of a program.
@@ -87,7 +104,7 @@ fn zeros(k: &mut KernelBuilder, shape: &[&Dim]) -> TileId {
 
 fn sizes(k: &mut KernelBuilder, names: &[&str]) {
     for name in names {
-        let min = i64::from(matches!(*name, "B" | "H" | "G" | "R" | "S" | "T"));
+        let min = i64::from(matches!(*name, "B" | "H" | "G" | "R" | "S" | "T" | "hc"));
         let range = Range { min, max: i32::MAX.into() };
         k.symbol(Symbol { name: (*name).into(), range });
     }
@@ -123,6 +140,100 @@ impl BackwardSpec {
             |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
         let axes = vec![axis("B", heads * &ld), axis("H", ld), axis("S", one())];
         k.param(name, DType::F32, Layout { axes, offset: Dim::new(0) }, access)
+    }
+
+    /// The grid: batch, head and block. Sections of `hc` heads of all batches go one after another, of which the first blocks of
+    /// all come first, then the second ones, and so on.
+    fn blocks(k: &mut KernelBuilder, heads: &str, blocks: Dim) -> [Dim; 3] {
+        let (heads, each) = (Dim::sym(heads), Dim::sym("hc"));
+        let all = Dim::sym("B") * &heads;
+        let section = k.grid("ps", all.ceil_div(&each));
+        let block = k.grid("pk", blocks);
+        let head = section * &each + k.grid("ph", each);
+        [head.floor_div(&heads), head.modulo(&heads), block]
+    }
+
+    fn mask_sizes(&self) -> &'static [&'static str] {
+        if self.mask.is_some() { &["mb", "mh", "ms"] } else { &[] }
+    }
+
+    /// The mask's parameter `[B, H, S or 1, T]`.
+    fn mask_param(&self, k: &mut KernelBuilder) -> Option<ParamId> {
+        let mask = self.mask?;
+        let rows = if mask.by_row { Dim::sym("S") } else { one() };
+        let extents = [Dim::sym("B"), Dim::sym("H"), rows, Dim::sym("T")];
+        let strides = [Dim::sym("mb"), Dim::sym("mh"), Dim::sym("ms"), one()];
+        let axis = |(extent, stride): (Dim, Dim)| Axis {
+            // An axis of one element has no neighbours.
+            stride: if extent.is(1) { one() } else { stride },
+            extent,
+            block: None,
+        };
+        let axes = extents.into_iter().zip(strides).map(axis).collect();
+        Some(k.param("mask", mask.dtype, Layout { axes, offset: Dim::new(0) }, Access::In))
+    }
+
+    /// A block of the mask: `[keys]`, or `[queries, keys]`. Outside of it everything is hidden.
+    fn mask_tile(
+        &self,
+        k: &mut KernelBuilder,
+        param: Option<ParamId>,
+        at: &Place<'_>,
+        k0: &Dim,
+        [bq, bt]: [&Dim; 2],
+    ) -> Option<TileId> {
+        let (param, mask) = param.zip(self.mask)?;
+        let head = if mask.by_head { at.head.clone() } else { Dim::new(0) };
+        let (row, rows) =
+            if mask.by_row { (at.row.clone(), bq.clone()) } else { (Dim::new(0), one()) };
+        let index = vec![at.batch.clone(), head, row, k0.clone()];
+        let shape = vec![one(), one(), rows, bt.clone()];
+        let hidden = match mask.kind {
+            MaskKind::Add => Value::Float(f64::NEG_INFINITY),
+            MaskKind::Keep => Value::Int(0),
+        };
+        let tile = k.load_with(param, index, vec![1; 4], hidden, shape);
+        let shape = if mask.by_row { vec![bq.clone(), bt.clone()] } else { vec![bt.clone()] };
+        Some(k.reshape(tile, shape))
+    }
+
+    /// What a mask makes of the products; `keys` is the axis of the plane along which keys run.
+    fn masked(
+        &self,
+        k: &mut KernelBuilder,
+        dots: TileId,
+        tile: Option<TileId>,
+        keys: usize,
+        plane: &[Dim],
+    ) -> TileId {
+        let Some((tile, mask)) = tile.zip(self.mask) else { return dots };
+        let operand = match (mask.by_row, keys) {
+            (false, axis) => at(tile, axis),
+            (true, 1) => k.plain(tile),
+            (true, _) => {
+                let turned = k.permute(tile, &[1, 0]);
+                k.plain(turned)
+            }
+        };
+        let score = func(&[DType::F32, mask.dtype], |f, a| match mask.kind {
+            MaskKind::Add => {
+                let added = f.cast(a[1], DType::F32);
+                let factor = f.constant(self.scale, DType::F32);
+                f.op(Op::Fma, &[a[0], factor, added])
+            }
+            MaskKind::Keep => {
+                let seen = f.cast(a[1], DType::Bool);
+                let low = f.constant(f64::NEG_INFINITY, DType::F32);
+                f.op(Op::Select, &[seen, a[0], low])
+            }
+        });
+        let args = vec![k.plain(dots), operand];
+        k.map(score, args, plane.to_vec())
+    }
+
+    /// Scores are in natural units, with the scale and a mask: masks of the largest negative number stay finite.
+    fn natural(&self) -> bool {
+        self.mask.is_some_and(|m| m.kind == MaskKind::Add)
     }
 
     /// Query `i` sees keys up to `i` and this.
@@ -171,7 +282,8 @@ impl BackwardSpec {
         let shifted = func(&[DType::F32], |f, a| {
             let low = f.constant(f64::NEG_INFINITY, DType::F32);
             let none = f.op(Op::Eq, &[a[0], low]);
-            let factor = f.constant(-std::f64::consts::LOG2_E, DType::F32);
+            let unit = if self.natural() { 1.0 } else { std::f64::consts::LOG2_E };
+            let factor = f.constant(-unit, DType::F32);
             let x = f.op(Op::Mul, &[a[0], factor]);
             f.op(Op::Select, &[none, low, x])
         });
@@ -192,12 +304,14 @@ impl BackwardSpec {
         k.finish()
     }
 
-    /// The gradients of keys and values: parameters `Q`, `K`, `V`, `U`, `shift`, `delta`, `DK`, `DV`; tile sizes `BQ`, `BT`.
+    /// The gradients of keys and values: parameters `Q`, `K`, `V`, `U`, `shift`, `delta`, `mask` if there is one,
+    /// `DK`, `DV`; tile sizes `BQ`, `BT`.
     pub fn keys_program(&self, name: &str) -> Kernel {
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["B", "H", "G", "R", "S", "T"]);
         sizes(&mut k, self.ahead_size());
-        sizes(&mut k, &["ld", "qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"]);
+        sizes(&mut k, self.mask_sizes());
+        sizes(&mut k, &["hc", "ld", "qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"]);
         sizes(&mut k, &["ub", "uh", "us", "yb", "yh", "ys", "zb", "zh", "zs"]);
         let (bq, bt) = (k.tile("BQ"), k.tile("BT"));
         let (dk, dv) = self.depths();
@@ -207,16 +321,21 @@ impl BackwardSpec {
         let u = self.param(&mut k, "U", ["H", "S"], self.width, "u", Access::In);
         let shift = Self::numbers(&mut k, "shift", Access::In);
         let delta = Self::numbers(&mut k, "delta", Access::In);
+        let mask = self.mask_param(&mut k);
         let dk_out = self.param(&mut k, "DK", ["G", "T"], self.depth, "y", Access::Out);
         let dv_out = self.param(&mut k, "DV", ["G", "T"], self.width, "z", Access::Out);
 
-        let (b, g) = (k.grid("pb", Dim::sym("B")), k.grid("pg", Dim::sym("G")));
         // The first keys are seen by the most queries: long blocks first, so that short ones fill the end.
-        let k0 = k.grid("pk", Dim::sym("T").ceil_div(&bt)) * &bt;
+        let [b, g, block] = Self::blocks(&mut k, "G", Dim::sym("T").ceil_div(&bt));
+        let k0 = block * &bt;
         let keys = Place { batch: &b, head: &g, row: &k0 };
         let (k_tile, v_tile) =
             (matrix(&mut k, kk, &keys, &bt, dk), matrix(&mut k, v, &keys, &bt, dv));
         let (wide_k, wide_v) = (Dim::new(dk), Dim::new(dv));
+        // What all turns share is loaded once.
+        let shared = self.mask.is_some_and(|m| !m.by_row && !(m.by_head && self.grouped));
+        let shared = shared.then_some(mask).flatten();
+        let shared = self.mask_tile(&mut k, shared, &keys, &k0, [&bq, &bt]);
         let sums = [zeros(&mut k, &[&bt, &wide_v]), zeros(&mut k, &[&bt, &wide_k])];
         let blocks = Dim::sym("S").ceil_div(&bq);
         let first = match self.causal {
@@ -250,6 +369,18 @@ impl BackwardSpec {
             k.mma(zero, a, turned, None)
         };
         let (scores, down) = (dots(&mut k, k_tile, q_tile), dots(&mut k, v_tile, u_tile));
+        let masked = match shared {
+            Some(tile) => Some(tile),
+            None => self.mask_tile(&mut k, mask, &queries, &k0, [&bq, &bt]),
+        };
+        let mut scores = self.masked(&mut k, scores, masked, 0, &plane);
+        if self.natural() {
+            // What lies beyond the last query is zero, but its weight may not be finite.
+            let query = k.iota(DType::I32, 0, q0.clone(), vec![bq.clone()]);
+            let last = k.iota(DType::I32, 0, Dim::sym("S") - &one(), vec![one()]);
+            let args = vec![k.plain(scores), at(query, 1), at(last, 0)];
+            scores = k.map(later_hidden(), args, plane.clone());
+        }
         let hidden = match self.causal {
             Causal::No => scores,
             // Rows are keys: those later than the last one that the column's query sees.
@@ -277,12 +408,13 @@ impl BackwardSpec {
         k.finish()
     }
 
-    /// The gradient of the queries: parameters `Q`, `K`, `V`, `U`, `shift`, `delta`, `DQ`; tile sizes `BQ`, `BT`.
+    /// The gradient of the queries: parameters `Q`, `K`, `V`, `U`, `shift`, `delta`, `mask` if there is one, `DQ`; tile sizes `BQ`, `BT`.
     pub fn queries_program(&self, name: &str) -> Kernel {
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["B", "H", "G", "R", "S", "T"]);
         sizes(&mut k, self.ahead_size());
-        sizes(&mut k, &["ld", "qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"]);
+        sizes(&mut k, self.mask_sizes());
+        sizes(&mut k, &["hc", "ld", "qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"]);
         sizes(&mut k, &["ub", "uh", "us", "xb", "xh", "xs"]);
         let (bq, bt) = (k.tile("BQ"), k.tile("BT"));
         let (dk, dv) = self.depths();
@@ -292,11 +424,11 @@ impl BackwardSpec {
         let u = self.param(&mut k, "U", ["H", "S"], self.width, "u", Access::In);
         let shift = Self::numbers(&mut k, "shift", Access::In);
         let delta = Self::numbers(&mut k, "delta", Access::In);
+        let mask = self.mask_param(&mut k);
         let dq_out = self.param(&mut k, "DQ", ["H", "S"], self.depth, "x", Access::Out);
 
-        let (b, h) = (k.grid("pb", Dim::sym("B")), k.grid("ph", Dim::sym("H")));
         let blocks = Dim::sym("S").ceil_div(&bq);
-        let p = k.grid("pq", blocks.clone());
+        let [b, h, p] = Self::blocks(&mut k, "H", blocks.clone());
         // Long rows first, so that short ones fill the end.
         let q0 = if self.causal == Causal::No { p * &bq } else { (blocks - &p - one()) * &bq };
         let group = if self.grouped { h.floor_div(&Dim::sym("R")) } else { h.clone() };
@@ -324,7 +456,8 @@ impl BackwardSpec {
         };
         let (scores, down) = (dots(&mut k, q_tile, k_tile), dots(&mut k, u_tile, v_tile));
         let key = k.iota(DType::I32, 0, k0.clone(), vec![bt.clone()]);
-        let mut hidden = scores;
+        let masked = self.mask_tile(&mut k, mask, &queries, &k0, [&bq, &bt]);
+        let mut hidden = self.masked(&mut k, scores, masked, 1, &plane);
         if self.causal != Causal::No {
             let last = k.iota(DType::I32, 0, q0.clone() + &self.ahead(), vec![bq.clone()]);
             let args = vec![k.plain(hidden), at(key, 1), at(last, 0)];
@@ -379,11 +512,21 @@ impl BackwardSpec {
         k.store(param, index, tile);
     }
 
-    /// `2^(c s + shift)`.
+    /// `2^(c s + shift)`, in natural units `exp(s + shift)`.
     fn weight(&self) -> Func {
+        use std::f64::consts::LOG2_E;
         func(&[DType::F32; 2], |f, a| {
-            let factor = f.constant(self.scale * std::f64::consts::LOG2_E, DType::F32);
-            let power = f.op(Op::Fma, &[a[0], factor, a[1]]);
+            let power = match self.natural() {
+                true => {
+                    let x = f.op(Op::Add, &[a[0], a[1]]);
+                    let factor = f.constant(LOG2_E, DType::F32);
+                    f.op(Op::Mul, &[x, factor])
+                }
+                false => {
+                    let factor = f.constant(self.scale * LOG2_E, DType::F32);
+                    f.op(Op::Fma, &[a[0], factor, a[1]])
+                }
+            };
             exp2(f, power)
         })
     }

@@ -7,7 +7,7 @@
 //! To run it: the forward kernel stores its log-sum-exp ([`Problem::lse`]); then, for each step in order, lower its kernel
 //! under its schedule and launch it with the tensors that its operands name. The workspace needs no contents.
 
-use crate::attention::backward::BackwardSpec;
+use crate::attention::backward::{BackwardMask, BackwardSpec};
 use crate::attention::problem::{Problem, Strides};
 use tilewright_base::{DType, Error, Kind, Result};
 use tilewright_device::Arch;
@@ -59,7 +59,8 @@ impl BackwardProblem {
     /// What is computed, for every length.
     ///
     /// # Errors
-    /// The user's for impossible sizes; unsupported: masks, types of other than 16 bits, depths that are padded differently.
+    /// The user's for impossible sizes; unsupported: types of other than 16 bits, depths that are padded differently or above
+    /// 128, a scale that is not above zero.
     pub fn spec(&self) -> Result<BackwardSpec> {
         let p = &self.forward;
         p.check()?;
@@ -77,8 +78,8 @@ impl BackwardProblem {
         if !matches!(p.dtype, DType::BF16 | DType::F16) || p.result != p.dtype {
             return refuse("operands of other than 16 bits");
         }
-        if p.mask.is_some() {
-            return refuse("a mask");
+        if p.scale <= 0.0 || !p.scale.is_finite() {
+            return refuse("a scale that is not above zero");
         }
         let spec = BackwardSpec {
             dtype: p.dtype,
@@ -87,6 +88,12 @@ impl BackwardProblem {
             causal: p.spec()?.causal,
             grouped: p.heads != p.kv_heads,
             scale: p.scale,
+            mask: p.mask.map(|m| BackwardMask {
+                kind: m.kind,
+                dtype: m.dtype,
+                by_row: m.strides.row != 0,
+                by_head: m.strides.head != 0,
+            }),
         };
         let (dk, dv) = spec.depths();
         if dk != dv || dk > DEPTH_MOST {
@@ -124,6 +131,8 @@ pub enum BackwardPlace {
     DO,
     /// Log-sum-exp of each row.
     Lse,
+    /// The mask.
+    Mask,
     /// Gradient of the queries.
     DQ,
     /// Gradient of the keys.
@@ -161,8 +170,8 @@ pub struct BackwardPlan {
     pub workspace_bytes: u64,
 }
 
-/// Schedules of the programs for keys and for queries, the ones to prefer first.
-pub fn backward_spaces(spec: &BackwardSpec) -> [Vec<GpuSchedule>; 2] {
+/// Schedules of the programs for keys and for queries, the ones to prefer for so many queries first.
+pub fn backward_spaces(spec: &BackwardSpec, q_len: i64) -> [Vec<GpuSchedule>; 2] {
     let (dk, _) = spec.depths();
     let size = i64::from(spec.dtype.bits()) / 8;
     let chunk = [64, 32, 16].into_iter().find(|c| dk % c == 0).unwrap_or(16);
@@ -182,6 +191,8 @@ pub fn backward_spaces(spec: &BackwardSpec) -> [Vec<GpuSchedule>; 2] {
             s
         })
     };
+    // Beside a mask, what is loaded of it takes registers: fewer scores at a time.
+    let masked = spec.mask.map_or(0, |m| if m.by_row { 24 } else { 8 });
     // Vectors take a unit of shared memory each.
     let rider = 2048;
     let (mut keys, mut queries) = (Vec::new(), Vec::new());
@@ -190,17 +201,27 @@ pub fn backward_spaces(spec: &BackwardSpec) -> [Vec<GpuSchedule>; 2] {
         let budget = if consumers == 3 { 160 } else { 240 };
         for other in [128, 112, 96, 80, 64, 48, 32] {
             // Sums, scores and their gradient, 16-bit copies of both, and what addresses take.
-            if dk + other + other / 2 + 16 <= budget {
+            if dk + other + other / 2 + 16 + masked <= budget {
                 let stage = other * 2 * dk * size + rider;
                 keys.extend(schedule(consumers, other, rows, rows * 2 * dk * size, stage, 2));
             }
-            if dk / 2 + other + other / 4 + 24 <= budget {
+            if dk / 2 + other + other / 4 + 24 + masked <= budget {
                 let stage = other * 2 * dk * size;
                 queries.extend(schedule(consumers, rows, other, rows * 2 * dk * size, stage, 1));
             }
         }
     }
+    prefer(&mut queries, dk, q_len);
     [keys, queries]
+}
+
+/// What was fastest on an H200 first: 64 keys at a time at depths above 64, and below with three consumers where there are many
+/// queries.
+fn prefer(queries: &mut [GpuSchedule], dk: i64, q_len: i64) {
+    let consumers = if dk > 64 { 2 } else { 3 };
+    if dk > 64 || q_len >= 2048 {
+        queries.sort_by_key(|s| s.tiles.get("BT") != Some(&64) || s.consumers != consumers);
+    }
 }
 
 /// Shared memory that a block may use on Hopper, less what barriers take.
@@ -209,8 +230,8 @@ const SMEM_BYTES: i64 = (227 << 10) - 512;
 /// The steps of a gradient on Hopper.
 ///
 /// # Errors
-/// The user's for impossible sizes; unsupported where no kernel fits: masks, other than 16-bit types, depths above 128,
-/// tensors that the copy engine cannot address, other devices.
+/// The user's for impossible sizes; unsupported where no kernel fits: other than 16-bit types, depths above 128, tensors
+/// that the copy engine cannot address, other devices.
 pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPlan> {
     let spec = problem.spec()?;
     let p = &problem.forward;
@@ -227,7 +248,7 @@ pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPla
     let shift = BackwardPlace::Workspace { offset: 0, bytes };
     let delta = BackwardPlace::Workspace { offset: second, bytes };
     let sizes = sizes(problem, ld);
-    use BackwardPlace::{DK, DO, DQ, DV, K, Lse, O, Q, V};
+    use BackwardPlace::{DK, DO, DQ, DV, K, Lse, Mask, O, Q, V};
 
     let rows = spec.rows_program("attention_backward_rows");
     let lookup = |name: &str| sizes.get(name).copied();
@@ -235,7 +256,7 @@ pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPla
         return Err(Error::unsupported("rows too long for registers"));
     };
     let lines = GpuSchedule { dependent: true, ..lines };
-    let [keys, queries] = backward_spaces(&spec);
+    let [keys, queries] = backward_spaces(&spec, p.q_len);
     let first = |kernel: &Kernel, space: Vec<GpuSchedule>| -> Result<GpuSchedule> {
         for schedule in space {
             match lower(kernel, &schedule) {
@@ -251,18 +272,84 @@ pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPla
     let queries_kernel = spec.queries_program("attention_backward_queries");
     let keys = first(&keys_kernel, keys)?;
     let queries = first(&queries_kernel, queries)?;
-    let step = |kernel: Kernel, schedule, operands: &[BackwardPlace]| {
+    let heads = [keys_together(p, gpu, &keys), queries_together(p, gpu, &queries)];
+    let step = |kernel: Kernel, schedule, together: i64, operands: &[BackwardPlace]| {
         let named = kernel.symbols.iter();
-        let sizes = named.filter_map(|s| Some((s.name.clone(), *sizes.get(&s.name)?))).collect();
+        let size =
+            |name: &str| if name == "hc" { Some(together) } else { sizes.get(name).copied() };
+        let sizes = named.filter_map(|s| Some((s.name.clone(), size(&s.name)?))).collect();
         BackwardStep { kernel, schedule, sizes, operands: operands.to_vec() }
     };
+    let mut read = vec![Q, K, V, DO, shift, delta];
+    read.extend(p.mask.map(|_| Mask));
     let steps = vec![
-        step(rows, lines, &[O, DO, Lse, shift, delta]),
-        step(keys_kernel, keys, &[Q, K, V, DO, shift, delta, DK, DV]),
-        step(queries_kernel, queries, &[Q, K, V, DO, shift, delta, DQ]),
+        step(rows, lines, 1, &[O, DO, Lse, shift, delta]),
+        step(keys_kernel, keys, heads[0], &[&read[..], &[DK, DV]].concat()),
+        step(queries_kernel, queries, heads[1], &[&read[..], &[DQ]].concat()),
     ];
     Ok(BackwardPlan { steps, workspace_bytes: second + bytes })
 }
+
+/// How many heads of keys the blocks of keys walk together.
+fn keys_together(p: &Problem, gpu: &Gpu, s: &GpuSchedule) -> i64 {
+    let (bq, bt) = (tile(s, "BQ"), tile(s, "BT"));
+    let blocks = (p.q_len + bq - 1) / bq;
+    let turns = |block: i64| {
+        let first = p.causal.map_or(0, |ahead| (block * bt - ahead).max(0) / bq);
+        (blocks - first).max(0) * (p.heads / p.kv_heads)
+    };
+    let all: Vec<i64> = (0..(p.kv_len + bt - 1) / bt).map(turns).collect();
+    together(p.batch * p.kv_heads, &all, gpu.sms.into())
+}
+
+/// How many heads of queries the blocks of queries walk together.
+fn queries_together(p: &Problem, gpu: &Gpu, s: &GpuSchedule) -> i64 {
+    let (bq, bt) = (tile(s, "BQ"), tile(s, "BT"));
+    let blocks = (p.q_len + bq - 1) / bq;
+    let turns = |block: i64| match p.causal {
+        // The last ones first.
+        Some(ahead) => ((blocks - block) * bq + ahead).clamp(0, p.kv_len).div_euclid(bt) + 1,
+        None => p.kv_len / bt + 1,
+    };
+    let all: Vec<i64> = (0..blocks).map(turns).collect();
+    together(p.batch * p.heads, &all, gpu.sms.into())
+}
+
+fn tile(s: &GpuSchedule, name: &str) -> i64 {
+    s.tiles.get(name).copied().unwrap_or(1)
+}
+
+/// Turns that an item costs besides its own.
+const ITEM_TURNS: i64 = 3;
+
+/// The fewest heads with which the busiest multiprocessor has about as little to do as with any number: fewer heads at a time
+/// find more of their operands in the cache. `turns` has those of each block of a head.
+fn together(heads: i64, turns: &[i64], sms: i64) -> i64 {
+    let blocks = turns.len() as i64;
+    let busiest = |each: i64| -> i64 {
+        let mut load = vec![0i64; sms.max(1).unsigned_abs() as usize];
+        for item in 0..heads * blocks {
+            let block = item / each % blocks;
+            // Every other round goes backwards, as the schedule says.
+            let (round, at) = (item / sms, item % sms);
+            let sm = if round % 2 == 0 { at } else { sms - 1 - at };
+            load[sm as usize] += turns[block as usize] + ITEM_TURNS;
+        }
+        load.into_iter().max().unwrap_or(0)
+    };
+    let even = turns.iter().all(|t| *t == turns[0]);
+    if even || heads * blocks > ITEMS_MOST {
+        return 1;
+    }
+    let choices: Vec<(i64, i64)> =
+        (1..=heads).filter(|n| heads % n == 0).map(|n| (n, busiest(n))).collect();
+    let least = choices.iter().map(|c| c.1).min().unwrap_or(0);
+    let near = choices.iter().find(|c| c.1 <= least + least / 32);
+    near.map_or(1, |c| c.0)
+}
+
+/// With more items than this, any order is even.
+const ITEMS_MOST: i64 = 1 << 14;
 
 fn sizes(problem: &BackwardProblem, ld: i64) -> Env {
     let (p, g) = (&problem.forward, &problem.gradients);
@@ -293,5 +380,26 @@ fn sizes(problem: &BackwardProblem, ld: i64) -> Env {
         put(&format!("{name}h"), strides.head);
         put(&format!("{name}s"), strides.row);
     }
+    if let Some(mask) = &p.mask {
+        put("mb", mask.strides.batch);
+        put("mh", mask.strides.head);
+        put("ms", mask.strides.row);
+    }
     env
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_are_walked_together_where_few_items_differ() {
+        // 8 heads of 64 blocks in less than four rounds: the longest blocks of all heads come first.
+        let causal: Vec<i64> = (0..64).map(|block| 4 * (128 - 2 * block)).collect();
+        assert_eq!(together(8, &causal, 132), 8);
+        // In many rounds they even out, and all alike need no order.
+        let causal: Vec<i64> = (0..32).map(|block| 64 - 2 * block).collect();
+        assert_eq!(together(64, &causal, 132), 1);
+        assert_eq!(together(8, &[512; 64], 132), 1);
+    }
 }

@@ -13,7 +13,7 @@
 //! # What is defined
 //!
 //! - A row that sees nothing (no keys, all hidden, all scores minus infinity) is NaN, as its softmax is
-//!   0/0; its log-sum-exp is minus infinity.
+//!   0/0, or 0 with `zeros`; its log-sum-exp is minus infinity, and it has no share in any gradient.
 //! - NaN or plus infinity among the scores that a row sees makes the row NaN.
 //! - Scores of hidden keys are not looked at, but their values count with weight zero: values that are
 //!   NaN or infinite make NaN. What lies beyond the lengths is never read.
@@ -27,7 +27,7 @@ mod problem;
 mod program;
 mod space;
 
-pub use backward::BackwardSpec;
+pub use backward::{BackwardMask, BackwardSpec};
 pub use backward_plan::{
     BackwardPlace, BackwardPlan, BackwardProblem, BackwardStep, Gradients, backward_plan,
     backward_spaces,

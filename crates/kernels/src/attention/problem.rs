@@ -89,6 +89,8 @@ pub struct Problem {
     pub mask: Option<Mask>,
     /// Store the log-sum-exp of each row's scores too: f32, a dense `[batch, heads, q_len]`.
     pub lse: bool,
+    /// A row that sees nothing is 0, not NaN.
+    pub zeros: bool,
     /// Of the queries.
     pub q: Strides,
     /// Of the keys.
@@ -120,6 +122,7 @@ impl Problem {
             causal: None,
             mask: None,
             lse: false,
+            zeros: false,
             q: strides,
             k: strides,
             v: strides,
@@ -151,6 +154,7 @@ impl Problem {
             mask: self.mask.map(|m| (m.kind, m.dtype, m.strides.row != 0)),
             scale: self.scale,
             lse: self.lse,
+            zeros: self.zeros,
         })
     }
 

@@ -58,6 +58,8 @@ pub struct AttentionSpec {
     pub scale: f64,
     /// Store the log-sum-exp of each row too.
     pub lse: bool,
+    /// A row that sees nothing is 0, not NaN.
+    pub zeros: bool,
 }
 
 /// `f(params) -> result`, a function of a few scalars.
@@ -392,7 +394,16 @@ impl AttentionSpec {
     /// Sums over the sum of weights, as the result's type.
     fn quotient(&self) -> Func {
         func(&[DType::F32; 2], |f, a| {
-            let y = f.op(Op::Div, &[a[0], a[1]]);
+            // The largest weight is 1: there is no sum where nothing is seen.
+            let sum = match self.zeros {
+                true => {
+                    let (zero, one) = (f.constant(0.0, DType::F32), f.constant(1.0, DType::F32));
+                    let none = f.op(Op::Eq, &[a[1], zero]);
+                    f.op(Op::Select, &[none, one, a[1]])
+                }
+                false => a[1],
+            };
+            let y = f.op(Op::Div, &[a[0], sum]);
             f.cast(y, self.result)
         })
     }

@@ -1,6 +1,6 @@
 //! Attention for a GPU: the form in which the kernel library takes it.
 //!
-//! Its score function is a factor and a mask that is added; its columns are neighbours in memory; what follows
+//! Its score function is a factor and a mask that is added, or of truth values; its columns are neighbours in memory; what follows
 //! it is a kernel of its own. [`attention_fits`] says of a node whether it has this form: of others products
 //! and a softmax must be made before lowering.
 
@@ -9,7 +9,7 @@ use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
 use crate::fuse::Group;
 use crate::lowering::Lowering;
 use crate::place::Place;
-use tilewright_base::Result;
+use tilewright_base::{DType, Result};
 use tilewright_expr::{ExprId, Func, Node as ExprNode, Op as ExprOp, Value};
 use tilewright_graph::{AttentionAttrs, Graph, Node, NodeId, Op};
 use tilewright_layout::{Dim, Layout, numel};
@@ -36,7 +36,8 @@ pub fn attention_fits(graph: &Graph, id: NodeId) -> bool {
     // Keys of a mask are neighbours in memory, and each key has its own.
     let own_keys = mask.is_none_or(|&m| {
         let keys = &graph.shape(node.inputs[1])[2];
-        graph.dtype(m).is_float() && graph.shape(m).last() == Some(keys)
+        let known = graph.dtype(m).is_float() || graph.dtype(m) == DType::Bool;
+        known && graph.shape(m).last() == Some(keys)
     });
     let small = |d: &Dim| d.as_const().is_some_and(|n| (1..=256).contains(&n));
     small(&q[3])
@@ -46,8 +47,17 @@ pub fn attention_fits(graph: &Graph, id: NodeId) -> bool {
         && scaled(&attrs.score).is_some()
 }
 
-/// The factor of a score function `factor * score (+ mask)`.
+/// The factor of a score function `factor * score (+ mask)`, or `where(mask, factor * score, -inf)`.
 fn scaled(score: &Func) -> Option<f64> {
+    if score.params().get(1).is_some_and(|p| p.dtype == DType::Bool) {
+        let ExprNode::Op(ExprOp::Select, args) = score.node(score.result()) else { return None };
+        let &[seen, shown, hidden] = &args[..] else { return None };
+        let by_mask = matches!(score.node(seen), ExprNode::Param(1));
+        let low = linear(score, hidden) == Some([0.0, 0.0, f64::NEG_INFINITY]);
+        let [factor, mask, rest] = linear(score, shown)?;
+        let plain = by_mask && low && mask == 0.0 && rest == 0.0 && factor != 0.0;
+        return (plain && score.params().len() == 2).then_some(factor);
+    }
     let [factor, mask, rest] = linear(score, score.result())?;
     let masks = score.params().len() == 2;
     (rest == 0.0 && factor != 0.0 && mask == if masks { 1.0 } else { 0.0 }).then_some(factor)
@@ -234,6 +244,7 @@ impl Lowering<'_> {
             mask,
             scale: scaled(&attrs.score)?,
             causal: attrs.causal,
+            zeros: attrs.zeros,
             tf32: self.precision == Precision::Tf32,
         })))
     }

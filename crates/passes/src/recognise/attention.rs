@@ -271,7 +271,7 @@ fn build(ed: &mut Editor<'_>, m: &Match) -> Result<Option<ValueId>> {
         }
         operands.push(extra);
     }
-    let attrs = AttentionAttrs { score, causal: false };
+    let attrs = AttentionAttrs { score, causal: false, zeros: false };
     let attended = ed.op(Op::Attention(attrs), &operands)?;
     // Back to the axes of the second contraction's result.
     let mut have: Vec<char> = m.batch.clone();

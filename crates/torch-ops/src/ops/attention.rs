@@ -1,4 +1,5 @@
 //! Attention: `softmax(q k^T * scale + mask) v`, without storing the scores, and the part of its gradient that is along rows of scores.
+//! A row that sees nothing is 0, as PyTorch's.
 
 use crate::plans::{Key, run};
 use crate::tensors::{Rows, float, like, plain, same_device, wide};
@@ -34,14 +35,20 @@ impl Form {
                 let b = if batches { "B".to_string() } else { "1".to_string() };
                 let n = if each_head { h } else { 1 };
                 text += &format!("  %m \"mask\": {m}[{b},{n},S,T] = input\n");
-                text += &format!("  %w = map {{ m -> {c}(m) }} %m\n");
+                let (mask, score) = match m {
+                    DType::Bool => ("%m", format!("where(m, s * {scale:e}, {c}(-inf))")),
+                    _ => ("%w", format!("s * {scale:e} + m")),
+                };
+                if m != DType::Bool {
+                    text += &format!("  %w = map {{ m -> {c}(m) }} %m\n");
+                }
                 text += &format!(
-                    "  %y = attention score={c} {{ s, m -> s * {scale:e} + m }}{causal} %q, %k, %v, %w\n"
+                    "  %y = attention score={c} {{ s, m -> {score} }}{causal} zeros %q, %k, %v, {mask}\n"
                 );
             }
             None => {
                 text += &format!(
-                    "  %y = attention score={c} {{ s -> s * {scale:e} }}{causal} %q, %k, %v\n"
+                    "  %y = attention score={c} {{ s -> s * {scale:e} }}{causal} zeros %q, %k, %v\n"
                 );
             }
         }
@@ -104,7 +111,8 @@ impl Operator for Attention {
                 );
                 return Err(Error::user(message));
             }
-            form = Some((float("mask", m)?, m.sizes()[0] != 1 || b == 1, m.sizes()[1] != 1));
+            let dtype = if m.dtype()? == DType::Bool { DType::Bool } else { float("mask", m)? };
+            form = Some((dtype, m.sizes()[0] != 1 || b == 1, m.sizes()[1] != 1));
         }
         if t == 0 || d == 0 {
             return Err(Error::unsupported("attention to no keys"));
@@ -128,7 +136,8 @@ impl Operator for Attention {
     }
 }
 
-/// From rows of scores `s` and of the gradient `dp` of their softmax: `p = softmax(s * before)` and `ds = p (dp - sum(p dp)) after`.
+/// From rows of scores `s` and of the gradient `dp` of their softmax: `p = softmax(s * before)` and `ds = p (dp - sum(p dp)) after`; both
+/// are 0 where all scores are minus infinity.
 fn rows_text(t: DType, before: f64, after: f64) -> String {
     let c = wide(t);
     format!(
@@ -137,9 +146,9 @@ fn rows_text(t: DType, before: f64, after: f64) -> String {
   %dp \"dp\": {t}[M,N] = input
   %f = map {{ a -> {c}(a) * {before:e} }} %s
   %m = reduce max axes=[1] keep %f
-  %e = map {{ a, m -> exp(a - m) }} %f, %m
+  %e = map {{ a, m -> where(m == {c}(-inf), {c}(0), exp(a - m)) }} %f, %m
   %z = reduce sum axes=[1] keep %e
-  %i = map {{ z -> 1.0 / z }} %z
+  %i = map {{ z -> where(z == {c}(0), {c}(0), 1.0 / z) }} %z
   %w = map {{ e, i -> e * i }} %e, %i
   %wd = map {{ w, d -> w * {c}(d) }} %w, %dp
   %q = reduce sum axes=[1] keep %wd
@@ -198,7 +207,9 @@ pub(crate) fn samples() -> Vec<(String, String)> {
         depths: [16, 16],
         ..plain
     };
+    let seen = Form { mask: Some((DType::Bool, false, false)), ..plain };
     vec![
+        ("attention, seen".to_string(), seen.text()),
         ("attention, causal".to_string(), plain.text()),
         ("attention, masked".to_string(), masked.text()),
         ("rows of attention's gradient".to_string(), rows_text(DType::F32, 0.5, 0.25)),

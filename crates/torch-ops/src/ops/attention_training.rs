@@ -4,7 +4,7 @@
 use crate::plans::attention_training;
 use crate::tensors::{float, like, same_device};
 use tilewright_base::{DType, Error, Result};
-use tilewright_runtime_gpu::{AttentionCall, AttentionPlaces};
+use tilewright_runtime_gpu::{AttentionCall, AttentionMask, AttentionPlaces};
 use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 /// The tensor, or a copy, as the copy engine takes it: neighbours along the depth side by side, lines at multiples of 16 bytes.
@@ -75,9 +75,36 @@ fn checked(
         dtype,
         scale,
         causal,
+        mask: None,
         strides,
     };
     Ok((call, index))
+}
+
+/// The mask as the kernels take it, and where it lies; it must live as long as the call.
+fn masked(
+    call: &mut AttentionCall,
+    mask: Option<Tensor>,
+    q: &Tensor,
+) -> Result<(Option<Tensor>, u64)> {
+    let Some(mask) = mask else { return Ok((None, 0)) };
+    same_device("mask", &mask, q)?;
+    let AttentionCall { batch: b, heads: h, queries: s, keys: t, .. } = *call;
+    let wanted = matches!(*mask.sizes(), [mb, mh, ms, mt]
+        if (mb == 1 || mb == b) && (mh == 1 || mh == h) && (ms == 1 || ms == s) && mt == t);
+    if !wanted {
+        let found = mask.sizes();
+        let message =
+            format!("mask has shape {found:?}; it must be [{b} or 1, {h} or 1, {s} or 1, {t}]");
+        return Err(Error::user(message));
+    }
+    let dtype = if mask.dtype()? == DType::Bool { DType::Bool } else { float("mask", &mask)? };
+    let near = mask.strides().last() == Some(&1) && mask.strides().iter().all(|s| *s >= 0);
+    let mask = if near { mask } else { mask.laid_out(16)? };
+    let address = mask.address()?;
+    let align = if address.is_multiple_of(16) { 16 } else { dtype.size() as i64 };
+    call.mask = Some(AttentionMask { dtype, strides: strides(&mask)?, align });
+    Ok((Some(mask), address))
 }
 
 /// A new tensor `[batch, heads, rows, depth]` that lies as `like` does where that is dense, so that what a model takes apart and puts
@@ -102,6 +129,7 @@ impl Operator for AttentionLse {
         ("q", Arg::Tensor),
         ("k", Arg::Tensor),
         ("v", Arg::Tensor),
+        ("mask", Arg::Optional),
         ("scale", Arg::Float),
         ("causal", Arg::Bool),
     ];
@@ -109,14 +137,16 @@ impl Operator for AttentionLse {
     const OVERLOADS: &'static [&'static str] = &["inference"];
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [q, k, v, scale, causal] = args else { return Err(Error::bug("arguments")) };
+        let [q, k, v, mask, scale, causal] = args else { return Err(Error::bug("arguments")) };
         let (q, k, v) = (q.tensor()?, k.tensor()?, v.tensor()?);
         let (mut call, index) = checked(&q, &k, &v, scale.float()?, causal.bool()?)?;
+        let (_mask, mask) = masked(&mut call, mask.optional()?, &q)?;
         let y = beside(abi, [call.batch, call.heads, call.queries, call.width], &q, call.dtype)?;
         let lse = [call.batch, call.heads, call.queries];
         let lse = Tensor::empty(abi, &lse, DType::F32, q.device())?;
         let tensors = [lines(q)?, lines(k)?, lines(v)?];
-        let mut places = AttentionPlaces { lse: lse.address()?, ..AttentionPlaces::default() };
+        let mut places =
+            AttentionPlaces { lse: lse.address()?, mask, ..AttentionPlaces::default() };
         for (i, tensor) in tensors.iter().chain([&y]).enumerate() {
             (call.strides[i], places.tensors[i]) = (strides(tensor)?, tensor.address()?);
         }
@@ -137,18 +167,20 @@ impl Operator for AttentionBackward {
         ("v", Arg::Tensor),
         ("y", Arg::Tensor),
         ("lse", Arg::Tensor),
+        ("mask", Arg::Optional),
         ("scale", Arg::Float),
         ("causal", Arg::Bool),
     ];
     const RETURNS: &'static str = "(Tensor dq, Tensor dk, Tensor dv)";
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [dy, q, k, v, y, lse, scale, causal] = args else {
+        let [dy, q, k, v, y, lse, mask, scale, causal] = args else {
             return Err(Error::bug("arguments"));
         };
         let (dy, y, lse) = (dy.tensor()?, y.tensor()?, lse.tensor()?);
         let (q, k, v) = (q.tensor()?, k.tensor()?, v.tensor()?);
         let (mut call, index) = checked(&q, &k, &v, scale.float()?, causal.bool()?)?;
+        let (_mask, mask) = masked(&mut call, mask.optional()?, &q)?;
         let result = [call.batch, call.heads, call.queries, call.width];
         same_device("y", &y, &q)?;
         if *y.sizes() != result || y.dtype()? != call.dtype {
@@ -167,7 +199,8 @@ impl Operator for AttentionBackward {
         };
         let (dq, dk, dv) = (made(&q)?, made(&k)?, made(&v)?);
         let lse = lse.laid_out(16)?;
-        let mut places = AttentionPlaces { lse: lse.address()?, ..AttentionPlaces::default() };
+        let mut places =
+            AttentionPlaces { lse: lse.address()?, mask, ..AttentionPlaces::default() };
         let read = [lines(q)?, lines(k)?, lines(v)?, lines(y)?, lines(dy)?];
         for (i, tensor) in read.iter().chain([&dq, &dk, &dv]).enumerate() {
             (call.strides[i], places.tensors[i]) = (strides(tensor)?, tensor.address()?);

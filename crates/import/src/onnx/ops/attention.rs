@@ -162,7 +162,7 @@ fn fused(cx: &mut Cx, qkv: &[ValueId], scale: f64, softcap: f64, dtype: DType) -
         let t = f.op(E::Tanh, &[t]);
         r = f.op(E::Mul, &[t, cap]);
     }
-    cx.op(Op::Attention(AttentionAttrs { score: f.finish(r), causal: false }), qkv)
+    cx.op(Op::Attention(AttentionAttrs { score: f.finish(r), causal: false, zeros: false }), qkv)
 }
 
 #[allow(clippy::too_many_arguments, reason = "one list of what decides the bias")]

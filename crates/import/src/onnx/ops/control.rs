@@ -212,7 +212,8 @@ pub(crate) fn flex_attention(
         let s = f.param("s", dtype.compute());
         let c = f.constant(scale, dtype.compute());
         let r = f.op(tilewright_expr::Op::Mul, &[s, c]);
-        let attrs = tilewright_graph::AttentionAttrs { score: f.finish(r), causal: false };
+        let attrs =
+            tilewright_graph::AttentionAttrs { score: f.finish(r), causal: false, zeros: false };
         return Ok(vec![Val::T(cx.op(Op::Attention(attrs), &[q, k, v])?)]);
     }
     let compute = dtype.compute();
