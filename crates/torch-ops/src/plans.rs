@@ -54,6 +54,9 @@ pub(crate) fn run(
     text: impl FnOnce() -> Result<String>,
 ) -> Result<()> {
     let Some(first) = outputs.first() else { return Ok(()) };
+    if crate::triton::entered() {
+        return crate::triton::run(key, sizes, inputs, outputs, text);
+    }
     match first.device() {
         Device::Cpu => on_cpu(key, sizes, inputs, outputs, text),
         Device::Cuda(index) => on_cuda(index, key, sizes, inputs, outputs, text),
@@ -146,6 +149,13 @@ pub(crate) struct Cuda {
     plans: RwLock<BTreeMap<Key, Arc<Direct>>>,
     /// By the key of a norm's gradient and its number of rows; `None` where it has no kernel.
     norms: RwLock<BTreeMap<(Key, i64), Option<NormKernels>>>,
+}
+
+impl Cuda {
+    /// What plans for this device know of it.
+    pub(crate) fn machine(&self) -> &Machine {
+        &self.machine
+    }
 }
 
 /// The gradient of a norm, and how many bytes of scratch memory it takes.
