@@ -110,9 +110,10 @@ template <typename T, bool LARGEST, int COUNT, int LANES, int THREADS, int VECTO
   }
 
   // The row of `n` elements at `x`, whose elements `load(col)` reads VECTOR at a time where any of them is there.
-  // `inside`: this thread's row exists, and has at least COUNT elements. Result `i` is the element of column `col` in
-  // `put(i, col)`.
-  template <typename L, typename P> static TW_INLINE void row(Shared& s, bool inside, int n, L load, P put) {
+  // `inside`: this thread's row exists, and has at least COUNT elements. `get(col)` is one of them, and `put(i, col, value)`
+  // takes result `i`.
+  template <typename L, typename G, typename P>
+  static TW_INLINE void row(Shared& s, bool inside, int n, L load, G get, P put) {
     const int row = row_of();
     if (!inside) n = 0;
     if (me() == 0) s.count[row] = 0, s.bound[row] = 0;
@@ -187,10 +188,21 @@ template <typename T, bool LARGEST, int COUNT, int LANES, int THREADS, int VECTO
       meet();
     }
     choose(s.at[row], s.best[row], s.count[row]);
-    if (inside) {
-      for (int i = me(); i < COUNT; i += LANES) put(i, (int)~(u32)s.best[row][i]);
+    // All are read before any is written: results may lie over their rows.
+    constexpr int EACH = (COUNT + LANES - 1) / LANES;
+    T found[EACH];
+    int place[EACH];
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+      const int i = e * LANES + me();
+      if (inside && i < COUNT) place[e] = (int)~(u32)s.best[row][i], found[e] = get(place[e]);
     }
     meet();
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+      const int i = e * LANES + me();
+      if (inside && i < COUNT) put(i, place[e], found[e]);
+    }
   }
 };
 

@@ -230,8 +230,8 @@ impl Printer<'_> {
     const auto run = tw::load_words_if<{ty}, {vector}>(inside && col < count, &{from}, tw::narrow_to<{ty}>::from(0.0f));
 #pragma unroll
     for (int k = 0; k < {vector}; ++k) to[k] = tw::widen_at(run, k);
-  }}, [&](int i, int col) {{
-    {value} = {from};
+  }}, [&](int col) {{ return {from}; }}, [&](int i, int col, {ty} x) {{
+    {value} = x;
     {position} = col;
   }});
 }}",

@@ -14,7 +14,7 @@ use tilewright_kernels::rows::{
 };
 use tilewright_layout::{Dim, Env, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, lower};
-use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, Schedule};
+use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, Schedule, TopK};
 
 type Sizes = &'static [(&'static str, i64)];
 type Lookup<'a> = &'a dyn Fn(&str) -> Option<i64>;
@@ -216,9 +216,19 @@ fn cases() -> Vec<Case> {
         let kernel = CrossEntropySpec { dtype: DType::F16 }.program("entropy", false);
         Ok((kernel.clone(), GpuSchedule::lines_kept(&kernel, Arch::Sm90a, size)?.expect("long")))
     });
-    add("top k", &[("M", 5), ("N", 77)], &|size| {
-        TopKSpec { dtype: DType::BF16, count: 5, largest: true }.kernel("top_k", Arch::Sm90a, size)
-    });
+    // By a warp, by a block.
+    let rows: [Sizes; 2] = [&[("M", 5), ("N", 77)], &[("M", 2), ("N", 2500)]];
+    for (dtype, largest) in [(DType::BF16, true), (DType::F32, false)] {
+        for sizes in rows {
+            add("top k", sizes, &|size| {
+                let (kernel, schedule) =
+                    TopKSpec { dtype, count: 5, largest }.kernel("top_k", Arch::Sm90a, size)?;
+                // One step, not a pass for each element.
+                assert!(TopK::of(&kernel).is_some(), "{kernel}");
+                Ok((kernel, schedule))
+            });
+        }
+    }
     add("dropout", &[("N", 5003), ("O", 7)], &|size| {
         let spec = DropoutSpec { dtype: DType::F16, residual: true, drop: 0.25, seed: 99 };
         spec.kernel("dropout", Arch::Sm90a, size)
