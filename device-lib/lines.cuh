@@ -5,7 +5,6 @@
 // are kept in four chains and combined in one order, so the same schedule gives the same bits.
 #pragma once
 #include "tw/frag.cuh"
-#include "tw/any.cuh"
 #include "tw/copy.cuh"
 #include "tw/sync.cuh"
 
@@ -221,17 +220,6 @@ template <typename T, int ROWS, int COLS, int VECTOR, int THREADS> struct Turned
 #pragma unroll
         for (int m = 0; m < RUN; ++m) units[u].at[k + m] = run.at[m];
       }
-    }
-    put(scratch, units);
-  }
-  // `place(row, col, count)` also says how many rows from there on are there.
-  template <typename P> static TW_INLINE void turn_in_any(unsigned char* scratch, T fill, P place) {
-    Run<T, UNIT> units[EACH];
-#pragma unroll
-    for (int u = 0; u < EACH; ++u) {
-      int count;
-      const T* from = place(row(u), col(u), count);
-      units[u] = load_any<T, UNIT, false, false>(index(u) < TOTAL ? count : 0, from, fill).run;
     }
     put(scratch, units);
   }

@@ -32,42 +32,44 @@ def rms64(x, w, eps=1e-6):
 
 
 # Name, function of the pack, the same in PyTorch (differentiable in any type), tensors from rows, columns and type.
-def cases():
+def cases(impl="cuda"):
     def matrix(m, n, d, seed=0):
         return made(m, n, dtype=d, seed=seed)
 
     def vector(n, d, seed=9):
         return made(n, dtype=d, seed=seed)
 
-    quick = ops.elementwise("x * sigmoid(1.702 * x)")
+    quick = ops.elementwise("x * sigmoid(1.702 * x)", impl=impl)
+    three = ops.elementwise("a * b + tanh(c)", impl=impl)
     return {
-        "rms_norm": (lambda x, w: ops.rms_norm(x, w), rms64, lambda m, n, d: (matrix(m, n, d), vector(n, d))),
+        "rms_norm": (lambda x, w: ops.rms_norm(x, w, impl=impl), rms64, lambda m, n, d: (matrix(m, n, d), vector(n, d))),
         "add_rms_norm": (
-            lambda x, r, w: ops.rms_norm(x, w, residual=r),
+            lambda x, r, w: ops.rms_norm(x, w, residual=r, impl=impl),
             lambda x, r, w: (rms64(x + r, w), x + r),
             lambda m, n, d: (matrix(m, n, d), matrix(m, n, d, 1), vector(n, d)),
         ),
         "layer_norm": (
-            lambda x, w, b: ops.layer_norm(x, w, b),
+            lambda x, w, b: ops.layer_norm(x, w, b, impl=impl),
             lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5),
             lambda m, n, d: (matrix(m, n, d), vector(n, d), vector(n, d, 8)),
         ),
         "add_layer_norm": (
-            lambda x, r, w, b: ops.layer_norm(x, w, b, residual=r),
+            lambda x, r, w, b: ops.layer_norm(x, w, b, residual=r, impl=impl),
             lambda x, r, w, b: (F.layer_norm(x + r, w.shape, w, b, 1e-5), x + r),
             lambda m, n, d: (matrix(m, n, d), matrix(m, n, d, 1), vector(n, d), vector(n, d, 8)),
         ),
-        "softmax": (ops.softmax, lambda x: torch.softmax(x, -1), lambda m, n, d: (matrix(m, n, d),)),
-        "log_softmax": (ops.log_softmax, lambda x: torch.log_softmax(x, -1), lambda m, n, d: (matrix(m, n, d),)),
-        "gelu": (ops.gelu, F.gelu, lambda m, n, d: (matrix(m, n, d),)),
+        "softmax": (lambda x: ops.softmax(x, impl=impl), lambda x: torch.softmax(x, -1), lambda m, n, d: (matrix(m, n, d),)),
+        "log_softmax": (lambda x: ops.log_softmax(x, impl=impl), lambda x: torch.log_softmax(x, -1), lambda m, n, d: (matrix(m, n, d),)),
+        "gelu": (lambda x: ops.gelu(x, impl=impl), F.gelu, lambda m, n, d: (matrix(m, n, d),)),
         "gelu_tanh": (
-            lambda x: ops.gelu(x, "tanh"),
+            lambda x: ops.gelu(x, "tanh", impl=impl),
             lambda x: F.gelu(x, approximate="tanh"),
             lambda m, n, d: (matrix(m, n, d),),
         ),
-        "swiglu": (ops.swiglu, lambda x, y: F.silu(x) * y, lambda m, n, d: (matrix(m, n, d), matrix(m, n, d, 1))),
-        "geglu": (ops.geglu, lambda x, y: F.gelu(x) * y, lambda m, n, d: (matrix(m, n, d), matrix(m, n, d, 1))),
+        "swiglu": (lambda x, y: ops.swiglu(x, y, impl=impl), lambda x, y: F.silu(x) * y, lambda m, n, d: (matrix(m, n, d), matrix(m, n, d, 1))),
+        "geglu": (lambda x, y: ops.geglu(x, y, impl=impl), lambda x, y: F.gelu(x) * y, lambda m, n, d: (matrix(m, n, d), matrix(m, n, d, 1))),
         "quick_gelu": (quick, lambda x: x * torch.sigmoid(1.702 * x), lambda m, n, d: (matrix(m, n, d),)),
+        "formula of three": (three, lambda a, b, c: a * b + torch.tanh(c), lambda m, n, d: tuple(matrix(m, n, d, i) for i in range(3))),
     }
 
 
@@ -128,7 +130,7 @@ def others(d):
     }
 
 
-def losses():
+def losses(impl="cuda"):
     def targets(m, n):
         t = torch.randint(0, n, (m,), device=DEVICE, generator=torch.Generator(device=DEVICE).manual_seed(3))
         t[:: max(2, m // 3)] = -100
@@ -145,9 +147,9 @@ def losses():
         return torch.where(kept, loss, 0).sum() / kept.sum()
 
     return {
-        "cross_entropy": (lambda x, t: ops.cross_entropy(x, t), plain, targets),
+        "cross_entropy": (lambda x, t: ops.cross_entropy(x, t, impl=impl), plain, targets),
         "cross_entropy_rich": (
-            lambda x, t: ops.cross_entropy(x, t, label_smoothing=0.1, z_loss=1e-4, softcap=30.0),
+            lambda x, t: ops.cross_entropy(x, t, label_smoothing=0.1, z_loss=1e-4, softcap=30.0, impl=impl),
             rich,
             targets,
         ),
@@ -200,8 +202,9 @@ class Report:
         print(f"{'ok ' if good else 'BAD'} {name}: {text} [{time.perf_counter() - start:.1f} s]", flush=True)
 
 
-def values(report, shapes, dtypes):
-    for name, (ours, reference, tensors) in cases().items():
+def values(report, shapes, dtypes, impl="cuda"):
+    mark = "" if impl == "cuda" else f"{impl}: "
+    for name, (ours, reference, tensors) in cases(impl).items():
         for m, n in shapes:
             for dtype in dtypes:
 
@@ -212,8 +215,8 @@ def values(report, shapes, dtypes):
                     assert worst < TOLERANCE[dtype] * 4, found
                     return f"{worst:.1e}"
 
-                report.case(f"{name} {m}x{n} {str(dtype)[6:]}", run)
-    for name, (ours, reference, targets) in losses().items():
+                report.case(f"{mark}{name} {m}x{n} {str(dtype)[6:]}", run)
+    for name, (ours, reference, targets) in losses(impl).items():
         for m, n in shapes:
             for dtype in dtypes:
 
@@ -223,7 +226,7 @@ def values(report, shapes, dtypes):
                     assert worst < TOLERANCE[dtype] * 4, found
                     return f"{worst:.1e}"
 
-                report.case(f"{name} {m}x{n} {str(dtype)[6:]}", run)
+                report.case(f"{mark}{name} {m}x{n} {str(dtype)[6:]}", run)
 
 
 def attention_repeats(report):
@@ -254,6 +257,43 @@ def other_values(report):
                 return f"{worst:.1e}"
 
             report.case(f"{name} {str(dtype)[6:]}", run)
+
+
+def triton(report):
+    """`impl="triton"`: rotary, rows that go in pieces, second derivatives, tensors that it refuses."""
+    x, cos, sin = made(2, 3, 40, 64), made(1, 40, 64, seed=1), made(1, 40, 64, seed=2)
+    report.case("triton: rotary", lambda: small(compare(lambda x, c, s: ops.rotary(x, c, s, impl="triton"), rotated, (x,), (cos, sin)), 4e-5))
+    long = made(5, 70001)
+    report.case("triton: softmax 5x70001", lambda: small(compare(lambda x: ops.softmax(x, impl="triton"), lambda x: torch.softmax(x, -1), (long,)), 8e-5))
+
+    def beside():
+        y, z = ops.softmax(long, impl="triton"), ops.softmax(long)
+        return small({"difference": error(y, z.double())}, 2e-5)
+
+    def twice():
+        given = made(3, 50, dtype=torch.float64).requires_grad_()
+        torch.autograd.gradgradcheck(lambda x: ops.softmax(x, impl="triton"), (given,))
+        return "gradgradcheck passes"
+
+    def compiled():
+        f = torch.compile(lambda x: ops.softmax(x * 2, impl="triton") + 1)
+        return small({"y": error(f(x), torch.softmax(x.double() * 2, -1) + 1)}, 2e-5)
+
+    def on_cpu():
+        try:
+            ops.softmax(x.cpu(), impl="triton")
+        except RuntimeError as problem:
+            assert "CUDA tensors" in str(problem), problem
+            return "refused"
+        raise AssertionError("a tensor of the CPU was taken")
+
+    for name, run in {"beside cuda": beside, "second derivative": twice, "compiled": compiled, "on the CPU": on_cpu}.items():
+        report.case(f"triton: {name}", run)
+
+
+def small(found, most):
+    assert max(found.values()) < most, found
+    return f"{max(found.values()):.1e}"
 
 
 def checks(report):
@@ -546,7 +586,8 @@ def speed(report, out, deadline):
                 bytes_once = sum(t.numel() * t.element_size() for t in first) + first[0].numel() * 2 * (2 if "add" in name else 1)
                 copies = 4
                 sets = [tuple(t.clone() for t in first) for _ in range(copies)]
-                forms = {"ours": ours, "eager": plain, "inductor": torch.compile(plain, dynamic=False)}
+                triton = cases("triton")[name][0]
+                forms = {"ours": ours, "triton": triton, "eager": plain, "inductor": torch.compile(plain, dynamic=False)}
                 if name in liger:
                     forms["liger"] = liger[name]
                 with torch.no_grad():
@@ -585,7 +626,8 @@ def gradient_graph(f, tensors, seed):
 
 def both_ways(out, name, ours, plain, first, liger):
     """Forward and backward together."""
-    forms = {"ours": ours, "eager": plain, "inductor": torch.compile(plain, dynamic=False)}
+    triton = cases("triton")[name][0]
+    forms = {"ours": ours, "triton": triton, "eager": plain, "inductor": torch.compile(plain, dynamic=False)}
     if liger is not None:
         forms["liger"] = liger
     seed = made(*first[0].shape, dtype=first[0].dtype, seed=30)
@@ -612,6 +654,8 @@ def main():
         values(report, [(130, 4096)], [torch.float16])
         other_values(report)
         attention_repeats(report)
+        values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16], "triton")
+        triton(report)
         checks(report)
     else:
         host_time(report, out)

@@ -54,14 +54,14 @@ def map_m1(a, b):
 @triton.jit
 def map_e(x, m):
     t2 = x - m
-    t3 = tl.exp(t2)
+    t3 = libdevice.exp(t2)
     return t3
 
 
 @triton.jit
 def map_sum_2(s, m, m1, p):
     t3 = m - m1
-    t4 = tl.exp(t3)
+    t4 = libdevice.exp(t3)
     t5 = s * t4
     t7 = t5 + p
     return t7
@@ -71,7 +71,7 @@ def map_sum_2(s, m, m1, p):
 def map_y(x, m, s):
     t1 = x.to(tl.float32)
     t3 = t1 - m
-    t4 = tl.exp(t3)
+    t4 = libdevice.exp(t3)
     t6 = libdevice.div_rn(t4, s)
     t7 = t6.to(tl.float32).to(tl.bfloat16).to(tl.float32)
     return t7

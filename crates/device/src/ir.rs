@@ -307,19 +307,6 @@ pub struct Frag {
     pub extent: Extent,
 }
 
-/// Where runs of neighbouring elements start that plain accesses move ([`Stmt::Load`], [`Stmt::Store`] and their like on
-/// tiles in [`Spread::Lines`]).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Starts {
-    /// At multiples of their length, in memory and in their lines.
-    #[default]
-    Aligned,
-    /// Tensors start so; their lines start, and end, anywhere.
-    Lines,
-    /// At any element.
-    Anywhere,
-}
-
 /// Where an instance stands in a buffer or barrier array.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Slot {
@@ -771,8 +758,6 @@ pub struct Program {
     pub persistent: bool,
     /// Blocks per multiprocessor that registers are limited for (`__launch_bounds__`).
     pub blocks_per_sm: u32,
-    /// Where runs of tiles in lines start.
-    pub starts: Starts,
     /// What is stored is more than the caches hold until somebody reads it.
     pub streams: bool,
     /// Shared memory.

@@ -186,6 +186,26 @@ pub enum LineStep {
         /// The same.
         b: FragRef,
     },
+    /// The largest or smallest elements of rows, as [`TopK`](tilewright_tile::TopK) says: one row each of `lanes` threads.
+    /// All threads of the block meet when these are more than a warp.
+    TopK {
+        /// The rows: axes 0 and 1.
+        x: ParamId,
+        /// Values.
+        values: ParamId,
+        /// Positions.
+        places: ParamId,
+        /// First row of the block.
+        row: Dim,
+        /// How many are found.
+        count: u32,
+        /// The largest, not the smallest.
+        largest: bool,
+        /// Threads of a row: a warp, or the whole block.
+        lanes: u32,
+        /// Neighbouring columns that one access takes.
+        vector: u32,
+    },
     /// Combines what the blocks of the cluster hold, in the order of their indices; all of them get the
     /// result. All threads of the cluster meet.
     AcrossCluster {
@@ -208,7 +228,10 @@ impl LineStep {
             | LineStep::Random { dst, .. } => Some(dst),
             LineStep::AcrossCluster { frag, .. } => Some(frag),
             LineStep::Dot { acc, .. } => Some(acc),
-            LineStep::Add { .. } | LineStep::Fetch { .. } | LineStep::Prefetch { .. } => None,
+            LineStep::Add { .. }
+            | LineStep::Fetch { .. }
+            | LineStep::Prefetch { .. }
+            | LineStep::TopK { .. } => None,
         }
     }
 
@@ -225,6 +248,7 @@ impl LineStep {
             | LineStep::Random { .. }
             | LineStep::Prefetch { .. }
             | LineStep::Fetch { .. }
+            | LineStep::TopK { .. }
             | LineStep::Recall { .. } => Vec::new(),
         }
     }

@@ -370,6 +370,14 @@ impl Printer<'_> {
                 let [acc, a, b] = [acc, a, b].map(|f| Self::frag(p, f));
                 format!("{acc} += {a} * {b} by fours")
             }
+            LineStep::TopK { x, values, places, row, count, largest, lanes, vector } => {
+                let [x, values, places] =
+                    [x, values, places].map(|id| p.params.get(*id).map_or("?", |p| &*p.name));
+                let order = if *largest { "largest" } else { "smallest" };
+                format!(
+                    "{values}, {places} = {count} {order} of {x} from row {row} by {lanes} lanes x{vector}"
+                )
+            }
             LineStep::AcrossCluster { frag, kind } => {
                 let frag = Self::frag(p, frag);
                 format!("{frag} = {} {frag} across the cluster", reduce_text(*kind))

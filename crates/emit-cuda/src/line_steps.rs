@@ -10,7 +10,7 @@ use crate::reduce::combination;
 use crate::stmts::{Printer, constant};
 use crate::walk::visit;
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::{Extent, FragRef, LineStep, Spread, Starts, Stmt};
+use tilewright_device::{Extent, FragRef, LineStep, Spread, Stmt};
 use tilewright_layout::Dim;
 use tilewright_tile::{ParamId, ReduceKind};
 
@@ -192,8 +192,53 @@ impl Printer<'_> {
                 Ok(())
             }
             LineStep::Dot { acc, a, b } => self.dot(acc, a, b),
+            LineStep::TopK { x, values, places, row, count, largest, lanes, vector } => {
+                let form =
+                    format!("{largest}, {count}, {lanes}, {}, {vector}", self.program.threads);
+                self.top_k([*x, *values, *places], row, *vector, &form);
+                Ok(())
+            }
             LineStep::AcrossCluster { frag, kind } => self.across_cluster(frag, *kind),
         }
+    }
+
+    /// Rows by `tw::TopK`, whose arguments behind the type are `form`.
+    fn top_k(&mut self, [x, values, places]: [ParamId; 3], row: &Dim, vector: u32, form: &str) {
+        self.pointers.extend([x, values, places]);
+        let ty = memory_type(self.program.params[x].dtype);
+        // Where a tensor has the row's column `col`.
+        let place = |printer: &Self, param: ParamId, col: &str| {
+            let p = &printer.program.params[param];
+            let wide = |d: &Dim| printer.scope.wide(d);
+            let [rows, cols] = [0, 1].map(|axis| wide(&p.layout.axes[axis].stride));
+            let offset = wide(&p.layout.offset);
+            format!("p_{}[{offset} + row * {rows} + (tw::i64){col} * {cols}]", p.name)
+        };
+        let from = place(self, x, "col");
+        let [value, position] = [values, places].map(|param| place(self, param, "i"));
+        let axes = &self.program.params[x].layout.axes;
+        let extents = [&axes[0].extent, &axes[1].extent].map(|d| self.scope.text(d));
+        let row = self.scope.text(row);
+        let text = format!(
+            "{{
+  using top_t = tw::TopK<{ty}, {form}>;
+  __shared__ top_t::Shared top;
+  const tw::i64 row = (tw::i64){row} + top_t::row_of();
+  const int count = {cols};
+  const bool inside = row < {rows};
+  top_t::row(top, inside, count, [&](int col, float (&to)[{vector}]) {{
+    const auto run = tw::load_words_if<{ty}, {vector}>(inside && col < count, &{from}, tw::narrow_to<{ty}>::from(0.0f));
+#pragma unroll
+    for (int k = 0; k < {vector}; ++k) to[k] = tw::widen_at(run, k);
+  }}, [&](int col) {{ return {from}; }}, [&](int i, int col, {ty} x) {{
+    {value} = x;
+    {position} = col;
+  }});
+}}",
+            rows = extents[0],
+            cols = extents[1],
+        );
+        text.lines().for_each(|line| self.line(line));
     }
 
     /// Sums of four products an instruction (PTX ISA, "dp4a"). Bytes of one word that are put together again cost nothing.
@@ -302,7 +347,6 @@ impl Printer<'_> {
         };
         let mut base = self.scope.wide(&p.layout.offset);
         let (mut offset, mut inside) = (String::new(), Vec::new());
-        let (mut around, mut left) = (Vec::new(), String::new());
         self.line("{");
         for (axis, coordinate) in at.iter().enumerate() {
             let a = &p.layout.axes[axis];
@@ -325,29 +369,14 @@ impl Printer<'_> {
             if self.scope.bounds(coordinate).min < 0 {
                 tests.insert(0, format!("at_{axis}{part} >= 0"));
             }
-            match axis == axes.0 {
-                true => left = format!("{extent} - (at_{axis}{part})"),
-                false => around.extend(tests.clone()),
-            }
             inside.extend(tests);
         }
         self.line(&format!("  const {ty}* const first_at = p_{} + ({base});", p.name));
-        let shifted = run > 1 && self.program.starts != Starts::Aligned;
-        let (how, state) = match shifted {
-            true => ("turn_in_any".to_owned(), "int& count"),
-            false => (format!("turn_in_runs<{run}>"), "bool& inside"),
-        };
         let tile = format!("tw::Turned<{ty}, {}, {}, {vector}, {threads}>", frag.rows, frag.cols);
         self.line(&format!(
-            "  {tile}::{how}(turn_scratch, tw::narrow_to<{ty}>::from({fill}), [&](int row, int col, {state}) {{"
+            "  {tile}::turn_in_runs<{run}>(turn_scratch, tw::narrow_to<{ty}>::from({fill}), [&](int row, int col, bool& inside) {{"
         ));
-        match (shifted, around.is_empty()) {
-            (false, _) => self.line(&format!("    inside = {};", inside.join(" && "))),
-            (true, true) => self.line(&format!("    count = {left};")),
-            (true, false) => {
-                self.line(&format!("    count = ({}) ? {left} : 0;", around.join(" && ")));
-            }
-        }
+        self.line(&format!("    inside = {};", inside.join(" && ")));
         self.line(&format!("    return first_at{offset};"));
         self.line("  });");
         let to = self.frag_name(dst.frag);

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_device::{Extent, FragRef, ShelfRef, Spread, Starts, Stmt};
+use tilewright_device::{Extent, FragRef, ShelfRef, Stmt};
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::ParamId;
@@ -34,8 +34,6 @@ struct Place {
     lets: Vec<String>,
     /// That the first element is there.
     inside: String,
-    /// How many elements from it on are there along the columns.
-    count: String,
     pointer: String,
 }
 
@@ -45,59 +43,6 @@ fn times(text: &str, step: i64) -> String {
 }
 
 impl Printer<'_> {
-    /// Whether every run of a tensor starts at a multiple of its length, by its layout.
-    fn starts_aligned(&self, access: &Access<'_>, vector: u32) -> bool {
-        let p = &self.program.params[access.param];
-        let whole = |d: &Dim| d.terms().iter().all(|(_, c)| c % i64::from(vector) == 0);
-        let axes = p.layout.axes.iter().enumerate();
-        let lines = axes.filter(|(axis, a)| access.axes.1 != Some(*axis) && !a.extent.is(1));
-        self.program.starts != Starts::Anywhere
-            && whole(&p.layout.offset)
-            && access.axes.1.is_some_and(|axis| whole(&access.at[axis]))
-            && lines.into_iter().all(|(_, a)| whole(&a.stride))
-    }
-
-    /// Stores runs that start anywhere.
-    fn store_shifted(
-        &mut self,
-        frag_ref: &FragRef,
-        (ty, vector): (&str, u32),
-        lets: &[String],
-        (present, pointer): (&str, &str),
-    ) -> Result<()> {
-        let frag = self.program.frags[frag_ref.frag].clone();
-        let Spread::Lines { lanes, .. } = frag.spread else {
-            return Err(Error::bug("runs that start anywhere are of tiles in lines"));
-        };
-        let count = Self::count(&frag, self.cols(frag_ref));
-        let registers = (0..vector)
-            .map(|k| self.register(frag_ref, &format!("i + {k}")))
-            .collect::<Result<Vec<_>>>()?;
-        let (group, joined) = (lanes.min(32), lanes <= 32);
-        self.line("{");
-        lets.iter().for_each(|text| self.line(&format!("  {text}")));
-        self.line(&format!("  tw::RunWords<{ty}, {vector}> runs[{count} / {vector}];"));
-        self.line("#pragma unroll");
-        self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
-        self.line(&format!("    tw::RunWords<{ty}, {vector}>& run = runs[i / {vector}];"));
-        for (k, pair) in registers.chunks(2).enumerate() {
-            let (k, pair) = (2 * k, pair.join(", "));
-            self.line(&format!("    tw::set_pair<{ty}, {vector}>(run, {k}, {pair});"));
-        }
-        self.line("  }");
-        self.line("#pragma unroll");
-        self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
-        self.line(&format!(
-            "    const bool first = i % spread_t::EACH == 0, last = i % spread_t::EACH == spread_t::EACH - {vector};"
-        ));
-        self.line(&format!(
-            "    tw::store_any<{ty}, {vector}, {group}, {joined}>({present}, {pointer}, runs[i / {vector}], runs[first ? i / {vector} : i / {vector} - 1], first, last);"
-        ));
-        self.line("  }");
-        self.line("}");
-        Ok(())
-    }
-
     /// Whether coordinates depend on the item of the grid: on what the program names once.
     fn follows_item(&self, at: &[Dim]) -> bool {
         let mut symbols = BTreeSet::new();
@@ -135,8 +80,7 @@ impl Printer<'_> {
         let mut base =
             if p.layout.offset.is(0) { "0".to_owned() } else { self.scope.wide(&p.layout.offset) };
         let mut offset = String::new();
-        let (mut inside, mut around) = (Vec::new(), Vec::new());
-        let mut left = String::new();
+        let mut inside = Vec::new();
         let mut lets = vec![format!("using spread_t = {spread};")];
         for (axis, coordinate) in at.iter().enumerate() {
             let a = &p.layout.axes[axis];
@@ -172,8 +116,7 @@ impl Printer<'_> {
                 for test in
                     [format!("{place} >= 0"), format!("{place} < {}", self.scope.text(&a.extent))]
                 {
-                    inside.push(test.clone());
-                    around.push(test);
+                    inside.push(test);
                 }
                 continue;
             }
@@ -182,21 +125,13 @@ impl Printer<'_> {
             if self.scope.bounds(coordinate).min < 0 {
                 tests.insert(0, format!("{here} >= 0"));
             }
-            match axes.1 == Some(axis) {
-                true => left = format!("{extent} - ({here})"),
-                false => around.extend(tests.clone()),
-            }
             inside.extend(tests);
         }
-        let count = match around.is_empty() {
-            true => left,
-            false => format!("({}) ? {left} : 0", around.join(" && ")),
-        };
         let constant = if constant { "const " } else { "" };
         let ty = memory_type(p.dtype);
         lets.push(format!("{constant}{ty}* const first_at = p_{} + ({base});", p.name));
         let inside = if inside.is_empty() { "true".to_owned() } else { inside.join(" && ") };
-        Ok(Place { lets, inside, count, pointer: format!("first_at{offset}") })
+        Ok(Place { lets, inside, pointer: format!("first_at{offset}") })
     }
 
     /// Address of this thread's unit `i / vector` in a slot of a shelf, as text.
@@ -263,14 +198,10 @@ impl Printer<'_> {
         let ty = memory_type(self.program.params[access.param].dtype);
         let vector = access.vector;
         let picked = access.rows.map(|(_, rows)| self.operand(frag_ref, rows, "i")).transpose()?;
-        let Place { lets, inside, count: present, pointer } =
+        let Place { lets, inside, pointer } =
             self.place(&spread, frag.extent, access, picked.as_deref(), fill.is_some())?;
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
-        let shifted = vector > 1 && self.program.starts != Starts::Aligned;
         let Some(fill) = fill else {
-            if shifted {
-                return self.store_shifted(frag_ref, (ty, vector), &lets, (&present, &pointer));
-            }
             let registers = (0..vector)
                 .map(|k| self.register(frag_ref, &format!("i + {k}")))
                 .collect::<Result<Vec<_>>>()?;
@@ -304,18 +235,13 @@ impl Printer<'_> {
         // What does not depend on the rows of the tile, or on its place in the grid, is read again by other blocks.
         let everywhere = access.axes.0.is_none() && !self.follows_item(access.at);
         let kept = frag.extent == Extent::PerCol || everywhere;
-        let aligned = self.starts_aligned(access, vector);
         self.line("{");
         lets.iter().for_each(|text| self.line(&format!("  {text}")));
         self.line(&format!("  tw::RunWords<{ty}, {vector}> runs[{count} / {vector}];"));
         self.line("#pragma unroll");
         self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
-        let one = match shifted {
-            true => format!("tw::load_any<{ty}, {vector}, {aligned}, {kept}>({present}"),
-            false => format!("tw::load_words_if<{ty}, {vector}, {kept}>({inside}"),
-        };
         self.line(&format!(
-            "    runs[i / {vector}] = {one}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
+            "    runs[i / {vector}] = tw::load_words_if<{ty}, {vector}, {kept}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
         ));
         self.line("  }");
         self.line("#pragma unroll");

@@ -246,7 +246,7 @@ pub static OPS: [OpRow; 56] = [
     row(Op::Rsqrt, "rsqrt", "", "f").math(|a| 1.0 / a.sqrt(), &["-0.5 * y / a"], Expand,
         ["rsqrt{f}($0)", "tl.rsqrt($0)", "math.rsqrt"]).expansion("1 / sqrt(a)"),
     row(Op::Exp, "exp", "", "f").math(libm::exp, &["y"], Library("exp"),
-        ["exp{f}($0)", "tl.exp($0)", "math.exp"]),
+        ["exp{f}($0)", "libdevice.exp($0)", "math.exp"]),
     row(Op::Exp2, "exp2", "", "f").math(libm::exp2, &["y * 0.693147180559945309417232121458176568"], Library("exp2"),
         ["exp2{f}($0)", "tl.exp2($0)", "math.exp2"]),
     row(Op::Expm1, "expm1", "", "f").math(libm::expm1, &["y + 1"], Library("expm1"),

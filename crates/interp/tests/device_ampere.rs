@@ -40,7 +40,6 @@ fn program(name: &str, warps: u32, symbols: &[&str], items: Dim, body: Vec<Stmt>
         items,
         persistent: false,
         blocks_per_sm: 2,
-        starts: tilewright_device::Starts::Aligned,
         streams: false,
         smem: IdVec::new(),
         barriers: IdVec::new(),

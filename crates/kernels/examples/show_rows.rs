@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use tilewright_base::DType;
-use tilewright_device::{Arch, Program, Starts};
+use tilewright_device::{Arch, Program};
 use tilewright_emit_cuda::{Argument, Source};
 use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::{AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
@@ -116,7 +116,8 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
         }
         "topk" => {
             let count = number("count")?.unwrap_or(8);
-            one(TopKSpec { dtype, count }.kernel("kernel", arch, &size))
+            let largest = number("smallest")? != Some(1);
+            one(TopKSpec { dtype, count, largest }.kernel("kernel", arch, &size))
         }
         "dropout" => {
             sizes.insert("O".into(), 5);
@@ -190,15 +191,10 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
                 "early" => schedule.lines.early = value == 1,
                 "kept" => schedule.lines.kept = value,
                 "streams" => schedule.lines.streams = value == 1,
-                // Vectors of 16 bytes that start anywhere, in tensors that do not.
-                "starts" => {
-                    schedule.lines.starts = Starts::Lines;
-                    schedule.lines.vector = value;
-                }
                 "ahead" => schedule.lines.fetched = value,
                 "cluster" => schedule.cluster = value,
                 "persistent" => schedule.persistent = value == 1,
-                "residual" | "time" | "peer" | "pieces" | "count" | "whole" => {}
+                "residual" | "time" | "peer" | "pieces" | "count" | "smallest" | "whole" => {}
                 "pin" if value == 0 => schedule.sizes.clear(),
                 "pin" => {
                     schedule.sizes.insert("N".into(), sizes["N"]);

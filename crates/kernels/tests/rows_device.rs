@@ -14,7 +14,7 @@ use tilewright_kernels::rows::{
 };
 use tilewright_layout::{Dim, Env, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, lower};
-use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, Schedule};
+use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, Schedule, TopK};
 
 type Sizes = &'static [(&'static str, i64)];
 type Lookup<'a> = &'a dyn Fn(&str) -> Option<i64>;
@@ -212,58 +212,27 @@ fn cases() -> Vec<Case> {
             });
         }
     }
-    // The pieces of the next row come while one is worked on, over a cluster and alone; rows in place, too.
-    for cluster in [1, 2] {
-        let pieces = |kernel: &Kernel, size: Lookup<'_>| -> Result<GpuSchedule> {
-            let mut schedule = GpuSchedule::lines_for(kernel, Arch::Sm90a, size)?.expect("fits");
-            schedule.tiles.insert("BM".into(), 1);
-            schedule.tiles.insert("BN".into(), 2048);
-            schedule.sizes = [(Arc::from("N"), 4000)].into();
-            schedule.cluster = cluster;
-            schedule.persistent = true;
-            schedule.lines.threads = 64;
-            schedule.lines.lanes = 64;
-            (schedule.lines.kept, schedule.lines.fetched) = (2, 1 + cluster);
-            Ok(schedule)
-        };
-        let sizes: Sizes = &[("M", 5), ("N", 4000), ("ldx", 4008)];
-        for op in [RowOp::Softmax, rms] {
-            add("kept ahead", sizes, &|size| {
-                let spec = RowSpec { op, dtype: DType::BF16, residual: false };
-                let kernel = spec.program("rows", false);
-                Ok((kernel.clone(), pieces(&kernel, size)?))
-            });
-        }
-        add("logits ahead", sizes, &|size| {
-            let kernel = CrossEntropySpec { dtype: DType::F16 }.program("entropy", false);
-            Ok((kernel.clone(), pieces(&kernel, size)?))
-        });
-    }
     add("kept logits", &[("M", 2), ("N", 20001)], &|size| {
         let kernel = CrossEntropySpec { dtype: DType::F16 }.program("entropy", false);
         Ok((kernel.clone(), GpuSchedule::lines_kept(&kernel, Arch::Sm90a, size)?.expect("long")))
     });
-    add("top k", &[("M", 5), ("N", 77)], &|size| {
-        TopKSpec { dtype: DType::BF16, count: 5 }.kernel("top_k", Arch::Sm90a, size)
-    });
+    // By a warp, by a block.
+    let rows: [Sizes; 2] = [&[("M", 5), ("N", 77)], &[("M", 2), ("N", 2500)]];
+    for (dtype, largest) in [(DType::BF16, true), (DType::F32, false)] {
+        for sizes in rows {
+            add("top k", sizes, &|size| {
+                let (kernel, schedule) =
+                    TopKSpec { dtype, count: 5, largest }.kernel("top_k", Arch::Sm90a, size)?;
+                // One step, not a pass for each element.
+                assert!(TopK::of(&kernel).is_some(), "{kernel}");
+                Ok((kernel, schedule))
+            });
+        }
+    }
     add("dropout", &[("N", 5003), ("O", 7)], &|size| {
         let spec = DropoutSpec { dtype: DType::F16, residual: true, drop: 0.25, seed: 99 };
         spec.kernel("dropout", Arch::Sm90a, size)
     });
-    // Items of a persistent grid that are fetched ahead.
-    let items: [(RowOp, Sizes); 2] =
-        [(norm, &[("M", 37), ("N", 520)]), (RowOp::Softmax, &[("M", 5), ("N", 77)])];
-    for (op, sizes) in items {
-        add("items ahead", sizes, &|size| {
-            let spec = RowSpec { op, dtype: DType::BF16, residual: false };
-            let kernel = spec.program("rows", true);
-            let mut schedule = GpuSchedule::lines_for(&kernel, Arch::Sm90a, size)?.expect("fits");
-            schedule.cluster = 1;
-            schedule.persistent = true;
-            schedule.lines.fetched = 3;
-            Ok((kernel, schedule))
-        });
-    }
     let additions: [Sizes; 2] = [&[("M", 300), ("N", 77)], &[("M", 5), ("N", 264)]];
     for sizes in additions {
         add("additions", sizes, &|size| {

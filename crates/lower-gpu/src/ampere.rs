@@ -28,7 +28,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
     Arch, Barrier, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, Frag, FragId, FragRef, Phase,
-    Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Starts, Stmt,
+    Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
 };
 use tilewright_expr::Value as Constant;
 use tilewright_layout::Dim;
@@ -228,7 +228,6 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        starts: Starts::Aligned,
         streams: false,
         smem: b.smem,
         barriers,

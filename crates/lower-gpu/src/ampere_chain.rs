@@ -24,7 +24,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
     Arch, CLUSTER, CLUSTERS, Cond, FragId, Program, Ring, RingId, Role, Slot, Smem, SmemId,
-    SmemTile, Spread, Starts, Stmt, Swizzle,
+    SmemTile, Spread, Stmt, Swizzle,
 };
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
@@ -92,7 +92,6 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        starts: Starts::Aligned,
         streams: false,
         smem: b.smem,
         barriers: IdVec::new(),

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
     Barrier, BarrierRef, CLUSTER, CLUSTERS, CTA, CachePolicy, Cond, Extent, Frag, FragId, FragRef,
-    MapId, Phase, Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Starts,
-    Stmt, TensorMap, WgmmaA,
+    MapId, Phase, Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
+    TensorMap, WgmmaA,
 };
 use tilewright_expr::Op;
 use tilewright_layout::Dim;
@@ -280,7 +280,6 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        starts: Starts::Aligned,
         streams: false,
         smem: b.smem,
         barriers,

@@ -20,7 +20,7 @@ use crate::streams::{Defs, definitions, extents};
 use tilewright_base::{Error, IdVec, Result};
 use tilewright_device::{
     Barrier, BarrierId, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, FragId, FragRef, Phase,
-    Program, Reach, Ring, RingId, Role, Slot, SmemTile, Spread, Starts, Stmt, WgmmaA,
+    Program, Reach, Ring, RingId, Role, Slot, SmemTile, Spread, Stmt, WgmmaA,
 };
 use tilewright_expr::Func;
 use tilewright_layout::Dim;
@@ -213,7 +213,6 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        starts: Starts::Aligned,
         streams: false,
         smem: b.smem,
         barriers,

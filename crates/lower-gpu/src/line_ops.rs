@@ -4,7 +4,7 @@ use crate::axes::{Direction, long_axes};
 use crate::lines::{Lines, aligned, whole};
 use crate::streams::extents;
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::{Cond, Extent, FragId, LineStep, Starts, Stmt, identity};
+use tilewright_device::{Cond, Extent, FragId, LineStep, Stmt, identity};
 use tilewright_expr::{Func, FuncBuilder, Op, Value};
 use tilewright_layout::Dim;
 use tilewright_tile::{Compare, Operand, ParamId, ReduceKind, TileId, TileOp};
@@ -36,22 +36,8 @@ impl Lines<'_> {
         at
     }
 
-    /// Neighbouring columns that one access may take.
+    /// Neighbouring columns that one access may take: they lie aligned in memory.
     pub(crate) fn run(&self, param: ParamId, axis: Option<usize>, at: &[Dim]) -> u32 {
-        let aligned = self.aligned_run(param, axis, at);
-        let Some(axis) = axis else { return 1 };
-        let p = &self.kernel.params[param];
-        // What does not start at a run is shifted there; before the first element nothing is read.
-        let shifts = self.schedule.lines.starts != Starts::Aligned
-            && p.layout.axes[axis].stride.is(1)
-            && (8..=64).contains(&p.dtype.bits())
-            && at[axis].terms().iter().all(|(_, c)| *c > 0);
-        let run = self.schedule.lines.vector.min((128 / p.dtype.bits()).max(1));
-        if shifts && run * p.dtype.bits() >= 32 { run } else { aligned }
-    }
-
-    /// Neighbouring columns that lie aligned in memory.
-    pub(crate) fn aligned_run(&self, param: ParamId, axis: Option<usize>, at: &[Dim]) -> u32 {
         let p = &self.kernel.params[param];
         let Some(axis) = axis else { return 1 };
         if !p.layout.axes[axis].stride.is(1) {
@@ -81,11 +67,6 @@ impl Lines<'_> {
             && self.rows * self.cols * bits / 8 <= TURN_BYTES;
         if !(tile && along && plain && fits && (8..=64).contains(&bits)) {
             return None;
-        }
-        if self.schedule.lines.starts != Starts::Aligned
-            && at[row].terms().iter().all(|(_, c)| *c > 0)
-        {
-            return Some(unit);
         }
         let most = self.schedule.vector.min(unit).max(1);
         Some(aligned(&p.layout.offset, aligned(&at[row], most)))

@@ -18,7 +18,7 @@
 use crate::axes::{Direction, Directions, directions};
 use crate::extents::Extents;
 use crate::schedule::GpuSchedule;
-use crate::shelf::{ITEM_TURN, Kept, Turns, item_of_turn, turns_of_items};
+use crate::shelf::Turns;
 use crate::streams::{byte_product, extents};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ use tilewright_device::{
 use tilewright_expr::{Func, Op};
 use tilewright_layout::{Dim, Range};
 use tilewright_tile::{
-    Access, Block, Compare, For, If, Kernel, ParamId, ReduceKind, TileId, TileOp,
+    Access, Block, Compare, For, If, Kernel, ParamId, ReduceKind, TileId, TileOp, TopK,
 };
 
 /// So much of its weights a block asks for before the kernel's turn: all blocks that are there together ask for a third
@@ -81,10 +81,6 @@ pub(crate) struct Lines<'a> {
     pub(crate) shelves: IdVec<ShelfId, Shelf>,
     /// What the innermost loop finds on shelves.
     pub(crate) turns: Option<Turns>,
-    /// The items of the grid are fetched ahead.
-    pub(crate) items_ahead: bool,
-    /// What the loops of an item keep, when it comes ahead.
-    pub(crate) kept_ahead: Option<Kept>,
     pub(crate) frags: IdVec<FragId, Frag>,
     pub(crate) tiles: BTreeMap<TileId, FragId>,
     /// Positions less a limit, by direction and limit.
@@ -164,8 +160,6 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         ranges: BTreeMap::new(),
         shelves: IdVec::new(),
         turns: None,
-        items_ahead: false,
-        kept_ahead: None,
         frags: IdVec::new(),
         tiles: BTreeMap::new(),
         masks: BTreeMap::new(),
@@ -190,14 +184,11 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
             rest = Dim::sym(outer);
         }
     }
-    // What is under way before the steps is known before they are lowered.
-    let turns = turns_of_items(&items);
-    let mut fetched_first = Vec::new();
-    lines.turns = lines.items_ahead(&turns, &mut fetched_first);
-    let fetched = lines.turns.clone();
-    lines.kept_ahead(&turns, &mut fetched_first)?;
     let indices = work.len();
-    lines.block(&kernel.body, &mut work)?;
+    match top_k_step(written, kernel, schedule) {
+        Some(step) => work.push(Stmt::Line(step)),
+        None => lines.block(&kernel.body, &mut work)?,
+    }
     let mut body = Vec::new();
     let dependent = schedule.dependent && schedule.arch >= Arch::Sm90a;
     let ahead = dependent && knobs.ahead && !schedule.persistent;
@@ -211,20 +202,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     } else if dependent {
         body.push(Stmt::GridWait);
     }
-    if fetched.is_some() || lines.kept_ahead.is_some() {
-        body.extend(fetched_first);
-        let mut turn = Vec::new();
-        match &fetched {
-            Some(fetched) => lines.begin_turn(fetched, &turns, &mut turn),
-            None => lines.begin_item(&turns, &mut turn),
-        }
-        let item = item_of_turn(&Dim::sym(ITEM_TURN));
-        turn.push(Stmt::Let { name: "item".into(), value: item });
-        turn.extend(work);
-        let (lo, step) = (Dim::new(0), Dim::new(1));
-        body.push(Stmt::For { var: ITEM_TURN.into(), lo, hi: turns, step, body: turn });
-        body.push(Stmt::CopyWait { pending: 0 });
-    } else if schedule.persistent {
+    if schedule.persistent {
         let (lo, step) = (Dim::sym(CLUSTER), Dim::sym(CLUSTERS));
         body.push(Stmt::For { var: "item".into(), lo, hi: items.clone(), step, body: work });
     } else {
@@ -245,7 +223,6 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        starts: knobs.starts,
         streams: knobs.streams,
         smem: IdVec::new(),
         barriers: IdVec::new(),
@@ -264,6 +241,29 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
             body,
         }],
         teardown: Vec::new(),
+    })
+}
+
+/// The step of a program that finds the largest elements of rows, with a row for each group of lanes.
+fn top_k_step(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -> Option<LineStep> {
+    let top = TopK::of(written)?;
+    let ([axis], [bm, _]) = (kernel.grid.as_slice(), written.tiles.as_slice()) else { return None };
+    let knobs = &schedule.lines;
+    let rows = *schedule.tiles.get(bm)?;
+    let fits = (knobs.lanes == 32 || knobs.lanes == knobs.threads)
+        && rows == i64::from(knobs.threads / knobs.lanes)
+        && kernel.params.iter().all(|(_, p)| p.layout.axes.iter().all(|a| a.block.is_none()));
+    let near = kernel.params[top.x].layout.axes[1].stride.is(1);
+    let count = u32::try_from(top.count.as_const()?).ok()?;
+    fits.then(|| LineStep::TopK {
+        x: top.x,
+        values: top.values,
+        places: top.places,
+        row: Dim::sym(axis.name.clone()) * rows,
+        count,
+        largest: top.largest,
+        lanes: knobs.lanes,
+        vector: if near { knobs.vector } else { 1 },
     })
 }
 

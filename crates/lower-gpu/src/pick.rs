@@ -10,9 +10,9 @@ use crate::schedule::{GpuSchedule, LinesKnobs};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_device::{Arch, Starts};
+use tilewright_device::Arch;
 use tilewright_layout::Dim;
-use tilewright_tile::{Block, Kernel, Stmt, TileOp};
+use tilewright_tile::{Block, Kernel, Stmt, TileOp, TopK};
 
 /// Accesses that a thread has in flight.
 const IN_FLIGHT: i64 = 4;
@@ -20,6 +20,10 @@ const IN_FLIGHT: i64 = 4;
 const BLOCKS: i64 = 264;
 /// Elements of one row that a thread keeps.
 const KEEP: i64 = 32;
+/// Bytes under way on a multiprocessor that memory needs to be busy.
+const ENOUGH_BYTES: i64 = 64 << 10;
+/// Operations of a map that 32 registers have room for.
+const FEW_STEPS: i64 = 40;
 
 /// The longest row that a block can hold whole, when nothing else takes registers.
 const WHOLE_ROW: i64 = 1024 * KEEP;
@@ -75,6 +79,8 @@ struct Shape {
     vectors: i64,
     /// The most reductions in one loop: each keeps its own sums in registers.
     folds: i64,
+    /// Operations of all maps.
+    steps: i64,
 }
 
 fn reduces_outside_loops(directions: &Directions, block: &Block) -> bool {
@@ -115,6 +121,17 @@ fn has_order(block: &Block) -> bool {
         Stmt::If(f) => has_order(&f.then) || has_order(&f.otherwise),
         _ => false,
     })
+}
+
+/// Operations of the maps of a block.
+fn operations(block: &Block) -> i64 {
+    let of = |s: &Stmt| match s {
+        Stmt::Let(_, TileOp::Map { func, .. }) => func.nodes().len() as i64,
+        Stmt::For(f) => operations(&f.body),
+        Stmt::If(f) => operations(&f.then) + operations(&f.otherwise),
+        _ => 0,
+    };
+    block.stmts.iter().map(of).sum()
 }
 
 /// The most reductions that one loop's body has.
@@ -202,6 +219,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
         planes: 1,
         vectors: 0,
         folds: reductions_in_loops(&kernel.body),
+        steps: operations(&kernel.body),
     };
     (out.planes, out.vectors) = loads(&directions, &kernel.body);
     let mut failed = None;
@@ -406,7 +424,30 @@ impl Picker<'_> {
             (false, _) => 128,
         };
         let threads = if cluster > 1 { lanes } else { lanes.max(least) };
-        Some(self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster }))
+        let choice = self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster });
+        if lanes <= 32 || alone {
+            return Some(choice);
+        }
+        // Twice the threads with half as much each, where that takes no bytes from their way: more warps work while
+        // others of their row are waited for.
+        let (lanes, runs_each) = (lanes * 2, up(runs, lanes * 2));
+        let threads = lanes.max(least);
+        let wide = self.spread_rows(Choice { threads, lanes, rows_each: 1, runs_each, cluster });
+        let better = self.under_way(wide) >= self.under_way(choice);
+        Some(if better { wide } else { choice })
+    }
+
+    /// Bytes of whole rows that the blocks of a multiprocessor have under way, up to what memory needs.
+    fn under_way(&self, choice: Choice) -> i64 {
+        let s = &self.s;
+        let each = choice.rows_each * choice.runs_each * s.vector;
+        // As compiled: what threads have few of takes little beside.
+        let registers = match each <= KEEP / 2 {
+            true => 20 + each * s.planes.clamp(1, 2) + 2 * s.vectors * choice.runs_each,
+            false => self.registers(choice, true),
+        };
+        let blocks = 65536 / choice.threads / ((registers + 7) / 8 * 8);
+        (blocks * choice.threads * each * s.planes.max(1) * 16 / s.vector).min(ENOUGH_BYTES)
     }
 
     /// Rows in pieces: as many threads a row as keep all multiprocessors busy.
@@ -464,6 +505,13 @@ impl Picker<'_> {
         s.reduces.is_none() && many && !s.turns && s.aligned >= s.vector
     }
 
+    /// A map of whole units that takes few registers.
+    fn is_light(&self) -> bool {
+        let s = &self.s;
+        let plain = s.reduces.is_none() && !s.ordered && !s.turns && s.aligned >= s.vector;
+        plain && s.steps <= FEW_STEPS && !self.is_windows()
+    }
+
     /// Threads that waste little of either direction: rows of an image are short, and channels few.
     fn windows(&self) -> Choice {
         let s = &self.s;
@@ -515,8 +563,10 @@ impl Picker<'_> {
             }
         }
         let lanes = best;
-        let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, self.in_flight);
-        let runs_each = (self.in_flight / rows_each).min(up(self.runs, lanes)).max(1);
+        // Where many blocks share a multiprocessor, two accesses a thread are enough.
+        let in_flight = if self.is_light() { (self.in_flight / 2).max(1) } else { self.in_flight };
+        let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, in_flight);
+        let runs_each = (in_flight / rows_each).min(up(self.runs, lanes)).max(1);
         self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster: 1 })
     }
 
@@ -529,6 +579,9 @@ impl Picker<'_> {
             // Sums, and what is loaded for one of the taps: the compiler orders the loads.
             return 40 + each * 3;
         }
+        if self.is_light() {
+            return 12 + (each + 2) * s.planes.max(1);
+        }
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
         let single = each * planes + choice.runs_each * s.vector * s.vectors;
         // Of few elements, addresses are worked out as they are needed.
@@ -538,7 +591,9 @@ impl Picker<'_> {
             true => 48 + single,
             false => 0,
         };
-        let vectors = s.vectors * if early { choice.runs_each * 2 + 2 } else { 8 };
+        // Wide elements that come late take more.
+        let vectors =
+            s.vectors * if early { choice.runs_each * 2 + 2 } else { 64 / s.vector.clamp(4, 8) };
         // Vectors of several rows are addressed apart.
         let rows = if choice.lines() > 1 && s.vectors > 0 && early && !few { 24 } else { 0 };
         28 + each * (planes + s.folds) + vectors + rows + addresses
@@ -643,6 +698,24 @@ impl Picker<'_> {
         Some(schedule)
     }
 
+    /// The largest elements of rows, each of a warp or of a block ([`TopK`]).
+    fn top_k(&self) -> GpuSchedule {
+        let s = &self.s;
+        // Few long rows are sooner done by more threads.
+        let threads = match s.cols {
+            n if n <= 2048 => 128,
+            n if n <= 16384 || s.rows >= BLOCKS => 256,
+            _ => 1024,
+        };
+        let lanes = if s.cols <= 2048 { 32 } else { threads };
+        let runs_each = up(self.runs, lanes);
+        let choice = Choice { threads, lanes, rows_each: 1, runs_each, cluster: 1 };
+        let mut schedule = self.schedule(choice);
+        // Elements are not kept in registers.
+        schedule.blocks_per_sm = (1024 / threads) as u32;
+        schedule
+    }
+
     fn schedule(&self, choice: Choice) -> GpuSchedule {
         let s = &self.s;
         let mut schedule = GpuSchedule::hopper(&[]);
@@ -654,7 +727,6 @@ impl Picker<'_> {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
             vector: schedule.vector,
-            starts: Starts::Aligned,
             streams: s.bytes >= STREAMS_FROM,
             // Rows of a warp wait for no other: registers for another block are worth more.
             early: choice.cluster == 1 && (!s.whole || choice.lanes > 32),
@@ -666,7 +738,8 @@ impl Picker<'_> {
         let needed = (self.registers(choice, schedule.lines.early) + 7) / 8 * 8;
         let blocks = 65536 / choice.threads / needed;
         // Registers are not worth saving for blocks that are not there.
-        let most = up(self.blocks(choice), PROCESSORS).min((1024 / choice.threads).clamp(1, 8));
+        let room = if self.is_light() { 2048 } else { 1024 } / choice.threads;
+        let most = up(self.blocks(choice), PROCESSORS).min(room.clamp(1, 16));
         schedule.blocks_per_sm = blocks.clamp(1, most.max(1)) as u32;
         let (rows, cols) = choice.tile(s);
         for name in &self.kernel.tiles {
@@ -741,6 +814,9 @@ impl GpuSchedule {
         let runs = up(s.cols, s.vector);
         let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
         let mut picker = Picker { kernel, arch, size, s, runs, in_flight };
+        if TopK::of(kernel).is_some() {
+            return Ok(Some(picker.top_k()));
+        }
         let Some(mut choice) = picker.choose() else { return Ok(None) };
         // A little work is sooner done by more threads, each with less of it.
         let maps = picker.s.reduces.is_none() && !picker.s.turns && picker.s.rows == 1;

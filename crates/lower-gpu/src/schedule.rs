@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use tilewright_device::{Arch, CachePolicy, Starts};
+use tilewright_device::{Arch, CachePolicy};
 
 /// How consumer warpgroups share work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -56,8 +56,6 @@ pub struct LinesKnobs {
     pub kept: u32,
     /// Turns of a loop whose loads are under way at a time; below 2: each turn loads for itself.
     pub fetched: u32,
-    /// Where runs of columns start. What is not aligned is moved in whole units that are shifted in registers.
-    pub starts: Starts,
     /// What is stored is more than the caches hold until somebody reads it: it is to leave them first.
     pub streams: bool,
 }
@@ -72,7 +70,6 @@ impl Default for LinesKnobs {
             ahead: false,
             kept: 0,
             fetched: 0,
-            starts: Starts::Aligned,
             streams: false,
         }
     }
@@ -187,12 +184,11 @@ impl GpuSchedule {
     pub fn lines_text(&self) -> String {
         let all = self.tiles.iter().chain(&self.sizes);
         let tiles: Vec<String> = all.map(|(name, v)| format!("{name}={v}")).collect();
-        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, starts, streams } =
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, streams } =
             self.lines;
         format!(
-            "{} lines={lanes}/{threads}x{vector}{} cluster={} blocks={}{}{}{}{}{}",
+            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}{}{}{}{}",
             tiles.join(" "),
-            if starts == Starts::Aligned { "" } else { "~" },
             self.cluster,
             self.blocks_per_sm,
             if early { " early" } else { "" },
@@ -209,7 +205,7 @@ impl fmt::Display for GpuSchedule {
         for (name, size) in self.tiles.iter().chain(&self.sizes) {
             write!(f, "{name}={size} ")?;
         }
-        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, starts, streams } =
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, streams } =
             self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
@@ -237,7 +233,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -247,7 +243,6 @@ impl fmt::Display for GpuSchedule {
             self.vector,
             if self.copies > 0 { format!(" copies={}", self.copies) } else { String::new() },
             self.blocks_per_sm,
-            if starts == Starts::Aligned { "" } else { "~" },
             if early { " early" } else { "" },
             if kept > 0 { format!(" kept={kept}") } else { String::new() },
             if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },

@@ -5,9 +5,6 @@
 //! ahead:  fetch x[0..A-1];             for p { fetch x[p+A-1]; wait; .. recall p .. }
 //! ```
 //!
-//! Items of a persistent grid are such a loop, too: the tile of an item is fetched while those before it are worked on,
-//! and so are the pieces that its loops keep.
-//!
 //! *Kept*: several loops of one block go over the same pieces of a tensor, as the passes of a softmax do over a long
 //! row. The first [`kept`](crate::LinesKnobs::kept) pieces are read from memory once; what does not fit is read by
 //! each loop. *Ahead*: what a loop reads once is fetched [`fetched`](crate::LinesKnobs::fetched) - 1 turns before, so
@@ -17,32 +14,16 @@
 //! only stores are of the very piece, in the last of the loops and after the load.
 
 use crate::lines::Lines;
-use crate::schedule::LinesKnobs;
-use tilewright_base::{DType, Error, Result};
-use tilewright_device::{
-    CLUSTER, CLUSTERS, Cond, Extent, FragId, LineStep, Shelf, ShelfId, ShelfRef, Spread, Stmt,
-};
+use tilewright_base::DType;
+use tilewright_device::{Cond, Extent, FragId, LineStep, Shelf, ShelfId, ShelfRef, Spread, Stmt};
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::{
-    Access, Block, Compare, For, GridAxis, Kernel, ParamId, Stmt as TileStmt, TileId, TileOp,
+    Access, Block, Compare, For, Kernel, ParamId, Stmt as TileStmt, TileId, TileOp,
 };
 
 /// The loop variable in keys.
 const TURN: &str = "#";
-/// The loop variable of the items of a cluster, when they are fetched ahead.
-pub(crate) const ITEM_TURN: &str = "item_turn";
-
-/// The item that a cluster works on in a turn.
-pub(crate) fn item_of_turn(turn: &Dim) -> Dim {
-    Dim::sym(CLUSTER) + turn * Dim::sym(CLUSTERS)
-}
-
-/// How many items this cluster has.
-pub(crate) fn turns_of_items(items: &Dim) -> Dim {
-    (items - Dim::sym(CLUSTER)).ceil_div(&Dim::sym(CLUSTERS))
-}
-
 /// A load that several loops, or several turns, have in common.
 #[derive(Clone, Debug, PartialEq)]
 struct Key {
@@ -75,8 +56,6 @@ pub(crate) struct Turns {
 pub(crate) struct Kept {
     loops: Vec<usize>,
     shelved: Vec<Shelved>,
-    /// The pieces of later items of the grid come while those of one are worked on.
-    ahead: bool,
 }
 
 /// The loads of a loop's body, and their tiles.
@@ -144,13 +123,14 @@ impl Lines<'_> {
         let (lanes, vector, threads) = (knobs.lanes, knobs.vector, knobs.threads);
         let axes = self.axes(tile);
         let at = self.here(&key.index, axes, (1, 1));
+        let dtype = self.kernel.params[key.param].dtype;
         let shelf = Shelf {
             name: format!("shelf_{}", self.shelves.len()),
-            dtype: self.kernel.params[key.param].dtype,
+            dtype,
             rows: self.rows,
             cols: self.cols,
             spread: Spread::Lines { lanes, vector, threads },
-            vector: self.aligned_run(key.param, axes.1, &at),
+            vector: self.run(key.param, axes.1, &at),
             slots,
         };
         self.shelves.push(shelf)
@@ -171,19 +151,11 @@ impl Lines<'_> {
     /// Loops of a block that go over the same pieces, when the schedule keeps any.
     pub(crate) fn find_kept(&mut self, block: &Block) -> Kept {
         let knobs = &self.schedule.lines;
-        if knobs.kept == 0 || self.items_ahead {
-            return Kept::default();
-        }
-        if let Some(kept) = &self.kept_ahead {
-            // Nested blocks have no loops of their own over rows.
-            let here = std::ptr::eq(block, &raw const self.kernel.body);
-            return if here { kept.clone() } else { Kept::default() };
-        }
-        self.kept_in(block, knobs.kept)
-    }
-
-    fn kept_in(&mut self, block: &Block, slots: u32) -> Kept {
+        let slots = knobs.kept;
         let mut out = Kept::default();
+        if slots == 0 {
+            return out;
+        }
         let loops: Vec<(usize, &For)> = block
             .stmts
             .iter()
@@ -222,14 +194,9 @@ impl Lines<'_> {
         out
     }
 
-    /// Fetches a piece, `turn` of its loop, of the item of this turn of the grid or of the item that is worked on.
-    fn fetch(&self, s: &Shelved, turn: &Dim, item_turn: Option<&Dim>, slot: Dim) -> Stmt {
-        let item = item_turn.map(item_of_turn);
-        let put = |name: &str| match (name, &item) {
-            (TURN, _) => Some(turn.clone()),
-            (name, Some(item)) => self.coordinate(name, item),
-            _ => None,
-        };
+    /// Fetches a piece, `turn` of its loop.
+    fn fetch(&self, s: &Shelved, turn: &Dim, slot: Dim) -> Stmt {
+        let put = |name: &str| (name == TURN).then(|| turn.clone());
         let at: Vec<Dim> = s.key.index.iter().map(|d| d.substitute(&put)).collect();
         let axes = self.axes_of(&s.key.shape, s.key.param);
         let at = self.here(&at, axes, (1, 1));
@@ -265,131 +232,17 @@ impl Lines<'_> {
 
     /// Fetches what the loops of a block keep, before the first of them.
     pub(crate) fn fetch_kept(&self, kept: &Kept, place: usize, out: &mut Vec<Stmt>) {
-        if kept.loops.first() != Some(&place) || kept.ahead {
+        if kept.loops.first() != Some(&place) {
             return;
         }
-        out.push(self.fetch_pieces(&kept.shelved, None, &Dim::new(0)));
-        out.push(Stmt::CopyCommit);
-        out.push(Stmt::CopyWait { pending: 0 });
-    }
-
-    /// Fetches all pieces of a row, to neighbouring slots.
-    fn fetch_pieces(&self, all: &[Shelved], item_turn: Option<&Dim>, first: &Dim) -> Stmt {
+        // All pieces, to neighbouring slots.
         let turn = Dim::sym("kept_turn");
-        let one = |s| self.fetch(s, &turn, item_turn, first + &turn);
-        let body = all.iter().map(one).collect();
+        let body = kept.shelved.iter().map(|s| self.fetch(s, &turn, turn.clone())).collect();
         let (lo, step) = (Dim::new(0), Dim::new(1));
         let hi = Dim::from(self.schedule.lines.kept as usize);
-        Stmt::For { var: "kept_turn".into(), lo, hi, step, body }
-    }
-
-    /// First slot of the pieces of an item.
-    fn slots_of_item(&self, turn: &Dim) -> Dim {
-        let knobs = &self.schedule.lines;
-        turn.modulo(&Dim::from(knobs.fetched as usize)) * i64::from(knobs.kept)
-    }
-
-    /// Rows in pieces that are kept, of which the next items' come ahead, if the schedule says so; the first fetches go
-    /// to `out`.
-    ///
-    /// # Errors
-    /// Unsupported when pieces cannot come ahead of their item.
-    pub(crate) fn kept_ahead(&mut self, turns: &Dim, out: &mut Vec<Stmt>) -> Result<()> {
-        let LinesKnobs { kept: slots, fetched, .. } = self.schedule.lines;
-        if slots == 0 || fetched < 2 || !self.schedule.persistent {
-            return Ok(());
-        }
-        let kernel = self.kernel;
-        let mut kept = self.kept_in(&kernel.body, slots * fetched);
-        let unsupported = |what: &str| Err(Error::unsupported(format!("rows ahead of {what}")));
-        let all_kept = kept.loops.iter().all(|place| match &kernel.body.stmts[*place] {
-            TileStmt::For(f) => f.hi.as_const().is_some_and(|hi| hi <= slots.into()),
-            _ => false,
-        });
-        if kept.shelved.is_empty() || !all_kept {
-            return unsupported("a loop that keeps a part of them");
-        }
-        // What an item changes must be no other item's.
-        let own = |s: &Shelved| {
-            let of_item = |axis: &GridAxis| {
-                let zero = |name: &str| (*name == *axis.name).then(|| Dim::new(0));
-                let here = Dim::sym(axis.name.clone());
-                let moves =
-                    |(at, extent): (&Dim, &Dim)| at - at.substitute(&zero) == &here * extent;
-                s.key.index.iter().zip(&s.key.shape).any(moves)
-            };
-            self.kernel.params[s.key.param].access == Access::In || kernel.grid.iter().all(of_item)
-        };
-        if !kept.shelved.iter().all(own) {
-            return unsupported("items that change them");
-        }
-        kept.ahead = true;
-        for turn in 0..fetched - 1 {
-            self.fetch_item(&kept, &Dim::from(turn as usize), turns, out);
-        }
-        self.kept_ahead = Some(kept);
-        Ok(())
-    }
-
-    /// Fetches the pieces of the item of a turn, if there is one.
-    fn fetch_item(&self, kept: &Kept, turn: &Dim, turns: &Dim, out: &mut Vec<Stmt>) {
-        let then = vec![self.fetch_pieces(&kept.shelved, Some(turn), &self.slots_of_item(turn))];
-        let cond = Cond { lhs: turn.clone(), compare: Compare::Lt, rhs: turns.clone() };
-        out.push(Stmt::If { cond, then, otherwise: vec![] });
+        out.push(Stmt::For { var: "kept_turn".into(), lo, hi, step, body });
         out.push(Stmt::CopyCommit);
-    }
-
-    /// The start of a turn of the grid whose rows come ahead.
-    pub(crate) fn begin_item(&self, turns: &Dim, out: &mut Vec<Stmt>) {
-        let Some(kept) = &self.kept_ahead else { return };
-        let pending = self.schedule.lines.fetched - 1;
-        // Its slots were read in the turn before.
-        self.fetch_item(kept, &(Dim::sym(ITEM_TURN) + i64::from(pending)), turns, out);
-        out.push(Stmt::CopyWait { pending });
-    }
-
-    /// The coordinate of the grid that an item has.
-    fn coordinate(&self, name: &str, item: &Dim) -> Option<Dim> {
-        let mut rest = item.clone();
-        for (i, axis) in self.kernel.grid.iter().enumerate().rev() {
-            if *axis.name == *name {
-                return Some(if i == 0 { rest } else { rest.modulo(&axis.extent) });
-            }
-            rest = rest.floor_div(&axis.extent);
-        }
-        None
-    }
-
-    /// Shelves for the tiles of a persistent grid's items, if the schedule says so; the first fetches go to `out`.
-    pub(crate) fn items_ahead(&mut self, turns: &Dim, out: &mut Vec<Stmt>) -> Option<Turns> {
-        let slots = self.schedule.lines.fetched;
-        if slots < 2 || !self.schedule.persistent || self.schedule.lines.kept > 0 {
-            return None;
-        }
-        let kernel = self.kernel;
-        let mut shelved: Vec<Shelved> = Vec::new();
-        for (key, tile) in loads(kernel, ITEM_TURN, &kernel.body) {
-            let varies = |d: &Dim| kernel.grid.iter().any(|axis| mentions(d, &axis.name));
-            let input = kernel.params[key.param].access == Access::In;
-            if key.index.iter().any(varies)
-                && input
-                && shelved.iter().all(|s| s.key != key)
-                && self.can_be_shelved(&key, tile)
-            {
-                let shelf = self.shelf(&key, tile, slots);
-                shelved.push(Shelved { key, shelf });
-            }
-        }
-        if shelved.is_empty() {
-            return None;
-        }
-        self.items_ahead = true;
-        for turn in 0..slots - 1 {
-            let turn = Dim::from(turn as usize);
-            self.fetch_if(&shelved, &turn, turns, turn.clone(), out);
-        }
-        let (turn, slots) = (Dim::sym(ITEM_TURN), Dim::from(slots as usize));
-        Some(Turns { shelved, slot: turn.modulo(&slots), most: None, turn })
+        out.push(Stmt::CopyWait { pending: 0 });
     }
 
     /// What a loop finds on shelves that loops of its block share.
@@ -398,19 +251,20 @@ impl Lines<'_> {
             let most = Dim::from(self.schedule.lines.kept as usize);
             let all = f.hi.as_const().is_some_and(|hi| hi <= self.schedule.lines.kept.into());
             let turn = Dim::sym(f.var.clone());
-            let slot = match kept.ahead {
-                true => self.slots_of_item(&Dim::sym(ITEM_TURN)) + &turn,
-                false => turn.clone(),
-            };
-            Turns { shelved: kept.shelved.clone(), slot, most: (!all).then_some(most), turn }
+            Turns {
+                shelved: kept.shelved.clone(),
+                slot: turn.clone(),
+                most: (!all).then_some(most),
+                turn,
+            }
         })
     }
 
     /// Shelves for a loop whose loads come ahead, if the schedule says so; its first fetches go to `out`.
     pub(crate) fn turns_ahead(&mut self, f: &For, out: &mut Vec<Stmt>) -> Option<Turns> {
         let slots = self.schedule.lines.fetched;
-        let plain = f.lo.is(0) && self.loops == 0 && !self.items_ahead && !has_loops(&f.body);
-        if slots < 2 || !plain || self.kept_ahead.is_some() {
+        let plain = f.lo.is(0) && self.loops == 0 && !has_loops(&f.body);
+        if slots < 2 || !plain {
             return None;
         }
         let mut shelved: Vec<Shelved> = Vec::new();
@@ -438,9 +292,7 @@ impl Lines<'_> {
     }
 
     fn fetch_if(&self, all: &[Shelved], turn: &Dim, hi: &Dim, slot: Dim, out: &mut Vec<Stmt>) {
-        // A loop's own turns, or those of the grid.
-        let item = self.items_ahead.then_some(turn);
-        let then = all.iter().map(|s| self.fetch(s, turn, item, slot.clone())).collect();
+        let then = all.iter().map(|s| self.fetch(s, turn, slot.clone())).collect();
         let cond = Cond { lhs: turn.clone(), compare: Compare::Lt, rhs: hi.clone() };
         out.push(Stmt::If { cond, then, otherwise: vec![] });
         out.push(Stmt::CopyCommit);

@@ -29,6 +29,7 @@ mod parse;
 mod print;
 mod rename;
 mod schedule;
+mod top_k;
 mod verify;
 
 pub use builder::KernelBuilder;
@@ -39,4 +40,5 @@ pub use ir::{
 };
 pub use rename::Names;
 pub use schedule::{CpuKnobs, MatrixUnit, Schedule};
+pub use top_k::TopK;
 pub use verify::{verify, verify_schedule};

@@ -22,6 +22,7 @@ mod plans;
 mod tensors;
 #[cfg(test)]
 mod texts;
+pub mod triton;
 mod written;
 
 pub use ops::{number_of, variables};

@@ -57,6 +57,9 @@ pub(crate) fn run(
     text: impl FnOnce() -> Result<String>,
 ) -> Result<()> {
     let Some(first) = outputs.first() else { return Ok(()) };
+    if crate::triton::entered() {
+        return crate::triton::run(key, sizes, inputs, outputs, text);
+    }
     match first.device() {
         Device::Cpu => on_cpu(key, sizes, inputs, outputs, text),
         Device::Cuda(index) => on_cuda(index, key, sizes, inputs, outputs, text),
@@ -155,6 +158,12 @@ pub(crate) struct Cuda {
 
 /// Kernels of an attention, and how many bytes of scratch memory they take.
 type AttentionMade = (Arc<AttentionKernels>, u64);
+impl Cuda {
+    /// What plans for this device know of it.
+    pub(crate) fn machine(&self) -> &Machine {
+        &self.machine
+    }
+}
 
 /// The gradient of a norm, and how many bytes of scratch memory it takes.
 type NormKernels = (Arc<NormBackward>, u64);

@@ -54,3 +54,23 @@ fn every_operator_runs_on_a_gpu_within_the_contract() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+#[test]
+fn every_operator_without_products_is_triton_too() {
+    let mut wrong = Vec::new();
+    for (name, text) in samples() {
+        let graph = Graph::parse(&text).unwrap_or_else(|e| panic!("{name}: {e:?}\n{text}"));
+        // Products and attention are asked for in one form only.
+        if name.starts_with("linear") || name.starts_with("attention") {
+            continue;
+        }
+        for about in [128, 16384] {
+            match crate::triton::modules(&text, &vec![about; graph.symbols.iter().count()]) {
+                Ok(modules) if modules.iter().all(|m| m.1.contains("def launch(")) => {}
+                Ok(_) => wrong.push(format!("{name}: a module without a launcher")),
+                Err(e) => wrong.push(format!("{name}: {e:?}")),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

@@ -19,6 +19,7 @@ from typing import Any, Callable
 import torch
 
 from .. import _native
+from . import _triton
 
 _native.register_operators()
 
@@ -31,16 +32,45 @@ _transformed = torch._C._are_functorch_transforms_active
 _compiling = torch.compiler.is_compiling
 
 
+@torch._disable_dynamo
+def _untraced(function: Callable, *args: Any) -> Any:
+    return function(*args)
+
+
 class Pair:
     """An operator with a derivative: called, it takes the form that this call needs."""
 
-    def __init__(self, name: str, kept: int | None, direct: type[torch.autograd.Function] | None = None):
+    def __init__(
+        self,
+        name: str,
+        kept: int | None,
+        direct: type[torch.autograd.Function] | None,
+        triton: type[torch.autograd.Function],
+    ):
         packet = getattr(torch.ops.tilewright, name)
         self.name = name
         self.kept = kept
         self.default = packet.default
         self.inference = packet.inference
         self.direct = direct
+        self._triton = triton
+
+    def by(self, impl: str) -> Callable:
+        """The operator as `impl` says: "cuda" for our own kernels, "triton" for Triton's."""
+        chosen(impl)
+        return self.triton if impl == "triton" else self
+
+    def triton(self, *args: Any) -> Any:
+        """The operator as Triton kernels, with its derivative. `torch.compile` breaks its graph here."""
+        return _untraced(self._run_triton, *args) if _compiling() else self._run_triton(*args)
+
+    def _run_triton(self, *args: Any) -> Any:
+        _triton.demand(self.name, [a for a in _flat(args) if isinstance(a, torch.Tensor)])
+        if torch.is_grad_enabled() and _asks_for_gradients(args):
+            tensors, put = _apart(args)
+            return _part(self._triton.apply(put, *tensors), self.kept)
+        with _triton.entered():
+            return self.inference(*args)
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and _asks_for_gradients(args):
@@ -64,6 +94,48 @@ def _direct(operator: Callable, setup_context: Callable, gradient: Callable) -> 
         backward = staticmethod(gradient)
 
     return Direct
+
+
+def by_triton(form: type[torch.autograd.Function], *args: Any) -> Any:
+    """`triton_form`'s function on its arguments."""
+    return _untraced(form.apply, *args) if _compiling() else form.apply(*args)
+
+
+def chosen(impl: str) -> None:
+    """Refuses an `impl` that there is not."""
+    if impl not in ("cuda", "triton"):
+        raise ValueError(f"impl is {impl!r}; it must be 'cuda' or 'triton'")
+
+
+def _apart(args: tuple) -> tuple[list, Callable]:
+    """The values of arguments, those of lists as well, and what puts such values together again."""
+    sizes = [len(a) if isinstance(a, (list, tuple)) else None for a in args]
+
+    def put(values):
+        values = iter(values)
+        return tuple(next(values) if n is None else [next(values) for _ in range(n)] for n in sizes)
+
+    return list(_flat(args)), put
+
+
+def triton_form(operator: Callable, setup_context: Callable, gradient: Callable) -> type[torch.autograd.Function]:
+    """An operator and its derivative, both as Triton kernels. Its first argument puts the others together (`_apart`)."""
+
+    class Triton(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, put, *values):
+            args = put(values)
+            with _below_autograd(), _triton.entered():
+                results = operator(*args)
+            setup_context(ctx, args, results)
+            return results
+
+        @staticmethod
+        def backward(ctx, *grads):
+            with _triton.entered():
+                return None, *_flat(gradient(ctx, *grads))
+
+    return Triton
 
 
 def _asks_for_gradients(args: tuple) -> bool:
@@ -115,7 +187,8 @@ def pair(
     torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context)
     operator = getattr(torch.ops.tilewright, name).default
     lists = any("List" in str(a.type) for a in operator._schema.arguments)
-    return Pair(name, kept, None if lists else _direct(operator, setup_context, backward))
+    direct = None if lists else _direct(operator, setup_context, backward)
+    return Pair(name, kept, direct, triton_form(operator, setup_context, backward))
 
 
 def _add(name: str, fake: Callable, composed: Callable) -> None:

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .. import _native
-from ._define import _compiling, again, pair, single, wide
+from ._define import _compiling, again, chosen, pair, single, wide
 
 # Functions of our formula language that PyTorch has under the same name.
 _FUNCTIONS = ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "floor", "ceil", "abs")
@@ -153,18 +153,23 @@ def _number(text: str) -> int:
 class Formula:
     """A formula as a function of tensors; `elementwise` makes one."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, impl: str = "cuda"):
+        chosen(impl)
         self.text = text
+        self.impl = impl
         self.variables = _variables(text)
         if not self.variables:
             raise ValueError(f"the formula {text!r} has no variables")
         self.number = _number(text)
 
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *tensors: torch.Tensor, impl: str | None = None) -> torch.Tensor:
+        impl = impl or self.impl
         if len(tensors) != len(self.variables):
             raise TypeError(f"{len(tensors)} tensors for the variables {self.variables} of {self.text!r}")
         if len(tensors) == 1:
             x = tensors[0]
+            if impl != "cuda":
+                return _map1.by(impl)(x, self.text)
             if _compiling() or (x.requires_grad and torch.is_grad_enabled()):
                 return _map1(x, self.text)
             return _numbered1(x, self.number)
@@ -174,23 +179,25 @@ class Formula:
             tensors = tuple(t.to(dtype) for t in torch.broadcast_tensors(*tensors))
         if len(tensors) == 2:
             x, y = tensors
+            if impl != "cuda":
+                return _map2.by(impl)(x, y, self.text)
             if _compiling() or ((x.requires_grad or y.requires_grad) and torch.is_grad_enabled()):
                 return _map2(x, y, self.text)
             return _numbered2(x, y, self.number)
-        return _map(list(tensors), self.text)
+        return _map.by(impl)(list(tensors), self.text)
 
     def __repr__(self) -> str:
         return f"tilewright.ops.elementwise({self.text!r})"
 
 
-def elementwise(formula: str) -> Formula:
+def elementwise(formula: str, impl: str = "cuda") -> Formula:
     """A function of tensors from a formula: `elementwise("x * sigmoid(1.702 * x)")`.
 
     Its arguments are the formula's variables in the order in which they first occur. It is computed in float32 (float64 for
     float64) in one pass; its derivative is found symbolically, and is one pass, too. Raises ValueError for a text that
     is no formula.
     """
-    return Formula(formula)
+    return Formula(formula, impl)
 
 
 _GELU = elementwise("0.5 * x * (1.0 + erf(x * 0.7071067811865476))")
@@ -201,24 +208,24 @@ _GEGLU = elementwise("0.5 * x * (1.0 + erf(x * 0.7071067811865476)) * y")
 _GEGLU_TANH = elementwise("0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))) * y")
 
 
-def gelu(x, approximate="none"):
+def gelu(x, approximate="none", impl="cuda"):
     """GELU, exact (`"none"`) or by `"tanh"`, as `torch.nn.functional.gelu`."""
-    return _kind(approximate, _GELU, _GELU_TANH)(x)
+    return _kind(approximate, _GELU, _GELU_TANH)(x, impl=impl)
 
 
-def silu(x):
+def silu(x, impl="cuda"):
     """`x * sigmoid(x)`"""
-    return _SILU(x)
+    return _SILU(x, impl=impl)
 
 
-def swiglu(gate, up):
+def swiglu(gate, up, impl="cuda"):
     """`gate * sigmoid(gate) * up`, in one pass."""
-    return _SWIGLU(gate, up)
+    return _SWIGLU(gate, up, impl=impl)
 
 
-def geglu(gate, up, approximate="none"):
+def geglu(gate, up, approximate="none", impl="cuda"):
     """`gelu(gate) * up`, in one pass."""
-    return _kind(approximate, _GEGLU, _GEGLU_TANH)(gate, up)
+    return _kind(approximate, _GEGLU, _GEGLU_TANH)(gate, up, impl=impl)
 
 
 def _kind(approximate, exact, tanh):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._define import again, pair, single, wide
+from . import _triton
+from ._define import again, by_triton, chosen, pair, single, triton_form, wide
 
 
 def _parts(x, softcap):
@@ -151,7 +152,10 @@ def _(x, targets, *_):
 _cross_entropy_total.register_autograd(scaled_gradients, setup_context=save_gradients)
 
 
-def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
+_TritonTotal = triton_form(_total_and_gradient, save_gradients, scaled_gradients)
+
+
+def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean", impl="cuda"):
     """Cross-entropy of logits `x[..., N]` and targets `[...]` (int64), computed in float32 (float64 for float64).
 
     `softcap` replaces each logit by `softcap * tanh(x / softcap)`; `z_loss` times the square of the logarithm of the sum of
@@ -160,14 +164,18 @@ def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    chosen(impl)
     if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
         kept = targets[targets != ignore_index]
         if kept.numel() and not 0 <= kept.min().item() <= kept.max().item() < x.shape[-1]:
             raise IndexError(f"targets reach from {kept.min().item()} to {kept.max().item()}, and there are {x.shape[-1]} logits")
     if reduction != "none" and x.requires_grad and torch.is_grad_enabled():
         numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+        if impl == "triton":
+            _triton.demand("cross_entropy", [x, targets])
+            return by_triton(_TritonTotal, lambda values: (*values, [True]), x, targets, *numbers, reduction == "mean")[0]
         return _cross_entropy_total(x, targets, *numbers, reduction == "mean", [True])[0]
-    loss, _ = _cross_entropy(x, targets, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    loss, _ = _cross_entropy.by(impl)(x, targets, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
     if reduction == "none":
         return loss
     total = loss.sum()

@@ -201,24 +201,24 @@ _add_layer_norm = pair(
 )
 
 
-def rms_norm(x, weight=None, eps=1e-6, residual=None):
+def rms_norm(x, weight=None, eps=1e-6, residual=None, impl="cuda"):
     """`x / sqrt(mean(x * x) + eps) * weight` over the last axis, computed in float32 (float64 for float64), in the type of `x`.
 
     With `residual`, of the shape of `x`: the norm of `h = x + residual`, and the result is the pair `(y, h)`, from one pass
     over memory. `weight` is a vector of any float type.
     """
     if residual is None:
-        return _rms_norm(x, weight, eps)
+        return _rms_norm.by(impl)(x, weight, eps)
     x, residual = promoted(x, residual)
-    return _add_rms_norm(x, residual, weight, eps)
+    return _add_rms_norm.by(impl)(x, residual, weight, eps)
 
 
-def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None):
+def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None, impl="cuda"):
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last axis, computed in float32 (float64 for float64).
 
     With `residual`: of `h = x + residual`, and the result is the pair `(y, h)`.
     """
     if residual is None:
-        return _layer_norm(x, weight, bias, eps)
+        return _layer_norm.by(impl)(x, weight, bias, eps)
     x, residual = promoted(x, residual)
-    return _add_layer_norm(x, residual, weight, bias, eps)
+    return _add_layer_norm.by(impl)(x, residual, weight, bias, eps)

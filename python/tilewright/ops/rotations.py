@@ -42,12 +42,12 @@ _rotary = pair(
 )
 
 
-def rotary(x, cos, sin):
+def rotary(x, cos, sin, impl="cuda"):
     """Rotates the pairs `(x[..., j], x[..., j + D/2])` of `x [B, H, S, D]` by `cos` and `sin [B or 1, S, D]`, as Llama does.
 
     The tables have no gradient.
     """
-    return _rotary(x, cos, sin, False)
+    return _rotary.by(impl)(x, cos, sin, False)
 
 
 def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):

@@ -46,11 +46,11 @@ _softmax = pair(
 )
 
 
-def softmax(x):
+def softmax(x, impl="cuda"):
     """`exp(x - max(x)) / sum(exp(x - max(x)))` over the last axis, computed in float32 (float64 for float64)."""
-    return _softmax(x, False)
+    return _softmax.by(impl)(x, False)
 
 
-def log_softmax(x):
+def log_softmax(x, impl="cuda"):
     """The logarithm of `softmax(x)`, without rounding in between."""
-    return _softmax(x, True)
+    return _softmax.by(impl)(x, True)

@@ -44,7 +44,7 @@ const CRATES: &[Row] = &[
     Row { name: "xla-ffi",    may_know: &["base", "layout", "data", "graph", "tilewright"] },
     Row { name: "cli",        may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "text", "passes", "lower", "emit-llvm", "emit-triton", "device", "emit-cuda", "lower-gpu", "kernels", "cuda", "launch", "bench-gpu", "tune", "jit", "runtime", "tilewright"] },
     Row { name: "torch-abi",  may_know: &["base"] },
-    Row { name: "torch-ops",  may_know: &["base", "expr", "target", "graph", "cuda", "launch", "runtime-gpu", "tilewright", "torch-abi"] },
+    Row { name: "torch-ops",  may_know: &["base", "layout", "expr", "target", "graph", "tile", "device", "plan", "lower-gpu", "emit-triton", "cuda", "launch", "runtime-gpu", "tilewright", "torch-abi"] },
     Row { name: "python",     may_know: &["base", "layout", "data", "graph", "tilewright", "torch-ops", "xla-ffi"] },
     Row { name: "conformance", may_know: &["base", "data", "graph", "interp", "import", "tilewright"] },
     Row { name: "testkit",    may_know: &["base", "layout", "data", "expr", "target", "graph", "tile", "plan", "interp", "import", "passes", "lower", "emit-llvm", "jit", "runtime", "tilewright"] },

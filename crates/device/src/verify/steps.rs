@@ -526,6 +526,25 @@ impl Checker<'_> {
                 };
                 self.step(stmt, alike(a) && alike(b), "the operands do not lie as the sums");
             }
+            LineStep::TopK { x, values, places, row, count, lanes, vector, .. } => {
+                let at = [row.clone(), Dim::new(0)];
+                if ![x, values, places].iter().all(|param| self.coordinates(stmt, **param, &at)) {
+                    return;
+                }
+                self.writes(stmt, Some(*values));
+                self.writes(stmt, Some(*places));
+                let types = [x, values, places].map(|param| p.params[*param].dtype);
+                let known = matches!(types[0], DType::F32 | DType::F16 | DType::BF16);
+                let fits = known && types[1] == types[0] && types[2] == DType::I64;
+                self.step(stmt, fits, "the element types do not fit");
+                let shared = *lanes == 32 || *lanes == p.threads;
+                self.step(stmt, shared, "a row belongs to a warp or to the block");
+                self.step(stmt, *count > 0 && *vector > 0, "nothing is found or read");
+                let near = *vector == 1 || p.params[*x].layout.axes[1].stride.is(1);
+                self.step(stmt, near, "runs of columns that are not neighbours");
+                let all = self.role.is_some_and(|r| r.warps * 32 == p.threads);
+                self.step(stmt, all, "belongs to all threads of the block");
+            }
             LineStep::AcrossCluster { .. } => {
                 self.step(stmt, !tile(to), "the operand is a tile");
                 let all = self.role.is_some_and(|r| r.warps * 32 == p.threads);

@@ -6,7 +6,7 @@ use super::values::{View, along, combine, convert, set, value_at};
 use crate::tile::{beats, identity};
 use crate::value::Buf;
 use tilewright_base::{Error, Result};
-use tilewright_device::{Extent, FragRef, LineStep, Program, ShelfId, Stmt};
+use tilewright_device::{Extent, FragRef, LineStep, Program, ShelfId, Spread, Stmt};
 use tilewright_expr::Value;
 use tilewright_tile::ReduceKind;
 
@@ -238,6 +238,49 @@ impl<'p> Machine<'p, '_> {
                     sums[first] = i64::from((sums[first] + x * y) as i32);
                 }
                 self.reg_put(agent, view, Buf::I(sums));
+            }
+            LineStep::TopK { x, values, places, row, count, largest, lanes, .. } => {
+                let (row, rows) = (self.dim(agent, stmt, row)?, self.program.threads / lanes);
+                self.grid_waited(agent, stmt, *x)?;
+                let axes = &self.program.params[*x].layout.axes;
+                let all = self.dim(agent, stmt, &axes[0].extent)?;
+                let cols = self.dim(agent, stmt, &axes[1].extent)?;
+                if cols < i64::from(*count) {
+                    return Err(self.fail(agent, stmt, "finds more elements than a row has"));
+                }
+                let threads = self.program.threads;
+                let spread = Spread::Lines { lanes: *lanes, vector: 1, threads };
+                let shape = (rows, *count, spread, Extent::Tile);
+                let mapping = self.mapping_of(shape, 0, &[row, 0], (Some(0), Some(1)));
+                let (component, stamp) = self.agents[agent].clocks.stamp(false);
+                let access =
+                    |machine: &Self, kind| machine.access(agent, stmt, component, stamp, kind);
+                let (read, write) = (access(self, Kind::Read), access(self, Kind::Write));
+                for r in row..all.min(row + i64::from(rows)) {
+                    let mut found = Vec::new();
+                    for col in 0..cols {
+                        let fill = Value::Float(0.0);
+                        let Value::Float(v) =
+                            self.element_read(*x, &[r, col], fill, read, mapping)?
+                        else {
+                            return Err(Error::bug("the largest of what is no float"));
+                        };
+                        found.push((v, col));
+                    }
+                    // Stable: of equal elements the first stays first.
+                    found.sort_by(|(a, _), (b, _)| {
+                        let order = a.partial_cmp(b).unwrap_or(a.is_nan().cmp(&b.is_nan()));
+                        if *largest { order.reverse() } else { order }
+                    });
+                    for (i, (v, col)) in found.into_iter().take(*count as usize).enumerate() {
+                        let at = [r, i as i64];
+                        let known = self.buffers.is_some();
+                        let value = known.then_some(Value::Float(v));
+                        self.element_write(*values, &at, write, mapping, value)?;
+                        let place = known.then_some(Value::Int(col));
+                        self.element_write(*places, &at, write, mapping, place)?;
+                    }
+                }
             }
             LineStep::AcrossCluster { .. } => {
                 return Err(Error::bug("a meeting among plain steps"));

@@ -224,7 +224,6 @@ pub(crate) fn gemm(stages: u32) -> Program {
         items: items.clone(),
         persistent: true,
         blocks_per_sm: 1,
-        starts: tilewright_device::Starts::Aligned,
         streams: false,
         smem,
         barriers,

@@ -179,16 +179,28 @@ impl NormBackwardSpec {
             let square = f.op(Op::Mul, &[a[0], a[0]]);
             f.op(Op::Mul, &[square, a[1]])
         });
-        let mut args = vec![k.plain(g), k.plain(d), along(slope, 0), along(r, 0)];
-        args.extend(level.map(|l| along(l, 0)));
+        // r * g - x' * (r * slope) - r * mean(g), in two multiply-adds an element.
+        let args = vec![k.plain(r), k.plain(slope)];
+        let steep = map(&mut k, &row, args, &|f, a| {
+            let product = f.op(Op::Mul, &[a[0], a[1]]);
+            f.op(Op::Neg, &[product])
+        });
+        let low = level.map(|l| {
+            let args = vec![k.plain(r), k.plain(l)];
+            map(&mut k, &row, args, &|f, a| {
+                let product = f.op(Op::Mul, &[a[0], a[1]]);
+                f.op(Op::Neg, &[product])
+            })
+        });
+        let mut args = vec![k.plain(g), k.plain(d), along(r, 0), along(steep, 0)];
+        args.extend(low.map(|l| along(l, 0)));
         args.extend(other.map(|o| k.plain(o)));
         let result = map(&mut k, &plane, args, &|f, a| {
-            let off = f.op(Op::Mul, &[a[1], a[2]]);
-            let mut v = f.op(Op::Sub, &[a[0], off]);
-            if centred {
-                v = f.op(Op::Sub, &[v, a[4]]);
-            }
-            let mut v = f.op(Op::Mul, &[v, a[3]]);
+            let mut v = match centred {
+                true => f.op(Op::Fma, &[a[1], a[3], a[4]]),
+                false => f.op(Op::Mul, &[a[1], a[3]]),
+            };
+            v = f.op(Op::Fma, &[a[0], a[2], v]);
             if let Some(other) = a.get(4 + usize::from(centred)) {
                 v = f.op(Op::Add, &[v, *other]);
             }
@@ -263,6 +275,13 @@ impl NormBackwardSpec {
             streams: 3 * m.saturating_mul(n).saturating_mul(bytes) >= STREAMS_FROM,
             ..LinesKnobs::default()
         };
+        // Nothing lies behind rows that fill their tile: no element is asked whether it does.
+        if cols == n {
+            schedule.sizes.insert("N".into(), n);
+            if ld == n {
+                schedule.sizes.insert("ld".into(), n);
+            }
+        }
         let sum = ReduceSpec { result: self.dtype, ..ReduceSpec::sum(Over::Rows, DType::F32) };
         let finish = sum.finish("norm_backward_finish");
         let few = |name: &str| if name == "P" { Some(parts_count) } else { size(name) };

@@ -110,7 +110,7 @@ fn training(arch: Arch, out: &mut Vec<(String, Kernel, GpuSchedule)>) {
     add("parts of a norm", &[("N", 1 << 20)], &|size| Ok(clip.plan(arch, size)?.parts));
     let dropout = DropoutSpec { dtype: DType::BF16, residual: true, drop: 0.1, seed: 7 };
     add("dropout", &[("N", 1 << 20), ("O", 0)], &|size| dropout.kernel("dropout", arch, size));
-    let top = TopKSpec { dtype: DType::BF16, count: 8 };
+    let top = TopKSpec { dtype: DType::BF16, count: 8, largest: true };
     add("top 8", &[("M", 64), ("N", 8192), ("ldx", 8192)], &|size| top.kernel("top", arch, size));
     for n in [1000, 8192, 32000, 128_256] {
         let sizes = [("M", 4096), ("N", n), ("ldx", n)];
