@@ -126,30 +126,27 @@ def peer(size, position, max_length, compiled):
             "memory_bytes": torch.cuda.max_memory_allocated(), "torch": torch.__version__}
 
 
-def check_prompts(tw, prompts=8):
-    """A prompt of 70 tokens goes through matrix products at once, one of 60 through the step's kernels in chunks: continued
-    greedily, both have to come to the same tokens. Near ties may be decided by rounding, so one prompt in four may part."""
-    small = dict(config("1b"), hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-                 num_key_value_heads=2, vocab_size=500, max_position_embeddings=512)
-    same = 0
+def check_prompts(tw):
+    """Logits behind a prompt, taken token by token, in chunks, and at once through matrix products, each against the whole model
+    in float64 within the bound of `tw generate --verify`. Three kinds of decoder, with weights of 16 bits, one and three sequences."""
+    small = dict(config("1b"), hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
+                 num_key_value_heads=2, head_dim=32, vocab_size=500, max_position_embeddings=512)
+    kinds = {
+        "llama": {},
+        "qwen3": dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3"),
+        "mistral, a window of 20": dict(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=20),
+    }
+    failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / "config.json").write_text(json.dumps(small))
-
-        def generate(tokens, count):
-            done = subprocess.run([tw, "--json", "generate", folder, "--device", "cuda", "--random-weights", "1", "--ignore-eos", "--tokens",
-                                   ",".join(map(str, tokens)), "--max-tokens", str(count)], capture_output=True, text=True)
-            if done.returncode != 0:
-                sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
-            return json.loads(done.stdout)["tokens"][0]
-
-        for p in range(prompts):
-            prompt = [(i * (37 + 2 * p) + p) % 499 + 1 for i in range(60)]
-            in_chunks = generate(prompt, 20)
-            at_once = generate(prompt + in_chunks[:10], 10)
-            same += at_once == in_chunks[10:]
-            print(f"prompt {p}: in chunks {in_chunks[10:]}, at once {at_once}", flush=True)
-    print(f"{same} of {prompts} prompts continue alike")
-    sys.exit(same * 4 < prompts * 3)
+        for name, more in kinds.items():
+            for dtype, batch, length in [("bfloat16", 1, 150), ("float16", 1, 97), ("bfloat16", 3, 80)]:
+                (pathlib.Path(folder) / "config.json").write_text(json.dumps(dict(small, **more, dtype=dtype)))
+                prompt = ",".join(str((i * i * 37 + i) % 499 + 1) for i in range(length))
+                done = subprocess.run([tw, "generate", folder, "--device", "cuda", "--random-weights", "1", "--batch", str(batch),
+                                       "--tokens", prompt, "--max-tokens", "1", "--verify"], capture_output=True, text=True)
+                failed += done.returncode != 0
+                print(f"{name} {dtype} {batch} x {length}: {(done.stdout + done.stderr).strip()}", flush=True)
+    sys.exit(failed != 0)
 
 
 def main():

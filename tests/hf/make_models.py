@@ -102,11 +102,14 @@ def main():
          tf.MistralConfig(**LLAMA, head_dim=6, sliding_window=None, tie_word_embeddings=False), plain, ["logits"])
     make("qwen2", tf.Qwen2ForCausalLM, tf.Qwen2Config(**LLAMA, tie_word_embeddings=True), plain, ["logits"])
     make("qwen3", tf.Qwen3ForCausalLM, tf.Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True), plain, ["logits"])
+    # Behind the end of a text nothing is asked for, and there transformers and we differ once a window has padding alone.
+    longer = dict(plain, attention_mask=plain["attention_mask"].clone())
+    longer["attention_mask"][2] = 1
     make("mistral_window", tf.MistralForCausalLM,
-         tf.MistralConfig(**LLAMA, head_dim=6, sliding_window=3, tie_word_embeddings=False), plain, ["logits"])
+         tf.MistralConfig(**LLAMA, head_dim=6, sliding_window=3, tie_word_embeddings=False), longer, ["logits"])
     # The first layer sees everything, the second one five positions.
     make("qwen2_window", tf.Qwen2ForCausalLM,
-         tf.Qwen2Config(**LLAMA, tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=1), plain,
+         tf.Qwen2Config(**LLAMA, tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=1), longer,
          ["logits"])
     # Padding is token 1 in input_ids, too: positions are counted from it. Its own place is inside the text.
     roberta = dict(BERT, max_position_embeddings=18, type_vocab_size=1, pad_token_id=1)

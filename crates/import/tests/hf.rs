@@ -63,7 +63,7 @@ fn every_family_computes_what_transformers_computes() {
         println!("{:24} {:32} {worst:.1e}", dir.file_name().unwrap().display(), model.architecture);
         seen += 1;
     }
-    assert_eq!(seen, 21, "one directory per architecture under test");
+    assert_eq!(seen, 23, "one directory per architecture under test");
 }
 
 #[test]

@@ -390,7 +390,7 @@ impl GpuGeneratorPlan {
     /// Plans the model in a directory.
     ///
     /// # Errors
-    /// The importer's; unsupported for what is no decoder of the kind of Llama.
+    /// The importer's; unsupported for what is no decoder of the kinds of GPT-2 and Llama.
     pub fn open(dir: &Path, machine: Machine, options: &GpuGeneratorOptions) -> Result<Self> {
         let load = LoadOptions {
             max_tokens: i64::from(i32::MAX / 2),
@@ -486,8 +486,8 @@ impl<M: DecodeMachine> GpuGenerator<M> {
     }
 
     /// Compares the logits of every position of these sequences, taken token by token with the cache, with those of the
-    /// whole model without one: `oracle` is the graph in f32, `plain` the same in the type of the weights, whose own error is
-    /// the measure.
+    /// whole model without one, whose own error in the type of the weights is the measure; and those behind the whole
+    /// sequences, taken as prompts are, in chunks and (where they are long enough) at once.
     ///
     /// # Errors
     /// The user's about the sequences; the device's.
@@ -519,6 +519,25 @@ impl<M: DecodeMachine> GpuGenerator<M> {
             let [wide, plain] = [&wide, &plain].map(|run| position(&run.outputs[0], at));
             let name = format!("logits of position {at}");
             report.outputs.push(deviation(name, &got, &wide?, &plain?, 0.0)?);
+        }
+        if length > 1 {
+            let [wide, plain] = [&wide, &plain].map(|run| position(&run.outputs[0], length - 1));
+            let (wide, plain) = (wide?, plain?);
+            // Short ones never go at once.
+            let short = length.min(32);
+            for (name, parts) in
+                [("in chunks", [0..short, short..length]), ("at once", [0..0, 0..length])]
+            {
+                self.decoding.start(None, &[])?;
+                for part in parts.into_iter().filter(|p| !p.is_empty()) {
+                    let tokens: Vec<Vec<i64>> =
+                        sequences.iter().map(|s| s[part.clone()].to_vec()).collect();
+                    self.decoding.prompt(&tokens)?;
+                }
+                let got = self.decoding.logits()?;
+                let name = format!("logits behind the prompt {name}");
+                report.outputs.push(deviation(name, &got, &wide, &plain, 0.0)?);
+            }
         }
         Ok(report)
     }

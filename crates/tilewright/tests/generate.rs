@@ -64,19 +64,13 @@ fn device_programs_generate_what_transformers_does() {
 #[test]
 fn every_position_with_the_cache_is_that_of_the_whole_model_in_float64() {
     let sequence = |seed: i64| (0..11).map(|i| (i * i * 7 + seed) % 24).collect::<Vec<i64>>();
-    for (name, batch) in [
-        ("llama", 1),
-        ("mistral", 3),
-        ("qwen2", 2),
-        ("qwen3", 2),
-        ("gpt2", 1),
-        ("mistral_window", 1),
-        ("qwen2_window", 2),
-    ] {
+    for (name, batch) in
+        [("llama", 1), ("mistral", 3), ("qwen3", 2), ("gpt2", 1), ("qwen2_window", 1)]
+    {
         let mut generator = planned(name, &options(batch, 12, None)).interpreted().unwrap();
         let sequences: Vec<Vec<i64>> = (0..batch).map(sequence).collect();
         let report = generator.verify(&sequences, &directory(name), None).unwrap();
-        assert_eq!(report.outputs.len(), 11, "{name}");
+        assert_eq!(report.outputs.len(), 13, "{name}");
         for d in &report.outputs {
             assert!(d.ratio <= 1.0 && d.max_error > 0.0, "{name}: {d:?}");
         }

@@ -158,6 +158,7 @@ pub(crate) struct Cuda {
 
 /// Kernels of an attention, and how many bytes of scratch memory they take.
 type AttentionMade = (Arc<AttentionKernels>, u64);
+
 impl Cuda {
     /// What plans for this device know of it.
     pub(crate) fn machine(&self) -> &Machine {

@@ -201,12 +201,18 @@ fn on_gpu(args: &GenerateArgs, request: &Request, output: &Output) -> Result<Opt
 
 fn verified(report: &Report, output: &Output) -> Result<()> {
     let worst = report.outputs.iter().map(|d| d.ratio).fold(0.0, f64::max);
-    let text = format!(
-        "{} positions, the worst at {worst:.3} of its budget: {}",
-        report.outputs.len(),
+    let prompts = report.outputs.iter().filter(|d| d.name.contains("prompt"));
+    let prompts: Vec<(String, f64)> = prompts.map(|d| (d.name.clone(), d.ratio)).collect();
+    let positions = report.outputs.len() - prompts.len();
+    let mut text = format!(
+        "{positions} positions, the worst at {worst:.3} of its budget: {}",
         if report.passed() { "passed" } else { "FAILED" },
     );
-    output.result(&text, &json!({"positions": report.outputs.len(), "worst": worst}));
+    // Writing to a string cannot fail.
+    for (name, ratio) in &prompts {
+        let _ = write!(text, "\n{name} at {ratio:.3}");
+    }
+    output.result(&text, &json!({"positions": positions, "worst": worst, "prompts": prompts}));
     match report.outputs.iter().find(|d| d.ratio > 1.0) {
         None => Ok(()),
         Some(bad) => Err(Error::bug(format!("{} is wrong: {:?}", bad.name, bad.first_bad))),

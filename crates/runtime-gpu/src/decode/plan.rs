@@ -56,10 +56,10 @@ impl Region {
 
 /// A matrix with its columns as rows.
 fn turned(matrix: &Tensor, rows: usize, cols: usize) -> Result<Tensor> {
-    let (from, size) = (matrix.bytes(), matrix.dtype().size());
-    let mut to = vec![0; from.len()];
     // In squares, so that neither side of the copy jumps through memory line by line.
     const SQUARE: usize = 64;
+    let (from, size) = (matrix.bytes(), matrix.dtype().size());
+    let mut to = vec![0; from.len()];
     for (r0, c0) in
         (0..rows).step_by(SQUARE).flat_map(|r| (0..cols).step_by(SQUARE).map(move |c| (r, c)))
     {
@@ -491,11 +491,19 @@ impl DecodePlan {
                     other => format!("{name}_{other}"),
                 };
                 let cache = 2 * batch * kv_heads * width * stored.size() as i64;
-                let [p, m, s] = work.parts;
-                let operands = vec![work.q, l.keys, l.values, p, m, s];
-                steps.launch(&label("attention"), &|| attention.partial(arch), operands, cache)?;
-                let operands = vec![p, m, s, work.mixed];
-                steps.launch(&label("combine"), &|| attention.combine(arch), operands, 0)?;
+                let mut operands = vec![work.q, l.keys, l.values];
+                if attention.in_cluster(arch) {
+                    operands.push(work.mixed);
+                    let make = || attention.whole(arch);
+                    steps.launch(&label("attention"), &make, operands, cache)?;
+                } else {
+                    let [p, m, s] = work.parts;
+                    operands.extend([p, m, s]);
+                    let make = || attention.partial(arch);
+                    steps.launch(&label("attention"), &make, operands, cache)?;
+                    let operands = vec![p, m, s, work.mixed];
+                    steps.launch(&label("combine"), &|| attention.combine(arch), operands, 0)?;
+                }
                 let residual = Ending::Plain { residual: true };
                 let bias = l.o_bias.is_some();
                 let o = product("o", (hidden, heads * width), false, bias, residual.clone());
