@@ -43,4 +43,4 @@ pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted};
 pub use interpret::{Interpreted, interpret};
 pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
-pub use session::{Executable, MemoryReport, RunReport, Session, StepTime};
+pub use session::{Executable, FAIL_RECORDING, MemoryReport, RunReport, Session, StepTime};

@@ -22,6 +22,9 @@ pub enum Expect {
     Right,
     /// The user's error, with these words in it.
     Refused(&'static str),
+    /// More than any device has: said before anything is launched, with these words; runs that fit go on. Not for
+    /// interpreters, whose memory is the host's.
+    TooLarge(&'static str),
 }
 
 /// A graph with inputs.
@@ -43,7 +46,9 @@ pub struct Edge {
 /// Bugs: graphs that cannot be built.
 pub fn all() -> Result<Vec<Edge>> {
     let mut found = Vec::new();
-    for edges in [rows, losses, vocabularies, empty, picked, borders, scattered, scans, refused] {
+    for edges in
+        [rows, losses, vocabularies, empty, picked, borders, scattered, scans, refused, memory]
+    {
         found.extend(edges()?);
     }
     Ok(found)
@@ -376,8 +381,7 @@ fn scattered() -> Result<Vec<Edge>> {
             let graph = Arc::new(b.finish());
             let extent = [5i64, 4][axis];
             let count = (index[0] * index[1]) as i64;
-            let at: Vec<i64> =
-                (0..count).map(|v| (v * 7919) % (2 * extent) - extent).collect();
+            let at: Vec<i64> = (0..count).map(|v| (v * 7919) % (2 * extent) - extent).collect();
             let x = numbers(&[5, 4], 1)?;
             let inputs = vec![x.clone(), integers(&index, &at)?, numbers(&index, 2)?];
             found.push(edge(&format!("scatter, {name}, along {axis}"), &graph, inputs));
@@ -480,6 +484,26 @@ fn refused() -> Result<Vec<Edge>> {
         of("a wrong shape", vec![numbers(&[1, 2, 4], 0)?], "`x` has shape [1, 2, 4]"),
         of("a wrong rank", vec![numbers(&[2, 3], 0)?], "`x` has shape [2, 3]"),
         of("no input", vec![], "0 inputs are given, the model takes 1"),
+    ])
+}
+
+/// Four terabytes from four megabytes, and few from few.
+fn memory() -> Result<Vec<Edge>> {
+    let mut b = GraphBuilder::new("memory");
+    let n = b.symbol("N", Range { min: 0, max: 1 << 20 });
+    let x = b.input("x", float([n.clone()]));
+    let row = b.reshape(x, &[Dim::new(1), n.clone()])?;
+    let column = b.reshape(x, &[n, Dim::new(1)])?;
+    let sums = b.binary(ExprOp::Add, row, column)?;
+    b.output("sums", sums);
+    let graph = Arc::new(b.finish());
+    let x = Tensor::from_f64s(DType::F32, &[1 << 20], &vec![1.0; 1 << 20])?;
+    let mut large = edge("more memory than there is", &graph, vec![x]);
+    large.expect = Expect::TooLarge("out of memory");
+    Ok(vec![
+        edge("little memory", &graph, vec![numbers(&[5], 1)?]),
+        large,
+        edge("little memory again", &graph, vec![numbers(&[7], 2)?]),
     ])
 }
 
