@@ -94,9 +94,11 @@ pub fn arguments(
     for tensor in &tensors {
         if let Some(extent) = tensor.extents.iter().find(|e| i32::try_from(**e).is_err()) {
             let name = &tensor.param.name;
-            let message = format!("{name} has {extent} elements along one axis, more than 2^31 - 1");
-            return Err(Error::unsupported(message)
-                .with_context(format!("binding {}", program.name)));
+            let message =
+                format!("{name} has {extent} elements along one axis, more than 2^31 - 1");
+            return Err(
+                Error::unsupported(message).with_context(format!("binding {}", program.name))
+            );
         }
     }
     for symbol in &program.symbols {
