@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Tests, then measures, on this machine's GPU. From an unpacked archive of `make gpu-bundle`: no Rust needed.
 #
-#   gpu/run.sh [tests|sanitizer|triton|ops|bench|models|tune|all] [arguments for tw-gpu-test, tw-gpu-bench, models.py or
-#                                                             tw-gpu-tune]               default: all
+#   gpu/run.sh [tests|edges|sanitizer|triton|ops|bench|models|tune|all] [arguments for tw-gpu-test, tw edges, tw-gpu-bench,
+#                                                                   models.py or tw-gpu-tune]               default: all
 #
 # tests:  the driver, launches, programs of graphs, row kernels against float64, matrix products of every kind, order, odd size, stride and batch, and attention
+# edges:  small graphs at the edges in four precisions: rows of one element, NaN and infinities, ignored targets, odd vocabularies,
+#         empty batches, computed places, tensors of more than 2^31 elements, wrong inputs, too little memory (also in tests);
+#         and runs that cannot be recorded as graphs
 # sanitizer: a few products of every kind under NVIDIA's compute-sanitizer, where the toolkit is installed
 # triton: the modules of gpu/triton, where PyTorch and Triton are installed
 # ops:    the operators for PyTorch: values, PyTorch's checks, host time, speed beside eager and Inductor, where PyTorch is installed
@@ -21,7 +24,7 @@ cd "$(dirname "$0")/.."
 export TILEWRIGHT_COMMAND="gpu/run.sh${*:+ $*}"
 part="${1:-all}"
 [ $# -eq 0 ] || shift
-case "$part" in tests | sanitizer | triton | ops | bench | models | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
+case "$part" in tests | edges | sanitizer | triton | ops | bench | models | tune | all) ;; *) echo "unknown part '$part'" >&2; exit 2 ;; esac
 
 for program in tw tw-gpu-bench tw-gpu-launch tw-gpu-rows tw-gpu-test tw-gpu-attention tw-gpu-tune cuda-gpu-tests launch-gpu-tests launch-rows-tests; do
   [ -x "bin/$program" ] || { echo "bin/$program is missing: this is for an archive of \`make gpu-bundle\`" >&2; exit 2; }
@@ -96,6 +99,21 @@ if [ "$part" = tests ] || [ "$part" = models ] || [ "$part" = all ]; then
   step "tiny models" tiny_models
   step "decoders" decoders
   step "kernels that do not compile give way" schedules_give_way
+fi
+# Nothing can be recorded: kernels are launched one by one, the results are right, and the reason is printed.
+recordings_give_way() {
+  local said
+  TILEWRIGHT_FAIL_RECORDING=1 bin/tw verify models/bert --device cuda --precision bf16 --cache "$cache" || return 1
+  said="$(TILEWRIGHT_FAIL_RECORDING=1 bin/tw run models/bert --device cuda --precision bf16 --cache "$cache" 2>&1)"
+  grep -F 'are not recorded' <<<"$said" && grep -F 'in 0 graphs' <<<"$said"
+}
+if [ "$part" = tests ] || [ "$part" = edges ] || [ "$part" = all ]; then
+  if [ "$part" = edges ]; then
+    step "edges" bin/tw edges --device cuda --large --cache "$cache" "$@"
+  else
+    step "edges" bin/tw edges --device cuda --large --cache "$cache"
+  fi
+  step "recordings that fail give way" recordings_give_way
 fi
 has_torch() { python3 -c 'import torch; from cuda.bindings import nvrtc' 2>/dev/null; }
 if [ "$part" = tests ] || [ "$part" = all ]; then

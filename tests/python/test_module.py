@@ -58,6 +58,29 @@ def mistakes_are_python_errors(tilewright) -> None:
         raise AssertionError("README.md was loaded as a model")
 
 
+def devices_are_named_or_refused(tilewright) -> None:
+    images = np.load(DIGITS / "test_images.npy")
+    for device, precision, error, words in [
+        ("gpu", "f32", ValueError, "`gpu` is no device"),
+        ("cuda:99", "f32", NotImplementedError, ""),
+        ("cpu", "f31", ValueError, "f31"),
+    ]:
+        try:
+            tilewright.load(DIGITS / "digits.onnx", device=device, precision=precision)
+        except error as e:
+            assert words in str(e), e
+        else:
+            raise AssertionError(f"{device} {precision} is not refused")
+    # Where there is a GPU, it gives the same.
+    try:
+        model = tilewright.load(DIGITS / "digits.onnx", device="cuda")
+    except NotImplementedError:
+        return
+    (there,) = model.run({"image": images[:9]}).values()
+    (here,) = tilewright.load(DIGITS / "digits.onnx", threads=1).run({"image": images[:9]}).values()
+    np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-5)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TILEWRIGHT_CACHE"] = str(pathlib.Path(folder, "cache"))
@@ -67,7 +90,8 @@ def main() -> None:
         sys.path.insert(0, folder)
         import tilewright
 
-        for test in (results_are_those_of_onnxruntime, a_result_outlives_the_next_run, mistakes_are_python_errors):
+        tests = (results_are_those_of_onnxruntime, a_result_outlives_the_next_run, mistakes_are_python_errors, devices_are_named_or_refused)
+        for test in tests:
             test(tilewright)
             print(f"ok: {test.__name__}")
 

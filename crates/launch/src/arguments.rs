@@ -85,10 +85,21 @@ pub fn arguments(
         .map(|((_, param), operand)| concrete(param, sizes, *operand).map_err(wrong))
         .collect::<Result<_>>()?;
     // Maps have no empty dimensions, and where nothing is written there is nothing to do, whatever
-    // range the kernel has been made for.
-    let writes = |t: &Concrete<'_>| t.param.access != Access::In;
-    if tensors.iter().any(|t| writes(t) && t.extents.contains(&0)) {
+    // range the kernel has been made for. One that also writes sums of nothing has those to write.
+    let mut written = tensors.iter().filter(|t| t.param.access != Access::In);
+    if written.all(|t| t.extents.contains(&0)) {
         return Ok(Arguments { values: Vec::new(), items: 0 });
+    }
+    // Kernels count along each axis with 31 bits; together the axes may have more.
+    for tensor in &tensors {
+        if let Some(extent) = tensor.extents.iter().find(|e| i32::try_from(**e).is_err()) {
+            let name = &tensor.param.name;
+            let message =
+                format!("{name} has {extent} elements along one axis, more than 2^31 - 1");
+            return Err(
+                Error::unsupported(message).with_context(format!("binding {}", program.name))
+            );
+        }
     }
     for symbol in &program.symbols {
         let value = sizes.get(&symbol.name).copied().unwrap_or_default();
@@ -180,7 +191,7 @@ fn concrete<'a>(
     let address = i128::from(operand.address) + offset * element;
     let tensor = Concrete { param, extents, strides, address: address as u64 };
     let empty = tensor.extents.contains(&0);
-    if first < 0 && (offset < 0 || !empty) {
+    if first < 0 && !empty {
         return Err(format!("{name} starts {} elements before its operand", -first));
     }
     let bytes = if empty { 0 } else { (last + 1) * element };

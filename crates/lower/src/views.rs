@@ -50,8 +50,17 @@ pub(crate) fn merge(layout: &Layout, groups: &[Vec<usize>]) -> Option<Layout> {
     Some(Layout { axes: axes?, offset: layout.offset.clone() })
 }
 
-/// Cuts `axes` (in the order given) into the longest runs that merge in every layout. An axis for
-/// which `solo` holds stays alone.
+/// Elements along one axis of a kernel, at most: kernels of a GPU count with 31 bits, and round up to whole tiles.
+const LONGEST_AXIS: i64 = i32::MAX as i64 - (1 << 20);
+
+/// Whether one axis for these is known to be longer than kernels can count.
+fn too_long(axes: &[usize], layout: &Layout) -> bool {
+    let extents = axes.iter().filter_map(|&a| layout.axes[a].extent.as_const());
+    extents.fold(1i64, i64::saturating_mul) > LONGEST_AXIS
+}
+
+/// Cuts `axes` (in the order given) into the longest runs that merge in every layout, and that a kernel can count. An
+/// axis for which `solo` holds stays alone.
 pub(crate) fn partition(
     axes: &[usize],
     layouts: &[&Layout],
@@ -64,7 +73,7 @@ pub(crate) fn partition(
             && !solo(last[0])
         {
             last.push(axis);
-            if layouts.iter().all(|l| merge_group(l, last).is_some()) {
+            if layouts.iter().all(|l| merge_group(l, last).is_some() && !too_long(last, l)) {
                 continue;
             }
             last.pop();
@@ -115,6 +124,8 @@ mod tests {
         assert_eq!(partition(&[0, 1, 2], &[&row], &|_| false), [vec![0, 1, 2]]);
         let bias = Layout::row_major(&dims(&[4])).expand(&dims(&[2, 3, 4])).unwrap();
         assert_eq!(partition(&[0, 1, 2], &[&row, &bias], &|_| false), [vec![0, 1], vec![2]]);
+        let large = Layout::row_major(&dims(&[3, 1 << 16, 1 << 15]));
+        assert_eq!(partition(&[0, 1, 2], &[&large], &|_| false), [vec![0, 1], vec![2]]);
         let heads = row.permute(&[1, 0, 2]);
         assert_eq!(partition(&[0, 1, 2], &[&heads], &|_| false), [vec![0], vec![1], vec![2]]);
         assert_eq!(by_distance(&[0, 1, 2], &heads, &vec![]), [1, 0, 2]);

@@ -53,12 +53,15 @@ impl Runner {
         }
     }
 
-    /// Into the memory of earlier outputs; false when it has to be made anew.
-    fn run_into(&mut self, inputs: &[Tensor], outputs: &mut Vec<Tensor>) -> bool {
+    /// The same in place of earlier outputs, on a processor in their memory.
+    fn run_into(&mut self, inputs: &[Tensor], outputs: &mut Vec<Tensor>) -> Result<()> {
         match self {
             #[cfg(feature = "cpu")]
-            Runner::Cpu(session) => session.run_into(inputs, outputs).is_ok(),
-            Runner::Gpu(_) => false,
+            Runner::Cpu(session) => session.run_into(inputs, outputs),
+            Runner::Gpu(session) => {
+                *outputs = session.run(inputs)?;
+                Ok(())
+            }
         }
     }
 }
@@ -110,7 +113,7 @@ impl Native {
                 true => last.drain(..).filter_map(Arc::into_inner).collect(),
                 false => Vec::new(),
             };
-            if outputs.is_empty() || !runner.run_into(&tensors, &mut outputs) {
+            if outputs.is_empty() || runner.run_into(&tensors, &mut outputs).is_err() {
                 outputs = runner.run(&tensors)?;
             }
             *last = outputs.into_iter().map(Arc::new).collect();

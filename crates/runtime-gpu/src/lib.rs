@@ -48,4 +48,4 @@ pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted, Room};
 pub use interpret::{Interpreted, interpret};
 pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
-pub use session::{Executable, MemoryReport, RunReport, Session, StepTime};
+pub use session::{Executable, FAIL_RECORDING, MemoryReport, RunReport, Session, StepTime};

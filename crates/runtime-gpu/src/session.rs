@@ -149,6 +149,9 @@ pub struct StepTime {
     pub time: Duration,
 }
 
+/// Environment variable: with `1`, no run is recorded as a graph. For trying out what happens then.
+pub const FAIL_RECORDING: &str = "TILEWRIGHT_FAIL_RECORDING";
+
 /// How many sizes a session remembers.
 const MAX_READY: usize = 8;
 
@@ -579,6 +582,9 @@ impl Session {
     }
 
     fn record_steps(&self, steps: &[ReadyStep]) -> Result<GraphExec> {
+        if std::env::var(FAIL_RECORDING).is_ok_and(|v| v == "1") {
+            return Err(Error::unsupported(format!("{FAIL_RECORDING} is set")));
+        }
         let graph = self.stream.capture(|stream| {
             for step in steps {
                 if let ReadyStep::Device(launches) = step {

@@ -22,6 +22,9 @@ pub enum Expect {
     Right,
     /// The user's error, with these words in it.
     Refused(&'static str),
+    /// More than any device has: said before anything is launched, with these words; runs that fit go on. Not for
+    /// interpreters, whose memory is the host's.
+    TooLarge(&'static str),
 }
 
 /// A graph with inputs.
@@ -43,7 +46,19 @@ pub struct Edge {
 /// Bugs: graphs that cannot be built.
 pub fn all() -> Result<Vec<Edge>> {
     let mut found = Vec::new();
-    for edges in [rows, losses, vocabularies, empty, picked, borders, scattered, scans, refused] {
+    for edges in [
+        rows,
+        losses,
+        vocabularies,
+        empty,
+        picked,
+        borders,
+        scattered,
+        scans,
+        images,
+        refused,
+        memory,
+    ] {
         found.extend(edges()?);
     }
     Ok(found)
@@ -266,6 +281,68 @@ fn empty() -> Result<Vec<Edge>> {
     ])
 }
 
+/// Norms over groups and batches, means of windows, and what only moves data, of a batch that may be empty or one image.
+fn images() -> Result<Vec<Edge>> {
+    let mut b = GraphBuilder::new("images");
+    let n = b.symbol("N", Range { min: 0, max: 64 });
+    let x = b.input("x", float([n.clone(), Dim::new(6), Dim::new(5), Dim::new(7)]));
+    let eps = 1e-5f64.to_bits();
+    let vector = |b: &mut GraphBuilder, seed: u64, least: f64| -> Result<ValueId> {
+        let values: Vec<f64> =
+            numbers(&[6], seed)?.to_f64s().iter().map(|v| v.abs() + least).collect();
+        Ok(b.constant(format!("v{seed}"), Tensor::from_f64s(DType::F32, &[6], &values)?))
+    };
+    let mut v = Vec::new();
+    for (seed, least) in [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.5)] {
+        v.push(vector(&mut b, seed, least)?);
+    }
+    let group = b.node(Op::GroupNorm { groups: 3, eps }, &[x, v[0], v[1]])?[0];
+    let batch = b.node(Op::BatchNorm { eps }, &[x, v[0], v[1], v[2], v[3]])?[0];
+    let mean = Op::Window(WindowAttrs {
+        kind: WindowKind::Mean,
+        kernel: vec![3; 2],
+        strides: vec![2; 2],
+        pads_lo: vec![1; 2],
+        pads_hi: vec![1; 2],
+        dilations: vec![1; 2],
+    });
+    let mean = b.op(mean, &[x])?;
+    let turned = b.permute(x, &[0, 3, 2, 1])?;
+    let turned = b.unary(ExprOp::Neg, turned)?;
+    let cut = Op::Slice {
+        starts: dims(&[0, 5, 1, 0]),
+        lens: vec![n, Dim::new(3), Dim::new(2), Dim::new(7)],
+        steps: vec![1, -2, 2, 1],
+    };
+    let cut = b.op(cut, &[x])?;
+    let joined = b.slice_axis(x, 2, Dim::new(0), Dim::new(2))?;
+    let joined = b.slice_axis(joined, 1, Dim::new(1), Dim::new(3))?;
+    let joined = b.op(Op::Concat(1), &[cut, joined])?;
+    let zeros = PadMode::Constant(tilewright_expr::Value::Float(0.5));
+    let padded = Op::Pad { lo: dims(&[0, 1, 0, 3]), hi: dims(&[0, 0, 2, 1]), mode: zeros };
+    let padded = b.op(padded, &[x])?;
+    for (name, value) in [
+        ("group_norm", group),
+        ("batch_norm", batch),
+        ("mean", mean),
+        ("turned", turned),
+        ("joined", joined),
+        ("padded", padded),
+    ] {
+        b.output(name, value);
+    }
+    let graph = Arc::new(b.finish());
+    let mut found = Vec::new();
+    for n in [2, 1, 0] {
+        found.push(edge(
+            &format!("{n} images in groups"),
+            &graph,
+            vec![numbers(&[n, 6, 5, 7], 3)?],
+        ));
+    }
+    Ok(found)
+}
+
 /// Gathers by elements and by coordinates, negative ones included.
 fn picked() -> Result<Vec<Edge>> {
     let mut found = Vec::new();
@@ -376,8 +453,7 @@ fn scattered() -> Result<Vec<Edge>> {
             let graph = Arc::new(b.finish());
             let extent = [5i64, 4][axis];
             let count = (index[0] * index[1]) as i64;
-            let at: Vec<i64> =
-                (0..count).map(|v| (v * 7919) % (2 * extent) - extent).collect();
+            let at: Vec<i64> = (0..count).map(|v| (v * 7919) % (2 * extent) - extent).collect();
             let x = numbers(&[5, 4], 1)?;
             let inputs = vec![x.clone(), integers(&index, &at)?, numbers(&index, 2)?];
             found.push(edge(&format!("scatter, {name}, along {axis}"), &graph, inputs));
@@ -480,6 +556,26 @@ fn refused() -> Result<Vec<Edge>> {
         of("a wrong shape", vec![numbers(&[1, 2, 4], 0)?], "`x` has shape [1, 2, 4]"),
         of("a wrong rank", vec![numbers(&[2, 3], 0)?], "`x` has shape [2, 3]"),
         of("no input", vec![], "0 inputs are given, the model takes 1"),
+    ])
+}
+
+/// Four terabytes from four megabytes, and few from few.
+fn memory() -> Result<Vec<Edge>> {
+    let mut b = GraphBuilder::new("memory");
+    let n = b.symbol("N", Range { min: 0, max: 1 << 20 });
+    let x = b.input("x", float([n.clone()]));
+    let row = b.reshape(x, &[Dim::new(1), n.clone()])?;
+    let column = b.reshape(x, &[n, Dim::new(1)])?;
+    let sums = b.binary(ExprOp::Add, row, column)?;
+    b.output("sums", sums);
+    let graph = Arc::new(b.finish());
+    let x = Tensor::from_f64s(DType::F32, &[1 << 20], &vec![1.0; 1 << 20])?;
+    let mut large = edge("more memory than there is", &graph, vec![x]);
+    large.expect = Expect::TooLarge("out of memory");
+    Ok(vec![
+        edge("little memory", &graph, vec![numbers(&[5], 1)?]),
+        large,
+        edge("little memory again", &graph, vec![numbers(&[7], 2)?]),
     ])
 }
 

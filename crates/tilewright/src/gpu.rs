@@ -221,6 +221,11 @@ impl GpuPlan {
         })
     }
 
+    /// What a framework without a compiler would call in place of each step, for these sizes.
+    pub fn library_calls(&self, env: &tilewright_layout::Env) -> Vec<String> {
+        self.plan.steps.iter().map(|step| library(&self.plan, step, env)).collect()
+    }
+
     /// How long each stage took.
     pub fn stages(&self) -> &[StageTime] {
         &self.stages
@@ -450,7 +455,7 @@ impl GpuModel {
                 }
                 let number = report.step;
                 let host = run.host_steps.iter().find(|h| h.0 == number).map(|h| h.1.clone());
-                let library = library(plan, &report, &env);
+                let library = library(plan, &plan.steps[number], &env);
                 GpuStep { report, schedules: schedules.clone(), library, host }
             })
             .collect();
@@ -551,36 +556,90 @@ fn framework_bytes(planned: &GpuPlan, env: &tilewright_layout::Env) -> usize {
     most
 }
 
-/// What a framework without a compiler would call for the same work.
-fn library(plan: &Plan, report: &KernelReport, env: &tilewright_layout::Env) -> String {
-    let product = match &plan.steps[report.step] {
-        Step::Launch { kernel, .. } => plan.kernels[*kernel].forms.iter().find_map(|f| match f {
-            Form::Product(p) => Some(p),
-            Form::Program { .. } | Form::Attention(_) => None,
-        }),
-        Step::Host { .. } => None,
-    };
-    let calls = report.label.split('+').count();
-    match product {
-        Some(p) => {
-            let number = |d: &tilewright_layout::Dim| d.eval(env).unwrap_or(0);
-            let batch: i64 = p.repeat.iter().map(|r| number(&r.extent)).product();
-            let (m, n, k) = (number(&p.m), number(&p.n), number(&p.k));
-            let batch = if batch == 1 { String::new() } else { format!(" x{batch}") };
-            let rest =
-                if calls > 1 { format!(" + {} elementwise", calls - 1) } else { String::new() };
-            let twice = if p.second.is_some() { "2 times " } else { "" };
-            format!("{twice}cublasLtMatmul {} {m}x{n}x{k}{batch}{rest}", p.a.dtype)
+/// What a framework without a compiler would call for the same work as a step: a library's product, convolution or
+/// attention, operators of PyTorch by name, and elementwise kernels by number.
+fn library(plan: &Plan, step: &Step, env: &tilewright_layout::Env) -> String {
+    let (product, note) = match step {
+        Step::Launch { kernel, note, .. } => {
+            let forms = &plan.kernels[*kernel].forms;
+            let product = forms.iter().find_map(|f| match f {
+                Form::Product(p) => Some(p),
+                Form::Program { .. } | Form::Attention(_) => None,
+            });
+            (product, note)
         }
-        None => match report.anchor.as_str() {
-            "rows" => format!("cuDNN/framework norm, softmax or sum + {} elementwise", calls - 1),
-            "attention" => "cuDNN scaled dot product attention".to_string(),
-            "conv" => "cudnnConvolutionForward".to_string(),
-            "host" => "-".to_string(),
-            _ => format!("{calls} elementwise"),
-        },
+        Step::Host { note, .. } => return host_call_name(&note.label),
+    };
+    let number = |d: &tilewright_layout::Dim| d.eval(env).unwrap_or(0);
+    let mut calls: Vec<String> = Vec::new();
+    let mut elementwise = 0;
+    if let Some(p) = product.filter(|p| p.windows.is_none() && note.anchor != "conv") {
+        let batch: i64 = p.repeat.iter().map(|r| number(&r.extent)).product();
+        let (m, n, k) = (number(&p.m), number(&p.n), number(&p.k));
+        let batch = if batch == 1 { String::new() } else { format!(" x{batch}") };
+        let twice = if p.second.is_some() { "2 times " } else { "" };
+        calls.push(format!("{twice}cublasLtMatmul {} {m}x{n}x{k}{batch}", p.a.dtype));
+    }
+    for part in note.label.split('+').map(str::trim) {
+        match part {
+            // Said above; without a form as a product it is one all the same.
+            "contract" if product.is_some() => {}
+            "contract" => calls.push("cublasLtMatmul".to_string()),
+            // Of two operands, unless rows are reduced.
+            "max" | "min" if note.anchor != "rows" => elementwise += 1,
+            _ => match OPERATORS.iter().find(|(label, _)| *label == part) {
+                Some((_, "")) => {}
+                Some((_, call)) => calls.push((*call).to_string()),
+                None => elementwise += 1,
+            },
+        }
+    }
+    if elementwise > 0 {
+        calls.push(format!("{elementwise} elementwise"));
+    }
+    match calls.is_empty() {
+        true => "none: sizes only".to_string(),
+        false => calls.join(" + "),
     }
 }
+
+fn host_call_name(label: &str) -> String {
+    let known = OPERATORS.iter().find(|(name, _)| *name == label).map(|(_, call)| *call);
+    known.filter(|c| !c.is_empty()).map_or_else(|| format!("operator {label}"), str::to_string)
+}
+
+/// Labels of the fusion planner and what PyTorch calls for them on a GPU; nothing for what takes no call.
+const OPERATORS: &[(&str, &str)] = &[
+    ("conv", "cudnnConvolutionForward"),
+    ("attention", "aten::scaled_dot_product_attention"),
+    ("pool", "cudnnPoolingForward"),
+    ("softmax", "aten::_softmax"),
+    ("logsoftmax", "aten::_log_softmax"),
+    ("layernorm", "aten::native_layer_norm"),
+    ("rmsnorm", "aten::rms_norm"),
+    ("sum", "aten::sum"),
+    ("prod", "aten::prod"),
+    ("max", "aten::amax"),
+    ("min", "aten::amin"),
+    ("argmax", "aten::argmax"),
+    ("argmin", "aten::argmin"),
+    ("scansum", "aten::cumsum"),
+    ("scanprod", "aten::cumprod"),
+    ("scanmax", "aten::cummax"),
+    ("scanmin", "aten::cummin"),
+    ("topk", "aten::topk"),
+    ("gather", "aten::index_select"),
+    ("gatherelements", "aten::gather"),
+    ("gathernd", "aten::index"),
+    ("scatterelements", "aten::scatter_reduce"),
+    ("scatternd", "aten::index_put_"),
+    ("pad", "aten::pad"),
+    ("concat", "aten::cat"),
+    ("copy", "aten::copy_"),
+    ("iota", "aten::arange"),
+    ("random", "aten::rand"),
+    ("dims", ""),
+];
 
 impl GpuExplanation {
     /// The summary and a table of the `most` costliest steps (all when 0).

@@ -149,6 +149,52 @@ fn a_small_convolutional_network_is_within_the_contract() {
     }
 }
 
+/// One plan serves every batch and every length.
+#[test]
+fn one_plan_serves_several_batches_and_lengths() {
+    for model in ["bert", "llama", "gpt2", "vit"] {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf").join(model);
+        let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
+        let planned = plan(&graph, Precision::Bf16);
+        for (seed, (batch, length)) in [(1, 1), (3, 5), (2, 11)].into_iter().enumerate() {
+            let lead = |name: &str| {
+                let first = |v: &tilewright_graph::ValueId| graph.shape(*v).first().cloned();
+                graph
+                    .inputs
+                    .iter()
+                    .filter_map(first)
+                    .any(|d| d.as_symbol().is_some_and(|s| &**s == name))
+            };
+            let size = |s: &tilewright_layout::Symbol| if lead(&s.name) { batch } else { length };
+            let sizes = graph.symbols.iter().map(|s| (s.name.to_string(), size(s))).collect();
+            let inputs = tilewright::inputs::random(&graph, &sizes, seed as u64).expect("inputs");
+            holds(&format!("{model} {batch} x {length}"), &graph, &planned, &inputs, 0);
+        }
+    }
+}
+
+/// Every step names the calls that a framework would make in its place.
+#[test]
+fn steps_name_the_library_calls_that_they_replace() {
+    let mut named = std::collections::BTreeSet::new();
+    for model in ["bert", "llama", "gpt2", "vit"] {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf").join(model);
+        let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
+        let planned = plan(&graph, Precision::Bf16);
+        let env: Env = graph.symbols.iter().map(|s| (s.name.clone(), 4)).collect();
+        let calls = planned.library_calls(&env);
+        assert_eq!(calls.len(), planned.plan().steps.len());
+        for call in calls {
+            assert!(!call.is_empty() && !call.contains("none"), "{model}: {call}");
+            named.extend(call.split(" + ").map(|c| c.split(' ').next().unwrap().to_string()));
+        }
+    }
+    for call in ["cublasLtMatmul", "aten::scaled_dot_product_attention", "aten::native_layer_norm"]
+    {
+        assert!(named.contains(call), "{call}: {named:?}");
+    }
+}
+
 /// How many steps are products with two right operands.
 fn pairs(planned: &GpuPlan) -> usize {
     let plan = planned.plan();

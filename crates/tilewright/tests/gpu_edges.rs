@@ -12,7 +12,9 @@ fn plan(edge: &Edge, precision: Precision) -> GpuPlan {
     let mut compiler = GpuCompiler::new(Gpu::h200());
     compiler.precision = precision;
     let graph = (*edge.graph).clone();
-    compiler.plan(graph).unwrap_or_else(|e| panic!("{} {precision}: {e} {:?}", edge.name, e.notes()))
+    compiler
+        .plan(graph)
+        .unwrap_or_else(|e| panic!("{} {precision}: {e} {:?}", edge.name, e.notes()))
 }
 
 #[test]
@@ -28,6 +30,9 @@ fn edges_are_right_or_refused_in_the_device_interpreter() {
             }
             let (_, this) = planned.as_ref().unwrap();
             let name = format!("{} {precision}", edge.name);
+            if matches!(edge.expect, Expect::TooLarge(_)) {
+                continue;
+            }
             match (this.interpret(&edge.inputs), &edge.expect) {
                 (Ok(run), Expect::Right) => {
                     let host = run.bound.host_steps(this.plan());
@@ -46,7 +51,10 @@ fn edges_are_right_or_refused_in_the_device_interpreter() {
                         wrong.push(format!("{name}: says {e}"));
                     }
                 }
-                (Ok(_), Expect::Refused(words)) => wrong.push(format!("{name}: not refused: {words}")),
+                (Ok(_), Expect::Refused(words)) => {
+                    wrong.push(format!("{name}: not refused: {words}"))
+                }
+                (_, Expect::TooLarge(_)) => {}
                 (Err(e), Expect::Right) => wrong.push(format!("{name}: {e} {:?}", e.notes())),
             }
             if precision != Precision::F32 {

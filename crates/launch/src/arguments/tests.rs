@@ -246,3 +246,44 @@ fn tensors_may_run_backwards_within_their_operand() {
     let maps = bound(63 * 64, &schedule).unwrap_err();
     assert!(maps.message().contains("axis 0 of C runs backwards"), "{maps:?}");
 }
+
+/// A copy of a row, and its sum.
+fn copied_and_summed(extent: Dim) -> tilewright_tile::Kernel {
+    let mut k = tilewright_tile::KernelBuilder::new("copied");
+    let range = tilewright_layout::Range { min: 0, max: i32::MAX.into() };
+    k.symbol(tilewright_layout::Symbol { name: "N".into(), range });
+    let row = tilewright_layout::Layout::row_major(std::slice::from_ref(&extent));
+    let one = tilewright_layout::Layout::row_major(&[Dim::new(1)]);
+    let x = k.param("x", DType::F32, row.clone(), Access::In);
+    let y = k.param("y", DType::F32, row, Access::Out);
+    let s = k.param("s", DType::F32, one, Access::Out);
+    let tile = k.tile("BN");
+    k.grid("p", Dim::new(1));
+    let t = k.load(x, vec![Dim::new(0)], vec![tile]);
+    k.store(y, vec![Dim::new(0)], t);
+    let sum = k.reduce(tilewright_tile::ReduceKind::Sum, t, 0, Some(extent));
+    let sum = k.reshape(sum, vec![Dim::new(1)]);
+    k.store(s, vec![Dim::new(0)], sum);
+    k.finish()
+}
+
+#[test]
+fn a_sum_of_nothing_is_written_beside_a_row_of_nothing() {
+    let kernel = copied_and_summed(Dim::sym("N"));
+    let schedule = GpuSchedule::lines_for(&kernel, tilewright_device::Arch::Sm90a, &|_| Some(64));
+    let program = lower(&kernel, &schedule.unwrap().unwrap()).unwrap();
+    for n in [0, 64] {
+        let bound = bind(&program, &sizes(&[("N", n)]), &at(&[0x1000, 0x2000, 0x3000])).unwrap();
+        assert_eq!(bound.items, 1, "{n}");
+    }
+}
+
+#[test]
+fn an_axis_of_more_than_31_bits_is_refused_by_name() {
+    let kernel = copied_and_summed(Dim::new(3 << 30));
+    let schedule = GpuSchedule::lines_for(&kernel, tilewright_device::Arch::Sm90a, &|_| Some(64));
+    let program = lower(&kernel, &schedule.unwrap().unwrap()).unwrap();
+    let error = bind(&program, &sizes(&[("N", 1)]), &at(&[0x1000, 0x2000, 0x3000])).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.message().contains("3221225472 elements along one axis"), "{error:?}");
+}

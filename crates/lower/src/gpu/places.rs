@@ -379,8 +379,7 @@ impl Lowering<'_> {
         let first = k.b.reshape(first, plane.clone());
         let position = k.b.iota(DType::I64, 0, start[axis].clone(), vec![len[axis].clone()]);
         let turn = k.fresh("turn");
-        let (turn, carried) =
-            k.b.begin_for(&turn, Dim::new(0), index[axis].clone(), &[first]);
+        let (turn, carried) = k.b.begin_for(&turn, Dim::new(0), index[axis].clone(), &[first]);
         let (mut at, mut line) = (start.clone(), len.clone());
         (at[axis], line[axis]) = (turn, Dim::new(1));
         // Outside the updates nothing is meant: no index is as low.
@@ -460,7 +459,9 @@ impl Lowering<'_> {
             row = f.f.op(ExprOp::Select, &[inside, row, nowhere]);
         }
         let row = match depth {
-            0 => k.b.full(Value::Int(0), tilewright_tile::TileType::new(DType::I64, vec![one.clone()])),
+            0 => k
+                .b
+                .full(Value::Int(0), tilewright_tile::TileType::new(DType::I64, vec![one.clone()])),
             _ => f.finish(&mut k, row, vec![one.clone()]),
         };
         let update = k.b.load(updates, vec![turn, col0], vec![one, bn.clone()]);
