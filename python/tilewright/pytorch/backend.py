@@ -150,7 +150,7 @@ class Compiled:
         self.module = module
         self.groups = groups
         self.reasons = reasons
-        # What AOTAutograd calls: one list, which the callee empties.
+        # What AOTAutograd calls.
         self.run = cached.boxed(module)
 
 
@@ -192,6 +192,8 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
 def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:
     """The graph with a call in place of each group's nodes. Groups run as soon as what they read is there."""
     new, copies = fx.Graph(), {}
+    # One list of arguments, which the function empties.
+    new.set_codegen(fx.graph._BoxedCodeGen())
     sizes: dict[str, fx.Node] = {}
     waiting = []
     for number, group in enumerate(groups):

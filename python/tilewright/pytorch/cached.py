@@ -83,12 +83,10 @@ class Code(OutputCode):
 
 
 def boxed(function):
-    """The form in which AOTAutograd calls: one list, which the callee empties."""
+    """A function of one list, which it empties, so that memory is free as soon as nothing reads it."""
 
     def run(args):
-        values = list(args)
-        args.clear()
-        return function(*values)
+        return function(args if isinstance(args, list) else list(args))
 
     run._boxed_call = True
     return run
