@@ -286,7 +286,9 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     settings = Settings.of(options, example_inputs)
     records = mode == "reduce-overhead" and settings.device.type == "cuda"
 
-    keeps = settings.cache and not OBSERVERS
+    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+    # Those who observe want graphs with their nodes; known weights are not kept.
+    keeps = settings.cache and not OBSERVERS and (trains or not settings.freeze)
 
     def compiled(graph_module, kind, static, fixed):
         made = compile_fx(graph_module, kind, static, settings)
@@ -305,7 +307,6 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     def form(compile_graph):
         return cached.compiler(compile_graph) if keeps else compile_graph
 
-    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     compiler = aot_autograd(
         fw_compiler=form(forward),
         bw_compiler=form(backward),
