@@ -4,8 +4,7 @@
     gpu/torch_bench.py --out FOLDER [--warm] [--peers eager default reduce-overhead max-autotune] [CASE...]
 
 A case is a model of transformers or torchvision with random weights in bf16, in inference (`bert`, `gpt2`, `vit`, `llama`,
-`resnet50`), forward and backward (`bert-train`, ...), or those and an optimizer (`bert-step`, ...: PyTorch's fused AdamW on all
-sides). A side is `eager`, `tilewright`, `tilewright-graphs` (its mode `reduce-overhead`), or a mode of Inductor. Measured is the time between two events around
+`resnet50`), or forward and backward (`bert-train`, ...; `--step`: also with PyTorch's fused AdamW behind it, on all sides). A side is `eager`, `tilewright`, `tilewright-graphs` (its mode `reduce-overhead`), or a mode of Inductor. Measured is the time between two events around
 --calls calls, in rounds that alternate; the median of the rounds counts, and ratios are taken within rounds. First calls are
 timed apart: that is compilation. The host's time is that of putting calls into the stream. `--kernels N` lists the N kernels that
 take most of a call, as PyTorch's profiler sees them; `--dropout` leaves models their dropout. Results are compared with eager float32 without TF32, relative to the norm. `--warm`
@@ -13,8 +12,11 @@ compiles everything and measures nothing (Inductor keeps what it compiled below 
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
+import fcntl
+import gc
 import json
 import os
 import pathlib
@@ -28,6 +30,7 @@ import transformers
 
 import tilewright  # noqa: F401
 from tilewright.pytorch import backend
+from tilewright.pytorch.group import Group
 
 transformers.logging.set_verbosity_error()
 LLAMA = dict(
@@ -83,9 +86,9 @@ def first(result):
 class Arm:
     """One side: a function to call, and how long its first call took."""
 
-    def __init__(self, name, model, arguments, named, trains, steps):
+    def __init__(self, name, model, arguments, named, trains):
         self.name, self.model, self.arguments, self.named, self.trains = name, model, arguments, named, trains
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if steps else None
+        self.optimizer, self.groups = None, []
         self.recorded = name in ("tilewright-graphs", "reduce-overhead", "max-autotune")
         mode = {} if name == "default" else {"mode": name}
         if name == "eager":
@@ -157,9 +160,8 @@ def distance(found, exact):
 
 def measure(name, args):
     torch.manual_seed(0)
-    steps = name.endswith("-step")
-    trains = steps or name.endswith("-train")
-    model, arguments, named = CASES[name.removesuffix("-train").removesuffix("-step")](args.layers)
+    trains = name.endswith("-train")
+    model, arguments, named = CASES[name.removesuffix("-train")](args.layers)
     model = model.cuda().train(trains)
     for module in [] if args.dropout else model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -179,22 +181,52 @@ def measure(name, args):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         side = copy.deepcopy(model) if trains else model
+        # Who observes gets graphs that are traced again; without, what was kept is used.
         seen = []
-        backend.OBSERVERS[:] = [seen.append]
-        arm = Arm(peer, side, arguments, named, trains, steps)
+        backend.OBSERVERS[:] = [seen.append] if args.left else []
+        arm = Arm(peer, side, arguments, named, trains)
         # With gradients where it trains: that is compiled already.
         with torch.set_grad_enabled(trains):
-            error = float("nan") if args.dropout or steps else distance(first(arm.run(*arguments, **named)).detach(), exact)
+            error = float("nan") if args.dropout else distance(first(arm.run(*arguments, **named)).detach(), exact)
         left = sorted({str(n.target) for g in seen for n in g.reasons if "getitem" not in str(n.target)})
-        failed = [g.failure.splitlines()[0] for s in seen for g in s.groups if g.failure]
+        known = {id(g) for a in arms for g in a.groups}
+        arm.groups = [g for g in gc.get_objects() if type(g) is Group and g.program is not None or type(g) is Group and g.failure]
+        arm.groups = [g for g in arm.groups if id(g) not in known] if peer.startswith("tilewright") else []
+        failed = [g.failure.splitlines()[0] for g in arm.groups if g.failure]
+        own = sum(g.compile_seconds for g in arm.groups)
         rows.append({
-            "case": name, "side": peer, "first_s": arm.first_seconds, "error": error,
+            "case": name, "side": peer, "first_s": arm.first_seconds, "groups": len(arm.groups), "plans_s": own, "error": error,
             "peak_bytes": torch.cuda.max_memory_allocated(), "left_to_pytorch": left, "failed_groups": failed,
         })
         arms.append(arm)
-        print(f"   {name} {peer}: first call {arm.first_seconds:.1f} s, error {error:.1e} {left} {failed}", flush=True)
+        print(f"   {name} {peer}: first call {arm.first_seconds:.1f} s ({len(arm.groups)} groups, plans {own:.1f} s), error {error:.1e} {left} {failed}", flush=True)
     if args.warm:
         return []
+    with alone(args.lock):
+        timed(name, rows, arms, args, "us")
+        if args.step:
+            for arm in arms:
+                arm.optimizer = torch.optim.AdamW(arm.model.parameters(), lr=1e-6, fused=True)
+            timed(f"{name} and optimizer", rows, arms, args, "step_us")
+            for arm in arms:
+                arm.optimizer = None
+        listed(name, rows, arms, args)
+    return rows
+
+
+@contextlib.contextmanager
+def alone(lock):
+    """While nobody else holds this file: for several processes that compile beside each other."""
+    if lock is None:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def timed(name, rows, arms, args, key):
+    """Times of all arms in turns, into their rows."""
     for arm in arms:
         for _ in range(3):
             arm.call()
@@ -205,22 +237,25 @@ def measure(name, args):
             times[arm.name].append(arm.microseconds(args.calls))
     for row, arm in zip(rows, arms):
         mine = times[row["side"]]
-        row["us"] = statistics.median(mine)
-        row["host_us"] = arm.host_microseconds(args.calls)
-        said = f"{name:<12} {row['side']:<18} {row['us']:>10.1f} us, host {row['host_us']:>8.1f} us"
+        row[key] = statistics.median(mine)
+        row[f"host_{key}"] = arm.host_microseconds(args.calls)
+        said = f"{name:<12} {row['side']:<18} {row[key]:>10.1f} us, host {row[f'host_{key}']:>8.1f} us"
         for side in args.ours:
             ratios = sorted(t / m for t, m in zip(times[side], mine))
-            row[f"{side}_over_this"] = statistics.median(ratios)
-            said += f"   {side}/this {row[f'{side}_over_this']:.3f}"
+            row[f"{key}_{side}_over_this"] = statistics.median(ratios)
+            said += f"   {side}/this {statistics.median(ratios):.3f}"
         print(said, flush=True)
+
+
+def listed(name, rows, arms, args):
+    """The kernels of a call, where they are asked for."""
     for row, arm in zip(rows, arms):
         if args.kernels:
-            listed, total, count = arm.kernels(args.kernels)
-            row["kernels"], row["kernel_us"] = listed, total
+            longest, total, count = arm.kernels(args.kernels)
+            row["kernels"], row["kernel_us"] = longest, total
             print(f"   {name} {row['side']}: {count} kernels, {total:.0f} us", flush=True)
-            for kernel, times_run, us in listed:
+            for kernel, times_run, us in longest:
                 print(f"      {us:>9.1f} us {times_run:>5} x  {kernel[:110]}", flush=True)
-    return rows
 
 
 def main():
@@ -230,6 +265,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--kernels", type=int, default=0)
+    parser.add_argument("--step", action="store_true", help="also with an optimizer behind each call")
+    parser.add_argument("--left", action="store_true", help="list the operators that are left to PyTorch")
+    parser.add_argument("--lock", help="a file that is held while it measures")
     parser.add_argument("--layers", type=int, default=0, help="of transformers, instead of the model's own number")
     parser.add_argument("--dropout", action="store_true")
     parser.add_argument("--ours", nargs="*", default=["tilewright"])

@@ -156,6 +156,28 @@ def dropout_drops_as_often_as_it_should():
         assert torch.equal(compiled(draw)(seed), draw(seed)), shape
 
 
+def gradients_of_halves_are_side_by_side():
+    torch.manual_seed(0)
+    x, sin, w = torch.randn(2, 6, 10, requires_grad=True), torch.randn(6, 10), torch.randn(2, 6, 10)
+
+    def turned(x):
+        return x * sin.cos() + torch.cat((-x[..., 5:], x[..., :5]), -1) * sin
+
+    def thirds(x):
+        return torch.cat((x[..., 6:].exp(), x[..., :3] * 2, x[..., 3:6]), -1)
+
+    def overlapping(x):
+        return torch.cat((x[..., :6], x[..., 6:], x[..., 4:8]), -1)[..., :10]
+
+    for function, joins in ((turned, True), (thirds, True), (overlapping, False)):
+        (expected,) = torch.autograd.grad((function(x) * w).sum(), x)
+        with graphs() as seen:
+            (found,) = torch.autograd.grad((compiled(function)(x) * w).sum(), x)
+        torch.testing.assert_close(found, expected)
+        targets = [str(n.target) for s in seen if s.kind == "backward" for g in s.groups for n in g.nodes]
+        assert ("aten.cat.default" in targets) is joins and (joins is False or "aten.slice_scatter.default" not in targets), targets
+
+
 def compiled_graphs_are_kept_for_the_next_process():
     from torch._dynamo.utils import counters
 
@@ -378,6 +400,7 @@ if __name__ == "__main__":
             random_numbers_are_those_of_eager_where_it_is_asked_for,
             dropout_follows_the_seed_and_fuses,
             dropout_drops_as_often_as_it_should,
+            gradients_of_halves_are_side_by_side,
             compiled_graphs_are_kept_for_the_next_process,
             inputs_and_views_are_written_as_in_eager,
             results_have_the_strides_of_eager,

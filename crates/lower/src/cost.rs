@@ -129,7 +129,31 @@ pub(crate) fn estimate_ns(s: &Survey<'_>, group: &Group) -> f64 {
     let compute = arithmetic(s, group, &walks) / s.target.flops_per_second / busy;
     let memory = traffic(s, group, &walks) / busy.sqrt();
     let (long, short) = (compute.max(memory), compute.min(memory));
-    (long + NOT_HIDDEN * short) * 1e9 + s.target.launch_ns
+    (long + NOT_HIDDEN * short) * 1e9 + s.target.launch_ns + apart_ns(s, group)
+}
+
+/// What a product costs beside its kernel where that cannot hold its epilogue, in nanoseconds. On a GPU it stores one result and
+/// reads one other tensor of its size; with more, sums go through memory in 32 bits, to a kernel for the rest.
+fn apart_ns(s: &Survey<'_>, group: &Group) -> f64 {
+    if !s.gpu || group.anchor != Anchor::Contract {
+        return 0.0;
+    }
+    let mut nodes = group.nodes.iter().map(|&n| &s.graph.nodes[n]);
+    let Some(product) = nodes.find(|n| matches!(n.op, Op::Contract { .. })) else { return 0.0 };
+    let elements = s.elements(product.outputs[0]);
+    let mut read = BTreeSet::new();
+    for &n in &group.nodes {
+        let node = &s.graph.nodes[n];
+        if !matches!(node.op, Op::Map(_)) {
+            continue;
+        }
+        let outside = node.inputs.iter().map(|&v| s.seen(v).0);
+        read.extend(outside.filter(|v| !group.vals.contains_key(v) && s.elements(*v) >= elements));
+    }
+    if group.outputs.len() <= 1 && read.len() <= 1 {
+        return 0.0;
+    }
+    copy_ns(s.target, 2.0 * 4.0 * elements)
 }
 
 /// Estimated time of a copy of this many bytes, read and written, in nanoseconds.

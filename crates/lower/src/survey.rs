@@ -24,6 +24,8 @@ pub(crate) struct Survey<'a> {
     asked: Vec<bool>,
     /// Whether kernels may compute operands of products.
     pub(crate) prologues: bool,
+    /// Whether kernels are those of a GPU.
+    pub(crate) gpu: bool,
     /// Bytes of all constants together.
     pub(crate) constant_bytes: f64,
 }
@@ -74,6 +76,7 @@ impl<'a> Survey<'a> {
             constant,
             asked,
             prologues: device == Device::Cpu,
+            gpu: device == Device::Gpu,
             constant_bytes,
         }
     }

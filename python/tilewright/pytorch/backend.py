@@ -26,7 +26,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from . import attentions, cached, graphs, losses, norms, randoms
+from . import attentions, cached, graphs, joins, losses, norms, randoms
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -150,7 +150,7 @@ class Compiled:
         self.module = module
         self.groups = groups
         self.reasons = reasons
-        # What AOTAutograd calls: one list, which the callee empties.
+        # What AOTAutograd calls.
         self.run = cached.boxed(module)
 
 
@@ -166,6 +166,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     """
     graph = gm.graph
     randoms.drawn_together(gm)
+    joins.join_parts(gm)
     known = {**ranges(graph), **(bounds or {})}
     division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")
@@ -192,6 +193,8 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
 def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:
     """The graph with a call in place of each group's nodes. Groups run as soon as what they read is there."""
     new, copies = fx.Graph(), {}
+    # One list of arguments, which the function empties.
+    new.set_codegen(fx.graph._BoxedCodeGen())
     sizes: dict[str, fx.Node] = {}
     waiting = []
     for number, group in enumerate(groups):
@@ -283,7 +286,9 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     settings = Settings.of(options, example_inputs)
     records = mode == "reduce-overhead" and settings.device.type == "cuda"
 
-    keeps = settings.cache and not OBSERVERS
+    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+    # Those who observe want graphs with their nodes; known weights are not kept.
+    keeps = settings.cache and not OBSERVERS and (trains or not settings.freeze)
 
     def compiled(graph_module, kind, static, fixed):
         made = compile_fx(graph_module, kind, static, settings)
@@ -302,7 +307,6 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     def form(compile_graph):
         return cached.compiler(compile_graph) if keeps else compile_graph
 
-    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     compiler = aot_autograd(
         fw_compiler=form(forward),
         bw_compiler=form(backward),

@@ -17,6 +17,7 @@ import hashlib
 import pathlib
 
 import torch
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from torch._inductor.output_code import OutputCode
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
@@ -56,8 +57,6 @@ class Code(OutputCode):
         return self.run(inputs)
 
     def __getstate__(self):
-        if not self.keeps:
-            raise NotImplementedError("a graph that is not kept")
         state = {**self.__dict__, "run": None, "module": None}
         if self.module is not None:
             code = self.module.graph.python_code("self")
@@ -67,7 +66,9 @@ class Code(OutputCode):
         return state
 
     def prepare_for_serialization(self) -> None:
-        """Nothing to do: `__getstate__` leaves out what is made again."""
+        """`__getstate__` leaves out what is made again."""
+        if not self.keeps:
+            raise BypassAOTAutogradCache("a graph of tilewright with sizes as symbols, or weights as known data")
 
     def post_compile(self, example_inputs, constants, graph_kwargs) -> None:
         """After it was read from the cache."""
@@ -83,12 +84,10 @@ class Code(OutputCode):
 
 
 def boxed(function):
-    """The form in which AOTAutograd calls: one list, which the callee empties."""
+    """A function of one list, which it empties, so that memory is free as soon as nothing reads it."""
 
     def run(args):
-        values = list(args)
-        args.clear()
-        return function(*values)
+        return function(args if isinstance(args, list) else list(args))
 
     run._boxed_call = True
     return run

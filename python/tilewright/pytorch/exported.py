@@ -21,7 +21,7 @@ class CompiledProgram:
             raise TypeError(f"compile takes what torch.export.export gives, not {type(program).__name__}")
         state = [*program.state_dict.values(), *program.constants.values()]
         settings = backend.Settings.of(options, state)
-        program = program.run_decompositions(backend.decompositions())
+        program = program.run_decompositions(backend.decompositions(eager_random=True))
         self._program = program
         signature = program.graph_signature
         written = {s.target for s in signature.output_specs if s.kind is OutputKind.BUFFER_MUTATION}
@@ -44,7 +44,7 @@ class CompiledProgram:
         user = iter(checked)
         values = [next(user) if s.kind is InputKind.USER_INPUT else self._state[i] for i, s in enumerate(self._inputs)]
         with torch.no_grad():
-            results = self._compiled.module(*values)
+            results = self._compiled.run(list(values))
         returned = []
         for spec, result in zip(self._outputs, results):
             if spec.kind is OutputKind.BUFFER_MUTATION:

@@ -64,6 +64,9 @@ ATTENTION = {
 # Why the operator pack's kernels are in no group.
 PACKED = "a kernel of the operator pack"
 
+# Tensors of one number, which are made where they are read.
+FILLS = {aten.full.default, aten.scalar_tensor.default}
+
 # Operators that a group is not worth on their own: less than a copy's work.
 TRIVIAL = VIEWS | {aten.clone.default, aten.lift_fresh_copy.default, aten.full.default, aten.scalar_tensor.default}
 
@@ -128,12 +131,13 @@ def divide(graph: fx.Graph, device: torch.device, known) -> Division:
 
 
 def views_of_others(graph: fx.Graph, ours: set[fx.Node]) -> set[fx.Node]:
-    """Our views whose tensors are not ours: arguments, PyTorch's results, or other such views."""
+    """Our views whose tensors are not ours (arguments, PyTorch's results, or other such views), and tensors of one number."""
     free: set[fx.Node] = set()
     for node in graph.nodes:
-        single = node in ours and node.target in VIEWS and isinstance(node.meta["val"], torch.Tensor)
+        single = node in ours and isinstance(node.meta["val"], torch.Tensor)
         before = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if single and before and all(n not in ours or n in free for n in before):
+        view = node.target in VIEWS and before and all(n not in ours or n in free for n in before)
+        if single and (view or (node.target in FILLS and not before)):
             free.add(node)
     return free
 
