@@ -46,7 +46,10 @@ fn hides_later(mask: &Tensor, rows: usize, keys: usize) -> bool {
         return false;
     };
     let truth = mask.dtype() == DType::Bool;
-    if *matrix != [rows, keys] || outer.iter().any(|&d| d != 1) || !(truth || mask.dtype().is_float()) {
+    if *matrix != [rows, keys]
+        || outer.iter().any(|&d| d != 1)
+        || !(truth || mask.dtype().is_float())
+    {
         return false;
     }
     (0..rows * keys).all(|at| {
