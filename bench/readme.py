@@ -31,6 +31,11 @@ TITLES = {
     "bert_base": "BERT-base, sequence 128",
     "mobilenetv3": "MobileNetV3-Large",
     "resnet50": "ResNet-50",
+    "efficientnet_b0": "EfficientNet-B0",
+    "vit_b": "ViT-B/16",
+    "bert_base_384": "BERT-base, 384 tokens",
+    "gpt2": "GPT-2, 512 tokens",
+    "sgemm2048": "SGEMM 2048",
 }
 
 

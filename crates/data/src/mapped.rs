@@ -2,7 +2,7 @@
 
 use memmap2::Mmap;
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
@@ -25,6 +25,25 @@ impl MappedFile {
         // price of not copying them.
         let map = unsafe { Mmap::map(&file) }.map_err(cannot)?;
         Ok(Arc::new(MappedFile(map)))
+    }
+
+    /// Says that these bytes will not be read for now: the system may take their memory, and gets them from the
+    /// file again when they are. Bytes beyond the file's end are nobody's.
+    pub(crate) fn let_go(&self, range: Range<usize>) {
+        let end = range.end.min(self.0.len());
+        let Some(len) = end.checked_sub(range.start).filter(|len| *len > 0) else { return };
+        #[cfg(target_os = "linux")]
+        {
+            // SAFETY: the map is of a file and read-only, so its pages hold nothing that the file does not: a
+            // page that goes comes back as it was. The range lies inside the map.
+            let advised = unsafe {
+                self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, len)
+            };
+            // It may refuse, and nothing depends on it.
+            let _ = advised;
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = len;
     }
 }
 

@@ -30,6 +30,13 @@ pub enum Bytes {
 }
 
 impl Bytes {
+    /// Says that the bytes will not be read for now: of a mapped file they need not stay in memory.
+    pub fn let_go(&self) {
+        if let Bytes::Mapped(file, range) = self {
+            file.let_go(range.clone());
+        }
+    }
+
     /// Copies `bytes` into an aligned owned buffer.
     pub fn copy_from(bytes: &[u8]) -> Bytes {
         let mut lines = vec![Line([0; 8]); bytes.len().div_ceil(LINE_BYTES)];

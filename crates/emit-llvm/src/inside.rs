@@ -200,9 +200,8 @@ impl Emitter<'_> {
         self.c.t.place(&inside);
         let holds = |e: &Self, x: &Dim| -> Vec<(Dim, Dim)> {
             let here = |s: &str| (s == &*slow).then(|| x.clone());
-            let moved = |(x, extent): &(Dim, Dim)| {
-                (e.facts.simplify(&x.substitute(&here)), extent.clone())
-            };
+            let moved =
+                |(x, extent): &(Dim, Dim)| (e.facts.simplify(&x.substitute(&here)), extent.clone());
             guards.iter().map(moved).collect()
         };
         self.side_by_side(axis, [&a, &b], &count, &holds, body)?;

@@ -38,6 +38,7 @@ impl Emitter<'_> {
     }
 
     /// Evaluates a tile at `coords`, and at the neighbours that belong to this turn, and hands each to `store`.
+    #[allow(clippy::type_complexity, reason = "what is done with one element")]
     pub(crate) fn each_neighbour(
         &mut self,
         tile: TileId,
@@ -139,6 +140,7 @@ impl Emitter<'_> {
 
     /// The iterations `from..to` of a loop over `0..count`, as many at once as the knobs say, the rest one by one.
     /// `assumed` gives what holds in the iteration that it is given.
+    #[allow(clippy::type_complexity, reason = "facts as the emitter keeps them")]
     pub(crate) fn side_by_side(
         &mut self,
         axis: usize,
@@ -162,6 +164,7 @@ impl Emitter<'_> {
     }
 
     /// A loop over `from..to` with so many iterations in each turn.
+    #[allow(clippy::type_complexity, reason = "facts as the emitter keeps them")]
     fn turns(
         &mut self,
         together: Option<(usize, i64)>,

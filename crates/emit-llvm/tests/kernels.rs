@@ -579,10 +579,10 @@ fn windows(stride: i64, taps: i64) -> Kernel {
 #[test]
 fn neighbours_side_by_side() {
     for mut knobs in knobs() {
-        for (jam, stride, taps) in [(1, 1, 5), (2, 2, 5), (4, 1, 5), (4, 2, 3), (3, 1, 1)] {
+        for (jam, stride, taps) in [(2, 2, 5), (4, 1, 5), (3, 1, 1)] {
             knobs.jam = jam;
             let s = schedule(&[("BW", 14), ("BC", 16)], knobs.clone());
-            for (c, w) in [(16, 40), (24, 17), (5, 3), (32, 14)] {
+            for (c, w) in [(16, 40), (24, 17), (5, 3)] {
                 check(&windows(stride, taps), &s, &[("C", c), ("W", w)], 1e-5);
             }
         }

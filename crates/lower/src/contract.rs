@@ -246,8 +246,7 @@ impl Lowering<'_> {
         }
         self.views.push(format!("taken: copy {name} {to}: {} instead of {}", times[0], times[1]));
         let layout = if gathered {
-            let order: Vec<usize> =
-                (0..shape.len()).filter(|&a| a != near).chain([near]).collect();
+            let order: Vec<usize> = (0..shape.len()).filter(|&a| a != near).chain([near]).collect();
             let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
             Layout::row_major(&permuted).permute(&inverse(&order))
         } else {
@@ -394,9 +393,8 @@ impl Lowering<'_> {
             let near = canon[units + 1].iter().map(|&a| &l.axes[a]).find(|a| a.stride.is(1));
             near.is_some_and(|a| a.block.is_none()) && block_of(&[l], &canon[units + 1]).is_none()
         };
-        let loose = computed[1].is_none()
-            && knobs.unit == MatrixUnit::Fma
-            && in_rows(&sides[1].layout);
+        let loose =
+            computed[1].is_none() && knobs.unit == MatrixUnit::Fma && in_rows(&sides[1].layout);
         let how = match (computed[0].is_some(), loose) {
             (true, _) => How::LeftComputed,
             (false, true) => How::RightLoose,

@@ -1,7 +1,7 @@
 //! Convolution. Five ways, by shape:
 //!
 //! * one tap without padding: a contraction over channels ([`Product`]), spatial axes merged;
-//! * 3x3 with steps of one, where fewer multiplications are estimated to pay: the module `winograd`;
+//! * 3x3 with steps of one, where fewer multiplications pay: the module `winograd`;
 //! * depthwise: taps multiplied and added elementwise, channels as the vector axis;
 //! * few input channels: all taps of a tile are one long sum. The data is padded once, with the
 //!   channels of a row of the image next to each other (`[N, H, C, W]`), and read through a view in

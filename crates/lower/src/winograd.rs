@@ -27,7 +27,6 @@ use crate::place::Place;
 use crate::rows::func;
 use crate::schedule::{even, panel_for, round_up};
 use crate::taps::{Geometry, Stand};
-use crate::target::CpuTarget;
 use crate::views::{broadcast_axis, is_broadcast};
 use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
@@ -61,11 +60,15 @@ const TWO: Form = Form {
 /// All forms.
 const FORMS: [&Form; 1] = [&TWO];
 
-/// Part of the multiply-add peak that products reach here: their sums run over channels alone.
-const PRODUCT_SHARE: f64 = 0.8;
+/// Channels on both sides, at least: the sums of the products are as long.
+const CHANNELS: i64 = 32;
 
-/// Part of the multiply-add peak that the definition reaches.
-const PLAIN_SHARE: f64 = 0.9;
+/// Tiles, at least: so often each transformed weight is used, and there are more of them than of the weights.
+const TILES: i64 = 32;
+
+/// Flops of the convolution by its definition, at least: 70 us of two threads of a Zen 4, where two more launches and
+/// the passes of the transforms are paid for.
+const FLOPS: i64 = 16_000_000;
 
 impl Form {
     /// Outputs of a tile along one axis.
@@ -78,52 +81,63 @@ impl Form {
         self.data.len() as i64
     }
 
-    /// Estimated nanoseconds that this form saves for a result of `[n, o, h, w]` from `c` channels.
-    fn saved_ns(&self, target: &CpuTarget, [n, o, h, w, c]: [i64; 5]) -> f64 {
-        let (t, m) = (self.points(), self.outputs());
-        let tiles = (n * (h / m) * (w / m)) as f64;
-        let points = (t * t) as f64;
-        let (o, c, results) = (o as f64, c as f64, (n * h * w) as f64);
-        let peak = target.flops_per_second;
-        // Each transform loads a vector for each coefficient, about as dear as two multiply-adds.
-        let terms = |rows: &[&[f64]]| {
-            let used = rows.iter().flat_map(|r| r.iter()).filter(|x| **x != 0.0).count() as f64;
-            used * used
-        };
-        let transforms = tiles * 4.0 * (c * terms(self.data) + o * terms(self.result));
-        let products = 2.0 * points * tiles * c * o;
-        let moved = points * tiles * (c + o) * 4.0;
-        let weights = (points - 9.0) * c * o * 4.0;
-        let here = (products / PRODUCT_SHARE + transforms) / peak * 1e9
-            + cost::copy_ns(target, 2.0 * moved)
-            + target.launch_ns
-            + weights / target.bytes_per_second * 1e9;
-        2.0 * 9.0 * results * c * o / PLAIN_SHARE / peak * 1e9 - here
+    /// Whether this form is faster than the definition for a result of `[n, o, h, w]` from `c` channels, on a machine with a
+    /// last-level cache of so many bytes: what goes through memory between the kernels takes half of it at most.
+    ///
+    /// Sums have another order here. So this depends on sizes and caches only, not on measured rates or on the number of
+    /// threads, and results do not either.
+    fn pays(&self, l3_bytes: i64, [n, o, h, w, c]: [i64; 5]) -> bool {
+        let m = self.outputs();
+        let tiles = n * (h / m) * (w / m);
+        let between = self.points() * self.points() * tiles * (c + o) * 4;
+        o.min(c) >= CHANNELS
+            && tiles >= TILES
+            && 2 * 9 * (n * h * w) * c * o >= FLOPS
+            && 2 * between <= l3_bytes
     }
 
-    /// The transformed weights `[t*t, ceil(O / width), C, width]` of `[O, C, 3, 3]`.
+    /// The transformed weights `[t*t, ceil(O / width), C, width]` of `[O, C, 3, 3]`: all outputs of a panel at once.
     fn transformed(&self, w: &[f32], [o, c]: [usize; 2], width: usize) -> Vec<f32> {
         let t = self.weights.len();
         let panels = o.div_ceil(width);
         let mut all = vec![0.0f32; t * t * panels * c * width];
-        for (i, taps) in w.chunks_exact(9).enumerate() {
-            let (out, channel) = (i / c, i % c);
-            for (p, row) in self.weights.iter().enumerate() {
-                // One row of `G * weights`.
-                let mut mixed = [0.0f64; 3];
-                for (weight, line) in row.iter().zip(taps.chunks_exact(3)) {
-                    for (sum, tap) in mixed.iter_mut().zip(line) {
-                        *sum += weight * f64::from(*tap);
+        for panel in 0..panels {
+            let mut taps = vec![0.0f64; 9 * width];
+            let outputs = width.min(o - panel * width);
+            for channel in 0..c {
+                for i in 0..outputs {
+                    let at = ((panel * width + i) * c + channel) * 9;
+                    for (tap, value) in w[at..at + 9].iter().enumerate() {
+                        taps[tap * width + i] = f64::from(*value);
                     }
                 }
-                for (q, row) in self.weights.iter().enumerate() {
-                    let value: f64 = row.iter().zip(&mixed).map(|(a, b)| a * b).sum();
-                    let panel = (p * t + q) * panels + out / width;
-                    all[(panel * c + channel) * width + out % width] = value as f32;
+                let tap = |row: usize, column: usize| {
+                    let at = (3 * row + column) * width;
+                    &taps[at..at + width]
+                };
+                for (p, row) in self.weights.iter().enumerate() {
+                    // One row of `G * weights`.
+                    let mut mixed = vec![0.0f64; 3 * width];
+                    for (j, line) in mixed.chunks_exact_mut(width).enumerate() {
+                        mix(row, [tap(0, j), tap(1, j), tap(2, j)], line, |x| x);
+                    }
+                    let lines = [0, 1, 2].map(|j| &mixed[j * width..(j + 1) * width]);
+                    for (q, row) in self.weights.iter().enumerate() {
+                        let at = (((p * t + q) * panels + panel) * c + channel) * width;
+                        let line = &mut all[at..at + width];
+                        mix(row, lines, line, |x| x as f32);
+                    }
                 }
             }
         }
         all
+    }
+}
+
+/// `factors[0] * x + factors[1] * y + factors[2] * z` of `[x, y, z]`, element by element.
+fn mix<T>(factors: &[f64; 3], [x, y, z]: [&[f64]; 3], to: &mut [T], last: impl Fn(f64) -> T) {
+    for (((to, x), y), z) in to.iter_mut().zip(x).zip(y).zip(z) {
+        *to = last(factors[0] * x + factors[1] * y + factors[2] * z);
     }
 }
 
@@ -189,7 +203,7 @@ pub(crate) struct Winograd {
 }
 
 impl Lowering<'_> {
-    /// The form to compute a convolution in, when it can be had and is estimated to be faster.
+    /// The form to compute a convolution in, when it can be had and is faster.
     pub(crate) fn winograd_form(&mut self, conv: &Conv<'_>, dag: &Dag) -> Result<Option<Winograd>> {
         let (graph, g) = (self.graph, &conv.geometry);
         let [x, w] = [conv.node.inputs[0], conv.node.inputs[1]];
@@ -208,10 +222,9 @@ impl Lowering<'_> {
         let (n, height, width) = (*n, *height, *width);
         let (o, c) = (conv.w[0], conv.w[1]);
         let sizes = [n, o, height, width, c];
-        let fits = |f: &&&Form| height % f.outputs() == 0 && width % f.outputs() == 0;
-        let saved = |f: &Form| f.saved_ns(self.target, sizes);
-        let best = FORMS.iter().filter(fits).max_by(|a, b| saved(a).total_cmp(&saved(b)));
-        let Some(form) = best.filter(|f| saved(f) > 0.0) else { return Ok(None) };
+        let even = |f: &Form| height % f.outputs() == 0 && width % f.outputs() == 0;
+        let pays = |f: &&Form| even(*f) && f.pays(self.target.l3_bytes, sizes);
+        let Some(form) = FORMS.into_iter().find(pays) else { return Ok(None) };
         // Whole vectors of channels on both sides, and an epilogue that can be split.
         let place = self.place(x)?;
         let data = block_of(&[&place.layout], &[1]);
@@ -386,8 +399,11 @@ impl Lowering<'_> {
         let [_, o, _, _, c] = how.sizes.map(|n| usize::try_from(n).unwrap_or(0));
         let panel = usize::try_from(width).unwrap_or(1);
         let v = conv.node.inputs[1];
-        let Some(w) = self.graph.as_const(v) else { return Err(Error::bug("weights to transform")) };
+        let Some(w) = self.graph.as_const(v) else {
+            return Err(Error::bug("weights to transform"));
+        };
         let values = how.form.transformed(w.as_slice::<f32>()?, [o, c], panel);
+        w.shared_bytes().let_go();
         let t = how.form.weights.len();
         let shape = [t * t, o.div_ceil(panel), c, panel];
         let tensor = Tensor::from_slice(&shape, &values)?;
@@ -519,11 +535,34 @@ mod tests {
         }
     }
 
+    /// Each transformed weight is `G * taps * G'`, where its panel says.
+    #[test]
+    fn weights_are_transformed_in_panels() {
+        let (o, c, width) = (5, 3, 4);
+        let w: Vec<f32> = (0..o * c * 9).map(|i| (i * i % 23) as f32 - 11.0).collect();
+        let all = TWO.transformed(&w, [o, c], width);
+        assert_eq!(all.len(), 16 * 2 * c * width);
+        for point in 0..16 {
+            let (down, across) = (TWO.weights[point / 4], TWO.weights[point % 4]);
+            for out in 0..2 * width {
+                for channel in 0..c {
+                    let at = ((point * 2 + out / width) * c + channel) * width + out % width;
+                    let taps =
+                        |i: usize| w.get((out * c + channel) * 9 + i).copied().unwrap_or(0.0);
+                    let want: f64 =
+                        (0..9).map(|i| down[i / 3] * across[i % 3] * f64::from(taps(i))).sum();
+                    let want = if out < o { want } else { 0.0 };
+                    assert!((f64::from(all[at]) - want).abs() < 1e-5, "{point} {out} {channel}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn it_pays_where_sums_are_long_and_weights_are_few() {
-        let target = CpuTarget { l3_bytes: 32 << 20, ..CpuTarget::avx512() };
-        assert!(TWO.saved_ns(&target, [1, 64, 56, 56, 64]) > 0.0);
-        assert!(TWO.saved_ns(&target, [1, 16, 8, 8, 16]) < 0.0);
-        assert!(TWO.saved_ns(&target, [1, 2048, 2, 2, 2048]) < 0.0);
+        let pays = |sizes| TWO.pays(32 << 20, sizes);
+        assert!(pays([1, 64, 56, 56, 64]) && pays([1, 256, 14, 14, 256]));
+        assert!(!pays([8, 64, 56, 56, 64]), "more than the cache holds");
+        assert!(!pays([1, 16, 112, 112, 16]) && !pays([1, 512, 8, 8, 512]));
     }
 }

@@ -56,11 +56,8 @@ pub fn split_reductions(graph: &mut Graph) -> Result<bool> {
                 1
             }
         };
-        let over = |axes: std::ops::Range<usize>| Op::Reduce {
-            kind,
-            axes: axes.collect(),
-            keep: false,
-        };
+        let over =
+            |axes: std::ops::Range<usize>| Op::Reduce { kind, axes: axes.collect(), keep: false };
         let parts = ed.op(over(cut..shape.len()), &[x])?;
         let whole = ed.op(over(0..cut), &[parts])?;
         Ok(Some(vec![ed.reshape(whole, &result)?]))

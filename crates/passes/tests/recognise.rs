@@ -297,13 +297,13 @@ fn causal_masks() {
             let mut b = GraphBuilder::new("t");
             let q = input(&mut b, "q", &[1, 2, 5, 4]);
             let [k, v] = ["k", "v"].map(|name| input(&mut b, name, &[1, 2, 7, 4]));
-            let mask = b.constant(mask);
+            let mask = b.constant("mask", mask);
             let s = b.contract("bhqd,bhkd->bhqk", q, k).unwrap();
             let s = text(&mut b, function, &[s, mask]);
             let p = b.op(Op::Softmax { axis: 3, log: false }, &[s]).unwrap();
             let y = b.contract("bhqk,bhke->bhqe", p, v).unwrap();
             b.output("y", y);
-            let g = apply(&b.finish(), &["recognise"]);
+            let g = apply(&b.finish(), &["recognise", "fold-recognised", "recognise"]);
             let causal = g.live().any(|(_, n)| matches!(&n.op, Op::Attention(a) if a.causal));
             assert_eq!(causal, spoiled.is_none(), "{function} {spoiled:?}");
         }

@@ -218,8 +218,11 @@ fn fill_constant(buffer: &Buffer, memory: &mut AlignedBuffer) -> Result<Option<F
     if buffer.layout.is_row_major() {
         return Ok(Some(Filled::Shared(tensor.shared_bytes().clone())));
     }
-    pack_into(tensor, &buffer.layout, memory)
-        .context(|| format!("packing `{}`", buffer.name))?;
+    pack_into(tensor, &buffer.layout, memory).context(|| format!("packing `{}`", buffer.name))?;
+    // The packed weights are what will be read.
+    if let Storage::Const(tensor) = &buffer.storage {
+        tensor.shared_bytes().let_go();
+    }
     Ok(Some(Filled::Packed))
 }
 

@@ -46,7 +46,10 @@ fn hides_later(mask: &Tensor, rows: usize, keys: usize) -> bool {
         return false;
     };
     let truth = mask.dtype() == DType::Bool;
-    if *matrix != [rows, keys] || outer.iter().any(|&d| d != 1) || !(truth || mask.dtype().is_float()) {
+    if *matrix != [rows, keys]
+        || outer.iter().any(|&d| d != 1)
+        || !(truth || mask.dtype().is_float())
+    {
         return false;
     }
     (0..rows * keys).all(|at| {
@@ -63,9 +66,13 @@ fn hides_later(mask: &Tensor, rows: usize, keys: usize) -> bool {
 /// A score function without its parameter `mask`, where that is only a mask: see the module's head.
 fn without(score: &Func, mask: usize) -> Option<Func> {
     let is_mask = |x: ExprId| matches!(score.node(x), Node::Param(p) if *p as usize == mask);
+    let number = |x: ExprId| match score.node(x) {
+        Node::Const(Value::Float(v)) => Some(*v),
+        _ => None,
+    };
     let hidden = |x: ExprId| match score.node(x) {
-        Node::Const(Value::Float(v)) => *v <= HIDDEN,
-        _ => false,
+        Node::Op(ExprOp::Neg, of) => number(of[0]).is_some_and(|v| -v <= HIDDEN),
+        _ => number(x).is_some_and(|v| v <= HIDDEN),
     };
     let Node::Op(op, args) = score.node(score.result()) else { return None };
     let rest = match (op, args.as_slice()) {
