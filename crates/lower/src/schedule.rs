@@ -253,7 +253,9 @@ pub(crate) fn gemm_tiles(
     computed: bool,
 ) -> GemmTiles {
     let (rows, panel) = (i64::from(knobs.mma_rows), panel(target));
-    let most = (target.l2_bytes / 8 / bytes / panel).clamp(64, 4096 / bytes);
+    // A step of tiles takes so little time that a panel must come from the first level.
+    let room = if knobs.unit.is_tile() { target.l1_bytes / 2 } else { target.l2_bytes / 8 };
+    let most = (room / bytes / panel).clamp(64, 4096 / bytes);
     let bk = even(k, most, depth_unit(knobs.unit));
     if m <= 4 {
         // A matrix times few vectors reads the matrix once: wide blocks, no blocking of rows.
