@@ -103,6 +103,9 @@ pub(crate) struct Micro {
 /// Depth from which on a panel is long enough to ask ahead in it.
 const AHEAD_FROM: i64 = 32;
 
+/// How many lengths of this piece a panel of 4-bit numbers is asked for ahead.
+const NIBBLES_AHEAD: i64 = 4;
+
 /// Bytes of a cache line.
 const LINE: i64 = 64;
 
@@ -763,7 +766,11 @@ fn micro_kernel(
     };
     let be = mem_elem(micro.b);
     let next = micro.ahead.then(|| {
-        let past = c.t.ins(format_args!("mul nsw i64 %depth, {}", text(&micro.b_depth)));
+        let mut past = c.t.ins(format_args!("mul nsw i64 %depth, {}", text(&micro.b_depth)));
+        if micro.b.bits() == 4 {
+            // A group of the depth is so short in memory that the next one would come too late.
+            past = c.t.ins(format_args!("mul nsw i64 {past}, {NIBBLES_AHEAD}"));
+        }
         c.t.ins(format_args!("getelementptr {be}, ptr %b, i64 {past}"))
     });
     let step = |c: &mut Code, k: &str, a: &str, b: &str, u: u32| {
@@ -795,7 +802,10 @@ fn micro_kernel(
         if let Some(next) = &next {
             let p = at(c, be, next, &micro.b_depth);
             let bytes = g.width * micro.kind.group() * i64::from(micro.b.bits()) / 8;
-            for line in 0..bytes / LINE {
+            // Rows that share a line ask for it once.
+            let shared = (LINE / bytes.max(1)).max(1);
+            let lines = if i64::from(u) % shared == 0 { (bytes / LINE).max(1) } else { 0 };
+            for line in 0..lines {
                 let p = c.t.ins(format_args!("getelementptr i8, ptr {p}, i64 {}", line * LINE));
                 // To read, into the second level, as data.
                 let args = [("ptr", p.as_str()), ("i32", "0"), ("i32", "2"), ("i32", "1")];
