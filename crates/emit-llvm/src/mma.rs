@@ -804,7 +804,11 @@ fn micro_kernel(
             let bytes = g.width * micro.kind.group() * i64::from(micro.b.bits()) / 8;
             // Rows that share a line ask for it once.
             let shared = (LINE / bytes.max(1)).max(1);
-            let lines = if i64::from(u) % shared == 0 { (bytes / LINE).max(1) } else { 0 };
+            let lines = match micro.b.bits() {
+                4 if i64::from(u) % shared == 0 => (bytes / LINE).max(1),
+                4 => 0,
+                _ => bytes / LINE,
+            };
             for line in 0..lines {
                 let p = c.t.ins(format_args!("getelementptr i8, ptr {p}, i64 {}", line * LINE));
                 // To read, into the second level, as data.
