@@ -13,7 +13,7 @@
 //! constants are packed with zeros, and copies made here write zeros too.
 
 use crate::emitter::{Buf, Emitter};
-use crate::mma::MicroKind;
+use crate::mma::{MicroKind, SHIFT};
 use crate::ops::{mem_elem, vector};
 use crate::stmts::ScratchType;
 use tilewright_base::{DType, Error, Result};
@@ -50,6 +50,23 @@ impl Emitter<'_> {
         let counts = [counts[0].clone(), depth.clone()];
         self.with_native_rounding(kind, |e| e.fill_buffer(&buf, tile, &counts))?;
         Ok(buf)
+    }
+
+    /// Moves `rows` rows of signed bytes, kept row-major, up by 128; false, and nothing is written, where rows are no whole
+    /// groups.
+    pub(crate) fn move_up(&mut self, buf: &Buf, rows: &Dim) -> bool {
+        let stride = buf.layout.axes.first().and_then(|a| a.stride.as_const());
+        let Some(stride) = stride.filter(|s| s % 4 == 0) else { return false };
+        let groups = self.facts.simplify(&(rows * (stride / 4)));
+        let count = self.dim(&groups);
+        let open = self.c.t.begin_loop("0", &count, "1");
+        let (base, i) = (&buf.ptr, &open.iv);
+        let p = self.c.t.ins(format_args!("getelementptr inbounds i32, ptr {base}, i64 {i}"));
+        let x = self.c.t.ins(format_args!("load i32, ptr {p}, align 1"));
+        let x = self.c.bin("xor", "i32", 1, &x, SHIFT);
+        self.c.t.stmt(format_args!("store i32 {x}, ptr {p}, align 1"));
+        self.c.t.end_loop(open);
+        true
     }
 
     /// Evaluates a right operand into panels of groups.

@@ -52,8 +52,9 @@ pub(crate) enum MicroKind {
     /// `tdpbf16ps`: see `amx.rs`.
     Bf16Tile,
     /// `vpdpbusd`: four neighbours of the depth at once, unsigned times signed. A signed left
-    /// operand is moved up by 128, which `shifted` says; its share is taken off at the end.
-    I8Dot { shifted: bool },
+    /// operand is moved up by 128, which `shifted` says; its share is taken off at the end. `moved`: that was done when
+    /// it was copied.
+    I8Dot { shifted: bool, moved: bool },
     /// `tdpbssd`, or `tdpbusd` for an unsigned left operand.
     I8Tile { signed: bool },
 }
@@ -102,6 +103,9 @@ pub(crate) struct Micro {
 /// Depth from which on a panel is long enough to ask ahead in it.
 const AHEAD_FROM: i64 = 32;
 
+/// How many lengths of this piece a panel of 4-bit numbers is asked for ahead.
+const NIBBLES_AHEAD: i64 = 4;
+
 /// Bytes of a cache line.
 const LINE: i64 = 64;
 
@@ -118,7 +122,7 @@ impl<'a> Emitter<'a> {
             },
             MatrixUnit::Bf16Dot | MatrixUnit::Fma => MicroKind::Bf16Dot,
             MatrixUnit::Bf16Tile => MicroKind::Bf16Tile,
-            MatrixUnit::I8Dot => MicroKind::I8Dot { shifted: a == DType::I8 },
+            MatrixUnit::I8Dot => MicroKind::I8Dot { shifted: a == DType::I8, moved: false },
             MatrixUnit::I8Tile => MicroKind::I8Tile { signed: a == DType::I8 },
         }
     }
@@ -202,7 +206,7 @@ impl<'a> Emitter<'a> {
         let rows_of = |k: Dim| vec![i_dim.clone(), k];
         let a_tile = *a;
         let narrow = |e: &Self, t: TileId| e.operand_type(t);
-        let kind = self.micro_kind(dtype, narrow(self, a_tile), narrow(self, *b));
+        let mut kind = self.micro_kind(dtype, narrow(self, a_tile), narrow(self, *b));
         let group = kind.group();
         let whole_groups = self.facts.simplify(&depth.modulo(&Dim::new(group))).is(0);
         let mut a_access = self
@@ -218,10 +222,20 @@ impl<'a> Emitter<'a> {
         let crowded = a_access.as_ref().is_some_and(|(place, _, row, ..)| {
             rows_max >= 4 && cols_max > 2 * g.width && rows_crowd(place, &row.inner, g.rows)
         });
-        if a_access.is_none() || crowded {
+        // Each panel would move it up again.
+        let shifted = matches!(kind, MicroKind::I8Dot { shifted: true, .. });
+        let moves = shifted && rows_max >= 4 && cols_max > 2 * g.width;
+        let mut unmoved = None;
+        if a_access.is_none() || crowded || moves {
             self.c.t.comment("left operand copied");
             let kept = self.keep_left(a_tile, kind, &depth)?;
-            self.loc[a_tile.index()] = Loc::Buffer(kept);
+            let moved = shifted && self.move_up(&kept, &m);
+            let before = std::mem::replace(&mut self.loc[a_tile.index()], Loc::Buffer(kept));
+            if moved {
+                kind = MicroKind::I8Dot { shifted, moved };
+                // Who else reads the tile wants it as it is.
+                unmoved = Some(before);
+            }
             self.forget_values();
             a_access = self.row_access(a_tile, &rows_of, &k_sym, &i_sym, &blocks);
         }
@@ -544,6 +558,10 @@ impl<'a> Emitter<'a> {
         if let Some(open) = open {
             self.c.t.end_loop(open);
         }
+        if let Some(before) = unmoved {
+            self.loc[a_tile.index()] = before;
+            self.forget_values();
+        }
         self.loc[tile.index()] = match target {
             Some(Loc::Acc(acc)) => Loc::Acc(acc.clone()),
             _ => Loc::Buffer(buf),
@@ -681,7 +699,7 @@ fn micro_kernel(
     };
     // What the 128 added to a signed left operand contribute, per column.
     let mut shares = Vec::new();
-    if micro.kind == (MicroKind::I8Dot { shifted: true }) {
+    if matches!(micro.kind, MicroKind::I8Dot { shifted: true, .. }) {
         shares.extend((0..vecs).map(|_| c.t.alloca(&v)));
     }
     // Rows of a from its first.
@@ -748,7 +766,11 @@ fn micro_kernel(
     };
     let be = mem_elem(micro.b);
     let next = micro.ahead.then(|| {
-        let past = c.t.ins(format_args!("mul nsw i64 %depth, {}", text(&micro.b_depth)));
+        let mut past = c.t.ins(format_args!("mul nsw i64 %depth, {}", text(&micro.b_depth)));
+        if micro.b.bits() == 4 {
+            // A group of the depth is so short in memory that the next one would come too late.
+            past = c.t.ins(format_args!("mul nsw i64 {past}, {NIBBLES_AHEAD}"));
+        }
         c.t.ins(format_args!("getelementptr {be}, ptr %b, i64 {past}"))
     });
     let step = |c: &mut Code, k: &str, a: &str, b: &str, u: u32| {
@@ -780,7 +802,14 @@ fn micro_kernel(
         if let Some(next) = &next {
             let p = at(c, be, next, &micro.b_depth);
             let bytes = g.width * micro.kind.group() * i64::from(micro.b.bits()) / 8;
-            for line in 0..bytes / LINE {
+            // Rows that share a line ask for it once.
+            let shared = (LINE / bytes.max(1)).max(1);
+            let lines = match micro.b.bits() {
+                4 if i64::from(u) % shared == 0 => (bytes / LINE).max(1),
+                4 => 0,
+                _ => bytes / LINE,
+            };
+            for line in 0..lines {
                 let p = c.t.ins(format_args!("getelementptr i8, ptr {p}, i64 {}", line * LINE));
                 // To read, into the second level, as data.
                 let args = [("ptr", p.as_str()), ("i32", "0"), ("i32", "2"), ("i32", "1")];
@@ -941,7 +970,7 @@ fn dot_step(
     for (r, offset) in row_offsets.iter().enumerate() {
         let p = c.t.ins(format_args!("getelementptr inbounds {ae}, ptr {pa}, i64 {offset}"));
         let mut x = c.t.ins(format_args!("load i32, ptr {p}, align {}", micro.a.size()));
-        if !shares.is_empty() {
+        if matches!(micro.kind, MicroKind::I8Dot { shifted: true, moved: false }) {
             x = c.bin("xor", "i32", 1, &x, SHIFT);
         }
         let x = c.splat("i32", &x, g.lanes);
@@ -952,7 +981,7 @@ fn dot_step(
 }
 
 /// Four bytes of 128: added to signed bytes without carry, it makes them unsigned.
-const SHIFT: &str = "-2139062144";
+pub(crate) const SHIFT: &str = "-2139062144";
 
 /// The type whose register form accumulates.
 fn widened(acc: DType) -> DType {

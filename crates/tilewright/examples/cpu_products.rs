@@ -2,6 +2,7 @@
 //!
 //! `cargo run --release -p tilewright --example cpu_products -- FOLDER FEATURES TYPE:MxNxK ...`
 //!
+//! A product may end in `@NAME=SIZE,...`, tile sizes in place of the planner's (a depth that divides it, as theirs does).
 //! FEATURES are LLVM's names, such as `avx512f,avx512bf16,amx-tile,amx-bf16,amx-int8`; TYPE is bf16, i8 (results i32) or f32.
 //! Each product gets a file of assembly, and a line in `kernels.json`: its function, blocks, scratch bytes, and the layout
 //! of its packed weights.
@@ -31,6 +32,7 @@ fn main() -> Result<()> {
     let mut lines = Vec::new();
     for shape in shapes {
         let bad = || Error::user(format!("`{shape}` is not TYPE:MxNxK"));
+        let (shape, tiles) = shape.split_once('@').unwrap_or((shape, ""));
         let (name, sizes) = shape.split_once(':').ok_or_else(bad)?;
         let dtype: DType = name.parse().map_err(|()| bad())?;
         let sizes: Vec<usize> = sizes.split('x').filter_map(|s| s.parse().ok()).collect();
@@ -61,13 +63,21 @@ fn main() -> Result<()> {
         let [Step::Launch { kernel, args, .. }] = plan.steps.as_slice() else {
             return Err(Error::unsupported("a product in several steps"));
         };
-        let planned = &plan.kernels[*kernel];
+        let mut planned = plan.kernels[*kernel].clone();
+        for pair in tiles.split(',').filter(|t| !t.is_empty()) {
+            let (tile, size) = pair.split_once('=').ok_or_else(bad)?;
+            let size = size.parse().map_err(|_| bad())?;
+            *planned.schedule.tiles.get_mut(tile).ok_or_else(bad)? = size;
+        }
+        tilewright_tile::verify_schedule(&planned.kernel, &planned.schedule)?;
         let emitted = emit_kernel(&planned.kernel, &planned.schedule)?;
         let mut env = Env::new();
         env.extend(planned.schedule.tiles.iter().map(|(n, v)| (n.clone(), *v)));
         let blocks: i64 =
             planned.kernel.grid.iter().map(|g| g.extent.eval(&env).unwrap_or(0)).product();
-        let id = format!("{name}_{m}_{n}_{k}");
+        let more: String =
+            tiles.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        let id = format!("{name}_{m}_{n}_{k}_{more}");
         let symbol = format!("tw_{id}");
         let text = emitted.llvm_ir.replace(&format!("@{}", emitted.name), &format!("@{symbol}"));
         let more: Vec<String> = features.iter().map(|f| format!("+{f}")).collect();
