@@ -161,7 +161,7 @@ impl Program {
                         between.insert(*id, made);
                         made
                     }
-                    (Storage::Const(_), _) => {
+                    (Storage::Const(_) | Storage::State(_), _) => {
                         return Err(Error::unsupported("tensors of a graph's own, as Triton"));
                     }
                 };

@@ -322,7 +322,8 @@ fn n_bits(bits: i64, codes: &[u8], zeros: Option<&[u8]>, more: &[(&str, i64)]) -
 
 #[test]
 fn products_with_codes_of_few_bits_are_those_of_the_matrix() {
-    let x = tilewright_data::Tensor::from_f64s(DType::F32, &[1, 5], &[1.0, 10.0, 100.0, 1000.0, 1e4]);
+    let x =
+        tilewright_data::Tensor::from_f64s(DType::F32, &[1, 5], &[1.0, 10.0, 100.0, 1000.0, 1e4]);
     let x = [x.unwrap()];
     // Row 0: 9 8 7 6 | 5; row 1: 0 1 2 3 | 15; what is behind the fifth is padding.
     let four = [0x89, 0x67, 0x05, 0xff, 0x10, 0x32, 0x0f, 0x00];

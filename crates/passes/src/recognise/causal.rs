@@ -24,7 +24,10 @@ const HIDDEN: f64 = -1e30;
 /// See the module's head.
 pub(super) fn rule(ed: &mut Editor<'_>, id: NodeId) -> Result<Option<ValueId>> {
     let node = &ed.graph.nodes[id];
-    let Op::Attention(AttentionAttrs { score, causal: false }) = &node.op else { return Ok(None) };
+    let Op::Attention(AttentionAttrs { score, causal: false, zeros }) = &node.op else {
+        return Ok(None);
+    };
+    let zeros = *zeros;
     let (inputs, graph) = (node.inputs.clone(), &ed.graph);
     let extent = |v: ValueId| graph.shape(v)[2].as_const().and_then(|n| usize::try_from(n).ok());
     let (Some(rows), Some(keys)) = (extent(inputs[0]), extent(inputs[1])) else { return Ok(None) };
@@ -37,7 +40,7 @@ pub(super) fn rule(ed: &mut Editor<'_>, id: NodeId) -> Result<Option<ValueId>> {
     let Some((mask, score)) = found else { return Ok(None) };
     let mut rest = inputs;
     rest.remove(2 + mask);
-    ed.op(Op::Attention(AttentionAttrs { score, causal: true }), &rest).map(Some)
+    ed.op(Op::Attention(AttentionAttrs { score, causal: true, zeros }), &rest).map(Some)
 }
 
 /// Whether a mask `[.., rows, keys]` shows each row the positions up to its own and no others.

@@ -77,12 +77,8 @@ impl Tensors {
                 return Err(Error::unsupported(message).with_hint("call .contiguous() on it"));
             }
         }
-        let states = [
-            (&first, true),
-            (&second, seconds),
-            (&masters, some_masters),
-            (&maxima, some_maxima),
-        ];
+        let states =
+            [(&first, true), (&second, seconds), (&masters, some_masters), (&maxima, some_maxima)];
         for ((name, list), given) in states {
             if !given && list.is_empty() {
                 continue;
@@ -518,8 +514,19 @@ impl Operator for AdamW {
     const RETURNS: &'static str = "()";
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
-        let [params, grads, first, second, masters, maxima, count, rate, factor, found, numbers @ ..] =
-            args
+        let [
+            params,
+            grads,
+            first,
+            second,
+            masters,
+            maxima,
+            count,
+            rate,
+            factor,
+            found,
+            numbers @ ..,
+        ] = args
         else {
             return Err(Error::bug("arguments"));
         };

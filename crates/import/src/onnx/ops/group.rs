@@ -31,7 +31,8 @@ pub(crate) fn mat_mul_n_bits(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     let row_bytes = (block * bits as usize).div_ceil(8) * blocks;
     if packed.dtype() != DType::U8 || packed.len() != rows.saturating_mul(row_bytes) {
         let (is, shape) = (packed.dtype(), packed.shape());
-        let message = format!("codes are {is}{shape:?}, and should be {rows} rows of {row_bytes} bytes");
+        let message =
+            format!("codes are {is}{shape:?}, and should be {rows} rows of {row_bytes} bytes");
         return Err(Error::user(message));
     }
     let zeros = n.opt(3)?;
@@ -69,9 +70,8 @@ pub(crate) fn mat_mul_n_bits(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
                     return Err(Error::user(format!("zero points of shape {shape:?}")));
                 }
                 let bytes = zeros.bytes();
-                let value = |i: usize| {
-                    read_i64(unsigned, &bytes[i / blocks * line..], i % blocks) as f64
-                };
+                let value =
+                    |i: usize| read_i64(unsigned, &bytes[i / blocks * line..], i % blocks) as f64;
                 let values: Vec<f64> = (0..rows * blocks).map(value).collect();
                 Tensor::from_f64s(DType::F32, &[rows, blocks], &values)?
             }
