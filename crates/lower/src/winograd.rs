@@ -223,7 +223,7 @@ impl Lowering<'_> {
         let (o, c) = (conv.w[0], conv.w[1]);
         let sizes = [n, o, height, width, c];
         let even = |f: &Form| height % f.outputs() == 0 && width % f.outputs() == 0;
-        let pays = |f: &&Form| even(*f) && f.pays(self.target.l3_bytes, sizes);
+        let pays = |f: &&Form| even(f) && f.pays(self.target.l3_bytes, sizes);
         let Some(form) = FORMS.into_iter().find(pays) else { return Ok(None) };
         // Whole vectors of channels on both sides, and an epilogue that can be split.
         let place = self.place(x)?;

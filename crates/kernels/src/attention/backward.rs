@@ -333,7 +333,7 @@ impl BackwardSpec {
             (matrix(&mut k, kk, &keys, &bt, dk), matrix(&mut k, v, &keys, &bt, dv));
         let (wide_k, wide_v) = (Dim::new(dk), Dim::new(dv));
         // What all turns share is loaded once.
-        let shared = self.mask.is_some_and(|m| !m.by_row && !(m.by_head && self.grouped));
+        let shared = self.mask.is_some_and(|m| !(m.by_row || m.by_head && self.grouped));
         let shared = shared.then_some(mask).flatten();
         let shared = self.mask_tile(&mut k, shared, &keys, &k0, [&bq, &bt]);
         let sums = [zeros(&mut k, &[&bt, &wide_v]), zeros(&mut k, &[&bt, &wide_k])];

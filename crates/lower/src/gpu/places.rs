@@ -126,6 +126,9 @@ fn strides(shape: &[Dim]) -> Vec<Dim> {
     Layout::row_major(shape).axes.into_iter().map(|a| a.stride).collect()
 }
 
+/// A buffer and its sizes.
+type Shaped<'a> = (BufferId, &'a [Dim]);
+
 /// A kernel over the elements of a result, as one axis.
 struct Elements {
     k: KernelParts,
@@ -150,7 +153,7 @@ impl Lowering<'_> {
     fn pick(
         &mut self,
         mut e: Elements,
-        (data, out): ((BufferId, &[Dim]), (BufferId, &[Dim])),
+        (data, out): (Shaped<'_>, Shaped<'_>),
         (formula, at): (Formula, ExprId),
         note: Note,
     ) -> Result<()> {
