@@ -7,6 +7,7 @@
 
 mod array;
 mod clock;
+mod constants;
 mod machine;
 mod memory;
 mod pack;

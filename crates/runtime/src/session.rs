@@ -1,8 +1,9 @@
 //! [`Executable`] and [`Session`]: a compiled plan, and one caller's means to run it.
 
 use crate::clock::Watch;
+use crate::constants::{Constant, constants};
 use crate::memory::AlignedBuffer;
-use crate::pack::{pack_into, packed_bytes, unpack};
+use crate::pack::unpack;
 use crate::pool::Pool;
 use crate::states::Kept;
 use std::sync::Arc;
@@ -72,13 +73,6 @@ pub(crate) fn entry(library: &Library, number: usize, signature: &str) -> Result
     Ok(library.address(number))
 }
 
-/// Constant data in the layout its buffer wants.
-enum Constant {
-    /// As in the file.
-    Shared(Bytes),
-    Packed(AlignedBuffer),
-}
-
 /// A plan with code for its kernels and its constants in place.
 pub struct Executable {
     plan: Plan,
@@ -106,34 +100,7 @@ impl Executable {
                 return Err(Error::bug(format!("the code of {code} for kernel {kernel}")));
             }
         }
-        let ids: Vec<BufferId> = plan.buffers.ids().collect();
-        // Memory of all that are packed, in one piece; then each is filled by some thread.
-        let sizes = ids.iter().map(|&id| constant_bytes(&plan.buffers[id]));
-        let sizes = sizes.collect::<Result<Vec<usize>>>()?;
-        let memory = AlignedBuffer::many(&sizes, "packed constants")?;
-        type Place = (AlignedBuffer, Result<Option<Filled>>);
-        let slots: Vec<std::sync::Mutex<Place>> =
-            memory.into_iter().map(|m| std::sync::Mutex::new((m, Ok(None)))).collect();
-        let filled = |i: usize| slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        pool.run(ids.len() as i64, &|first, last, _| {
-            for i in first..last {
-                let (memory, constant) = &mut *filled(i as usize);
-                *constant = fill_constant(&plan.buffers[ids[i as usize]], memory);
-            }
-        });
-        let constants = slots
-            .into_iter()
-            .map(|slot| {
-                let slot = slot.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-                let (memory, constant) = slot;
-                Ok(match constant? {
-                    Some(Filled::Shared(bytes)) => Some(Constant::Shared(bytes)),
-                    Some(Filled::Packed) => Some(Constant::Packed(memory)),
-                    None => None,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let constants = Arc::new(constants);
+        let constants = Arc::new(constants(&plan, &pool)?);
         let shareable = plan.kernels.iter().map(|(_, k)| shareable(&k.kernel)).collect();
         Ok(Executable { plan, code, constants, shareable, in_place: true, pool })
     }
@@ -186,44 +153,6 @@ fn shareable(kernel: &Kernel) -> Vec<(ParamId, ParamId)> {
         .flat_map(|(to, _)| of(Access::In).map(move |(from, _)| (from, to)))
         .filter(|&(from, to)| may_overwrite(kernel, from, to))
         .collect()
-}
-
-/// What became of a constant.
-enum Filled {
-    Shared(Bytes),
-    /// It lies in the memory that was given.
-    Packed,
-}
-
-/// Bytes of the memory that a buffer's constant is packed into; none where it is used as it lies.
-fn constant_bytes(buffer: &Buffer) -> Result<usize> {
-    match buffer.storage {
-        Storage::Const(_) if !buffer.layout.is_row_major() => {
-            packed_bytes(buffer.dtype, &buffer.layout)
-        }
-        _ => Ok(0),
-    }
-}
-
-/// Packs a buffer's constant into memory of [`constant_bytes`], or says where it lies.
-fn fill_constant(buffer: &Buffer, memory: &mut AlignedBuffer) -> Result<Option<Filled>> {
-    let Storage::Const(tensor) = &buffer.storage else { return Ok(None) };
-    let rounded;
-    let tensor = if tensor.dtype() == buffer.dtype {
-        tensor
-    } else {
-        rounded = tensor.rounded(buffer.dtype).context(|| format!("rounding `{}`", buffer.name))?;
-        &rounded
-    };
-    if buffer.layout.is_row_major() {
-        return Ok(Some(Filled::Shared(tensor.shared_bytes().clone())));
-    }
-    pack_into(tensor, &buffer.layout, memory).context(|| format!("packing `{}`", buffer.name))?;
-    // The packed weights are what will be read.
-    if let Storage::Const(tensor) = &buffer.storage {
-        tensor.shared_bytes().let_go();
-    }
-    Ok(Some(Filled::Packed))
 }
 
 /// Where an argument lies.
