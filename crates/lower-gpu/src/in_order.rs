@@ -273,7 +273,7 @@ impl Turns<'_, '_> {
         for stream in open.iter().filter(|f| !f.before).flat_map(|f| &f.ends) {
             out.push(Stmt::Advance { ring: self.feeds[*stream].ring, by: Dim::new(1) });
         }
-        for (from, to) in &self.chain.copies {
+        if let Some((from, to)) = self.chain.copies.first() {
             let names = (&self.b.frags[*from].name, &self.b.frags[*to].name);
             return Err(Error::unsupported(format!("a loop that copies {names:?} at each end")));
         }
