@@ -7,8 +7,7 @@
 
 Arms of a line: our kernels (`tw`), and torch.compile of the same computation (`inductor`; lines with `peer=0` have
 none). Each arm is a CUDA graph that runs once on every set of tensors; the sets together are more than five times the
-second-level cache, outputs included. Arms take turns, each with a pass
-before that does not count, and medians are of one pass over the sets. "of copy" is the logical
+second-level cache, outputs included. Arms take turns, medians are of one pass over the sets. "of copy" is the logical
 bytes per second over those of a device-to-device copy of the same run; every tensor counts once.
 """
 import ctypes, datetime, json, os, subprocess, sys, time
@@ -602,8 +601,6 @@ def bench(path, seconds, record):
         begin, n = time.time(), 0
         while n < 5 or (n < 60 and time.time() - begin < seconds):
             for arm in list(graphs)[::-1 if n % 2 else 1]:
-                # What the last arm left in the cache to be written is not this one's: it runs once before.
-                graphs[arm][0].replay()
                 passes = max(1, int(150 / once[arm]))
                 times[arm].append(time_us(graphs[arm][0].replay, passes) / count)
             n += 1
