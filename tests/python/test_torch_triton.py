@@ -112,14 +112,14 @@ def values_and_gradients_come_out_of_the_interpreter():
 
     plain = _triton._module
 
-    def with_libdevice(name, source):
+    def with_libdevice(source):
         import sys
 
-        launch = plain(name, source)
+        launch, named = plain(source)
         module = sys.modules[launch.__module__]
         if hasattr(module, "libdevice"):
             module.libdevice = Libdevice(tl)
-        return launch
+        return launch, named
 
     _triton._module = with_libdevice
     generator = torch.Generator().manual_seed(4)

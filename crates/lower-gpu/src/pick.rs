@@ -441,13 +441,27 @@ impl Picker<'_> {
     fn under_way(&self, choice: Choice) -> i64 {
         let s = &self.s;
         let each = choice.rows_each * choice.runs_each * s.vector;
-        // As compiled: what threads have few of takes little beside.
-        let registers = match each <= KEEP / 2 {
-            true => 20 + each * s.planes.clamp(1, 2) + 2 * s.vectors * choice.runs_each,
+        let registers = match self.is_lean(choice) {
+            true => self.lean_registers(choice),
             false => self.registers(choice, true),
         };
         let blocks = 65536 / choice.threads / ((registers + 7) / 8 * 8);
         (blocks * choice.threads * each * s.planes.max(1) * 16 / s.vector).min(ENOUGH_BYTES)
+    }
+
+    /// Whole rows of which threads of several warps have little each.
+    fn is_lean(&self, choice: Choice) -> bool {
+        let s = &self.s;
+        let plain = s.whole && s.reduces == Some(Direction::Col) && s.aligned >= s.vector;
+        let few = choice.rows_each * choice.runs_each * s.vector <= KEEP / 2;
+        plain && few && choice.lanes > 32 && choice.cluster == 1 && !s.ordered
+    }
+
+    /// Registers of such threads, as compiled: there is little beside what they have.
+    fn lean_registers(&self, choice: Choice) -> i64 {
+        let s = &self.s;
+        let each = choice.rows_each * choice.runs_each * s.vector;
+        20 + each * s.planes.clamp(1, 2) + 2 * s.vectors * choice.runs_each
     }
 
     /// Rows in pieces: as many threads a row as keep all multiprocessors busy.
@@ -736,10 +750,19 @@ impl Picker<'_> {
             shares_rows: false,
         };
         // Registers are given out in steps of 8.
-        let needed = (self.registers(choice, schedule.lines.early) + 7) / 8 * 8;
+        let lean = self.is_lean(choice);
+        let needed = match lean {
+            true => self.lean_registers(choice),
+            false => self.registers(choice, schedule.lines.early),
+        };
+        let needed = (needed + 7) / 8 * 8;
         let blocks = 65536 / choice.threads / needed;
         // Registers are not worth saving for blocks that are not there.
-        let room = if self.is_light() { 2048 } else { 1024 } / choice.threads;
+        let room = match (self.is_light(), lean) {
+            (true, _) => 2048,
+            (_, true) => 1536,
+            _ => 1024,
+        } / choice.threads;
         let most = up(self.blocks(choice), PROCESSORS).min(room.clamp(1, 16));
         schedule.blocks_per_sm = blocks.clamp(1, most.max(1)) as u32;
         let (rows, cols) = choice.tile(s);

@@ -30,7 +30,7 @@ fn operator_schedules(device: u32, sizes: Vec<i64>) -> PyResult<Vec<String>> {
     tilewright_torch_ops::schedules(device, &sizes).map_err(python_error)
 }
 
-/// What launches Triton's kernels: `function(device, [(name, source, [(address, type, shape, strides)], sizes)])`.
+/// What launches Triton's kernels: `function(device, [(source, [(address, type, shape, strides)], sizes)])`.
 static TRITON: OnceLock<Py<PyAny>> = OnceLock::new();
 
 /// Gives the function that launches Triton's kernels; the first stays.
@@ -62,7 +62,7 @@ fn launch(device: Option<u32>, launches: &[triton::Launch]) -> tilewright_base::
         .iter()
         .map(|l| {
             let tensors: Vec<_> = l.tensors.iter().map(tensor).collect();
-            (l.module.name.clone(), l.module.python.clone(), tensors, l.sizes.clone())
+            (l.module.python.clone(), tensors, l.sizes.clone())
         })
         .collect();
     Python::attach(|py| match function.call1(py, (device, all)) {

@@ -65,7 +65,7 @@ fn every_operator_without_products_is_triton_too() {
             continue;
         }
         for about in [128, 16384] {
-            match crate::triton::modules(&text, &vec![about; graph.symbols.iter().count()]) {
+            match crate::triton::modules(&text, &vec![about; graph.symbols.len()]) {
                 Ok(modules) if modules.iter().all(|m| m.1.contains("def launch(")) => {}
                 Ok(_) => wrong.push(format!("{name}: a module without a launcher")),
                 Err(e) => wrong.push(format!("{name}: {e:?}")),

@@ -13,6 +13,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use tilewright_base::{DType, Error, Result};
+use tilewright_cuda::Buffer;
 use tilewright_device::Arch;
 use tilewright_emit_triton::{Emitted, Knobs, emit_kernel};
 use tilewright_graph::Graph;
@@ -48,7 +49,7 @@ pub struct Launch {
     pub module: Arc<Emitted>,
     /// The tensors.
     pub tensors: Vec<Memory>,
-    /// Whether the module asks for this size by name, and its value.
+    /// All sizes of its program by name: `launch` takes those as keywords that no shape gives.
     pub sizes: Vec<(String, i64)>,
 }
 
@@ -96,6 +97,9 @@ pub fn modules(text: &str, sizes: &[i64]) -> Result<Vec<(String, String)>> {
 struct Program {
     plan: Plan,
     steps: Vec<Planned>,
+    /// Addresses of the graph's own tensors, and what holds them on a device.
+    constants: BTreeMap<BufferId, u64>,
+    _held: Vec<Buffer>,
 }
 
 impl Program {
@@ -119,7 +123,32 @@ impl Program {
             let args = params.iter().map(|p| args[*p]).collect();
             steps.push(Planned { module, kernel, args, sizes: sizes.clone() });
         }
-        Ok(Program { plan, steps })
+        Ok(Program { plan, steps, constants: BTreeMap::new(), _held: Vec::new() })
+    }
+
+    /// Puts the graph's own tensors where kernels find them: on a device, or where they lie.
+    fn place_constants(&mut self, device: Option<u32>) -> Result<()> {
+        for (id, buffer) in self.plan.buffers.iter() {
+            let Storage::Const(tensor) = &buffer.storage else { continue };
+            if tensor.dtype() != buffer.dtype || !buffer.layout.is_row_major() {
+                return Err(Error::unsupported("packed tensors of a graph's own, as Triton"));
+            }
+            let address = match device {
+                None => tensor.bytes().as_ptr() as u64,
+                Some(index) => {
+                    let device = crate::plans::cuda(index)?;
+                    let stream = device.loader.gpu().stream()?;
+                    let memory = stream.alloc(tensor.bytes().len().max(1))?;
+                    memory.write_at(&stream, 0, tensor.bytes())?;
+                    stream.synchronize()?;
+                    let address = memory.address();
+                    self._held.push(memory);
+                    address
+                }
+            };
+            self.constants.insert(id, address);
+        }
+        Ok(())
     }
 
     /// The launches for these sizes. `arena` gives memory for what lives between kernels, by bytes.
@@ -161,8 +190,12 @@ impl Program {
                         between.insert(*id, made);
                         made
                     }
-                    (Storage::Const(_) | Storage::State(_), _) => {
-                        return Err(Error::unsupported("tensors of a graph's own, as Triton"));
+                    (Storage::Const(_), _) => *self
+                        .constants
+                        .get(id)
+                        .ok_or_else(|| Error::bug("a tensor of a graph's own has no place"))?,
+                    (Storage::State(_), _) => {
+                        return Err(Error::unsupported("state between calls, as Triton"));
                     }
                 };
                 let axes = &param.layout.axes;
@@ -234,7 +267,9 @@ pub(crate) fn run(
                 Some(index) => crate::plans::cuda(index)?.machine().clone(),
                 None => Gpu::h200(),
             };
-            let made = Arc::new(Program::new(&text()?, &machine, &key.1)?);
+            let mut made = Program::new(&text()?, &machine, &key.1)?;
+            made.place_constants(index)?;
+            let made = Arc::new(made);
             let mut programs = programs.write().unwrap_or_else(PoisonError::into_inner);
             programs.entry(key).or_insert(made).clone()
         }

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -36,7 +37,8 @@ _TYPES = {
     "u8": torch.uint8,
     "bool": torch.bool,
 }
-_LOADED: dict[str, Callable] = {}
+# By source: the function `launch`, and the sizes that it asks for by name.
+_LOADED: dict[str, tuple[Callable, list[str]]] = {}
 
 
 class _Memory:
@@ -94,8 +96,8 @@ def _folder() -> pathlib.Path:
     return folder
 
 
-def _module(name: str, source: str) -> Callable:
-    """The function `launch` of a module."""
+def _module(source: str) -> tuple[Callable, list[str]]:
+    """The function `launch` of a module, and the sizes that it asks for by name."""
     if source not in _LOADED:
         digest = hashlib.sha256(source.encode()).hexdigest()[:24]
         file = _folder() / f"tw_{digest}.py"
@@ -109,16 +111,20 @@ def _module(name: str, source: str) -> Callable:
         loaded = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = loaded
         spec.loader.exec_module(loaded)
-        _LOADED[source] = loaded.launch
+        parameters = inspect.signature(loaded.launch).parameters.values()
+        named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+        _LOADED[source] = loaded.launch, named
     return _LOADED[source]
 
 
 def _launch(device: int | None, launches: list[tuple]) -> None:
     """Starts kernels, one after the other, in the current stream."""
     with contextlib.nullcontext() if device is None else torch.cuda.device(device):
-        for name, source, tensors, _ in launches:
+        for source, tensors, sizes in launches:
             form = _on_cpu if device is None else _Memory
-            _module(name, source)(*(form(at, _TYPES[dtype], shape, strides) for at, dtype, shape, strides in tensors))
+            launch, named = _module(source)
+            given = {name: value for name, value in sizes if name in named}
+            launch(*(form(at, _TYPES[dtype], shape, strides) for at, dtype, shape, strides in tensors), **given)
 
 
 @contextlib.contextmanager
