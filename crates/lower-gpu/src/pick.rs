@@ -733,7 +733,6 @@ impl Picker<'_> {
             ahead: false,
             kept: 0,
             fetched: 0,
-            shares_rows: false,
         };
         // Registers are given out in steps of 8.
         let needed = (self.registers(choice, schedule.lines.early) + 7) / 8 * 8;
