@@ -33,9 +33,9 @@ use tilewright_tile::{
     Access, Block, Compare, For, If, Kernel, ParamId, ReduceKind, TileId, TileOp, TopK,
 };
 
-/// So much of its weights a block asks for before the kernel's turn: all blocks that are there together ask for a third
-/// of the second-level cache.
-const AHEAD_BYTES: i64 = 32768;
+/// So much of its weights a block asks for before the kernel's turn: all blocks that are there together ask for a sixth
+/// of the second-level cache. More of it gets in the way of the kernel that still runs.
+const AHEAD_BYTES: i64 = 16384;
 
 pub(crate) fn combine(kind: ReduceKind) -> Op {
     match kind {
