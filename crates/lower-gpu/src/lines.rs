@@ -33,9 +33,9 @@ use tilewright_tile::{
     Access, Block, Compare, For, If, Kernel, ParamId, ReduceKind, TileId, TileOp, TopK,
 };
 
-/// So much of its weights a block asks for before the kernel's turn: all blocks that are there together ask for a third
-/// of the second-level cache.
-const AHEAD_BYTES: i64 = 32768;
+/// So much of its weights a block asks for before the kernel's turn: all blocks that are there together ask for a sixth
+/// of the second-level cache. More of it gets in the way of the kernel that still runs.
+const AHEAD_BYTES: i64 = 16384;
 
 pub(crate) fn combine(kind: ReduceKind) -> Op {
     match kind {
@@ -117,18 +117,14 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     // What has one row or column may be any of the threads'.
     let knobs = &schedule.lines;
     let lines = (knobs.threads / knobs.lanes.max(1)).max(1);
-    let reduces = match knobs.shares_rows {
-        true => Some(Direction::Row),
-        false => directions.reduces,
-    };
-    let of_cluster = |d| if reduces == Some(d) { schedule.cluster } else { 1 };
+    let of_cluster = |d| if directions.reduces == Some(d) { schedule.cluster } else { 1 };
     if rows == 1 {
         rows = lines * of_cluster(Direction::Row);
     }
     if cols == 1 {
         cols = knobs.lanes * knobs.vector * of_cluster(Direction::Col);
     }
-    let shared = reduces.filter(|_| schedule.cluster > 1);
+    let shared = directions.reduces.filter(|_| schedule.cluster > 1);
     let share =
         |all: u32| if all.is_multiple_of(schedule.cluster) { all / schedule.cluster } else { 0 };
     match shared {
@@ -349,58 +345,38 @@ impl Lines<'_> {
         Ok(())
     }
 
-    /// Asks for the beginnings of the lines of matrices that loops read planes from, in their first turn.
+    /// Asks for the beginnings of the lines of matrices that the first loop reads planes from.
     fn lines_ahead(&self, block: &Block) -> Vec<Stmt> {
-        // The parameter, where its lines begin and along which axis, the bytes of one, and the loop's first and last turn.
-        type Lines = (ParamId, Vec<Dim>, usize, i64, [Dim; 2]);
-        let loops = block.stmts.iter().filter_map(|s| match s {
+        let first = block.stmts.iter().find_map(|s| match s {
             tilewright_tile::Stmt::For(f) => Some(f),
             _ => None,
         });
-        let mut all: Vec<Lines> = Vec::new();
-        for f in loops {
-            let begin = |name: &str| (*name == *f.var).then(|| f.lo.clone());
-            let line = |s: &tilewright_tile::Stmt| {
-                let tilewright_tile::Stmt::Let(id, TileOp::Load { param, index, .. }) = s else {
-                    return None;
-                };
-                let (row, col) = (
-                    self.directions.axis(*id, Direction::Row)?,
-                    self.directions.axis(*id, Direction::Col)?,
-                );
-                let p = &self.kernel.params[*param];
-                let depth = p.layout.axes.last()?;
-                let mut at: Vec<Dim> = index.iter().map(|d| d.substitute(&begin)).collect();
-                at[row] = &at[row] + self.start(Direction::Row);
-                let bytes = |d: &Dim| d.as_const().map(|n| n * i64::from(p.dtype.bits()) / 8);
-                let outer = &p.layout.axes[..p.layout.axes.len() - 1];
-                let whole = col + 1 == p.layout.axes.len() && depth.stride.is(1) && at[col].is(0);
-                let aligned =
-                    outer.iter().all(|a| bytes(&a.stride).is_some_and(|b| b > 0 && b % 16 == 0));
-                (p.access == Access::In && whole && aligned).then_some(())?;
-                let ends = [f.lo.clone(), f.hi.clone()];
-                Some((*param, at, row, bytes(&depth.extent)?, ends))
+        let Some(f) = first else { return Vec::new() };
+        let begin = |name: &str| (*name == *f.var).then(|| f.lo.clone());
+        // The parameter, where its lines begin, and the bytes of one.
+        let line = |s: &tilewright_tile::Stmt| {
+            let tilewright_tile::Stmt::Let(id, TileOp::Load { param, index, .. }) = s else {
+                return None;
             };
-            for lines in f.body.stmts.iter().filter_map(line) {
-                if !all.contains(&lines) {
-                    all.push(lines);
-                }
-            }
-        }
+            let (row, col) = (
+                self.directions.axis(*id, Direction::Row),
+                self.directions.axis(*id, Direction::Col),
+            );
+            let p = &self.kernel.params[*param];
+            let [lines, depth] = p.layout.axes.as_slice() else { return None };
+            let at: Vec<Dim> = index.iter().map(|d| d.substitute(&begin)).collect();
+            let bytes = |d: &Dim| d.as_const().map(|n| n * i64::from(p.dtype.bits()) / 8);
+            let whole = (row, col) == (Some(0), Some(1)) && depth.stride.is(1) && at[1].is(0);
+            let aligned = bytes(&lines.stride).is_some_and(|b| b % 16 == 0);
+            (p.access == Access::In && whole && aligned).then_some(())?;
+            Some((*param, at, bytes(&depth.extent)?))
+        };
+        let all: Vec<_> = f.body.stmts.iter().filter_map(line).collect();
         let each = AHEAD_BYTES / (i64::from(self.rows) * all.len().max(1) as i64);
-        let ask = |(param, at, row, bytes, [lo, hi]): Lines| {
+        let ask = |(param, at, bytes): (ParamId, Vec<Dim>, i64)| {
             let bytes = u32::try_from(bytes.min(each) / 16 * 16).ok().filter(|b| *b > 0)?;
             let rows = self.rows;
-            let step = Stmt::Line(LineStep::Prefetch { param, at, row, rows, bytes });
-            let turns = (&hi - &lo).bounds(&|name| self.ranges.get(name).copied());
-            // A loop without turns reads nothing.
-            Some(match turns.min > 0 {
-                true => step,
-                false => {
-                    let cond = Cond { lhs: lo + 1, compare: Compare::Le, rhs: hi };
-                    Stmt::If { cond, then: vec![step], otherwise: Vec::new() }
-                }
-            })
+            Some(Stmt::Line(LineStep::Prefetch { param, at, row: 0, rows, bytes }))
         };
         all.into_iter().filter_map(ask).collect()
     }
@@ -582,12 +558,9 @@ impl Lines<'_> {
         let once =
             |tile| uses(&f.body, tile) + f.yields.iter().filter(|y| **y == tile).count() == 1;
         let plane = self.extent(*x) == Extent::Tile && self.extent(reduce) != Extent::Tile;
-        let along = |extent, direction| {
-            self.extent(*x) == extent
-                && self.directions.of(*x)[*axis] == Some(direction)
-                && limit.is_none()
-        };
-        let line = along(Extent::PerCol, Direction::Col) || along(Extent::PerRow, Direction::Row);
+        let line = self.extent(*x) == Extent::PerCol
+            && self.directions.of(*x)[*axis] == Some(Direction::Col)
+            && limit.is_none();
         (op == combine(*kind) && (plane || line) && once(inner) && once(reduce) && once(next))
             .then_some(Folded { reduce, next, kind: *kind, x: *x })
     }

@@ -747,7 +747,6 @@ impl Picker<'_> {
             ahead: false,
             kept: 0,
             fetched: 0,
-            shares_rows: false,
         };
         // Registers are given out in steps of 8.
         let lean = self.is_lean(choice);

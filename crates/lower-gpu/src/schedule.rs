@@ -49,8 +49,8 @@ pub struct LinesKnobs {
     pub vector: u32,
     /// Loads start before the reductions above them.
     pub early: bool,
-    /// For kernels that are launched early: the next one may start with this one, not with its end, and lines of the matrices
-    /// that loops read are asked for while the kernel before still runs (if it writes them, for nothing).
+    /// For kernels that are launched early: the next one may start with this one, not with its end, and matrices that the
+    /// first loop reads are weights, which no kernel writes: their lines are asked for while the kernel before still runs.
     pub ahead: bool,
     /// Pieces that loops of one block share and keep in shared memory; 0: each loop reads them.
     pub kept: u32,
@@ -58,8 +58,6 @@ pub struct LinesKnobs {
     pub fetched: u32,
     /// What is stored is more than the caches hold until somebody reads it: it is to leave them first.
     pub streams: bool,
-    /// Where rows and columns are both reduced, a cluster shares out the rows; otherwise the columns.
-    pub shares_rows: bool,
 }
 
 impl Default for LinesKnobs {
@@ -73,7 +71,6 @@ impl Default for LinesKnobs {
             kept: 0,
             fetched: 0,
             streams: false,
-            shares_rows: false,
         }
     }
 }
@@ -187,22 +184,12 @@ impl GpuSchedule {
     pub fn lines_text(&self) -> String {
         let all = self.tiles.iter().chain(&self.sizes);
         let tiles: Vec<String> = all.map(|(name, v)| format!("{name}={v}")).collect();
-        let LinesKnobs {
-            threads,
-            lanes,
-            vector,
-            early,
-            ahead,
-            kept,
-            fetched,
-            streams,
-            shares_rows,
-        } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, streams } =
+            self.lines;
         format!(
-            "{} lines={lanes}/{threads}x{vector} cluster={}{} blocks={}{}{}{}{}{}",
+            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}{}{}{}{}",
             tiles.join(" "),
             self.cluster,
-            if shares_rows { " rows" } else { "" },
             self.blocks_per_sm,
             if early { " early" } else { "" },
             if ahead { " ahead" } else { "" },
@@ -218,17 +205,8 @@ impl fmt::Display for GpuSchedule {
         for (name, size) in self.tiles.iter().chain(&self.sizes) {
             write!(f, "{name}={size} ")?;
         }
-        let LinesKnobs {
-            threads,
-            lanes,
-            vector,
-            early,
-            ahead,
-            kept,
-            fetched,
-            streams,
-            shares_rows,
-        } = self.lines;
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, streams } =
+            self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
             Mode::PingPong => "ping-pong",
@@ -255,7 +233,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -269,7 +247,6 @@ impl fmt::Display for GpuSchedule {
             if kept > 0 { format!(" kept={kept}") } else { String::new() },
             if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
             if streams { " streams" } else { "" },
-            if shares_rows { " rows" } else { "" },
             if self.turns { " turns" } else { "" },
             if self.serpentine { " serpentine" } else { "" },
             if self.dependent { " dependent" } else { "" },

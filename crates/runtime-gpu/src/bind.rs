@@ -272,6 +272,10 @@ fn lives(plan: &Plan, bytes: &[usize]) -> Vec<Option<Live>> {
         }
     }
     for live in lives.iter_mut().flatten() {
+        // What stays in the registers of a fused kernel needs no memory.
+        if live.first == usize::MAX && live.last == 0 {
+            live.bytes = 0;
+        }
         live.first = live.first.min(live.last);
     }
     lives

@@ -4,12 +4,18 @@
 //! an operand that dies, and the proof alone (`tilewright_tile::may_overwrite`) decides: elementwise
 //! work and rows beside products, turned and mirrored operands, running sums and sums over columns.
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use tilewright::{Choice, Compiler, Cpu};
+use tilewright::gpu::GpuCompiler;
+use tilewright::{Choice, Compiler, Cpu, Precision};
 use tilewright_base::{DType, Error, Result};
 use tilewright_expr::Op as ExprOp;
 use tilewright_graph::{Graph, GraphBuilder, Op, ReduceKind, TensorType};
+use tilewright_import::hf::{LoadOptions, load_model};
 use tilewright_layout::Dim;
+use tilewright_plan::{Step, Storage};
+use tilewright_runtime_gpu::{Chooser, bind};
+use tilewright_target::Gpu;
 use tilewright_testkit::data;
 
 /// A matrix is several tiles high and wide, and no whole number of them.
@@ -105,4 +111,36 @@ fn results_over_operands_change_nothing() {
     }
     assert!(smaller >= 5, "{smaller} of 40 arenas are smaller, over {steps} steps");
     println!("{smaller} of 40 arenas are smaller, over {steps} steps");
+}
+
+/// Of a pair of products one result stays in registers: no step names its buffer, and it takes no place in the arena.
+#[test]
+fn what_no_step_touches_takes_no_memory() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf/qwen2");
+    let graph = load_model(&model, &LoadOptions::default()).unwrap().graph;
+    let mut compiler = GpuCompiler::h200();
+    compiler.precision = Precision::Bf16;
+    let planned = compiler.plan(graph).unwrap();
+    let plan = planned.plan();
+    let env = plan.symbols.iter().map(|s| (s.name.clone(), 7i64)).collect();
+    let bound = bind(plan, &env, &mut Chooser::new(Gpu::h200())).unwrap();
+    let named: BTreeSet<_> = plan
+        .steps
+        .iter()
+        .flat_map(|step| match step {
+            Step::Launch { args, .. } => args.clone(),
+            Step::Host { inputs, outputs, .. } => [inputs.clone(), outputs.clone()].concat(),
+        })
+        .collect();
+    let (mut idle, mut used) = (0, 0);
+    for (id, buffer) in plan.buffers.iter() {
+        let bytes = bound.bytes[id.index()];
+        match buffer.storage {
+            Storage::Const(_) => {}
+            Storage::Arena if !named.contains(&id) => idle += bytes,
+            _ => used += bytes.next_multiple_of(256),
+        }
+    }
+    assert!(idle > 0, "every result has a reader");
+    assert_eq!(bound.naive_bytes, used);
 }

@@ -4,10 +4,6 @@
 //! queries that share them, and leaves for each its maximum `M`, its sum `L` of exponentials, and its weighted values `P`.
 //! Blocks behind the position do nothing. The second kernel combines the parts of a head in their order, so that results
 //! do not depend on who was first.
-//!
-//! Where all positions are few ([`AttentionParts::in_cluster`]) one kernel does both: the blocks of a cluster share out the
-//! positions of a head, look for the maximum in one pass and sum in a second one, whose keys are in the cache by then, and
-//! exchange what they found.
 
 use super::heads::cache_layout;
 use super::{Rows, Scheduled, along, power_of_two, scalar, schedule, text};
@@ -15,7 +11,7 @@ use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{Func, Op, Value};
 use tilewright_layout::{Dim, Layout};
-use tilewright_tile::{Access, KernelBuilder, ParamId, ReduceKind, TileId, TileType};
+use tilewright_tile::{Access, KernelBuilder, ReduceKind, TileType};
 
 /// Attention over a cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,12 +34,6 @@ pub struct AttentionParts {
     pub window: Option<i64>,
 }
 
-/// Memory for more positions than this is read in parts.
-const CLUSTER_POSITIONS: i64 = 2048;
-/// Blocks of a cluster, and positions that each of them reads at once.
-const BLOCKS: i64 = 8;
-const EACH: i64 = 64;
-
 fn shape(extents: &[i64]) -> Layout {
     Layout::row_major(&extents.iter().map(|&n| Dim::new(n)).collect::<Vec<_>>())
 }
@@ -52,11 +42,6 @@ impl AttentionParts {
     /// Parts of the whole cache.
     pub fn parts(&self) -> i64 {
         (self.rows.positions + self.part - 1) / self.part
-    }
-
-    /// Whether a cluster serves a head: as long as reading keys twice costs less than another launch.
-    pub fn in_cluster(&self, arch: Arch) -> bool {
-        arch >= Arch::Sm90a && self.rows.positions <= CLUSTER_POSITIONS
     }
 
     /// Heads of queries that a block serves: one after another, so that few are sooner done; all that share keys where these
@@ -161,96 +146,6 @@ impl AttentionParts {
         let threads = power_of_two(self.part * lanes / 4).clamp(lanes.max(32), 256);
         let tiles = [("BT", self.part), ("BD", wide)];
         let schedule = schedule(arch, &tiles, (threads, lanes, vector), self.width, true);
-        Ok(Scheduled { kernel: k.finish(), schedule })
-    }
-
-    /// The kernel of all positions, a cluster for each head: `Q [rows, heads, width]`, keys, values, `O [rows, heads, width]`.
-    ///
-    /// # Errors
-    /// Our bug.
-    pub fn whole(&self, arch: Arch) -> Result<Scheduled> {
-        use Access::{In, Out};
-        let d = Dim::new;
-        let count = self.rows.count();
-        let mut k = KernelBuilder::new("decode_attention");
-        let (bt, bd) = (k.tile("BT"), k.tile("BD"));
-        self.rows.declare(&mut k);
-        let q = k.param("Q", DType::F32, shape(&[count, self.heads, self.width]), In);
-        let cache = || cache_layout(&self.rows, self.kv_heads, self.width);
-        let keys = k.param("keys", self.cache, cache(), In);
-        let values = k.param("values", self.cache, cache(), In);
-        let o = k.param("O", DType::F32, shape(&[count, self.heads, self.width]), Out);
-        let row = k.grid("row", d(count));
-        let head = k.grid("head", d(self.heads));
-        let group = head.floor_div(&d(self.heads / self.kv_heads));
-        let (sequence, position) = self.rows.place(&row);
-        let seen = self.seen(&position);
-        let first = self.window.map_or(d(0), |w| (seen.clone() - w).max_with(&d(0)));
-        let (begin, end) = (first.floor_div(&bt), seen.ceil_div(&bt));
-        let plane = vec![bt.clone(), bd.clone()];
-        let line = vec![bt.clone()];
-        let query = k.load(q, vec![row.clone(), head.clone(), d(0)], vec![d(1), d(1), bd.clone()]);
-        let query = k.reshape(query, vec![bd.clone()]);
-        let lines = |k: &mut KernelBuilder, cache: ParamId, turn: &Dim| {
-            let at = vec![sequence.clone(), group.clone(), turn.clone() * &bt, d(0)];
-            let t = k.load(cache, at, vec![d(1), d(1), bt.clone(), bd.clone()]);
-            k.reshape(t, plane.clone())
-        };
-        let factor = self.scale * std::f64::consts::LOG2_E;
-        // Minus infinity where nothing is seen.
-        let scores = |k: &mut KernelBuilder, turn: &Dim| -> Result<TileId> {
-            let keys = lines(k, keys, turn);
-            let f = format!("{{ k, q -> f32(k) * (q * f32({factor:?})) }}");
-            let f = text(&f, &[self.cache, DType::F32])?;
-            let products = k.map(f, vec![k.plain(keys), along(query, 1)], plane.clone());
-            let scores = k.reduce(ReduceKind::Sum, products, 1, None);
-            let start = turn.clone() * &bt;
-            let behind = k.iota(DType::I32, 0, start.clone() - &seen, line.clone());
-            let after = k.iota(DType::I32, 0, start - &first, line.clone());
-            let f = "{ s, b, a -> where(b < 0, where(a >= 0, s, -f32(inf)), -f32(inf)) }";
-            let f = text(f, &[DType::F32, DType::I32, DType::I32])?;
-            let args = [scores, behind, after].map(|t| along(t, 0)).to_vec();
-            Ok(k.map(f, args, line.clone()))
-        };
-        let f32s = |s: Vec<Dim>| TileType::new(DType::F32, s);
-        let low = k.full(Value::Float(f64::NEG_INFINITY), f32s(vec![]));
-        let (turn, most) = k.begin_for("look", begin.clone(), end.clone(), &[low]);
-        let found = scores(&mut k, &turn)?;
-        let here = k.reduce(ReduceKind::Max, found, 0, None);
-        let f = Func::binary(Op::Max, DType::F32);
-        let next = k.map(f, vec![scalar(most[0]), scalar(here)], vec![]);
-        let most = k.end_for(&[next])[0];
-        let none = k.full(Value::Float(0.0), f32s(vec![]));
-        let nothing = k.full(Value::Float(0.0), f32s(vec![bd.clone()]));
-        let (turn, sums) = k.begin_for("sum", begin, end, &[none, nothing]);
-        let found = scores(&mut k, &turn)?;
-        let f = text("{ s, m -> exp2(s - m) }", &[DType::F32; 2])?;
-        let weights = k.map(f, vec![along(found, 0), scalar(most)], line.clone());
-        let sum = k.reduce(ReduceKind::Sum, weights, 0, None);
-        let values = lines(&mut k, values, &turn);
-        let f = text("{ v, w -> f32(v) * w }", &[self.cache, DType::F32])?;
-        let weighted = k.map(f, vec![k.plain(values), along(weights, 0)], plane.clone());
-        let limit = seen.clone() - &(turn * &bt);
-        let mixed = k.reduce(ReduceKind::Sum, weighted, 0, Some(limit));
-        let add = Func::binary(Op::Add, DType::F32);
-        let next = [
-            k.map(add.clone(), vec![scalar(sums[0]), scalar(sum)], vec![]),
-            k.map(add, vec![along(sums[1], 0), along(mixed, 0)], vec![bd.clone()]),
-        ];
-        let sums = k.end_for(&next);
-        let f = text("{ o, l -> o / l }", &[DType::F32; 2])?;
-        let out = k.map(f, vec![along(sums[1], 0), scalar(sums[0])], vec![bd.clone()]);
-        let out = k.reshape(out, vec![d(1), d(1), bd.clone()]);
-        k.store(o, vec![row, head, d(0)], out);
-        let wide = power_of_two(self.width);
-        let vector = (128 / i64::from(self.cache.bits())).min(wide);
-        let lanes = wide / vector;
-        let threads = power_of_two(EACH * lanes / 4).clamp(lanes.max(32), 256);
-        let each = EACH.max(threads / lanes);
-        let tiles = [("BT", BLOCKS * each), ("BD", wide)];
-        let mut schedule = schedule(arch, &tiles, (threads, lanes, vector), self.width, true);
-        schedule.cluster = BLOCKS as u32;
-        schedule.lines.shares_rows = true;
         Ok(Scheduled { kernel: k.finish(), schedule })
     }
 

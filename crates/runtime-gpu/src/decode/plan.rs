@@ -491,19 +491,11 @@ impl DecodePlan {
                     other => format!("{name}_{other}"),
                 };
                 let cache = 2 * batch * kv_heads * width * stored.size() as i64;
-                let mut operands = vec![work.q, l.keys, l.values];
-                if attention.in_cluster(arch) {
-                    operands.push(work.mixed);
-                    let make = || attention.whole(arch);
-                    steps.launch(&label("attention"), &make, operands, cache)?;
-                } else {
-                    let [p, m, s] = work.parts;
-                    operands.extend([p, m, s]);
-                    let make = || attention.partial(arch);
-                    steps.launch(&label("attention"), &make, operands, cache)?;
-                    let operands = vec![p, m, s, work.mixed];
-                    steps.launch(&label("combine"), &|| attention.combine(arch), operands, 0)?;
-                }
+                let [p, m, s] = work.parts;
+                let operands = vec![work.q, l.keys, l.values, p, m, s];
+                steps.launch(&label("attention"), &|| attention.partial(arch), operands, cache)?;
+                let operands = vec![p, m, s, work.mixed];
+                steps.launch(&label("combine"), &|| attention.combine(arch), operands, 0)?;
                 let residual = Ending::Plain { residual: true };
                 let bias = l.o_bias.is_some();
                 let o = product("o", (hidden, heads * width), false, bias, residual.clone());
