@@ -402,8 +402,28 @@ impl Lowering<'_> {
         let windows = Layout { axes: windows, offset: padded.layout.offset.clone() };
         let dense = Layout::row_major(&windows.shape());
         let buffer = self.spare(format!("{} windows", self.value_name(x)), operand, dense.clone());
-        let from = Place { buffer: padded.buffer, layout: windows };
-        self.copy_step(&from, &Place { buffer, layout: dense.clone() }, &name)?;
+        let copy = places::WindowCopy {
+            from: &padded,
+            to: buffer,
+            images: &images,
+            channels: groups * channels,
+            taps: &conv.w[2..],
+            outputs: &spatial,
+            dilations: &conv.geometry.dilations,
+            strides: &conv.geometry.strides,
+        };
+        let bytes = numel(&dense.shape()) * (2 * operand.size() as i64);
+        let copied = Note {
+            label: "copy".to_string(),
+            anchor: "map".to_string(),
+            nodes: vec![name.clone()],
+            bytes,
+            ..Note::default()
+        };
+        if !self.window_copy(&copy, copied)? {
+            let from = Place { buffer: padded.buffer, layout: windows };
+            self.copy_step(&from, &Place { buffer, layout: dense.clone() }, &name)?;
+        }
         let repeat = || -> Vec<Axis> { space.iter().map(|d| broadcast_axis(d.clone())).collect() };
         let (mut lhs, mut rhs) = (repeat(), repeat());
         let ws = &weights.layout.axes;

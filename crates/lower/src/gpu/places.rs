@@ -1,5 +1,5 @@
 //! Elements at computed places, as kernels of a GPU: gathers by elements and by coordinates, borders that are mirrored or
-//! repeated, scatters.
+//! repeated, scatters; and copies of windows.
 //!
 //! A gather is one axis: element `p` of the row-major result is taken apart into coordinates, these become the offset of
 //! an element of the row-major operand, and that is a gather along its one axis. A coordinate outside its axis reads
@@ -12,11 +12,12 @@
 
 use crate::block::KernelParts;
 use crate::lowering::{Lowering, reduce_kind};
+use crate::place::Place;
 use crate::rows::combine_op;
 use tilewright_base::{DType, Result};
 use tilewright_expr::{ExprId, FuncBuilder, Op as ExprOp, Value};
 use tilewright_graph::{NodeId, Op, PadMode, ReduceKind, ScatterKind};
-use tilewright_layout::{Dim, Layout, numel};
+use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{BufferId, Note};
 use tilewright_tile::{Operand, TileId};
 
@@ -29,11 +30,19 @@ const ROWS: i64 = 8;
 struct Formula {
     f: FuncBuilder,
     args: Vec<Operand>,
+    /// The type of positions and sizes.
+    dtype: DType,
 }
 
 impl Formula {
+    /// With positions of 64 bits.
     fn new() -> Formula {
-        Formula { f: FuncBuilder::new(), args: Vec::new() }
+        Formula { f: FuncBuilder::new(), args: Vec::new(), dtype: DType::I64 }
+    }
+
+    /// With positions of 32 bits, for what is known to have so few elements: divisions take a third of the instructions.
+    fn short() -> Formula {
+        Formula { dtype: DType::I32, ..Formula::new() }
     }
 
     /// A tile whose axes run along these of the result.
@@ -42,25 +51,25 @@ impl Formula {
         self.f.param("x", k.b.ty(tile).dtype)
     }
 
-    /// A tile as `i64`.
+    /// A tile as positions.
     fn integer(&mut self, k: &KernelParts, tile: TileId, along: &[usize]) -> ExprId {
         let x = self.tile(k, tile, along);
-        self.f.cast(x, DType::I64)
+        self.f.cast(x, self.dtype)
     }
 
-    /// A size as `i64`.
+    /// A size as a position.
     fn size(&mut self, k: &mut KernelParts, size: &Dim) -> ExprId {
         match size.as_const() {
-            Some(value) => self.f.constant_int(value, DType::I64),
+            Some(value) => self.f.constant_int(value, self.dtype),
             None => {
-                let tile = k.b.iota(DType::I64, 0, size.clone(), vec![Dim::new(1)]);
+                let tile = k.b.iota(self.dtype, 0, size.clone(), vec![Dim::new(1)]);
                 self.tile(k, tile, &[0])
             }
         }
     }
 
     fn number(&mut self, value: i64) -> ExprId {
-        self.f.constant_int(value, DType::I64)
+        self.f.constant_int(value, self.dtype)
     }
 
     fn op(&mut self, op: ExprOp, a: ExprId, b: ExprId) -> ExprId {
@@ -126,8 +135,8 @@ fn strides(shape: &[Dim]) -> Vec<Dim> {
     Layout::row_major(shape).axes.into_iter().map(|a| a.stride).collect()
 }
 
-/// A buffer and its sizes.
-type Shaped<'a> = (BufferId, &'a [Dim]);
+/// A row-major buffer and the shape of what it holds.
+type Tensor<'a> = (BufferId, &'a [Dim]);
 
 /// A kernel over the elements of a result, as one axis.
 struct Elements {
@@ -139,7 +148,88 @@ struct Elements {
     position: TileId,
 }
 
+/// A copy of windows: for each image and channel the window's element of each tap and output.
+pub(super) struct WindowCopy<'a> {
+    /// The images, padded: `[N, C, ...]`.
+    pub(super) from: &'a Place,
+    /// Where to, dense: `[N, C, taps..., outputs...]`.
+    pub(super) to: BufferId,
+    pub(super) images: &'a Dim,
+    pub(super) channels: i64,
+    pub(super) taps: &'a [i64],
+    pub(super) outputs: &'a [Dim],
+    pub(super) dilations: &'a [i64],
+    pub(super) strides: &'a [i64],
+}
+
 impl Lowering<'_> {
+    /// Copies windows of a known size, a block for an image's channel: its taps and outputs are one axis, and their places are
+    /// computed. False: outputs of unknown size.
+    pub(super) fn window_copy(&mut self, w: &WindowCopy<'_>, note: Note) -> Result<bool> {
+        let axes = &w.from.layout.axes;
+        let plain = axes.iter().all(|a| a.block.is_none());
+        let steps: Option<Vec<i64>> = axes[2..].iter().map(|a| a.stride.as_const()).collect();
+        let sizes: Option<Vec<i64>> = axes[2..].iter().map(|a| a.extent.as_const()).collect();
+        let known = w.outputs.iter().all(|d| d.as_const().is_some());
+        let (Some(steps), Some(sizes)) = (steps, sizes) else { return Ok(false) };
+        // The last element of a channel, counted from its first.
+        let last = steps.iter().zip(&sizes).map(|(step, size)| step.saturating_mul(size - 1));
+        let span = last.fold(1i64, i64::saturating_add);
+        let mut inner: Vec<Dim> = w.taps.iter().map(|&t| Dim::new(t)).collect();
+        inner.extend(w.outputs.iter().cloned());
+        let count = numel(&inner);
+        let few = |n: i64| (1..=1 << 30).contains(&n);
+        let fits = plain
+            && known
+            && few(span)
+            && count.as_const().is_some_and(few)
+            && steps.iter().all(|s| *s >= 0);
+        if !fits {
+            return Ok(false);
+        }
+        let [from, to] = [w.from.buffer, w.to].map(|b| self.plan.buffers[b].dtype);
+        let channels = Dim::new(w.channels);
+        let mut k = KernelParts::new("windows", &self.graph.symbols);
+        let (tile, name) = k.tile("BN");
+        let image = k.grid("n", w.images.clone());
+        let channel = k.grid("c", channels.clone());
+        let start = k.grid("p", count.ceil_div(&tile)) * &tile;
+        let position = k.b.iota(DType::I32, 0, start.clone(), vec![tile.clone()]);
+        let mut f = Formula::short();
+        let p = f.tile(&k, position, &[0]);
+        let at = f.coordinates(&mut k, p, &inner);
+        let rank = w.taps.len();
+        let mut place = f.number(0);
+        for i in 0..rank {
+            place = f.add_times(&mut k, place, at[i], &Dim::new(w.dilations[i] * steps[i]));
+            place = f.add_times(&mut k, place, at[rank + i], &Dim::new(w.strides[i] * steps[i]));
+        }
+        let place = f.finish(&mut k, place, vec![tile.clone()]);
+        let axis = |extent: Dim, stride: Dim| Axis { extent, stride, block: None };
+        let seen = Layout {
+            axes: vec![
+                axis(w.images.clone(), axes[0].stride.clone()),
+                axis(channels.clone(), axes[1].stride.clone()),
+                axis(Dim::new(span), Dim::new(1)),
+            ],
+            offset: w.from.layout.offset.clone(),
+        };
+        let x = k.input(w.from.buffer, from, seen);
+        let y = k.output(w.to, to, Layout::row_major(&[w.images.clone(), channels, count]));
+        let one = Dim::new(1);
+        let shape = vec![one.clone(), one, tile];
+        let index = vec![image.clone(), channel.clone(), Dim::new(0)];
+        let mut picked = k.b.gather(x, 2, place, index, shape.clone());
+        if from != to {
+            let arg = k.b.plain(picked);
+            picked = k.b.map(tilewright_expr::Func::cast(from, to), vec![arg], shape);
+        }
+        k.b.store(y, vec![image, channel, start], picked);
+        let knobs = self.knobs();
+        self.launch(k, vec![(name, TILE)], knobs, note)?;
+        Ok(true)
+    }
+
     fn elements(&self, id: NodeId, shape: &[Dim]) -> Elements {
         let name = format!("{}_{id}", self.graph.nodes[id].op.name());
         let mut k = KernelParts::new(name, &self.graph.symbols);
@@ -153,7 +243,7 @@ impl Lowering<'_> {
     fn pick(
         &mut self,
         mut e: Elements,
-        (data, out): (Shaped<'_>, Shaped<'_>),
+        (data, out): (Tensor<'_>, Tensor<'_>),
         (formula, at): (Formula, ExprId),
         note: Note,
     ) -> Result<()> {
