@@ -82,7 +82,7 @@ def training(make):
             print(f"{make.__name__} {mode}: {losses[0]:.4f} to {losses[-1]:.4f}, eager {eager[-1]:.4f}, off by {off:.1e}", flush=True)
             assert off <= budget, (losses, exact, budget)
             assert losses[-1] < losses[0]
-            assert hits == again, "the second time the graphs are those that were kept"
+            assert (hits > 0) is again, "the second time the graphs are those that were kept"
 
 
 def dropout():
