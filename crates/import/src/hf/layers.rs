@@ -228,7 +228,7 @@ impl Net {
                 let made = quantise(&tensor, dtype, size);
                 let (codes, scales) = made.context(|| format!("storing `{name}` as {dtype}"))?;
                 [("codes", codes), ("scales", scales)]
-                    .map(|(part, t)| self.b.constant(&format!("{name}.{part}"), t))
+                    .map(|(part, t)| self.b.constant(format!("{name}.{part}"), t))
             }
             // Noted as missing: what stands in has the right shapes.
             None => {
