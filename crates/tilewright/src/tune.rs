@@ -204,7 +204,7 @@ fn candidates(planned: &Schedule) -> Vec<Schedule> {
             _ => vec![size * 2, size / 2, size * 4, size / 4],
         };
         let unit = if product && &**name == "BN" { panel } else { 1 };
-        sizes.into_iter().filter(|s| *s >= 1 && s % unit == 0).for_each(|s| add(with(&**name, s)));
+        sizes.into_iter().filter(|s| *s >= 1 && s % unit == 0).for_each(|s| add(with(name, s)));
     }
     let mut change = |f: &dyn Fn(&mut Schedule)| {
         let mut s = planned.clone();
