@@ -274,9 +274,7 @@ pub(crate) fn gemm_tiles(
 ) -> GemmTiles {
     let (rows, panel) = (i64::from(knobs.mma_rows), panel(target));
     let (computed, loose) = (how == How::LeftComputed, how == How::RightLoose);
-    // A step of tiles takes so little time that a panel must come from the first level.
-    let room = if knobs.unit.is_tile() { target.l1_bytes / 2 } else { target.l2_bytes / 8 };
-    let mut most = (room / bytes / panel).clamp(64, 4096 / bytes);
+    let mut most = (target.l2_bytes / 8 / bytes / panel).clamp(64, 4096 / bytes);
     if loose {
         most = most.min(2048 / bytes);
     }

@@ -4,7 +4,7 @@
 //!
 //! A product may end in `@NAME=SIZE,...`, tile sizes in place of the planner's (a depth that divides it, as theirs does).
 //! FEATURES are LLVM's names, such as `avx512f,avx512bf16,amx-tile,amx-bf16,amx-int8`; TYPE is bf16, i8 (results i32) or f32.
-//! Each product gets a file of assembly, and a line in `kernels.json`: its function, blocks, scratch bytes, and the layout
+//! Each product gets a file of LLVM IR, to be compiled for that processor, and a line in `kernels.json`: its function, blocks, scratch bytes, and the layout
 //! of its packed weights.
 
 use std::path::PathBuf;
@@ -13,7 +13,6 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
 use tilewright_emit_llvm::emit_kernel;
 use tilewright_graph::{GraphBuilder, TensorType};
-use tilewright_jit::{Jit, Source};
 use tilewright_layout::{Dim, Env};
 use tilewright_lower::{CpuTarget, Options, lower_with, matrix_units};
 use tilewright_passes::{PassContext, choose_layouts};
@@ -28,7 +27,6 @@ fn main() -> Result<()> {
     let features: Vec<&str> = features.split(',').collect();
     let (bf16_unit, int8_unit) = matrix_units(512, |f| features.contains(&f));
     let target = CpuTarget { bf16_unit, int8_unit, ..CpuTarget::avx512() };
-    let jit = Jit::new(tilewright_jit::Options::default())?;
     let mut lines = Vec::new();
     for shape in shapes {
         let bad = || Error::user(format!("`{shape}` is not TYPE:MxNxK"));
@@ -80,10 +78,7 @@ fn main() -> Result<()> {
         let id = format!("{name}_{m}_{n}_{k}_{more}");
         let symbol = format!("tw_{id}");
         let text = emitted.llvm_ir.replace(&format!("@{}", emitted.name), &format!("@{symbol}"));
-        let more: Vec<String> = features.iter().map(|f| format!("+{f}")).collect();
-        let source = Source { symbol: symbol.clone(), text };
-        let text = jit.assembly_with(&source, &more.join(","))?;
-        let path = folder.join(format!("{id}.s"));
+        let path = folder.join(format!("{id}.ll"));
         std::fs::write(&path, text).map_err(|e| Error::user(format!("{}: {e}", path.display())))?;
         let buffers: Vec<_> = args.iter().map(|b| &plan.buffers[*b]).collect();
         let kinds: Vec<String> = buffers
