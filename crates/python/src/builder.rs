@@ -55,7 +55,7 @@ impl Builder {
     }
 }
 
-fn parsed(precision: &str) -> PyResult<Precision> {
+pub(crate) fn parsed(precision: &str) -> PyResult<Precision> {
     precision.parse().map_err(|_| PyValueError::new_err(format!("precision `{precision}`")))
 }
 
