@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .patching import Patch
     from .pytorch.check import Verification
     from .pytorch.exported import CompiledProgram
-    from .pytorch.loaded import LoadedOnGpu
     from .pytorch.report import Explanation
 
 __all__ = ["Model", "compile", "explain", "load", "patch", "verify"]

@@ -135,7 +135,7 @@ mod tests {
                 return;
             }
         };
-        let table = crate::ops::table_definitions(510);
+        let table = crate::ops::table_definitions(509);
         let none = ("", 0);
         let mut requests = Vec::new();
         for dtype in [DType::F32, DType::BF16, DType::F64] {
