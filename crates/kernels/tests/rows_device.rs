@@ -381,7 +381,7 @@ fn cross_entropy_and_adamw_are_what_their_formulas_say() {
         let mut after = before.clone();
         run_tile(&kernel, &schedule, &env, &mut after);
         let named = |list: &[Vec<u8>], name: &str| {
-            let at = kernel.params.iter().position(|p| &*p.name == name);
+            let at = kernel.params.iter().position(|(_, p)| &*p.name == name);
             at.map(|at| doubles(&list[at]))
         };
         let (x, s) = (doubles(&before[0]), named(&before, "S").unwrap_or_default());
