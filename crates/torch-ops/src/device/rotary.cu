@@ -17,13 +17,15 @@ using Table = double;
 #endif
 
 constexpr int THREADS = 256;
+// Blocks that a multiprocessor should hold at least. Said, since the compiler otherwise saves a register too many and spills.
+constexpr int BLOCKS = TW_ELEMENT == 3 ? 2 : 4;
 
 template <typename T> struct alignas(16) Eight { T at[8]; };
 
 template <typename T> TW_INLINE Eight<T> eight(const T* from) { return *reinterpret_cast<const Eight<T>*>(from); }
 
 // `packs` is the number of threads with work: B * H * S * half / 8. A table has the rows of one sample (`shared`) or of each.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 rotary(const Element* x, const Table* cosines, const Table* sines, Element* y, u32 packs, u32 heads, u32 length, u32 half, i64 along_batch,
        i64 along_heads, i64 along_length, u32 shared) {
   const u32 pack = blockIdx.x * THREADS + threadIdx.x;
