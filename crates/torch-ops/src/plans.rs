@@ -155,7 +155,7 @@ pub(crate) struct Cuda {
     /// By all numbers of a call.
     attentions: RwLock<BTreeMap<Vec<i64>, AttentionMade>>,
     /// By the key of a cross-entropy and its number of rows; `None` where it has no kernel.
-    losses: RwLock<BTreeMap<(Key, i64), Option<Arc<Losses>>>>,
+    losses: RwLock<BTreeMap<(Key, i64), LossKernel>>,
 }
 
 /// Kernels of an attention, and how many bytes of scratch memory they take.
@@ -170,6 +170,9 @@ impl Cuda {
 
 /// The gradient of a norm, and how many bytes of scratch memory it takes.
 type NormKernels = (Arc<NormBackward>, u64);
+
+/// A cross-entropy, if there is a kernel for it.
+type LossKernel = Option<Arc<Losses>>;
 
 /// How many sizes are remembered; then all are forgotten (compiled kernels stay).
 const MAX_NORMS: usize = 1024;

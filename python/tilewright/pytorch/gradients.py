@@ -257,7 +257,7 @@ WINDOW_MAX = 9
 # ---- embeddings -------------------------------------------------------------------------------------
 
 # Multiplications up to which a product is less than PyTorch's kernel and the cut.
-EMBEDDINGS_MAX = {"cpu": 2**21, "cuda": 2**31}
+EMBEDDINGS_MAX = {"cpu": 2**21, "cuda": 2**28}
 
 
 @rule(aten.embedding_dense_backward.default)

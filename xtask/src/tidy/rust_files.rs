@@ -25,6 +25,7 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/runtime-gpu/src/caller.rs", "runs in a caller's memory and stream, as it vouches for"),
     ("crates/xla-ffi/src/",            "XLA's C interface, and runs in its memory"),
     ("crates/runtime-gpu/src/direct.rs", "launches over a caller's memory: its promise is passed on"),
+    ("crates/runtime-gpu/src/losses.rs", "launches over a caller's memory: its promise is passed on"),
     ("crates/runtime-gpu/src/norm_backward.rs", "launches over a caller's memory: its promise is passed on"),
     ("crates/torch-abi/src/",          "PyTorch's C interface"),
     ("crates/torch-ops/src/plans.rs",  "kernels on the memory of PyTorch's tensors, whose shapes were checked"),
