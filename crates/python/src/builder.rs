@@ -55,7 +55,7 @@ impl Builder {
     }
 }
 
-pub(crate) fn parsed(precision: &str) -> PyResult<Precision> {
+fn parsed(precision: &str) -> PyResult<Precision> {
     precision.parse().map_err(|_| PyValueError::new_err(format!("precision `{precision}`")))
 }
 

@@ -5,7 +5,6 @@ use crate::python_error;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use tilewright::gpu::{Direct, GpuCompiler, GpuDevice, GpuModel, GpuPlan};
 use tilewright::{Error, Precision, Result};
