@@ -51,7 +51,8 @@ class Pair:
         self.name = name
         self.kept = kept
         self.default = packet.default
-        # The function behind the overload: calling that costs half a microsecond less.
+        self.traced = packet.inference
+        # The function behind the overload: calling that costs half a microsecond less. Graphs that are traced need the overload.
         self.inference = packet.inference._op
         self.direct = direct
         self._triton = triton
@@ -78,7 +79,7 @@ class Pair:
             if self.direct is None or _compiling() or _transformed():
                 return _part(self.default(*args), self.kept)
             return _part(self.direct(*args), self.kept)
-        return self.inference(*args)
+        return self.traced(*args) if _compiling() else self.inference(*args)
 
 
 def _direct(operator: Callable, setup_context: Callable, gradient: Callable) -> Callable:
