@@ -174,8 +174,18 @@ if [ "$part" = ops ] || [ "$part" = all ]; then
     if python3 -c 'import transformers' 2>/dev/null; then
       step "training under torch.compile" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" python3 gpu/test_training.py
     fi
+    if python3 -c 'import torchvision, transformers' 2>/dev/null; then
+      package=(env TILEWRIGHT_TORCH_PACKAGE="$PWD/python" TILEWRIGHT_CACHE="$cache")
+      step "PyTorch: reports, files, patched models, bad input" "${package[@]}" python3 gpu/test_torch.py
+      step "PyTorch: models, inference and training" "${package[@]}" python3 tests/python/torch_coverage.py --device cuda
+      if python3 -c 'import torch; raise SystemExit(torch.cuda.device_count() < 2)'; then
+        step "PyTorch: two GPUs" "${package[@]}" python3 gpu/two_gpus.py
+      fi
+    fi
     step "operators beside PyTorch's" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" \
       python3 gpu/test_ops.py time --out "$records/gpu-ops.json"
+    step "the pack beside PyTorch and Liger-Kernel" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" \
+      python3 gpu/pack_times.py --out "$records/gpu-pack.json"
   else
     printf '\n== operators for PyTorch: not run, python3 has no torch\n'
   fi

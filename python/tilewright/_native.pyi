@@ -88,6 +88,9 @@ HAS_CPU: bool
 def register_operators() -> None:
     """Puts the operators into the dispatcher of the PyTorch that is imported."""
 
+def operators_draw() -> tuple[bool, bool]:
+    """Whether operators on processors and on CUDA devices can draw random numbers of PyTorch's themselves."""
+
 def formula_variables(text: str) -> list[str]: ...
 def formula_number(text: str) -> int: ...
 def triton_launcher(function: Callable[[int | None, list[tuple]], None]) -> None: ...

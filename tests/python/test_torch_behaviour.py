@@ -307,6 +307,46 @@ def odd_inputs_give_what_eager_gives():
     assert seen
 
 
+def sparse_complex_and_inference_tensors():
+    with graphs(), torch.no_grad():
+        x = torch.randn(4, 4, dtype=torch.complex64)
+        torch.testing.assert_close(compiled(lambda x: (x * 2).real + x.imag)(x), (x * 2).real + x.imag)
+    with graphs(), torch.no_grad():
+        dense = torch.eye(4)
+        torch.testing.assert_close(compiled(lambda s, d: torch.sparse.mm(s, d) + 1)(dense.to_sparse(), dense), dense + 1)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU()).eval()
+    with graphs(), torch.inference_mode():
+        x = torch.randn(6, 8)
+        torch.testing.assert_close(compiled(model)(x), model(x))
+        assert compiled(model)(x).is_inference()
+
+
+def random_numbers_between_layers_do_not_cut():
+    """Stochastic depth: the numbers are eager's, and are drawn before the group that reads them."""
+    import torchvision
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.drop = torch.nn.Linear(16, 16), torchvision.ops.StochasticDepth(0.5, "row")
+
+        def forward(self, x):
+            return x + self.drop(self.linear(x).relu())
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(*(Block() for _ in range(4))).train(), torch.randn(6, 16, requires_grad=True)
+    results = []
+    with graphs() as seen:
+        for run in (compiled(model), model):
+            torch.manual_seed(3)
+            y = run(x)
+            (dx,) = torch.autograd.grad(y.square().sum(), x)
+            results.append((y, dx))
+    for ours, want in zip(*results):
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+    assert len(seen[0].groups) <= 2 and len(seen[1].groups) == 1, [len(s.groups) for s in seen]
+
+
 def other_types_and_devices():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         torch.manual_seed(0)
@@ -407,6 +447,8 @@ if __name__ == "__main__":
             weights_that_change_are_seen,
             bad_inputs_fail_as_in_eager,
             odd_inputs_give_what_eager_gives,
+            sparse_complex_and_inference_tensors,
+            random_numbers_between_layers_do_not_cut,
             other_types_and_devices,
             elementwise_rules_agree_with_eager,
             exported_programs_and_files_are_callables,

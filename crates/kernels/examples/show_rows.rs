@@ -14,7 +14,8 @@ use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::{AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
 use tilewright_kernels::reduce::{ClipSpec, Over, ReduceSpec};
 use tilewright_kernels::rows::{
-    CrossEntropySpec, GemvForm, GemvSpec, NormBackwardSpec, RowOp, RowSpec, TopKSpec,
+    CrossEntropyForm, CrossEntropySpec, GemvForm, GemvSpec, NormBackwardSpec, RowOp, RowSpec,
+    TopKSpec,
 };
 use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_tile::Kernel;
@@ -124,7 +125,8 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
             let spec = DropoutSpec { dtype, residual, drop: 0.25, seed: 0x1234_5678_9abc };
             one(spec.kernel("kernel", arch, &size))
         }
-        "crossentropy" => one(CrossEntropySpec { dtype }.kernel("kernel", arch, &size)),
+        "crossentropy" => one(CrossEntropySpec { dtype, form: CrossEntropyForm::InPlace }
+            .kernel("kernel", arch, &size)),
         "adamw" => {
             let copy = (dtype != DType::F32).then_some(dtype);
             one(AdamWSpec { gradient: dtype, copy }.kernel("kernel", arch, &size))

@@ -10,7 +10,8 @@ use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::{ADAMW_NUMBERS, AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
 use tilewright_kernels::reduce::{ClipSpec, Over, ReduceSpec};
 use tilewright_kernels::rows::{
-    CrossEntropySpec, GemvForm, GemvSpec, NormBackwardSpec, RowOp, RowSpec, TopKSpec,
+    CrossEntropyForm, CrossEntropySpec, GemvForm, GemvSpec, NormBackwardSpec, RowOp, RowSpec,
+    TopKSpec,
 };
 use tilewright_layout::{Dim, Env, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, lower};
@@ -155,8 +156,11 @@ fn cases() -> Vec<Case> {
         (DType::F16, &[("M", 2), ("N", 40000)]),
     ];
     for (dtype, sizes) in entropy {
-        let spec = CrossEntropySpec { dtype };
-        add("cross-entropy", sizes, &|size| spec.kernel("entropy", Arch::Sm90a, size));
+        for form in [CrossEntropyForm::InPlace, CrossEntropyForm::Beside, CrossEntropyForm::Losses]
+        {
+            let spec = CrossEntropySpec { dtype, form };
+            add("cross-entropy", sizes, &|size| spec.kernel("entropy", Arch::Sm90a, size));
+        }
     }
     let steps: [(AdamWSpec, Sizes); 2] = [
         (AdamWSpec { gradient: DType::F32, copy: None }, &[("N", 5003)]),
@@ -213,7 +217,8 @@ fn cases() -> Vec<Case> {
         }
     }
     add("kept logits", &[("M", 2), ("N", 20001)], &|size| {
-        let kernel = CrossEntropySpec { dtype: DType::F16 }.program("entropy", false);
+        let kernel = CrossEntropySpec { dtype: DType::F16, form: CrossEntropyForm::InPlace }
+            .program("entropy", false);
         Ok((kernel.clone(), GpuSchedule::lines_kept(&kernel, Arch::Sm90a, size)?.expect("long")))
     });
     // By a warp, by a block.
@@ -368,29 +373,48 @@ fn cross_entropy_and_adamw_are_what_their_formulas_say() {
 
     let (m, n) = (5, 7);
     let env = env(&[("M", 5), ("N", 7)]);
-    let spec = CrossEntropySpec { dtype: DType::F32 };
-    let (kernel, schedule) = spec.kernel("entropy", Arch::Sm90a, &|s| env.get(s).copied()).unwrap();
-    let before = buffers(&kernel, &env);
-    let mut after = before.clone();
-    run_tile(&kernel, &schedule, &env, &mut after);
-    let (x, s) = (doubles(&before[0]), doubles(&before[2])[0]);
-    let (gradient, loss) = (doubles(&after[0]), doubles(&after[3]));
-    let mut ignored = 0;
-    for i in 0..m {
-        let t = tilewright_data::read_i64(DType::I64, &before[1], i);
-        let row = &x[i * n..(i + 1) * n];
-        let sum: f64 = row.iter().map(|v| v.exp()).sum();
-        let counts = (0..n as i64).contains(&t);
-        ignored += usize::from(!counts);
-        let want = if counts { sum.ln() - row[t as usize] } else { 0.0 };
-        assert!(near(loss[i], want), "loss {i} is {}, not {want}", loss[i]);
-        for j in 0..n {
-            let hit = if j as i64 == t { 1.0 } else { 0.0 };
-            let want = if counts { (row[j].exp() / sum - hit) * s } else { 0.0 };
-            assert!(near(gradient[i * n + j], want), "gradient {i} {j}");
+    for form in [CrossEntropyForm::InPlace, CrossEntropyForm::Beside, CrossEntropyForm::Losses] {
+        let spec = CrossEntropySpec { dtype: DType::F32, form };
+        let (kernel, schedule) =
+            spec.kernel("entropy", Arch::Sm90a, &|s| env.get(s).copied()).unwrap();
+        let before = buffers(&kernel, &env);
+        let mut after = before.clone();
+        run_tile(&kernel, &schedule, &env, &mut after);
+        let named = |list: &[Vec<u8>], name: &str| {
+            let at = kernel.params.iter().position(|(_, p)| &*p.name == name);
+            at.map(|at| doubles(&list[at]))
+        };
+        let (x, s) = (doubles(&before[0]), named(&before, "S").unwrap_or_default());
+        let loss = named(&after, "L").unwrap();
+        let gradient = match form {
+            CrossEntropyForm::InPlace => named(&after, "X"),
+            _ => named(&after, "G"),
+        };
+        let logs = named(&after, "Z");
+        let losses_only = form == CrossEntropyForm::Losses;
+        assert_eq!((gradient.is_none(), logs.is_some()), (losses_only, losses_only));
+        let mut ignored = 0;
+        for i in 0..m {
+            let t = tilewright_data::read_i64(DType::I64, &before[1], i);
+            let row = &x[i * n..(i + 1) * n];
+            let sum: f64 = row.iter().map(|v| v.exp()).sum();
+            let counts = (0..n as i64).contains(&t);
+            ignored += usize::from(!counts);
+            let want = if counts { sum.ln() - row[t as usize] } else { 0.0 };
+            assert!(near(loss[i], want), "{form:?}: loss {i} is {}, not {want}", loss[i]);
+            if let Some(logs) = &logs {
+                assert!(near(logs[i], sum.ln()), "{form:?}: the logarithm of row {i}");
+            }
+            let Some(gradient) = &gradient else { continue };
+            let s = if form == CrossEntropyForm::InPlace { s[0] } else { s[i] };
+            for j in 0..n {
+                let hit = if j as i64 == t { 1.0 } else { 0.0 };
+                let want = if counts { (row[j].exp() / sum - hit) * s } else { 0.0 };
+                assert!(near(gradient[i * n + j], want), "{form:?}: gradient {i} {j}");
+            }
         }
+        assert!(ignored > 0 && ignored < m, "{ignored} rows are ignored");
     }
-    assert!(ignored > 0 && ignored < m, "{ignored} rows are ignored");
 
     let env = Env::from([(Arc::from("N"), 33)]);
     let spec = AdamWSpec { gradient: DType::F32, copy: None };

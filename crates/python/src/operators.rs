@@ -12,6 +12,13 @@ fn register_operators(py: Python<'_>) -> PyResult<()> {
     py.detach(tilewright_torch_ops::register).map_err(python_error)
 }
 
+/// Whether operators on processors and on CUDA devices can draw random numbers of PyTorch's themselves.
+#[pyfunction]
+fn operators_draw() -> PyResult<(bool, bool)> {
+    let [cpu, cuda] = tilewright_torch_ops::draws().map_err(python_error)?;
+    Ok((cpu, cuda))
+}
+
 /// The names of a formula's variables, in order.
 #[pyfunction]
 fn formula_variables(text: &str) -> PyResult<Vec<String>> {
@@ -74,6 +81,7 @@ fn launch(device: Option<u32>, launches: &[triton::Launch]) -> tilewright_base::
 pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("HAS_CPU", tilewright_torch_ops::CPU)?;
     module.add_function(wrap_pyfunction!(register_operators, module)?)?;
+    module.add_function(wrap_pyfunction!(operators_draw, module)?)?;
     module.add_function(wrap_pyfunction!(formula_variables, module)?)?;
     module.add_function(wrap_pyfunction!(formula_number, module)?)?;
     module.add_function(wrap_pyfunction!(operator_schedules, module)?)?;

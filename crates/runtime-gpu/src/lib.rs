@@ -24,6 +24,7 @@
 //! | `direct` | the same in a caller's stream, over a caller's memory |
 //! | `attention_training` | attention with its log-sum-exp and its gradient there, by kernels of the library |
 //! | `recordings` | graphs of its runs whose addresses come back |
+//! | `losses` | cross-entropy there, by a kernel of the library |
 //! | `norm_backward` | the gradient of a normalisation there, by kernels of the library |
 
 mod attention;
@@ -35,6 +36,7 @@ mod direct;
 mod host;
 mod in_place;
 mod interpret;
+mod losses;
 mod norm_backward;
 mod product;
 mod recordings;
@@ -47,5 +49,6 @@ pub use bind::{Bound, BoundStep, Place, Slot, bind, bind_at};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted, Room};
 pub use interpret::{Interpreted, interpret};
+pub use losses::{Losses, LossesOf, LossesPlaces};
 pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
 pub use session::{Executable, FAIL_RECORDING, MemoryReport, RunReport, Session, StepTime};

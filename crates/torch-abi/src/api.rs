@@ -103,6 +103,8 @@ functions! {
         cuda_stream = "aoti_torch_get_current_cuda_stream" (i32, *mut *mut c_void) -> i32;
         cuda_guard = "aoti_torch_create_cuda_guard" (i32, *mut *mut c_void) -> i32;
         delete_cuda_guard = "aoti_torch_delete_cuda_guard" (*mut c_void) -> i32;
+        cpu_randint = "aoti_torch_cpu_randint_low_out" (TensorHandle, i64, i64, *const i64, i64) -> i32;
+        cuda_randint = "aoti_torch_cuda_randint_low_out" (TensorHandle, i64, i64, *const i64, i64) -> i32;
         operator_delete = "_ZdlPv" (*mut c_void) -> ();
     }
 }
@@ -210,6 +212,11 @@ impl Abi {
         // SAFETY: a place for a number.
         let code = unsafe { (self.functions.threads)(&mut threads) };
         if code == 0 { threads.max(1) as usize } else { 1 }
+    }
+
+    /// Whether tensors on processors and on CUDA devices can be filled with random numbers ([`crate::Tensor::draw`]).
+    pub fn draws(&self) -> [bool; 2] {
+        [self.functions.cpu_randint.is_some(), self.functions.cuda_randint.is_some()]
     }
 
     /// PyTorch's current stream on this CUDA device: a `cudaStream_t` of the primary context.

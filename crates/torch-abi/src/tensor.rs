@@ -216,6 +216,26 @@ impl Tensor {
         self.abi.checked(code, "clearing a tensor")
     }
 
+    /// Fills it with whole numbers of `low..high` that the generator of its device draws.
+    ///
+    /// # Errors
+    /// Unsupported where PyTorch has no such function in its C interface; PyTorch's.
+    pub fn draw(&self, low: i64, high: i64) -> Result<()> {
+        let functions = &self.abi.functions;
+        let function = match self.device {
+            Device::Cpu => functions.cpu_randint,
+            Device::Cuda(_) => functions.cuda_randint,
+        };
+        let function = function.ok_or_else(|| {
+            Error::unsupported("this PyTorch draws no numbers through its C interface")
+        })?;
+        // SAFETY: a tensor and its sizes.
+        let code = unsafe {
+            function(self.handle, low, high, self.sizes.as_ptr(), self.sizes.len() as i64)
+        };
+        self.abi.checked(code, "drawing random numbers")
+    }
+
     /// The address of its first element.
     ///
     /// # Errors

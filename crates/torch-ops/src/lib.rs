@@ -48,6 +48,14 @@ pub fn register() -> Result<()> {
     DONE.get_or_init(register_once).clone()
 }
 
+/// Whether kernels on processors and on CUDA devices can draw random numbers of PyTorch's.
+///
+/// # Errors
+/// Unsupported where no PyTorch is loaded, or one that is too old.
+pub fn draws() -> Result<[bool; 2]> {
+    Ok(Abi::open()?.draws())
+}
+
 fn register_once() -> Result<()> {
     let abi = Abi::open()?;
     let definitions = Library::define(abi, NAMESPACE)?;

@@ -13,8 +13,8 @@ use tilewright_cuda::{Nvrtc, Stream};
 use tilewright_graph::Graph;
 use tilewright_launch::Loader;
 use tilewright_runtime_gpu::{
-    AttentionCall, AttentionKernels, AttentionPlaces, AttentionPlan, Direct, NormBackward,
-    NormGradient, NormGradientPlaces,
+    AttentionCall, AttentionKernels, AttentionPlaces, AttentionPlan, Direct, Losses, LossesOf,
+    LossesPlaces, NormBackward, NormGradient, NormGradientPlaces,
 };
 use tilewright_target::Gpu as Machine;
 use tilewright_torch_abi::{Abi, Device, Tensor};
@@ -154,6 +154,8 @@ pub(crate) struct Cuda {
     norms: RwLock<BTreeMap<(Key, i64), Option<NormKernels>>>,
     /// By all numbers of a call.
     attentions: RwLock<BTreeMap<Vec<i64>, AttentionMade>>,
+    /// By the key of a cross-entropy and its number of rows; `None` where it has no kernel.
+    losses: RwLock<BTreeMap<(Key, i64), LossKernel>>,
 }
 
 /// Kernels of an attention, and how many bytes of scratch memory they take.
@@ -168,6 +170,9 @@ impl Cuda {
 
 /// The gradient of a norm, and how many bytes of scratch memory it takes.
 type NormKernels = (Arc<NormBackward>, u64);
+
+/// A cross-entropy, if there is a kernel for it.
+type LossKernel = Option<Arc<Losses>>;
 
 /// How many sizes are remembered; then all are forgotten (compiled kernels stay).
 const MAX_NORMS: usize = 1024;
@@ -191,6 +196,7 @@ pub(crate) fn cuda(index: u32) -> Result<Arc<Cuda>> {
         plans: RwLock::default(),
         norms: RwLock::default(),
         attentions: RwLock::default(),
+        losses: RwLock::default(),
     });
     let mut devices = devices.write().unwrap_or_else(PoisonError::into_inner);
     Ok(devices.entry(index).or_insert(made).clone())
@@ -369,6 +375,47 @@ pub(crate) fn attention_training(
     // SAFETY: this function's contract; the scratch memory was just made, and what PyTorch's allocator frees while kernels are in
     // flight goes to later work of the same stream only.
     unsafe { kernels.launch(&places, &stream) }
+}
+
+/// Cross-entropy on a GPU, if the library has a kernel for it: whether there was. The tensors behind `places` are as `what` says,
+/// row-major and aligned.
+pub(crate) fn losses(
+    abi: &'static Abi,
+    index: u32,
+    key: Key,
+    what: LossesOf,
+    places: LossesPlaces,
+) -> Result<bool> {
+    if crate::triton::entered() {
+        return Ok(false);
+    }
+    let device = cuda(index)?;
+    let _guard = if device.alone { None } else { Some(abi.cuda_guard(index)?) };
+    let key = (key, what.rows);
+    let known = device.losses.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+    let found = match known {
+        Some(known) => known,
+        None => {
+            let made = match Losses::new(&device.machine, &device.loader, what, &places) {
+                Ok(made) => Some(Arc::new(made)),
+                Err(error) if error.kind() == tilewright_base::Kind::Unsupported => None,
+                Err(error) => return Err(error),
+            };
+            let mut losses = device.losses.write().unwrap_or_else(PoisonError::into_inner);
+            if losses.len() >= MAX_NORMS {
+                losses.clear();
+            }
+            losses.entry(key).or_insert(made).clone()
+        }
+    };
+    let Some(found) = found else { return Ok(false) };
+    let stream: *mut c_void = abi.cuda_stream(index)?;
+    // SAFETY: as in `on_cuda`.
+    let stream = unsafe { Stream::from_raw(device.loader.gpu(), stream) };
+    // SAFETY: this function's contract; what PyTorch's allocator frees while kernels are in flight goes to later work of the same
+    // stream only.
+    unsafe { found.launch(&places, &stream)? };
+    Ok(true)
 }
 
 /// The kernels that ran on a device for some operator so far, with their schedules: for people.

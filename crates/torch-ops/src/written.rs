@@ -16,6 +16,7 @@ pub(crate) enum Text {
     Dropout,
     Bags,
     Scale,
+    Rotary,
 }
 
 const BASE: &str = include_str!("../../../device-lib/base.cuh");
@@ -28,6 +29,7 @@ impl Text {
             Text::Dropout => "dropout",
             Text::Bags => "bags",
             Text::Scale => "scale",
+            Text::Rotary => "rotary",
         }
     }
 
@@ -37,6 +39,7 @@ impl Text {
             Text::Dropout => include_str!("device/dropout.cu"),
             Text::Bags => include_str!("device/bags.cu"),
             Text::Scale => include_str!("device/scale.cu"),
+            Text::Rotary => include_str!("device/rotary.cu"),
         }
     }
 
@@ -132,7 +135,7 @@ mod tests {
                 return;
             }
         };
-        let table = crate::ops::table_definitions(510);
+        let table = crate::ops::table_definitions(509);
         let none = ("", 0);
         let mut requests = Vec::new();
         for dtype in [DType::F32, DType::BF16, DType::F64] {
@@ -141,6 +144,10 @@ mod tests {
             requests.push((Text::Optimizers, [t, table[0], table[1], ("TW_MASTER", wide.into())]));
             requests.push((Text::Dropout, [t, none, none, none]));
             requests.push((Text::Scale, [t, none, none, none]));
+            for back in 0..2 {
+                let table = ("TW_TABLE", if dtype == DType::F64 { 3 } else { back });
+                requests.push((Text::Rotary, [t, table, ("TW_BACK", back), none]));
+            }
             requests.push((Text::Bags, [t, ("TW_MODE", u64::from(wide) * 2), none, none]));
         }
         for (text, set) in requests {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._define import pair, promoted
+from .. import _native
+from ._define import _compiling, _transformed, fast, pair, promoted, single
 from .norms import layer_norm, rms_norm
 
 
@@ -59,6 +60,43 @@ _dropout = pair(
 )
 
 
+def _drawn_composed(x, residual, p):
+    key = _key(x)
+    return _composed(x, residual, key, p), key
+
+
+# In eager mode the kernel draws its key itself. Graphs that are traced say so in an operator of PyTorch's, whose random numbers they know.
+_drawn = fast(
+    single("dropout_drawn", fake=lambda x, residual, p: (x.new_empty(x.shape), x.new_empty((1,), dtype=torch.int64)), composed=_drawn_composed)
+)
+
+
+class _Drawn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, p):
+        y, key = _drawn(x, residual, p)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(key)
+        ctx.p = p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _gradient(ctx, dy)[:2] + (None,)
+
+
+_drawn_with_gradients = super(torch.autograd.Function, _Drawn).apply
+
+
+def _key(x: torch.Tensor) -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+# Whether the kernels of a kind of device can draw.
+_DRAWS = dict(zip(("cpu", "cuda"), _native.operators_draw()))
+_DRAWS["cpu"] &= _native.HAS_CPU
+
+
 def dropout(x, p=0.5, training=True, residual=None):
     """Zero with probability `p`, else `x / (1 - p)`; plus `residual`. Without `training` it is `x`, plus `residual`.
 
@@ -72,8 +110,11 @@ def dropout(x, p=0.5, training=True, residual=None):
         x, residual = promoted(x, residual)
     if not training or p == 0.0:
         return x if residual is None else x + residual
-    key = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    return _dropout(x, residual, key, float(p))
+    if not _compiling() and not _transformed() and _DRAWS.get(x.device.type, False):
+        if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+            return _drawn_with_gradients(x, residual, float(p))
+        return _drawn(x, residual, float(p))[0]
+    return _dropout(x, residual, _key(x), float(p))
 
 
 def dropout_rms_norm(x, residual, weight=None, eps=1e-6, p=0.5, training=True):

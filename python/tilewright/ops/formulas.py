@@ -201,11 +201,12 @@ def elementwise(formula: str, impl: str = "cuda") -> Formula:
 
 
 _GELU = elementwise("0.5 * x * (1.0 + erf(x * 0.7071067811865476))")
-_GELU_TANH = elementwise("0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))")
+# (1 + tanh(u)) / 2 is sigmoid(2 u), which loses no digits below zero, and whose derivative costs less.
+_GELU_TANH = elementwise("x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))")
 _SILU = elementwise("x * sigmoid(x)")
 _SWIGLU = elementwise("x * sigmoid(x) * y")
 _GEGLU = elementwise("0.5 * x * (1.0 + erf(x * 0.7071067811865476)) * y")
-_GEGLU_TANH = elementwise("0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))) * y")
+_GEGLU_TANH = elementwise("x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) * y")
 
 
 def gelu(x, approximate="none", impl="cuda"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _triton
-from ._define import again, by_triton, chosen, pair, single, triton_form, wide
+from ._define import _compiling, _transformed, again, by_triton, chosen, pair, single, triton_form, wide
 
 
 def _parts(x, softcap):
@@ -120,6 +120,48 @@ def scaled_gradients(ctx, dtotal, *_):
     return *gradients, *nothing
 
 
+def _known_count(targets: torch.Tensor, ignore_index: int, classes: int) -> int | None:
+    """How many rows count, where the processor can see at once that all do; refuses targets that are no class."""
+    if targets.device.type != "cpu" or _compiling() or not targets.numel():
+        return None
+    low, high = (t.item() for t in torch.aminmax(targets))
+    if 0 <= low and high < classes and not low <= ignore_index <= high:
+        return targets.numel()
+    kept = targets[targets != ignore_index]
+    if kept.numel() and not 0 <= kept.min().item() <= kept.max().item() < classes:
+        raise IndexError(f"targets reach from {kept.min().item()} to {kept.max().item()}, and there are {classes} logits")
+    return None
+
+
+def _counted(x, targets, numbers, mean, count):
+    """Sum or mean of the losses, and its gradient, where the number of rows that count may be known."""
+    if count is None or x.dtype == torch.float16:
+        return _total_and_gradient(x, targets, *numbers, mean, [True])
+    scale = 1 / count if mean else 1.0
+    down = torch.full(targets.shape, scale, dtype=wide(x.dtype))
+    loss, dx = _cross_entropy_both(down, x, targets, *numbers)
+    return loss.sum() * scale, dx
+
+
+class _Total(torch.autograd.Function):
+    """`tilewright::cross_entropy_total` and its derivative without the dispatcher's way through Python."""
+
+    @staticmethod
+    def forward(ctx, x, targets, numbers, mean, count):
+        total, dx = _counted(x, targets, numbers, mean, count)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dx)
+        ctx.wanted, ctx.taken, ctx.others = (True,), None, 4
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        return scaled_gradients(ctx, dtotal)
+
+
+_total = super(torch.autograd.Function, _Total).apply
+
+
 def _total_and_gradient(
     x: torch.Tensor,
     targets: torch.Tensor,
@@ -165,18 +207,20 @@ def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
     chosen(impl)
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
-        kept = targets[targets != ignore_index]
-        if kept.numel() and not 0 <= kept.min().item() <= kept.max().item() < x.shape[-1]:
-            raise IndexError(f"targets reach from {kept.min().item()} to {kept.max().item()}, and there are {x.shape[-1]} logits")
+    # Targets of another type are refused below.
+    count = _known_count(targets, ignore_index, x.shape[-1]) if targets.dtype == torch.int64 and x.dim() else None
     if reduction != "none" and x.requires_grad and torch.is_grad_enabled():
         numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
         if impl == "triton":
             _triton.demand("cross_entropy", [x, targets])
             return by_triton(_TritonTotal, lambda values: (*values, [True]), x, targets, *numbers, reduction == "mean")[0]
+        if not _compiling() and not _transformed():
+            return _total(x, targets, numbers, reduction == "mean", count)
         return _cross_entropy_total(x, targets, *numbers, reduction == "mean", [True])[0]
     loss, _ = _cross_entropy.by(impl)(x, targets, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
     if reduction == "none":
         return loss
+    if count is not None:
+        return loss.sum() if reduction == "sum" else loss.mean()
     total = loss.sum()
     return total if reduction == "sum" else total / (targets != ignore_index).sum().to(total.dtype)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import attentions, elementwise, layers, norms, pools, randoms, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
+from . import attentions, elementwise, gradients, layers, norms, pools, randoms, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
 from .sizes import Unsupported, order_in_memory, symbols, tensors_and_sizes
 from .writer import NAMES, RULES, Writer
 

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from .gradients import WINDOW_MAX, largest_at
 from .layers import listed, per_axis
 from .sizes import Unsupported
 from .sums import mean_over
@@ -19,8 +20,6 @@ aten = torch.ops.aten
 
 @rule(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
 def max_pool(w, node, a, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
-    if 1 in used_results(node):
-        raise Unsupported("the positions of the largest elements")
     if ceil_mode or not a.dtype.is_floating_point:
         raise Unsupported("pooling of integers, or with sizes rounded up")
     rank = a.rank - 2 if a.rank in (4, 5) else 0
@@ -29,7 +28,11 @@ def max_pool(w, node, a, kernel, stride=(), padding=0, dilation=1, ceil_mode=Fal
     kernel, pads = per_axis(kernel, rank), per_axis(padding, rank)
     strides = per_axis(stride, rank) if stride else kernel
     attributes = listed(kernel=kernel, strides=strides, pads_lo=pads, pads_hi=pads, dilations=per_axis(dilation, rank))
-    return w.op(f"window max {attributes}", a), None
+    if 1 not in used_results(node):
+        return w.op(f"window max {attributes}", a), None
+    if rank != 2 or per_axis(dilation, rank) != [1, 1] or math.prod(kernel) > WINDOW_MAX:
+        raise Unsupported("the positions of the largest elements of large windows, of windows with holes, or in space")
+    return w.op(f"window max {attributes}", a), largest_at(w, a, kernel, strides, pads, node.meta["val"][1].shape[2:])
 
 
 @rule(aten.avg_pool2d.default, aten.avg_pool3d.default, aten.avg_pool1d.default)

@@ -1,4 +1,4 @@
-//! Cross-entropy of rows of logits, with its gradient written over them.
+//! Cross-entropy of rows of logits, alone or with its gradient.
 
 use super::program::{along, exponential, func, lines, sizes, whole_or_pieces};
 use tilewright_base::{DType, Result};
@@ -13,17 +13,32 @@ use tilewright_tile::{
 /// For every row `x` of `X[M, N]` and its target `t = T[i]` (`i64`), in f32:
 ///
 /// ```text
-/// L[i]    = log(sum(exp(x - max))) + max - x[t]
-/// X[i, j] = (exp(x[j] - max) / sum(exp(x - max)) - (j == t)) * S[0]
+/// Z[i]    = log(sum(exp(x - max))) + max
+/// L[i]    = Z[i] - x[t]
+/// G[i, j] = (exp(x[j] - max) / sum(exp(x - max)) - (j == t)) * s
 /// ```
 ///
-/// A target outside `0..N` is ignored: its loss is 0, and so is its row's gradient. Size symbols: `M`, `N`, and `ldx`,
-/// the distance in elements between rows. A row that a tile holds whole, or that shared memory keeps, is read once and
-/// written once.
+/// [`CrossEntropyForm`] says which of them are written, and what `s` is. A target outside `0..N` is ignored: its loss is 0, and so
+/// is its row's gradient. Size symbols: `M`, `N`, and `ldx`, the distance in elements between rows. A row that a tile holds
+/// whole, or that shared memory keeps, is read once and written once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CrossEntropySpec {
-    /// Type of the logits.
+    /// Type of the logits, and of the gradient.
     pub dtype: DType,
+    /// What is written.
+    pub form: CrossEntropyForm,
+}
+
+/// What a cross-entropy writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CrossEntropyForm {
+    /// The losses, and the gradient over the logits; `s = S[0]`. Parameters: `X`, `T`, `S`, `L`.
+    #[default]
+    InPlace,
+    /// The losses, and the gradient beside the logits; `s = S[i]`. Parameters: `X`, `T`, `S`, `L`, `G`.
+    Beside,
+    /// The losses, and the logarithms of the sums. Parameters: `X`, `T`, `L`, `Z`.
+    Losses,
 }
 
 /// A program under construction.
@@ -31,6 +46,7 @@ struct Builder {
     k: KernelBuilder,
     dtype: DType,
     x: ParamId,
+    gradient: Option<ParamId>,
     bm: Dim,
     bn: Dim,
     row0: Dim,
@@ -112,6 +128,7 @@ impl Builder {
 
     /// Writes the gradient from column `col` on: `e * share`, less `factor` at the target.
     fn gradient(&mut self, e: TileId, col: &Dim, [share, factor, target]: [TileId; 3]) {
+        let Some(into) = self.gradient else { return };
         let (here, dtype) = (self.columns(col), self.dtype);
         let args = vec![
             self.k.plain(e),
@@ -129,7 +146,7 @@ impl Builder {
             let g = f.op(Op::Sub, &[share, off]);
             f.cast(g, dtype)
         });
-        self.k.store(self.x, vec![self.row0.clone(), col.clone()], g);
+        self.k.store(into, vec![self.row0.clone(), col.clone()], g);
     }
 }
 
@@ -137,22 +154,40 @@ impl CrossEntropySpec {
     /// The tile program, with tile sizes `BM`, `BN`. With `whole`, `BN` must be at least `N`; without, rows are gone
     /// over in pieces three times.
     pub fn program(&self, name: &str, whole: bool) -> Kernel {
-        let dtype = self.dtype;
+        let CrossEntropySpec { dtype, form } = *self;
+        let (in_place, losses) =
+            (form == CrossEntropyForm::InPlace, form == CrossEntropyForm::Losses);
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["M", "N", "ldx"]);
         let (bm, bn) = (k.tile("BM"), k.tile("BN"));
-        let x = k.param("X", dtype, lines("M", "N", "ldx"), Access::InOut);
+        let access = if in_place { Access::InOut } else { Access::In };
+        let x = k.param("X", dtype, lines("M", "N", "ldx"), access);
         let rows = || Layout::row_major(&[Dim::sym("M")]);
         let targets = k.param("T", DType::I64, rows(), Access::In);
-        let scale = k.param("S", DType::F32, Layout::row_major(&[Dim::new(1)]), Access::In);
+        let factors = if in_place { Layout::row_major(&[Dim::new(1)]) } else { rows() };
+        let scale = (!losses).then(|| k.param("S", DType::F32, factors, Access::In));
         let loss = k.param("L", DType::F32, rows(), Access::Out);
+        let gradient = match form {
+            CrossEntropyForm::InPlace => Some(x),
+            CrossEntropyForm::Beside => {
+                Some(k.param("G", dtype, lines("M", "N", "ldx"), Access::Out))
+            }
+            CrossEntropyForm::Losses => None,
+        };
+        let logs = losses.then(|| k.param("Z", DType::F32, rows(), Access::Out));
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&bm));
         let row0 = pm * &bm;
         let (zero, row) = (Dim::new(0), vec![bm.clone()]);
         let t = k.load(targets, vec![row0.clone()], row.clone());
-        let s = k.load(scale, vec![zero.clone()], vec![Dim::new(1)]);
-        let s = k.reshape(s, vec![]);
-        let mut b = Builder { k, dtype, x, bm, bn, row0: row0.clone() };
+        let s = scale.map(|scale| {
+            if in_place {
+                let s = k.load(scale, vec![zero.clone()], vec![Dim::new(1)]);
+                return Operand { tile: k.reshape(s, vec![]), along: vec![] };
+            }
+            let s = k.load(scale, vec![row0.clone()], row.clone());
+            k.plain(s)
+        });
+        let mut b = Builder { k, dtype, x, gradient, bm, bn, row0: row0.clone() };
         // A target that wraps to a column is outside, and then its row counts nothing.
         let args = vec![b.k.plain(t)];
         let target = b.map(args, row.clone(), |f, a| f.cast(a[0], DType::I32));
@@ -186,15 +221,25 @@ impl CrossEntropySpec {
             let both = f.op(Op::And, &[low, high]);
             f.cast(both, DType::F32)
         });
-        let args = [max, sum, logit, counts].iter().map(|x| b.k.plain(*x)).collect();
-        let value = b.map(args, row.clone(), |f, a| {
-            let log = f.op(Op::Log, &[a[1]]);
-            let whole = f.op(Op::Add, &[log, a[0]]);
-            let loss = f.op(Op::Sub, &[whole, a[2]]);
-            f.op(Op::Mul, &[loss, a[3]])
+        let args = vec![b.k.plain(sum), b.k.plain(max)];
+        let log = b.map(args, row.clone(), |f, a| {
+            let log = f.op(Op::Log, &[a[0]]);
+            f.op(Op::Add, &[log, a[1]])
         });
-        b.k.store(loss, vec![row0], value);
-        let args = vec![b.k.plain(counts), scalar(s)];
+        let args = [log, logit, counts].iter().map(|x| b.k.plain(*x)).collect();
+        // Not a product: a row that does not count may have a loss that is no number.
+        let value = b.map(args, row.clone(), |f, a| {
+            let loss = f.op(Op::Sub, &[a[0], a[1]]);
+            let nothing = f.constant(0.0, DType::F32);
+            let counts = f.op(Op::Gt, &[a[2], nothing]);
+            f.op(Op::Select, &[counts, loss, nothing])
+        });
+        b.k.store(loss, vec![row0.clone()], value);
+        if let Some(logs) = logs {
+            b.k.store(logs, vec![row0], log);
+        }
+        let Some(s) = s else { return b.k.finish() };
+        let args = vec![b.k.plain(counts), s];
         let factor = b.map(args, row.clone(), |f, a| f.op(Op::Mul, &[a[0], a[1]]));
         let args = vec![b.k.plain(factor), b.k.plain(sum)];
         let share = b.map(args, row, |f, a| f.op(Op::Div, &[a[0], a[1]]));

@@ -9,7 +9,8 @@ use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::{AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
 use tilewright_kernels::reduce::ClipSpec;
 use tilewright_kernels::rows::{
-    CrossEntropySpec, GemvForm, GemvSizes, GemvSpec, NormBackwardSpec, RowOp, RowSpec, TopKSpec,
+    CrossEntropyForm, CrossEntropySpec, GemvForm, GemvSizes, GemvSpec, NormBackwardSpec, RowOp,
+    RowSpec, TopKSpec,
 };
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, lower};
@@ -114,8 +115,14 @@ fn training(arch: Arch, out: &mut Vec<(String, Kernel, GpuSchedule)>) {
     add("top 8", &[("M", 64), ("N", 8192), ("ldx", 8192)], &|size| top.kernel("top", arch, size));
     for n in [1000, 8192, 32000, 128_256] {
         let sizes = [("M", 4096), ("N", n), ("ldx", n)];
-        let spec = CrossEntropySpec { dtype: DType::BF16 };
-        add("cross-entropy", &sizes, &|size| spec.kernel("entropy", arch, size));
+        for (name, form) in [
+            ("cross-entropy", CrossEntropyForm::InPlace),
+            ("cross-entropy beside", CrossEntropyForm::Beside),
+            ("losses", CrossEntropyForm::Losses),
+        ] {
+            let spec = CrossEntropySpec { dtype: DType::BF16, form };
+            add(name, &sizes, &|size| spec.kernel("entropy", arch, size));
+        }
     }
     for n in [768, 1023, 4096, 8192] {
         let sizes = [("M", 16384), ("N", n), ("ld", n)];

@@ -6,13 +6,16 @@
 //! l - (1 - smoothing) * v[t] - smoothing * mean(v) + z * l^2
 //! ```
 //!
-//! and 0 where the target is `ignored`. `l` is a result, for the gradient. Targets must lie inside the row or be ignored; others
-//! have the loss of a row whose target's logit is 0 (kernels cannot raise errors), which the Python half checks on the CPU.
+//! and 0 where the target is `ignored`. `l` is a result, for the gradient. Targets must lie inside the row or be ignored, which the
+//! Python half checks on the CPU; on a GPU (kernels raise no errors) others count as ignored, or as a target whose logit is 0.
+//!
+//! On a GPU losses without smoothing, z-loss and cap are the library's kernel.
 
-use crate::plans::{Key, run};
+use crate::plans::{Key, losses, run};
 use crate::tensors::{Rows, float, plain, same_device, wide};
 use tilewright_base::{DType, Error, Result};
-use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
+use tilewright_runtime_gpu::{LossesOf, LossesPlaces};
+use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 /// The numbers of a call.
 #[derive(Clone, Copy)]
@@ -51,6 +54,38 @@ impl Form {
   %at: i32[1,{n}] = iota axis=1
 "
         )
+    }
+
+    /// Whether the library's kernel computes this: it has no numbers, and ignores what is outside of the row.
+    fn plain(&self) -> bool {
+        let outside = !(0..self.columns).contains(&self.ignored);
+        outside && self.smoothing == 0.0 && self.z == 0.0 && self.cap == 0.0
+    }
+
+    /// The losses by the library's kernel, with the gradient where `factors` are given: whether there is one.
+    fn by_library(
+        &self,
+        abi: &'static Abi,
+        rows: &Rows,
+        [x, targets, loss, other]: [&Tensor; 4],
+        factors: Option<&Tensor>,
+    ) -> Result<bool> {
+        let Device::Cuda(index) = x.device() else { return Ok(false) };
+        if !self.plain() {
+            return Ok(false);
+        }
+        let gradient = factors.is_some();
+        let (dtype, columns) = (self.dtype, self.columns);
+        let what = LossesOf { dtype, rows: rows.rows, columns, gradient };
+        let places = LossesPlaces {
+            x: x.address()?,
+            targets: targets.address()?,
+            factors: factors.map_or(Ok(0), Tensor::address)?,
+            losses: loss.address()?,
+            other: other.address()?,
+        };
+        let name = if gradient { "losses and gradient" } else { "losses" };
+        losses(abi, index, self.key(name), what, places)
     }
 
     fn forward(&self) -> String {
@@ -187,7 +222,9 @@ impl Operator for CrossEntropy {
         if rows.columns == 0 {
             return Err(Error::user("x has rows of no logits"));
         }
-        if !rows.is_empty() {
+        let known =
+            !rows.is_empty() && form.by_library(abi, &rows, [&x, &targets, &loss, &l], None)?;
+        if !known && !rows.is_empty() {
             let inputs = [&x, &targets];
             let key = form.key("cross_entropy");
             run(key, &[rows.rows], &inputs, &[&loss, &l], || Ok(form.forward()))?;
@@ -272,7 +309,9 @@ impl Operator for CrossEntropyBoth {
         }
         let loss = Tensor::empty(abi, targets.sizes(), wide(form.dtype), x.device())?;
         let dx = Tensor::empty(abi, x.sizes(), form.dtype, x.device())?;
-        if !rows.is_empty() {
+        let known = !rows.is_empty()
+            && form.by_library(abi, &rows, [&x, &targets, &loss, &dx], Some(&dloss))?;
+        if !known && !rows.is_empty() {
             let inputs = [&x, &targets, &dloss];
             let key = form.key("cross_entropy_both");
             run(key, &[rows.rows], &inputs, &[&loss, &dx], || Ok(form.both()))?;

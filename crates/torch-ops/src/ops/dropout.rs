@@ -45,46 +45,75 @@ impl Operator for Dropout {
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
         let [x, residual, key, p] = args else { return Err(Error::bug("arguments")) };
         let (x, residual, key, p) = (x.tensor()?, residual.optional()?, key.tensor()?, p.float()?);
-        let dtype = float("x", &x)?;
-        if !(0.0..=1.0).contains(&p) {
-            return Err(Error::user(format!("p is {p}; it must be in 0..=1")));
-        }
-        same_device("key", &key, &x)?;
-        if key.elements() != 1 || key.dtype()? != DType::I64 {
-            let message = format!("key is {} of shape {:?}", key.dtype()?, key.sizes());
-            return Err(Error::user(message).with_hint("it is one number of int64"));
-        }
-        if let Some(r) = &residual {
-            like("residual", r, &x)?;
-        }
-        let (x, residual) = (plain(x)?, residual.map(plain).transpose()?);
-        let y = Tensor::empty(abi, x.sizes(), dtype, x.device())?;
-        let scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
-        let elements = x.elements();
-        if elements == 0 {
-            return Ok(vec![Value::Tensor(y)]);
-        }
-        if let Device::Cuda(index) = x.device() {
-            let at = |t: &Tensor| t.address();
-            let args = Args::new()
-                .value(at(&x)?)
-                .value(residual.as_ref().map_or(Ok(0), at)?)
-                .value(at(&y)?)
-                .value(at(&key)?)
-                .value(threshold(p))
-                .value(scale)
-                .value(elements);
-            let none = ("", 0);
-            let set: Set = [element(dtype)?, none, none, none];
-            let blocks = elements.cast_unsigned().div_ceil(4096);
-            launch(abi, index, (Text::Dropout, "dropout", &set), blocks, 256, &args)?;
-        } else {
-            let key = host::read_whole(&key)?.first().copied().unwrap_or(0).cast_unsigned();
-            let r = residual.as_ref();
-            with_number!(dtype, on_host(abi, &x, r, &y, key, threshold(p), scale))?;
-        }
-        Ok(vec![Value::Tensor(y)])
+        Ok(vec![Value::Tensor(dropped(abi, x, residual, &key, p)?)])
     }
+}
+
+/// The same under a key that is drawn here, which is the second result.
+pub(crate) struct DropoutDrawn;
+
+impl Operator for DropoutDrawn {
+    const NAME: &'static str = "dropout_drawn";
+    const ARGS: &'static [(&'static str, Arg)] =
+        &[("x", Arg::Tensor), ("residual", Arg::Optional), ("p", Arg::Float)];
+    const RETURNS: &'static str = "(Tensor y, Tensor key)";
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [x, residual, p] = args else { return Err(Error::bug("arguments")) };
+        let (x, residual, p) = (x.tensor()?, residual.optional()?, p.float()?);
+        let key = Tensor::empty(abi, &[1], DType::I64, x.device())?;
+        key.draw(i64::MIN, i64::MAX)?;
+        let y = dropped(abi, x, residual, &key, p)?;
+        Ok(vec![Value::Tensor(y), Value::Tensor(key)])
+    }
+}
+
+fn dropped(
+    abi: &'static Abi,
+    x: Tensor,
+    residual: Option<Tensor>,
+    key: &Tensor,
+    p: f64,
+) -> Result<Tensor> {
+    let dtype = float("x", &x)?;
+    if !(0.0..=1.0).contains(&p) {
+        return Err(Error::user(format!("p is {p}; it must be in 0..=1")));
+    }
+    same_device("key", key, &x)?;
+    if key.elements() != 1 || key.dtype()? != DType::I64 {
+        let message = format!("key is {} of shape {:?}", key.dtype()?, key.sizes());
+        return Err(Error::user(message).with_hint("it is one number of int64"));
+    }
+    if let Some(r) = &residual {
+        like("residual", r, &x)?;
+    }
+    let (x, residual) = (plain(x)?, residual.map(plain).transpose()?);
+    let y = Tensor::empty(abi, x.sizes(), dtype, x.device())?;
+    let scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    let elements = x.elements();
+    if elements == 0 {
+        return Ok(y);
+    }
+    if let Device::Cuda(index) = x.device() {
+        let at = |t: &Tensor| t.address();
+        let args = Args::new()
+            .value(at(&x)?)
+            .value(residual.as_ref().map_or(Ok(0), at)?)
+            .value(at(&y)?)
+            .value(at(key)?)
+            .value(threshold(p))
+            .value(scale)
+            .value(elements);
+        let none = ("", 0);
+        let set: Set = [element(dtype)?, none, none, none];
+        let blocks = elements.cast_unsigned().div_ceil(4096);
+        launch(abi, index, (Text::Dropout, "dropout", &set), blocks, 256, &args)?;
+    } else {
+        let key = host::read_whole(key)?.first().copied().unwrap_or(0).cast_unsigned();
+        let r = residual.as_ref();
+        with_number!(dtype, on_host(abi, &x, r, &y, key, threshold(p), scale))?;
+    }
+    Ok(y)
 }
 
 /// Elements of a job; a multiple of four.

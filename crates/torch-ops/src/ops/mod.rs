@@ -17,7 +17,7 @@ pub(crate) use attention::{Attention, AttentionRows};
 pub(crate) use attention_training::{AttentionBackward, AttentionLse};
 pub(crate) use bags::{EmbeddingBag, EmbeddingBagBackward, EmbeddingBagWeightsBackward};
 pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward, CrossEntropyBoth};
-pub(crate) use dropout::Dropout;
+pub(crate) use dropout::{Dropout, DropoutDrawn};
 pub(crate) use elementwise::{Map, MapBackward, Numbered};
 pub use elementwise::{number_of, variables};
 pub(crate) use linear::Linear;
@@ -70,6 +70,7 @@ macro_rules! for_each_operator {
             $crate::ops::Lion,
             $crate::ops::GradientNorm,
             $crate::ops::Dropout,
+            $crate::ops::DropoutDrawn,
             $crate::ops::EmbeddingBag,
             $crate::ops::EmbeddingBagBackward,
             $crate::ops::EmbeddingBagWeightsBackward,

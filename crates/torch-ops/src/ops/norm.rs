@@ -421,6 +421,7 @@ pub(crate) struct RmsNorm<const STATISTICS: bool>;
 
 impl<const STATISTICS: bool> Operator for RmsNorm<STATISTICS> {
     const NAME: &'static str = if STATISTICS { "rms_norm" } else { "rms_norm.inference" };
+    const OVERLOADS: &'static [&'static str] = if STATISTICS { &["raw"] } else { &[] };
     const ARGS: &'static [(&'static str, Arg)] =
         &[("x", Arg::Tensor), ("weight", Arg::Optional), ("eps", Arg::Float)];
     const RETURNS: &'static str = if STATISTICS { "(Tensor y, Tensor rstd)" } else { "Tensor" };
@@ -446,6 +447,7 @@ pub(crate) struct AddRmsNorm<const STATISTICS: bool>;
 
 impl<const STATISTICS: bool> Operator for AddRmsNorm<STATISTICS> {
     const NAME: &'static str = if STATISTICS { "add_rms_norm" } else { "add_rms_norm.inference" };
+    const OVERLOADS: &'static [&'static str] = if STATISTICS { &["raw"] } else { &[] };
     const ARGS: &'static [(&'static str, Arg)] = &[
         ("x", Arg::Tensor),
         ("residual", Arg::Tensor),
@@ -492,6 +494,7 @@ pub(crate) struct LayerNorm<const STATISTICS: bool>;
 
 impl<const STATISTICS: bool> Operator for LayerNorm<STATISTICS> {
     const NAME: &'static str = if STATISTICS { "layer_norm" } else { "layer_norm.inference" };
+    const OVERLOADS: &'static [&'static str] = if STATISTICS { &["raw"] } else { &[] };
     const ARGS: &'static [(&'static str, Arg)] = &[
         ("x", Arg::Tensor),
         ("weight", Arg::Optional),
@@ -515,6 +518,7 @@ pub(crate) struct AddLayerNorm<const STATISTICS: bool>;
 impl<const STATISTICS: bool> Operator for AddLayerNorm<STATISTICS> {
     const NAME: &'static str =
         if STATISTICS { "add_layer_norm" } else { "add_layer_norm.inference" };
+    const OVERLOADS: &'static [&'static str] = if STATISTICS { &["raw"] } else { &[] };
     const ARGS: &'static [(&'static str, Arg)] = &[
         ("x", Arg::Tensor),
         ("residual", Arg::Tensor),

@@ -9,7 +9,7 @@
 //!
 //! With maxima (AMSGrad) the step divides by the largest `v` so far instead. `g` is the gradient times `factor`, negated to maximise. Moments are `f32` (`f64` for `f64`). Weights of 16 bits may have a wide
 //! copy, a master, which is what is updated; they are then its rounding. On a GPU all tensors of a call are one launch (one for
-//! every 510). The number `t` of this step, and if wished `rate` and `factor`, are read from the device; so is
+//! every 509). The number `t` of this step, and if wished `rate` and `factor`, are read from the device; so is
 //! `found_inf`, of which anything but 0 leaves everything as it is.
 
 use crate::host::{self, Float, Number, with_number};
@@ -238,7 +238,7 @@ const PIECE: i64 = 2048;
 const ENTRY_BYTES: u64 = 64;
 const HEAD_BYTES: u64 = 120;
 /// Tensors in a small table and in the largest that a launch can pass.
-const PLACES: [u64; 2] = [64, 510];
+const PLACES: [u64; 2] = [64, 509];
 
 /// How `optimizers.cu` is told of tables with so many places.
 pub(crate) fn table_definitions(places: u64) -> [(&'static str, u64); 2] {
@@ -749,6 +749,7 @@ mod tests {
 
     #[test]
     fn the_largest_table_fits_a_launch() {
-        assert!(HEAD_BYTES + PLACES[1] * ENTRY_BYTES <= 32764);
+        // `squares` has an address beside its table.
+        assert!(HEAD_BYTES + PLACES[1] * ENTRY_BYTES + 8 <= 32764);
     }
 }

@@ -5,12 +5,15 @@
 //! y[j + D/2] = x[j + D/2] * cos[j + D/2] + x[j] * sin[j + D/2]
 //! ```
 //!
-//! The gradient is the same with the rotation turned back.
+//! The gradient is the same with the rotation turned back. On a GPU this is a kernel written by hand, which reads rows where they lie;
+//! rows that are no multiple of 16 are copied into order, and are two kernels.
 
 use crate::plans::{Key, run};
 use crate::tensors::{float, plain, same_device, wide};
+use crate::written::{Set, Text, element, launch};
 use tilewright_base::{DType, Error, Result};
-use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
+use tilewright_cuda::Args;
+use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 fn text(t: DType, table: DType, d: i64, shared: bool, turned_back: bool) -> String {
     let c = wide(t);
@@ -85,7 +88,12 @@ impl Operator for Rotary {
             }
         }
         let shared = cos.sizes().first() == Some(&1);
-        let (x, cos, sin) = (plain(x)?, plain(cos)?, plain(sin)?);
+        let (cos, sin) = (plain(cos)?, plain(sin)?);
+        let types = (dtype, table);
+        if let Some(y) = by_hand(abi, types, &x, [&cos, &sin], shared, turned_back)? {
+            return Ok(vec![Value::Tensor(y)]);
+        }
+        let x = plain(x)?;
         let y = Tensor::empty(abi, x.sizes(), dtype, x.device())?;
         if y.elements() > 0 {
             let key = Key::new("rotary").dtype(dtype).dtype(table).with(d as u64);
@@ -97,6 +105,62 @@ impl Operator for Rotary {
         }
         Ok(vec![Value::Tensor(y)])
     }
+}
+
+/// Threads of a block of `rotary.cu`, and pairs that each of them turns.
+const THREADS: u64 = 256;
+const PAIRS: i64 = 8;
+
+/// The kernel written by hand, where the device and the layout of `x` suit it.
+fn by_hand(
+    abi: &'static Abi,
+    (dtype, table): (DType, DType),
+    x: &Tensor,
+    [cos, sin]: [&Tensor; 2],
+    shared: bool,
+    turned_back: bool,
+) -> Result<Option<Tensor>> {
+    let Device::Cuda(index) = x.device() else { return Ok(None) };
+    if crate::triton::entered() {
+        return Ok(None);
+    }
+    let (&[_, heads, length, d], &[along_batch, along_heads, along_length, inner]) =
+        (x.sizes(), x.strides())
+    else {
+        return Ok(None);
+    };
+    let packs = x.elements() / (2 * PAIRS);
+    let strides = [along_batch, along_heads, along_length];
+    let suits = inner == 1
+        && d % (2 * PAIRS) == 0
+        && strides.iter().all(|s| *s >= 0 && s % PAIRS == 0)
+        && x.address()?.is_multiple_of(16);
+    let numbers = [packs, heads, length, d / 2].map(u32::try_from);
+    let [Ok(packs), Ok(heads), Ok(length), Ok(half)] = numbers else { return Ok(None) };
+    if !suits || packs > u32::MAX - THREADS as u32 {
+        return Ok(None);
+    }
+    let y = Tensor::empty(abi, x.sizes(), dtype, x.device())?;
+    if packs == 0 {
+        return Ok(Some(y));
+    }
+    let mut args = Args::new();
+    for tensor in [x, cos, sin, &y] {
+        args = args.value(tensor.address()?);
+    }
+    for number in [packs, heads, length, half] {
+        args = args.value(number);
+    }
+    for stride in strides {
+        args = args.value(stride);
+    }
+    let args = args.value(u32::from(shared));
+    let (_, tables) = element(table)?;
+    let back = ("TW_BACK", u64::from(turned_back));
+    let set: Set = [element(dtype)?, ("TW_TABLE", tables), back, ("", 0)];
+    let blocks = u64::from(packs).div_ceil(THREADS);
+    launch(abi, index, (Text::Rotary, "rotary", &set), blocks, THREADS as u32, &args)?;
+    Ok(Some(y))
 }
 
 #[cfg(test)]

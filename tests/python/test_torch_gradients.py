@@ -1,0 +1,91 @@
+"""Gradients that PyTorch has as operators of their own, by our rules: convolutions, pooling by maxima, embeddings."""
+
+from torch_models import compiled, graphs, run_all, torch
+
+F = torch.nn.functional
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def ours_alone(function, *tensors):
+    """Compares all gradients with float64, and that nothing was left to PyTorch."""
+    mine = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    exact = [t.double().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    with graphs() as seen:
+        result = compiled(function)(*mine)
+        down = torch.randn_like(result)
+        result.backward(down)
+    function(*exact).backward(down.double())
+    left = {f"{n.target}: {why}" for g in seen for n, why in g.reasons.items() if "getitem" not in str(n.target)}
+    left |= {group.failure for g in seen for group in g.groups if group.failure}
+    assert not left, left
+    for ours, want in zip(mine, exact):
+        if ours.requires_grad:
+            distance = (ours.grad.double() - want.grad).norm() / want.grad.norm()
+            assert distance < TOLERANCE[ours.dtype], (tuple(ours.shape), float(distance))
+
+
+def convolutions_with_all_settings():
+    torch.manual_seed(0)
+    settings = [
+        # step, padding, dilation, kernel, groups
+        (1, 1, 1, 3, 1), (2, 1, 1, 3, 1), (2, 0, 1, 1, 1), (2, 3, 1, 7, 1), (3, 1, 1, 2, 1), (2, 2, 2, 3, 1), (1, 1, 1, 3, 8),
+        (4, 0, 1, 4, 1), (3, 2, 2, 3, 2), (2, 1, 3, 3, 1),
+    ]  # fmt: skip
+    for step, padding, dilation, kernel, groups in settings:
+        weight = torch.randn(8, 8 // groups, kernel, kernel)
+
+        def run(x, w, b):
+            return F.conv2d(x, w, b, step, padding, dilation, groups)  # noqa: B023
+
+        ours_alone(run, torch.randn(2, 8, 11, 14), weight, torch.randn(8))
+
+
+def convolutions_over_one_and_three_axes_and_in_bfloat16():
+    torch.manual_seed(1)
+    ours_alone(lambda x, w: F.conv1d(x, w, None, 2, 1), torch.randn(2, 4, 15), torch.randn(6, 4, 3))
+    ours_alone(lambda x, w: F.conv3d(x, w, None, 2, 1), torch.randn(2, 4, 5, 6, 7), torch.randn(6, 4, 3, 3, 3))
+    x, w = torch.randn(2, 8, 9, 9).bfloat16(), torch.randn(8, 8, 3, 3).bfloat16()
+    ours_alone(lambda x, w: F.conv2d(x, w, None, 2, 1), x, w)
+
+
+def pooling_by_maxima():
+    torch.manual_seed(2)
+    for kernel, step, padding in ((2, 2, 0), (3, 2, 1), (3, 1, 1), (2, 3, 0)):
+        ours_alone(lambda x: F.max_pool2d(x, kernel, step, padding), torch.randn(2, 3, 11, 14))  # noqa: B023
+    # Equal elements: the first one's, as PyTorch's.
+    ours_alone(lambda x: F.max_pool2d(x, 3, 2, 1), torch.randn(2, 3, 8, 8).relu())
+
+
+def positions_of_maxima_are_pytorchs():
+    y = torch.full((1, 1, 4, 4), -float("inf"))
+    y[0, 0, 2, 2] = float("nan")
+    y[0, 0, 0, 3] = y[0, 0, 3, 0] = y[0, 0, 3, 1] = 1
+
+    def run(y):
+        return F.max_pool2d(y, 3, 2, 1, return_indices=True)
+
+    with graphs() as seen, torch.no_grad():
+        ours, want = compiled(run)(y), run(y)
+    assert not seen[0].reasons, seen[0].reasons
+    assert torch.equal(ours[1], want[1]), (ours[1], want[1])
+    torch.testing.assert_close(ours[0], want[0], equal_nan=True)
+
+
+def embeddings_with_and_without_padding():
+    torch.manual_seed(3)
+    table, at = torch.randn(20, 16), torch.randint(0, 20, (4, 7))
+    at[0, :3] = 3
+    ours_alone(lambda i, t: F.embedding(i, t, padding_idx=3), at, table)
+    ours_alone(lambda i, t: F.embedding(i, t), at.int(), table)
+
+
+if __name__ == "__main__":
+    run_all(
+        (
+            convolutions_with_all_settings,
+            convolutions_over_one_and_three_axes_and_in_bfloat16,
+            pooling_by_maxima,
+            positions_of_maxima_are_pytorchs,
+            embeddings_with_and_without_padding,
+        )
+    )
