@@ -273,7 +273,6 @@ impl NormBackwardSpec {
             fetched: if turns > 1 { AHEAD as u32 } else { 0 },
             // Of the three tensors that lie as the rows, one is written.
             streams: 3 * m.saturating_mul(n).saturating_mul(bytes) >= STREAMS_FROM,
-            ..LinesKnobs::default()
         };
         // Nothing lies behind rows that fill their tile: no element is asked whether it does.
         if cols == n {
