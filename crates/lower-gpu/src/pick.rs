@@ -725,8 +725,8 @@ impl Picker<'_> {
         let runs_each = up(self.runs, lanes);
         let choice = Choice { threads, lanes, rows_each: 1, runs_each, cluster: 1 };
         let mut schedule = self.schedule(choice);
-        // Elements are not kept in registers.
-        schedule.blocks_per_sm = (1024 / threads) as u32;
+        // 80 registers, or what a block of 1024 threads can have: with 64 some kernels spill.
+        schedule.blocks_per_sm = (768 / threads).max(1) as u32;
         schedule
     }
 
