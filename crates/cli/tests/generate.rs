@@ -25,7 +25,9 @@ fn tw(arguments: &[&str]) -> (Option<i32>, String) {
 fn tokens(arguments: &[&str]) -> Vec<Vec<i64>> {
     let (code, text) = tw(arguments);
     assert_eq!(code, Some(0), "{arguments:?}\n{text}");
-    let json: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    // What is said of the times follows on the other stream.
+    let line = text.lines().next().unwrap_or_default();
+    let json: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {text}"));
     assert!(json["tokens_per_s"].as_f64().is_some_and(|t| t > 0.0), "{text}");
     serde_json::from_value(json["tokens"].clone()).unwrap()
 }
@@ -81,5 +83,14 @@ fn what_cannot_be_generated_is_said_in_words() {
     // The model itself knows 32 positions.
     fails(2, "40 tokens", &[&llama, "--tokens", "1", "--max-tokens", "40"]);
     fails(3, "cache", &[&bert, "--tokens", "1"]);
-    fails(3, "--verify", &[&llama, "--tokens", "1", "--verify"]);
+}
+
+#[test]
+fn positions_are_compared_with_the_interpreter() {
+    let (code, text) = tw(&[&llama(), "--tokens", "5,9,1", "--verify"]);
+    assert_eq!(code, Some(0), "{text}");
+    let line = text.lines().next().unwrap_or_default();
+    let json: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {text}"));
+    assert!(json["positions"].as_u64().is_some_and(|n| n >= 3), "{text}");
+    assert!(json["worst"].as_f64().is_some_and(|w| w < 1.0), "{text}");
 }

@@ -514,7 +514,7 @@ __device__ __forceinline__ float epilogue(float x, float b) {
             "\
 def f(x, arg_int):
     t2 = x < tl.full((), 1.0, tl.float32)
-    t3 = (tl.exp(x)).to(tl.float16).to(tl.float32)
+    t3 = (libdevice.exp(x)).to(tl.float16).to(tl.float32)
     t5 = tl.where(t2, t3, arg_int)
     return t5
 "
