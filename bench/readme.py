@@ -201,6 +201,7 @@ GPU_MODELS = {
     "gpt2": "GPT-2, no head",
     "vit": "ViT-B/16",
     "llama": "Llama 1B, prefill, no head",
+    "llama8b": "Llama 8B, prefill, no head",
     "resnet50": "ResNet-50",
     "mobilenetv3": "MobileNetV3-Large",
     "efficientnet": "EfficientNet-B0",

@@ -70,7 +70,7 @@ class Pair:
         _triton.demand(self.name, [a for a in _flat(args) if isinstance(a, torch.Tensor)])
         if torch.is_grad_enabled() and _asks_for_gradients(args):
             tensors, put = _apart(args)
-            return _part(self._triton.apply(put, *tensors), self.kept)
+            return _part(self._triton.apply(*tensors, put), self.kept)
         with _triton.entered():
             return self.inference(*args)
 
@@ -124,11 +124,13 @@ def _apart(args: tuple) -> tuple[list, Callable]:
 
 
 def triton_form(operator: Callable, setup_context: Callable, gradient: Callable) -> type[torch.autograd.Function]:
-    """An operator and its derivative, both as Triton kernels. Its first argument puts the others together (`_apart`)."""
+    """An operator and its derivative, both as Triton kernels. Its last argument puts the others together (`_apart`)."""
 
     class Triton(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, put, *values):
+        def forward(ctx, *values):
+            # What puts the values together comes last, so that places in `needs_input_grad` are theirs.
+            *values, put = values
             args = put(values)
             with _below_autograd(), _triton.entered():
                 results = operator(*args)
@@ -138,7 +140,7 @@ def triton_form(operator: Callable, setup_context: Callable, gradient: Callable)
         @staticmethod
         def backward(ctx, *grads):
             with _triton.entered():
-                return None, *_flat(gradient(ctx, *grads))
+                return *_flat(gradient(ctx, *grads)), None
 
     return Triton
 

@@ -213,7 +213,7 @@ def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0
         numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
         if impl == "triton":
             _triton.demand("cross_entropy", [x, targets])
-            return by_triton(_TritonTotal, lambda values: (*values, [True]), x, targets, *numbers, reduction == "mean")[0]
+            return by_triton(_TritonTotal, x, targets, *numbers, reduction == "mean", lambda values: (*values, [True]))[0]
         if not _compiling() and not _transformed():
             return _total(x, targets, numbers, reduction == "mean", count)
         return _cross_entropy_total(x, targets, *numbers, reduction == "mean", [True])[0]
