@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import math
+import os
 import pathlib
 import statistics
 import subprocess
@@ -166,7 +167,12 @@ def main():
         size, kind = a.peer.split(":")
         print(json.dumps(peer(size, a.position, a.max_length, kind == "compiled")))
         return
-    record = {"date": datetime.date.today().isoformat(), "position": a.position, "max_length": a.max_length, "models": {}}
+    import torch
+
+    machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    command = " ".join(["gpu/decode.py", *sys.argv[1:]])
+    record = {"date": datetime.date.today().isoformat(), "commit": os.environ.get("TILEWRIGHT_COMMIT", "unknown"), "machine": machine,
+              "command": command, "position": a.position, "max_length": a.max_length, "models": {}}
     for size in a.models.split(","):
         found = record["models"][size] = {"config": config(size)}
         for kind in a.kinds.split(","):
