@@ -14,6 +14,7 @@ mod dead_code;
 mod decompose;
 mod edit;
 mod fold_constants;
+mod fold_norms;
 mod histogram;
 mod infer_shapes;
 mod join_products;
@@ -27,6 +28,7 @@ mod split_reductions;
 mod view;
 
 pub use decompose::{decompose_all, decompose_products};
+pub use fold_norms::fold_norms;
 pub use histogram::{Histogram, op_name};
 pub use join_products::join_products;
 pub use layout::{Layouts, choose_layouts};

@@ -143,6 +143,13 @@ impl GpuCompiler {
         observe(Stage::Graph("join-products", &graph));
         stages.push(StageTime { name: "join-products".into(), time: start.elapsed() });
         let start = Instant::now();
+        if self.fusion != Choice::Apart && tilewright_passes::fold_norms(&mut graph)? {
+            tilewright_graph::verify(&graph)?;
+            tilewright_passes::run(&mut graph, &context)?;
+        }
+        observe(Stage::Graph("fold-norms", &graph));
+        stages.push(StageTime { name: "fold-norms".into(), time: start.elapsed() });
+        let start = Instant::now();
         if tilewright_passes::decompose_products(&mut graph, keep)? {
             tilewright_graph::verify(&graph)?;
             tilewright_passes::run(&mut graph, &context)?;

@@ -41,7 +41,7 @@ use crate::{Device, Options};
 use std::collections::BTreeSet;
 use tilewright_base::{DType, Result};
 use tilewright_expr::{ExprId, Func, FuncBuilder};
-use tilewright_graph::{Def, Graph, ValueId};
+use tilewright_graph::{Def, Graph, Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{
     Buffer, BufferId, Form, Matrix, Note, Product as Multiplied, Repeat, Storage, Vector,
@@ -61,9 +61,39 @@ pub(crate) fn narrow_values(graph: &Graph, options: &Options) -> BTreeSet<ValueI
             found.insert(v);
         }
     }
+    let statistics = statistics(graph);
     for (_, node) in graph.live() {
         if node.inputs.iter().any(|v| found.contains(v)) {
-            found.extend(node.outputs.iter().filter(|&&v| graph.dtype(v) == DType::F32));
+            let wide = |v: &ValueId| graph.dtype(*v) == DType::F32 && !statistics.contains(v);
+            found.extend(node.outputs.iter().filter(|v| wide(v)));
+        }
+    }
+    found
+}
+
+/// One number for each row: sums over the last axis, and what is computed from such alone, as far as maps alone read them. A rounded one
+/// would move its whole row.
+fn statistics(graph: &Graph) -> BTreeSet<ValueId> {
+    let mut found: BTreeSet<ValueId> = BTreeSet::new();
+    for (_, node) in graph.live() {
+        let is_one = match &node.op {
+            Op::Reduce { axes, keep, .. } => {
+                *keep && axes.last().is_some_and(|a| a + 1 == graph.shape(node.inputs[0]).len())
+            }
+            Op::Map(_) => {
+                let number = |v: &ValueId| graph.shape(*v).is_empty();
+                let of = |v: &ValueId| found.contains(v) || number(v);
+                node.inputs.iter().all(of) && !node.inputs.iter().all(number)
+            }
+            _ => false,
+        };
+        if is_one {
+            found.extend(&node.outputs);
+        }
+    }
+    for (_, node) in graph.live() {
+        if !matches!(node.op, Op::Map(_)) {
+            node.inputs.iter().for_each(|v| drop(found.remove(v)));
         }
     }
     found

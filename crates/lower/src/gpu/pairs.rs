@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Side conditions: nobody else reads `G`; both products have the same sizes and the same left operand; the right operands
-//! lie alike; both have a vector along columns or neither has one; at most one has a vector along rows. Weights stay where
+//! lie alike; both have a vector along columns or neither has one; where both have a vector along rows, it is the same one. Weights stay where
 //! they are: two tensors, read by one kernel.
 
 use std::sync::Arc;
@@ -135,7 +135,13 @@ fn paired(plan: &Plan, at: usize) -> Result<Option<(usize, Step, PlanKernel)>> {
 fn fits(first: &Launched<'_>, last: &Launched<'_>, read: &Vector) -> bool {
     let (p, q) = (first.product, last.product);
     let lies = |m: &tilewright_plan::Matrix| (m.dtype, m.row.clone(), m.col.clone());
-    let rows_agree = p.rows.is_none() || q.rows.is_none();
+    let rows_agree = match (&p.rows, &q.rows) {
+        (Some(v), Some(w)) => {
+            let from = (first.args[v.param], last.args[w.param]);
+            from.0 == from.1 && (v.dtype, &v.offset) == (w.dtype, &w.offset)
+        }
+        _ => true,
+    };
     (&p.m, &p.n, &p.k, &p.repeat) == (&q.m, &q.n, &q.k, &q.repeat)
         && first.args[p.a.param] == last.args[q.a.param]
         && (lies(&p.a), &p.a.offset) == (lies(&q.a), &q.a.offset)
