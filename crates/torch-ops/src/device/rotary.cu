@@ -19,7 +19,7 @@ using Table = double;
 
 constexpr int THREADS = 256;
 // Blocks that a multiprocessor should hold at least. Said, since the compiler otherwise saves a register too many and spills.
-constexpr int BLOCKS = TW_ELEMENT == 3 ? 2 : 4;
+constexpr int BLOCKS = TW_ELEMENT == 3 ? 2 : TW_HEADS > 1 ? 3 : 4;
 
 // Eight neighbours in units of 16 bytes. What is KEPT is read again by other threads.
 template <typename T> struct Eight {
