@@ -30,6 +30,15 @@ template <typename S, typename V, int N, typename F> TW_INLINE V fold_column(con
   return in_chains<S::PER_ROW>([&](int k) { return x[k * S::EACH + j]; }, combine);
 }
 
+// The sum of a thread's products `a(k) * b(k)`, by multiply-adds.
+template <int COUNT, typename A, typename B> TW_INLINE float fold_products(A a, B b) {
+  constexpr int CHAINS = COUNT < 4 ? COUNT : 4;
+  float c[CHAINS];
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) c[k % CHAINS] = k < CHAINS ? a(k) * b(k) : fmaf(a(k), b(k), c[k % CHAINS]);
+  return in_chains<CHAINS>([&](int k) { return c[k]; }, [](float x, float y) { return x + y; });
+}
+
 // Combines a row's values over its LANES threads. Rows of several warps go through `scratch` (one element a warp);
 // FIRST: nobody has used it before.
 template <int LANES, bool FIRST, typename T, typename F> TW_INLINE T across_row(T x, T* scratch, F combine) {
@@ -177,9 +186,20 @@ template <typename T, int VECTOR> TW_INLINE void fetch_run(smem_t to, const T* f
   for (int k = 0; k < VECTOR; ++k) run.at[k] = fill;
   smem_store_run<T, VECTOR>(to, run);
 }
+// Whole words come as words: a run of narrower elements would be taken apart and put together again.
 template <typename T, int VECTOR> TW_INLINE RunWords<T, VECTOR> recall_run(smem_t at) {
   RunWords<T, VECTOR> r;
-  r.run = smem_load_run<T, VECTOR>(at);
+  constexpr int BYTES = VECTOR * (int)sizeof(T);
+  if constexpr (BYTES == 16) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.words[0]), "=r"(r.words[1]), "=r"(r.words[2]), "=r"(r.words[3]) : "r"(at) : "memory");
+  } else if constexpr (BYTES == 8) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r.words[0]), "=r"(r.words[1]) : "r"(at) : "memory");
+  } else if constexpr (BYTES == 4) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r.words[0]) : "r"(at) : "memory");
+  } else {
+    r.run = smem_load_run<T, VECTOR>(at);
+  }
   return r;
 }
 

@@ -6,6 +6,7 @@
 
 use crate::case::Place;
 use crate::support::{Support, relative_error};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::{Buffer, GraphExec, Stream};
@@ -248,15 +249,48 @@ impl<'a> Recorded<'a> {
     }
 }
 
-/// A tensor on the host.
-struct Host {
-    bytes: Vec<u8>,
+/// A tensor whose elements come to the host in pages, when they are first asked for.
+struct Host<'a> {
+    stream: &'a Stream,
+    buffer: &'a Buffer,
     dtype: DType,
+    page_bytes: usize,
+    pages: RefCell<Vec<Option<Vec<u8>>>>,
+    /// What went wrong first.
+    failed: RefCell<Option<Error>>,
 }
 
-impl Host {
+/// Bytes of a page, unless everything is asked for.
+const PAGE_BYTES: usize = 256 << 10;
+
+impl<'a> Host<'a> {
+    fn new(stream: &'a Stream, buffer: &'a Buffer, dtype: DType, whole: bool) -> Host<'a> {
+        let page_bytes = if whole { buffer.len().max(1) } else { PAGE_BYTES };
+        let pages = RefCell::new(vec![None; buffer.len().div_ceil(page_bytes)]);
+        Host { stream, buffer, dtype, page_bytes, pages, failed: RefCell::new(None) }
+    }
+
+    fn read(&self, page: usize) -> Result<Vec<u8>> {
+        let from = page * self.page_bytes;
+        let mut bytes = vec![0; self.page_bytes.min(self.buffer.len().saturating_sub(from))];
+        self.buffer.read_at(self.stream, from, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// An element in float64; NaN for what cannot be read.
     fn at(&self, i: usize) -> f64 {
-        read_f64(self.dtype, &self.bytes, i)
+        let each = self.page_bytes / self.dtype.size();
+        let mut pages = self.pages.borrow_mut();
+        let Some(page) = pages.get_mut(i / each) else { return f64::NAN };
+        if page.is_none() {
+            match self.read(i / each) {
+                Ok(bytes) => *page = Some(bytes),
+                Err(error) => {
+                    self.failed.borrow_mut().get_or_insert(error);
+                }
+            }
+        }
+        page.as_ref().map_or(f64::NAN, |bytes| read_f64(self.dtype, bytes, i % each))
     }
 }
 
@@ -265,11 +299,13 @@ impl Host {
 /// # Errors
 /// The driver's.
 pub fn error(stream: &Stream, case: &RowCase, sets: &Sets, set: usize) -> Result<f64> {
+    // Sums need every element, rows only the sampled ones.
+    let whole = matches!(case.work, Work::Reduce(_));
     let mut host = BTreeMap::new();
     for (name, _, dtype, _) in case.tensors()? {
         let buffer = sets.sets.get(set).and_then(|s| s.get(&name));
         let buffer = buffer.ok_or_else(|| Error::bug("a tensor is missing"))?;
-        host.insert(name, Host { bytes: buffer.to_vec(stream)?, dtype });
+        host.insert(name, Host::new(stream, buffer, dtype, whole));
     }
     let tensor = |name: &str| host.get(name).ok_or_else(|| Error::bug(format!("no {name}")));
     let (m, n) = (case.shape.0 as usize, case.shape.1 as usize);
@@ -339,6 +375,11 @@ pub fn error(stream: &Stream, case: &RowCase, sets: &Sets, set: usize) -> Result
                 let apart = (y.at(j) - sum).abs() / size.max(f64::MIN_POSITIVE);
                 worst = worst.max(if apart.is_nan() { f64::INFINITY } else { apart });
             }
+        }
+    }
+    for tensor in host.into_values() {
+        if let Some(error) = tensor.failed.into_inner() {
+            return Err(error);
         }
     }
     Ok(worst)

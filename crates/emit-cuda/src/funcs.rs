@@ -6,7 +6,7 @@ use tilewright_expr::{ExprId, Func, FuncBuilder, Node, Op};
 /// Printed functions, in order of first use.
 #[derive(Debug, Default)]
 pub(crate) struct Funcs {
-    numbers: HashMap<Func, usize>,
+    numbers: HashMap<(Func, bool), usize>,
     text: String,
 }
 
@@ -14,13 +14,17 @@ impl Funcs {
     /// The name under which `func` can be called. With `unrounded` a last conversion to a narrower
     /// float is left to whoever stores the result.
     pub(crate) fn name(&mut self, func: &Func, unrounded: bool) -> String {
+        let short = func.dtype().is_float() && func.dtype().bits() == 16;
         let stripped = if unrounded { without_last_cast(func) } else { None };
         let func = stripped.as_ref().unwrap_or(func);
         let next = self.numbers.len();
-        let number = *self.numbers.entry(func.clone()).or_insert(next);
+        let number = *self.numbers.entry((func.clone(), short)).or_insert(next);
         let name = format!("f{number}");
         if number == next {
-            self.text.push_str(&func.to_cuda(&name));
+            self.text.push_str(&match short {
+                true => func.to_cuda_for_16_bits(&name),
+                false => func.to_cuda(&name),
+            });
         }
         name
     }

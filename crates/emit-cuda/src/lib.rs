@@ -16,6 +16,7 @@ mod funcs;
 mod line_steps;
 mod lines;
 mod memory;
+mod products;
 mod reduce;
 mod stmts;
 mod tensor_cores;

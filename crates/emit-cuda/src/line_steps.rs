@@ -10,7 +10,7 @@ use crate::reduce::combination;
 use crate::stmts::{Printer, constant};
 use crate::walk::visit;
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::{Extent, FragRef, LineStep, Spread, Stmt};
+use tilewright_device::{Extent, FragId, FragRef, LineStep, Spread, Stmt};
 use tilewright_layout::Dim;
 use tilewright_tile::{ParamId, ReduceKind};
 
@@ -88,9 +88,10 @@ impl Printer<'_> {
         dst: &FragRef,
         src: &FragRef,
         (lanes, threads): (u32, u32),
-        combine: &str,
+        kind: ReduceKind,
         accumulate: bool,
     ) -> Result<()> {
+        let combine = combination(kind);
         let (d, s) = (&self.program.frags[dst.frag], &self.program.frags[src.frag]);
         let (spread, held) = (Self::spread(s, s.cols), memory_type(d.dtype));
         let by_row = match d.extent {
@@ -122,7 +123,28 @@ impl Printer<'_> {
         self.combine_line(held, combine);
         self.line("#pragma unroll");
         self.line(&format!("  for (int j = 0; j < {spread}::{count}; ++j) {{"));
-        self.line(&format!("    tw::value<{held}> x = tw::{fold}<{spread}>({from}, j, combine);"));
+        let products = self.products.of(src.frag).filter(|_| by_row && kind == ReduceKind::Sum);
+        match products {
+            Some([a, b]) => {
+                let factor = |f: FragId| {
+                    let at = match self.program.frags[f].extent {
+                        Extent::Tile => format!("j * {spread}::EACH + k"),
+                        Extent::PerCol => "k".to_owned(),
+                        Extent::PerRow => "j".to_owned(),
+                    };
+                    format!("[&](int k) {{ return {}[{at}]; }}", self.frag_name(f))
+                };
+                let text = format!(
+                    "    float x = tw::fold_products<{spread}::EACH>({}, {});",
+                    factor(a),
+                    factor(b)
+                );
+                self.line(&text);
+            }
+            None => self.line(&format!(
+                "    tw::value<{held}> x = tw::{fold}<{spread}>({from}, j, combine);"
+            )),
+        }
         self.line(&format!("    x = {across};"));
         match accumulate {
             true => self.line(&format!("    {to}[j] = combine({to}[j], x);")),

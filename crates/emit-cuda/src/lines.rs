@@ -155,10 +155,18 @@ impl Printer<'_> {
         place.lets.iter().for_each(|text| self.line(&format!("  {text}")));
         self.line("#pragma unroll");
         self.line(&format!("  for (int i = 0; i < spread_t::TILE; i += {vector}) {{"));
-        self.line(&format!(
-            "    tw::fetch_run<{ty}, {vector}>({slot}, {}, {}, tw::narrow_to<{ty}>::from({value}));",
-            place.pointer, place.inside
-        ));
+        // The copy itself can write zeros, and only those.
+        let zero = fill == Value::Float(0.0) || fill == Value::Int(0);
+        self.line(&match zero {
+            true => format!(
+                "    tw::copy_run<{ty}, {vector}>({slot}, {}, {});",
+                place.pointer, place.inside
+            ),
+            false => format!(
+                "    tw::fetch_run<{ty}, {vector}>({slot}, {}, {}, tw::narrow_to<{ty}>::from({value}));",
+                place.pointer, place.inside
+            ),
+        });
         self.line("  }");
         self.line("}");
         Ok(())

@@ -7,6 +7,7 @@
 
 use crate::dims::Scope;
 use crate::funcs::Funcs;
+use crate::products::Products;
 use crate::walk::{names_of_integers, stmt_names, visit};
 use crate::{Argument, memory_type};
 use std::collections::{BTreeMap, BTreeSet};
@@ -52,6 +53,8 @@ pub(crate) struct Printer<'a> {
     /// What rings and fragments are called: by their names, unless sizes or loops have them.
     ring_names: Vec<String>,
     frag_names: Vec<String>,
+    /// Planes that are products of two others, as long as none of the three changes.
+    pub(crate) products: Products,
 }
 
 const ANY: Range = Range { min: 0, max: i32::MAX as i64 };
@@ -124,6 +127,7 @@ impl<'a> Printer<'a> {
             barrier_offsets,
             ring_names,
             frag_names,
+            products: Products::default(),
         };
         printer.unrounded = printer.find_unrounded();
         printer.packed = printer.find_packed();
@@ -626,6 +630,13 @@ impl<'a> Printer<'a> {
     }
 
     fn stmt(&mut self, stmt: &Stmt) -> Result<()> {
+        self.products.before(stmt);
+        self.print_stmt(stmt)?;
+        self.products.after(self.program, stmt);
+        Ok(())
+    }
+
+    fn print_stmt(&mut self, stmt: &Stmt) -> Result<()> {
         match stmt {
             Stmt::Let { name, value } => {
                 let text = self.scope.text(value);

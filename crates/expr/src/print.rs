@@ -88,6 +88,16 @@ impl Func {
     /// The function as `__device__ __forceinline__` CUDA C++ named `name`; see the module's head
     /// for how values are held. Put [`CUDA_HELPERS`] before it.
     pub fn to_cuda(&self, name: &str) -> String {
+        self.cuda_text(name, false)
+    }
+
+    /// As [`Func::to_cuda`], for results that are rounded to 16 bits: logistic functions have an error that such a result
+    /// does not show, and a third of the instructions.
+    pub fn to_cuda_for_16_bits(&self, name: &str) -> String {
+        self.cuda_text(name, true)
+    }
+
+    fn cuda_text(&self, name: &str, short: bool) -> String {
         let names = parameter_names(self);
         let params: Vec<String> = self
             .params()
@@ -107,7 +117,14 @@ impl Func {
                 // Part of a single instruction further on.
                 Node::Op(..) if inside.contains(&id) => String::new(),
                 Node::Op(op, args) => {
-                    let text = match self.one_plus(*op, args, dtype) {
+                    let known = self.one_plus(*op, args, dtype).or_else(|| {
+                        let logistic = short && *op == Op::Sigmoid && dtype == DType::F32;
+                        logistic.then(|| ("tw_sigmoid", args[0]))
+                    });
+                    let text = match known {
+                        Some((name @ ("tw_sigmoid" | "tw_one_plus_tanh"), x)) if short => {
+                            format!("{name}_short({})", operands[x.index()])
+                        }
                         Some((name, x)) => format!("{name}({})", operands[x.index()]),
                         None => self.cuda_operation(*op, args, dtype, &operands),
                     };

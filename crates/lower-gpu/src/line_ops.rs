@@ -5,7 +5,7 @@ use crate::lines::{Lines, aligned, whole};
 use crate::streams::extents;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::{Cond, Extent, FragId, LineStep, Stmt, identity};
-use tilewright_expr::{Func, FuncBuilder, Op, Value};
+use tilewright_expr::{ExprId, Func, FuncBuilder, Node, Op, Value};
 use tilewright_layout::Dim;
 use tilewright_tile::{Compare, Operand, ParamId, ReduceKind, TileId, TileOp};
 
@@ -238,6 +238,10 @@ impl Lines<'_> {
             src = self.below(src, kind, (direction, limit), out);
         }
         if let Some(acc) = folded {
+            if let (ReduceKind::Sum, Some(step)) = (kind, product_added(out.last(), src, acc)) {
+                out.push(step);
+                return Ok(());
+            }
             let func = Func::binary(crate::lines::combine(kind), self.dtype(x));
             out.push(Stmt::Map { dst: whole(acc), func, args: vec![whole(acc), whole(src)] });
             return Ok(());
@@ -458,4 +462,35 @@ impl Lines<'_> {
         out.push(Stmt::Map { dst: whole(dst), func, args: vec![whole(first), whole(zero)] });
         Ok(())
     }
+}
+
+/// `acc + src` as a multiply-add, where the last step computed `src` as a product of f32.
+fn product_added(last: Option<&Stmt>, src: FragId, acc: FragId) -> Option<Stmt> {
+    let Some(Stmt::Map { dst, func, args }) = last else { return None };
+    let Node::Op(Op::Mul, factors) = func.node(func.result()) else { return None };
+    if dst.frag != src || dst.cols.is_some() || func.dtype() != DType::F32 {
+        return None;
+    }
+    let mut b = FuncBuilder::new();
+    let params: Vec<ExprId> = func.params().iter().map(|p| b.param(&p.name, p.dtype)).collect();
+    let sum = b.param("sum", DType::F32);
+    let mut nodes: Vec<ExprId> = Vec::new();
+    for (id, node, dtype) in func.nodes() {
+        if id == func.result() {
+            break;
+        }
+        nodes.push(match node {
+            Node::Param(p) => params[*p as usize],
+            Node::Const(v) => b.value(*v, dtype),
+            Node::Op(Op::Cast, of) => b.cast(nodes[of[0].index()], dtype),
+            Node::Op(op, of) => {
+                let of: Vec<ExprId> = of.iter().map(|x| nodes[x.index()]).collect();
+                b.op(*op, &of)
+            }
+        });
+    }
+    let (x, y) = (nodes[factors[0].index()], nodes[factors[1].index()]);
+    let result = b.op(Op::Fma, &[x, y, sum]);
+    let args = args.iter().cloned().chain([whole(acc)]).collect();
+    Some(Stmt::Map { dst: whole(acc), func: b.finish(result), args })
 }

@@ -146,7 +146,10 @@ mod tests {
             requests.push((Text::Scale, [t, none, none, none]));
             for back in 0..2 {
                 let table = ("TW_TABLE", if dtype == DType::F64 { 3 } else { back });
-                requests.push((Text::Rotary, [t, table, ("TW_BACK", back), none]));
+                for heads in 1..3 {
+                    let heads = ("TW_HEADS", heads);
+                    requests.push((Text::Rotary, [t, table, ("TW_BACK", back), heads]));
+                }
             }
             requests.push((Text::Bags, [t, ("TW_MODE", u64::from(wide) * 2), none, none]));
         }

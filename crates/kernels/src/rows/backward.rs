@@ -163,10 +163,13 @@ impl NormBackwardSpec {
         };
         let args = vec![k.plain(d), k.plain(d)];
         let square = map(&mut k, &plane, args, &product);
-        let args = vec![k.plain(g), k.plain(d)];
+        // Of this come the gradient of the scale and the slope, in a multiply-add each.
+        let args = vec![k.plain(dy), k.plain(d)];
         let both = map(&mut k, &plane, args, &product);
         let var = mean(&mut k, square, limit);
-        let slope = mean(&mut k, both, None);
+        let args = vec![k.plain(both), along(w, 1)];
+        let sloped = map(&mut k, &plane, args, &product);
+        let slope = mean(&mut k, sloped, None);
         let level = centred.then(|| mean(&mut k, g, None));
         let args = vec![k.plain(var)];
         let r = map(&mut k, &row, args, &|f, a| {
@@ -207,11 +210,8 @@ impl NormBackwardSpec {
             f.cast(v, dtype)
         });
         k.store(dx, at, result);
-        let args = vec![k.plain(dy), k.plain(d), along(r, 0)];
-        let share = map(&mut k, &plane, args, &|f, a| {
-            let v = f.op(Op::Mul, &[a[1], a[2]]);
-            f.op(Op::Mul, &[a[0], v])
-        });
+        let args = vec![k.plain(both), along(r, 0)];
+        let share = map(&mut k, &plane, args, &product);
         let mut next = Vec::new();
         for (old, new) in carried.into_iter().zip([share, dy]) {
             let sum = k.reduce(ReduceKind::Sum, new, 0, None);

@@ -107,9 +107,11 @@ impl Operator for Rotary {
     }
 }
 
-/// Threads of a block of `rotary.cu`, and pairs that each of them turns.
+/// Threads of a block of `rotary.cu`, and pairs of a head that each of them turns.
 const THREADS: u64 = 256;
 const PAIRS: i64 = 8;
+/// Heads whose pairs a thread turns with the same numbers of the tables, where their number can be divided by it.
+const HEADS: i64 = 2;
 
 /// The kernel written by hand, where the device and the layout of `x` suit it.
 fn by_hand(
@@ -129,7 +131,8 @@ fn by_hand(
     else {
         return Ok(None);
     };
-    let packs = x.elements() / (2 * PAIRS);
+    let each = if heads % HEADS == 0 { HEADS } else { 1 };
+    let packs = x.elements() / (2 * PAIRS * each);
     let strides = [along_batch, along_heads, along_length];
     let suits = inner == 1
         && d % (2 * PAIRS) == 0
@@ -157,7 +160,8 @@ fn by_hand(
     let args = args.value(u32::from(shared));
     let (_, tables) = element(table)?;
     let back = ("TW_BACK", u64::from(turned_back));
-    let set: Set = [element(dtype)?, ("TW_TABLE", tables), back, ("", 0)];
+    let set: Set =
+        [element(dtype)?, ("TW_TABLE", tables), back, ("TW_HEADS", each.unsigned_abs())];
     let blocks = u64::from(packs).div_ceil(THREADS);
     launch(abi, index, (Text::Rotary, "rotary", &set), blocks, THREADS as u32, &args)?;
     Ok(Some(y))
