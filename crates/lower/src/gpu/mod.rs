@@ -14,6 +14,7 @@
 //! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
 //! * the few largest elements of rows are found by a kernel (`top_k.rs`), and what stands at computed places is read or written by
 //!   one (`places.rs`);
+//! * attention with its log-sum-exp and gradients are the library's (`library.rs`);
 //! * a reduction over rows is also given with whole rows in a tile (`rows.rs`).
 //!
 //! Under `f16` and `bf16`, weights and what is computed from them are *stored* in that type: kernels widen
@@ -21,6 +22,7 @@
 //! weight (positions, masks) and the caller's inputs and outputs keep their type.
 
 mod attention;
+mod library;
 mod pairs;
 mod places;
 mod top_k;
