@@ -14,7 +14,7 @@ use tilewright_plan::Step;
 use tilewright_target::Gpu;
 
 fn ty(dtype: DType, shape: &[i64]) -> TensorType {
-    TensorType::new(dtype, shape.iter().map(|&n| Dim::new(n)).collect())
+    TensorType::new(dtype, shape.iter().map(|&n| Dim::new(n)).collect::<Vec<Dim>>())
 }
 
 fn host(name: &str, attrs: &[(&str, HostAttr)], types: Vec<TensorType>) -> Op {

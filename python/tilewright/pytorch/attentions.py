@@ -60,6 +60,7 @@ def prepare(gm: fx.GraphModule, trains: bool) -> None:
         if node.op != "call_function" or node.target not in (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention):
             continue
         q, k, v, mask, dropout, causal, scale, shared = _call(*node.args, **node.kwargs)
+        k, v = _shared(q, k, v)
         with gm.graph.inserting_before(node):
             if trains and _in_library(q, k, v, mask, dropout, causal, scale):
                 length = _held(q).shape[-1]
@@ -77,6 +78,7 @@ def prepare(gm: fx.GraphModule, trains: bool) -> None:
                 if not plain or not (scale is None or isinstance(scale, (int, float))):
                     continue
                 given = None if scale is None else float(scale)
+                shared = shared or _held(q).shape[1] != _held(k).shape[1]
                 arguments = (q, k, v, mask, causal, given, shared)
                 node.replace_all_uses_with(gm.graph.call_function(torch.ops.tilewright.whole_attention.default, arguments))
         gm.graph.erase_node(node)
@@ -93,6 +95,35 @@ def _held(node) -> torch.Tensor | None:
 def _rank(node) -> int | None:
     held = _held(node)
     return None if held is None else held.dim()
+
+
+def _unrepeated(node):
+    """The heads of keys or values that models repeat with `x[:, :, None].expand(...).reshape(...)`; other nodes themselves."""
+    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target != "reshape":
+        return node
+    wide = node.args[0]
+    if not isinstance(wide, fx.Node) or wide.op != "call_method" or wide.target != "expand":
+        return node
+    inner = wide.args[0]
+    if not isinstance(inner, fx.Node) or inner.target is not operator.getitem:
+        return node
+    base, whole = inner.args[0], slice(None, None, None)
+    held = [_held(n) for n in (node, wide, inner, base)]
+    if inner.args[1] != (whole, whole, None, whole, whole) or any(h is None for h in held):
+        return node
+    out, five, _, four = (tuple(h.shape) for h in held)
+    known = len(four) == 4 and all(isinstance(n, int) for n in out + five + four)
+    repeats = known and five == (*four[:2], five[2], *four[2:]) and out == (four[0], four[1] * five[2], *four[2:])
+    return base if repeats else node
+
+
+def _shared(q, k, v):
+    """Keys and values without repeated heads, where both are repeated alike."""
+    few = _unrepeated(k), _unrepeated(v)
+    heads = [_held(t) for t in (q, *few)]
+    if few[0] is k or few[1] is v or any(h is None or h.dim() != 4 for h in heads):
+        return k, v
+    return few if heads[1].shape[1] == heads[2].shape[1] and heads[0].shape[1] % heads[1].shape[1] == 0 else (k, v)
 
 
 def _in_library(q, k, v, mask, dropout, causal, scale) -> bool:
