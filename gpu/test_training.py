@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Training under `torch.compile(backend="tilewright")` on a GPU: losses of several steps beside eager PyTorch's, launched kernel by
-kernel and as recorded graphs; dropout; graphs that were kept.
+kernel and as recorded graphs; how many groups there are; dropout; graphs that were kept.
 
-    gpu/test_training.py [CASE...]
+    gpu/test_training.py [bert | gpt2 | llama | whole | dropout]...
 """
 
 import copy
@@ -88,6 +88,36 @@ def training(make):
             assert (hits > 0) is again, "the second time the graphs are those that were kept"
 
 
+def vit():
+    import torchvision
+
+    sizes = dict(image_size=64, patch_size=16, num_heads=4, hidden_dim=256, mlp_dim=512, num_classes=100)
+    return torchvision.models.VisionTransformer(num_layers=2, **sizes), torch.randn(8, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+
+
+def whole():
+    """Attention does not cut a model: one group forward, and one backward but for what follows the gradient of an embedding."""
+    for make in (bert, gpt2, llama, vit):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model, given = make()
+        model = model.cuda().bfloat16().train()
+        seen = []
+        backend.OBSERVERS.append(seen.append)
+        try:
+            run = torch.compile(model, backend=backend.tilewright_backend)
+            loss = run(given).float().square().mean() if make is vit else loss_of(model, run, given)
+            loss.backward()
+        finally:
+            backend.OBSERVERS.remove(seen.append)
+        left = sorted({str(n.target) for g in seen for n in g.reasons if "getitem" not in str(n.target)})
+        print(f"{make.__name__}: groups {[(g.kind, len(g.groups)) for g in seen]}, left to PyTorch {left}", flush=True)
+        assert [g.kind for g in seen] == ["forward", "backward"], seen
+        assert len(seen[0].groups) == 1 and len(seen[1].groups) <= 2
+        assert not any("attention" in name for name in left)
+        assert all(g.program is not None for c in seen for g in c.groups), [g.failure for c in seen for g in c.groups]
+
+
 def dropout():
     torch.manual_seed(0)
     model, ids = bert(0.1)
@@ -102,7 +132,7 @@ def dropout():
 
 
 if __name__ == "__main__":
-    cases = {"bert": lambda: training(bert), "gpt2": lambda: training(gpt2), "llama": lambda: training(llama), "dropout": dropout}
+    cases = {"bert": lambda: training(bert), "gpt2": lambda: training(gpt2), "llama": lambda: training(llama), "whole": whole, "dropout": dropout}
     for name in sys.argv[1:] or cases:
         cases[name]()
         print(f"ok: {name}", flush=True)

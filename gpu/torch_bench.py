@@ -7,7 +7,7 @@ A case is a model of transformers or torchvision with random weights in bf16, in
 `resnet50`), or forward and backward (`bert-train`, ...; `--step`: also with PyTorch's fused AdamW behind it, on all sides). A side is `eager`, `tilewright`, `tilewright-graphs` (its mode `reduce-overhead`), or a mode of Inductor. Measured is the time between two events around
 --calls calls, in rounds that alternate; the median of the rounds counts, and ratios are taken within rounds. First calls are
 timed apart: that is compilation. The host's time is that of putting calls into the stream. `--kernels N` lists the N kernels that
-take most of a call, as PyTorch's profiler sees them; `--dropout` leaves models their dropout. Results are compared with eager float32 without TF32, relative to the norm. `--warm`
+take most of a call (with `--step` of one with the optimizer), as PyTorch's profiler sees them; `--dropout` leaves models their dropout. Results are compared with eager float32 without TF32, relative to the norm. `--warm`
 compiles everything and measures nothing (Inductor keeps what it compiled below TORCHINDUCTOR_CACHE_DIR).
 """
 
@@ -202,14 +202,14 @@ def measure(name, args):
         print(f"   {name} {peer}: first call {arm.first_seconds:.1f} s ({len(arm.groups)} groups, plans {own:.1f} s), error {error:.1e} {left} {failed}", flush=True)
     if args.warm:
         return []
+    while args.go and not os.path.exists(args.go):
+        time.sleep(0.05)
     with alone(args.lock):
         timed(name, rows, arms, args, "us")
         if args.step:
             for arm in arms:
                 arm.optimizer = torch.optim.AdamW(arm.model.parameters(), lr=1e-6, fused=True)
             timed(f"{name} and optimizer", rows, arms, args, "step_us")
-            for arm in arms:
-                arm.optimizer = None
         listed(name, rows, arms, args)
     return rows
 
@@ -268,6 +268,7 @@ def main():
     parser.add_argument("--step", action="store_true", help="also with an optimizer behind each call")
     parser.add_argument("--left", action="store_true", help="list the operators that are left to PyTorch")
     parser.add_argument("--lock", help="a file that is held while it measures")
+    parser.add_argument("--go", help="a file: nothing is measured before it is there, so that the device can be left alone meanwhile")
     parser.add_argument("--layers", type=int, default=0, help="of transformers, instead of the model's own number")
     parser.add_argument("--dropout", action="store_true")
     parser.add_argument("--ours", nargs="*", default=["tilewright"])

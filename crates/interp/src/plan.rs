@@ -191,6 +191,9 @@ fn run_step(
                 memory[id] = Some(bytes);
             }
         }
+        Step::Library { call, .. } => {
+            return Err(Error::unsupported(format!("{} has no tile program", call.name())));
+        }
         Step::Host { op, inputs, outputs, .. } => {
             let mut operands = Vec::new();
             for &id in inputs {

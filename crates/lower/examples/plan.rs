@@ -30,6 +30,7 @@ fn main() -> Result<()> {
     for step in &plan.steps {
         let key = match step {
             Step::Launch { kernel, .. } => plan.kernels[*kernel].kernel.name.clone(),
+            Step::Library { call, .. } => format!("library {}", call.name()),
             Step::Host { op, .. } => format!("host {}", op.name),
         };
         *counts.entry(key).or_default() += 1;

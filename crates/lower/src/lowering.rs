@@ -507,6 +507,9 @@ impl Lowering<'_> {
 
     /// A node that the interpreter runs: operands and results are row-major buffers.
     pub(crate) fn host_group(&mut self, group: &Group) -> Result<()> {
+        if self.library_group(group)? {
+            return Ok(());
+        }
         let id = group.nodes[0];
         let node = &self.graph.nodes[id];
         let mut inputs = Vec::new();

@@ -16,10 +16,12 @@ pub mod arena;
 mod attention;
 pub mod bind;
 mod decoder;
+mod library;
 mod product;
 
 pub use attention::{Attention, Heads};
 pub use decoder::{Decoder, DecoderLayer, DecoderNorm};
+pub use library::{AttentionBackward, LayerNormBackward, Library};
 pub use product::{Matrix, Product, Repeat, Second, Vector, Windows};
 
 use std::sync::Arc;
@@ -113,6 +115,17 @@ pub enum Step {
         /// What it stands for.
         note: Note,
     },
+    /// Runs kernels of a library, on a GPU.
+    Library {
+        /// What they compute.
+        call: Box<Library>,
+        /// Operands.
+        inputs: Vec<BufferId>,
+        /// Results.
+        outputs: Vec<BufferId>,
+        /// What it stands for.
+        note: Note,
+    },
     /// Runs an operator of the interpreter on the host: correct, slow. Buffers are row-major.
     Host {
         /// The operator.
@@ -124,6 +137,17 @@ pub enum Step {
         /// What it stands for.
         note: Note,
     },
+}
+
+impl Step {
+    /// What the step stands for.
+    pub fn note(&self) -> &Note {
+        match self {
+            Step::Launch { note, .. } | Step::Library { note, .. } | Step::Host { note, .. } => {
+                note
+            }
+        }
+    }
 }
 
 /// A function from concrete operands, and the sizes known so far, to concrete results.

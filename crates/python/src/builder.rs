@@ -122,7 +122,7 @@ impl Builder {
     }
 
     /// Adds a node: an operator with its attributes as in the graph's text form, and its operands.
-    /// `result` is its result's type where the operator does not determine it.
+    /// `result` is its result's type where the operator does not determine it; several stand between semicolons.
     #[pyo3(signature = (text, inputs, result=None, origin=""))]
     fn op(
         &mut self,
@@ -133,7 +133,10 @@ impl Builder {
     ) -> PyResult<Vec<usize>> {
         let inputs = inputs.into_iter().map(|v| self.value(v)).collect::<PyResult<Vec<_>>>()?;
         let declared = match result {
-            Some(text) => vec![Some(self.parse_type(text)?)],
+            Some(text) => {
+                let types = text.split(';').map(|one| self.parse_type(one.trim()).map(Some));
+                types.collect::<PyResult<Vec<_>>>()?
+            }
             None => vec![None],
         };
         let graph = self.graph()?;

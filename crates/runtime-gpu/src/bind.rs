@@ -57,8 +57,8 @@ pub(crate) fn key(plan: &Plan, env: &Env) -> Vec<i64> {
 pub enum BoundStep {
     /// Launches of a kernel.
     Device {
-        /// Which kernel.
-        kernel: KernelId,
+        /// Which kernel; none for kernels of the library.
+        kernel: Option<KernelId>,
         /// A buffer per parameter.
         args: Vec<BufferId>,
         /// Its size symbols.
@@ -176,8 +176,19 @@ pub fn bind_at(plan: &Plan, env: &Env, place: Place, chooser: &mut Chooser) -> R
                 } else {
                     let most = choice.ways.iter().map(|w| w.workspace_bytes).max().unwrap_or(0);
                     workspace_bytes = workspace_bytes.max(aligned(most as usize));
-                    BoundStep::Device { kernel, args, sizes, choice }
+                    BoundStep::Device { kernel: Some(kernel), args, sizes, choice }
                 }
+            }
+            Step::Library { call, inputs, outputs, .. } => {
+                let choice = chooser.library(call, env)?;
+                if choice.ways.is_empty() {
+                    let reason = choice.reason();
+                    return Err(Error::unsupported(format!("{}: {reason}", call.name())));
+                }
+                let most = choice.ways.iter().map(|w| w.workspace_bytes).max().unwrap_or(0);
+                workspace_bytes = workspace_bytes.max(aligned(most as usize));
+                let args = [inputs.as_slice(), outputs.as_slice()].concat();
+                BoundStep::Device { kernel: None, args, sizes: Env::new(), choice }
             }
             Step::Host { .. } => BoundStep::HostOp,
         });
@@ -266,7 +277,7 @@ fn lives(plan: &Plan, bytes: &[usize]) -> Vec<Option<Live>> {
         };
         match step {
             Step::Launch { args, .. } => args.iter().for_each(&mut touch),
-            Step::Host { inputs, outputs, .. } => {
+            Step::Library { inputs, outputs, .. } | Step::Host { inputs, outputs, .. } => {
                 inputs.iter().chain(outputs).for_each(&mut touch);
             }
         }

@@ -1,13 +1,13 @@
 //! [`Chooser`]: a kernel of a plan and its sizes to device programs, best first.
 
-use crate::{attention, product};
+use crate::{attention, library, product};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, Kind, Result};
 use tilewright_device::{Arch, Program};
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, SPLIT_PARTS, SPLIT_PIECES, lower, split_reduction};
-use tilewright_plan::{Form, KernelId, Plan};
+use tilewright_plan::{Form, KernelId, Library, Plan};
 use tilewright_target::Gpu;
 use tilewright_tile::{Access, Block, Kernel, Stmt, TileOp};
 
@@ -80,13 +80,15 @@ pub struct Chooser {
     /// How many candidates of the product library to keep.
     most: usize,
     known: BTreeMap<(KernelId, Vec<i64>), Arc<Choice>>,
+    /// Calls of the library, which layers of a model have in common.
+    calls: Vec<(Library, Env, Arc<Choice>)>,
 }
 
 impl Chooser {
     /// For a device.
     pub fn new(gpu: Gpu) -> Chooser {
         let arch = Arch::of_capability(gpu.capability);
-        Chooser { gpu, arch, most: 3, known: BTreeMap::new() }
+        Chooser { gpu, arch, most: 3, known: BTreeMap::new(), calls: Vec::new() }
     }
 
     /// The device.
@@ -143,6 +145,22 @@ impl Chooser {
         }
         let choice = Arc::new(choice);
         self.known.insert(key, choice.clone());
+        Ok(choice)
+    }
+
+    /// The ways to run a call of the library with these values of the plan's symbols.
+    ///
+    /// # Errors
+    /// Our bug. What the library has no kernel for is no error: the choice says why.
+    pub fn library(&mut self, call: &Library, env: &Env) -> Result<Arc<Choice>> {
+        let known = self.calls.iter().find(|(c, e, _)| c == call && e == env);
+        if let Some((_, _, choice)) = known {
+            return Ok(choice.clone());
+        }
+        let mut choice = Choice::default();
+        choice.add("in the library", library::ways(call, env, &self.gpu, self.most))?;
+        let choice = Arc::new(choice);
+        self.calls.push((call.clone(), env.clone(), choice.clone()));
         Ok(choice)
     }
 

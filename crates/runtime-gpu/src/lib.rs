@@ -16,6 +16,7 @@
 //! | `choose` | a kernel and sizes to device programs |
 //! | `attention` | an attention of the plan as a problem of the kernel library |
 //! | `product` | a matrix product of the plan as problems of the kernel library |
+//! | `library` | attention with its log-sum-exp, and gradients, as steps of a plan |
 //! | `bind` | a plan and sizes to steps over one block of memory |
 //! | `host` | steps on the host |
 //! | `interpret` | running a bound plan in the interpreter |
@@ -36,6 +37,7 @@ mod direct;
 mod host;
 mod in_place;
 mod interpret;
+mod library;
 mod losses;
 mod norm_backward;
 mod product;

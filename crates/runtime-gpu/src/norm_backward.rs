@@ -79,6 +79,18 @@ impl NormBackward {
         Ok((plan, scratch))
     }
 
+    /// The size symbols of its kernels.
+    pub(crate) fn sizes(what: &NormGradient, plan: &NormBackwardPlan) -> Env {
+        let sizes: [(&str, i64); 5] = [
+            ("M", what.rows),
+            ("N", what.columns),
+            ("ld", what.columns),
+            ("P", plan.parts_count),
+            ("C", plan.turns),
+        ];
+        sizes.into_iter().map(|(name, size)| (name.into(), size)).collect()
+    }
+
     /// Compiles, loads and binds a plan for these places.
     ///
     /// # Errors
@@ -89,14 +101,7 @@ impl NormBackward {
         plan: &NormBackwardPlan,
         places: &NormGradientPlaces,
     ) -> Result<NormBackward> {
-        let sizes: [(&str, i64); 5] = [
-            ("M", what.rows),
-            ("N", what.columns),
-            ("ld", what.columns),
-            ("P", plan.parts_count),
-            ("C", plan.turns),
-        ];
-        let env: Env = sizes.into_iter().map(|(name, size)| (name.into(), size)).collect();
+        let env = NormBackward::sizes(&what, plan);
         let programs = std::iter::once(&plan.parts).chain(&plan.finish);
         let programs = programs.map(|(k, s)| lower(k, s)).collect::<Result<Vec<_>>>()?;
         let made = NormBackward { what, parts_count: plan.parts_count, kernels: Mutex::default() };

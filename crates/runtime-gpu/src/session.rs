@@ -498,7 +498,10 @@ impl Session {
             let taken = first_that_works(&choice.ways, |way| self.bind_way(bound, args, way));
             match taken {
                 Ok(taken) => {
-                    let name = &self.exe.plan.kernels[*kernel].kernel.name;
+                    let name = match kernel {
+                        Some(id) => self.exe.plan.kernels[*id].kernel.name.as_str(),
+                        None => self.exe.plan.steps[number].note().label.as_str(),
+                    };
                     // The last note says where text and log are.
                     let lost = taken.failures.iter().map(|e| {
                         let kept = e.notes().last().map_or(String::new(), |n| format!(" ({n})"));
@@ -511,8 +514,9 @@ impl Session {
                     steps.push(ReadyStep::Device(taken.value));
                 }
                 Err(error) => {
+                    let Some(kernel) = *kernel else { return Err(error) };
                     let reason = format!("{error}");
-                    let (kernel, args, sizes) = (*kernel, args.clone(), sizes.clone());
+                    let (args, sizes) = (args.clone(), sizes.clone());
                     bound.steps[number] = BoundStep::HostKernel { kernel, args, sizes, reason };
                     report.schedules.push(Vec::new());
                     steps.push(ReadyStep::Host);
@@ -633,7 +637,7 @@ fn launch_all(launches: &[BoundKernel], stream: &Stream) -> Result<()> {
 /// Buffers that a step writes.
 fn written(plan: &Plan, step: &Step) -> Vec<BufferId> {
     match step {
-        Step::Host { outputs, .. } => outputs.clone(),
+        Step::Library { outputs, .. } | Step::Host { outputs, .. } => outputs.clone(),
         Step::Launch { kernel, args, .. } => {
             let params = &plan.kernels[*kernel].kernel.params;
             let writes = params.iter().map(|(_, p)| p.access != Access::In);

@@ -309,7 +309,7 @@ impl Session {
         let mut after =
             |number: usize, bound: &Bound, arena: &AlignedBuffer, outputs: &[Tensor]| {
                 let written: Vec<BufferId> = match &exe.plan.steps[number] {
-                    Step::Host { outputs, .. } => outputs.clone(),
+                    Step::Library { outputs, .. } | Step::Host { outputs, .. } => outputs.clone(),
                     Step::Launch { kernel, args, .. } => {
                         let params = &exe.plan.kernels[*kernel].kernel.params;
                         let writes =
@@ -619,6 +619,7 @@ impl Session {
                         tensors[b.index()] = Some(tensor);
                     }
                 }
+                Step::Library { call, .. } => return Err(no_library(call)),
                 Step::Launch { kernel, args, sizes, .. } => {
                     let values = eval_all(sizes, &env)?;
                     let blocks = grid_blocks(plan, *kernel, &values)?;
@@ -806,6 +807,11 @@ fn allocate(buffer: &Buffer, env: &Env) -> Result<Tensor> {
     Tensor::zeros(buffer.dtype, elements)
 }
 
+/// Kernels of a library are a GPU's.
+fn no_library(call: &tilewright_plan::Library) -> Error {
+    Error::unsupported(format!("{} on a processor", call.name()))
+}
+
 fn grid_blocks(plan: &Plan, kernel: KernelId, sizes: &[i64]) -> Result<i64> {
     let planned = &plan.kernels[kernel];
     let lookup = |name: &str| {
@@ -864,6 +870,7 @@ fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
                     blocks,
                 });
             }
+            Step::Library { call, .. } => return Err(no_library(call)),
             Step::Host { inputs, outputs, .. } => {
                 inputs.iter().chain(outputs).for_each(&mut touch);
                 steps.push(BoundStep::Host { step: number });

@@ -192,6 +192,9 @@ pub(crate) fn steps(
                     };
                     (note, planned.kernel.name.clone(), side(true), side(false))
                 }
+                Step::Library { call, inputs, outputs, note } => {
+                    (note, call.name().to_string(), inputs.clone(), outputs.clone())
+                }
                 Step::Host { inputs, outputs, note, .. } => {
                     (note, "host".to_string(), inputs.clone(), outputs.clone())
                 }
@@ -265,9 +268,7 @@ pub(crate) fn least(
 
 /// What a step stands for.
 pub fn note_of(step: &Step) -> &Note {
-    match step {
-        Step::Launch { note, .. } | Step::Host { note, .. } => note,
-    }
+    step.note()
 }
 
 /// Symbols that the inputs' shapes determine.

@@ -575,6 +575,7 @@ fn library(plan: &Plan, step: &Step, env: &tilewright_layout::Env) -> String {
             });
             (product, note)
         }
+        Step::Library { call, .. } => return call.name().to_string(),
         Step::Host { note, .. } => return host_call_name(&note.label),
     };
     let number = |d: &tilewright_layout::Dim| d.eval(env).unwrap_or(0);

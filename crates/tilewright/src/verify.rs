@@ -15,7 +15,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_data::Tensor;
 use tilewright_graph::{Graph, ValueId};
 use tilewright_interp::{Mode, Options, run_with};
-use tilewright_plan::{Plan, Step};
+use tilewright_plan::Plan;
 use tilewright_target::Precision;
 
 /// How far a value is from the oracle.
@@ -123,9 +123,7 @@ pub(crate) fn compare(
     for (step, value) in order {
         let stands = rounded.as_ref().map_or(value, |r| r.value(value));
         let (Some(wide), Some(exact)) = (wide.get(&value), exact.get(&stands)) else { continue };
-        let label = match &ran.plan.steps[step] {
-            Step::Launch { note, .. } | Step::Host { note, .. } => note.label.clone(),
-        };
+        let label = ran.plan.steps[step].note().label.clone();
         let mut got = ran.observed[&value].1.clone();
         if got.dtype() != graph.dtype(value) && got.dtype().is_float() {
             // Stored in fewer bits than the model says: what that costs is in the share.

@@ -377,3 +377,31 @@ fn convolutions_read_their_windows_within_the_contract() {
         assert!(report.outputs.iter().all(|d| d.ratio <= 1.0), "{precision}: {report:?}");
     }
 }
+
+/// A product whose rounded result is an output and read by what follows goes to memory once, in 16 bits.
+#[test]
+fn a_product_with_two_results_is_stored_as_it_is_rounded() {
+    let mut b = GraphBuilder::new("pair");
+    let ty = |shape: [i64; 2]| TensorType::new(DType::BF16, shape.map(Dim::new).to_vec());
+    let x = b.input("x", ty([128, 96]));
+    let w = b.input("w", ty([96, 256]));
+    let contract = Op::Contract {
+        lhs: "mk".into(),
+        rhs: "kn".into(),
+        out: "mn".into(),
+        acc: DType::F32,
+        dtype: DType::BF16,
+    };
+    let y = b.op(contract, &[x, w]).unwrap();
+    let cast = tilewright_expr::Func::cast(DType::BF16, DType::F32);
+    let wide = b.op(Op::Map(cast), &[y]).unwrap();
+    let square = b.binary(ExprOp::Mul, wide, wide).unwrap();
+    b.output("y", y);
+    b.output("square", square);
+    let graph = b.finish();
+    let inputs = [[128, 96], [96, 256]].map(|s| numbers(&s, 3).rounded(DType::BF16).unwrap());
+    let planned = plan(&graph, Precision::F32);
+    holds("pair", &graph, &planned, &inputs, 0);
+    let wide = planned.plan().buffers.iter().filter(|(_, b)| b.dtype == DType::F32).count();
+    assert_eq!(wide, 1, "only the second output is f32");
+}

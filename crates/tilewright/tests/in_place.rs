@@ -129,7 +129,9 @@ fn what_no_step_touches_takes_no_memory() {
         .iter()
         .flat_map(|step| match step {
             Step::Launch { args, .. } => args.clone(),
-            Step::Host { inputs, outputs, .. } => [inputs.clone(), outputs.clone()].concat(),
+            Step::Library { inputs, outputs, .. } | Step::Host { inputs, outputs, .. } => {
+                [inputs.clone(), outputs.clone()].concat()
+            }
         })
         .collect();
     let (mut idle, mut used) = (0, 0);

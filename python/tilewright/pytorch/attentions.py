@@ -5,8 +5,10 @@ masks of truth values become numbers as large as the scores, shared heads of key
 in memory, attention becomes products and a softmax with a square of the length in memory. So `prepare` rewrites Dynamo's graph:
 
 - in inference each call becomes `tilewright::whole_attention`, which has a rule here; where the rule refuses, PyTorch runs its own.
-- in training on a GPU, masks are made contiguous, so that PyTorch's memory-efficient kernels, forward and backward, take them; on
-  processors attention is taken apart, and its gradient is made of operators that are ours.
+- in training on a Hopper GPU, calls that our library has a gradient for become `tilewright::attention_lse` of the operator pack, whose
+  gradient is `tilewright::attention_backward`; both have rules here, so that attention does not cut a group. Of others, masks are made
+  contiguous, so that PyTorch's memory-efficient kernels, forward and backward, take them.
+- in training on processors attention is taken apart, and its gradient is made of operators that are ours.
 
 Rows of which a mask hides everything give 0, as PyTorch's do.
 """
@@ -15,13 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from .. import ops  # noqa: F401  (registers the operators)
+from ..ops.attentions import _has_kernels
 from .sizes import Unsupported
-from .writer import Value, Writer, dtype_name, rule, used_results, wide
+from .writer import Value, Writer, dtype_name, rule, type_text, used_results, wide
 
 aten = torch.ops.aten
 
@@ -55,28 +60,92 @@ def prepare(gm: fx.GraphModule, trains: bool) -> None:
         if node.op != "call_function" or node.target not in (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention):
             continue
         q, k, v, mask, dropout, causal, scale, shared = _call(*node.args, **node.kwargs)
+        k, v = _shared(q, k, v)
         with gm.graph.inserting_before(node):
-            if trains:
+            if trains and _in_library(q, k, v, mask, dropout, causal, scale):
+                length = _held(q).shape[-1]
+                factor = float(length**-0.5 if scale is None else scale)
+                both = gm.graph.call_function(torch.ops.tilewright.attention_lse.default, (q, k, v, mask, factor, causal))
+                node.replace_all_uses_with(gm.graph.call_function(operator.getitem, (both, 0)))
+            elif trains:
                 if isinstance(mask, fx.Node):
                     node.replace_input_with(mask, gm.graph.call_method("contiguous", (mask,)))
                     changed = True
                 continue
-            ranks = [_rank(t) for t in (q, k, v)]
-            plain = ranks == [4, 4, 4] and dropout == 0.0 and isinstance(causal, bool) and isinstance(shared, bool)
-            if not plain or not (scale is None or isinstance(scale, (int, float))):
-                continue
-            given = None if scale is None else float(scale)
-            arguments = (q, k, v, mask, causal, given, shared)
-            node.replace_all_uses_with(gm.graph.call_function(torch.ops.tilewright.whole_attention.default, arguments))
+            else:
+                ranks = [_rank(t) for t in (q, k, v)]
+                plain = ranks == [4, 4, 4] and dropout == 0.0 and isinstance(causal, bool) and isinstance(shared, bool)
+                if not plain or not (scale is None or isinstance(scale, (int, float))):
+                    continue
+                given = None if scale is None else float(scale)
+                shared = shared or _held(q).shape[1] != _held(k).shape[1]
+                arguments = (q, k, v, mask, causal, given, shared)
+                node.replace_all_uses_with(gm.graph.call_function(torch.ops.tilewright.whole_attention.default, arguments))
         gm.graph.erase_node(node)
         changed = True
     if changed:
         gm.recompile()
 
 
-def _rank(node) -> int | None:
+def _held(node) -> torch.Tensor | None:
     held = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return held.dim() if isinstance(held, torch.Tensor) else None
+    return held if isinstance(held, torch.Tensor) else None
+
+
+def _rank(node) -> int | None:
+    held = _held(node)
+    return None if held is None else held.dim()
+
+
+def _unrepeated(node):
+    """The heads of keys or values that models repeat with `x[:, :, None].expand(...).reshape(...)`; other nodes themselves."""
+    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target != "reshape":
+        return node
+    wide = node.args[0]
+    if not isinstance(wide, fx.Node) or wide.op != "call_method" or wide.target != "expand":
+        return node
+    inner = wide.args[0]
+    if not isinstance(inner, fx.Node) or inner.target is not operator.getitem:
+        return node
+    base, whole = inner.args[0], slice(None, None, None)
+    held = [_held(n) for n in (node, wide, inner, base)]
+    if inner.args[1] != (whole, whole, None, whole, whole) or any(h is None for h in held):
+        return node
+    out, five, _, four = (tuple(h.shape) for h in held)
+    known = len(four) == 4 and all(isinstance(n, int) for n in out + five + four)
+    repeats = known and five == (*four[:2], five[2], *four[2:]) and out == (four[0], four[1] * five[2], *four[2:])
+    return base if repeats else node
+
+
+def _shared(q, k, v):
+    """Keys and values without repeated heads, where both are repeated alike."""
+    few = _unrepeated(k), _unrepeated(v)
+    heads = [_held(t) for t in (q, *few)]
+    if few[0] is k or few[1] is v or any(h is None or h.dim() != 4 for h in heads):
+        return k, v
+    return few if heads[1].shape[1] == heads[2].shape[1] and heads[0].shape[1] % heads[1].shape[1] == 0 else (k, v)
+
+
+def _in_library(q, k, v, mask, dropout, causal, scale) -> bool:
+    """Whether a call in training is one that the library has, forward and backward, and that means the same to PyTorch."""
+    tensors = [_held(t) for t in (q, k, v)]
+    seen = None if mask is None else _held(mask)
+    if any(t is None or t.dim() != 4 for t in tensors) or (mask is not None and seen is None):
+        return False
+    known = all(isinstance(n, int) for t in tensors + [seen] * (seen is not None) for n in t.shape)
+    if not known or dropout != 0.0 or not isinstance(causal, bool) or not (scale is None or isinstance(scale, (int, float))):
+        return False
+    (b, h, s, d), (kb, g, t, kd), (vb, vg, vt, _) = (x.shape for x in tensors)
+    if (kb, vb, vg, vt, kd) != (b, b, g, t, d) or g == 0 or h % g or len({x.dtype for x in tensors}) != 1:
+        return False
+    # PyTorch counts queries and keys from the beginning, the library from the end.
+    if causal and (s != t or seen is not None):
+        return False
+    if seen is not None:
+        fits = seen.dim() == 4 and all(n in (1, m) for n, m in zip(seen.shape, (b, h, s))) and seen.shape[3] == t
+        if not fits or seen.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
+            return False
+    return (scale is None or 0 < scale < math.inf) and _has_kernels(*tensors, seen)
 
 
 def in_parts(trains: bool, device: torch.device):
@@ -157,3 +226,68 @@ def cudnn_attention(w, node, q, k, v, bias, logarithms, dropout_p=0.0, is_causal
 def results(first: Value, node) -> tuple:
     """The results of an operator of which only the first is used."""
     return (first, *[None] * (len(node.meta["val"]) - 1))
+
+
+# ---- training ----------------------------------------------------------------------------------------
+
+# Between `[batch, head, row, column]` and the library's `[batch, row, head, column]`, in which models have it in memory.
+ROWS_FIRST = [0, 2, 1, 3]
+
+# The longest rows that the library's gradient of a norm takes.
+LONGEST_ROW = 32768
+
+
+def _call_library(w: Writer, name: str, attributes: str, operands: list[Value], results: list[str]) -> list[int]:
+    """A host operator that a GPU's library has. `results`: types."""
+    if w.device != "cuda":
+        raise Unsupported("a kernel of a GPU's library")
+    return w.builder.op(f'host "{name}" {attributes}', [o.number for o in operands], "; ".join(results), w.origin)
+
+
+def _rows_first(w: Writer, number: int, like: torch.Tensor) -> Value:
+    """A result of the library as PyTorch has it."""
+    b, h, s, d = like.shape
+    return w.permute(Value(number, like.dtype, (b, s, h, d)), ROWS_FIRST)
+
+
+def _type_of(tensor: torch.Tensor, order=None) -> str:
+    if not all(isinstance(n, int) for n in tensor.shape):
+        raise Unsupported("attention of symbolic sizes in training")
+    return type_text(tensor, order)
+
+
+@rule(torch.ops.tilewright.attention_lse.default, torch.ops.tilewright.attention_lse.inference)
+def attention_lse(w, node, q, k, v, mask, scale, causal):
+    y, lse = node.meta["val"]
+    operands = [w.permute(t, ROWS_FIRST) for t in (q, k, v)] + ([] if mask is None else [mask])
+    types = [_type_of(y, ROWS_FIRST), _type_of(lse)]
+    attributes = f"causal={int(causal)} scale={float(scale)!r}"
+    first, second = _call_library(w, "attention_lse", attributes, operands, types)
+    return _rows_first(w, first, y), Value(second, lse.dtype, tuple(lse.shape))
+
+
+@rule(torch.ops.tilewright.attention_backward.default)
+def attention_backward(w, node, dy, q, k, v, y, lse, mask, scale, causal):
+    wanted = node.meta["val"]
+    operands = [w.permute(t, ROWS_FIRST) for t in (dy, q, k, v, y)] + [lse] + ([] if mask is None else [mask])
+    attributes = f"causal={int(causal)} scale={float(scale)!r}"
+    numbers = _call_library(w, "attention_backward", attributes, operands, [_type_of(t, ROWS_FIRST) for t in wanted])
+    return tuple(_rows_first(w, n, t) for n, t in zip(numbers, wanted))
+
+
+@rule(torch.ops.tilewright.layer_norm_backward.default)
+def layer_norm_backward(w, node, dy, x, mean, rstd, dh, weight, bias, eps):
+    wanted = node.meta["val"]
+    if weight is None or weight.dtype != x.dtype or dy.dtype != x.dtype or not all(isinstance(n, int) for n in wanted[0].shape):
+        raise Unsupported("the gradient of a norm without a vector, in several types, or of symbolic sizes")
+    if bias is not None and bias.dtype != x.dtype or wanted[0].shape[-1] > LONGEST_ROW:
+        raise Unsupported("the gradient of a norm in several types, or of long rows")
+    columns = wanted[0].shape[-1]
+    rows = wanted[0].numel() // columns
+    flat = [w.reshape(t, [rows, columns]) for t in (dy, x)]
+    other = [] if dh is None else [w.reshape(dh, [rows, columns])]
+    name = dtype_name(x.dtype)
+    types = [f"{name}[{rows},{columns}]", f"{name}[{columns}]", f"{name}[{columns}]"]
+    numbers = _call_library(w, "layer_norm_backward", f"eps={float(eps)!r}", [*flat, weight, *other], types)
+    dx = w.reshape(Value(numbers[0], x.dtype, (rows, columns)), wanted[0].shape)
+    return dx, *(Value(n, x.dtype, (columns,)) for n in numbers[1:])

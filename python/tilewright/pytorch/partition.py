@@ -277,7 +277,7 @@ def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
     if has_effects(node):
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         raise Unsupported("random numbers are PyTorch's" if random else "it has effects")
-    if node.target in norms.PACK:
+    if node.target in norms.PACK and device.type != "cuda":
         raise Unsupported(PACKED)
     if node.target not in RULES:
         raise Unsupported("no rule for this operator")

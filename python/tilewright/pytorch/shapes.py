@@ -178,11 +178,49 @@ def flip(w, node, a, dims):
 @rule(aten.cat.default)
 def cat(w, node, tensors, dim=0):
     wanted = node.meta["val"]
+    axis = axis_of(dim, wanted.dim())
+    turned = halves_turned(w, node, axis) if w.device == "cuda" else None
+    if turned is not None:
+        return turned
     # PyTorch lets vectors of no elements join anything.
     parts = [t for t in tensors if not (t.rank == 1 and wanted.dim() > 1)]
     parts = [w.cast(t, wanted.dtype) for t in parts]
-    axis = axis_of(dim, wanted.dim())
     return parts[0] if len(parts) == 1 else w.op(f"concat axis={axis}", *parts)
+
+
+def halves_turned(w, node, axis) -> Value | None:
+    """Two parts of tensors along the last axis, maybe with a minus, as one elementwise function of shifted tensors: rotary embeddings turn
+    halves so, and what follows reads them where they are. `None` for other joins."""
+    wanted = node.meta["val"]
+    nodes = node.args[0]
+    sizes = list(wanted.shape)
+    if len(nodes) != 2 or axis != wanted.dim() - 1 or not all(isinstance(n, int) for n in sizes) or not wanted.dtype.is_floating_point:
+        return None
+    shifted, minus, begin = [], [], 0
+    for part in nodes:
+        size = part.meta["val"].shape[-1]
+        minus.append(part.target is aten.neg.default)
+        if minus[-1]:
+            part = part.args[0]
+        if part.target is not aten.slice.Tensor:
+            return None
+        names = ("base", "dim", "start", "end", "step")
+        given = {"dim": 0, "start": None, "step": 1, **dict(zip(names, part.args)), **part.kwargs}
+        if given["dim"] % len(sizes) != axis or given["step"] != 1:
+            return None
+        base, start = given["base"], given["start"] or 0
+        value, held = w.values.get(base), base.meta["val"]
+        if not isinstance(value, Value) or not isinstance(start, int) or start < 0 or held.dtype != wanted.dtype:
+            return None
+        low = begin - start
+        low_text, high_text = ["0"] * len(sizes), ["0"] * len(sizes)
+        low_text[axis], high_text[axis] = str(low), str(sizes[axis] - low - held.shape[-1])
+        shifted.append(w.op(f"pad lo=[{','.join(low_text)}] hi=[{','.join(high_text)}] constant=0.0", value))
+        begin += size
+    first = nodes[0].meta["val"].shape[-1]
+    column = w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{','.join(map(str, sizes))}]")
+    a, b = ("-{b}" if minus[0] else "{b}"), ("-{c}" if minus[1] else "{c}")
+    return w.map(f"where({{a}} < {first}, {a}, {b})", column, *shifted, dtype=wanted.dtype)
 
 
 @rule(aten.stack.default)

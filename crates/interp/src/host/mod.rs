@@ -11,6 +11,7 @@
 //! * Operands arrive in the data types that the graph declares, in both modes of the interpreter
 //!   (in `f64` mode they are rounded first: these operators mostly move or count elements).
 
+mod gradients;
 mod non_max_suppression;
 mod nonzero;
 mod unique;
@@ -35,6 +36,9 @@ pub struct HostFn {
 
 /// Every host operator, sorted by name.
 pub const TABLE: &[HostFn] = &[
+    HostFn { name: "attention_backward", run: gradients::attention_backward },
+    HostFn { name: "attention_lse", run: gradients::attention_lse },
+    HostFn { name: "layer_norm_backward", run: gradients::layer_norm_backward },
     HostFn { name: "non_max_suppression", run: non_max_suppression::non_max_suppression },
     HostFn { name: "nonzero", run: nonzero::nonzero },
     HostFn { name: "unique", run: unique::unique },

@@ -14,6 +14,7 @@
 //! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
 //! * the few largest elements of rows are found by a kernel (`top_k.rs`), and what stands at computed places is read or written by
 //!   one (`places.rs`);
+//! * attention with its log-sum-exp and gradients are the library's (`library.rs`);
 //! * a reduction over rows is also given with whole rows in a tile (`rows.rs`).
 //!
 //! Under `f16` and `bf16`, weights and what is computed from them are *stored* in that type: kernels widen
@@ -21,6 +22,7 @@
 //! weight (positions, masks) and the caller's inputs and outputs keep their type.
 
 mod attention;
+mod library;
 mod pairs;
 mod places;
 mod top_k;
@@ -40,7 +42,7 @@ use crate::views::{broadcast_axis, by_distance, is_broadcast, merge};
 use crate::{Device, Options};
 use std::collections::BTreeSet;
 use tilewright_base::{DType, Result};
-use tilewright_expr::{ExprId, Func, FuncBuilder};
+use tilewright_expr::{ExprId, Func, FuncBuilder, Op as ExprOp};
 use tilewright_graph::{Def, Graph, Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{
@@ -242,7 +244,8 @@ impl Lowering<'_> {
         Ok(form)
     }
 
-    /// A product whose sums go to memory of their own, and its epilogue as a kernel.
+    /// A product whose sums go to memory of their own, and its epilogue as a kernel. Where all of the epilogue reads the sums rounded to a
+    /// narrower type, that is what is stored, in the result's memory if it is one.
     pub(crate) fn product_apart(
         &mut self,
         name: &str,
@@ -252,11 +255,27 @@ impl Lowering<'_> {
         tried: Tried,
     ) -> Result<()> {
         let shape = product.space[..product.result_axes].to_vec();
-        let layout = dense_like(&dag.stores[0].layout, &shape, &self.graph.symbols);
-        let buffer = self.spare(format!("{name} sums"), product.dtype, layout.clone());
+        let mut rest = dag.clone();
+        let rounded = only_rounding(dag);
+        let dtype = rounded.map_or(product.dtype, |c| dag.nodes[c].dtype);
+        let dense = |l: &Layout| dense_like(l, &shape, &self.graph.symbols);
+        // A result that is the sums themselves.
+        let own =
+            dag.stores.iter().position(|s| Some(s.node) == rounded && dense(&s.layout) == s.layout);
+        let (buffer, layout) = match own {
+            Some(i) => {
+                let store = rest.stores.remove(i);
+                (store.buffer, store.layout)
+            }
+            None => {
+                let layout = dense(&dag.stores[0].layout);
+                (self.spare(format!("{name} sums"), dtype, layout.clone()), layout)
+            }
+        };
         let mut plain = Dag::default();
         let varies = vec![true; shape.len()];
         let node = plain.push(DagOp::Anchor, vec![], varies, product.dtype);
+        let node = plain.cast(node, dtype);
         plain.stores.push(DagStore { node, buffer, layout: layout.clone() });
         let label = format!("{} epilogue", note.label);
         self.product_tried(
@@ -266,15 +285,20 @@ impl Lowering<'_> {
             note,
             Tried { apart: true, ..tried },
         )?;
-        let mut rest = dag.clone();
-        let read =
-            Ext { buffer, dtype: product.dtype, layout, shift: None, fill: zero(product.dtype) };
-        for node in &mut rest.nodes {
-            if matches!(node.op, DagOp::Anchor) {
-                node.op = DagOp::Ext(read.clone());
+        if rest.stores.is_empty() {
+            return Ok(());
+        }
+        let read = Ext { buffer, dtype, layout, shift: None, fill: zero(dtype) };
+        for (i, node) in rest.nodes.iter_mut().enumerate() {
+            let anchor = matches!(node.op, DagOp::Anchor);
+            if rounded.map_or(anchor, |c| c == i) {
+                (node.op, node.args) = (DagOp::Ext(read.clone()), vec![]);
+            } else if anchor {
+                // Read by nobody now.
+                node.op = DagOp::Size(Dim::new(0));
             }
         }
-        let bytes = numel(&shape) * (2 * product.dtype.size() as i64);
+        let bytes = numel(&shape) * (2 * dtype.size() as i64);
         let note = Note { label, anchor: "map".to_string(), bytes, ..Note::default() };
         self.map_kernel(format!("{name}_epilogue"), &rest, &shape, note)
     }
@@ -544,6 +568,19 @@ fn epilogue_of(
     let y = inline(dag, store.node, &mut f, sum, &given);
     form.epilogue = f.finish(y);
     Ok(())
+}
+
+/// The node that rounds a product's sums to a narrower type, where nothing else reads the sums.
+fn only_rounding(dag: &Dag) -> Option<usize> {
+    let anchor = dag.nodes.iter().position(|n| matches!(n.op, DagOp::Anchor))?;
+    let readers: Vec<usize> =
+        (0..dag.nodes.len()).filter(|&i| dag.nodes[i].args.contains(&anchor)).collect();
+    let &[only] = readers.as_slice() else { return None };
+    let node = &dag.nodes[only];
+    let cast = matches!(&node.op, DagOp::Map(f) if f.as_single_op() == Some(ExprOp::Cast));
+    let narrower = node.dtype.is_float() && node.dtype.size() < dag.nodes[anchor].dtype.size();
+    let stored = dag.stores.iter().any(|s| s.node == anchor);
+    (cast && narrower && !stored).then_some(only)
 }
 
 pub(crate) fn no_blocks(layout: &Layout) -> bool {

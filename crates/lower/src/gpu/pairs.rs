@@ -45,7 +45,9 @@ fn launched(plan: &Plan, at: usize) -> Option<Launched<'_>> {
 fn users(plan: &Plan, buffer: BufferId) -> usize {
     let uses = |step: &&Step| match step {
         Step::Launch { args, .. } => args.contains(&buffer),
-        Step::Host { inputs, outputs, .. } => inputs.contains(&buffer) || outputs.contains(&buffer),
+        Step::Library { inputs, outputs, .. } | Step::Host { inputs, outputs, .. } => {
+            inputs.contains(&buffer) || outputs.contains(&buffer)
+        }
     };
     plan.steps.iter().filter(uses).count()
 }

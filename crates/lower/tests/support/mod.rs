@@ -126,6 +126,7 @@ pub(crate) fn steps(plan: &Plan) -> Vec<String> {
         .iter()
         .map(|s| match s {
             Step::Launch { kernel, .. } => plan.kernels[*kernel].kernel.name.clone(),
+            Step::Library { call, .. } => call.name().to_string(),
             Step::Host { .. } => "host".to_string(),
         })
         .collect()
