@@ -38,16 +38,18 @@ TW_MMA(f8e5m2, float, "+f", "m16n8k32.row.col.f32.e5m2.e5m2.f32")
 #endif
 #undef TW_MMA
 
-// What the tensor cores take for the 4 bytes of a fragment: f32 is rounded to TF32 (nearest, ties away).
+// What the tensor cores take for the 4 bytes of a fragment: f32 is rounded to TF32 (nearest, ties away), of which they
+// drop the last 13 bits themselves. A NaN of ones would become a number.
 template <typename T> TW_INLINE u32 operand_bits(u32 r) {
-  if constexpr (sizeof(T) == 4) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(r)));
+  if constexpr (sizeof(T) == 4) r = isnan(__uint_as_float(r)) ? r : r + 0x1000u;
   return r;
 }
 
 // x = high + low up to the last of 22 digits: TF32 numbers whose products are exact. (The tensor cores read no more
 // than 11 digits of `low`.)
 TW_INLINE void split_tf32(u32 x, u32& high, u32& low) {
-  high = operand_bits<float>(x);
+  // Where `high` is not what it should be, of NaN and the largest numbers, `low` is NaN.
+  high = (x + 0x1000u) & 0xffffe000u;
   low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
 }
 
@@ -186,7 +188,7 @@ TW_INLINE void mma_tile_left(ACC* acc, const value<T>* left, smem_t b, int b_dep
 // there are, so that none waits for the one before. `right(b, n)` reads block n of 8 columns.
 template <int MT, int NT, typename F>
 TW_INLINE void mma_split_step(float* acc, const u32 (&high)[MT][4], const u32 (&low)[MT][4], F right) {
-  constexpr int EACH = NT % 4 == 0 ? 4 : 2;
+  constexpr int EACH = NT % 4 == 0 && MT == 1 ? 4 : 2;
 #pragma unroll
   for (int n0 = 0; n0 < NT; n0 += EACH) {
     u32 bh[EACH][2], bl[EACH][2];

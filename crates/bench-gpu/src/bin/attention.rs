@@ -44,6 +44,9 @@ enum What {
         /// Unsupported cases count as failures.
         #[arg(long)]
         strict: bool,
+        /// Only cases whose text contains this.
+        #[arg(long)]
+        filter: Option<String>,
     },
     /// Times.
     Bench {
@@ -144,7 +147,11 @@ fn run(options: &Options) -> Result<bool> {
     let support = Support::new(&gpu, &nvrtc)?;
     let loader = Loader::new(gpu, nvrtc);
     match &options.what {
-        What::Test { every, strict } => test(&stream, &support, &loader, *every, *strict),
+        What::Test { every, strict, filter } => {
+            let named = |c: &Case| filter.as_deref().is_none_or(|f| c.to_string().contains(f));
+            let cases = cases().into_iter().filter(named).step_by((*every).max(1)).collect();
+            test(&stream, &support, &loader, cases, *strict)
+        }
         What::Bench { candidates, filter, samples, decode, types } => {
             let cases = measured(filter.as_deref(), *decode, types)?;
             bench(&stream, &support, &loader, &cases, *candidates, *samples)
@@ -157,11 +164,10 @@ fn test(
     stream: &Stream,
     support: &Support,
     loader: &Loader,
-    every: usize,
+    cases: Vec<Case>,
     strict: bool,
 ) -> Result<bool> {
     let gpu = planner_gpu(loader.gpu());
-    let cases: Vec<Case> = cases().into_iter().step_by(every.max(1)).collect();
     let plans: Vec<_> = cases.iter().map(|c| plan(&c.problem, &gpu, 1)).collect();
     let all: Vec<_> = plans
         .iter()

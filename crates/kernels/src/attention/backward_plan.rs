@@ -7,7 +7,7 @@
 //! To run it: the forward kernel stores its log-sum-exp ([`Problem::lse`]); then, for each step in order, lower its kernel
 //! under its schedule and launch it with the tensors that its operands name. The workspace needs no contents.
 
-use crate::attention::backward::{BackwardMask, BackwardSpec};
+use crate::attention::backward::{BackwardMask, BackwardSpec, KeySums};
 use crate::attention::problem::{Problem, Strides};
 use crate::attention::steps::{
     Launch, SMEM_BYTES, Workspace, addressable, ceil, first_built, put_strides, sizes, tile,
@@ -63,7 +63,7 @@ impl BackwardProblem {
     ///
     /// # Errors
     /// The user's for impossible sizes; unsupported: types of other than 16 bits, depths that are padded differently or above
-    /// 128, a scale that is not above zero.
+    /// 256, a scale that is not above zero.
     pub fn spec(&self) -> Result<BackwardSpec> {
         let p = &self.forward;
         p.check()?;
@@ -114,7 +114,10 @@ impl BackwardProblem {
 }
 
 /// Beside wider sums, registers have no room for scores.
-const DEPTH_MOST: i64 = 128;
+const DEPTH_MOST: i64 = 256;
+
+/// Of wider keys and values, a program has room for the sums of one.
+const BOTH_SUMS_MOST: i64 = 128;
 
 /// Which tensor a parameter of a step is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,7 +194,8 @@ pub fn backward_spaces(spec: &BackwardSpec, q_len: i64) -> [Vec<GpuSchedule>; 2]
         let budget = if consumers == 3 { 160 } else { 240 };
         for other in [128, 112, 96, 80, 64, 48, 32] {
             // Sums, scores and their gradient, 16-bit copies of both, and what addresses take.
-            if dk + other + other / 2 + 16 + masked <= budget {
+            let sums = if dk > BOTH_SUMS_MOST { dk / 2 } else { dk };
+            if sums + other + other / 2 + 16 + masked <= budget {
                 let stage = other * 2 * dk * size + rider;
                 keys.extend(schedule(consumers, other, rows, rows * 2 * dk * size, stage, 2));
             }
@@ -217,7 +221,7 @@ fn prefer(queries: &mut [GpuSchedule], dk: i64, q_len: i64) {
 /// The steps of a gradient on Hopper.
 ///
 /// # Errors
-/// The user's for impossible sizes; unsupported where no kernel fits: other than 16-bit types, depths above 128, tensors
+/// The user's for impossible sizes; unsupported where no kernel fits: other than 16-bit types, depths above 256, tensors
 /// that the copy engine cannot address, other devices.
 pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPlan> {
     let spec = problem.spec()?;
@@ -251,23 +255,39 @@ pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPla
         let none = || format!("the gradient of attention of {} with depth {}", p.dtype, p.depth);
         found.into_iter().next().ok_or_else(|| Error::unsupported(none()))
     };
-    let keys_kernel = spec.keys_program("attention_backward_keys");
+    let apart = spec.depths().0 > BOTH_SUMS_MOST;
+    let keys_kernels = match apart {
+        false => vec![spec.keys_program("attention_backward_keys", KeySums::Both)],
+        true => vec![
+            spec.keys_program("attention_backward_values", KeySums::Values),
+            spec.keys_program("attention_backward_keys", KeySums::Keys),
+        ],
+    };
     let queries_kernel = spec.queries_program("attention_backward_queries");
-    let keys = first(&keys_kernel, keys)?;
     let queries = first(&queries_kernel, queries)?;
-    let heads = [keys_together(p, gpu, &keys), queries_together(p, gpu, &queries)];
     let step = |kernel: Kernel, schedule, together: i64, operands: &[BackwardPlace]| {
         let mut sizes = sizes.clone();
         sizes.insert("hc".into(), together);
         Launch::new(kernel, schedule, &sizes, operands.to_vec())
     };
-    let mut read = vec![Q, K, V, DO, shift, delta];
-    read.extend(p.mask.map(|_| Mask));
-    let steps = vec![
-        step(rows, lines, 1, &[O, DO, Lse, shift, delta]),
-        step(keys_kernel, keys, heads[0], &[&read[..], &[DK, DV]].concat()),
-        step(queries_kernel, queries, heads[1], &[&read[..], &[DQ]].concat()),
-    ];
+    let mask = p.mask.map(|_| Mask);
+    let read = |all: &[BackwardPlace], write: &[BackwardPlace]| {
+        all.iter().copied().chain(mask).chain(write.iter().copied()).collect::<Vec<_>>()
+    };
+    let mut steps = vec![step(rows, lines, 1, &[O, DO, Lse, shift, delta])];
+    for kernel in keys_kernels {
+        let schedule = first(&kernel, keys.clone())?;
+        let operands = match (apart, &*kernel.name) {
+            (false, _) => read(&[Q, K, V, DO, shift, delta], &[DK, DV]),
+            (true, "attention_backward_values") => read(&[Q, K, DO, shift], &[DV]),
+            (true, _) => read(&[Q, K, V, DO, shift, delta], &[DK]),
+        };
+        let together = keys_together(p, gpu, &schedule);
+        steps.push(step(kernel, schedule, together, &operands));
+    }
+    let together = queries_together(p, gpu, &queries);
+    let operands = read(&[Q, K, V, DO, shift, delta], &[DQ]);
+    steps.push(step(queries_kernel, queries, together, &operands));
     Ok(BackwardPlan { steps, workspace_bytes: workspace.bytes })
 }
 

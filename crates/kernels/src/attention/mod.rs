@@ -29,7 +29,7 @@ mod program;
 mod space;
 mod steps;
 
-pub use backward::{BackwardMask, BackwardSpec};
+pub use backward::{BackwardMask, BackwardSpec, KeySums};
 pub use backward_plan::{
     BackwardPlace, BackwardPlan, BackwardProblem, BackwardStep, Gradients, backward_plan,
     backward_spaces,

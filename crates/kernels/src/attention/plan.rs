@@ -269,6 +269,8 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
             (flops / rate + scores / 10.0 + 500.0, 3000.0)
         }
     };
+    // Turns in which rows stop run longer.
+    let item = item + if p.causal.is_some() { 700.0 * ceil(bq, bt) as f64 } else { 0.0 };
     // A persistent grid evens out costs that differ; else whole waves.
     let each = items / f64::from(gpu.sms);
     let beside = f64::from(s.blocks_per_sm);

@@ -109,11 +109,13 @@ fn pipelined(spec: &AttentionSpec, arch: Arch, vector: u32) -> Vec<GpuSchedule> 
     let size = i64::from(spec.dtype.bits()) / 8;
     let mut out = Vec::new();
     for &(bq, bt, warps) in tiles {
-        // Numbers of a thread: sums, those of a block, scores, and about so many for operands and addresses.
+        // Numbers of a thread: sums, those of a block, scores, and about so many for operands, addresses and a mask.
         let blocks = bq / i64::from(warps) / 16;
         let sums = if split { dv } else { dv / 2 };
         let masked = if spec.mask.is_some() { 16 } else { 0 };
-        if wide && dv <= 128 && blocks * (sums + bt / 2) + 56 + 4 * blocks + masked > 255 {
+        let numbers = blocks * (sums + bt / 2) + 84 + 4 * blocks + masked;
+        let most = if split { 255 } else { 250 };
+        if wide && product != ProductKind::Fma && numbers > most {
             continue;
         }
         for stages in [2, 3] {
