@@ -15,7 +15,7 @@ use tilewright_cuda::{Buffer, Event, Stream};
 use tilewright_data::{from_f64, from_i64, read_f64, read_i64};
 use tilewright_device::Program;
 use tilewright_kernels::attention::{Candidate, Mask, MaskKind, Place, Problem, Strides};
-use tilewright_kernels::gemm::Order;
+use tilewright_kernels::gemm::{Order, Precision};
 use tilewright_launch::{BoundKernel, LoadedKernel, Loader, Operand};
 use tilewright_lower_gpu::lower;
 
@@ -35,7 +35,14 @@ impl fmt::Display for Case {
         write!(
             f,
             "{} B{} H{}/{} S{} T{} D{}/{}",
-            p.dtype, p.batch, p.heads, p.kv_heads, p.q_len, p.kv_len, p.depth, p.width
+            if tf32(p) { "tf32".to_string() } else { p.dtype.to_string() },
+            p.batch,
+            p.heads,
+            p.kv_heads,
+            p.q_len,
+            p.kv_len,
+            p.depth,
+            p.width
         )?;
         if p.q.head < p.q.row {
             write!(f, " rows-first")?;
@@ -238,6 +245,11 @@ pub fn time(stream: &Stream, ours: &Ours, sets: &[Tensors], samples: usize) -> R
     Ok(out)
 }
 
+/// Whether operands are rounded to TF32.
+fn tf32(p: &Problem) -> bool {
+    p.dtype == DType::F32 && p.precision == Precision::Tf32
+}
+
 /// One row: results and log-sum-exp, exactly and in the model of the arithmetic.
 struct Row {
     exact: Vec<f64>,
@@ -256,6 +268,15 @@ fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     (0..bytes.len() * 8 / dtype.bits() as usize).map(|i| read_f64(dtype, bytes, i)).collect()
 }
 
+/// As an operand of a product.
+fn operand(p: &Problem, x: f64) -> f64 {
+    match tf32(p) {
+        // 11 digits, to the nearest.
+        true => f64::from(f32::from_bits((x as f32).to_bits().wrapping_add(0x1000) & !0x1FFF)),
+        false => rounded(p.dtype, x),
+    }
+}
+
 fn rounded(dtype: DType, x: f64) -> f64 {
     let mut bytes = [0u8; 8];
     from_f64(dtype, &mut bytes, 0, x);
@@ -268,38 +289,44 @@ fn row(case: &Case, host: &Host, mask: &[u8], (b, h, i): (i64, i64, i64)) -> Row
     let at =
         |s: &Strides, head: i64, row: i64| (b * s.batch + head * s.head + row * s.row) as usize;
     let q = &host.q[at(&p.q, h, i)..][..p.depth as usize];
-    let mut scores = Vec::new();
+    let (mut scores, mut near) = (Vec::new(), Vec::new());
     for j in 0..case.visible(i) {
         let k = &host.k[at(&p.k, group, j)..][..p.depth as usize];
-        let mut s = p.scale * q.iter().zip(k).map(|(x, y)| x * y).sum::<f64>();
-        if let Some(m) = &p.mask {
+        let masked = |s: f64| {
+            let Some(m) = &p.mask else { return s };
             let index = at(&m.strides, h, i) + j as usize;
-            s = match m.kind {
+            match m.kind {
                 MaskKind::Add => s + read_f64(m.dtype, mask, index),
                 MaskKind::Keep if read_i64(m.dtype, mask, index) == 0 => f64::NEG_INFINITY,
                 MaskKind::Keep => s,
-            };
-        }
-        scores.push(s);
+            }
+        };
+        let dot = q.iter().zip(k).map(|(x, y)| x * y).sum::<f64>();
+        scores.push(masked(p.scale * dot));
+        let dot = q.iter().zip(k).map(|(x, y)| operand(p, *x) * operand(p, *y)).sum::<f64>();
+        near.push(masked(p.scale * dot));
     }
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let weights: Vec<f64> = match max {
-        f64::NEG_INFINITY => vec![0.0; scores.len()],
-        _ => scores.iter().map(|s| (s - max).exp()).collect(),
+    let weights = |scores: &[f64]| -> Vec<f64> {
+        match max {
+            f64::NEG_INFINITY => vec![0.0; scores.len()],
+            _ => scores.iter().map(|s| (s - max).exp()).collect(),
+        }
     };
-    let total: f64 = weights.iter().sum();
+    let (weights, near) = (weights(&scores), weights(&near));
+    let (total, near_total): (f64, f64) = (weights.iter().sum(), near.iter().sum());
     let mut exact = vec![0.0; p.width as usize];
     let mut model = exact.clone();
-    for (j, w) in weights.iter().enumerate() {
+    for (j, (w, near)) in weights.iter().zip(&near).enumerate() {
         let v = &host.v[at(&p.v, group, j as i64)..][..p.width as usize];
-        let narrow = rounded(p.dtype, *w);
+        let narrow = operand(p, *near);
         for (c, x) in v.iter().enumerate() {
             exact[c] += w * x;
-            model[c] += narrow * x;
+            model[c] += narrow * operand(p, *x);
         }
     }
     exact.iter_mut().for_each(|x| *x /= total);
-    model.iter_mut().for_each(|x| *x = rounded(p.result, *x / total));
+    model.iter_mut().for_each(|x| *x = rounded(p.result, *x / near_total));
     let lse = if total == 0.0 { f64::NEG_INFINITY } else { max + total.ln() };
     Row { exact, model, lse }
 }
@@ -416,13 +443,31 @@ pub fn cases() -> Vec<Case> {
             }
         }
     }
+    for precision in [Precision::F32, Precision::Tf32] {
+        for depth in [20, 64, 80, 128, 200] {
+            for (len, causal) in
+                [(1, None), (77, None), (150, Some(0)), (700, Some(0)), (512, None)]
+            {
+                let p = Problem::dense(1, 2, len, depth, DType::F32);
+                add(Problem { precision, causal, lse: depth == 64, ..p });
+            }
+            let p = Problem { precision, ..mixed(6, 2, 130, 333, depth) };
+            let causal = Some(203);
+            add(Problem { causal, dtype: DType::F32, result: DType::F32, ..p });
+            for kind in [MaskKind::Add, MaskKind::Keep] {
+                let dtype = if kind == MaskKind::Add { DType::F32 } else { DType::Bool };
+                let strides = Strides { batch: 257 * 257, head: 0, row: 257 };
+                let mask = Some(Mask { dtype, kind, strides, align: 256 });
+                add(Problem { mask, precision, ..Problem::dense(2, 2, 257, depth, DType::F32) });
+            }
+        }
+    }
     for depth in [64, 20] {
-        add(Problem { causal: Some(0), ..Problem::dense(1, 2, 150, depth, DType::F32) });
-        add(Problem::dense(1, 2, 77, depth, DType::F32));
         add(Problem::dense(1, 2, 77, depth + 1, DType::BF16));
     }
     out
 }
 
 /// What is measured: batch, length, for all depths, causal and not; 16 heads.
-pub const MEASURED: [(i64, i64); 3] = [(16, 512), (8, 2048), (2, 8192)];
+pub const MEASURED: [(i64, i64); 6] =
+    [(64, 128), (32, 256), (16, 512), (8, 1024), (8, 2048), (2, 8192)];

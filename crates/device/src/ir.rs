@@ -367,12 +367,13 @@ pub struct FragRef {
     pub cols: Option<u32>,
 }
 
-/// Left operand of `wgmma`.
+/// Left operand of a product on tensor cores.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum WgmmaA {
     /// From shared memory.
     Smem(SmemTile),
-    /// From registers (a 16-bit fragment in the accumulators' spread).
+    /// From registers: a fragment in the accumulators' spread, of 16 bits for `wgmma`, of 16 or 32 bits for `mma.sync` of
+    /// warps along rows.
     Frag(FragRef),
 }
 
@@ -604,9 +605,12 @@ pub enum Stmt {
         /// Accumulators.
         acc: FragRef,
         /// Left operand, `[rows, k]`.
-        a: SmemTile,
+        a: WgmmaA,
         /// Right operand, `[k, cols]`.
         b: SmemTile,
+        /// f32 operands are taken as two TF32 numbers each, and their products as three: sums of about f32's exactness
+        /// on tensor cores.
+        split: bool,
     },
 
     // Registers.

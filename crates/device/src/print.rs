@@ -451,9 +451,13 @@ impl Printer<'_> {
             }
             Stmt::WgmmaCommit => "wgmma commit".to_string(),
             Stmt::WgmmaWait { pending } => format!("wgmma wait {pending}"),
-            Stmt::Mma { acc, a, b } => {
-                let (a, b) = (Self::tile(p, a), Self::tile(p, b));
-                format!("mma {} += {a} * {b}", Self::frag(p, acc))
+            Stmt::Mma { acc, a, b, split } => {
+                let a = match a {
+                    WgmmaA::Smem(tile) => Self::tile(p, tile),
+                    WgmmaA::Frag(frag) => Self::frag(p, frag),
+                };
+                let parts = if *split { " in two parts each" } else { "" };
+                format!("mma {} += {a} * {}{parts}", Self::frag(p, acc), Self::tile(p, b))
             }
             Stmt::Fill { dst, value } => {
                 format!("{} = fill {}", Self::frag(p, dst), value_text(*value, dtype(dst)))

@@ -129,8 +129,10 @@ const BROKEN: &[(&str, Change)] = &[
     ("the result is not one value per row or column", |p| consumer(p, Stmt::Reduce { dst: frag(0), kind: ReduceKind::Sum, src: frag(0), accumulate: false })),
     ("rows and columns run along two axes of the tensor", |p| consumer(p, Stmt::Store { param: ParamId(2), at: vec![Dim::new(0), Dim::new(0)], axes: (Some(0), Some(2)), src: frag(1), vector: 1 })),
     ("the extents differ", |p| each(p, |s| if let Stmt::ToSmem { to, .. } = s { to.cols = 8 })),
-    ("accumulators are not spread for mma.sync or plain sums", |p| consumer(p, Stmt::Mma { acc: frag(0), a: tile(0, 64, 64), b: tile(1, 64, 16) })),
-    ("the operands' extents do not agree", |p| consumer(p, Stmt::Mma { acc: frag(0), a: tile(0, 64, 32), b: tile(1, 64, 16) })),
+    ("accumulators are not spread for mma.sync or plain sums", |p| consumer(p, Stmt::Mma { acc: frag(0), a: WgmmaA::Smem(tile(0, 64, 64)), b: tile(1, 64, 16), split: false })),
+    ("the operands' extents do not agree", |p| consumer(p, Stmt::Mma { acc: frag(0), a: WgmmaA::Smem(tile(0, 64, 32)), b: tile(1, 64, 16), split: false })),
+    ("only tensor cores take f32 in two parts", |p| consumer(p, Stmt::Mma { acc: frag(0), a: WgmmaA::Smem(tile(0, 64, 64)), b: tile(1, 64, 16), split: true })),
+    ("a left operand in registers has 16 or 32 bits and warps along rows", |p| consumer(p, Stmt::Mma { acc: frag(0), a: WgmmaA::Frag(frag(0)), b: tile(1, 64, 16), split: false })),
     ("rows and columns are two axes of the tensor", |p| consumer(p, Stmt::CopyIn { param: ParamId(0), at: vec![Dim::new(0), Dim::new(0)], axes: (1, 1), to: tile(0, 64, 64), vector: 1, ends: false })),
     // Barriers and threads.
     ("takes 0 arrivals", |p| first_barrier(p, |b| b.arrivals = 0)),

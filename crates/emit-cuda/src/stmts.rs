@@ -154,13 +154,12 @@ impl<'a> Printer<'a> {
                     ),
                     Stmt::Map { args, .. } => args.iter().for_each(|a| note(a.frag, false)),
                     Stmt::Reduce { src, .. } => note(src.frag, false),
-                    Stmt::Wgmma { acc, a, .. } => {
+                    Stmt::Wgmma { acc, a, .. } | Stmt::Mma { acc, a, .. } => {
                         note(acc.frag, false);
                         if let tilewright_device::WgmmaA::Frag(a) = a {
                             note(a.frag, true);
                         }
                     }
-                    Stmt::Mma { acc, .. } => note(acc.frag, false),
                     Stmt::Line(step) => {
                         step.reads().into_iter().for_each(|f| note(f.frag, false));
                     }
@@ -820,7 +819,7 @@ impl<'a> Printer<'a> {
                 self.line(&format!("tw::wgmma_wait<{pending}>();"));
                 self.touch_complete(*pending as usize);
             }
-            Stmt::Mma { acc, a, b } => self.mma(acc, a, b)?,
+            Stmt::Mma { acc, a, b, split } => self.mma(acc, a, b, *split)?,
             Stmt::Fill { dst, value } => {
                 let frag = &self.program.frags[dst.frag];
                 let count = Self::count(frag, self.cols(dst));

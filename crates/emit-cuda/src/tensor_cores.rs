@@ -233,39 +233,57 @@ impl Printer<'_> {
         Ok(())
     }
 
-    pub(crate) fn mma(&mut self, acc: &FragRef, a: &SmemTile, b: &SmemTile) -> Result<()> {
+    pub(crate) fn mma(
+        &mut self,
+        acc: &FragRef,
+        a: &WgmmaA,
+        b: &SmemTile,
+        split: bool,
+    ) -> Result<()> {
         let frag = self.program.frags[acc.frag].clone();
-        let (sa, sb) = (self.program.smem[a.smem].clone(), self.program.smem[b.smem].clone());
+        let sb = self.program.smem[b.smem].clone();
+        let left = match a {
+            WgmmaA::Smem(a) => self.program.smem[a.smem].dtype,
+            WgmmaA::Frag(a) => self.program.frags[a.frag].dtype,
+        };
         if acc.cols.is_some_and(|cols| cols != frag.cols) {
             return Err(Error::unsupported("a product into part of its accumulators"));
         }
         let lines = |s: &Smem| if s.contiguous == 1 { s.rows } else { s.cols };
-        let pair = (sa.dtype, frag.dtype);
+        let pair = (left, frag.dtype);
         let (tile, grid) = match frag.spread {
             Spread::MmaSync { warps_m, warps_n } => {
-                let Some(row) =
-                    MMA.iter().find(|row| (row.0, row.1) == pair && sb.dtype == sa.dtype)
+                let Some(row) = MMA.iter().find(|row| (row.0, row.1) == pair && sb.dtype == left)
                 else {
                     return Err(Error::unsupported(format!(
-                        "mma.sync of {} and {} into {} has no instruction",
-                        sa.dtype, sb.dtype, frag.dtype
+                        "mma.sync of {left} and {} into {} has no instruction",
+                        sb.dtype, frag.dtype
                     )));
                 };
                 if self.program.arch < row.2 {
                     return Err(Error::unsupported(format!(
-                        "mma.sync of {} on {}",
-                        sa.dtype,
+                        "mma.sync of {left} on {}",
                         self.program.arch.name()
                     )));
                 }
                 let (operand, sum) = (crate::memory_type(pair.0), crate::memory_type(pair.1));
-                (format!("tw::mma_tile<{operand}, {sum}, "), format!("{warps_m}, {warps_n}"))
+                let name = match (a, split) {
+                    (WgmmaA::Frag(_), false) => "mma_tile_left",
+                    (WgmmaA::Frag(_), true) => "mma_tile_left_split",
+                    (WgmmaA::Smem(_), false) => "mma_tile",
+                    (WgmmaA::Smem(_), true) => "mma_tile_split",
+                };
+                let types = match split {
+                    true => String::new(),
+                    false => format!("{operand}, {sum}, "),
+                };
+                (format!("tw::{name}<{types}"), format!("{warps_m}, {warps_n}"))
             }
             Spread::Outer { threads_m, threads_n, block_m, block_n } => {
                 if pair != (DType::F32, DType::F32) || sb.dtype != DType::F32 {
                     return Err(Error::unsupported(format!(
-                        "plain multiply-adds of {} and {} into {}",
-                        sa.dtype, sb.dtype, frag.dtype
+                        "plain multiply-adds of {left} and {} into {}",
+                        sb.dtype, frag.dtype
                     )));
                 }
                 (
@@ -277,21 +295,36 @@ impl Printer<'_> {
                 return Err(Error::unsupported("mma into this spread has no CUDA form"));
             }
         };
+        let (left_form, left) = match a {
+            WgmmaA::Smem(a) => {
+                let sa = self.program.smem[a.smem].clone();
+                let form = format!(
+                    "{}, {}, {}, ",
+                    sa.swizzle.span_bytes(),
+                    lines(&sa),
+                    sa.contiguous == 1
+                );
+                let (row, col) = (self.scope.text(&a.row), self.scope.text(&a.col));
+                (form, format!("{}, {row}, {col}", self.slot_address(a)))
+            }
+            WgmmaA::Frag(a) => {
+                let cols = self.program.frags[a.frag].cols;
+                if a.cols.is_some_and(|c| c != cols) || matches!(frag.spread, Spread::Outer { .. })
+                {
+                    return Err(Error::unsupported("this left operand in registers"));
+                }
+                (String::new(), self.frag_name(a.frag))
+            }
+        };
         self.line(&format!(
-            "{tile}{}, {}, {}, {grid}, {}, {}, {}, {}, {}, {}>({}, {}, {}, {}, {}, {}, {});",
+            "{tile}{}, {}, {}, {grid}, {left_form}{}, {}, {}>({}, {left}, {}, {}, {});",
             frag.rows,
             frag.cols,
-            a.cols,
-            sa.swizzle.span_bytes(),
-            lines(&sa),
-            sa.contiguous == 1,
+            b.rows,
             sb.swizzle.span_bytes(),
             lines(&sb),
             sb.contiguous == 0,
             self.frag_name(acc.frag),
-            self.slot_address(a),
-            self.scope.text(&a.row),
-            self.scope.text(&a.col),
             self.slot_address(b),
             self.scope.text(&b.row),
             self.scope.text(&b.col),

@@ -63,7 +63,7 @@ pub(crate) fn stmt_names(stmt: &Stmt, rings: &mut BTreeSet<RingId>, frags: &mut 
         }
         Stmt::TmaStore { from, .. } => slot(&from.slot),
         Stmt::CopyIn { to, .. } => slot(&to.slot),
-        Stmt::Wgmma { acc, a, b, .. } => {
+        Stmt::Wgmma { acc, a, b, .. } | Stmt::Mma { acc, a, b, .. } => {
             frags.insert(acc.frag);
             slot(&b.slot);
             match a {
@@ -72,11 +72,6 @@ pub(crate) fn stmt_names(stmt: &Stmt, rings: &mut BTreeSet<RingId>, frags: &mut 
                     frags.insert(a.frag);
                 }
             }
-        }
-        Stmt::Mma { acc, a, b } => {
-            frags.insert(acc.frag);
-            slot(&a.slot);
-            slot(&b.slot);
         }
         Stmt::Fill { dst, .. } | Stmt::Iota { dst, .. } | Stmt::Load { dst, .. } => {
             frags.insert(dst.frag);

@@ -102,8 +102,9 @@ fn gemm() -> Program {
         Stmt::SyncBlock,
         Stmt::Mma {
             acc: whole(acc),
-            a: tile(sa, 32, 16, Slot::Ring(stage)),
+            a: WgmmaA::Smem(tile(sa, 32, 16, Slot::Ring(stage))),
             b: tile(sb, 16, 32, Slot::Ring(stage)),
+            split: false,
         },
         Stmt::SyncBlock,
     ]);
@@ -123,7 +124,12 @@ fn gemm() -> Program {
         },
         Stmt::CopyWait { pending: 0 },
         Stmt::SyncBlock,
-        Stmt::Mma { acc: whole(acc), a: tile(sa, 32, 16, before()), b: tile(sb, 16, 32, before()) },
+        Stmt::Mma {
+            acc: whole(acc),
+            a: WgmmaA::Smem(tile(sa, 32, 16, before())),
+            b: tile(sb, 16, 32, before()),
+            split: false,
+        },
         Stmt::Store {
             param: c,
             at: vec![row.clone(), col.clone()],

@@ -30,14 +30,21 @@ fn tiles(consumers: i64, bq: i64, bt: i64) -> GpuSchedule {
 }
 
 /// `[groups, heads each, queries, keys]`, depth 32, rows first.
-fn problem(
+fn problem(sizes: [i64; 4], causal: Option<i64>, dtype: DType) -> BackwardProblem {
+    deep_problem(sizes, 32, causal, dtype)
+}
+
+/// The same of any depth.
+fn deep_problem(
     [groups, each, rows, keys]: [i64; 4],
+    depth: i64,
     causal: Option<i64>,
     dtype: DType,
 ) -> BackwardProblem {
     let heads = groups * each;
-    let p = Problem::dense(2, heads, rows, 32, dtype);
-    let (q, k) = (Strides::rows_first(heads, rows, 32), Strides::heads_first(groups, keys, 32));
+    let p = Problem::dense(2, heads, rows, depth, dtype);
+    let q = Strides::rows_first(heads, rows, depth);
+    let k = Strides::heads_first(groups, keys, depth);
     let p = Problem { kv_heads: groups, kv_len: keys, causal, q, o: q, k, v: k, ..p };
     BackwardProblem::alike(p)
 }
@@ -71,6 +78,10 @@ fn cases() -> Vec<Case> {
     for (name, problem) in cases {
         add(name, problem, one.0.clone(), one.1.clone());
     }
+    // Two programs for keys.
+    let deep = |causal| deep_problem([1, 2, 40, 70], 160, causal, bf16);
+    add("deep", deep(None), one.0.clone(), one.1.clone());
+    add("deep, causal", deep(Some(30)), one.0.clone(), one.1.clone());
     add("from the start", problem([1, 1, 70, 100], Some(0), bf16), one.0, one.1);
     out
 }
@@ -200,8 +211,10 @@ fn bytes(dtype: DType, values: &[f64]) -> Vec<u8> {
 
 fn plan(case: &Case) -> tilewright_kernels::attention::BackwardPlan {
     let mut plan = backward_plan(&case.problem, &Gpu::h200()).unwrap();
-    plan.steps[1].schedule = case.keys.clone();
-    plan.steps[2].schedule = case.queries.clone();
+    for step in &mut plan.steps[1..] {
+        let queries = step.kernel.name.ends_with("queries");
+        step.schedule = if queries { case.queries.clone() } else { case.keys.clone() };
+    }
     // Two heads at a time: both batches' at least.
     for step in &mut plan.steps[1..] {
         step.sizes.insert(Arc::from("hc"), 2);

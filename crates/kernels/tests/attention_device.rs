@@ -105,9 +105,14 @@ fn pipelined_cases(add: &mut dyn FnMut(&'static str, AttentionSpec, GpuSchedule,
     let fma = pipelined(Arch::Sm80, ProductKind::Fma, (32, 32), 1);
     let none = AttentionSpec { lse: true, ..f32s.clone() };
     add("no keys", none, fma, [1, 1, 40, 0]);
-    let tf32 = AttentionSpec { tf32: true, ..f32s };
+    let tf32 = AttentionSpec { tf32: true, ..f32s.clone() };
     let mma = pipelined(Arch::Sm80, ProductKind::MmaSync, (32, 32), 4);
     add("mma tf32", tf32, mma, [1, 1, 40, 50]);
+    let split = pipelined(Arch::Sm80, ProductKind::MmaSplit, (64, 32), 4);
+    let causal = AttentionSpec { causal: Causal::EndTogether, lse: true, ..f32s.clone() };
+    add("three products for one, causal", causal, split.clone(), [1, 2, 70, 75]);
+    let odd = AttentionSpec { mask: keep_rows(), zeros: true, ..spec(DType::F32, 21) };
+    add("three products for one, mask", odd, GpuSchedule { vector: 1, ..split }, [1, 1, 40, 50]);
 }
 
 fn sizes(case: &Case) -> Env {
@@ -211,6 +216,43 @@ fn scheduled_attention_computes_what_the_tile_program_says() {
             }
         }
     }
+}
+
+/// Three products of TF32 parts are about as exact as f32, where rounded operands are not.
+#[test]
+fn two_parts_of_each_operand_are_as_exact_as_f32() {
+    let error = |tf32: bool, product: ProductKind| {
+        let spec = AttentionSpec { tf32, ..spec(DType::F32, 32) };
+        let schedule =
+            GpuSchedule::pipelined(Arch::Sm80, product, (2, 1), &[("BQ", 32), ("BT", 32)]);
+        let schedule = GpuSchedule { stages: 2, raster: 1, ..schedule };
+        let case = Case { name: "", spec, schedule, sizes: [1, 1, 40, 100] };
+        let (kernel, env) = (case.spec.program("attention"), sizes(&case));
+        let program = lower(&kernel, &case.schedule).unwrap();
+        let result = |mode: Mode| {
+            let mut all = buffers(&kernel, &env);
+            for (p, bytes) in all.iter_mut().enumerate() {
+                for i in 0..bytes.len() / 4 {
+                    let x = ((i * 37 + p * 11) as f64 * 0.7311).sin() * 2.0;
+                    tilewright_data::from_f64(DType::F32, bytes, i, x);
+                }
+            }
+            run(&program, &env, &mut all, &Options { mode, ..Options::default() }).unwrap();
+            let o = kernel.params.iter().position(|(_, p)| &*p.name == "O").unwrap();
+            (0..40 * 32)
+                .map(|i| tilewright_data::read_f64(DType::F32, &all[o], i))
+                .collect::<Vec<_>>()
+        };
+        // In the other mode nothing is rounded but what the program rounds, which `two_parts` has none of.
+        let exact = result(Mode::F64);
+        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+        let off = result(Mode::Exact);
+        norm(&mut off.iter().zip(&exact).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied())
+    };
+    let split = error(false, ProductKind::MmaSplit);
+    assert!(split < 2e-6, "{split}");
+    // The same sums with single products of what tensor cores see.
+    assert!(error(true, ProductKind::MmaSync) > 20.0 * split);
 }
 
 /// NaN and infinities reach the rows that see them, and no others: the same as in the tile program.

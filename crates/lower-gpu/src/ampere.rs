@@ -28,7 +28,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
     Arch, Barrier, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, Frag, FragId, FragRef, Phase,
-    Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
+    Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, WgmmaA,
 };
 use tilewright_expr::Value as Constant;
 use tilewright_layout::Dim;
@@ -177,7 +177,12 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
                     let value = if is_float { Constant::Float(0.0) } else { Constant::Int(0) };
                     step.push(Stmt::Fill { dst, value });
                 }
-                step.push(Stmt::Mma { acc: tiles.of(*acc), a: operand(*left), b: operand(*right) });
+                step.push(Stmt::Mma {
+                    acc: tiles.of(*acc),
+                    a: WgmmaA::Smem(operand(*left)),
+                    b: operand(*right),
+                    split: schedule.product == ProductKind::MmaSplit,
+                });
             }
             Step::Map { dst, func, args } => step.push(Stmt::Map {
                 dst: tiles.of(*dst),
@@ -335,7 +340,7 @@ fn turned_spread(schedule: &GpuSchedule, stream: &Stream) -> Option<Spread> {
 pub(crate) fn spread(schedule: &GpuSchedule) -> Result<Spread> {
     let (warps_m, warps_n) = schedule.warps;
     match schedule.product {
-        ProductKind::MmaSync => Ok(Spread::MmaSync { warps_m, warps_n }),
+        ProductKind::MmaSync | ProductKind::MmaSplit => Ok(Spread::MmaSync { warps_m, warps_n }),
         ProductKind::Fma => Ok(Spread::Outer {
             threads_m: warps_m * 8,
             threads_n: warps_n * 4,

@@ -5,8 +5,11 @@
 //! copy what is the same on every turn; copy turns 0 .. stages-2
 //! for t:  wait until turn t came; meet
 //!         copy turn t + stages-1 into the slot of turn t-1
-//!         products, maps, row reductions; a left operand made in registers goes through shared memory
+//!         products, maps, row reductions
 //! ```
+//!
+//! Tensor cores take a left operand that was made in registers from there. For plain multiply-adds it goes through
+//! shared memory.
 //!
 //! A row belongs to the threads of one warp (warps stand along rows only), so that reductions need no
 //! shared memory.
@@ -17,14 +20,14 @@ use crate::epilogue::{self, whole};
 use crate::hopper::{Builder, main_loop, over_items};
 use crate::hopper_chain::{Form, frag_of, initial_values, step_stmts};
 use crate::raster::raster;
-use crate::schedule::{GpuSchedule, StoreKind};
+use crate::schedule::{GpuSchedule, ProductKind, StoreKind};
 use crate::streams::{Defs, Stream, definitions, extents};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
     Arch, CLUSTER, CLUSTERS, Cond, FragId, Program, Ring, RingId, Role, Slot, Smem, SmemId,
-    SmemTile, Spread, Stmt, Swizzle,
+    SmemTile, Spread, Stmt, Swizzle, WgmmaA,
 };
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
@@ -150,7 +153,7 @@ struct Turns<'a> {
     ahead: RingId,
     /// For what is the same on every turn.
     once: RingId,
-    /// A buffer for each left operand that is made in registers.
+    /// A buffer for each left operand that is made in registers and cannot be taken from there.
     lefts: Vec<(TileId, SmemId)>,
 }
 
@@ -178,7 +181,9 @@ impl<'a> Turns<'a> {
                     let like =
                         Stream { rows: b.rows, cols: right.rows, contiguous: 1, ..right.clone() };
                     check_shape(&like, right, dtype.bits(), b.rows, b.schedule, b.spread)?;
-                    lefts.push((*tile, left_buffer(b, dtype, right.rows, b.spread)?));
+                    if let Spread::Outer { .. } = b.spread {
+                        lefts.push((*tile, left_buffer(b, dtype, right.rows)?));
+                    }
                 }
             }
         }
@@ -236,6 +241,7 @@ impl<'a> Turns<'a> {
     fn turn(&self, b: &mut Builder<'_>, defs: &Defs<'_>, form: Form) -> Result<Vec<Stmt>> {
         let mut out = Vec::new();
         let chain = self.chain;
+        let split = b.schedule.product == ProductKind::MmaSplit;
         let tile = |stream: usize| {
             let ring = if chain.invariant[stream] { self.once } else { self.ring };
             operand(&chain.streams[stream], self.buffers[stream], ring)
@@ -252,11 +258,13 @@ impl<'a> Turns<'a> {
                 out.push(Stmt::Fill { dst: dst.clone(), value });
             }
             let a = match a {
-                Left::Stream(a) => tile(*a),
+                Left::Stream(a) => WgmmaA::Smem(tile(*a)),
                 Left::Registers(made) => {
                     let smem = self.lefts.iter().find(|(t, _)| t == made).map(|(_, s)| *s);
                     let Some(smem) = smem else {
-                        return Err(Error::bug("a left operand without a buffer"));
+                        let a = WgmmaA::Frag(frag_of(chain, *made)?);
+                        out.push(Stmt::Mma { acc: dst, a, b: tile(*right), split });
+                        continue;
                     };
                     let to = SmemTile {
                         smem,
@@ -268,10 +276,10 @@ impl<'a> Turns<'a> {
                     };
                     out.push(Stmt::ToSmem { to: to.clone(), src: frag_of(chain, *made)? });
                     out.push(Stmt::SyncBlock);
-                    to
+                    WgmmaA::Smem(to)
                 }
             };
-            out.push(Stmt::Mma { acc: dst, a, b: tile(*right) });
+            out.push(Stmt::Mma { acc: dst, a, b: tile(*right), split });
         }
         for (from, to) in &chain.copies {
             let func = tilewright_expr::Func::identity(b.frags[*to].dtype);
@@ -282,11 +290,9 @@ impl<'a> Turns<'a> {
     }
 }
 
-/// Shared memory for a left operand of `cols` columns: lines along the depth for tensor cores, across it for
-/// plain multiply-adds.
-fn left_buffer(b: &mut Builder<'_>, dtype: DType, cols: u32, spread: Spread) -> Result<SmemId> {
-    let contiguous = usize::from(!matches!(spread, Spread::Outer { .. }));
-    let bytes = if contiguous == 1 { cols } else { b.rows } * dtype.bits() / 8;
+/// Shared memory for a left operand of `cols` columns of plain multiply-adds: lines across the depth.
+fn left_buffer(b: &mut Builder<'_>, dtype: DType, cols: u32) -> Result<SmemId> {
+    let bytes = b.rows * dtype.bits() / 8;
     let swizzle = [Swizzle::B128, Swizzle::B64, Swizzle::B32]
         .into_iter()
         .find(|s| bytes.is_multiple_of(s.span_bytes()));
@@ -298,7 +304,7 @@ fn left_buffer(b: &mut Builder<'_>, dtype: DType, cols: u32, spread: Spread) -> 
         dtype,
         rows: b.rows,
         cols,
-        contiguous,
+        contiguous: 0,
         swizzle,
         slots: 1,
     }))

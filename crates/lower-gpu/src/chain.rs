@@ -182,7 +182,15 @@ pub(crate) fn chain(
                             "a product of register tiles that stops before its operands",
                         ));
                     }
-                    None if in_registers.contains(a) => Left::Registers(*a),
+                    None if in_registers.contains(a) => Left::Registers(match defs.get(a) {
+                        // `mma.sync` rounds what it takes from registers itself.
+                        Some(TileOp::Map { func, args })
+                            if product == ProductKind::MmaSync && *func == tf32 =>
+                        {
+                            args[0].tile
+                        }
+                        _ => *a,
+                    }),
                     None => {
                         return Err(Error::unsupported(
                             "an operand that no step of the loop makes",
@@ -224,6 +232,11 @@ pub(crate) fn chain(
     }
     if !steps.iter().any(|s| matches!(s, Step::Product { .. })) {
         return Err(Error::unsupported("a loop without products"));
+    }
+    if product == ProductKind::MmaSync {
+        let mut used: BTreeSet<TileId> = steps.iter().flat_map(Step::uses).collect();
+        used.extend(&body.yields);
+        steps.retain(|s| !matches!(s, Step::Map { result, .. } if !used.contains(result)));
     }
     let cut = cut(kernel, &defs, body, &mut steps)?;
     let made = |s: &Step| matches!(s, Step::Product { a: Left::Registers(_), .. });

@@ -45,14 +45,17 @@ impl Feed {
 /// Schedules a kernel with one loop over products that feed each other. Where there is room, what is loaded once per
 /// item has two slots: the next item's comes while this one is computed, and so do the tiles of its first turns.
 pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
-    if schedule.persistent && registers(kernel)? <= AHEAD_REGISTERS_MAX {
+    // Blocks that share a multiprocessor share its memory, of which each has 1 KiB that programs do not see.
+    let blocks = schedule.blocks_per_sm.max(1);
+    let has = (schedule.arch.smem_bytes() - (blocks - 1) * 1024) / blocks;
+    if schedule.persistent && registers(kernel, schedule)? <= AHEAD_REGISTERS_MAX {
         let ahead = lower_with(kernel, schedule, 2)?;
-        if ahead.smem_bytes() <= schedule.arch.smem_bytes() {
+        if ahead.smem_bytes() <= has {
             return Ok(ahead);
         }
     }
     let program = lower_with(kernel, schedule, 1)?;
-    let (needs, has) = (program.smem_bytes(), schedule.arch.smem_bytes());
+    let needs = program.smem_bytes();
     if needs > has {
         return Err(Error::unsupported(format!(
             "{needs} bytes of shared memory where a block has {has}"
@@ -64,10 +67,11 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
 /// Up to so many registers of a thread, addresses of a second slot find room beside the tiles.
 const AHEAD_REGISTERS_MAX: u32 = 220;
 
-/// Registers of a thread for 64 rows of the tiles that live at once: the loop's sums and its scores, 16-bit copies of those, a tile
-/// that is loaded beside them (a mask), and 40 for the rest.
-fn registers(kernel: &Kernel) -> Result<u32> {
+/// Registers of a thread for the tiles that live at once: the loop's sums and its scores, 16-bit copies of those, a tile that is loaded
+/// beside them (a mask), and 40 for the rest.
+fn registers(kernel: &Kernel, schedule: &GpuSchedule) -> Result<u32> {
     let (_, body, _) = main_loop(kernel)?;
+    let blocks = rows_each(kernel, body, schedule)? / 64;
     let (mut sums, mut scores, mut loads) = (0, 0, 0);
     for stmt in &body.body.stmts {
         let tilewright_tile::Stmt::Let(id, op) = stmt else { continue };
@@ -80,7 +84,7 @@ fn registers(kernel: &Kernel) -> Result<u32> {
     }
     // Keys and values go through shared memory.
     let masked = if loads > 2 { scores / 4 } else { 0 };
-    Ok(sums / 2 + scores / 2 + scores / 4 + masked + 40)
+    Ok(blocks * (sums / 2 + scores / 2 + scores / 4 + masked) + 40)
 }
 
 /// With so many slots for what is loaded once per item.
@@ -186,6 +190,7 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
     let registers = match (schedule.blocks_per_sm, consumers) {
         (1, 2) => Some((24, 240)),
         (1, 3) => Some((32, 160)),
+        (2, 1) => Some((24, 232)),
         _ => None,
     };
     let mut setup = vec![Stmt::BarrierInit, Stmt::FenceBarrierInit, Stmt::SyncCluster];

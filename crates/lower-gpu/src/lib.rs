@@ -54,9 +54,7 @@ pub fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> {
     match schedule.product {
         ProductKind::Wgmma if chained => hopper_chain::lower(&kernel, schedule),
         ProductKind::Wgmma => hopper::lower(&kernel, schedule),
-        ProductKind::MmaSync | ProductKind::Fma if chained => {
-            ampere_chain::lower(&kernel, schedule)
-        }
-        ProductKind::MmaSync | ProductKind::Fma => ampere::lower(&kernel, schedule),
+        _ if chained => ampere_chain::lower(&kernel, schedule),
+        _ => ampere::lower(&kernel, schedule),
     }
 }

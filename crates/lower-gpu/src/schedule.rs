@@ -22,6 +22,9 @@ pub enum ProductKind {
     Wgmma,
     /// `mma.sync`, fed by plain asynchronous copies: from Ampere on, any alignment and layout.
     MmaSync,
+    /// The same for f32 operands in two TF32 parts each: three products for one, and sums about as exact as those of
+    /// multiply-adds. Infinities become NaN.
+    MmaSplit,
     /// Plain multiply-adds: f32 sums of f32 products, nothing rounded on the way in.
     Fma,
 }
@@ -215,6 +218,7 @@ impl fmt::Display for GpuSchedule {
         let who = match self.product {
             ProductKind::Wgmma => format!("wgmma {mode} consumers={}", self.consumers),
             ProductKind::MmaSync => format!("mma.sync warps={wm}x{wn}"),
+            ProductKind::MmaSplit => format!("mma.sync-x3 warps={wm}x{wn}"),
             ProductKind::Fma => format!("fma warps={wm}x{wn}"),
         };
         let store = match self.store {

@@ -394,13 +394,17 @@ pub(crate) fn stream(
     product: ProductKind,
 ) -> Result<Stream> {
     let param = &kernel.params[view.param];
-    if tf32 && product == ProductKind::Fma {
+    let exact = matches!(product, ProductKind::Fma | ProductKind::MmaSplit);
+    if tf32 && exact {
         return Err(Error::unsupported(format!(
-            "{}: plain multiply-adds do not round to TF32",
+            "{}: products of f32 do not round to TF32",
             param.name
         )));
     }
-    if param.dtype == DType::F32 && !tf32 && product != ProductKind::Fma {
+    if param.dtype != DType::F32 && product == ProductKind::MmaSplit {
+        return Err(Error::unsupported(format!("{}: two parts of {}", param.name, param.dtype)));
+    }
+    if param.dtype == DType::F32 && !tf32 && !exact {
         return Err(Error::unsupported(format!(
             "{}: tensor cores multiply f32 only after rounding to TF32",
             param.name

@@ -193,7 +193,7 @@ def _has_kernels(q, k, v, mask):
         return False
     # Tiles along a depth: 16 elements, or whole 32s.
     widths = [16 if n <= 16 else -(-n // 32) * 32 for n in (q.shape[-1], v.shape[-1])]
-    return widths[0] == widths[1] <= 128 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
+    return widths[0] == widths[1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
 
 
 def attention(q, k, v, mask=None, scale=None, causal=False):

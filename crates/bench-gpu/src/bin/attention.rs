@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use tilewright_base::{DType, Kind, Result, ResultExt};
+use tilewright_base::{DType, Error, Kind, Result, ResultExt};
 use tilewright_bench_gpu::arms::planner_gpu;
 use tilewright_bench_gpu::attention::{
     Case, MEASURED, Ours, Tensors, cases, compare, describe, programs, time,
@@ -17,6 +17,7 @@ use tilewright_bench_gpu::measure::quartiles;
 use tilewright_bench_gpu::support::Support;
 use tilewright_cuda::{Gpu, Nvrtc, Stream};
 use tilewright_kernels::attention::{Problem, Strides, plan};
+use tilewright_kernels::gemm::Precision;
 use tilewright_launch::Loader;
 
 /// Attention on a GPU.
@@ -43,6 +44,9 @@ enum What {
         /// Unsupported cases count as failures.
         #[arg(long)]
         strict: bool,
+        /// Only cases whose text contains this.
+        #[arg(long)]
+        filter: Option<String>,
     },
     /// Times.
     Bench {
@@ -58,6 +62,9 @@ enum What {
         /// Decoding steps (one query, long keys) instead of whole sequences.
         #[arg(long)]
         decode: bool,
+        /// Which numbers: `bf16`, `f16`, `f32`, `tf32` (f32 whose operands are rounded).
+        #[arg(long, default_value = "bf16")]
+        types: String,
     },
     /// Writes CUDA text.
     Emit {
@@ -69,6 +76,9 @@ enum What {
         /// Only cases whose text contains this.
         #[arg(long)]
         filter: Option<String>,
+        /// As for `bench`.
+        #[arg(long, default_value = "bf16")]
+        types: String,
     },
 }
 
@@ -83,14 +93,26 @@ fn main() -> ExitCode {
     }
 }
 
-fn measured(filter: Option<&str>, decode: bool) -> Vec<Case> {
+/// A type by its name, and whether operands are rounded to TF32.
+fn numbers(name: &str) -> Result<(DType, Precision)> {
+    match name {
+        "bf16" => Ok((DType::BF16, Precision::F32)),
+        "f16" => Ok((DType::F16, Precision::F32)),
+        "f32" => Ok((DType::F32, Precision::F32)),
+        "tf32" => Ok((DType::F32, Precision::Tf32)),
+        _ => Err(Error::user(format!("no numbers called {name}: bf16, f16, f32 or tf32"))),
+    }
+}
+
+fn measured(filter: Option<&str>, decode: bool, types: &str) -> Result<Vec<Case>> {
+    let (dtype, precision) = numbers(types)?;
     let mut out = Vec::new();
     let whole = MEASURED.iter().filter(|_| !decode);
     for (batch, len) in whole {
         for depth in [64, 128] {
             for causal in [None, Some(0)] {
-                let p = Problem::dense(*batch, 16, *len, depth, DType::BF16);
-                out.push(Case { problem: Problem { causal, ..p } });
+                let p = Problem::dense(*batch, 16, *len, depth, dtype);
+                out.push(Case { problem: Problem { causal, precision, ..p } });
             }
         }
     }
@@ -104,19 +126,20 @@ fn measured(filter: Option<&str>, decode: bool) -> Vec<Case> {
             (16, 32, 8, 4, 8192),
         ] {
             let strides = Strides::heads_first(groups, keys, 128);
-            let p = Problem::dense(batch, heads, rows, 128, DType::BF16);
-            let p = Problem { kv_heads: groups, kv_len: keys, k: strides, v: strides, ..p };
+            let p = Problem::dense(batch, heads, rows, 128, dtype);
+            let p =
+                Problem { precision, kv_heads: groups, kv_len: keys, k: strides, v: strides, ..p };
             let causal = (rows > 1).then_some(keys - rows);
             out.push(Case { problem: Problem { causal, ..p } });
         }
     }
     out.retain(|c| filter.is_none_or(|f| c.to_string().contains(f)));
-    out
+    Ok(out)
 }
 
 fn run(options: &Options) -> Result<bool> {
-    if let What::Emit { folder, candidates, filter } = &options.what {
-        return emit(folder, *candidates, filter.as_deref());
+    if let What::Emit { folder, candidates, filter, types } = &options.what {
+        return emit(folder, *candidates, filter.as_deref(), types);
     }
     let gpu = Gpu::open(options.gpu)?;
     let nvrtc = Nvrtc::open(options.cache.as_deref())?;
@@ -124,9 +147,13 @@ fn run(options: &Options) -> Result<bool> {
     let support = Support::new(&gpu, &nvrtc)?;
     let loader = Loader::new(gpu, nvrtc);
     match &options.what {
-        What::Test { every, strict } => test(&stream, &support, &loader, *every, *strict),
-        What::Bench { candidates, filter, samples, decode } => {
-            let cases = measured(filter.as_deref(), *decode);
+        What::Test { every, strict, filter } => {
+            let named = |c: &Case| filter.as_deref().is_none_or(|f| c.to_string().contains(f));
+            let cases = cases().into_iter().filter(named).step_by((*every).max(1)).collect();
+            test(&stream, &support, &loader, cases, *strict)
+        }
+        What::Bench { candidates, filter, samples, decode, types } => {
+            let cases = measured(filter.as_deref(), *decode, types)?;
             bench(&stream, &support, &loader, &cases, *candidates, *samples)
         }
         What::Emit { .. } => Ok(true),
@@ -137,11 +164,10 @@ fn test(
     stream: &Stream,
     support: &Support,
     loader: &Loader,
-    every: usize,
+    cases: Vec<Case>,
     strict: bool,
 ) -> Result<bool> {
     let gpu = planner_gpu(loader.gpu());
-    let cases: Vec<Case> = cases().into_iter().step_by(every.max(1)).collect();
     let plans: Vec<_> = cases.iter().map(|c| plan(&c.problem, &gpu, 1)).collect();
     let all: Vec<_> = plans
         .iter()
@@ -240,10 +266,15 @@ fn bench(
     Ok(right)
 }
 
-fn emit(folder: &std::path::Path, candidates: usize, filter: Option<&str>) -> Result<bool> {
+fn emit(
+    folder: &std::path::Path,
+    candidates: usize,
+    filter: Option<&str>,
+    types: &str,
+) -> Result<bool> {
     let gpu = tilewright_target::Gpu::h200();
     std::fs::create_dir_all(folder).map_err(|e| tilewright_base::Error::user(e.to_string()))?;
-    for case in measured(filter, false).into_iter().chain(measured(filter, true)) {
+    for case in measured(filter, false, types)?.into_iter().chain(measured(filter, true, types)?) {
         let plan = plan(&case.problem, &gpu, candidates)?;
         for (index, candidate) in plan.iter().enumerate() {
             for (step, program) in programs(candidate)?.iter().enumerate() {

@@ -296,20 +296,40 @@ impl Checker<'_> {
                 }
                 self.wgmma(stmt, acc, a, b, *turned);
             }
-            Stmt::Mma { acc, a, b } => {
+            Stmt::Mma { acc, a, b, split } => {
                 self.shared_step(stmt);
-                if let (Some((rows, cols)), true, true) =
-                    (self.frag(stmt, acc), self.tile(stmt, a), self.tile(stmt, b))
+                let left = match a {
+                    WgmmaA::Smem(tile) if self.tile(stmt, tile) => {
+                        Some((tile.rows, tile.cols, self.program.smem[tile.smem].dtype))
+                    }
+                    WgmmaA::Frag(frag) => self
+                        .frag(stmt, frag)
+                        .map(|(rows, cols)| (rows, cols, self.program.frags[frag.frag].dtype)),
+                    WgmmaA::Smem(_) => None,
+                };
+                if let (Some((rows, cols)), Some((left_rows, depth, dtype)), true) =
+                    (self.frag(stmt, acc), left, self.tile(stmt, b))
                 {
-                    let fits = (a.rows, b.cols, a.cols) == (rows, cols, b.rows);
+                    let fits = (left_rows, b.cols, depth) == (rows, cols, b.rows);
                     self.step(stmt, fits, "the operands' extents do not agree");
                     let spread = self.program.frags[acc.frag].spread;
                     let fits = matches!(spread, Spread::MmaSync { .. } | Spread::Outer { .. });
                     self.step(stmt, fits, "accumulators are not spread for mma.sync or plain sums");
-                    let left = self.program.smem[a.smem].dtype;
-                    let same = left == self.program.smem[b.smem].dtype
-                        && left.is_float() == self.program.frags[acc.frag].dtype.is_float();
+                    let same = dtype == self.program.smem[b.smem].dtype
+                        && dtype.is_float() == self.program.frags[acc.frag].dtype.is_float();
                     self.step(stmt, same, "the operands' element types do not agree");
+                    if let WgmmaA::Frag(frag) = a {
+                        let own = self.program.frags[frag.frag].spread == spread
+                            && matches!(spread, Spread::MmaSync { warps_n: 1, .. });
+                        let bits = matches!(dtype.bits(), 16 | 32);
+                        self.step(
+                            stmt,
+                            own && bits,
+                            "a left operand in registers has 16 or 32 bits and warps along rows",
+                        );
+                    }
+                    let three = dtype == DType::F32 && matches!(spread, Spread::MmaSync { .. });
+                    self.step(stmt, !split || three, "only tensor cores take f32 in two parts");
                 }
             }
             _ => self.registers(stmt),

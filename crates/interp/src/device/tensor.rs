@@ -42,12 +42,9 @@ impl TensorCore {
 
     fn operand(self, x: f64) -> f64 {
         match self.operands {
-            _ if !x.is_finite() => x,
             Operands::Plain => x,
-            Operands::Cut => f64::from(f32::from_bits((x as f32).to_bits() & !0x1FFF)),
-            Operands::Rounded => {
-                f64::from(f32::from_bits((x as f32).to_bits().wrapping_add(0x1000) & !0x1FFF))
-            }
+            Operands::Cut => tf32_cut(x),
+            Operands::Rounded => tf32_near(x),
         }
     }
 
@@ -72,6 +69,19 @@ impl TensorCore {
             }
         }
     }
+}
+
+/// The TF32 number next to `x` that is not further from zero.
+pub(super) fn tf32_cut(x: f64) -> f64 {
+    if x.is_finite() { f64::from(f32::from_bits((x as f32).to_bits() & !0x1FFF)) } else { x }
+}
+
+/// The TF32 number next to `x`, ties away from zero.
+pub(super) fn tf32_near(x: f64) -> f64 {
+    if !x.is_finite() {
+        return x;
+    }
+    f64::from(f32::from_bits((x as f32).to_bits().wrapping_add(0x1000) & !0x1FFF))
 }
 
 /// The f32 next to `x` that is not further from zero.

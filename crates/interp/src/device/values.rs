@@ -5,7 +5,7 @@
 use super::clock::{Part, component};
 use super::machine::{Machine, Stage};
 use super::memory::{Access, GlobalAccess, Kind, Proxy, Rect, zeros};
-use super::tensor::{TensorCore, floats};
+use super::tensor::{TensorCore, floats, tf32_cut, tf32_near};
 use crate::Mode;
 use crate::func::eval_func;
 use crate::tile::identity;
@@ -22,6 +22,18 @@ use tilewright_tile::{Access as Declared, ParamId, ReduceKind};
 pub(super) struct View {
     pub(super) frag: usize,
     pub(super) rect: Rect,
+}
+
+/// Floats as two TF32 numbers each: the nearest one, and what is left of it.
+fn two_parts(x: &Buf) -> (Buf, Buf) {
+    match x {
+        Buf::F(x) => {
+            let high = x.iter().map(|x| tf32_near(*x));
+            let low = x.iter().map(|x| tf32_cut(x - tf32_near(*x)));
+            (Buf::F(high.collect()), Buf::F(low.collect()))
+        }
+        Buf::I(_) => (x.clone(), x.clone()),
+    }
 }
 
 /// A rectangle's elements, row-major.
@@ -188,15 +200,32 @@ impl<'p> Machine<'p, '_> {
             Stmt::Wgmma { acc, a, b, turned, zero_if } => {
                 self.wgmma(agent, stmt, acc, a, (b, *turned), zero_if.as_ref())?;
             }
-            Stmt::Mma { acc, a, b } => {
-                let left = self.smem_read(agent, stmt, a)?;
+            Stmt::Mma { acc, a, b, split } => {
+                let left = match a {
+                    WgmmaA::Smem(tile) => self.smem_read(agent, stmt, tile)?,
+                    WgmmaA::Frag(frag) => {
+                        let view = self.reg_read(agent, stmt, frag)?;
+                        self.reg_get(agent, view)
+                    }
+                };
                 let right = self.smem_read(agent, stmt, b)?;
                 let view = self.reg_read(agent, stmt, acc)?;
                 self.reg_write(agent, stmt, acc)?;
                 if let (Some(left), Some(right)) = (left, right) {
                     let operand = self.program.smem[b.smem].dtype;
-                    let k = a.cols as usize;
-                    self.product(agent, view, (operand, k), &left, &right, false);
+                    let k = b.rows as usize;
+                    // Small terms first. Outside of exact mode the parts make the whole.
+                    let parts = match *split && self.options.mode == Mode::Exact {
+                        true => {
+                            let ((high, low), (right, right_low)) =
+                                (two_parts(&left), two_parts(&right));
+                            vec![(low, right.clone()), (high.clone(), right_low), (high, right)]
+                        }
+                        false => vec![(left, right)],
+                    };
+                    for (left, right) in &parts {
+                        self.product(agent, view, (operand, k), left, right, false);
+                    }
                 }
             }
             Stmt::Fill { dst, value } => {

@@ -161,12 +161,12 @@ fn weaker(p: &Program, stmt: &Stmt) -> Vec<(String, Stmt)> {
                 out.push(("other slot".into(), copy));
             }
         }
-        Stmt::Mma { acc, a, b } => {
+        Stmt::Mma { acc, a: WgmmaA::Smem(a), b, split } => {
             if let (Some(slot), Some(_)) = (other(&a.slot), other(&b.slot)) {
-                let acc = acc.clone();
-                let a = SmemTile { slot: slot.clone(), ..a.clone() };
+                let (acc, split) = (acc.clone(), *split);
+                let a = WgmmaA::Smem(SmemTile { slot: slot.clone(), ..a.clone() });
                 let b = SmemTile { slot, ..b.clone() };
-                out.push(("other slot".into(), Stmt::Mma { acc, a, b }));
+                out.push(("other slot".into(), Stmt::Mma { acc, a, b, split }));
             }
         }
         Stmt::SyncCluster if p.cluster > 1 => out.push(("block only".into(), Stmt::SyncBlock)),

@@ -20,6 +20,9 @@
 //!             dq += (p (dp - delta)) k
 //! ```
 //!
+//! Beyond a depth of 128 the sums of keys and values do not fit registers together: two programs for keys, one of which has the
+//! scores again.
+//!
 //! Scores and their gradient are computed twice: seven products instead of five. The other way is to add the shares of
 //! `dq` in memory, block of keys by block of keys, which takes turns (or has an order of its own each time).
 //!
@@ -57,6 +60,17 @@ pub struct BackwardSpec {
     pub scale: f64,
     /// What is known of scores beside.
     pub mask: Option<BackwardMask>,
+}
+
+/// What the program for keys computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeySums {
+    /// The gradients of keys and of values.
+    Both,
+    /// That of the values alone.
+    Values,
+    /// That of the keys alone.
+    Keys,
 }
 
 /// A mask, which has no gradient.
@@ -305,38 +319,49 @@ impl BackwardSpec {
     }
 
     /// The gradients of keys and values: parameters `Q`, `K`, `V`, `U`, `shift`, `delta`, `mask` if there is one,
-    /// `DK`, `DV`; tile sizes `BQ`, `BT`.
-    pub fn keys_program(&self, name: &str) -> Kernel {
+    /// `DK`, `DV`; tile sizes `BQ`, `BT`. For values alone without `V`, `delta` and `DK`, for keys alone without `DV`.
+    pub fn keys_program(&self, name: &str, wanted: KeySums) -> Kernel {
+        let (for_keys, for_values) = (wanted != KeySums::Values, wanted != KeySums::Keys);
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["B", "H", "G", "R", "S", "T"]);
         sizes(&mut k, self.ahead_size());
         sizes(&mut k, self.mask_sizes());
-        sizes(&mut k, &["hc", "ld", "qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"]);
-        sizes(&mut k, &["ub", "uh", "us", "yb", "yh", "ys", "zb", "zh", "zs"]);
+        sizes(&mut k, &["hc", "ld", "qb", "qh", "qs", "kb", "kh", "ks"]);
+        sizes(&mut k, if for_keys { &["vb", "vh", "vs"] } else { &[] });
+        sizes(&mut k, &["ub", "uh", "us"]);
+        sizes(&mut k, if for_keys { &["yb", "yh", "ys"] } else { &[] });
+        sizes(&mut k, if for_values { &["zb", "zh", "zs"] } else { &[] });
         let (bq, bt) = (k.tile("BQ"), k.tile("BT"));
         let (dk, dv) = self.depths();
         let q = self.param(&mut k, "Q", ["H", "S"], self.depth, "q", Access::In);
         let kk = self.param(&mut k, "K", ["G", "T"], self.depth, "k", Access::In);
-        let v = self.param(&mut k, "V", ["G", "T"], self.width, "v", Access::In);
+        let v = for_keys
+            .then(|| self.param(&mut k, "V", ["G", "T"], self.width, "v", Access::In));
         let u = self.param(&mut k, "U", ["H", "S"], self.width, "u", Access::In);
         let shift = Self::numbers(&mut k, "shift", Access::In);
-        let delta = Self::numbers(&mut k, "delta", Access::In);
+        let delta = for_keys.then(|| Self::numbers(&mut k, "delta", Access::In));
         let mask = self.mask_param(&mut k);
-        let dk_out = self.param(&mut k, "DK", ["G", "T"], self.depth, "y", Access::Out);
-        let dv_out = self.param(&mut k, "DV", ["G", "T"], self.width, "z", Access::Out);
+        let mut out = |wanted: bool, name: &str, depth: i64, stride: &str| {
+            wanted.then(|| self.param(&mut k, name, ["G", "T"], depth, stride, Access::Out))
+        };
+        let dk_out = out(for_keys, "DK", self.depth, "y");
+        let dv_out = out(for_values, "DV", self.width, "z");
 
         // The first keys are seen by the most queries: long blocks first, so that short ones fill the end.
         let [b, g, block] = Self::blocks(&mut k, "G", Dim::sym("T").ceil_div(&bt));
         let k0 = block * &bt;
         let keys = Place { batch: &b, head: &g, row: &k0 };
-        let (k_tile, v_tile) =
-            (matrix(&mut k, kk, &keys, &bt, dk), matrix(&mut k, v, &keys, &bt, dv));
+        let k_tile = matrix(&mut k, kk, &keys, &bt, dk);
+        let v_tile = v.map(|v| matrix(&mut k, v, &keys, &bt, dv));
         let (wide_k, wide_v) = (Dim::new(dk), Dim::new(dv));
         // What all turns share is loaded once.
         let shared = self.mask.is_some_and(|m| !(m.by_row || m.by_head && self.grouped));
         let shared = shared.then_some(mask).flatten();
         let shared = self.mask_tile(&mut k, shared, &keys, &k0, [&bq, &bt]);
-        let sums = [zeros(&mut k, &[&bt, &wide_v]), zeros(&mut k, &[&bt, &wide_k])];
+        let mut sums = Vec::new();
+        for wide in for_values.then_some(&wide_v).into_iter().chain(for_keys.then_some(&wide_k)) {
+            sums.push(zeros(&mut k, &[&bt, wide]));
+        }
         let blocks = Dim::sym("S").ceil_div(&bq);
         let first = match self.causal {
             Causal::No => Dim::new(0),
@@ -360,15 +385,16 @@ impl BackwardSpec {
         let queries = Place { batch: &b, head: &head, row: &q0 };
         let (q_tile, u_tile) =
             (matrix(&mut k, q, &queries, &bq, dk), matrix(&mut k, u, &queries, &bq, dv));
-        let (shift, delta) =
-            (vector(&mut k, shift, &queries, &bq), vector(&mut k, delta, &queries, &bq));
+        let shift = vector(&mut k, shift, &queries, &bq);
+        let delta = delta.map(|delta| vector(&mut k, delta, &queries, &bq));
         let plane = vec![bt.clone(), bq.clone()];
         let dots = |k: &mut KernelBuilder, a: TileId, b: TileId| {
             let zero = zeros(k, &[&bt, &bq]);
             let turned = k.permute(b, &[1, 0]);
             k.mma(zero, a, turned, None)
         };
-        let (scores, down) = (dots(&mut k, k_tile, q_tile), dots(&mut k, v_tile, u_tile));
+        let scores = dots(&mut k, k_tile, q_tile);
+        let down = v_tile.map(|v_tile| dots(&mut k, v_tile, u_tile));
         let masked = match shared {
             Some(tile) => Some(tile),
             None => self.mask_tile(&mut k, mask, &queries, &k0, [&bq, &bt]),
@@ -393,16 +419,21 @@ impl BackwardSpec {
         };
         let args = vec![k.plain(hidden), at(shift, 1)];
         let weights = k.map(self.weight(), args, plane.clone());
-        let left = self.narrow(&mut k, weights, &plane);
-        let new_v = k.mma(carried[0], left, u_tile, None);
-        let args = vec![k.plain(weights), k.plain(down), at(delta, 1)];
-        let gradients = k.map(gradient(), args, plane.clone());
-        let left = self.narrow(&mut k, gradients, &plane);
-        let new_k = k.mma(carried[1], left, q_tile, None);
-        let results = k.end_for(&[new_v, new_k]);
-        for (param, tile, width, factor) in
-            [(dv_out, results[0], &wide_v, 1.0), (dk_out, results[1], &wide_k, self.scale)]
-        {
+        let (mut next, mut outs) = (Vec::new(), Vec::new());
+        if let Some(out) = dv_out {
+            let left = self.narrow(&mut k, weights, &plane);
+            next.push(k.mma(carried[0], left, u_tile, None));
+            outs.push((out, &wide_v, 1.0));
+        }
+        if let Some(((out, down), delta)) = dk_out.zip(down).zip(delta) {
+            let args = vec![k.plain(weights), k.plain(down), at(delta, 1)];
+            let gradients = k.map(gradient(), args, plane.clone());
+            let left = self.narrow(&mut k, gradients, &plane);
+            next.push(k.mma(carried[next.len()], left, q_tile, None));
+            outs.push((out, &wide_k, self.scale));
+        }
+        let results = k.end_for(&next);
+        for ((param, width, factor), tile) in outs.into_iter().zip(results) {
             self.finish(&mut k, param, &keys, tile, [&bt, width], factor);
         }
         k.finish()

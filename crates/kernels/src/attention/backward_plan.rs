@@ -7,9 +7,12 @@
 //! To run it: the forward kernel stores its log-sum-exp ([`Problem::lse`]); then, for each step in order, lower its kernel
 //! under its schedule and launch it with the tensors that its operands name. The workspace needs no contents.
 
-use crate::attention::backward::{BackwardMask, BackwardSpec};
+use crate::attention::backward::{BackwardMask, BackwardSpec, KeySums};
 use crate::attention::problem::{Problem, Strides};
-use tilewright_base::{DType, Error, Kind, Result};
+use crate::attention::steps::{
+    Launch, SMEM_BYTES, Workspace, addressable, ceil, first_built, put_strides, sizes, tile,
+};
+use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, StoreKind, lower};
@@ -60,7 +63,7 @@ impl BackwardProblem {
     ///
     /// # Errors
     /// The user's for impossible sizes; unsupported: types of other than 16 bits, depths that are padded differently or above
-    /// 128, a scale that is not above zero.
+    /// 256, a scale that is not above zero.
     pub fn spec(&self) -> Result<BackwardSpec> {
         let p = &self.forward;
         p.check()?;
@@ -102,19 +105,19 @@ impl BackwardProblem {
         Ok(spec)
     }
 
-    /// Whether the copy engine can address all tensors: 16-byte addresses, lines and ends of lines.
+    /// Whether the copy engine can address all tensors.
     fn addressable(&self) -> bool {
         let (p, g) = (&self.forward, &self.gradients);
-        let strides = [p.q, p.k, p.v, g.o, g.q, g.k, g.v];
-        let aligned = p.align.iter().chain(&g.align).all(|a| a % 16 == 0);
-        strides.iter().flat_map(Strides::all).all(|s| s % 8 == 0)
-            && (p.depth % 8, p.width % 8) == (0, 0)
-            && aligned
+        let strides = [&p.q, &p.k, &p.v, &g.o, &g.q, &g.k, &g.v];
+        addressable(&strides, p.operand_bytes(), &[p.depth, p.width], &[p.align, g.align].concat())
     }
 }
 
 /// Beside wider sums, registers have no room for scores.
-const DEPTH_MOST: i64 = 128;
+const DEPTH_MOST: i64 = 256;
+
+/// Of wider keys and values, a program has room for the sums of one.
+const BOTH_SUMS_MOST: i64 = 128;
 
 /// Which tensor a parameter of a step is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,17 +152,7 @@ pub enum BackwardPlace {
 }
 
 /// One launch.
-#[derive(Clone, Debug)]
-pub struct BackwardStep {
-    /// What one block computes.
-    pub kernel: Kernel,
-    /// How.
-    pub schedule: GpuSchedule,
-    /// The kernel's size symbols.
-    pub sizes: Env,
-    /// The kernel's parameters, in order.
-    pub operands: Vec<BackwardPlace>,
-}
+pub type BackwardStep = Launch<BackwardPlace>;
 
 /// Launches in order.
 #[derive(Clone, Debug)]
@@ -201,7 +194,8 @@ pub fn backward_spaces(spec: &BackwardSpec, q_len: i64) -> [Vec<GpuSchedule>; 2]
         let budget = if consumers == 3 { 160 } else { 240 };
         for other in [128, 112, 96, 80, 64, 48, 32] {
             // Sums, scores and their gradient, 16-bit copies of both, and what addresses take.
-            if dk + other + other / 2 + 16 + masked <= budget {
+            let sums = if dk > BOTH_SUMS_MOST { dk / 2 } else { dk };
+            if sums + other + other / 2 + 16 + masked <= budget {
                 let stage = other * 2 * dk * size + rider;
                 keys.extend(schedule(consumers, other, rows, rows * 2 * dk * size, stage, 2));
             }
@@ -224,13 +218,10 @@ fn prefer(queries: &mut [GpuSchedule], dk: i64, q_len: i64) {
     }
 }
 
-/// Shared memory that a block may use on Hopper, less what barriers take.
-const SMEM_BYTES: i64 = (227 << 10) - 512;
-
 /// The steps of a gradient on Hopper.
 ///
 /// # Errors
-/// The user's for impossible sizes; unsupported where no kernel fits: other than 16-bit types, depths above 128, tensors
+/// The user's for impossible sizes; unsupported where no kernel fits: other than 16-bit types, depths above 256, tensors
 /// that the copy engine cannot address, other devices.
 pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPlan> {
     let spec = problem.spec()?;
@@ -243,11 +234,13 @@ pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPla
         return Err(Error::unsupported("the gradient of attention without queries"));
     }
     let ld = (p.q_len + 3) / 4 * 4;
-    let bytes = (p.batch * p.heads * ld).unsigned_abs() * 4;
-    let second = bytes.next_multiple_of(256);
-    let shift = BackwardPlace::Workspace { offset: 0, bytes };
-    let delta = BackwardPlace::Workspace { offset: second, bytes };
-    let sizes = sizes(problem, ld);
+    let mut workspace = Workspace::default();
+    let mut take = || {
+        let (offset, bytes) = workspace.take(p.batch * p.heads * ld);
+        BackwardPlace::Workspace { offset, bytes }
+    };
+    let (shift, delta) = (take(), take());
+    let sizes = all_sizes(problem, ld);
     use BackwardPlace::{DK, DO, DQ, DV, K, Lse, Mask, O, Q, V};
 
     let rows = spec.rows_program("attention_backward_rows");
@@ -258,54 +251,62 @@ pub fn backward_plan(problem: &BackwardProblem, gpu: &Gpu) -> Result<BackwardPla
     let lines = GpuSchedule { dependent: true, ..lines };
     let [keys, queries] = backward_spaces(&spec, p.q_len);
     let first = |kernel: &Kernel, space: Vec<GpuSchedule>| -> Result<GpuSchedule> {
-        for schedule in space {
-            match lower(kernel, &schedule) {
-                Ok(_) => return Ok(schedule),
-                Err(e) if e.kind() == Kind::Unsupported => {}
-                Err(e) => return Err(e),
-            }
-        }
-        let (dtype, depth) = (p.dtype, p.depth);
-        Err(Error::unsupported(format!("the gradient of attention of {dtype} with depth {depth}")))
+        let found = first_built(space, 1, |schedule| lower(kernel, &schedule).map(|_| schedule))?;
+        let none = || format!("the gradient of attention of {} with depth {}", p.dtype, p.depth);
+        found.into_iter().next().ok_or_else(|| Error::unsupported(none()))
     };
-    let keys_kernel = spec.keys_program("attention_backward_keys");
+    let apart = spec.depths().0 > BOTH_SUMS_MOST;
+    let keys_kernels = match apart {
+        false => vec![spec.keys_program("attention_backward_keys", KeySums::Both)],
+        true => vec![
+            spec.keys_program("attention_backward_values", KeySums::Values),
+            spec.keys_program("attention_backward_keys", KeySums::Keys),
+        ],
+    };
     let queries_kernel = spec.queries_program("attention_backward_queries");
-    let keys = first(&keys_kernel, keys)?;
     let queries = first(&queries_kernel, queries)?;
-    let heads = [keys_together(p, gpu, &keys), queries_together(p, gpu, &queries)];
     let step = |kernel: Kernel, schedule, together: i64, operands: &[BackwardPlace]| {
-        let named = kernel.symbols.iter();
-        let size =
-            |name: &str| if name == "hc" { Some(together) } else { sizes.get(name).copied() };
-        let sizes = named.filter_map(|s| Some((s.name.clone(), size(&s.name)?))).collect();
-        BackwardStep { kernel, schedule, sizes, operands: operands.to_vec() }
+        let mut sizes = sizes.clone();
+        sizes.insert("hc".into(), together);
+        Launch::new(kernel, schedule, &sizes, operands.to_vec())
     };
-    let mut read = vec![Q, K, V, DO, shift, delta];
-    read.extend(p.mask.map(|_| Mask));
-    let steps = vec![
-        step(rows, lines, 1, &[O, DO, Lse, shift, delta]),
-        step(keys_kernel, keys, heads[0], &[&read[..], &[DK, DV]].concat()),
-        step(queries_kernel, queries, heads[1], &[&read[..], &[DQ]].concat()),
-    ];
-    Ok(BackwardPlan { steps, workspace_bytes: second + bytes })
+    let mask = p.mask.map(|_| Mask);
+    let read = |all: &[BackwardPlace], write: &[BackwardPlace]| {
+        all.iter().copied().chain(mask).chain(write.iter().copied()).collect::<Vec<_>>()
+    };
+    let mut steps = vec![step(rows, lines, 1, &[O, DO, Lse, shift, delta])];
+    for kernel in keys_kernels {
+        let schedule = first(&kernel, keys.clone())?;
+        let operands = match (apart, &*kernel.name) {
+            (false, _) => read(&[Q, K, V, DO, shift, delta], &[DK, DV]),
+            (true, "attention_backward_values") => read(&[Q, K, DO, shift], &[DV]),
+            (true, _) => read(&[Q, K, V, DO, shift, delta], &[DK]),
+        };
+        let together = keys_together(p, gpu, &schedule);
+        steps.push(step(kernel, schedule, together, &operands));
+    }
+    let together = queries_together(p, gpu, &queries);
+    let operands = read(&[Q, K, V, DO, shift, delta], &[DQ]);
+    steps.push(step(queries_kernel, queries, together, &operands));
+    Ok(BackwardPlan { steps, workspace_bytes: workspace.bytes })
 }
 
 /// How many heads of keys the blocks of keys walk together.
 fn keys_together(p: &Problem, gpu: &Gpu, s: &GpuSchedule) -> i64 {
     let (bq, bt) = (tile(s, "BQ"), tile(s, "BT"));
-    let blocks = (p.q_len + bq - 1) / bq;
+    let blocks = ceil(p.q_len, bq);
     let turns = |block: i64| {
         let first = p.causal.map_or(0, |ahead| (block * bt - ahead).max(0) / bq);
         (blocks - first).max(0) * (p.heads / p.kv_heads)
     };
-    let all: Vec<i64> = (0..(p.kv_len + bt - 1) / bt).map(turns).collect();
+    let all: Vec<i64> = (0..ceil(p.kv_len, bt)).map(turns).collect();
     together(p.batch * p.kv_heads, &all, gpu.sms.into())
 }
 
 /// How many heads of queries the blocks of queries walk together.
 fn queries_together(p: &Problem, gpu: &Gpu, s: &GpuSchedule) -> i64 {
     let (bq, bt) = (tile(s, "BQ"), tile(s, "BT"));
-    let blocks = (p.q_len + bq - 1) / bq;
+    let blocks = ceil(p.q_len, bq);
     let turns = |block: i64| match p.causal {
         // The last ones first.
         Some(ahead) => ((blocks - block) * bq + ahead).clamp(0, p.kv_len).div_euclid(bt) + 1,
@@ -313,10 +314,6 @@ fn queries_together(p: &Problem, gpu: &Gpu, s: &GpuSchedule) -> i64 {
     };
     let all: Vec<i64> = (0..blocks).map(turns).collect();
     together(p.batch * p.heads, &all, gpu.sms.into())
-}
-
-fn tile(s: &GpuSchedule, name: &str) -> i64 {
-    s.tiles.get(name).copied().unwrap_or(1)
 }
 
 /// Turns that an item costs besides its own.
@@ -351,40 +348,11 @@ fn together(heads: i64, turns: &[i64], sms: i64) -> i64 {
 /// With more items than this, any order is even.
 const ITEMS_MOST: i64 = 1 << 14;
 
-fn sizes(problem: &BackwardProblem, ld: i64) -> Env {
-    let (p, g) = (&problem.forward, &problem.gradients);
-    let mut env = Env::new();
-    let mut put = |name: &str, value: i64| {
-        env.insert(name.into(), value);
-    };
-    put("B", p.batch);
-    put("H", p.heads);
-    put("G", p.kv_heads);
-    put("R", p.heads / p.kv_heads);
-    put("S", p.q_len);
-    put("T", p.kv_len);
-    put("ld", ld);
-    put("ahead", p.causal.unwrap_or(0));
-    let tensors = [
-        ('q', &p.q),
-        ('k', &p.k),
-        ('v', &p.v),
-        ('o', &p.o),
-        ('u', &g.o),
-        ('x', &g.q),
-        ('y', &g.k),
-        ('z', &g.v),
-    ];
-    for (name, strides) in tensors {
-        put(&format!("{name}b"), strides.batch);
-        put(&format!("{name}h"), strides.head);
-        put(&format!("{name}s"), strides.row);
-    }
-    if let Some(mask) = &p.mask {
-        put("mb", mask.strides.batch);
-        put("mh", mask.strides.head);
-        put("ms", mask.strides.row);
-    }
+fn all_sizes(problem: &BackwardProblem, ld: i64) -> Env {
+    let g = &problem.gradients;
+    let mut env = sizes(&problem.forward);
+    env.insert("ld".into(), ld);
+    put_strides(&mut env, &[('u', &g.o), ('x', &g.q), ('y', &g.k), ('z', &g.v)]);
     env
 }
 

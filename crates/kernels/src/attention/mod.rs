@@ -5,6 +5,7 @@
 //!            |
 //!            +-- program   one for every length and layout; depths and kinds of masks are its own
 //!            +-- space     tiles, consumers and stages that fit registers and shared memory
+//!            +-- steps     launches and choices, for the gradient too
 //! ```
 //!
 //! Queries, keys and values are `[batch, head, row, depth]` with any strides but that of the depth,
@@ -26,8 +27,9 @@ mod plan;
 mod problem;
 mod program;
 mod space;
+mod steps;
 
-pub use backward::{BackwardMask, BackwardSpec};
+pub use backward::{BackwardMask, BackwardSpec, KeySums};
 pub use backward_plan::{
     BackwardPlace, BackwardPlan, BackwardProblem, BackwardStep, Gradients, backward_plan,
     backward_spaces,
@@ -36,3 +38,4 @@ pub use plan::{Candidate, Place, Step, plan};
 pub use problem::{Mask, MaskKind, Problem, Strides};
 pub use program::{AttentionSpec, Causal};
 pub use space::{Access, space};
+pub use steps::Launch;

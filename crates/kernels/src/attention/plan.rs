@@ -3,12 +3,11 @@
 use crate::attention::problem::{Mask, Problem, Strides};
 use crate::attention::program::{AttentionSpec, padded};
 use crate::attention::space::{Access, space};
-use tilewright_base::{DType, Error, Kind, Result};
+use crate::attention::steps::{Launch, Workspace, addressable, ceil, first_built, sizes, tile};
+use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
-use tilewright_layout::Env;
-use tilewright_lower_gpu::{GpuSchedule, ProductKind, lower};
+use tilewright_lower_gpu::{GpuSchedule, ProductKind};
 use tilewright_target::Gpu;
-use tilewright_tile::Kernel;
 
 /// Which tensor of the problem a parameter of a step is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,17 +34,7 @@ pub enum Place {
 }
 
 /// One launch.
-#[derive(Clone, Debug)]
-pub struct Step {
-    /// What one block computes.
-    pub kernel: Kernel,
-    /// How.
-    pub schedule: GpuSchedule,
-    /// The kernel's size symbols.
-    pub sizes: Env,
-    /// The kernel's parameters, in order.
-    pub operands: Vec<Place>,
-}
+pub type Step = Launch<Place>;
 
 /// A way to compute a problem.
 #[derive(Clone, Debug)]
@@ -91,7 +80,12 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
     }
     let part = AttentionSpec { result: DType::F32, ..spec.clone() };
     let spaces = space(&part, arch(gpu), &Access { vector: access.vector.min(4), ..access });
-    for schedule in spaces.into_iter().filter(|s| s.product == ProductKind::Wgmma) {
+    let in_parts = |s: &GpuSchedule| match s.product {
+        ProductKind::Wgmma => true,
+        ProductKind::MmaSync | ProductKind::MmaSplit => problem.dtype == DType::F32,
+        ProductKind::Fma => false,
+    };
+    for schedule in spaces.into_iter().filter(in_parts) {
         for parts in parts(problem, gpu, &schedule) {
             let estimate_us = estimate_us(problem, gpu, &schedule, parts);
             ranked.push(Choice { estimate_us, parts, schedule: schedule.clone() });
@@ -101,23 +95,11 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
         let time = a.estimate_us.total_cmp(&b.estimate_us);
         time.then_with(|| (a.parts, &a.schedule).cmp(&(b.parts, &b.schedule)))
     });
-    let mut out = Vec::new();
-    for choice in ranked {
-        if out.len() >= most {
-            break;
-        }
-        // The space is a list of what should be legal; the lowering has the last word.
-        let made = build(problem, gpu, &spec, choice).and_then(|candidate| {
-            let steps = candidate.steps.iter();
-            steps.map(|s| lower(&s.kernel, &s.schedule)).try_for_each(|r| r.map(drop))?;
-            Ok(candidate)
-        });
-        match made {
-            Ok(candidate) => out.push(candidate),
-            Err(e) if e.kind() == Kind::Unsupported => {}
-            Err(e) => return Err(e),
-        }
-    }
+    let out = first_built(ranked, most, |choice| {
+        let candidate = build(problem, gpu, &spec, choice)?;
+        candidate.steps.iter().try_for_each(Launch::lowers)?;
+        Ok(candidate)
+    })?;
     if out.is_empty() {
         let (dtype, depth) = (problem.dtype, problem.depth);
         return Err(Error::unsupported(format!("attention of {dtype} with depth {depth}")));
@@ -147,10 +129,8 @@ fn packed(p: &Problem) -> Option<Problem> {
 
 /// Into how many parts the keys may be cut: so many that the machine is filled once or twice.
 fn parts(p: &Problem, gpu: &Gpu, s: &GpuSchedule) -> Vec<i64> {
-    let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
-    let ceil = |a: i64, b: i64| (a + b - 1) / b.max(1);
-    let items = p.batch * p.heads * ceil(p.q_len, tile("BQ"));
-    let (sms, blocks) = (i64::from(gpu.sms), ceil(p.kv_len, tile("BT")));
+    let items = p.batch * p.heads * ceil(p.q_len, tile(s, "BQ"));
+    let (sms, blocks) = (i64::from(gpu.sms), ceil(p.kv_len, tile(s, "BT")));
     let mut out: Vec<i64> = [1, 2]
         .into_iter()
         .map(|waves| (waves * sms / items.max(1)).min(blocks / 2).min(256))
@@ -167,22 +147,19 @@ fn build(p: &Problem, gpu: &Gpu, spec: &AttentionSpec, choice: Choice) -> Result
     let Choice { estimate_us, parts, schedule } = choice;
     let mut sizes = sizes(p);
     if parts == 1 {
-        let kernel = spec.program("attention");
-        let step = Step { kernel, schedule, sizes, operands: operands(p) };
+        let step = Launch::new(spec.program("attention"), schedule, &sizes, operands(p));
         return Ok(Candidate { steps: vec![step], workspace_bytes: 0, estimate_us });
     }
-    let mut workspace_bytes = 0u64;
+    let mut workspace = Workspace::default();
     let mut take = |elements: i64| {
-        let (offset, bytes) = (workspace_bytes, elements.unsigned_abs() * 4);
-        workspace_bytes = (offset + bytes).next_multiple_of(256);
+        let (offset, bytes) = workspace.take(elements);
         Place::Workspace { offset, bytes }
     };
     let rows = parts * p.batch * p.heads * p.q_len;
     let regions = [take(rows * spec.part_width()), take(rows), take(rows)];
-    let bt = schedule.tiles.get("BT").copied().unwrap_or(1);
-    let blocks = (p.kv_len + bt - 1) / bt;
+    let blocks = ceil(p.kv_len, tile(&schedule, "BT"));
     sizes.insert("N".into(), parts);
-    sizes.insert("each".into(), (blocks + parts - 1) / parts);
+    sizes.insert("each".into(), ceil(blocks, parts));
     let combine = spec.combine_program("combine");
     let lookup = |name: &str| sizes.get(name).copied();
     let Some(lines) = GpuSchedule::lines_for(&combine, arch(gpu), &lookup)? else {
@@ -195,36 +172,24 @@ fn build(p: &Problem, gpu: &Gpu, spec: &AttentionSpec, choice: Choice) -> Result
     let mut second = regions.to_vec();
     second.push(Place::O);
     second.extend(p.lse.then_some(Place::Lse));
-    let kept = |kernel: &Kernel| -> Env {
-        let named =
-            kernel.symbols.iter().filter_map(|s| Some((s.name.clone(), *sizes.get(&s.name)?)));
-        named.collect()
-    };
-    let kernel = spec.part_program("attention_part");
     let steps = vec![
-        Step { sizes: kept(&kernel), kernel, schedule, operands: first },
-        Step { sizes: kept(&combine), kernel: combine, schedule: lines, operands: second },
+        Launch::new(spec.part_program("attention_part"), schedule, &sizes, first),
+        Launch::new(combine, lines, &sizes, second),
     ];
-    Ok(Candidate { steps, workspace_bytes, estimate_us })
+    Ok(Candidate { steps, workspace_bytes: workspace.bytes, estimate_us })
 }
 
 /// How memory can be reached.
 fn access(p: &Problem) -> Access {
-    Access { engine: addressable(p), vector: vector(p), mask_vector: mask_vector(p).min(2) as u32 }
+    Access { engine: engine(p), vector: vector(p), mask_vector: mask_vector(p).min(2) as u32 }
 }
 
-/// Whether the copy engine can address all tensors: 16-byte addresses, lines and ends of lines.
-fn addressable(p: &Problem) -> bool {
+/// Whether the copy engine can address all tensors.
+fn engine(p: &Problem) -> bool {
     let (size, result) = (p.operand_bytes(), i64::from(p.result.bits()) / 8);
-    let lines = |s: &Strides, size: i64| {
-        [s.batch, s.head, s.row].iter().all(|stride| stride * size % 16 == 0)
-    };
-    let operands = [&p.q, &p.k, &p.v].into_iter().all(|s| lines(s, size));
-    operands
-        && lines(&p.o, result)
-        && p.width * result % 16 == 0
+    addressable(&[&p.q, &p.k, &p.v], size, &[], &p.align)
+        && addressable(&[&p.o], result, &[p.width], &[])
         && p.kv_len > 0
-        && p.align.iter().all(|a| a % 16 == 0)
 }
 
 /// Elements of one plain access that every tensor allows.
@@ -254,9 +219,7 @@ fn mask_vector(p: &Problem) -> i64 {
 /// Microseconds under a schedule: blocks of queries in whole waves, each at the pace of its products and of
 /// what they do not hide; not less than the time of reading everything once.
 fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
-    let tile = |name: &str| s.tiles.get(name).copied().unwrap_or(1);
-    let ceil = |a: i64, b: i64| (a + b - 1) / b.max(1);
-    let (bq, bt) = (tile("BQ"), tile("BT"));
+    let (bq, bt) = (tile(s, "BQ"), tile(s, "BT"));
     let blocks_q = ceil(p.q_len, bq);
     let items = (p.batch * p.heads * blocks_q * parts) as f64;
     // Blocks of keys that the blocks of queries see, on average.
@@ -276,17 +239,28 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
             let products = flops / gpu.tensor_flops_per_clock;
             let maps = scores / 11.8;
             // One consumer's maps run beside the others' products: the share of the shorter that shows.
+            let beside = f64::from(s.blocks_per_sm);
             let shown = match (s.consumers, s.turns) {
+                (1, _) if s.blocks_per_sm > 1 => 0.25,
                 (1, _) => 0.6,
                 (2, true) => 0.2,
                 (2, false) => 0.25,
                 (_, true) => 0.0,
                 _ => 0.05,
             };
-            let turn = products.max(maps) + shown * products.min(maps) + 330.0;
-            (turn, 3500.0 + 0.6 * (maps + products))
+            let turn = products.max(maps) + shown * products.min(maps) + 330.0 / beside;
+            (turn, (3500.0 + 0.6 * (maps + products)) / beside / beside)
         }
-        ProductKind::MmaSync => {
+        ProductKind::MmaSync | ProductKind::MmaSplit if p.dtype == DType::F32 => {
+            let parts = if s.product == ProductKind::MmaSplit { 3.0 } else { 1.0 };
+            let products = parts * flops / (gpu.tensor_flops_per_clock * 0.25);
+            // What one block's turn costs while the others of the multiprocessor run beside it.
+            let beside = f64::from(s.blocks_per_sm);
+            let maps = scores / 9.0;
+            let shown = if beside * warps > 4.0 { 0.4 } else { 1.0 };
+            (products.max(maps) + shown * products.min(maps) + 400.0 / beside, 3000.0 / beside)
+        }
+        ProductKind::MmaSync | ProductKind::MmaSplit => {
             let rate = gpu.tensor_flops_per_clock * 0.4 * (warps / 8.0).min(1.0);
             (flops / rate + scores / 10.0 + 500.0, 3000.0)
         }
@@ -295,9 +269,13 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
             (flops / rate + scores / 10.0 + 500.0, 3000.0)
         }
     };
+    // Turns in which rows stop run longer.
+    let item = item + if p.causal.is_some() { 700.0 * ceil(bq, bt) as f64 } else { 0.0 };
     // A persistent grid evens out costs that differ; else whole waves.
     let each = items / f64::from(gpu.sms);
-    let waves = if p.causal.is_some() && p.q_len > bq { each.max(1.0) } else { each.ceil() };
+    let beside = f64::from(s.blocks_per_sm);
+    let whole = (each / beside).ceil() * beside;
+    let waves = if p.causal.is_some() && p.q_len > bq { each.max(1.0) } else { whole };
     let clocks = waves * (steps * step + item);
     let busy = clocks / gpu.model.clock_ghz / 1e3;
     let keys = (p.batch * p.kv_heads * p.kv_len * (p.depth + p.width) * p.operand_bytes()) as f64;
@@ -310,35 +288,6 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
         0.0
     };
     busy.max(memory) + 0.1 * busy.min(memory) + combine + gpu.model.launch_us
-}
-
-fn sizes(p: &Problem) -> Env {
-    let mut env = Env::new();
-    let mut put = |name: &str, value: i64| {
-        env.insert(name.into(), value);
-    };
-    put("B", p.batch);
-    put("H", p.heads);
-    put("G", p.kv_heads);
-    put("R", p.heads / p.kv_heads);
-    put("S", p.q_len);
-    put("T", p.kv_len);
-    if let Some(offset) = p.causal
-        && offset != p.kv_len - p.q_len
-    {
-        put("ahead", offset);
-    }
-    for (name, strides) in [('q', &p.q), ('k', &p.k), ('v', &p.v), ('o', &p.o)] {
-        put(&format!("{name}b"), strides.batch);
-        put(&format!("{name}h"), strides.head);
-        put(&format!("{name}s"), strides.row);
-    }
-    if let Some(mask) = &p.mask {
-        put("mb", mask.strides.batch);
-        put("mh", mask.strides.head);
-        put("ms", mask.strides.row);
-    }
-    env
 }
 
 fn operands(p: &Problem) -> Vec<Place> {

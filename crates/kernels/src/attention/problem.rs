@@ -78,7 +78,7 @@ pub struct Problem {
     pub dtype: DType,
     /// Type of the result.
     pub result: DType,
-    /// How exactly f32 operands are multiplied.
+    /// How exactly f32 operands are multiplied: rounded to TF32, or else as three products of TF32 parts.
     pub precision: Precision,
     /// Factor of the scores.
     pub scale: f64,
@@ -147,7 +147,7 @@ impl Problem {
         Ok(AttentionSpec {
             dtype: self.dtype,
             result: self.result,
-            tf32: self.dtype == DType::F32 && self.precision != Precision::F32,
+            tf32: self.dtype == DType::F32 && self.precision == Precision::Tf32,
             depth: self.depth,
             width: self.width,
             causal,

@@ -270,14 +270,24 @@ impl AttentionSpec {
         let new_sum = k.map(total, args, row.clone());
         let args = vec![k.plain(acc), Operand { tile: rescale, along: vec![0] }];
         let shape = vec![bq.clone(), dv.clone()];
-        let scaled = k.map(Func::binary(Op::Mul, DType::F32), args, shape.clone());
+        let apart = self.dtype == DType::F32 && !self.tf32;
+        let scaled = match apart {
+            true => k.full(Value::Float(0.0), f32_tile(&[&bq, &dv])),
+            false => k.map(Func::binary(Op::Mul, DType::F32), args.clone(), shape.clone()),
+        };
         let weights = if self.dtype == DType::F32 {
             rounded(&mut k, p)
         } else {
             let arg = k.plain(p);
             k.map(Func::cast(DType::F32, self.dtype), vec![arg], plane)
         };
-        let new_acc = k.mma(scaled, weights, v_tile, None);
+        let mut new_acc = k.mma(scaled, weights, v_tile, None);
+        if apart {
+            // Tensor cores drop the low digits of their sums: those of one block are added in f32.
+            let args = [args, vec![k.plain(new_acc)]].concat();
+            let add = func(&[DType::F32; 3], |f, a| f.op(Op::Fma, &[a[0], a[1], a[2]]));
+            new_acc = k.map(add, args, shape.clone());
+        }
         let results = k.end_for(&[new_max, new_sum, new_acc]);
         if let (Some(piece), Some((m, l))) = (piece, sums) {
             let one = || Dim::new(1);

@@ -1,11 +1,9 @@
 //! The schedule space of attention: every legal schedule, declared once, the ones to prefer first.
 
 use crate::attention::program::AttentionSpec;
+use crate::attention::steps::SMEM_BYTES;
 use tilewright_device::Arch;
 use tilewright_lower_gpu::{GpuSchedule, ProductKind, StoreKind};
-
-/// Shared memory that a block may use on Hopper, less what barriers take.
-const SMEM_BYTES: i64 = (227 << 10) - 512;
 
 /// How the tensors of a problem can be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,17 +32,23 @@ fn warp_specialised(spec: &AttentionSpec, mask_vector: u32) -> Vec<GpuSchedule> 
     let result = i64::from(spec.result.bits()) / 8;
     let (dk, dv) = spec.depths();
     let mut out = Vec::new();
-    for consumers in [3, 2, 1] {
-        let bq = 64 * consumers;
+    // Blocks of one consumer share a multiprocessor: one's first and last steps run beside the other's products.
+    for (consumers, rows, blocks) in [(3, 64, 1), (2, 64, 1), (1, 64, 1), (1, 128, 2), (1, 64, 2)] {
+        let bq = rows * consumers;
         // Three consumers have 160 registers each: beside wide results too few for scores.
         if consumers == 3 && dv > 96 {
             continue;
         }
         // Registers of a thread: results, scores and their 16-bit copies, and 40 for the rest.
-        let budget = if consumers == 3 { 160 } else { 240 };
+        let budget = match (consumers, blocks) {
+            (3, _) => 160,
+            (_, 1) => 240,
+            _ => 232,
+        };
+        let smem = (SMEM_BYTES - (blocks - 1) * 1024) / blocks;
         for bt in [192, 176, 160, 128, 112, 96, 80, 64, 48, 32] {
             let masked = if spec.mask.is_some() { bt / 4 } else { 0 };
-            let registers = dv / 2 + bt / 2 + bt / 4 + masked + 40;
+            let registers = rows / 64 * (dv / 2 + bt / 2 + bt / 4 + masked) + 40;
             if registers > budget {
                 continue;
             }
@@ -54,7 +58,7 @@ fn warp_specialised(spec: &AttentionSpec, mask_vector: u32) -> Vec<GpuSchedule> 
             // Tiles of queries (the lowering fetches the next one where there is room for two) and of results.
             let room = |(ahead, slots): (i64, i64)| {
                 let staging = bq * chunk * result * slots;
-                ((SMEM_BYTES - staging - ahead * bq * dk * size) / stage).min(4)
+                ((smem - staging - ahead * bq * dk * size) / stage).min(4)
             };
             let most = room((1, 1));
             let pairs = [(2, 2), (2, 1), (1, 2), (1, 1)];
@@ -70,6 +74,7 @@ fn warp_specialised(spec: &AttentionSpec, mask_vector: u32) -> Vec<GpuSchedule> 
                 }
                 let mut s = GpuSchedule::hopper(&[("BQ", bq), ("BT", bt)]);
                 s.consumers = consumers as u32;
+                s.blocks_per_sm = blocks as u32;
                 s.stages = stages as u32;
                 s.raster = 1;
                 s.turns = turns;
@@ -87,23 +92,58 @@ fn warp_specialised(spec: &AttentionSpec, mask_vector: u32) -> Vec<GpuSchedule> 
 
 /// Plain copies, `mma.sync` or plain multiply-adds.
 fn pipelined(spec: &AttentionSpec, arch: Arch, vector: u32) -> Vec<GpuSchedule> {
-    let plain = spec.dtype.bits() == 32 && !spec.tf32;
-    let product = if plain { ProductKind::Fma } else { ProductKind::MmaSync };
-    let mut out = Vec::new();
-    // Plain multiply-adds keep operands of several steps beside the sums: small tiles.
-    let tiles: &[(i64, i64, u32)] = match plain {
-        true => &[(64, 32, 4), (32, 32, 2), (32, 32, 4), (64, 32, 8)],
+    let (_, dv) = spec.depths();
+    let wide = spec.dtype.bits() == 32;
+    let split = wide && !spec.tf32;
+    // f32 sums of a block, of all blocks, and of two parts: beyond this no registers are left for scores.
+    let product = match split {
+        true if dv > 128 => ProductKind::Fma,
+        true => ProductKind::MmaSplit,
+        false => ProductKind::MmaSync,
+    };
+    let tiles: &[(i64, i64, u32)] = match wide {
+        true if product == ProductKind::Fma => &[(32, 32, 2), (64, 32, 8)],
+        true => WIDE,
         false => &[(128, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 2)],
     };
+    let size = i64::from(spec.dtype.bits()) / 8;
+    let mut out = Vec::new();
     for &(bq, bt, warps) in tiles {
+        // Numbers of a thread: sums, those of a block, scores, and about so many for operands, addresses and a mask.
+        let blocks = bq / i64::from(warps) / 16;
+        let sums = if split { dv } else { dv / 2 };
+        let masked = if spec.mask.is_some() { 16 } else { 0 };
+        let numbers = blocks * (sums + bt / 2) + 84 + 4 * blocks + masked;
+        let most = if split { 255 } else { 250 };
+        if wide && product != ProductKind::Fma && numbers > most {
+            continue;
+        }
         for stages in [2, 3] {
             let tiles = [("BQ", bq), ("BT", bt)];
             let mut s = GpuSchedule::pipelined(arch, product, (warps, 1), &tiles);
             s.stages = stages;
             s.raster = 1;
             s.vector = vector;
+            if wide {
+                // Two blocks where registers and shared memory have room, so that one's products run beside the other's
+                // exponents.
+                let smem =
+                    size * (bq * spec.depths().0 + i64::from(stages) * bt * (dv + spec.depths().0));
+                s.blocks_per_sm = (8 / warps).min((SMEM_BYTES / (smem + 1024)) as u32).max(1);
+            }
             out.push(s);
         }
     }
     out
 }
+
+/// Tiles of 32-bit operands: 16 or 32 rows a warp.
+const WIDE: &[(i64, i64, u32)] = &[
+    (128, 64, 4),
+    (128, 32, 4),
+    (64, 64, 4),
+    (64, 32, 4),
+    (128, 64, 8),
+    (128, 32, 8),
+    (32, 32, 2),
+];

@@ -164,6 +164,7 @@ impl Knobs {
             product: match s.product {
                 ProductKind::Wgmma => "wgmma",
                 ProductKind::MmaSync => "mma.sync",
+                ProductKind::MmaSplit => "mma.sync-x3",
                 ProductKind::Fma => "fma",
             }
             .into(),
