@@ -1,6 +1,8 @@
 """The operator pack on a GPU: values against float64, PyTorch's own checks, host time per call, speed beside eager, Inductor and Liger.
 
-    python gpu/test_ops.py check | time [--seconds N] [--out FILE]
+    python gpu/test_ops.py check | triton | time [--seconds N] [--out FILE]
+
+`check` includes `triton`, the cases with `impl="triton"`.
 
 Prints one line per case and ends with exit code 1 when a value is wrong. Times are medians of replayed CUDA graphs that
 run over enough copies of the tensors to leave the second-level cache, interleaved between the candidates.
@@ -643,7 +645,7 @@ def both_ways(out, name, ours, plain, first, liger):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("what", choices=["check", "triton", "time"])
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--out")
     given = parser.parse_args()
@@ -654,10 +656,11 @@ def main():
         values(report, [(130, 4096)], [torch.float16])
         other_values(report)
         attention_repeats(report)
+        checks(report)
+    if given.what in ("check", "triton"):
         values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16], "triton")
         triton(report)
-        checks(report)
-    else:
+    if given.what == "time":
         host_time(report, out)
         training_host_time(report, out)
         deadline = time.perf_counter() + given.seconds
