@@ -142,6 +142,29 @@ def batches_of_batches():
         near(crossed(x[0], w), jax.vmap(jax.vmap(theirs, (0, None)), (None, 0))(x[0], w), jnp.float32, "vmap across vmap")
 
 
+def calls_are_recorded():
+    """On a GPU XLA records a chain of calls as a command buffer; replays of it read what is new."""
+
+    @jax.jit
+    def chain(x, w):
+        for _ in range(4):
+            x = tj.softmax(tj.rms_norm(x, w)) + tj.swiglu(x, x)
+        return x, tj.linear(x, w[:, None] * w)
+
+    def wanted(x, w):
+        for _ in range(4):
+            x = jax.nn.softmax(rms_norm(x, w)) + jax.nn.silu(x) * x
+        return x, x @ (w[:, None] * w)
+
+    w = array(64)
+    if jax.default_backend() != "cpu":
+        print("  command buffers:", chain.lower(array(32, 64), w).compile().as_text().count("command_buffer"))
+    for _ in range(5):
+        x = array(32, 64)
+        for found, exact in zip(chain(x, w), wanted(x, w)):
+            near(found, exact, jnp.float32, "a chain of calls")
+
+
 def arrays_are_donated():
     """A donated array's memory is the result's; what was in it has been read before."""
     x, w = array(64, 128), array(128)
@@ -212,6 +235,7 @@ def main() -> None:
         values_and_gradients_are_those_of_jax,
         calls_are_batched,
         batches_of_batches,
+        calls_are_recorded,
         arrays_are_donated,
         empty_and_extreme_arrays,
         wrong_arguments_are_named,

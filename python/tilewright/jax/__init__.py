@@ -39,7 +39,10 @@ DTYPES = {ours: name for name, ours in NAMES.items()}
 def _register() -> None:
     for platform, address in _native.xla_handlers():
         pointer = ctypes.cast(address, ctypes.CFUNCTYPE(None))
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(pointer), platform=platform, api_version=1)
+        handler = jax.ffi.pycapsule(pointer)
+        # On a GPU the same function compiles what a call needs before XLA runs it, or records it in a command buffer.
+        stages = handler if platform == "cpu" else {"initialize": handler, "execute": handler}
+        jax.ffi.register_ffi_target(TARGET, stages, platform=platform, api_version=1)
 
 
 _register()

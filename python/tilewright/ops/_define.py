@@ -169,6 +169,17 @@ def single(name: str, fake: Callable, composed: Callable) -> Any:
     return getattr(getattr(torch.ops.tilewright, packet), overload or "default")
 
 
+def single_by_triton(name: str, operator: Callable, *args: Any) -> Any:
+    """An operator without a derivative as Triton kernels. `torch.compile` breaks its graph here."""
+
+    def run(*args):
+        _triton.demand(name, [a for a in _flat(args) if isinstance(a, torch.Tensor)])
+        with _triton.entered():
+            return operator(*args)
+
+    return _untraced(run, *args) if _compiling() else run(*args)
+
+
 def fast(operator: Any) -> Callable:
     """An operator's function for calls in eager mode; graphs that are traced need the operator itself."""
     return operator._op

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import formulas, losses
-from ._define import again, pair, single
+from ._define import again, chosen, pair, single, single_by_triton
 
 _ACTIVATIONS = {
     "relu": formulas.elementwise("max(x, 0.0)"),
@@ -85,12 +85,13 @@ _linear_with_sums = pair(
 )
 
 
-def linear(x, weight, bias=None, activation=None, residual=None):
+def linear(x, weight, bias=None, activation=None, residual=None, impl="cuda"):
     """`activation(x @ weight.T + bias) + residual`; without gradients that is one kernel.
 
     `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the sums before the
     activation are stored beside the result; in the gradient the activation is one kernel, and the products are PyTorch's.
     """
+    chosen(impl)
     if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}, or None")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -100,7 +101,9 @@ def linear(x, weight, bias=None, activation=None, residual=None):
     given = [t for t in (x, weight, bias, residual) if t is not None]
     text = "" if activation is None else _ACTIVATIONS[activation].text
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return _linear_with_sums(x, weight, bias, residual, text)[0]
+        return _linear_with_sums.by(impl)(x, weight, bias, residual, text)[0]
+    if impl == "triton":
+        return single_by_triton("linear", _linear, x, weight, bias, residual, text)
     return _linear(x, weight, bias, residual, text)
 
 

@@ -79,7 +79,8 @@ _cross_entropy = pair("cross_entropy", fake=_fake, composed=_composed, save=_sav
 
 
 def _scale_composed(x, by):
-    x.mul_(by)
+    # As the kernel's, not a change that autograd sees: what it saved is meant to be scaled (`scaled_gradients`).
+    x.data.mul_(by)
 
 
 single("scale_", fake=lambda x, by: None, composed=_scale_composed)
