@@ -19,7 +19,9 @@ from tilewright import ops, optim  # noqa: E402
 from tilewright.pytorch import backend  # noqa: E402
 
 DEVICE = "cuda" if "cuda" in sys.argv else "cpu"
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+# AttributeError: what Python says to something that is no tensor, in PyTorch's own functions as well.
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AttributeError)
+NO_TENSORS = ("no tensor", "text", "a list", "NumPy")
 
 
 def rms(x, w):
@@ -150,6 +152,7 @@ def operators():
                 for gradients in (False, True):
                     given = [a.detach().requires_grad_() if gradients and plain(a) else a for a in args]
                     got = outcome(ours, given)
+                    assert wrong in NO_TENSORS or not isinstance(got, AttributeError), f"{name}, tensor {place}: {wrong}: {got}"
                     compared(f"{name}, tensor {place}: {wrong}", got, given, theirs)
                     if gradients and isinstance(got, torch.Tensor) and got.requires_grad and got.device.type != "meta":
                         outcome(lambda y: torch.autograd.grad(y.sum(), [a for a in given if plain(a)], allow_unused=True), (got,))
@@ -247,7 +250,7 @@ def compiled_models():
             for wrong, change in WRONGS.items():
                 value = change(good)
                 eager, ours = (outcome(f, (value,)) for f in (model, run))
-                if wrong in ("text", "a list", "no tensor", "NumPy", "nested"):
+                if wrong in (*NO_TENSORS, "nested"):
                     continue
                 assert isinstance(ours, Exception) == isinstance(eager, Exception), f"{wrong}: {eager} in eager mode, ours {ours}"
                 if isinstance(ours, torch.Tensor) and ours.device.type != "meta":

@@ -81,13 +81,13 @@ def compiled_models():
         backend.OBSERVERS.append(seen.append)
         try:
             torch._dynamo.reset()
-            run = torch.compile(model.eval(), backend="tilewright")
+            run = torch.compile(model.eval(), backend=backend.tilewright_backend)
             with torch.no_grad():
                 x = batch(3)
                 torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
             # One plan for a range of batches.
             torch._dynamo.reset()
-            counted, dynamic = len(seen), torch.compile(model, backend="tilewright", dynamic=True)
+            counted, dynamic = len(seen), torch.compile(model, backend=backend.tilewright_backend, dynamic=True)
             with torch.no_grad():
                 for n in (2, 5, 7):
                     x = batch(n)
@@ -95,7 +95,7 @@ def compiled_models():
             assert len(seen) == counted + 1, "compiled again inside of the range"
             torch._dynamo.reset()
             model.train()
-            run, x = torch.compile(model, backend="tilewright"), batch(4)
+            run, x = torch.compile(model, backend=backend.tilewright_backend), batch(4)
             gradients = []
             for f in (run, model):
                 model.zero_grad()

@@ -150,7 +150,7 @@ def _asks_for_gradients(args: tuple) -> bool:
         if isinstance(arg, torch.Tensor):
             if arg.requires_grad:
                 return True
-        elif isinstance(arg, (list, tuple)) and any(t.requires_grad for t in arg):
+        elif isinstance(arg, (list, tuple)) and any(isinstance(t, torch.Tensor) and t.requires_grad for t in arg):
             return True
     return False
 
