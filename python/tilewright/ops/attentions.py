@@ -206,7 +206,7 @@ def attention(q, k, v, mask=None, scale=None, causal=False, impl="cuda"):
     PyTorch's, or PyTorch's own kernel for 16 bits without a mask.
     """
     chosen(impl)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if impl == "triton":
         return _attention.triton(q, k, v, mask, scale, causal)

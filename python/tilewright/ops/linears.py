@@ -94,7 +94,7 @@ def linear(x, weight, bias=None, activation=None, residual=None, impl="cuda"):
     chosen(impl)
     if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}, or None")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         # As PyTorch's own product.
         to = torch.get_autocast_dtype(x.device.type)
         x, weight, bias, residual = (t if t is None else t.to(to) for t in (x, weight, bias, residual))
@@ -192,7 +192,7 @@ def linear_cross_entropy(
 
     `x [..., K]`, `weight [N, K]`, `targets [...]` (int64). Tokens are taken in chunks of `rows` (by default as many as make 256 Mi
     logits at most); loss and gradients of a chunk are computed together, so that in training each product is done once. `reduction`
-    is `"mean"` or `"sum"`. The products are PyTorch's.
+    is `"mean"` or `"sum"`. The products are PyTorch's. Targets must be below `N`: on the CPU others raise IndexError, on a GPU they are not noticed.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
@@ -202,6 +202,10 @@ def linear_cross_entropy(
         rows = max(256, CHUNK // max(1, weight.shape[0]))
     if rows < 1:
         raise ValueError(f"rows is {rows}; it must be at least 1")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"linear_cross_entropy: x lies on {x.device}, and {name} on {tensor.device}")
+    losses._known_count(targets, ignore_index, weight.shape[0])
     flat, t = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     given = (flat, weight, bias)
     wanted = [g is not None and g.requires_grad and torch.is_grad_enabled() for g in given]
