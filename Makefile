@@ -1,11 +1,11 @@
 # The project's commands. Each installs what it needs (scripts/setup.sh) and works from a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-jax build wheel lint fuzz bench gpu-bundle setup docs clean
+.PHONY: help demo test test-torch test-torch-core test-jax build wheel lint fuzz bench gpu-bundle setup docs clean
 
 SECONDS_PER_TARGET ?= 60
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Run a real sentence encoder: compile, verify, embed, search, compare with ONNX Runtime
 	@./demo/demo.sh
@@ -24,6 +24,10 @@ wheel: ## Build the Python wheel into target/wheels (BUNDLE=1: with LLVM inside,
 test-torch: ## The tests of the PyTorch backend; installs PyTorch (several GB) into .venv-torch
 	@./scripts/setup.sh system test wheel torch
 	@./scripts/test.sh --only torch
+
+test-torch-core: ## Those that fit into a few minutes: what continuous integration runs of them
+	@./scripts/setup.sh system torch
+	@./scripts/test.sh --only torch-core
 
 test-jax: ## The tests of the functions for JAX; installs JAX for processors into .venv-jax
 	@./scripts/setup.sh system test jax

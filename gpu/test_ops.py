@@ -1,6 +1,8 @@
 """The operator pack on a GPU: values against float64, PyTorch's own checks, host time per call, speed beside eager, Inductor and Liger.
 
-    python gpu/test_ops.py check | time [--seconds N] [--out FILE]
+    python gpu/test_ops.py check | triton | time [--seconds N] [--out FILE]
+
+`check` includes `triton`, the cases with `impl="triton"`.
 
 Prints one line per case and ends with exit code 1 when a value is wrong. Times are medians of replayed CUDA graphs that
 run over enough copies of the tensors to leave the second-level cache, interleaved between the candidates.
@@ -260,9 +262,44 @@ def other_values(report):
 
 
 def triton(report):
-    """`impl="triton"`: rotary, rows that go in pieces, second derivatives, tensors that it refuses."""
+    """`impl="triton"`: rotary, products, attention, dropout, rows that go in pieces, second derivatives, tensors that it refuses."""
     x, cos, sin = made(2, 3, 40, 64), made(1, 40, 64, seed=1), made(1, 40, 64, seed=2)
     report.case("triton: rotary", lambda: small(compare(lambda x, c, s: ops.rotary(x, c, s, impl="triton"), rotated, (x,), (cos, sin)), 4e-5))
+
+    def layer(x, w, b, r, impl="triton"):
+        return ops.linear(x, w, b, "silu", r, impl=impl)
+
+    def plain_layer(x, w, b, r):
+        return F.silu(F.linear(x, w, b)) + r
+
+    for dtype, most in ((torch.float32, 4e-5), (torch.bfloat16, 2e-2)):
+        tensors = [made(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(70, 256), (136, 256), (136,), (70, 136)])]
+        report.case(f"triton: linear {str(dtype)[6:]}", lambda t=tensors, m=most: small(compare(layer, plain_layer, t), m))
+        for causal in (False, True):
+            heads = [made(2, n, 90, 64, dtype=dtype, seed=n) for n in (4, 2, 2)]
+            report.case(
+                f"triton: attention {str(dtype)[6:]}{', causal' * causal}",
+                lambda t=heads, m=most, c=causal: small(
+                    compare(
+                        lambda q, k, v: ops.attention(q, k, v, causal=c, impl="triton"),
+                        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=c, enable_gqa=True), t,
+                    ), m,
+                ),
+            )  # fmt: skip
+
+    def dropped():
+        found = []
+        for impl in ("cuda", "triton"):
+            torch.manual_seed(5)
+            t, r = made(33, 257, dtype=torch.bfloat16).requires_grad_(), made(33, 257, dtype=torch.bfloat16, seed=1)
+            y, h = ops.dropout_rms_norm(t, r, None, p=0.3, impl=impl)
+            found.append((y, h, torch.autograd.grad(h.sum(), t)[0]))
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        assert torch.equal(found[0][2] == 0, found[1][2] == 0)
+        return f"{(found[0][2] == 0).float().mean():.3f} dropped, the same ones"
+
+    report.case("triton: dropout with a residual and a norm", dropped)
     long = made(5, 70001)
     report.case("triton: softmax 5x70001", lambda: small(compare(lambda x: ops.softmax(x, impl="triton"), lambda x: torch.softmax(x, -1), (long,)), 8e-5))
 
@@ -643,7 +680,7 @@ def both_ways(out, name, ours, plain, first, liger):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("what", choices=["check", "triton", "time"])
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--out")
     given = parser.parse_args()
@@ -654,10 +691,11 @@ def main():
         values(report, [(130, 4096)], [torch.float16])
         other_values(report)
         attention_repeats(report)
-        values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16], "triton")
-        triton(report)
         checks(report)
-    else:
+    if given.what in ("check", "triton"):
+        triton(report)
+        values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16], "triton")
+    if given.what == "time":
         host_time(report, out)
         training_host_time(report, out)
         deadline = time.perf_counter() + given.seconds

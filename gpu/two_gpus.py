@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Several GPUs in one process: operators, compiled models, training and optimizers on a device that is not the current one.
 
-    gpu/two_gpus.py
+    gpu/two_gpus.py [--one]
 
-Needs two GPUs; one line per case, and exits with 1 when one fails.
+Needs two GPUs of one process, with PyTorch (CUDA), transformers and torchvision beside this package (TILEWRIGHT_TORCH_PACKAGE names
+the folder that holds it); nothing is fetched, and 30 to 60 seconds are enough, most of which is the first compilation of kernels. One
+line per case; exits with 1 when one fails. Expected: `0 bad`. With `--one` the first GPU stands in for both, which tries the script
+itself.
 """
 
 import pathlib
@@ -19,11 +22,13 @@ from torch_models import bert, compiled, graphs, tilewright, torch  # noqa: E402
 from tilewright import ops, optim  # noqa: E402
 
 F = torch.nn.functional
-DEVICES = [torch.device("cuda", i) for i in range(2)]
+ONE = "--one" in sys.argv
+DEVICES = [torch.device("cuda", 0 if ONE else i) for i in range(2)]
+FIRST, SECOND = map(str, DEVICES)
 
 
 def operators_run_where_their_tensors_are():
-    for current in (0, 1):
+    for current in DEVICES:
         with torch.cuda.device(current):
             for device in DEVICES:
                 x = torch.randn(64, 256, device=device, requires_grad=True)
@@ -41,14 +46,14 @@ def operators_run_where_their_tensors_are():
                     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
                 y = ops.dropout(x, 0.5)
                 assert y.device == device and 0.4 < (y == 0).float().mean().item() < 0.6
-            assert torch.cuda.current_device() == current, "the current device was changed"
+            assert torch.cuda.current_device() == current.index, "the current device was changed"
 
 
 def operators_take_the_stream_of_their_device():
-    with torch.cuda.device(0):
-        stream = torch.cuda.Stream(device=1)
-        big = torch.randn(4096, 4096, device="cuda:1")
-        torch.cuda.synchronize(1)
+    with torch.cuda.device(FIRST):
+        stream = torch.cuda.Stream(device=SECOND)
+        big = torch.randn(4096, 4096, device=SECOND)
+        torch.cuda.synchronize(SECOND)
         with torch.cuda.stream(stream):
             torch.cuda._sleep(20_000_000)
             big.mul_(0).add_(2)
@@ -58,8 +63,8 @@ def operators_take_the_stream_of_their_device():
 
 
 def tensors_of_two_devices_are_refused():
-    x, w = torch.randn(8, 64, device="cuda:0"), torch.randn(64, device="cuda:1")
-    for call in (lambda: ops.rms_norm(x, w), lambda: ops.swiglu(x, x.to("cuda:1")), lambda: ops.linear(x, x.to("cuda:1"))):
+    x, w = torch.randn(8, 64, device=FIRST), torch.randn(64, device=SECOND)
+    for call in (lambda: ops.rms_norm(x, w), lambda: ops.swiglu(x, x.to(SECOND)), lambda: ops.linear(x, x.to(SECOND))):
         try:
             call()
         except RuntimeError as error:
@@ -69,7 +74,7 @@ def tensors_of_two_devices_are_refused():
 
 
 def models_on_either_device():
-    for current in (0, 1):
+    for current in DEVICES:
         with torch.cuda.device(current):
             for device in DEVICES:
                 torch.manual_seed(0)
@@ -108,16 +113,16 @@ def one_process_trains_on_both():
 
 def a_model_over_both_devices():
     torch.manual_seed(0)
-    first, second = torch.nn.Linear(64, 64).to("cuda:0"), torch.nn.Linear(64, 8).to("cuda:1")
+    first, second = torch.nn.Linear(64, 64).to(FIRST), torch.nn.Linear(64, 8).to(SECOND)
 
     def run(x):
-        return second(ops.gelu(first(x)).to("cuda:1"))
+        return second(ops.gelu(first(x)).to(SECOND))
 
     parameters = [*first.parameters(), *second.parameters()]
     optimizer = optim.AdamW(parameters, lr=1e-2, max_norm=0.1)
     twins = [p.detach().clone().requires_grad_() for p in parameters]
     other = torch.optim.AdamW(twins, lr=1e-2)
-    x = torch.randn(16, 64, device="cuda:0")
+    x = torch.randn(16, 64, device=FIRST)
     with graphs():
         fast = compiled(run)
         for _ in range(3):
@@ -151,16 +156,18 @@ CASES = [
 
 
 def main():
-    if torch.cuda.device_count() < 2:
+    if torch.cuda.device_count() < 2 and not ONE:
         raise SystemExit("two GPUs are needed")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     bad = 0
     for case in CASES:
+        if ONE and case is tensors_of_two_devices_are_refused:
+            continue
         start = time.perf_counter()
         try:
             case()
-            torch.cuda.synchronize(0)
-            torch.cuda.synchronize(1)
+            for device in DEVICES:
+                torch.cuda.synchronize(device)
             print(f"ok  {case.__name__} [{time.perf_counter() - start:.1f} s]", flush=True)
         except Exception as error:  # noqa: BLE001
             bad += 1

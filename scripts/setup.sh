@@ -9,9 +9,9 @@
 # test, demo, bench: the pinned packages of python/requirements-<name>.txt, in .venv. `test` also takes
 #         requirements-gpu-check.txt: the CUDA compiler, which needs no GPU.
 # wheel: maturin, which builds the wheel, in .venv.
-# torch: PyTorch and the models of the backend's tests, in .venv-torch. On Linux the registry's PyTorch brings
-#         CUDA's libraries with it (several GB); TILEWRIGHT_TORCH_PYTHON names an interpreter that has all of
-#         requirements-torch.txt already, and nothing is installed.
+# torch: PyTorch and the models of the backend's tests, in .venv-torch. PyTorch's own index has a build for processors (200 MB);
+#         where it is not reached, the registry's comes, which on Linux brings CUDA's libraries with it (several GB).
+#         TILEWRIGHT_TORCH_PYTHON names an interpreter that has all of requirements-torch.txt already, and nothing is installed.
 # jax: JAX for processors, in .venv-jax.
 # triton: those of python/requirements-triton.txt, in .venv-triton; only on Linux, where Triton exists.
 # browser: Chromium, for the test that looks at HTML reports.
@@ -114,6 +114,20 @@ setup_python() { # name of the requirements, folder of the virtual environment
   touch "$stamp"
 }
 
+setup_torch() {
+  local venv=.venv-torch index=https://download.pytorch.org/whl/cpu pinned
+  [ -z "${TILEWRIGHT_TORCH_PYTHON:-}" ] || return 0
+  if [ "$(uname -s)" = Linux ] && ! [ -x "$venv/bin/python" ]; then
+    python3 -m venv "$venv" || fail "python3 -m venv failed (Debian and Ubuntu: install python3-venv)"
+    mapfile -t pinned < <(grep -E '^torch(vision)?==' python/requirements-torch.txt)
+    # One short try: the requirements below are then met but for the rest, or not at all.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 15 --index-url "$index" \
+      "${pinned[@]/%/+cpu}" 2>/dev/null \
+      || printf 'setup: no build of PyTorch for processors alone is in reach; installing the one of the registry\n'
+  fi
+  setup_python torch "$venv"
+}
+
 setup_browser() {
   local name
   for name in chromium chromium-browser google-chrome; do
@@ -139,7 +153,7 @@ for part in "$@"; do
       setup_python test .venv
       setup_python gpu-check .venv
       ;;
-    torch) [ -n "${TILEWRIGHT_TORCH_PYTHON:-}" ] || setup_python torch .venv-torch ;;
+    torch) setup_torch ;;
     jax) setup_python jax .venv-jax ;;
     demo | bench | wheel) setup_python "$part" .venv ;;
     triton) [ "$(uname -s)" != Linux ] || setup_python triton .venv-triton ;;

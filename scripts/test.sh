@@ -2,7 +2,7 @@
 # `make test`. Runs every check and stops at the first step that fails; prints how long each took. Without --only the last
 # step is one pool of everything that builds nothing: format, structure, Rust and Python tests side by side, longest first.
 #
-#   scripts/test.sh [--only lint|rust|python|fuzz|torch|jax]
+#   scripts/test.sh [--only lint|rust|python|fuzz|torch|torch-core|jax]
 #
 # To add a Rust test: `cargo test` finds it. To add a Python-driven test: tests/python/README.md.
 # To add a fuzz target: a test named fuzz_* in crates/testkit/tests/fuzz/; each runs for
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 
 only=all
 if [ "${1:-}" = --only ]; then only="${2:?--only needs a name}"; fi
-case "$only" in all | lint | rust | python | fuzz | torch | jax) ;; *) echo "unknown part '$only'" >&2; exit 2 ;; esac
+case "$only" in all | lint | rust | python | fuzz | torch | torch-core | jax) ;; *) echo "unknown part '$only'" >&2; exit 2 ;; esac
 
 export CARGO_TERM_PROGRESS_WHEN=never
 # setup.sh installed NVRTC, so a test that does not find it fails instead of being skipped.
@@ -65,7 +65,15 @@ python_tests() {
   for test in tests/python/test_*.py; do
     [ -e "$test" ] || continue
     interpreter=.venv/bin/python
-    case "$test" in *test_torch* | *test_jax*) continue ;; *triton*)
+    case "$test" in *test_torch_short*)
+      # PyTorch's packages are large, so nothing of `make test` installs them.
+      interpreter="${TILEWRIGHT_TORCH_PYTHON:-.venv-torch/bin/python}"
+      if ! "$interpreter" -c 'import torch' 2>/dev/null; then
+        printf '\n== %s: not run, no PyTorch (scripts/setup.sh torch, or TILEWRIGHT_TORCH_PYTHON)\n' "$test" >&2
+        continue
+      fi
+      ;;
+    *test_torch* | *test_jax*) continue ;; *triton*)
       interpreter=.venv-triton/bin/python
       if ! [ -x "$interpreter" ]; then
         printf '\n== %s: not run, no .venv-triton (scripts/setup.sh triton, on Linux)\n' "$test" >&2
@@ -106,6 +114,16 @@ torch() {
   done
 }
 
+# What of the above fits into a few minutes, for continuous integration.
+torch_core() {
+  local test interpreter="${TILEWRIGHT_TORCH_PYTHON:-.venv-torch/bin/python}"
+  step "build" cargo build --release --locked --workspace --quiet
+  for test in $torch_core_tests; do
+    step "tests/python/test_torch_$test.py" "$interpreter" "tests/python/test_torch_$test.py"
+  done
+}
+torch_core_tests="short bad_input optim reports gradients behaviour"
+
 # The functions for JAX. Not part of "all" (`make test-jax`).
 jax() {
   step "build" cargo build --release --locked --workspace --quiet
@@ -124,6 +142,6 @@ if [ "$only" = all ]; then
   step "setup" ./scripts/setup.sh "${parts[@]}"
   everything
 else
-  "$only"
+  "${only//-/_}"
 fi
 printf '\nAll checks passed in %d s.\n' $((SECONDS - start_of_all))

@@ -112,9 +112,68 @@ def values_and_gradients_are_those_of_jax():
 
 
 def calls_are_batched():
-    x, w = array(3, 4, 10), array(10)
-    near(jax.vmap(lambda a: tj.rms_norm(a, w))(x), rms_norm(x, w), jnp.float32, "vmap")
-    near(jax.vmap(tj.softmax)(x), jax.nn.softmax(x), jnp.float32, "vmap of softmax")
+    """`vmap` over all arguments, over the first, and over the others: one call each, with gradients."""
+    for name, (ours, theirs, shapes) in CASES.items():
+        first = (0,) + (None,) * (len(shapes) - 1)
+        others = (None,) + (0,) * (len(shapes) - 1)
+        for axes in {(0,) * len(shapes), first, others if len(shapes) > 1 else first}:
+            arrays = [array(*((3,) if axis == 0 else ()), *shape) for axis, shape in zip(axes, shapes)]
+            batched = jax.jit(jax.vmap(ours, axes))
+            wanted = jax.vmap(theirs, axes)(*arrays)
+            near(batched(*arrays), wanted, jnp.float32, f"vmap {axes} of {name}")
+            calls = batched.lower(*arrays).as_text().count(f"@{tj.TARGET}")
+            assert calls == 1, f"vmap {axes} of {name}: {calls} calls"
+            weight = array(*wanted.shape[1:])
+            numbers = tuple(range(len(arrays)))
+
+            def slopes(function):
+                return jax.vmap(jax.grad(lambda *xs: (function(*xs) * weight).sum(), numbers), axes)
+
+            for i, (f, e) in enumerate(zip(jax.jit(slopes(ours))(*arrays), slopes(theirs)(*arrays))):
+                near(f, e, jnp.float32, f"vmap {axes} of {name}, gradient {i}")
+
+
+def batches_of_batches():
+    x, w = array(2, 5, 4, 10), array(5, 10)
+    for ours, theirs in ((tj.rms_norm, rms_norm), (lambda a, b: tj.linear(a, b[:, None]), lambda a, b: a @ b[:, None])):
+        nested = jax.vmap(jax.vmap(ours), (0, None))
+        near(jax.jit(nested)(x, w), jax.vmap(jax.vmap(theirs), (0, None))(x, w), jnp.float32, "vmap of vmap")
+        crossed = jax.vmap(jax.vmap(ours, (0, None)), (None, 0))
+        near(crossed(x[0], w), jax.vmap(jax.vmap(theirs, (0, None)), (None, 0))(x[0], w), jnp.float32, "vmap across vmap")
+
+
+def calls_are_recorded():
+    """On a GPU XLA records a chain of calls as a command buffer; replays of it read what is new."""
+
+    @jax.jit
+    def chain(x, w):
+        for _ in range(4):
+            x = tj.softmax(tj.rms_norm(x, w)) + tj.swiglu(x, x)
+        return x, tj.linear(x, w[:, None] * w)
+
+    def wanted(x, w):
+        for _ in range(4):
+            x = jax.nn.softmax(rms_norm(x, w)) + jax.nn.silu(x) * x
+        return x, x @ (w[:, None] * w)
+
+    w = array(64)
+    if jax.default_backend() != "cpu":
+        print("  command buffers:", chain.lower(array(32, 64), w).compile().as_text().count("command_buffer"))
+    for _ in range(5):
+        x = array(32, 64)
+        for found, exact in zip(chain(x, w), wanted(x, w)):
+            near(found, exact, jnp.float32, "a chain of calls")
+
+
+def arrays_are_donated():
+    """A donated array's memory is the result's; what was in it has been read before."""
+    x, w = array(64, 128), array(128)
+    wanted = np.asarray(rms_norm(x, w))
+    step = jax.jit(lambda x, w: tj.rms_norm(x, w), donate_argnums=0)
+    assert step.lower(x, w).compile().memory_analysis().alias_size_in_bytes == x.nbytes
+    found = step(x, w)
+    assert x.is_deleted() and not w.is_deleted()
+    near(found, wanted, jnp.float32, "donated")
 
 
 def empty_and_extreme_arrays():
@@ -175,6 +234,9 @@ def main() -> None:
     tests = (
         values_and_gradients_are_those_of_jax,
         calls_are_batched,
+        batches_of_batches,
+        calls_are_recorded,
+        arrays_are_donated,
         empty_and_extreme_arrays,
         wrong_arguments_are_named,
         training_goes_down,

@@ -91,6 +91,16 @@ CASES = {
         [(5, 9), (5, 9), (5, 9)],
     ),
     "cross_entropy": (ops.cross_entropy, F.cross_entropy, [(15, 100), "t"]),
+    "linear": (
+        lambda x, w, b, r, impl: ops.linear(x, w, b, "silu", r, impl=impl),
+        lambda x, w, b, r: F.silu(F.linear(x, w, b)) + r,
+        [(9, 48), (40, 48), (40,), (9, 40)],
+    ),
+    "attention": (
+        lambda q, k, v, impl: ops.attention(q, k, v, causal=True, impl=impl),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        [(2, 4, 9, 16), (2, 2, 9, 16), (2, 2, 9, 16)],
+    ),
 }
 
 
@@ -98,15 +108,16 @@ def flat(value):
     return list(value) if isinstance(value, tuple) else [value]
 
 
-def values_and_gradients_come_out_of_the_interpreter():
+def interpreter() -> bool:
+    """Gives Triton's interpreter the library that it lacks; whether values can be had here."""
     try:
         import triton.language as tl
     except ImportError:
         print("  no Triton: left out")
-        return
+        return False
     if not _native.HAS_CPU:
         print("  a build without LLVM: left out")
-        return
+        return False
     # Triton's interpreter has no libdevice.
     from test_triton import Libdevice
 
@@ -122,6 +133,26 @@ def values_and_gradients_come_out_of_the_interpreter():
         return launch, named
 
     _triton._module = with_libdevice
+    return True
+
+
+def dropout_draws_the_same_numbers():
+    """Under one seed both forms drop the same elements, in the gradient as well."""
+    found = []
+    for impl in ("cuda", "triton"):
+        torch.manual_seed(5)
+        x, r = torch.linspace(1, 2, 999).requires_grad_(), torch.ones(999)
+        y = ops.dropout(x, 0.3, residual=r, impl=impl)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        found.append((y.detach(), dx))
+    assert 0.2 < (found[1][0] == 1).float().mean() < 0.4
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+def values_and_gradients_come_out_of_the_interpreter():
+    if not interpreter():
+        return
     generator = torch.Generator().manual_seed(4)
     for name, (ours, reference, shapes) in CASES.items():
         given = []
@@ -137,6 +168,7 @@ def values_and_gradients_come_out_of_the_interpreter():
         torch.autograd.backward(want, [s.double() for s in seeds])
         for a, b in list(zip(got, want)) + [(t.grad, w.grad) for t, w in zip(given, wide) if t.is_floating_point()]:
             torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5, msg=lambda m: f"{name}: {m}")
+    dropout_draws_the_same_numbers()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The PyTorch backend over PyTorch's own database of operators (`op_db`): what is right, what is wrong, what falls back.
 
-    python tests/python/torch_opinfo.py [--samples N] [--dtypes ...] [--ops NAME...] [--every N] [--json FILE] [--table FILE]
+    python tests/python/torch_opinfo.py [--device cuda] [--samples N] [--dtypes ...] [--ops NAME...] [--every N] [--limit S]
+                                        [--json FILE] [--table FILE] [--merge FILE...]
 
-Each operator runs under `torch.compile(backend="tilewright")` on the processor, on samples that its OpInfo generates, beside eager
+Each operator runs under `torch.compile(backend="tilewright")` on the processor or on a GPU, on samples that its OpInfo generates, beside eager
 PyTorch, in processes that may crash or hang without harm to the others. For each operator and element type:
 
     native    right, and no operator was left to PyTorch
@@ -12,7 +13,8 @@ PyTorch, in processes that may crash or hang without harm to the others. For eac
     error     raises where eager PyTorch does not
     crash     the process died, or ran longer than `--seconds`
 
-Exits with 1 when something is wrong, raises or crashes. `--table` writes the page docs/src/pytorch-operators.md.
+With `--limit` nothing is started after so many seconds. `--merge` adds the rows of earlier `--json` files, so that a sweep can be
+made in pieces (`--every 8 --first 0`, `1`, ...). Exits with 1 when something is wrong, raises or crashes. `--table` writes the page docs/src/pytorch-operators.md.
 """
 
 import argparse
@@ -112,7 +114,7 @@ def left(seen) -> tuple[list[str], int]:
     return sorted(found), ours
 
 
-def one_sample(op, sample) -> dict | None:
+def one_sample(op, sample, device: str) -> dict | None:
     """One sample; nothing when eager PyTorch does not take it."""
     inputs = (sample.input, tuple(sample.args), dict(sample.kwargs))
 
@@ -135,7 +137,8 @@ def one_sample(op, sample) -> dict | None:
     seen = []
     backend.OBSERVERS.append(seen.append)
     try:
-        run = torch.compile(call, backend=backend.tilewright_backend, dynamic=False, options={"threads": 1})
+        options = {"threads": 1} if device == "cpu" else {}
+        run = torch.compile(call, backend=backend.tilewright_backend, dynamic=False, options=options)
         torch.manual_seed(0)
         ours = run(*copied(inputs))
     except Exception as error:
@@ -153,14 +156,14 @@ def one_sample(op, sample) -> dict | None:
     return {"state": state, "left": outside}
 
 
-def one(op, dtype: torch.dtype, samples: int) -> dict:
+def one(op, dtype: torch.dtype, samples: int, device: str) -> dict:
     """One operator with one element type."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    inputs = spread(list(op.sample_inputs("cpu", dtype, requires_grad=False)), samples)
+    inputs = spread(list(op.sample_inputs(device, dtype, requires_grad=False)), samples)
     row = {"state": "native", "samples": 0, "left": [], "why": []}
     for sample in inputs:
-        found = one_sample(op, sample)
+        found = one_sample(op, sample, device)
         if found is None:
             continue
         row["samples"] += 1
@@ -173,17 +176,18 @@ def one(op, dtype: torch.dtype, samples: int) -> dict:
     return row
 
 
-def worker(pipe, ops, samples) -> None:
-    """Takes names and types, gives rows; ends with its parent."""
+def worker(pipe, ops, samples, device) -> None:
+    """Takes names and types, gives rows; ends with its parent. Without `ops` it reads the database itself."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    ops = ops or database()
     while True:
         try:
             name, dtype = pipe.recv()
         except EOFError:
             return
         try:
-            row = one(ops[name], DTYPES[dtype], samples)
+            row = one(ops[name], DTYPES[dtype], samples, device)
         except BaseException as error:
             row = {"state": "error", "samples": 0, "left": [], "why": [f"{type(error).__name__}: {error}"[:400]]}
         pipe.send(row)
@@ -192,9 +196,9 @@ def worker(pipe, ops, samples) -> None:
 class Worker:
     """A process with one task at a time."""
 
-    def __init__(self, context, ops, samples):
+    def __init__(self, context, ops, samples, device):
         self.pipe, end = context.Pipe()
-        self.process = context.Process(target=worker, args=(end, ops, samples), daemon=True)
+        self.process = context.Process(target=worker, args=(end, ops, samples, device), daemon=True)
         self.process.start()
         end.close()
         self.task, self.start = None, 0.0
@@ -209,13 +213,19 @@ class Worker:
         self.pipe.close()
 
 
-def run(ops, tasks, count: int, samples: int, seconds: float, done) -> dict:
-    """All tasks in `count` processes. Those that die or take too long are replaced."""
-    context = multiprocessing.get_context("fork")
+def run(ops, tasks, count: int, samples: int, seconds: float, done, device: str = "cpu", limit: float = float("inf")) -> dict:
+    """All tasks in `count` processes. Those that die or take too long are replaced. Tasks that `limit` leaves no time for have no row."""
+    # A process in which the database was read may have opened the GPU, and no fork can use it then.
+    context, given = (multiprocessing.get_context("fork"), ops) if device == "cpu" else (multiprocessing.get_context("spawn"), None)
+    end = time.monotonic() + limit
     waiting, rows, workers = collections.deque(tasks), {}, []
     while waiting or any(w.task for w in workers):
+        if time.monotonic() > end:
+            waiting.clear()
+            if time.monotonic() > end + 5:
+                break
         while waiting and len(workers) < count:
-            workers.append(Worker(context, ops, samples))
+            workers.append(Worker(context, given, samples, device))
         for w in workers:
             if w.task is None and waiting:
                 w.give(waiting.popleft())
@@ -263,14 +273,14 @@ def summary(rows) -> str:
     return f"{len(states)} operators, {samples} samples: {', '.join(parts)}"
 
 
-def table(rows, command: str) -> str:
+def table(rows, command: str, device: str) -> str:
     """The page of results."""
     types = [d for d in DTYPES if any(task[1] == d for task in rows)]
     lines = [
         "# Operators of PyTorch",
         "",
         f"Written by `{command}` with PyTorch {torch.__version__}: the operators of PyTorch's own database (`op_db`) under",
-        '`torch.compile(backend="tilewright")` on a processor, beside eager PyTorch. *native*: all of it is ours; *partly*: some of the operators',
+        f'`torch.compile(backend="tilewright")` on a {"processor" if device == "cpu" else "GPU"}, beside eager PyTorch. *native*: all of it is ours; *partly*: some of the operators',
         "that it is made of are left to PyTorch; *left*: PyTorch runs it.",
         "",
         f"{summary(rows)}.",
@@ -291,6 +301,7 @@ def table(rows, command: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=4, help="at most so many of each operator and type")
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--ops", nargs="*", help="these operators (without a variant: all variants)")
@@ -298,6 +309,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="with --every: the first of them")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=120.0, help="for one operator and type")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for all")
+    parser.add_argument("--merge", nargs="*", default=[], help="files of --json whose rows are added")
     parser.add_argument("--json")
     parser.add_argument("--table")
     parser.add_argument("--quiet", action="store_true")
@@ -307,21 +320,29 @@ def main() -> None:
     if arguments.ops:
         ops = {n: op for n, op in ops.items() if n in arguments.ops or op.name in arguments.ops}
     names = list(ops)[arguments.first :: arguments.every]
-    tasks = [(n, d) for n in names for d in arguments.dtypes if DTYPES[d] in ops[n].dtypes]
+    kinds = {n: ops[n].supported_dtypes(arguments.device.split(":")[0]) for n in names}
+    tasks = [(n, d) for n in names for d in arguments.dtypes if DTYPES[d] in kinds[n]]
 
     def done(task, row) -> None:
         if row["state"] in BAD or not arguments.quiet:
             print(f"{row['state']:<7} {task[0]:<44} {task[1]:<9} {'; '.join((row['why'] or row['left'])[:2])[:500]}", flush=True)
 
     start = time.monotonic()
-    rows = run(ops, tasks, arguments.workers, arguments.samples, arguments.seconds, done)
+    earlier = {}
+    for file in arguments.merge:
+        with open(file) as lines:
+            earlier |= {(row.pop("operator"), row.pop("dtype")): row for row in json.load(lines)}
+    rows = run(ops, tasks, arguments.workers, arguments.samples, arguments.seconds, done, arguments.device, arguments.limit)
+    if len(rows) < len(tasks):
+        print(f"{len(tasks) - len(rows)} of {len(tasks)} operators and types were not reached")
+    rows = earlier | rows
     print(f"{summary(rows)}; {time.monotonic() - start:.0f} s")
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump([{"operator": n, "dtype": d, **row} for (n, d), row in sorted(rows.items())], file, indent=1)
     if arguments.table:
         with open(arguments.table, "w") as file:
-            file.write(table(rows, "python tests/python/torch_opinfo.py --table docs/src/pytorch-operators.md"))
+            file.write(table(rows, "python tests/python/torch_opinfo.py --table docs/src/pytorch-operators.md", arguments.device))
     raise SystemExit(any(state in BAD for state in by_operator(rows).values()))
 
 

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Tile sizes and warps are those that the picker of our own kernels finds on a device without clusters, for few rows or for many:
-//! a module serves all numbers of rows on its side of [`MANY_ROWS`].
+//! a module serves all numbers of rows on its side of [`MANY_ROWS`]. Products have the tiles of [`product_tiles`].
 
 use crate::plans::Key;
 use std::cell::Cell;
@@ -228,7 +228,13 @@ fn scheduled(
         Form::Program { kernel, params } => Some((kernel.clone(), params.clone())),
         _ => None,
     });
-    let all = (0..planned.kernel.params.len()).collect();
+    let all: Vec<usize> = (0..planned.kernel.params.len()).collect();
+    if planned.kernel.tiles.iter().any(|t| &**t == "BK") {
+        let (tiles, warps) = product_tiles(&planned.kernel, sizes);
+        let tiles = planned.kernel.tiles.iter().zip(tiles).map(|(t, n)| (t.clone(), n)).collect();
+        let schedule = Schedule { tiles, ..Schedule::default() };
+        return Ok((planned.kernel.clone(), all, schedule, warps));
+    }
     for (kernel, params) in whole.chain([(planned.kernel.clone(), all)]) {
         // A program of Triton's has no cluster: rows that a block does not hold go in pieces.
         if let Some(picked) = GpuSchedule::lines_for(&kernel, Arch::Sm89, &lookup)? {
@@ -237,6 +243,19 @@ fn scheduled(
         }
     }
     Err(Error::unsupported(format!("@{} as Triton: no tile sizes fit", planned.kernel.name)))
+}
+
+/// Rows, columns and depth of a product's tiles, and warps: what Triton's own tutorials take on Hopper for 16 bits; smaller
+/// ones where operands take more room, and for few rows.
+fn product_tiles(kernel: &Kernel, sizes: &[i64]) -> ([i64; 3], u32) {
+    let few = sizes.first().is_some_and(|rows| *rows < MANY_ROWS);
+    let widest = kernel.params.iter().map(|(_, p)| p.dtype.bits()).max().unwrap_or(32);
+    match (widest, few) {
+        (..=16, false) => ([128, 128, 64], 8),
+        (..=16, true) => ([64, 128, 64], 4),
+        (17..=32, _) => ([64, 64, 32], 4),
+        _ => ([32, 32, 16], 4),
+    }
 }
 
 /// Runs an operator's graph; the contract is that of [`crate::plans::run`].

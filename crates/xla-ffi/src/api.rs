@@ -16,6 +16,10 @@ pub(crate) const EXTENSION_METADATA: u32 = 1;
 pub(crate) const BUFFER: u32 = 1;
 /// `XLA_FFI_AttrType_STRING`.
 pub(crate) const ATTR_STRING: u32 = 4;
+/// `XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE`.
+pub(crate) const RECORDABLE: u32 = 1;
+/// `XLA_FFI_ExecutionStage_INITIALIZE`.
+pub(crate) const INITIALIZE: u32 = 2;
 /// `XLA_FFI_ExecutionStage_EXECUTE`.
 pub(crate) const EXECUTE: u32 = 3;
 

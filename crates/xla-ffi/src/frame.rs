@@ -37,7 +37,9 @@ impl<'a> Call<'a> {
                     unsafe { &mut *(*extension.cast::<api::MetadataExtension>()).metadata };
                 metadata.api_version.major = api::MAJOR;
                 metadata.api_version.minor = api::MINOR;
-                metadata.traits = 0;
+                // A call launches the same kernels each time. What must not happen while XLA records a command
+                // buffer (compiling) has been done when it initialised the call.
+                metadata.traits = api::RECORDABLE;
                 return None;
             }
             extension = head.next;
@@ -47,8 +49,14 @@ impl<'a> Call<'a> {
         Some(Call { frame, api })
     }
 
+    /// Whether this is the call itself.
     pub(crate) fn executes(&self) -> bool {
         self.frame.stage == api::EXECUTE
+    }
+
+    /// Whether XLA gets the call ready, before it runs or records it.
+    pub(crate) fn initialises(&self) -> bool {
+        self.frame.stage == api::INITIALIZE
     }
 
     pub(crate) fn inputs(&self) -> Result<Vec<Tensor>> {

@@ -21,7 +21,7 @@ type Handler = unsafe extern "C" fn(*mut CallFrame) -> *mut XlaError;
 /// Called by XLA, with its frame of a call.
 pub(crate) unsafe extern "C" fn cpu_handler(frame: *mut CallFrame) -> *mut XlaError {
     // SAFETY: the caller's.
-    unsafe { handled(frame, programs::run_cpu) }
+    unsafe { handled(frame, |_| Ok(()), programs::run_cpu) }
 }
 
 /// The handler for CUDA devices: a graph's run in XLA's memory and stream.
@@ -30,22 +30,28 @@ pub(crate) unsafe extern "C" fn cpu_handler(frame: *mut CallFrame) -> *mut XlaEr
 /// Called by XLA, with its frame of a call.
 pub(crate) unsafe extern "C" fn cuda_handler(frame: *mut CallFrame) -> *mut XlaError {
     // SAFETY: the caller's.
-    unsafe { handled(frame, programs::run_cuda) }
+    unsafe { handled(frame, programs::prepare_cuda, programs::run_cuda) }
 }
 
 /// # Safety
 /// XLA's frame of a call that is going on.
-unsafe fn handled(frame: *mut CallFrame, run: fn(&Call<'_>) -> Result<()>) -> *mut XlaError {
+unsafe fn handled(
+    frame: *mut CallFrame,
+    prepare: fn(&Call<'_>) -> Result<()>,
+    run: fn(&Call<'_>) -> Result<()>,
+) -> *mut XlaError {
     if frame.is_null() {
         return null_mut();
     }
     // SAFETY: the caller's; nobody else has the frame meanwhile.
     let Some(call) = (unsafe { Call::read(&mut *frame) }) else { return null_mut() };
-    if !call.executes() {
-        return null_mut();
-    }
+    let step = match (call.initialises(), call.executes()) {
+        (true, _) => prepare,
+        (_, true) => run,
+        _ => return null_mut(),
+    };
     // A panic must not cross into C++.
-    match catch_unwind(AssertUnwindSafe(|| run(&call))) {
+    match catch_unwind(AssertUnwindSafe(|| step(&call))) {
         Ok(Ok(())) => null_mut(),
         Ok(Err(error)) => call.fail(&error),
         Err(_) => call.fail(&Error::bug("a panic in a custom call")),

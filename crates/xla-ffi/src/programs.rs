@@ -2,6 +2,7 @@
 
 use crate::frame::{Call, Tensor};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tilewright::Precision;
 use tilewright::gpu::{Direct, Fitted, GpuCompiler, GpuDevice, Room, Stream};
@@ -43,12 +44,18 @@ struct Wanted<'a> {
     outputs: Vec<Tensor>,
 }
 
-fn wanted<'a>(call: &Call<'a>) -> Result<Wanted<'a>> {
+/// A call's text and precision.
+fn named<'a>(call: &Call<'a>) -> Result<(&'a str, Precision)> {
     let missing = || Error::user("a call without the attribute `graph`");
     let text = call.text("graph")?.ok_or_else(missing)?;
     let precision = call.text("precision")?.unwrap_or("f32");
     let precision =
         precision.parse().map_err(|_| Error::user(format!("the precision `{precision}`")))?;
+    Ok((text, precision))
+}
+
+fn wanted<'a>(call: &Call<'a>) -> Result<Wanted<'a>> {
+    let (text, precision) = named(call)?;
     Ok(Wanted { text, precision, inputs: call.inputs()?, outputs: call.outputs()? })
 }
 
@@ -155,26 +162,42 @@ struct Program {
     direct: Direct,
     fitted: Arc<Fitted>,
     room: Mutex<Room>,
+    /// Memory of recorded runs, by the address of their first result: a command buffer may run calls side by side, and two
+    /// that write to one place are never beside each other. Looked up only, never iterated.
+    recorded: Mutex<HashMap<u64, Room>>,
+}
+
+fn device(ordinal: u32) -> Result<Arc<GpuDevice>> {
+    static DEVICES: Once<u32, GpuDevice> = Once::new();
+    let cache = tilewright::cache_dir();
+    DEVICES.get(&ordinal, || GpuDevice::open(ordinal, cache.as_deref()))
+}
+
+/// The program of a text on a device, compiled when it is first asked for.
+fn program(text: &str, precision: Precision, ordinal: u32) -> Result<Arc<Program>> {
+    static PROGRAMS: Once<(String, String, u32), Program> = Once::new();
+    PROGRAMS.get(&(text.to_string(), precision.to_string(), ordinal), || {
+        let device = device(ordinal)?;
+        let mut compiler = GpuCompiler::new(device.machine().clone());
+        compiler.precision = precision;
+        let direct = device.direct(&compiler.plan(parsed(text)?)?)?;
+        let fitted = direct.fit(&[])?;
+        let room = Mutex::new(device.room(&fitted)?);
+        Ok(Program { direct, fitted, room, recorded: Mutex::default() })
+    })
+}
+
+/// Compiles a call's program before it runs, or is recorded: while a stream records, nothing may be compiled.
+pub(crate) fn prepare_cuda(call: &Call<'_>) -> Result<()> {
+    let (text, precision) = named(call)?;
+    program(text, precision, call.ordinal()?).map(|_| ())
 }
 
 /// A run on a GPU, in the call's stream.
 pub(crate) fn run_cuda(call: &Call<'_>) -> Result<()> {
-    static DEVICES: Once<u32, GpuDevice> = Once::new();
-    static PROGRAMS: Once<(String, String, u32), Program> = Once::new();
-
     let wanted = wanted(call)?;
     let ordinal = call.ordinal()?;
-    let cache = tilewright::cache_dir();
-    let device = DEVICES.get(&ordinal, || GpuDevice::open(ordinal, cache.as_deref()))?;
-    let key = (wanted.text.to_string(), wanted.precision.to_string(), ordinal);
-    let program = PROGRAMS.get(&key, || {
-        let mut compiler = GpuCompiler::new(device.machine().clone());
-        compiler.precision = wanted.precision;
-        let direct = device.direct(&compiler.plan(parsed(wanted.text)?)?)?;
-        let fitted = direct.fit(&[])?;
-        let room = Mutex::new(device.room(&fitted)?);
-        Ok(Program { direct, fitted, room })
-    })?;
+    let (device, program) = (device(ordinal)?, program(wanted.text, wanted.precision, ordinal)?);
     let plan = program.direct.plan();
     check(&wanted.inputs, &plan.inputs)?;
     check(&wanted.outputs, &plan.outputs)?;
@@ -191,8 +214,19 @@ pub(crate) fn run_cuda(call: &Call<'_>) -> Result<()> {
     let (inputs, outputs) = (addresses(&wanted.inputs)?, addresses(&wanted.outputs)?);
     // SAFETY: XLA's stream, of the primary context of its device, which outlives the call's work.
     let stream = unsafe { Stream::from_raw(device.gpu(), call.stream()?) };
-    let mut room = program.room.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut alone = program.room.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut recorded = program.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+    let room = match outputs.first() {
+        Some(&first) if program.fitted.scratch_bytes() > 0 && stream.is_capturing()? => {
+            match recorded.entry(first) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => place.insert(device.room(&program.fitted)?),
+            }
+        }
+        _ => &mut *alone,
+    };
     // SAFETY: XLA's tensors, of the plan's sizes (`check`) and aligned as promised above; XLA keeps them for the
-    // work in its stream, and gives results memory of their own. Programs are never dropped.
+    // work in its stream, and gives results memory of their own. Recorded runs have memory of their own, too, and programs
+    // are never dropped.
     unsafe { room.replay(&program.fitted, &inputs, &outputs, &stream) }
 }

@@ -10,7 +10,8 @@ Each function writes a graph for the shapes and types of its arguments, once; XL
 On a GPU it runs in XLA's stream and memory. Narrow floats (f16, bf16) are computed in f32 and rounded once.
 
 Gradients are graphs of the same kind, except that of `attention`, which JAX derives from the textbook's formula.
-Under `vmap` calls are made one after the other (`vmap_method="sequential"`): give batched arrays where you can.
+Under `vmap` a call stays one call: the mapped axis goes in front, as more rows, or as a batch axis of a product whose weight
+is mapped too.
 
 JAX is needed for this module, and imported nowhere else in the package.
 """
@@ -38,7 +39,10 @@ DTYPES = {ours: name for name, ours in NAMES.items()}
 def _register() -> None:
     for platform, address in _native.xla_handlers():
         pointer = ctypes.cast(address, ctypes.CFUNCTYPE(None))
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(pointer), platform=platform, api_version=1)
+        handler = jax.ffi.pycapsule(pointer)
+        # On a GPU the same function compiles what a call needs before XLA runs it, or records it in a command buffer.
+        stages = handler if platform == "cpu" else {"initialize": handler, "execute": handler}
+        jax.ffi.register_ffi_target(TARGET, stages, platform=platform, api_version=1)
 
 
 _register()
@@ -47,8 +51,10 @@ _register()
 class _Graph:
     """A graph under construction."""
 
-    def __init__(self, name: str, arguments):
+    def __init__(self, name: str, arguments, mapped=None):
         self.builder = _native.Builder(name)
+        # The extent of the axis that `vmap` puts in front.
+        self.batch = next((shape[0] for (_, shape), m in zip(arguments, mapped or ()) if m), None)
         self.types: dict[int, str] = {}
         self.shapes: dict[int, tuple] = {}
         self.arguments = []
@@ -91,6 +97,25 @@ class _Graph:
         acc = "f32" if dtype in ("f16", "bf16") else dtype
         return self.op(f'contract "{spec}" acc={acc}', a, b)
 
+    def reshape(self, value: int, shape) -> int:
+        return self.op(f"reshape [{','.join(map(str, shape))}]", value)
+
+    def spread(self, mapped, *values: int) -> tuple[int, ...]:
+        """Values with the batch axis in front: those that lack it are repeated. `mapped` says which have it, or is `None`."""
+        if mapped is None:
+            return values
+        return tuple(v if m else self.repeated(v, self.batch) for v, m in zip(values, mapped))
+
+    def repeated(self, value: int, size: int) -> int:
+        return self.op(f"expand [{','.join(map(str, (size, *self.shapes[value])))}]", value)
+
+    def lifted(self, value: int, mapped: bool, rank: int) -> int:
+        """A vector for each batch, to broadcast over arrays of `rank` axes beside the batch axis."""
+        if not mapped:
+            return value
+        size, *rest = self.shapes[value]
+        return self.reshape(value, (size, *[1] * (rank - len(rest)), *rest))
+
     def finish(self, *values: int):
         for i, value in enumerate(values):
             self.builder.output(f"y{i}", value)
@@ -100,9 +125,50 @@ class _Graph:
 @functools.lru_cache(maxsize=4096)
 def _written(write, arguments, settings):
     """The text of a graph and the types of its results."""
-    graph = _Graph(write.__name__.strip("_"), arguments)
-    results = write(graph, *graph.arguments, **dict(settings))
+    settings = dict(settings)
+    graph = _Graph(write.__name__.strip("_"), arguments, settings.get("mapped"))
+    results = write(graph, *graph.arguments, **settings)
     return graph.finish(*(results if isinstance(results, tuple) else (results,)))
+
+
+def _bare(write, arrays, precision, settings):
+    """The custom call of the graph that `write` writes for these arrays; a list of results."""
+    arguments = tuple((NAMES[a.dtype.name], tuple(a.shape)) for a in arrays)
+    text, types = _written(write, arguments, settings)
+    results = [jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype])) for dtype, shape in types]
+    return jax.ffi.ffi_call(TARGET, results)(*arrays, graph=text, precision=precision)
+
+
+@functools.lru_cache(maxsize=4096)
+def _mapped(write, precision, settings, mapped):
+    """A call with its rule for `vmap`. `mapped` says for each argument whether it has a batch axis in front, or is `None`
+    when nothing has: `write` then gets it as the setting `mapped`. Axes of nested `vmap`s are one axis for `write`.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays):
+        given = settings if mapped is None else (*settings, ("mapped", mapped))
+        return _bare(write, arrays, precision, given)
+
+    @call.def_vmap
+    def rule(size, batched, *arrays):
+        before = mapped or (False,) * len(arrays)
+        after = tuple(bool(b) or old for b, old in zip(batched, before))
+        inner = next((a.shape[int(bool(b))] for a, b, old in zip(arrays, batched, before) if old), None)
+        folded = []
+        for a, b, old in zip(arrays, batched, before):
+            if inner is not None and (b or old):
+                # One axis of `size * inner`: what has only one of the two is repeated along the other.
+                a = a if b else a[None]
+                a = a if old else a[:, None]
+                a = jnp.broadcast_to(a, (size, inner, *a.shape[2:])).reshape(size * inner, *a.shape[2:])
+            folded.append(a)
+        results = _mapped(write, precision, settings, after)(*folded)
+        if inner is not None:
+            results = [r.reshape(size, inner, *r.shape[1:]) for r in results]
+        return results, [True] * len(results)
+
+    return call
 
 
 def _call(write, *arrays, precision: str = "f32", **settings):
@@ -111,11 +177,7 @@ def _call(write, *arrays, precision: str = "f32", **settings):
     for a in arrays:
         if a.dtype.name not in NAMES:
             raise TypeError(f"tilewright has no element type {a.dtype.name}")
-    arguments = tuple((NAMES[a.dtype.name], tuple(a.shape)) for a in arrays)
-    text, types = _written(write, arguments, tuple(sorted(settings.items())))
-    results = [jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype])) for dtype, shape in types]
-    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
-    return call(*arrays, graph=text, precision=precision)
+    return _mapped(write, precision, tuple(sorted(settings.items())), None)(*arrays)
 
 
 def _axis(axis: int, rank: int) -> int:
@@ -132,11 +194,14 @@ def _need(condition: bool, message: str) -> None:
 # ---- softmax ---------------------------------------------------------------------------------------
 
 
-def _softmax(g, x, axis, log):
+def _softmax(g, x, axis, log, mapped=None):
+    axis += mapped is not None
     return g.cast(g.op(f"softmax axis={axis}{' log' if log else ''}", g.wide(x)), g.types[x])
 
 
-def _softmax_gradient(g, y, dy, axis, log):
+def _softmax_gradient(g, y, dy, axis, log, mapped=None):
+    y, dy = g.spread(mapped, y, dy)
+    axis += mapped is not None
     p, d = g.wide(y), g.wide(dy)
     if log:
         dx = g.map("a - exp(b) * c", d, p, g.sum(d, [axis], True))
@@ -175,13 +240,33 @@ def log_softmax(x, axis: int = -1):
 # ---- normalisations --------------------------------------------------------------------------------
 
 
-def _layer_norm(g, x, weight, bias, eps):
+def _layer_norm(g, x, weight, bias, eps, mapped=None):
+    x, weight, bias = _of_rows(g, mapped, x, weight, bias)
     axis = len(g.shapes[x]) - 1
     y = g.op(f"layer_norm axis={axis} eps={eps!r}", g.wide(x), *(g.cast(v, g.types[g.wide(x)]) for v in (weight, bias)))
     return g.cast(y, g.types[x])
 
 
-def _layer_norm_gradient(g, x, weight, dy, eps):
+def _of_rows(g, mapped, x, *vectors):
+    """Rows and the vectors that go with them, where some have a batch axis in front."""
+    if mapped is None:
+        return x, *vectors
+    rank = len(g.shapes[x]) - mapped[0]
+    (x,) = g.spread(mapped[:1], x)
+    return x, *(g.lifted(v, m, rank) for v, m in zip(vectors, mapped[1:]))
+
+
+def _of_gradient(g, mapped, x, weight, dy):
+    """As `_of_rows`, for a gradient; and the axes of rows, over which gradients of the vectors are sums."""
+    if mapped is None:
+        return x, weight, dy, range(len(g.shapes[x]) - 1)
+    x, weight = _of_rows(g, mapped[:2], x, weight)
+    (dy,) = g.spread(mapped[2:], dy)
+    return x, weight, dy, range(1, len(g.shapes[x]) - 1)
+
+
+def _layer_norm_gradient(g, x, weight, dy, eps, mapped=None):
+    x, weight, dy, rows = _of_gradient(g, mapped, x, weight, dy)
     axis = len(g.shapes[x]) - 1
     wide = g.wide(x)
     d, scale = g.cast(dy, g.types[wide]), g.cast(weight, g.types[wide])
@@ -190,7 +275,6 @@ def _layer_norm_gradient(g, x, weight, dy, eps):
     normal, weighted = g.map("a * b", centred, factor), g.map("a * b", d, scale)
     along = g.mean(g.map("a * b", weighted, normal), [axis])
     dx = g.map("a * (b - c - d * e)", factor, weighted, g.mean(weighted, [axis]), normal, along)
-    rows = range(axis)
     dweight, dbias = g.sum(g.map("a * b", d, normal), rows), g.sum(d, rows)
     return g.cast(dx, g.types[x]), g.cast(dweight, g.types[weight]), g.cast(dbias, g.types[weight])
 
@@ -218,18 +302,20 @@ def layer_norm(x, weight, bias=None, eps: float = 1e-5):
     return _layer_norm_of(x, weight, jnp.asarray(bias, jnp.asarray(weight).dtype), float(eps))
 
 
-def _rms_norm(g, x, weight, eps):
+def _rms_norm(g, x, weight, eps, mapped=None):
+    x, weight = _of_rows(g, mapped, x, weight)
     axis, wide = len(g.shapes[x]) - 1, g.wide(x)
     return g.cast(g.op(f"rms_norm axis={axis} eps={eps!r}", wide, g.cast(weight, g.types[wide])), g.types[x])
 
 
-def _rms_norm_gradient(g, x, weight, dy, eps):
+def _rms_norm_gradient(g, x, weight, dy, eps, mapped=None):
+    x, weight, dy, rows = _of_gradient(g, mapped, x, weight, dy)
     axis, wide = len(g.shapes[x]) - 1, g.wide(x)
     d, scale = g.cast(dy, g.types[wide]), g.cast(weight, g.types[wide])
     factor = g.map(f"rsqrt(a + {eps!r})", g.mean(g.map("a * a", wide), [axis]))
     normal, weighted = g.map("a * b", wide, factor), g.map("a * b", d, scale)
     dx = g.map("a * (b - c * d)", factor, weighted, normal, g.mean(g.map("a * b", weighted, normal), [axis]))
-    dweight = g.sum(g.map("a * b", d, normal), range(axis))
+    dweight = g.sum(g.map("a * b", d, normal), rows)
     return g.cast(dx, g.types[x]), g.cast(dweight, g.types[weight])
 
 
@@ -277,12 +363,14 @@ ACTIVATIONS = {
 }
 
 
-def _glu(g, gate, up, kind):
+def _glu(g, gate, up, kind, mapped=None):
+    gate, up = g.spread(mapped, gate, up)
     value = ACTIVATIONS[kind][0]
     return g.cast(g.map(f"({value}) * b", g.wide(gate), g.wide(up)), g.types[gate])
 
 
-def _glu_gradient(g, gate, up, dy, kind):
+def _glu_gradient(g, gate, up, dy, kind, mapped=None):
+    gate, up, dy = g.spread(mapped, gate, up, dy)
     value, slope = ACTIVATIONS[kind]
     a, b, d = g.wide(gate), g.wide(up), g.wide(dy)
     dgate, dup = g.map(f"c * b * ({slope})", a, b, d), g.map(f"b * ({value})", a, d)
@@ -317,9 +405,9 @@ def glu(gate, up, activation: str = "sigmoid"):
     return _glu_of(gate, jnp.asarray(up, jnp.asarray(gate).dtype), activation)
 
 
-def _linear(g, x, weight, *bias, kind):
-    letters = "abcdefgh"[: len(g.shapes[x]) - 1]
-    y = g.contract(f"{letters}k,kn->{letters}n", x, weight)
+def _linear(g, x, weight, *bias, kind, mapped=None):
+    x, each, letters, bias = _of_product(g, mapped, x, weight, bias)
+    y = g.contract(f"{letters}k,{each}kn->{letters}n", x, weight)
     operands = [g.wide(y), *(g.wide(b) for b in bias)]
     value = "a + b" if bias else "a"
     if kind:
@@ -329,18 +417,31 @@ def _linear(g, x, weight, *bias, kind):
     return g.cast(g.map(value, *operands), g.types[x]) if bias else y
 
 
-def _linear_gradient(g, x, weight, *rest, kind, biased):
+def _of_product(g, mapped, x, weight, bias):
+    """`x` and the bias where some have a batch axis in front, the weight's letter for it, and the letters of the axes of `x`."""
+    if mapped is None:
+        return x, "", "abcdefgh"[: len(g.shapes[x]) - 1], bias
+    rank = len(g.shapes[x]) - mapped[0]
+    (x,) = g.spread(mapped[:1], x)
+    bias = tuple(g.lifted(b, m, rank) for b, m in zip(bias, mapped[2:]))
+    return x, "z" if mapped[1] else "", "zabcdefgh"[:rank], bias
+
+
+def _linear_gradient(g, x, weight, *rest, kind, biased, mapped=None):
     bias, dy = rest[:-1], rest[-1]
-    letters = "abcdefgh"[: len(g.shapes[x]) - 1]
+    x, each, letters, lifted = _of_product(g, mapped, x, weight, bias)
+    batch = "" if mapped is None else "z"
+    if mapped is not None:
+        (dy,) = g.spread(mapped[-1:], dy)
     d = g.wide(dy)
     if kind:
-        z = g.wide(g.contract(f"{letters}k,kn->{letters}n", x, weight))
-        z = g.map("a + b", z, g.wide(bias[0])) if biased else z
+        z = g.wide(g.contract(f"{letters}k,{each}kn->{letters}n", x, weight))
+        z = g.map("a + b", z, g.wide(lifted[0])) if biased else z
         d = g.map(f"b * ({ACTIVATIONS[kind][1]})", z, d)
     narrow = g.cast(d, g.types[x])
-    dx = g.contract(f"{letters}n,kn->{letters}k", narrow, weight)
-    dweight = g.contract(f"{letters}k,{letters}n->kn", x, narrow)
-    dbias = (g.cast(g.sum(d, range(len(letters))), g.types[bias[0]]),) if biased else ()
+    dx = g.contract(f"{letters}n,{each}kn->{letters}k", narrow, weight)
+    dweight = g.contract(f"{letters}k,{letters}n->{batch}kn", x, narrow)
+    dbias = (g.cast(g.sum(d, range(len(batch), len(letters))), g.types[bias[0]]),) if biased else ()
     return (dx, dweight, *dbias)
 
 
@@ -378,7 +479,13 @@ def linear(x, weight, bias=None, activation: str | None = None, precision: str =
 # ---- attention -------------------------------------------------------------------------------------
 
 
-def _attention(g, q, k, v, causal, scale):
+def _attention(g, q, k, v, causal, scale, mapped=None):
+    if mapped is not None:
+        # Two batch axes are one.
+        parts = g.spread(mapped, q, k, v)
+        outer, inner = g.shapes[parts[0]][:2]
+        y = _attention(g, *(g.reshape(t, (outer * inner, *g.shapes[t][2:])) for t in parts), causal, scale)
+        return g.reshape(y, (outer, inner, *g.shapes[y][1:]))
     score = "f64" if g.types[q] == "f64" else "f32"
     text = f"attention{' causal' if causal else ''} score={score} {{ s -> s * {score}({scale!r}) }}"
     return g.op(text, q, k, v)

@@ -14,6 +14,7 @@ Python in Python, in every call.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import torch
@@ -150,7 +151,7 @@ def _asks_for_gradients(args: tuple) -> bool:
         if isinstance(arg, torch.Tensor):
             if arg.requires_grad:
                 return True
-        elif isinstance(arg, (list, tuple)) and any(t.requires_grad for t in arg):
+        elif isinstance(arg, (list, tuple)) and any(isinstance(t, torch.Tensor) and t.requires_grad for t in arg):
             return True
     return False
 
@@ -167,6 +168,17 @@ def single(name: str, fake: Callable, composed: Callable) -> Any:
     _add(name, fake, composed)
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.tilewright, packet), overload or "default")
+
+
+def single_by_triton(name: str, operator: Callable, *args: Any) -> Any:
+    """An operator without a derivative as Triton kernels. `torch.compile` breaks its graph here."""
+
+    def run(*args):
+        _triton.demand(name, [a for a in _flat(args) if isinstance(a, torch.Tensor)])
+        with _triton.entered():
+            return operator(*args)
+
+    return _untraced(run, *args) if _compiling() else run(*args)
 
 
 def fast(operator: Any) -> Callable:
@@ -211,9 +223,22 @@ def pair(
 
 
 def _add(name: str, fake: Callable, composed: Callable) -> None:
-    torch.library.register_fake(f"tilewright::{name}", fake)
+    torch.library.register_fake(f"tilewright::{name}", _on_one_device(name, fake))
     if not _native.HAS_CPU:
         _CPU.impl(name, composed, "CPU")
+
+
+def _on_one_device(name: str, fake: Callable) -> Callable:
+    """`fake` where all tensors are without values or none is: PyTorch asks it as soon as one is on the meta device."""
+
+    @functools.wraps(fake)
+    def checked(*args):
+        tensors = [t for t in _flat(args) if isinstance(t, torch.Tensor)]
+        if len({t.device.type == "meta" for t in tensors}) > 1:
+            raise RuntimeError(f"tilewright::{name}: tensors lie on {', '.join(sorted({str(t.device) for t in tensors}))}; they must be on one device")
+        return fake(*args)
+
+    return checked
 
 
 def again(function: Callable, tensors: tuple, grads: tuple) -> tuple:

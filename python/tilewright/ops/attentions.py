@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._define import pair, single, wide
+from ._define import chosen, pair, single, wide
 
 
 def _hidden(mask, hidden):
@@ -196,16 +196,20 @@ def _has_kernels(q, k, v, mask):
     return widths[0] == widths[1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
 
 
-def attention(q, k, v, mask=None, scale=None, causal=False):
+def attention(q, k, v, mask=None, scale=None, causal=False, impl="cuda"):
     """`softmax(q k^T * scale + mask) v` of `q [B, H, S, D]`, `k [B, G, T, D]` and `v [B, G, T, E]`, `H` a multiple of `G`.
 
     `mask` is added (float) or says where attention is allowed (bool), and has the shape `[B or 1, H or 1, S, T]`. With `causal`, query
     `s` sees keys up to `s + T - S`. `scale` is `1 / sqrt(D)` unless given. Rows that see no key give 0, as PyTorch's. The gradient takes
     some queries at a time and never has all scores; for 16-bit types it is our own kernels' on Hopper (the same bits each time), unless
-    the mask asks for one, and without a mask PyTorch's on other GPUs.
+    the mask asks for one, and without a mask PyTorch's on other GPUs. As Triton it is the forward kernel; the gradient has products of
+    PyTorch's, or PyTorch's own kernel for 16 bits without a mask.
     """
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    chosen(impl)
+    scale = float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if impl == "triton":
+        return _attention.triton(q, k, v, mask, scale, causal)
     if trains and scale > 0 and _has_kernels(q, k, v, mask):
         return _attention_lse(q, k, v, mask, scale, causal)[0]
     return _attention(q, k, v, mask, scale, causal)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from typing import Iterator
 
 import torch
 
@@ -24,11 +26,22 @@ def _variables(formula: str) -> tuple[str, ...]:
     return _KNOWN[formula]
 
 
+@contextlib.contextmanager
+def _differentiating() -> Iterator[None]:
+    """PyTorch's autograd, which it leaves out inside of an operator's kernel."""
+    keys = torch._C.DispatchKey
+    with contextlib.ExitStack() as stack:
+        for key in (keys.AutogradCPU, keys.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
 def _forward_composed(xs, formula):
     """The formula by Python's own evaluation: for formulas that both languages read alike."""
     if formula.startswith("d") and ": " in formula:
         mark, _, rest = formula.partition(": ")
-        return again(lambda *xs: _forward_composed(xs, rest), tuple(_asking(x) for x in xs), (torch.ones_like(xs[0]),))[int(mark[1:])]
+        return _backward_composed(torch.ones_like(torch.broadcast_tensors(*xs)[0]), xs, rest)[int(mark[1:])]
     names = {f: getattr(torch, f) for f in _FUNCTIONS}
     names["relu"] = torch.relu
     c = wide(xs[0].dtype)
@@ -37,7 +50,7 @@ def _forward_composed(xs, formula):
 
 
 def _backward_composed(dy, xs, formula):
-    with torch.enable_grad():
+    with _differentiating():
         held = [x.detach().requires_grad_() for x in xs]
         y = _forward_composed(held, formula)
         grads = torch.autograd.grad(y, held, dy, allow_unused=True)
@@ -61,12 +74,11 @@ _map2_backward = single(
 )
 
 
-def _asking(x):
-    return x if x.requires_grad else x.detach().requires_grad_()
-
-
 def _slopes(dy, xs, formula):
     """The gradients in operators that have a derivative: `d0: f` is the derivative of the formula `f` by its first variable."""
+    if not _native.HAS_CPU and dy.device.type == "cpu":
+        # Inside of an operator's kernel PyTorch differentiates nothing, so the derivative cannot be one.
+        return list(again(lambda *xs: _forward_composed(xs, formula), tuple(xs), (dy,)))
     if len(xs) == 1:
         return [dy * _map1(xs[0], f"d0: {formula}")]
     if len(xs) == 2:

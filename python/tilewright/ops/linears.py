@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import formulas, losses
-from ._define import again, pair, single
+from ._define import again, chosen, pair, single, single_by_triton
 
 _ACTIVATIONS = {
     "relu": formulas.elementwise("max(x, 0.0)"),
@@ -85,22 +85,25 @@ _linear_with_sums = pair(
 )
 
 
-def linear(x, weight, bias=None, activation=None, residual=None):
+def linear(x, weight, bias=None, activation=None, residual=None, impl="cuda"):
     """`activation(x @ weight.T + bias) + residual`; without gradients that is one kernel.
 
     `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the sums before the
     activation are stored beside the result; in the gradient the activation is one kernel, and the products are PyTorch's.
     """
+    chosen(impl)
     if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}, or None")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         # As PyTorch's own product.
         to = torch.get_autocast_dtype(x.device.type)
         x, weight, bias, residual = (t if t is None else t.to(to) for t in (x, weight, bias, residual))
     given = [t for t in (x, weight, bias, residual) if t is not None]
     text = "" if activation is None else _ACTIVATIONS[activation].text
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return _linear_with_sums(x, weight, bias, residual, text)[0]
+        return _linear_with_sums.by(impl)(x, weight, bias, residual, text)[0]
+    if impl == "triton":
+        return single_by_triton("linear", _linear, x, weight, bias, residual, text)
     return _linear(x, weight, bias, residual, text)
 
 
@@ -189,7 +192,7 @@ def linear_cross_entropy(
 
     `x [..., K]`, `weight [N, K]`, `targets [...]` (int64). Tokens are taken in chunks of `rows` (by default as many as make 256 Mi
     logits at most); loss and gradients of a chunk are computed together, so that in training each product is done once. `reduction`
-    is `"mean"` or `"sum"`. The products are PyTorch's.
+    is `"mean"` or `"sum"`. The products are PyTorch's. Targets must be below `N`: on the CPU others raise IndexError, on a GPU they are not noticed.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
@@ -199,6 +202,10 @@ def linear_cross_entropy(
         rows = max(256, CHUNK // max(1, weight.shape[0]))
     if rows < 1:
         raise ValueError(f"rows is {rows}; it must be at least 1")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"linear_cross_entropy: x lies on {x.device}, and {name} on {tensor.device}")
+    losses._known_count(targets, ignore_index, weight.shape[0])
     flat, t = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     given = (flat, weight, bias)
     wanted = [g is not None and g.requires_grad and torch.is_grad_enabled() for g in given]

@@ -25,7 +25,8 @@ def _composed(x, targets, ignore_index, label_smoothing, z_loss, softcap):
 def _backward_composed(dloss, x, targets, lse, ignore_index, label_smoothing, z_loss, softcap):
     v = _parts(x, softcap)
     n = v.shape[-1]
-    hit = targets.unsqueeze(-1) == torch.arange(n, device=x.device)
+    # A truth value times a number would be a float32 whatever the type of the logits.
+    hit = (targets.unsqueeze(-1) == torch.arange(n, device=x.device)).to(v.dtype)
     l = lse.unsqueeze(-1)
     g = torch.exp(v - l) * (1 + 2 * z_loss * l) - hit * (1 - label_smoothing) - label_smoothing / n
     if softcap > 0:
@@ -78,7 +79,8 @@ _cross_entropy = pair("cross_entropy", fake=_fake, composed=_composed, save=_sav
 
 
 def _scale_composed(x, by):
-    x.mul_(by)
+    # As the kernel's, not a change that autograd sees: what it saved is meant to be scaled (`scaled_gradients`).
+    x.data.mul_(by)
 
 
 single("scale_", fake=lambda x, by: None, composed=_scale_composed)

@@ -5,7 +5,8 @@
 //! else is stored: the gradient of `x` is the same operator on the gradient of `y`, with the same key and no residual.
 
 use crate::host::{self, Float, Number, with_number};
-use crate::tensors::{float, like, plain, same_device};
+use crate::plans::Key;
+use crate::tensors::{float, like, plain, same_device, wide};
 use crate::written::{Set, Text, element, launch};
 use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::Args;
@@ -68,6 +69,52 @@ impl Operator for DropoutDrawn {
     }
 }
 
+/// The same as a graph, for [`crate::triton`]: each element draws the four words of its counter and takes its own.
+fn text(dtype: DType, residual: bool, p: f64) -> String {
+    use std::fmt::Write;
+    let (t, c) = (dtype, wide(dtype));
+    let mut draw =
+        "let c0 = u32(i >> i64(2)); let d0 = u32(i >> i64(34)); let e0 = u32(0); let f0 = u32(0); \
+                    let k0 = u32(k); let l0 = u32(k >> i64(32))"
+            .to_string();
+    for r in 0..7 {
+        let next = r + 1;
+        let _ = write!(
+            draw,
+            "; let p{r} = u64(c{r}) * u64({}); let q{r} = u64(e{r}) * u64({}); \
+             let c{next} = u32(q{r} >> u64(32)) ^ d{r} ^ k{r}; let d{next} = u32(q{r}); \
+             let e{next} = u32(p{r} >> u64(32)) ^ f{r} ^ l{r}; let f{next} = u32(p{r}); \
+             let k{next} = k{r} + u32({}); let l{next} = l{r} + u32({})",
+            0xD251_1F53_u32, 0xCD9E_8D57_u32, 0x9E37_79B9_u32, 0xBB67_AE85_u32,
+        );
+    }
+    let word = "let w = i & i64(3); \
+                let drawn = where(w == i64(0), c7, where(w == i64(1), d7, where(w == i64(2), e7, f7)))";
+    let scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    let value = format!("where(drawn >= u32({}), {c}(a) * {scale:e}, {c}(0))", threshold(p));
+    let mut text = format!("graph @dropout(N in 1..) {{\n  %x \"x\": {t}[N] = input\n");
+    if residual {
+        let _ = writeln!(text, "  %r \"residual\": {t}[N] = input");
+    }
+    let (name, operand) = if residual { (", r", ", %r") } else { ("", "") };
+    let value = if residual { format!("{value} + {c}(r)") } else { value };
+    text + &format!(
+        "  %k \"key\": i64[1] = input
+  %i: i64[N] = iota axis=0
+  %y = map {{ a, i, k{name} -> {draw}; {word}; {t}({value}) }} %x, %i, %k{operand}
+  return \"y\": %y
+}}
+"
+    )
+}
+
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<(String, String)> {
+    [(DType::F32, false), (DType::BF16, true)]
+        .map(|(dtype, residual)| (format!("dropout {dtype}"), text(dtype, residual, 0.3)))
+        .to_vec()
+}
+
 fn dropped(
     abi: &'static Abi,
     x: Tensor,
@@ -92,6 +139,15 @@ fn dropped(
     let scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
     let elements = x.elements();
     if elements == 0 {
+        return Ok(y);
+    }
+    if crate::triton::entered() {
+        let key_of_plan = Key::new("dropout").dtype(dtype).with(p.to_bits());
+        let key_of_plan = key_of_plan.with(residual.is_some().into());
+        let inputs = [Some(&x), residual.as_ref(), Some(key)];
+        let inputs: Vec<&Tensor> = inputs.into_iter().flatten().collect();
+        let write = || Ok(text(dtype, residual.is_some(), p));
+        crate::triton::run(key_of_plan, &[elements], &inputs, &[&y], write)?;
         return Ok(y);
     }
     if let Device::Cuda(index) = x.device() {

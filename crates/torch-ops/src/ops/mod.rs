@@ -89,6 +89,7 @@ pub(crate) fn samples() -> Vec<(String, String)> {
         cross_entropy::samples(),
         rotary::samples(),
         linear::samples(),
+        dropout::samples(),
         attention::samples(),
     ];
     families.concat()
