@@ -25,6 +25,7 @@ mod simplify;
 mod simplify_map;
 mod split_reductions;
 mod view;
+mod widen_constants;
 
 pub use decompose::{decompose_all, decompose_products};
 pub use histogram::{Histogram, op_name};
@@ -34,3 +35,4 @@ pub use manager::{
     Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,
 };
 pub use split_reductions::split_reductions;
+pub use widen_constants::widen_constants;

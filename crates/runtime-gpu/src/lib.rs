@@ -13,6 +13,8 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | `once` | which steps depend on constants alone: they run when the plan is loaded |
+//! | `constants` | constants on a device, and what such steps make |
 //! | `choose` | a kernel and sizes to device programs |
 //! | `attention` | an attention of the plan as a problem of the kernel library |
 //! | `product` | a matrix product of the plan as problems of the kernel library |
@@ -31,6 +33,7 @@ mod attention;
 mod attention_training;
 mod bind;
 mod choose;
+mod constants;
 pub mod decode;
 mod direct;
 mod host;
@@ -38,6 +41,7 @@ mod in_place;
 mod interpret;
 mod losses;
 mod norm_backward;
+mod once;
 mod product;
 mod recordings;
 mod session;
@@ -51,4 +55,5 @@ pub use direct::{Direct, Fitted, Room};
 pub use interpret::{Interpreted, interpret};
 pub use losses::{Losses, LossesOf, LossesPlaces};
 pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
+pub use once::Once;
 pub use session::{Executable, FAIL_RECORDING, MemoryReport, RunReport, Session, StepTime};
