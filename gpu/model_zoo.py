@@ -26,6 +26,7 @@ CASES = {
     "llama8b": dict(kind="llama", hidden=4096, layers=32, heads=32, kv=8, inner=14336, vocab=128256, positions=4096, shape=(1, 2048),
                     stored=torch.bfloat16),
     "resnet50": dict(kind="resnet50", image=224, classes=1000, shape=(64,)),
+    "resnext50": dict(kind="resnext50", image=224, classes=1000, shape=(64,)),
     "mobilenetv3": dict(kind="mobilenetv3", image=224, classes=1000, shape=(64,)),
     "efficientnet": dict(kind="efficientnet", image=224, classes=1000, shape=(64,)),
 }
@@ -347,19 +348,27 @@ class Net(nn.Module):
 
 
 class ResNet50(Net):
+    # Groups of the 3x3 convolutions, and their width over that of ResNet-50.
+    GROUPS, WIDER = 1, 1
+
     def build(self, c):
         x = self.conv(0, 64, 7, 2, act="relu")
         x = self.step("maxpool", [x], 64)
         for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
             for block in range(blocks):
                 s = stride if block == 0 else 1
-                y = self.conv(x, width, act="relu")
-                y = self.conv(y, width, 3, s, act="relu")
+                y = self.conv(x, width * self.WIDER, act="relu")
+                y = self.conv(y, width * self.WIDER, 3, s, groups=self.GROUPS, act="relu")
                 y = self.conv(y, 4 * width, gain=0.3)
                 skip = self.conv(x, 4 * width, 1, s) if block == 0 else x
                 x = self.act(self.step("add", [y, skip], 4 * width), "relu")
         x = self.step("mean", [x], self.channels[x])
         self.linear(self.step("flatten", [x], self.channels[x]), c["classes"])
+
+
+class ResNeXt50(ResNet50):
+    # 32 groups of 4 channels: table 1 of arXiv:1611.05431.
+    GROUPS, WIDER = 32, 2
 
 
 class MobileNetV3(Net):
@@ -410,7 +419,7 @@ class EfficientNet(Net):
         self.linear(self.step("flatten", [x], 1280), c["classes"])
 
 
-KINDS = {"bert": Bert, "gpt2": Gpt2, "vit": Vit, "llama": Llama, "resnet50": ResNet50, "mobilenetv3": MobileNetV3,
+KINDS = {"bert": Bert, "gpt2": Gpt2, "vit": Vit, "llama": Llama, "resnet50": ResNet50, "resnext50": ResNeXt50, "mobilenetv3": MobileNetV3,
          "efficientnet": EfficientNet}
 
 

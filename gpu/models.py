@@ -14,7 +14,12 @@ sizes, `MODEL:f32` another precision; all of them: `bert@8x512:f16=graphs`.
 Outputs are compared with PyTorch in float32 without TF32: error relative to the largest magnitude. Memory: for `tw` the
 sum of its blocks (weights, arena, workspace); for PyTorch the allocator's peak in eager mode, and per form what it allocated at
 its peak and what it holds afterwards (graphs keep their pools, which the peak of a replay does not count). `first_s` is the time to the
-first result with empty caches: for `tw` the whole process, for PyTorch the first call.
+first result with empty caches: for `tw` the whole process, for PyTorch the first call. `compile_ratio` is that of `tw` over that of
+`max-autotune`, `memory_ratio` the blocks of `tw` over the least that a form of PyTorch takes (eager: its peak; graphs: weights and
+what its reserve grew by).
+
+`max-autotune` compiles for minutes. `--prepare --patience S` compiles what it can in that time, `--compiled` then measures the forms
+that were ready.
 
 A second call of the same day and commit adds its rows to the record, in place of those of the same models.
 """
@@ -36,7 +41,9 @@ import time
 MODES = {"compile": "default", "graphs": "reduce-overhead", "autotune": "max-autotune"}
 PRECISIONS = ["f32", "tf32", "f16", "bf16"]
 # What is measured when no models are named.
-MODELS = ["bert", "minilm", "gpt2", "vit", "llama", "resnet50", "mobilenetv3", "efficientnet"]
+MODELS = ["bert", "minilm", "gpt2", "vit", "llama", "llama8b=eager", "resnet50", "mobilenetv3", "efficientnet", "resnext50",
+          "bert@1x128=graphs", "vit@1=graphs", "resnet50@1=graphs", "mobilenetv3@1=graphs", "efficientnet@1=graphs",
+          "resnet50:f32=graphs", "resnet50:tf32=graphs"]
 CLOCKS = ["clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active"]
 
 
@@ -150,7 +157,8 @@ def worker(args, name):
         row["tw"] = {"error": error(out), "first_s": first_s, "host_steps": ran["host_steps"], "round_ms": []}
 
         peers = {}
-        for peer in ["eager", *[p for p in args.peers.split(",") if p != "eager"]]:
+        forms = [p for p in args.peers.split(",") if p != "eager" and not (args.compiled and p not in first.seconds)]
+        for peer in ["eager", *forms]:
             # Each mode compiles anew, of an instance of its own.
             run = model if peer == "eager" else torch.compile(model, mode=MODES[peer], dynamic=False)
             gc.collect()
@@ -208,6 +216,10 @@ def finish(row):
     fastest = min(peers, key=lambda p: row[p]["ms"][1])
     row["fastest_peer"] = fastest
     row["latency_ratio"] = quartiles([a / b for a, b in zip(row["tw"]["round_ms"], row[fastest]["round_ms"])])
+    if "autotune" in row:
+        row["compile_ratio"] = row["tw"]["first_s"] / row["autotune"]["first_s"]
+    held = [row["torch_weight_bytes"] + row[p]["grown_bytes"] for p in peers if p != "eager"]
+    row["memory_ratio"] = row["tw"]["memory_bytes"] / min([row["eager"]["peak_bytes"], *held])
 
 
 def summary(row):
@@ -218,7 +230,8 @@ def summary(row):
         p = row[peer]
         line += (f"; {peer} {p['ms'][1]:.3f} ms ({p['ms'][1] / tw['ms'][1]:.2f}x, error {p['error']:.1e}, peak {p['peak_bytes'] / 1e6:.0f} MB,"
                  f" grown {p['grown_bytes'] / 1e6:.0f} MB, first {p['first_s']:.1f} s)")
-    return line + f"; eager peak {row['eager']['peak_bytes'] / 1e6:.0f} MB"
+    line += f"; eager peak {row['eager']['peak_bytes'] / 1e6:.0f} MB; memory {row['memory_ratio']:.2f} of PyTorch's"
+    return line + (f"; compiled in {row['compile_ratio']:.2f} of max-autotune's time" if "compile_ratio" in row else "")
 
 
 def record(args, rows, before, after):
@@ -269,6 +282,7 @@ def main():
     p.add_argument("--out", type=pathlib.Path, help="folder for the record")
     p.add_argument("--patience", type=float, help="seconds after which models that are not ready are left out")
     p.add_argument("--prepare", action="store_true", help="only compile, into the caches")
+    p.add_argument("--compiled", action="store_true", help="only forms of PyTorch that were compiled before")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -288,7 +302,7 @@ def main():
         # One cache of compiled kernels per model, so that each is made ready at the same time as the others.
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(args.work / f"inductor-{name}")}
         call = [sys.executable, __file__, "--worker", name, "--tw", args.tw, "--work", str(args.work), "--precision", types[name],
-                "--runs", str(args.runs), "--peers", named[name]] + ["--prepare"] * args.prepare
+                "--runs", str(args.runs), "--peers", named[name]] + ["--prepare"] * args.prepare + ["--compiled"] * args.compiled
         workers[name] = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         said[name] = queue.Queue()
         threading.Thread(target=listen, args=(workers[name].stdout, said[name]), daemon=True).start()

@@ -3,6 +3,7 @@
 use crate::convert::{Number, from_f64, read_f64, read_i64};
 use crate::lent::Lent;
 use crate::mapped::MappedFile;
+use crate::widened::Widened;
 use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -27,13 +28,39 @@ pub enum Bytes {
     Foreign(Arc<dyn AsRef<[u8]> + Send + Sync>),
     /// Memory of somebody else, lent for writing.
     Lent(Arc<Lent>),
+    /// 16-bit floats read as `f32`.
+    Widened(Arc<Widened>),
 }
 
 impl Bytes {
     /// Says that the bytes will not be read for now: of a mapped file they need not stay in memory.
     pub fn let_go(&self) {
-        if let Bytes::Mapped(file, range) = self {
-            file.let_go(range.clone());
+        match self {
+            Bytes::Mapped(file, range) => file.let_go(range.clone()),
+            Bytes::Widened(widened) => widened.stored().let_go(),
+            _ => {}
+        }
+    }
+
+    /// How many they are.
+    pub fn len(&self) -> usize {
+        match self {
+            Bytes::Owned(_, len) => *len,
+            Bytes::Widened(widened) => widened.wide_len(),
+            _ => (**self).len(),
+        }
+    }
+
+    /// True when there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes as they are kept: of widened ones the narrow ones.
+    pub fn stored(&self) -> &[u8] {
+        match self {
+            Bytes::Widened(widened) => widened.stored(),
+            _ => self,
         }
     }
 
@@ -98,6 +125,7 @@ impl Deref for Bytes {
             Bytes::Mapped(map, range) => &map[range.clone()],
             Bytes::Foreign(owner) => (**owner).as_ref(),
             Bytes::Lent(lent) => lent.bytes(),
+            Bytes::Widened(widened) => widened.wide(),
         }
     }
 }
@@ -225,6 +253,25 @@ impl Tensor {
         &self.bytes
     }
 
+    /// Bytes that the elements take.
+    pub fn byte_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The same values as `f32`, which nobody makes before they are read; `None` for other types than `f16` and `bf16`.
+    pub fn widened(&self) -> Option<Tensor> {
+        let widened = Widened::new(self.dtype, self.bytes.clone())?;
+        let bytes = Bytes::Widened(Arc::new(widened));
+        Some(Tensor { dtype: DType::F32, shape: self.shape.clone(), bytes })
+    }
+
+    /// For widened values, the narrow ones.
+    pub fn narrow(&self) -> Option<Tensor> {
+        let Bytes::Widened(widened) = &self.bytes else { return None };
+        let (dtype, bytes) = (widened.narrow(), widened.stored().clone());
+        Some(Tensor { dtype, shape: self.shape.clone(), bytes })
+    }
+
     /// The bytes, for writing; copies first when they are shared or mapped.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.bytes.make_mut()
@@ -243,6 +290,9 @@ impl Tensor {
 
     /// Element `i` in row-major order as `f64` (64-bit integers round).
     pub fn get_f64(&self, i: usize) -> f64 {
+        if let Bytes::Widened(widened) = &self.bytes {
+            return read_f64(widened.narrow(), widened.stored(), i);
+        }
         read_f64(self.dtype, &self.bytes, i)
     }
 
@@ -261,9 +311,18 @@ impl Tensor {
         (0..self.len()).map(|i| self.get_i64(i)).collect()
     }
 
-    /// The same values rounded to another float type, to nearest with ties to even. Errors when either
-    /// type is no float, or out of memory.
+    /// The same values rounded to another float type, to nearest with ties to even; of widened ones nothing is kept that
+    /// the result does not have. Errors when either type is no float, or out of memory.
     pub fn rounded(&self, dtype: DType) -> Result<Tensor> {
+        if let Bytes::Widened(widened) = &self.bytes {
+            let (shape, narrow) = (self.shape.clone(), widened.narrow());
+            return match dtype == self.dtype {
+                true => Ok(Tensor { dtype, shape, bytes: widened.made() }),
+                false => {
+                    Tensor { dtype: narrow, shape, bytes: widened.stored().clone() }.rounded(dtype)
+                }
+            };
+        }
         if dtype == self.dtype {
             return Ok(self.clone());
         }
@@ -281,6 +340,16 @@ impl Tensor {
             for (to, from) in bytes.chunks_exact_mut(2).zip(self.bytes.chunks_exact(4)) {
                 let x = f32::from_le_bytes([from[0], from[1], from[2], from[3]]);
                 to.copy_from_slice(&half::f16::from_f32(x).to_le_bytes());
+            }
+        } else if (self.dtype, dtype) == (DType::BF16, DType::F16) {
+            for (to, from) in bytes.chunks_exact_mut(2).zip(self.bytes.chunks_exact(2)) {
+                let x = half::bf16::from_le_bytes([from[0], from[1]]).to_f32();
+                to.copy_from_slice(&half::f16::from_f32(x).to_le_bytes());
+            }
+        } else if (self.dtype, dtype) == (DType::F16, DType::BF16) {
+            for (to, from) in bytes.chunks_exact_mut(2).zip(self.bytes.chunks_exact(2)) {
+                let x = half::f16::from_le_bytes([from[0], from[1]]).to_f32();
+                to.copy_from_slice(&half::bf16::from_f32(x).to_le_bytes());
             }
         } else {
             for i in 0..self.len() {
@@ -316,6 +385,10 @@ impl fmt::Debug for Tensor {
 /// Bitwise: same type, shape and bytes.
 impl PartialEq for Tensor {
     fn eq(&self, other: &Tensor) -> bool {
-        self.dtype == other.dtype && self.shape == other.shape && self.bytes() == other.bytes()
+        let same = || match (self.narrow(), other.narrow()) {
+            (Some(a), Some(b)) if a.dtype == b.dtype => a.bytes() == b.bytes(),
+            _ => self.bytes() == other.bytes(),
+        };
+        self.dtype == other.dtype && self.shape == other.shape && same()
     }
 }

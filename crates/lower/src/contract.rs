@@ -157,6 +157,12 @@ impl Lowering<'_> {
                 && let Some(packed) = self.packed_weight(v, axis, depth, operands)
             {
                 place = packed;
+            } else if i == right
+                && let Some(axis) =
+                    n_letter.and_then(|n| right_letters.chars().position(|l| l == n))
+                && let Some(turned) = self.turned_weight(v, axis, wanted)?
+            {
+                place = turned;
             } else if !self.on_gpu()
                 && i == right
                 && let Some(n) = n_letter

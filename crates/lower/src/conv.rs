@@ -63,29 +63,45 @@ impl Lowering<'_> {
             pads: attrs.pads_lo.clone(),
             dilations: attrs.dilations.clone(),
         };
-        let conv =
-            Conv { node, attrs, geometry: geometry.clone(), w: w.clone(), shape: &group.shape };
+        let (geometry_, shape) = (geometry.clone(), &group.shape[..]);
+        let conv = Conv { node, attrs, geometry: geometry_, w: w.clone(), shape, joined: 1 };
+        let depthwise = attrs.groups > 1 && w[1] == 1 && w[0] == attrs.groups;
+        // Groups as one, with zeros for weights.
+        let one = ConvAttrs { groups: 1, ..attrs.clone() };
+        let joined = (!depthwise && self.groups_as_one(&conv)).then(|| {
+            let (mut w, geometry) = (w.clone(), geometry.clone());
+            w[1] *= attrs.groups;
+            Conv { node, attrs: &one, geometry, w, shape, joined: attrs.groups }
+        });
         let strided = geometry.strides.iter().any(|s| *s != 1);
         // A single tap that misses nothing is a plain product.
         if (geometry.taps() > 1 || strided)
-            && let Some(form) = self.windows(&conv, &dag)?
+            && let Some(form) = self.windows(joined.as_ref().unwrap_or(&conv), &dag)?
         {
-            let mut conv = conv;
+            let mut conv = joined.unwrap_or(conv);
             conv.w[1] = form.channels;
             conv.w[2..].copy_from_slice(&form.geometry.kernel);
             conv.geometry = form.geometry.clone();
             return self.by_taps(name, &conv, &dag, note, Some(form));
         }
         let unpadded = attrs.pads_lo.iter().chain(&attrs.pads_hi).all(|&p| p == 0);
-        if geometry.taps() == 1 && unpadded && attrs.groups == 1 {
+        let single = geometry.taps() == 1 && unpadded && attrs.groups == 1;
+        // Steps leave no matrix of pixels: what they reach is copied.
+        if single && strided && self.on_gpu() && self.copied_windows(&name, &conv, &dag, &note)? {
+            return Ok(());
+        }
+        if single {
             return self.pointwise(name, node, &geometry, group, &dag, note);
         }
-        if attrs.groups > 1 && w[1] == 1 && w[0] == attrs.groups {
+        if depthwise {
             return self.depthwise(name, &conv, group, &dag, note);
         }
         if self.on_gpu() {
-            return match conv.is_patches() {
-                true => self.patches(name, &conv, &dag, note),
+            if conv.is_patches() {
+                return self.patches(name, &conv, &dag, note);
+            }
+            return match self.copied_windows(&name, &conv, &dag, &note)? {
+                true => Ok(()),
                 false => self.im2col(name, &conv, &dag, note),
             };
         }
@@ -104,6 +120,11 @@ impl Lowering<'_> {
         taps_inside: bool,
         operands: Operands,
     ) -> Result<Place> {
+        if self.on_gpu()
+            && let Some(place) = self.turned_weight(v, 0, operands.right)?
+        {
+            return Ok(place);
+        }
         if self.on_gpu() || self.graph.as_const(v).is_none() {
             return self.operand_place(v, operands.right);
         }
@@ -628,6 +649,8 @@ pub(crate) struct Conv<'a> {
     pub(crate) w: Vec<i64>,
     /// Shape of the result.
     pub(crate) shape: &'a [Dim],
+    /// Groups of the weights that are taken as one; 1: as they are.
+    pub(crate) joined: i64,
 }
 
 impl Conv<'_> {

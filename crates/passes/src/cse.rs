@@ -40,20 +40,17 @@ pub(crate) fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
 }
 
 fn key(tensor: &Tensor) -> (usize, Vec<usize>, Vec<u8>) {
-    let bytes = tensor.bytes();
-    let content = if bytes.len() <= SMALL_BYTES {
-        bytes.to_vec()
+    let small = tensor.byte_len() <= SMALL_BYTES;
+    let content = if small {
+        tensor.bytes().to_vec()
     } else {
         // The address stands for the content.
+        let bytes = tensor.shared_bytes().stored();
         let mut id = (bytes.as_ptr() as usize).to_le_bytes().to_vec();
         id.extend_from_slice(&bytes.len().to_le_bytes());
         id
     };
-    (
-        tensor.dtype() as usize * 2 + usize::from(bytes.len() <= SMALL_BYTES),
-        tensor.shape().to_vec(),
-        content,
-    )
+    (tensor.dtype() as usize * 2 + usize::from(small), tensor.shape().to_vec(), content)
 }
 
 fn merge_constants(graph: &mut Graph) -> bool {

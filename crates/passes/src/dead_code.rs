@@ -31,7 +31,7 @@ pub(crate) fn run(graph: &mut Graph, _: &PassContext) -> Result<bool> {
     for (id, value) in graph.values.iter_mut() {
         if let Def::Const(tensor) = &mut value.def
             && !read[id.index()]
-            && tensor.bytes().len() > 64
+            && tensor.byte_len() > 64
         {
             *tensor = Tensor::zeros(tensor.dtype(), vec![0])?;
             value.ty.shape = vec![0.into()];

@@ -14,7 +14,7 @@
 
 use crate::edit::{Editor, rewrite};
 use crate::manager::PassContext;
-use tilewright_base::{DType, Result};
+use tilewright_base::{DType, Error, Result};
 use tilewright_data::{Bytes, Tensor, element_count};
 use tilewright_graph::{Graph, GraphBuilder, NodeId, Op, ValueId};
 use tilewright_interp::Mode;
@@ -66,7 +66,7 @@ fn worth_folding(ed: &Editor<'_>, id: NodeId, ctx: &PassContext) -> bool {
     let mut largest = 0usize;
     for &v in &node.inputs {
         match ed.graph.as_const(v) {
-            Some(t) if ed.only_here(v) => largest = largest.max(t.bytes().len()),
+            Some(t) if ed.only_here(v) => largest = largest.max(t.byte_len()),
             Some(_) => {}
             None => return false,
         }
@@ -94,6 +94,10 @@ fn fast(op: &Op, tensors: &[Tensor]) -> Result<Option<Tensor>> {
 
 /// Copies elements of a whole number of bytes into permuted order.
 pub(crate) fn permute(x: &Tensor, perm: &[usize]) -> Result<Tensor> {
+    if let Some(narrow) = x.narrow() {
+        let moved = permute(&narrow, perm)?;
+        return moved.widened().ok_or_else(|| Error::bug("what was widened is not narrow"));
+    }
     let from = x.shape();
     let shape: Vec<usize> = perm.iter().map(|&p| from[p]).collect();
     let n = x.len();

@@ -120,6 +120,13 @@ fn reached(graph: &Graph, users: &[Vec<NodeId>], from: ValueId) -> BTreeSet<Node
 /// Constants one after the other along an axis.
 fn joined(tensors: &[&Tensor], axis: usize) -> Result<Tensor> {
     let first = tensors[0];
+    let narrow: Option<Vec<Tensor>> = tensors.iter().map(|t| t.narrow()).collect();
+    if let Some(narrow) = narrow
+        && narrow.iter().all(|t| t.dtype() == narrow[0].dtype())
+        && let Some(wide) = joined(&narrow.iter().collect::<Vec<_>>(), axis)?.widened()
+    {
+        return Ok(wide);
+    }
     let size = first.dtype().size();
     let mut shape = first.shape().to_vec();
     let outer: usize = shape[..axis].iter().product();

@@ -26,6 +26,7 @@ mod simplify;
 mod simplify_map;
 mod split_reductions;
 mod view;
+mod widen_constants;
 
 pub use decompose::{decompose_all, decompose_products};
 pub use fold_norms::fold_norms;
@@ -36,3 +37,4 @@ pub use manager::{
     Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,
 };
 pub use split_reductions::split_reductions;
+pub use widen_constants::widen_constants;

@@ -2,10 +2,11 @@
 //!
 //! Inputs, outputs, intermediates and the workspace of the kernels share one block (the arena), so that
 //! addresses stay the same from run to run and a recorded graph stays valid. Constants have a block of
-//! their own, filled once.
+//! their own, filled once, with what steps make of them alone ([`Once`]).
 
 use crate::choose::{Choice, Chooser};
 use crate::in_place::join;
+use crate::once::Once;
 use crate::product::ALIGNED;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
@@ -17,7 +18,7 @@ use tilewright_plan::{BufferId, KernelId, Plan, Step, Storage};
 /// Where a buffer lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Slot {
-    /// In the block of constants.
+    /// Among the constants, or made of them alone.
     Const,
     /// In the arena, from this byte on.
     Arena(usize),
@@ -79,6 +80,8 @@ pub enum BoundStep {
     },
     /// An operator that only the interpreter has.
     HostOp,
+    /// Nothing: it was done when the plan was loaded.
+    Once,
 }
 
 /// A plan with all sizes known.
@@ -140,14 +143,20 @@ impl Bound {
 /// # Errors
 /// The user's when a size is not known or too large, or layouts are not those of a plan for a GPU; our bugs.
 pub fn bind(plan: &Plan, env: &Env, chooser: &mut Chooser) -> Result<Bound> {
-    bind_at(plan, env, Place::Arena, chooser)
+    bind_at(plan, env, Place::Arena, &Once::none(plan), chooser)
 }
 
-/// Binds a plan to sizes, with inputs and outputs in the caller's memory or in the arena.
+/// Binds a plan to sizes, with inputs and outputs in the caller's memory or in the arena, and some steps done beforehand.
 ///
 /// # Errors
 /// As [`bind`].
-pub fn bind_at(plan: &Plan, env: &Env, place: Place, chooser: &mut Chooser) -> Result<Bound> {
+pub fn bind_at(
+    plan: &Plan,
+    env: &Env,
+    place: Place,
+    once: &Once,
+    chooser: &mut Chooser,
+) -> Result<Bound> {
     let (mut shapes, mut bytes) = (Vec::new(), Vec::new());
     for (_, buffer) in plan.buffers.iter() {
         let shape = concrete(&buffer.layout.shape(), env)?;
@@ -163,8 +172,9 @@ pub fn bind_at(plan: &Plan, env: &Env, place: Place, chooser: &mut Chooser) -> R
     }
     let mut steps = Vec::with_capacity(plan.steps.len());
     let mut workspace_bytes = 0;
-    for step in &plan.steps {
+    for (number, step) in plan.steps.iter().enumerate() {
         steps.push(match step {
+            _ if once.has(number) => BoundStep::Once,
             Step::Launch { kernel, args, sizes, .. } => {
                 let values = eval_all(sizes, env)?;
                 let choice = chooser.choose(plan, *kernel, &values)?;
@@ -193,7 +203,7 @@ pub fn bind_at(plan: &Plan, env: &Env, place: Place, chooser: &mut Chooser) -> R
             Step::Host { .. } => BoundStep::HostOp,
         });
     }
-    let mut lives = lives(plan, &bytes);
+    let mut lives = lives(plan, once, &bytes);
     let mut callers = Vec::with_capacity(lives.len());
     for ((_, buffer), live) in plan.buffers.iter().zip(&mut lives) {
         let slot = place.slot(&buffer.storage);
@@ -250,9 +260,9 @@ fn placed(joined: &[Option<Live>], home: &[usize], lives: &[Option<Live>]) -> Pl
     Placed { slots, bytes: arena.bytes, naive_bytes: arena.naive_bytes }
 }
 
-/// From which step to which each buffer is needed; `None` for constants. Sizes are whole units of
+/// From which step to which each buffer is needed; `None` for constants and what is made of them alone. Sizes are whole units of
 /// [`ALIGNED`], so that all starts are, too.
-fn lives(plan: &Plan, bytes: &[usize]) -> Vec<Option<Live>> {
+fn lives(plan: &Plan, once: &Once, bytes: &[usize]) -> Vec<Option<Live>> {
     let last = plan.steps.len();
     let mut lives: Vec<Option<Live>> = plan
         .buffers
@@ -261,6 +271,7 @@ fn lives(plan: &Plan, bytes: &[usize]) -> Vec<Option<Live>> {
             let bytes = aligned(bytes[id.index()]);
             match buffer.storage {
                 Storage::Const(_) | Storage::State(_) => None,
+                _ if once.makes(id) => None,
                 // Inputs stay, so that a run can be repeated without copying them again.
                 Storage::Input(_) => Some(Live { bytes, first: 0, last }),
                 Storage::Output(_) => Some(Live { bytes, first: usize::MAX, last }),
@@ -268,7 +279,7 @@ fn lives(plan: &Plan, bytes: &[usize]) -> Vec<Option<Live>> {
             }
         })
         .collect();
-    for (number, step) in plan.steps.iter().enumerate() {
+    for (number, step) in plan.steps.iter().enumerate().filter(|(n, _)| !once.has(*n)) {
         let mut touch = |b: &BufferId| {
             if let Some(live) = &mut lives[b.index()] {
                 live.first = live.first.min(number);

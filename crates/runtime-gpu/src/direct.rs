@@ -12,7 +12,7 @@
 
 use crate::bind::{BoundStep, Place as In, Slot, bind_at};
 use crate::choose::{Chooser, Launch, Source};
-use crate::host::constant;
+use crate::constants::{Constants, Known};
 use crate::product::ALIGNED;
 use crate::recordings::{Next, Recordings};
 use crate::session::StepTime;
@@ -32,33 +32,13 @@ pub struct Direct {
     plan: Plan,
     loader: Arc<Loader>,
     chooser: Mutex<Chooser>,
-    /// Held for its addresses.
-    _constants: Buffer,
-    /// Addresses.
-    constant_at: Vec<u64>,
+    constants: Constants,
     /// By the values of the plan's symbols. Looked up only, never iterated.
     fitted: Mutex<HashMap<Vec<i64>, Arc<Fitted>>>,
 }
 
 /// How many sizes are remembered; then all are forgotten (compiled kernels stay).
 const MAX_FITTED: usize = 1024;
-
-/// Where a constant lies.
-enum Fixed {
-    /// In memory of the plan's own, from this byte.
-    Here(usize),
-    /// At an address of others.
-    There(u64),
-}
-
-impl Fixed {
-    fn address(self, start: u64) -> u64 {
-        match self {
-            Fixed::Here(at) => start + at as u64,
-            Fixed::There(address) => address,
-        }
-    }
-}
 
 /// Where an operand lies.
 #[derive(Clone, Copy)]
@@ -137,43 +117,24 @@ impl Direct {
         machine: Gpu,
         known: &dyn Fn(&Tensor) -> Option<u64>,
     ) -> Result<Direct> {
-        let stream = loader.gpu().stream()?;
-        let (mut total, mut constant_at) = (0usize, Vec::new());
-        for (_, buffer) in plan.buffers.iter() {
-            if let Storage::Const(tensor) = &buffer.storage
-                && tensor.dtype() == buffer.dtype
-                && buffer.layout.is_row_major()
-                && let Some(address) = known(tensor)
-            {
-                constant_at.push(Fixed::There(address));
-                continue;
-            }
-            constant_at.push(Fixed::Here(total));
-            if let Storage::Const(tensor) = &buffer.storage {
-                let bytes = buffer.dtype.bytes_for(tensor.len()).unwrap_or(usize::MAX / 2);
-                total = total.saturating_add(bytes).next_multiple_of(ALIGNED as usize);
-            }
-        }
-        let constants = stream.alloc(total)?;
-        for (id, buffer) in plan.buffers.iter() {
-            if let Fixed::Here(at) = constant_at[id.index()]
-                && let Some(tensor) = constant(buffer)?
-            {
-                constants.write_at(&stream, at, tensor.bytes())?;
-            }
-        }
-        stream.synchronize()?;
-        let start = constants.address();
-        let constant_at = constant_at.into_iter().map(|place| place.address(start)).collect();
+        let constants = Constants::load(&plan, &loader, &machine, known)?;
+        Ok(Direct::over(plan, loader, machine, constants))
+    }
+
+    /// The same with all steps in every run.
+    pub(crate) fn plain(
+        plan: Plan,
+        loader: Arc<Loader>,
+        machine: Gpu,
+        known: Known<'_>,
+    ) -> Result<Direct> {
+        let constants = Constants::plain(&plan, &loader.gpu().stream()?, known)?;
+        Ok(Direct::over(plan, loader, machine, constants))
+    }
+
+    fn over(plan: Plan, loader: Arc<Loader>, machine: Gpu, constants: Constants) -> Direct {
         let chooser = Mutex::new(Chooser::new(machine));
-        Ok(Direct {
-            plan,
-            loader,
-            chooser,
-            _constants: constants,
-            constant_at,
-            fitted: Mutex::default(),
-        })
+        Direct { plan, loader, chooser, constants, fitted: Mutex::default() }
     }
 
     /// The plan.
@@ -233,7 +194,7 @@ impl Direct {
         let env = self.env(sizes)?;
         let bound = {
             let mut chooser = self.chooser.lock().unwrap_or_else(PoisonError::into_inner);
-            bind_at(&self.plan, &env, In::Caller, &mut chooser)?
+            bind_at(&self.plan, &env, In::Caller, self.constants.once(), &mut chooser)?
         };
         if let Some((_, reason)) = bound.host_steps(&self.plan).into_iter().next() {
             return Err(Error::unsupported(format!("no kernel for the device: {reason}")));
@@ -250,7 +211,7 @@ impl Direct {
                     Slot::Input(i) => Place::Input(i, offset),
                     Slot::Output(i) => Place::Output(i, offset),
                     Slot::Arena(at) => Place::Scratch(at as u64 + offset),
-                    Slot::Const => Place::Fixed(self.constant_at[id.index()] + offset),
+                    Slot::Const => Place::Fixed(self.constants.address(id) + offset),
                 };
                 (place, (bound.bytes[id.index()] as u64).saturating_sub(offset))
             }

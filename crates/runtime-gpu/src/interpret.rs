@@ -1,22 +1,26 @@
 //! [`interpret`]: a bound plan in the device interpreter, over one arena as on the device. The whole way
 //! from a model to device programs is tested with it, without a GPU.
 
-use crate::bind::{Bound, BoundStep, Slot, bind};
+use crate::bind::{Bound, BoundStep, Place, Slot, bind_at};
 use crate::choose::{Chooser, Source};
 use crate::host::{self, Memory, constant, merged};
+use crate::once::Once;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use tilewright_base::{Error, Result, ResultExt};
 use tilewright_data::{Bytes, Tensor};
 use tilewright_interp::{Mode, device};
-use tilewright_plan::bind::{bind_symbols, has_unbacked};
-use tilewright_plan::{BufferId, Plan, Storage};
+use tilewright_layout::Env;
+use tilewright_plan::bind::{bind_symbols, eval_all, has_unbacked};
+use tilewright_plan::{BufferId, Plan, Step, Storage};
 use tilewright_tile::Access;
 
 /// The arena in host memory; bytes that nobody has written are 0xFF (NaN in every float type).
 struct Arena<'a> {
     bound: &'a Bound,
     bytes: Vec<u8>,
+    /// What was made of constants alone.
+    made: &'a BTreeMap<BufferId, Vec<u8>>,
 }
 
 impl Arena<'_> {
@@ -30,6 +34,9 @@ impl Arena<'_> {
 
 impl Memory for Arena<'_> {
     fn read(&mut self, b: BufferId) -> Result<Vec<u8>> {
+        if let Some(made) = self.made.get(&b) {
+            return Ok(made.clone());
+        }
         let range = self.range(b)?;
         Ok(self.bytes[range].to_vec())
     }
@@ -57,7 +64,7 @@ pub struct Interpreted {
     pub bound: Bound,
 }
 
-/// Runs a plan on inputs in its order, every kernel in its best way.
+/// Runs a plan on inputs in its order, every kernel in its best way; what depends on constants alone first, in memory of its own.
 ///
 /// # Errors
 /// The user's about the inputs; bugs that the interpreter finds in the device programs.
@@ -66,8 +73,30 @@ pub fn interpret(plan: &Plan, inputs: &[Tensor], chooser: &mut Chooser) -> Resul
     if has_unbacked(plan, &env) {
         return Err(Error::unsupported("sizes that depend on data, on a GPU"));
     }
-    let bound = bind(plan, &env, chooser)?;
-    let mut arena = Arena { bound: &bound, bytes: vec![0xFF; bound.total_bytes()] };
+    let once = Once::of(plan, &mut |number| match &plan.steps[number] {
+        Step::Launch { kernel, sizes, .. } => {
+            let values = eval_all(sizes, &env);
+            let choice = values.and_then(|values| chooser.choose(plan, *kernel, &values));
+            choice.is_ok_and(|choice| !choice.ways.is_empty())
+        }
+        Step::Library { .. } | Step::Host { .. } => false,
+    });
+    let mut made: BTreeMap<BufferId, Vec<u8>> = BTreeMap::new();
+    for part in once.parts(plan) {
+        let bound =
+            bind_at(&part.plan, &Env::new(), Place::Arena, &Once::none(&part.plan), chooser)?;
+        let none = BTreeMap::new();
+        let mut arena =
+            Arena { bound: &bound, bytes: vec![0xFF; bound.total_bytes()], made: &none };
+        for number in 0..part.plan.steps.len() {
+            step(&part.plan, &mut arena, number).context(|| format!("step {number} at loading"))?;
+        }
+        for b in part.outputs {
+            made.insert(b, arena.read(b)?);
+        }
+    }
+    let bound = bind_at(plan, &env, Place::Arena, &once, chooser)?;
+    let mut arena = Arena { bound: &bound, bytes: vec![0xFF; bound.total_bytes()], made: &made };
     for (id, buffer) in plan.buffers.iter() {
         if let Storage::Input(i) = buffer.storage {
             arena.write(id, inputs[i].bytes())?;
@@ -89,6 +118,9 @@ pub fn interpret(plan: &Plan, inputs: &[Tensor], chooser: &mut Chooser) -> Resul
 
 fn step(plan: &Plan, arena: &mut Arena<'_>, number: usize) -> Result<()> {
     let bound = arena.bound;
+    if matches!(bound.steps[number], BoundStep::Once) {
+        return Ok(());
+    }
     let BoundStep::Device { args, choice, .. } = &bound.steps[number] else {
         return host::run(plan, bound, number, arena);
     };

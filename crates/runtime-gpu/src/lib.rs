@@ -13,6 +13,8 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | `once` | which steps depend on constants alone: they run when the plan is loaded |
+//! | `constants` | constants on a device, and what such steps make |
 //! | `choose` | a kernel and sizes to device programs |
 //! | `attention` | an attention of the plan as a problem of the kernel library |
 //! | `product` | a matrix product of the plan as problems of the kernel library |
@@ -32,6 +34,7 @@ mod attention;
 mod attention_training;
 mod bind;
 mod choose;
+mod constants;
 pub mod decode;
 mod direct;
 mod host;
@@ -40,6 +43,7 @@ mod interpret;
 mod library;
 mod losses;
 mod norm_backward;
+mod once;
 mod product;
 mod recordings;
 mod session;
@@ -53,4 +57,5 @@ pub use direct::{Direct, Fitted, Room};
 pub use interpret::{Interpreted, interpret};
 pub use losses::{Losses, LossesOf, LossesPlaces};
 pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
+pub use once::Once;
 pub use session::{Executable, FAIL_RECORDING, MemoryReport, RunReport, Session, StepTime};

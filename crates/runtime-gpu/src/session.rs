@@ -1,12 +1,12 @@
 //! [`Executable`] and [`Session`]: a plan on a device, and one caller's means to run it.
 //!
-//! Weights go to the device once, straight from the mapped file. A session has one arena; for each set of
+//! Weights go to the device once, straight from the mapped file, and what depends on them alone is computed then. A session has one arena; for each set of
 //! sizes it keeps the loaded kernels with their arguments, recorded as graphs between host steps.
 
-use crate::bind::{Bound, BoundStep, Slot, bind, key};
+use crate::bind::{Bound, BoundStep, Place, Slot, bind_at, key};
 use crate::choose::{Chooser, Source, Way};
-use crate::host::{self, Memory, constant, constant_elements};
-use crate::product::ALIGNED;
+use crate::constants::Constants;
+use crate::host::{self, Memory};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,16 +25,14 @@ pub struct Executable {
     plan: Plan,
     loader: Arc<Loader>,
     chooser: Mutex<Chooser>,
-    constants: Buffer,
-    /// First byte of each constant.
-    constant_at: Vec<usize>,
+    constants: Constants,
 }
 
 impl Executable {
-    /// Copies the constants of a plan to a device.
+    /// Copies the constants of a plan to a device, and computes what depends on them alone.
     ///
     /// # Errors
-    /// When they do not fit its memory.
+    /// When they do not fit its memory; the compiler's.
     pub fn new(
         plan: Plan,
         gpu: tilewright_cuda::Gpu,
@@ -47,27 +45,11 @@ impl Executable {
     /// As [`Executable::new`], with kernels that other executables of the device have, too.
     ///
     /// # Errors
-    /// When the constants do not fit its memory.
+    /// As [`Executable::new`].
     pub fn on(plan: Plan, loader: Arc<Loader>, machine: Gpu) -> Result<Executable> {
-        let stream = loader.gpu().stream()?;
-        let (mut total, mut constant_at) = (0usize, Vec::new());
-        for (_, buffer) in plan.buffers.iter() {
-            constant_at.push(total);
-            if let Storage::Const(_) = &buffer.storage {
-                let elements = constant_elements(buffer)?;
-                let bytes = buffer.dtype.bytes_for(elements).unwrap_or(usize::MAX / 2);
-                total = total.saturating_add(bytes).next_multiple_of(ALIGNED as usize);
-            }
-        }
-        let constants = stream.alloc(total)?;
-        for (id, buffer) in plan.buffers.iter() {
-            // One at a time: what a rounded copy takes on the host is free before the next one.
-            if let Some(tensor) = constant(buffer)? {
-                constants.write_at(&stream, constant_at[id.index()], tensor.bytes())?;
-            }
-        }
+        let constants = Constants::load(&plan, &loader, &machine, &|_| None)?;
         let chooser = Mutex::new(Chooser::new(machine));
-        Ok(Executable { plan, loader, chooser, constants, constant_at })
+        Ok(Executable { plan, loader, chooser, constants })
     }
 
     /// The plan.
@@ -119,6 +101,8 @@ pub struct RunReport {
     pub graphs: usize,
     /// Steps on the host, with reasons.
     pub host_steps: Vec<(usize, String)>,
+    /// Steps that were done when the plan was loaded: they depend on weights alone.
+    pub once: Vec<usize>,
     /// Schedules that were given up, and recordings that failed: each with its reason.
     pub warnings: Vec<String>,
     /// The schedules of each step, in the plan's order.
@@ -169,6 +153,7 @@ pub struct Session {
 struct DeviceMemory<'a> {
     bound: &'a Bound,
     arena: &'a Buffer,
+    constants: &'a Constants,
     stream: &'a Stream,
 }
 
@@ -184,6 +169,10 @@ impl DeviceMemory<'_> {
 impl Memory for DeviceMemory<'_> {
     fn read(&mut self, b: BufferId) -> Result<Vec<u8>> {
         let mut bytes = vec![0; self.bound.bytes[b.index()]];
+        if self.constants.once().makes(b) {
+            self.constants.read(self.stream, b, &mut bytes)?;
+            return Ok(bytes);
+        }
         self.arena.read_at(self.stream, self.at(b)?, &mut bytes)?;
         Ok(bytes)
     }
@@ -340,7 +329,12 @@ impl Session {
                 ReadyStep::Host => self.host_step(bound, number)?,
             }
             let mut memory = self.memory_of(bound);
+            let once = self.exe.constants.once();
             for b in written(plan, &plan.steps[number]) {
+                // What only such steps read is gone.
+                if once.makes(b) && !once.is_read(b) {
+                    continue;
+                }
                 let bytes = memory.read(b)?;
                 let buffer = &plan.buffers[b];
                 let tensor = row_major(
@@ -357,7 +351,12 @@ impl Session {
     }
 
     fn memory_of<'a>(&'a self, bound: &'a Bound) -> DeviceMemory<'a> {
-        DeviceMemory { bound, arena: &self.arena, stream: &self.stream }
+        DeviceMemory {
+            bound,
+            arena: &self.arena,
+            constants: &self.exe.constants,
+            stream: &self.stream,
+        }
     }
 
     fn host_step(&self, bound: &Bound, number: usize) -> Result<()> {
@@ -442,7 +441,7 @@ impl Session {
                 .with_hint("it runs on the CPU: leave out --device"));
         }
         let mut chooser = exe.chooser.lock().unwrap_or_else(PoisonError::into_inner);
-        bind(&exe.plan, env, &mut chooser)
+        bind_at(&exe.plan, env, Place::Arena, exe.constants.once(), &mut chooser)
     }
 
     /// Makes the arena large enough, and room for one more set of sizes.
@@ -469,6 +468,7 @@ impl Session {
         let mut report = RunReport::default();
         let steps = self.ready_steps(&mut bound, &mut report)?;
         report.host_steps = bound.host_steps(&self.exe.plan);
+        report.once = self.exe.constants.once().steps().collect();
         let segments = unrecorded(&steps);
         self.ready.push(Ready { bound, steps, segments, report });
         Ok(self.ready.len() - 1)
@@ -490,10 +490,18 @@ impl Session {
         loader.load_all(&programs);
         let mut steps = Vec::with_capacity(bound.steps.len());
         for number in 0..bound.steps.len() {
-            let BoundStep::Device { kernel, args, sizes, choice } = &bound.steps[number] else {
-                report.schedules.push(Vec::new());
-                steps.push(ReadyStep::Host);
-                continue;
+            let (kernel, args, sizes, choice) = match &bound.steps[number] {
+                BoundStep::Device { kernel, args, sizes, choice } => (kernel, args, sizes, choice),
+                BoundStep::Once => {
+                    report.schedules.push(Vec::new());
+                    steps.push(ReadyStep::Device(Vec::new()));
+                    continue;
+                }
+                BoundStep::HostKernel { .. } | BoundStep::HostOp => {
+                    report.schedules.push(Vec::new());
+                    steps.push(ReadyStep::Host);
+                    continue;
+                }
             };
             let taken = first_that_works(&choice.ways, |way| self.bind_way(bound, args, way));
             match taken {
@@ -551,7 +559,7 @@ impl Session {
                 let b = args[param].index();
                 let start = match bound.slots[b] {
                     Slot::Arena(at) => self.arena.address() + at as u64,
-                    Slot::Const => self.exe.constants.address() + self.exe.constant_at[b] as u64,
+                    Slot::Const => self.exe.constants.address(args[param]),
                     Slot::Input(_) | Slot::Output(_) => {
                         return Err(Error::bug("a session's tensor that is not in its arena"));
                     }

@@ -142,6 +142,13 @@ impl GpuCompiler {
             let (name, time) = (stage.name.to_string(), stage.time + stage.verify_time);
             stages.push(StageTime { name, time });
         }
+        let start = Instant::now();
+        if tilewright_passes::widen_constants(&mut graph)? {
+            tilewright_graph::verify(&graph)?;
+            tilewright_passes::run(&mut graph, &context)?;
+        }
+        observe(Stage::Graph("widen-constants", &graph));
+        stages.push(StageTime { name: "widen-constants".into(), time: start.elapsed() });
         let unfused = graph.clone();
         let start = Instant::now();
         if tilewright_passes::join_products(&mut graph)? {
@@ -386,8 +393,10 @@ pub struct GpuExplanation {
     pub precision: String,
     /// Sizes that were chosen.
     pub sizes: Vec<(String, i64)>,
-    /// The steps in order.
+    /// The steps of a run in order.
     pub steps: Vec<GpuStep>,
+    /// How many more were done when the model was loaded: they depend on weights alone.
+    pub once: usize,
     /// Sum of the steps' times, in seconds.
     pub seconds: f64,
     /// Median time of a whole run on the device, in seconds.
@@ -480,6 +489,7 @@ impl GpuModel {
         let steps = kernels
             .into_iter()
             .zip(&run.schedules)
+            .filter(|(report, _)| !run.once.contains(&report.step))
             .map(|(mut report, schedules)| {
                 if narrow {
                     report.bytes /= 2.0;
@@ -497,6 +507,7 @@ impl GpuModel {
             precision: self.planned.precision.to_string(),
             sizes: env.iter().map(|(n, v)| (n.to_string(), *v)).collect(),
             steps,
+            once: run.once.len(),
             seconds: seconds.iter().sum(),
             run_seconds,
             launches: run.launches,
@@ -679,14 +690,19 @@ impl GpuExplanation {
     pub fn text(&self, most: usize) -> String {
         let mut out = String::new();
         let hosts = self.steps.iter().filter(|s| s.host.is_some()).count();
+        let once = match self.once {
+            0 => String::new(),
+            n => format!(" ({n} more at loading)"),
+        };
         // Writing to a string cannot fail.
         let _ = writeln!(
             out,
-            "{} on {} in {}: {} steps, {} launches in {} graphs, {hosts} steps on the host; a run takes {}, its steps one by one {}",
+            "{} on {} in {}: {} steps{}, {} launches in {} graphs, {hosts} steps on the host; a run takes {}, its steps one by one {}",
             self.model,
             self.gpu,
             self.precision,
             self.steps.len(),
+            once,
             self.launches,
             self.graphs,
             time_text(self.run_seconds),

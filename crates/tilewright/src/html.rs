@@ -667,6 +667,7 @@ mod tests {
             host: None,
         });
         let page = gpu_page(&GpuExplanation {
+            once: 0,
             model: "<i>".into(),
             gpu: "H200 & more".into(),
             precision: "bf16".into(),

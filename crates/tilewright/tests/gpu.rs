@@ -10,14 +10,16 @@ use tilewright::Precision;
 use tilewright::gpu::{GpuCompiler, GpuPlan};
 use tilewright_base::DType;
 use tilewright_data::Tensor;
-use tilewright_expr::Op as ExprOp;
-use tilewright_graph::{Graph, GraphBuilder, Op, ReduceKind, TensorType, WindowAttrs, WindowKind};
+use tilewright_expr::{Func, Op as ExprOp};
+use tilewright_graph::{
+    Graph, GraphBuilder, Op, ReduceKind, TensorType, ValueId, WindowAttrs, WindowKind,
+};
 use tilewright_import::hf::{LoadOptions, load_model, safetensors};
 use tilewright_interp::Mode;
 use tilewright_interp::graph::order_inputs;
 use tilewright_layout::{Dim, Env, Range};
-use tilewright_plan::{Form, Step};
-use tilewright_runtime_gpu::BoundStep;
+use tilewright_plan::{Form, Step, Storage};
+use tilewright_runtime_gpu::{BoundStep, Once};
 use tilewright_target::Gpu;
 
 /// Directories of models, in order.
@@ -77,6 +79,109 @@ fn tiny_models_in_the_device_interpreter_are_within_the_contract() {
             let name = format!("{name} {precision}");
             holds(&name, &graph, &planned, &inputs, 0);
         }
+    }
+}
+
+/// The same graph with its matrices stored in 16 bits, and cast where they are read.
+fn stored_in(graph: &Graph, narrow: DType) -> Graph {
+    let mut out = graph.clone();
+    let mut order = Vec::new();
+    let mut cast: BTreeMap<ValueId, ValueId> = BTreeMap::new();
+    for (v, value) in graph.values.iter() {
+        let Some(tensor) = graph.as_const(v) else { continue };
+        if tensor.dtype() != DType::F32 || tensor.shape().len() < 2 {
+            continue;
+        }
+        let stored = out.add_const("stored", tensor.rounded(narrow).unwrap());
+        let op = Op::Map(Func::cast(narrow, DType::F32));
+        let node = out.add_node(op, vec![stored], vec![value.ty.clone()], "cast");
+        order.push(node);
+        cast.insert(v, out.nodes[node].outputs[0]);
+    }
+    assert!(!order.is_empty());
+    for &id in &graph.order {
+        for v in &mut out.nodes[id].inputs {
+            *v = cast.get(v).copied().unwrap_or(*v);
+        }
+        order.push(id);
+    }
+    out.order = order;
+    tilewright_graph::verify(&out).expect("the graph is right");
+    out
+}
+
+/// Steps that depend on constants alone.
+fn once(planned: &GpuPlan) -> Vec<usize> {
+    Once::of(planned.plan(), &mut |_| true).steps().collect()
+}
+
+/// The passes leave nothing to compute that depends on weights alone, but for copies of those that plain multiply-adds read
+/// turned; and weights of 16 bits go to the device as they are stored.
+#[test]
+fn no_plan_of_the_tiny_models_has_kernels_of_weights_alone() {
+    let check = |name: &str, planned: &GpuPlan, precision: Precision| {
+        for step in once(planned) {
+            let Step::Launch { note, .. } = &planned.plan().steps[step] else { panic!("{name}") };
+            assert_eq!((precision, note.label.as_str()), (Precision::F32, "copy"), "{name}");
+        }
+    };
+    for directory in directories() {
+        let name = directory.file_name().unwrap().to_string_lossy().into_owned();
+        let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
+        for precision in PRECISIONS {
+            check(&format!("{name} {precision}"), &plan(&graph, precision), precision);
+        }
+        for (narrow, precision) in [
+            (DType::BF16, Precision::Bf16),
+            (DType::BF16, Precision::F16),
+            (DType::F16, Precision::F32),
+        ] {
+            let graph = stored_in(&graph, narrow);
+            let planned = plan(&graph, precision);
+            let name = format!("{name} in {narrow}, {precision}");
+            check(&name, &planned, precision);
+            let constants = planned.plan().buffers.iter().filter_map(|(_, b)| match &b.storage {
+                Storage::Const(tensor) => Some((b, tensor)),
+                _ => None,
+            });
+            for (buffer, tensor) in constants.filter(|(b, _)| b.dtype == narrow) {
+                let there = tensor.narrow().map_or(tensor.dtype(), |t| t.dtype());
+                assert_eq!(there, narrow, "{name}: {}", buffer.name);
+            }
+            if name.starts_with("llama") && precision != Precision::F16 {
+                holds(&name, &graph, &planned, &inputs_of(&directory, &graph), 0);
+            }
+        }
+    }
+}
+
+/// A matrix of bytes with a scale for each column is too large to be folded: it is computed when the plan is loaded, in
+/// memory that the run only reads.
+#[test]
+fn what_depends_on_weights_alone_is_computed_at_loading() {
+    let (k, n) = (512usize, 640usize);
+    let mut b = GraphBuilder::new("bytes");
+    let rows = b.symbol("M", Range { min: 1, max: 8 });
+    let x = b.input("x", TensorType::new(DType::F32, vec![rows, Dim::from(k)]));
+    let codes: Vec<i64> = (0..k * n).map(|i| (i * 37 % 255) as i64 - 127).collect();
+    let codes = b.constant("codes", Tensor::from_i64s(DType::I8, &[k, n], &codes).unwrap());
+    let scales: Vec<f64> = (0..n).map(|i| (1 + i % 7) as f64 / 256.0).collect();
+    let scales = b.constant("scales", Tensor::from_f64s(DType::F32, &[n], &scales).unwrap());
+    let wide = b.cast(codes, DType::F32).unwrap();
+    let weights = b.binary(ExprOp::Mul, wide, scales).unwrap();
+    let y = b.contract("mk,kn->mn", x, weights).unwrap();
+    b.output("y", y);
+    let graph = b.finish();
+    let values: Vec<f64> = (0..2 * k).map(|i| (i * 29 % 64) as f64 / 64.0 - 0.5).collect();
+    let input = Tensor::from_f64s(DType::F32, &[2, k], &values).unwrap();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let planned = plan(&graph, precision);
+        assert!(!once(&planned).is_empty(), "{precision}");
+        let run = planned.interpret(std::slice::from_ref(&input)).unwrap();
+        let before = run.bound.steps.iter().filter(|s| matches!(s, BoundStep::Once)).count();
+        assert_eq!(before, once(&planned).len());
+        assert!(run.bound.arena_bytes < k * n, "{} bytes", run.bound.arena_bytes);
+        holds(&format!("bytes {precision}"), &graph, &planned, std::slice::from_ref(&input), 0);
     }
 }
 

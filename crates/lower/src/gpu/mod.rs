@@ -10,7 +10,7 @@
 //!   matrices ([`Lowering::product_packed`]);
 //! * attention is an [`Attention`](tilewright_plan::Attention) (`attention.rs`);
 //! * a convolution is such a product whose left operand is read through windows (`windows.rs`), or with its data in another
-//!   order (`patches`), or with a copy of its windows (`im2col`);
+//!   order (`patches`), or with a copy of its windows (`copied_windows.rs`; `im2col` for weights that are no constants);
 //! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
 //! * the few largest elements of rows are found by a kernel (`top_k.rs`), and what stands at computed places is read or written by
 //!   one (`places.rs`);
@@ -22,6 +22,7 @@
 //! weight (positions, masks) and the caller's inputs and outputs keep their type.
 
 mod attention;
+mod copied_windows;
 mod library;
 mod pairs;
 mod places;
@@ -168,6 +169,41 @@ impl Lowering<'_> {
             return Ok(self.const_place_as(v, wanted, Layout::row_major(self.graph.shape(v))));
         }
         self.row_major_copy_as(v, wanted, &place)
+    }
+
+    /// Whether a constant matrix is to lie with neighbours along `axis`, the lines of a result, next to each other: so plain
+    /// multiply-adds read their right operand, and every run would turn it. Matrices that others read as well stay.
+    fn turns(&self, v: ValueId, axis: usize, dtype: DType) -> bool {
+        let shape = self.graph.shape(v);
+        let real = shape.iter().filter(|d| !d.is(1)).count() >= 2;
+        let whole = shape[axis].as_const().is_some_and(|n| n > 1 && n % 4 == 0);
+        let near = shape[axis + 1..].iter().all(|d| d.is(1));
+        self.on_gpu()
+            && self.precision == Precision::F32
+            && [dtype, self.graph.dtype(v)] == [DType::F32; 2]
+            && self.graph.as_const(v).is_some()
+            && self.users[v].len() == 1
+            && real
+            && whole
+            && !near
+    }
+
+    /// Such a matrix, turned when the plan is loaded.
+    pub(crate) fn turned_weight(
+        &mut self,
+        v: ValueId,
+        axis: usize,
+        dtype: DType,
+    ) -> Result<Option<Place>> {
+        if !self.turns(v, axis, dtype) {
+            return Ok(None);
+        }
+        let shape = self.graph.shape(v).to_vec();
+        let order: Vec<usize> = (0..shape.len()).filter(|&a| a != axis).chain([axis]).collect();
+        let permuted: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
+        let layout = Layout::row_major(&permuted).permute(&crate::conv::inverse(&order));
+        let place = self.place(v)?;
+        self.copy_as(v, dtype, &place, layout).map(Some)
     }
 
     /// How a GPU is to run a product.

@@ -3,8 +3,8 @@
 //! That takes data with their channels innermost (`[N, H, W, C]` in memory), so on a GPU what convolutions and
 //! pooling compute lies that way ([`channels_last`]), and the matrix of the product is `[N * outputs, taps * C]`. The copy
 //! engine wants lines of whole 16 bytes: data with fewer channels are copied once, with channels of zeros. It takes steps up to 8;
-//! convolutions with longer ones copy their windows (`im2col`), and so do those in groups and in `f32`, whose
-//! multiply-adds do not go through it.
+//! convolutions with longer ones copy their windows (`copied_windows.rs`), and so do those in `f32`, whose multiply-adds do not
+//! go through it, and those in groups whose weights with all their zeros would be too many.
 
 use super::{Misfit, epilogue_of, no_blocks};
 use crate::block::{Dag, DagOp, DagStore, Ext, zero};
@@ -28,7 +28,7 @@ const REACH_MAX: i64 = 100;
 const STEP_MAX: i64 = 8;
 
 /// Channels innermost, for a value of shape `[N, C, spatial...]`.
-fn nhwc(shape: &[Dim]) -> Layout {
+pub(super) fn nhwc(shape: &[Dim]) -> Layout {
     let rank = shape.len();
     let order: Vec<usize> = [0].into_iter().chain(2..rank).chain([1]).collect();
     let there: Vec<Dim> = order.iter().map(|&a| shape[a].clone()).collect();
@@ -41,7 +41,7 @@ fn nhwc(shape: &[Dim]) -> Layout {
 pub(crate) fn channels_last(graph: &Graph, given: &Layouts, options: &Options) -> Layouts {
     let mut layouts = given.clone();
     let gpu = options.device == Device::Gpu && options.windows;
-    if !gpu || options.precision == Precision::F32 {
+    if !gpu {
         return layouts;
     }
     let users = graph.users();
@@ -144,6 +144,7 @@ impl Lowering<'_> {
             && self.windows
             && (operand.bits() == 16 || tf32)
             && conv.attrs.groups == 1
+            && (conv.joined == 1 || channels % unit == 0)
             && (1..=2).contains(&spatial)
             && small
             && graph.as_const(w).is_some();
@@ -172,7 +173,10 @@ impl Lowering<'_> {
                 None => self.copy_as(x, operand, &placed, nhwc(graph.shape(x)))?,
             };
             // Output channels, taps, input channels.
-            weights = self.const_place_as(w, operand, nhwc(graph.shape(w)));
+            weights = match conv.joined {
+                1 => self.const_place_as(w, operand, nhwc(graph.shape(w))),
+                groups => self.dense_weights(w, groups, operand)?,
+            };
             channels
         } else {
             let whole = (channels + unit - 1) / unit * unit;
@@ -329,7 +333,7 @@ impl Lowering<'_> {
     }
 
     /// Fills a buffer, seen as `to`, with a value that is read at coordinates plus `shift`; zeros outside.
-    fn shifted_copy(
+    pub(super) fn shifted_copy(
         &mut self,
         x: ValueId,
         (buffer, dtype): (BufferId, DType),
