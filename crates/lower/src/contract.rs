@@ -507,6 +507,7 @@ impl Lowering<'_> {
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
         if !self.on_gpu() {
+            let knobs = self.with_chains(knobs, dag);
             return self.launch(k, tiles, knobs, note);
         }
         let written = Written { parts: &k, sides: &sides, dag, space, canon: &canon, units };

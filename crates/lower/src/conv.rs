@@ -362,8 +362,7 @@ impl Lowering<'_> {
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
         // As many neighbours as have their sums of a few rows of the window in registers.
-        let jam = if self.target.lanes >= 16 { 4 } else { 2 };
-        let knobs = CpuKnobs { jam, ..self.knobs() };
+        let knobs = CpuKnobs { jam: self.jam(), ..self.knobs() };
         self.launch(k, tiles, knobs, note)
     }
 
@@ -615,7 +614,7 @@ impl Lowering<'_> {
         emit.store_all(&mut k);
         let form = windows.and_then(|form| form.over(&k.args));
         let forms = form.into_iter().map(|f| Form::Product(Box::new(f))).collect();
-        self.launch_forms(k, tiles, knobs, forms, note)
+        self.launch_forms(k, tiles, self.with_chains(knobs, dag), forms, note)
     }
 }
 
