@@ -11,6 +11,7 @@
 //! stands in an exponent. The coefficients are least-squares fits at 40 Chebyshev points of each interval, in double
 //! precision; the largest error of the whole is 1.44 units in the last place (every 37th number from 0.05 to 4.3).
 
+use crate::math::by_sixteen;
 use crate::ops::{Code, float_lit, splat_lit, vector};
 
 /// Lanes of the form that is written.
@@ -60,13 +61,13 @@ const ROUNDING: f64 = 8_388_608.0;
 
 /// `erf` of `lanes` elements, in vectors of sixteen: the same bits for any number of lanes.
 pub(crate) fn erf(c: &mut Code, lanes: u32, x: &str) -> String {
-    if lanes == LANES {
-        return sixteen(c, x);
+    if lanes.is_multiple_of(LANES) {
+        return whole_vectors(c, lanes, x);
     }
     let (whole, wide) = (vector("float", LANES), vector("float", lanes));
     if lanes == 1 {
         let x = c.splat("float", x, LANES);
-        let y = sixteen(c, &x);
+        let y = whole_vectors(c, LANES, &x);
         return c.t.ins(format_args!("extractelement {whole} {y}, i64 0"));
     }
     let shuffle = |c: &mut Code, from: &str, x: &str, y: &str, order: Vec<u32>| {
@@ -78,7 +79,7 @@ pub(crate) fn erf(c: &mut Code, lanes: u32, x: &str) -> String {
     for first in (0..lanes).step_by(LANES as usize) {
         let order = (0..LANES).map(|l| (first + l).min(lanes - 1)).collect();
         let part = shuffle(c, &wide, x, "poison", order);
-        let part = sixteen(c, &part);
+        let part = whole_vectors(c, LANES, &part);
         let here = (lanes - first).min(LANES);
         // As wide as all, then what is new over what is there.
         let order = (0..lanes).map(|l| l.wrapping_sub(first).min(LANES - 1)).collect();
@@ -95,8 +96,9 @@ pub(crate) fn erf(c: &mut Code, lanes: u32, x: &str) -> String {
     joined.unwrap_or_else(|| x.to_owned())
 }
 
-fn sixteen(c: &mut Code, x: &str) -> String {
-    let (f, n) = ("float", LANES);
+/// `erf` of one vector or several side by side.
+fn whole_vectors(c: &mut Code, n: u32, x: &str) -> String {
+    let f = "float";
     let floats = vector(f, n);
     let lit = |v: f64| splat_lit(f, &float_lit(f, v), n);
     let size = c.call("fabs", f, n, &[x]);
@@ -104,11 +106,10 @@ fn sixteen(c: &mut Code, x: &str) -> String {
     let far = c.cmp("ogt", f, n, &size, &lit(LAST));
     let a = c.select(f, n, &far, &lit(LAST), &size);
     let t = c.call("fma", f, n, &[&a, &lit(8.0), &lit(ROUNDING)]);
-    let i = c.conv("bitcast", f, "i32", n, &t);
     let whole = c.bin("fsub", f, n, &t, &lit(ROUNDING));
     let minus = c.t.ins(format_args!("fneg {floats} {whole}"));
     let u = c.call("fma", f, n, &[&a, &lit(8.0), &minus]);
-    let words = vector("i32", n);
+    let (sixteen, words) = (vector(f, LANES), vector("i32", LANES));
     let [c0, c1, c2, c3, c4] = TABLE.map(|row| {
         let half = |half: &[f32]| {
             let list: Vec<String> =
@@ -116,8 +117,11 @@ fn sixteen(c: &mut Code, x: &str) -> String {
             format!("<{}>", list.join(", "))
         };
         let (low, high) = (half(&row[..16]), half(&row[16..]));
-        let args = [(floats.as_str(), low.as_str()), (&words, &i), (&floats, &high)];
-        c.t.intrinsic(&floats, "llvm.x86.avx512.vpermi2var.ps.512", &args)
+        by_sixteen(c, n, &[&t], |c, t| {
+            let i = c.conv("bitcast", f, "i32", LANES, &t[0]);
+            let args = [(sixteen.as_str(), low.as_str()), (&words, &i), (&sixteen, &high)];
+            c.t.intrinsic(&sixteen, "llvm.x86.avx512.vpermi2var.ps.512", &args)
+        })
     });
     let mut p = c.call("fma", f, n, &[&c4, &u, &c3]);
     p = c.call("fma", f, n, &[&p, &u, &c2]);

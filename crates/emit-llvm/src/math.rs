@@ -89,6 +89,26 @@ impl Code {
     }
 }
 
+/// An instruction that takes sixteen lanes of `f32`, on vectors of `lanes`, several times that.
+pub(crate) fn by_sixteen(
+    c: &mut Code,
+    lanes: u32,
+    x: &[&str],
+    write: impl Fn(&mut Code, &[String]) -> String,
+) -> String {
+    if lanes == 16 {
+        let x: Vec<String> = x.iter().map(|x| (*x).to_owned()).collect();
+        return write(c, &x);
+    }
+    let mut parts: Vec<(u32, String)> = Vec::new();
+    for first in (0..lanes).step_by(16) {
+        let x: Vec<String> =
+            x.iter().map(|x| c.shuffled(lanes, [x, "poison"], first, 16)).collect();
+        parts.push((16, write(c, &x)));
+    }
+    c.side_by_side(parts)
+}
+
 /// The body of a helper function being written: short names for vector instructions on one type.
 struct Body<'c> {
     c: &'c mut Code,
@@ -193,16 +213,21 @@ impl Body<'_> {
         self.c.conv("fptrunc", "double", "float", self.n, &y)
     }
 
+    /// An instruction that takes sixteen lanes, on vectors of several times that.
+    fn by_sixteen(&mut self, x: &[&str], write: impl Fn(&mut Code, &[String]) -> String) -> String {
+        by_sixteen(self.c, self.n, x, write)
+    }
+
     /// `y * 2^k` for a float `k` with a whole value between about -1100 and 1100 (f32: 150), with
     /// correct overflow and underflow.
     fn scale(&mut self, y: &str, k: &str) -> String {
-        if self.is_f32() && self.n == 16 && self.c.vector_bits == 512 {
-            self.c.t.declares.insert(
-                "declare <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float>, <16 x float>, <16 x float>, i16, i32)".into(),
-            );
-            return self.c.t.ins(format_args!(
-                "call <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float> {y}, <16 x float> {k}, <16 x float> zeroinitializer, i16 -1, i32 4)"
-            ));
+        if self.is_f32() && self.n.is_multiple_of(16) && self.c.vector_bits == 512 {
+            return self.by_sixteen(&[y, k], |c, x| {
+                let (v, y, k) = (vector("float", 16), &x[0], &x[1]);
+                let args =
+                    [(&*v, &**y), (&v, k), (&v, "zeroinitializer"), ("i16", "-1"), ("i32", "4")];
+                c.t.intrinsic(&v, "llvm.x86.avx512.mask.scalef.ps.512", &args)
+            });
         }
         let i = self.int_of(k);
         let one = self.ilit(1);

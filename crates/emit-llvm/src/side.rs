@@ -9,10 +9,14 @@
 //! ```
 //!
 //! Loads of one address are made one by LLVM; here only their order says that they are wanted together.
+//!
+//! Elementary functions are long chains of operations that wait for each other. Those of all neighbours are written as one
+//! call on a vector as wide as all of them, which LLVM takes apart operation by operation, so that a core has as many chains
+//! to work on as there are neighbours: written one behind the other, the chains are longer than what it looks ahead.
 
 use crate::emitter::{Emitter, Loc};
-use crate::ops::constant;
-use tilewright_base::Result;
+use crate::ops::{Code, constant, vector};
+use tilewright_base::{DType, Result};
 use tilewright_expr::{Node, Op};
 use tilewright_layout::{Dim, Range, uppers};
 use tilewright_tile::{Operand, TileId, TileOp};
@@ -23,6 +27,63 @@ enum Known {
     Operand(usize),
     /// One register for each neighbour.
     Values(Vec<String>),
+}
+
+/// Functions of `f32` that are written for vectors of any width, in many steps.
+fn is_chain(op: Op) -> bool {
+    matches!(op, Op::Exp | Op::Exp2 | Op::Sigmoid | Op::Tanh | Op::Erf)
+}
+
+impl Code {
+    /// An elementary function of several vectors of `f32`, each of `lanes`, in one call.
+    fn together(&mut self, name: &str, lanes: u32, x: &[String]) -> Vec<String> {
+        let parts: Vec<(u32, String)> = x.iter().map(|x| (lanes, x.clone())).collect();
+        let width = lanes * x.len() as u32;
+        let all = self.side_by_side(parts);
+        let y = self.math(name, DType::F32, width, &[&all]);
+        if width == lanes {
+            return vec![y];
+        }
+        let parts =
+            (0..width / lanes).map(|i| self.shuffled(width, [&y, "poison"], i * lanes, lanes));
+        parts.collect()
+    }
+
+    /// Vectors of `f32` joined to one; each comes with its lanes.
+    pub(crate) fn side_by_side(&mut self, mut parts: Vec<(u32, String)>) -> String {
+        while parts.len() > 1 {
+            // Pairs of one width; what has no partner waits for the next round.
+            let mut joined = Vec::new();
+            for pair in parts.chunks(2) {
+                joined.push(match pair {
+                    [(a, x), (b, y)] if a == b => (2 * a, self.shuffled(*a, [x, y], 0, 2 * a)),
+                    [(a, x), (b, y)] => {
+                        let y = self.shuffled(*b, [y, "poison"], 0, *a);
+                        let both = self.shuffled(*a, [x, &y], 0, a + b);
+                        (a + b, both)
+                    }
+                    one => one[0].clone(),
+                });
+            }
+            parts = joined;
+        }
+        parts.pop().map_or_else(|| "poison".to_owned(), |(_, x)| x)
+    }
+
+    /// `count` lanes from `first` on of two vectors of `f32` side by side, each of `lanes`.
+    pub(crate) fn shuffled(
+        &mut self,
+        lanes: u32,
+        [x, y]: [&str; 2],
+        first: u32,
+        count: u32,
+    ) -> String {
+        let v = vector("float", lanes);
+        let order: Vec<String> =
+            (first..first + count).map(|i| format!("i32 {}", i.min(2 * lanes - 1))).collect();
+        let order = order.join(", ");
+        self.t.ins(format_args!("shufflevector {v} {x}, {v} {y}, <{count} x i32> <{order}>"))
+    }
 }
 
 impl Emitter<'_> {
@@ -100,14 +161,20 @@ impl Emitter<'_> {
                         read.push(self.known_all(&mut known, operand.index(), args, coords)?);
                     }
                     let from = func.dtype_of(operands[operands.len() - 1]);
-                    let values = (0..coords.len()).map(|i| {
-                        let x: Vec<&str> = read.iter().map(|r| r[i].as_str()).collect();
-                        match op {
-                            Op::Cast => self.c.cast(from, dtype, lanes, x[0]),
-                            op => self.c.op(*op, from, lanes, &x),
+                    Known::Values(match (op, read.as_slice()) {
+                        (op, [x]) if is_chain(*op) && from == DType::F32 && lanes > 1 => {
+                            self.c.together(op.name(), lanes, x)
                         }
-                    });
-                    Known::Values(values.collect())
+                        (op, read) => (0..coords.len())
+                            .map(|i| {
+                                let x: Vec<&str> = read.iter().map(|r| r[i].as_str()).collect();
+                                match op {
+                                    Op::Cast => self.c.cast(from, dtype, lanes, x[0]),
+                                    op => self.c.op(*op, from, lanes, &x),
+                                }
+                            })
+                            .collect(),
+                    })
                 }
             };
             known.push(values);
@@ -138,7 +205,8 @@ impl Emitter<'_> {
         Ok(values)
     }
 
-    /// The iterations `from..to` of a loop over `0..count`, as many at once as the knobs say, the rest one by one.
+    /// The iterations `from..to` of a loop over `0..count`, as many at once as the knobs say; of the rest half as many, and
+    /// so on.
     /// `assumed` gives what holds in the iteration that it is given.
     #[allow(clippy::type_complexity, reason = "facts as the emitter keeps them")]
     pub(crate) fn side_by_side(
@@ -150,15 +218,20 @@ impl Emitter<'_> {
         body: &mut dyn FnMut(&mut Self, Dim) -> Result<()>,
     ) -> Result<()> {
         let most = self.facts.bounds(count).max;
-        let at_once = i64::from(self.knobs.jam);
+        let mut at_once = i64::from(self.knobs.jam);
         let mut first = from.to_owned();
-        if at_once > 1 && most >= at_once {
-            let len = self.c.bin("sub", "i64", 1, to, from);
+        while at_once > 1 {
+            if most < at_once {
+                at_once /= 2;
+                continue;
+            }
+            let len = self.c.bin("sub", "i64", 1, to, &first);
             let turns = self.c.bin("sdiv", "i64", 1, &len, &at_once.to_string());
             let whole = self.c.bin("mul", "i64", 1, &turns, &at_once.to_string());
-            let end = self.c.bin("add", "i64", 1, from, &whole);
-            self.turns(Some((axis, at_once)), [from, &end], count, assumed, body)?;
+            let end = self.c.bin("add", "i64", 1, &first, &whole);
+            self.turns(Some((axis, at_once)), [&first, &end], count, assumed, body)?;
             first = end;
+            at_once /= 2;
         }
         self.turns(None, [&first, to], count, assumed, body)
     }

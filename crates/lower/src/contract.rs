@@ -24,7 +24,9 @@ use crate::map::{block_of, extent};
 use crate::place::Place;
 use crate::prologue::Computed;
 use crate::rows::func;
-use crate::schedule::{How, depth_unit, even, gemm_tiles, panel_for, round_up};
+use crate::schedule::{
+    FEW_ROWS, How, depth_unit, even, gemm_tiles, panel_for, round_up, with_panel,
+};
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge, nominal, partition};
 use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Op, ValueId};
@@ -388,9 +390,6 @@ impl Lowering<'_> {
         let batch_size = (0..units).map(size).product();
         let Operands { left, right, acc: acc_type } = product.operands;
         let mut knobs = self.product_knobs(left, right, acc_type);
-        if product.scaled.is_some() {
-            knobs = group_product::knobs(knobs);
-        }
         let depth_unit = depth_unit(knobs.unit);
         let bytes = left.size().max(right.size()) as i64;
         let sizes = [size(units), size(units + 1), size(last)];
@@ -406,7 +405,18 @@ impl Lowering<'_> {
             (false, true) => How::RightLoose,
             (false, false) => How::Plain,
         };
+        // Panels that were made for another shape of the micro-kernel say which.
+        if let Some(width) = block_of(&[&sides[1].layout], &canon[units + 1])
+            && knobs.unit == MatrixUnit::Fma
+            && sizes[0] > FEW_ROWS
+            && (width > self.target.lanes || sizes[1] <= width)
+        {
+            knobs = with_panel(self.target, knobs, width);
+        }
         let mut t = gemm_tiles(self.target, &knobs, bytes, batch_size, sizes, how);
+        if product.scaled.is_some() {
+            knobs = group_product::knobs(knobs);
+        }
         // A tile of a blocked axis is one block, so that it stays affine; packed panels are made
         // for the micro-kernel and may be several side by side.
         let operand_block = |c: usize, i: usize| block_of(&read[i], &canon[c]);
@@ -513,6 +523,7 @@ impl Lowering<'_> {
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
         if !self.on_gpu() {
+            let knobs = self.with_chains(knobs, dag);
             return self.launch(k, tiles, knobs, note);
         }
         let written = Written { parts: &k, sides: &sides, dag, space, canon: &canon, units };

@@ -27,14 +27,14 @@ use crate::lowering::Lowering;
 use crate::map::block_of;
 use crate::place::Place;
 use crate::rows::func;
-use crate::schedule::{ConvTiles, conv_tiles, panel_for};
+use crate::schedule::{ConvTiles, FEW_ROWS, conv_tiles, panel_among, panel_for};
 use crate::taps::{Geometry, Stand};
 use crate::views::{broadcast_axis, nominal};
 use crate::window::{canon, stand};
 use tilewright_base::{DType, Error, Result};
 use tilewright_expr::{ExprId, Op as ExprOp, Value};
 use tilewright_graph::{ConvAttrs, Node, Op, ValueId};
-use tilewright_layout::{Axis, Dim, Layout};
+use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{Form, Note};
 use tilewright_tile::{CpuKnobs, Operand, TileType};
 
@@ -172,7 +172,13 @@ impl Lowering<'_> {
         let outputs = graph.shape(w)[0].as_const().unwrap_or(1);
         let dtype = graph.dtype(w);
         let operands = self.conv_operands(dtype);
-        let wp = self.conv_weights(w, panel_for(self.target, outputs), true, operands)?;
+        let rows = numel(&group.shape).floor_div(&group.shape[1]);
+        let many = nominal(&rows, &graph.symbols) > FEW_ROWS && operands.right == DType::F32;
+        let width = match many {
+            true => panel_among(self.target, outputs),
+            false => panel_for(self.target, outputs),
+        };
+        let wp = self.conv_weights(w, width, true, operands)?;
         let channels = graph.shape(w)[1].clone();
         // The space: the result's axes, then the input channels.
         let mut space = group.shape.clone();
@@ -383,8 +389,7 @@ impl Lowering<'_> {
         give_anchor(&mut emit, result);
         emit.store_all(&mut k);
         // As many neighbours as have their sums of a few rows of the window in registers.
-        let jam = if self.target.lanes >= 16 { 4 } else { 2 };
-        let knobs = CpuKnobs { jam, ..self.knobs() };
+        let knobs = CpuKnobs { jam: self.jam(), ..self.knobs() };
         self.launch(k, tiles, knobs, note)
     }
 
@@ -636,7 +641,7 @@ impl Lowering<'_> {
         emit.store_all(&mut k);
         let form = windows.and_then(|form| form.over(&k.args));
         let forms = form.into_iter().map(|f| Form::Product(Box::new(f))).collect();
-        self.launch_forms(k, tiles, knobs, forms, note)
+        self.launch_forms(k, tiles, self.with_chains(knobs, dag), forms, note)
     }
 }
 

@@ -1,6 +1,6 @@
 //! [`lower`]: the way from a graph to a plan, one group after another.
 
-use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
+use crate::block::{Dag, DagNode, DagOp, DagStore, Ext, KernelParts, zero};
 use crate::fuse::{Anchor, AxisMap, FusionPlan, Group, fuse, label, see_through};
 use crate::place::Place;
 use crate::target::CpuTarget;
@@ -174,6 +174,21 @@ impl Lowering<'_> {
     /// Vector knobs of the target.
     pub(crate) fn knobs(&self) -> CpuKnobs {
         crate::schedule::knobs(self.target)
+    }
+
+    /// Knobs of a kernel whose results go through these functions: with neighbours side by side where one of them is an
+    /// elementary function, whose steps wait for each other.
+    pub(crate) fn with_chains(&self, knobs: CpuKnobs, dag: &Dag) -> CpuKnobs {
+        let dear = |n: &DagNode| matches!(&n.op, DagOp::Map(f) if crate::block::func_cost(f) >= 10);
+        match !self.on_gpu() && dag.nodes.iter().any(dear) {
+            true => CpuKnobs { jam: knobs.jam.max(self.jam()), ..knobs },
+            false => knobs,
+        }
+    }
+
+    /// Neighbours side by side that the registers hold.
+    pub(crate) fn jam(&self) -> u32 {
+        if self.target.lanes >= 16 { 4 } else { 2 }
     }
 
     /// The type in which an operand of a product is multiplied: `f32` becomes `bf16` when the user

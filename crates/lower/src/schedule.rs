@@ -108,6 +108,34 @@ pub(crate) fn panel_for(target: &CpuTarget, columns: i64) -> i64 {
     round_up(columns, target.lanes).min(panel(target))
 }
 
+/// Rows up to which a product is a matrix times few vectors: bound by reading the matrix.
+pub(crate) const FEW_ROWS: i64 = 4;
+
+/// Shapes of the micro-kernel in 512-bit vectors and rows that hold their results in registers beside what a step reads,
+/// and what a vector of results costs in each, in hundredths of the usual shape's.
+const SHAPES: [(i64, u32, i64); 3] = [(2, 14, 100), (3, 8, 100), (1, 24, 125)];
+
+/// As [`panel_for`], for a product of many rows: the width of the shape that computes fewest columns for nothing.
+pub(crate) fn panel_among(target: &CpuTarget, columns: i64) -> i64 {
+    if target.lanes < 16 {
+        return panel_for(target, columns);
+    }
+    let vectors = (columns.max(1) + target.lanes - 1) / target.lanes;
+    let cost = |&(v, _, each): &(i64, u32, i64)| (vectors + v - 1) / v * v * each;
+    SHAPES.iter().min_by_key(|s| cost(s)).map_or(panel(target), |(v, ..)| v * target.lanes)
+}
+
+/// The knobs with the micro-kernel for panels of this width.
+pub(crate) fn with_panel(target: &CpuTarget, knobs: CpuKnobs, width: i64) -> CpuKnobs {
+    let shape = SHAPES.iter().find(|(v, ..)| target.lanes >= 16 && v * target.lanes == width);
+    match shape {
+        Some(&(v, rows, _)) if knobs.unit == MatrixUnit::Fma => {
+            CpuKnobs { mma_vectors: v as u32, mma_rows: rows, ..knobs }
+        }
+        _ => knobs,
+    }
+}
+
 /// Tile sizes of a convolution: outputs along the last two spatial axes, output channels, input
 /// channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,14 +300,14 @@ pub(crate) fn gemm_tiles(
     [m, n, k]: [i64; 3],
     how: How,
 ) -> GemmTiles {
-    let (rows, panel) = (i64::from(knobs.mma_rows), panel(target));
+    let (rows, panel) = (i64::from(knobs.mma_rows), i64::from(knobs.mma_vectors) * target.lanes);
     let (computed, loose) = (how == How::LeftComputed, how == How::RightLoose);
     let mut most = (target.l2_bytes / 8 / bytes / panel).clamp(64, 4096 / bytes);
     if loose {
         most = most.min(2048 / bytes);
     }
     let bk = steps_of(k, most, depth_unit(knobs.unit));
-    if m <= 4 {
+    if m <= FEW_ROWS {
         // A matrix times few vectors reads the matrix once: wide blocks, no blocking of rows.
         let want = (target.threads * 4).max(1);
         let share = round_up((n.max(1) + want - 1) / want, panel);
