@@ -57,12 +57,7 @@ fn has_body(stmt: &Stmt) -> bool {
 }
 
 /// The factors when a map is nothing but a product of two f32, on lines.
-fn factors(
-    program: &Program,
-    dst: &FragRef,
-    func: &Func,
-    args: &[FragRef],
-) -> Option<[FragId; 2]> {
+fn factors(program: &Program, dst: &FragRef, func: &Func, args: &[FragRef]) -> Option<[FragId; 2]> {
     let Node::Op(Op::Mul, of) = func.node(func.result()) else { return None };
     let Node::Param(a) = func.node(of[0]) else { return None };
     let Node::Param(b) = func.node(of[1]) else { return None };

@@ -335,8 +335,7 @@ impl BackwardSpec {
         let (dk, dv) = self.depths();
         let q = self.param(&mut k, "Q", ["H", "S"], self.depth, "q", Access::In);
         let kk = self.param(&mut k, "K", ["G", "T"], self.depth, "k", Access::In);
-        let v = for_keys
-            .then(|| self.param(&mut k, "V", ["G", "T"], self.width, "v", Access::In));
+        let v = for_keys.then(|| self.param(&mut k, "V", ["G", "T"], self.width, "v", Access::In));
         let u = self.param(&mut k, "U", ["H", "S"], self.width, "u", Access::In);
         let shift = Self::numbers(&mut k, "shift", Access::In);
         let delta = for_keys.then(|| Self::numbers(&mut k, "delta", Access::In));

@@ -83,9 +83,13 @@ fn attention_keeps_to_its_resources() {
 #[test]
 fn gradients_keep_to_their_resources() {
     let mut out = Vec::new();
-    for (depth, dtype) in
-        [(64, DType::BF16), (96, DType::BF16), (128, DType::BF16), (128, DType::F16), (256, DType::BF16)]
-    {
+    for (depth, dtype) in [
+        (64, DType::BF16),
+        (96, DType::BF16),
+        (128, DType::BF16),
+        (128, DType::F16),
+        (256, DType::BF16),
+    ] {
         for (causal, kv_heads) in [(None, 16), (Some(0), 16), (Some(0), 4)] {
             let p = Problem::dense(4, 16, 4096, depth, dtype);
             let k = Strides::heads_first(kv_heads, 4096, depth);

@@ -96,7 +96,9 @@ fn statistics(graph: &Graph) -> BTreeSet<ValueId> {
     }
     for (_, node) in graph.live() {
         if !matches!(node.op, Op::Map(_)) {
-            node.inputs.iter().for_each(|v| drop(found.remove(v)));
+            for v in &node.inputs {
+                found.remove(v);
+            }
         }
     }
     found

@@ -160,8 +160,7 @@ fn by_hand(
     let args = args.value(u32::from(shared));
     let (_, tables) = element(table)?;
     let back = ("TW_BACK", u64::from(turned_back));
-    let set: Set =
-        [element(dtype)?, ("TW_TABLE", tables), back, ("TW_HEADS", each.unsigned_abs())];
+    let set: Set = [element(dtype)?, ("TW_TABLE", tables), back, ("TW_HEADS", each.unsigned_abs())];
     let blocks = u64::from(packs).div_ceil(THREADS);
     launch(abi, index, (Text::Rotary, "rotary", &set), blocks, THREADS as u32, &args)?;
     Ok(Some(y))
