@@ -31,15 +31,21 @@ fn main() -> Result<()> {
         match step {
             BoundStep::Device { kernel, choice, sizes, .. } => {
                 let way = &choice.ways[0];
-                let Step::Launch { note, .. } = planned else { continue };
-                let name = &plan.kernels[*kernel].kernel.name;
+                let (name, note, forms) = match (planned, kernel) {
+                    (Step::Launch { note, .. }, Some(kernel)) => {
+                        let planned = &plan.kernels[*kernel];
+                        (planned.kernel.name.as_str(), note, planned.forms.as_slice())
+                    }
+                    (Step::Library { call, note, .. }, _) => (call.name(), note, [].as_slice()),
+                    _ => continue,
+                };
                 println!(
                     "{:9.2} us  {name} {} [{}]",
                     way.estimate_us,
                     note.label,
                     note.nodes.join(" ")
                 );
-                for form in &plan.kernels[*kernel].forms {
+                for form in forms {
                     if let Form::Product(p) = form {
                         let at = |d: &Dim| d.eval(sizes).unwrap_or(-1);
                         let repeat: Vec<i64> = p.repeat.iter().map(|r| at(&r.extent)).collect();

@@ -1,9 +1,10 @@
 //! Steps of the library in plans for a GPU, run without one: attention that keeps its log-sum-exp, its gradient, and the gradient of a
 //! layer normalisation, beside the same operators of the reference interpreter.
 
-mod nets;
+#[path = "nets/numbers.rs"]
+mod numbers;
 
-use nets::numbers;
+use numbers::numbers;
 use tilewright::gpu::{GpuCompiler, GpuPlan};
 use tilewright_base::DType;
 use tilewright_data::Tensor;
