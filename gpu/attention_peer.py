@@ -1,6 +1,8 @@
 """PyTorch's scaled_dot_product_attention (flash, cuDNN) on the shapes of `tw-gpu-attention bench`, cold, as graphs.
 
-    python3 gpu/attention_peer.py [--decode]
+    python3 gpu/attention_peer.py [--decode | --f32 | --tf32]
+
+With `--f32` and `--tf32` (products of PyTorch's may round to TF32): the memory-efficient kernel, and two products with a softmax.
 
 One line of JSON per shape and back end: median microseconds, TFLOP/s of what is visible, TB/s of all tensors.
 """
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+WIDE = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "parts": SDPBackend.MATH}
 
 
 def time_us(sets, run):
@@ -40,13 +43,13 @@ def time_us(sets, run):
     return sorted(times[1:])[len(times[1:]) // 2]
 
 
-def measure(batch, heads, groups, rows, keys, depth, causal):
-    make = lambda h, n: torch.randn(batch, h, n, depth, device="cuda", dtype=torch.bfloat16)
-    size = 2 * batch * depth * (2 * heads * rows + 2 * groups * keys)
+def measure(batch, heads, groups, rows, keys, depth, causal, dtype=torch.bfloat16):
+    make = lambda h, n: torch.randn(batch, h, n, depth, device="cuda", dtype=dtype)
+    size = dtype.itemsize * batch * depth * (2 * heads * rows + 2 * groups * keys)
     count = min(64, max(2, -(-250_000_000 // size)))
     sets = [(make(heads, rows), make(groups, keys), make(groups, keys)) for _ in range(count)]
     pairs = rows * (rows + 1) / 2 if causal else rows * keys
-    for name, backend in BACKENDS.items():
+    for name, backend in (BACKENDS if dtype == torch.bfloat16 else WIDE).items():
         row = {"case": f"B{batch} H{heads}/{groups} S{rows} T{keys} D{depth}", "causal": causal, "backend": name}
         grouped = {"enable_gqa": True} if heads != groups else {}
         try:
@@ -72,10 +75,12 @@ def main():
             # Several queries: without the causal mask, which differs in the last few keys only.
             measure(batch, heads, groups, rows, keys, 128, False)
         return
-    for batch, length in [(16, 512), (8, 2048), (2, 8192)]:
+    wide = "--f32" in sys.argv or "--tf32" in sys.argv
+    torch.backends.cuda.matmul.allow_tf32 = "--tf32" in sys.argv
+    for batch, length in [(64, 128), (32, 256), (16, 512), (8, 1024), (8, 2048), (2, 8192)]:
         for depth in [64, 128]:
             for causal in [False, True]:
-                measure(batch, 16, 16, length, length, depth, causal)
+                measure(batch, 16, 16, length, length, depth, causal, torch.float32 if wide else torch.bfloat16)
 
 
 main()

@@ -58,7 +58,19 @@ pub(crate) fn raster(kernel: &Kernel, schedule: &GpuSchedule, item: &Dim) -> (Di
     } else {
         item.clone()
     };
-    let group = Dim::new(i64::from(schedule.raster.max(1)));
+    let spread = |index: Dim, clustered: bool| {
+        if clustered && schedule.cluster > 1 { index * &cluster + Dim::sym(CTA) } else { index }
+    };
+    if schedule.raster <= 1 {
+        // Row by row: two divisions fewer, which each item would wait for.
+        let tiles_n_now = bind(name("raster_cols"), tiles_n);
+        let m = bind(name("cluster_m"), rest.floor_div(&tiles_n_now));
+        let n = bind(name("cluster_n"), rest.modulo(&tiles_n_now));
+        bind(rows.name.clone(), spread(m, along_rows));
+        bind(cols.name.clone(), spread(n, !along_rows));
+        return (items, steps);
+    }
+    let group = Dim::new(i64::from(schedule.raster));
     let tiles_m_now = bind(name("raster_rows"), tiles_m);
     let tiles_n_now = bind(name("raster_cols"), tiles_n);
     let span = bind(name("raster_span"), group.clone() * &tiles_n_now);
@@ -67,9 +79,6 @@ pub(crate) fn raster(kernel: &Kernel, schedule: &GpuSchedule, item: &Dim) -> (Di
     let inside = bind(name("raster_inside"), rest.modulo(&span));
     let m = bind(name("cluster_m"), first + inside.modulo(&size));
     let n = bind(name("cluster_n"), inside.floor_div(&size));
-    let spread = |index: Dim, clustered: bool| {
-        if clustered && schedule.cluster > 1 { index * &cluster + Dim::sym(CTA) } else { index }
-    };
     bind(rows.name.clone(), spread(m, along_rows));
     bind(cols.name.clone(), spread(n, !along_rows));
     (items, steps)

@@ -302,8 +302,10 @@ impl AttentionSpec {
             }
             return k.finish();
         }
-        let args = vec![k.plain(results[2]), Operand { tile: results[1], along: vec![0] }];
-        let out = k.map(self.quotient(), args, shape);
+        let args = vec![k.plain(results[1])];
+        let inverse = k.map(self.inverse(), args, row.clone());
+        let args = vec![k.plain(results[2]), Operand { tile: inverse, along: vec![0] }];
+        let out = k.map(self.scaled(), args, shape);
         let out = k.reshape(out, vec![Dim::new(1), Dim::new(1), bq.clone(), dv]);
         k.store(o, vec![b.clone(), h.clone(), q0.clone(), Dim::new(0)], out);
         if let Some(lse) = lse {
@@ -388,8 +390,10 @@ impl AttentionSpec {
         let args = vec![k.plain(carried[2]), by_row(old), k.plain(part), by_row(new)];
         let new_acc = k.map(mix, args, plane.clone());
         let results = k.end_for(&[new_max, new_sum, new_acc]);
-        let args = vec![k.plain(results[2]), by_row(results[1])];
-        let out = k.map(self.quotient(), args, plane);
+        let args = vec![k.plain(results[1])];
+        let inverse = k.map(self.inverse(), args, row.clone());
+        let args = vec![k.plain(results[2]), by_row(inverse)];
+        let out = k.map(self.scaled(), args, plane);
         let out = k.reshape(out, vec![one(), one(), br.clone(), be]);
         k.store(o, vec![b.clone(), h.clone(), r0.clone(), e0], out);
         if let Some(lse) = lse {
@@ -401,19 +405,26 @@ impl AttentionSpec {
         k.finish()
     }
 
-    /// Sums over the sum of weights, as the result's type.
-    fn quotient(&self) -> Func {
-        func(&[DType::F32; 2], |f, a| {
+    /// One over the sum of a row's weights: one division a row. Infinity where nothing is seen, whose sums of zero it makes NaN.
+    fn inverse(&self) -> Func {
+        func(&[DType::F32], |f, a| {
+            let (zero, one) = (f.constant(0.0, DType::F32), f.constant(1.0, DType::F32));
             // The largest weight is 1: there is no sum where nothing is seen.
             let sum = match self.zeros {
                 true => {
-                    let (zero, one) = (f.constant(0.0, DType::F32), f.constant(1.0, DType::F32));
-                    let none = f.op(Op::Eq, &[a[1], zero]);
-                    f.op(Op::Select, &[none, one, a[1]])
+                    let none = f.op(Op::Eq, &[a[0], zero]);
+                    f.op(Op::Select, &[none, one, a[0]])
                 }
-                false => a[1],
+                false => a[0],
             };
-            let y = f.op(Op::Div, &[a[0], sum]);
+            f.op(Op::Div, &[one, sum])
+        })
+    }
+
+    /// A sum times a number of its row, as the result's type.
+    fn scaled(&self) -> Func {
+        func(&[DType::F32; 2], |f, a| {
+            let y = f.op(Op::Mul, &[a[0], a[1]]);
             f.cast(y, self.result)
         })
     }
