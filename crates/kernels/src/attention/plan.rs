@@ -239,7 +239,6 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
             let products = flops / gpu.tensor_flops_per_clock;
             let maps = scores / 11.8;
             // One consumer's maps run beside the others' products: the share of the shorter that shows.
-            let beside = f64::from(s.blocks_per_sm);
             let shown = match (s.consumers, s.turns) {
                 (1, _) if s.blocks_per_sm > 1 => 0.25,
                 (1, _) => 0.6,
@@ -248,8 +247,12 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
                 (_, true) => 0.0,
                 _ => 0.05,
             };
-            let turn = products.max(maps) + shown * products.min(maps) + 330.0 / beside;
-            (turn, (3500.0 + 0.6 * (maps + products)) / beside / beside)
+            let turn = products.max(maps) + shown * products.min(maps);
+            match s.blocks_per_sm {
+                1 => (turn + 330.0, 3500.0 + 0.6 * (maps + products)),
+                // What one of two blocks costs while the other runs beside it.
+                _ => (turn + 240.0, 25.0 * bq as f64),
+            }
         }
         ProductKind::MmaSync | ProductKind::MmaSplit if p.dtype == DType::F32 => {
             let parts = if s.product == ProductKind::MmaSplit { 3.0 } else { 1.0 };
@@ -270,7 +273,8 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
         }
     };
     // Turns in which rows stop run longer.
-    let item = item + if p.causal.is_some() { 700.0 * ceil(bq, bt) as f64 } else { 0.0 };
+    let longer = if s.blocks_per_sm > 1 { 350.0 } else { 700.0 };
+    let item = item + if p.causal.is_some() { longer * ceil(bq, bt) as f64 } else { 0.0 };
     // A persistent grid evens out costs that differ; else whole waves.
     let each = items / f64::from(gpu.sms);
     let beside = f64::from(s.blocks_per_sm);

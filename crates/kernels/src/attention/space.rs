@@ -35,8 +35,8 @@ fn warp_specialised(spec: &AttentionSpec, mask_vector: u32) -> Vec<GpuSchedule> 
     // Blocks of one consumer share a multiprocessor: one's first and last steps run beside the other's products.
     for (consumers, rows, blocks) in [(3, 64, 1), (2, 64, 1), (1, 64, 1), (1, 128, 2), (1, 64, 2)] {
         let bq = rows * consumers;
-        // Three consumers have 160 registers each: beside wide results too few for scores.
-        if consumers == 3 && dv > 96 {
+        // Three consumers have 160 registers each: beside wide results too few for scores. So have 128 rows of one.
+        if (consumers == 3 || rows > 64) && dv > 96 {
             continue;
         }
         // Registers of a thread: results, scores and their 16-bit copies, and 40 for the rest.
