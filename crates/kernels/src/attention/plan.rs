@@ -74,14 +74,19 @@ pub fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>>
     let spec = problem.spec()?;
     let access = access(problem);
     let mut ranked = Vec::new();
+    // Few queries wait for memory: two blocks a multiprocessor were not measured there.
+    let few = |s: &GpuSchedule| problem.q_len <= 64 && s.blocks_per_sm > 1;
     for schedule in space(&spec, arch(gpu), &access) {
+        if schedule.product == ProductKind::Wgmma && few(&schedule) {
+            continue;
+        }
         let estimate_us = estimate_us(problem, gpu, &schedule, 1);
         ranked.push(Choice { estimate_us, parts: 1, schedule });
     }
     let part = AttentionSpec { result: DType::F32, ..spec.clone() };
     let spaces = space(&part, arch(gpu), &Access { vector: access.vector.min(4), ..access });
     let in_parts = |s: &GpuSchedule| match s.product {
-        ProductKind::Wgmma => true,
+        ProductKind::Wgmma => s.blocks_per_sm == 1,
         ProductKind::MmaSync | ProductKind::MmaSplit => problem.dtype == DType::F32,
         ProductKind::Fma => false,
     };
@@ -242,21 +247,22 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
             let shown = match (s.consumers, s.turns) {
                 (1, _) if s.blocks_per_sm > 1 => 0.25,
                 (1, _) => 0.6,
-                (2, true) => 0.2,
+                (2, true) => 0.1,
                 (2, false) => 0.25,
                 (_, true) => 0.0,
                 _ => 0.05,
             };
             let turn = products.max(maps) + shown * products.min(maps);
             match s.blocks_per_sm {
-                1 => (turn + 330.0, 3500.0 + 0.6 * (maps + products)),
+                1 => (turn + 200.0, 4000.0),
                 // What one of two blocks costs while the other runs beside it.
-                _ => (turn + 240.0, 25.0 * bq as f64),
+                _ => (turn + 180.0, 500.0 + (9 * bq + 3 * dv) as f64),
             }
         }
         ProductKind::MmaSync | ProductKind::MmaSplit if p.dtype == DType::F32 => {
-            let parts = if s.product == ProductKind::MmaSplit { 3.0 } else { 1.0 };
-            let products = parts * flops / (gpu.tensor_flops_per_clock * 0.25);
+            // Three products of parts; rounding, beside single ones, takes longer than they do.
+            let rate = if s.product == ProductKind::MmaSplit { 0.215 / 3.0 } else { 0.18 };
+            let products = flops / (gpu.tensor_flops_per_clock * rate);
             // What one block's turn costs while the others of the multiprocessor run beside it.
             let beside = f64::from(s.blocks_per_sm);
             let maps = scores / 9.0;
@@ -273,13 +279,17 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
         }
     };
     // Turns in which rows stop run longer.
-    let longer = if s.blocks_per_sm > 1 { 350.0 } else { 700.0 };
+    let longer = match (s.product, s.blocks_per_sm) {
+        (ProductKind::Wgmma, 1) => 500.0,
+        (ProductKind::Wgmma, _) => 3.5 * dv as f64,
+        _ => 1.5 * step,
+    };
     let item = item + if p.causal.is_some() { longer * ceil(bq, bt) as f64 } else { 0.0 };
     // A persistent grid evens out costs that differ; else whole waves.
     let each = items / f64::from(gpu.sms);
     let beside = f64::from(s.blocks_per_sm);
     let whole = (each / beside).ceil() * beside;
-    let waves = if p.causal.is_some() && p.q_len > bq { each.max(1.0) } else { whole };
+    let waves = if p.causal.is_some() && p.q_len > bq { each.max(beside) } else { whole };
     let clocks = waves * (steps * step + item);
     let busy = clocks / gpu.model.clock_ghz / 1e3;
     let keys = (p.batch * p.kv_heads * p.kv_len * (p.depth + p.width) * p.operand_bytes()) as f64;
