@@ -2,7 +2,8 @@
 //!
 //! The caller is worker 0 and takes part. Work is a range of block numbers, handed out in chunks
 //! from one counter, so threads that are late or slow take less. Which thread runs a block never
-//! changes what the block computes. Workers spin for a moment after a kernel (the next one usually
+//! changes what the block computes. A worker enters a job while there is something left of it, and the caller waits for
+//! those that did: one that sleeps, or that the system has taken its core from, costs nothing. Workers spin for a moment after a kernel (the next one usually
 //! follows within microseconds), then sleep.
 
 use std::cell::UnsafeCell;
@@ -18,16 +19,22 @@ const SPIN: Duration = Duration::from_micros(200);
 /// Runs blocks `first..last` as worker number `.2`.
 type Task<'a> = &'a (dyn Fn(i64, i64, usize) + Sync + 'a);
 
+/// The part of [`Shared::gate`] that counts workers inside.
+const INSIDE: u64 = 0xffff;
+/// The part of [`Shared::gate`] that says that workers may enter.
+const OPEN: u64 = 1 << 16;
+/// Where the number of the job begins in [`Shared::gate`].
+const EPOCH: u32 = 32;
+
 struct Shared {
-    /// Number of the current job; workers wait for it to change.
-    epoch: AtomicU64,
-    /// The current job. Written by the caller before `epoch` is raised, while no worker reads it.
+    /// Number of the current job, for whose change workers wait; whether they may enter it; how many are inside. All in one
+    /// word, so that nobody enters a job that is closed.
+    gate: AtomicU64,
+    /// The current job. Written by the caller while the gate is closed and nobody is inside.
     job: UnsafeCell<Option<Task<'static>>>,
     next: AtomicI64,
     total: AtomicI64,
     chunk: AtomicI64,
-    /// Workers that have not finished the current job.
-    busy: AtomicUsize,
     stop: AtomicBool,
     /// Set when a task panicked on a worker.
     poisoned: AtomicBool,
@@ -38,8 +45,8 @@ struct Shared {
 }
 
 // SAFETY: `job` is the only field without its own synchronisation. The caller writes it only while
-// `busy` is zero (no worker is inside a job) and publishes it with a release store of `epoch`;
-// workers read it only after an acquire load of that epoch.
+// the gate is closed and no worker is inside, and publishes it with a release store that opens the gate;
+// workers read it only after they entered, with an acquire exchange that found the gate open.
 unsafe impl Sync for Shared {}
 
 /// A fixed set of threads; see the module's head.
@@ -61,12 +68,11 @@ impl Pool {
     /// started are done without.
     pub fn new(threads: usize) -> Pool {
         let shared = Arc::new(Shared {
-            epoch: AtomicU64::new(0),
+            gate: AtomicU64::new(0),
             job: UnsafeCell::new(None),
             next: AtomicI64::new(0),
             total: AtomicI64::new(0),
             chunk: AtomicI64::new(1),
-            busy: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             asleep: AtomicUsize::new(0),
@@ -108,18 +114,18 @@ impl Pool {
         let shared = &*self.shared;
         // Enough chunks that the last ones even out, few enough that the counter stays cold.
         let chunk = (blocks / (8 * (workers as i64 + 1))).max(1);
-        // SAFETY: the lifetime is only erased while this function runs: it returns after `busy`
-        // has fallen to zero, when no worker will call the task any more, and then clears it.
+        // SAFETY: the lifetime is only erased while this function runs: it returns after the gate was
+        // closed and the last worker has left, when none will call the task any more.
         let erased = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
-        // SAFETY: `busy` is zero (the last job ended before its `run` returned, and `turn` keeps
-        // other callers out), so no worker reads `job` now.
+        // SAFETY: the gate is closed and nobody inside (the last job ended before its `run` returned,
+        // and `turn` keeps other callers out), so no worker reads `job` now.
         unsafe { *shared.job.get() = Some(erased) };
         shared.poisoned.store(false, Ordering::Relaxed);
         shared.next.store(0, Ordering::Relaxed);
         shared.total.store(blocks, Ordering::Relaxed);
         shared.chunk.store(chunk, Ordering::Relaxed);
-        shared.busy.store(workers, Ordering::Relaxed);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        let epoch = (shared.gate.load(Ordering::Relaxed) >> EPOCH).wrapping_add(1);
+        shared.gate.store(epoch << EPOCH | OPEN, Ordering::SeqCst);
         // A worker says that it goes to sleep before it looks at the epoch for the last time: either it
         // sees the new one, or it is seen here. Mostly all spin, and nobody asks the system.
         if shared.asleep.load(Ordering::SeqCst) > 0 {
@@ -134,13 +140,14 @@ impl Pool {
     }
 }
 
-/// Waits on drop, so that a panic of the caller's share still waits for the others.
+/// Closes the gate and waits on drop, so that a panic of the caller's share still waits for the others.
 struct WaitForWorkers<'a>(&'a Shared);
 
 impl Drop for WaitForWorkers<'_> {
     fn drop(&mut self) {
         let mut spins = 0u32;
-        while self.0.busy.load(Ordering::Acquire) != 0 {
+        self.0.gate.fetch_and(!OPEN, Ordering::AcqRel);
+        while self.0.gate.load(Ordering::Acquire) & INSIDE != 0 {
             spins += 1;
             if spins < 20_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
@@ -150,7 +157,7 @@ impl Drop for WaitForWorkers<'_> {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        self.shared.epoch.fetch_add(1, Ordering::Release);
+        self.shared.gate.fetch_add(1 << EPOCH, Ordering::SeqCst);
         {
             let _guard = self.shared.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
             self.shared.wake.notify_all();
@@ -181,8 +188,11 @@ fn work(shared: &Shared, worker: usize) {
         if shared.stop.load(Ordering::Relaxed) {
             return;
         }
-        // SAFETY: the acquire load of the new epoch happened after the caller wrote `job`, and the
-        // caller does not write again before this worker has lowered `busy`.
+        if !enter(shared) {
+            continue;
+        }
+        // SAFETY: the gate was opened after the caller wrote `job`, and the caller does not write
+        // again before this worker has left.
         let task = unsafe { *shared.job.get() };
         if let Some(task) = task {
             let run = std::panic::AssertUnwindSafe(|| drain(shared, task, worker));
@@ -190,8 +200,14 @@ fn work(shared: &Shared, worker: usize) {
                 shared.poisoned.store(true, Ordering::Relaxed);
             }
         }
-        shared.busy.fetch_sub(1, Ordering::Release);
+        shared.gate.fetch_sub(1, Ordering::Release);
     }
+}
+
+/// Enters the job that is open, if one is.
+fn enter(shared: &Shared) -> bool {
+    let one_more = |gate: u64| (gate & OPEN != 0).then_some(gate + 1);
+    shared.gate.fetch_update(Ordering::Acquire, Ordering::Relaxed, one_more).is_ok()
 }
 
 /// Waits until the epoch differs from `seen`, and returns it.
@@ -199,7 +215,7 @@ fn wait_for_job(shared: &Shared, seen: u64) -> u64 {
     let start = Instant::now();
     loop {
         for _ in 0..200 {
-            let epoch = shared.epoch.load(Ordering::Acquire);
+            let epoch = shared.gate.load(Ordering::Acquire) >> EPOCH;
             if epoch != seen {
                 return epoch;
             }
@@ -212,7 +228,7 @@ fn wait_for_job(shared: &Shared, seen: u64) -> u64 {
     let mut guard = shared.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
     shared.asleep.fetch_add(1, Ordering::SeqCst);
     loop {
-        let epoch = shared.epoch.load(Ordering::SeqCst);
+        let epoch = shared.gate.load(Ordering::SeqCst) >> EPOCH;
         if epoch != seen {
             shared.asleep.fetch_sub(1, Ordering::SeqCst);
             return epoch;
