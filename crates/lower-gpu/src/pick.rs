@@ -7,12 +7,12 @@
 
 use crate::axes::{Direction, Directions, directions};
 use crate::schedule::{GpuSchedule, LinesKnobs};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
 use tilewright_device::Arch;
 use tilewright_layout::Dim;
-use tilewright_tile::{Block, Kernel, Stmt, TileOp, TopK};
+use tilewright_tile::{Access, Block, Kernel, Stmt, TileOp, TopK};
 
 /// Accesses that a thread has in flight.
 const IN_FLIGHT: i64 = 4;
@@ -34,19 +34,22 @@ const SHARE: i64 = 8192;
 /// Threads of a block that has a long row alone, and of each block of a cluster that shares a longer one.
 const LANES_ALONE: i64 = 256;
 const LANES_SHARED: i64 = 128;
-/// Elements of a row from which its pieces are kept in shared memory, and bytes that a block keeps if it can choose:
-/// three blocks then share a multiprocessor.
+/// Elements of a row from which its pieces are kept in shared memory, and bytes that a block keeps if it can choose: six
+/// blocks then share a multiprocessor.
 const KEPT_FROM: i64 = 16384;
-const KEPT_BYTES: i64 = 72 << 10;
+const KEPT_BYTES: i64 = 36 << 10;
+/// Shorter rows are kept where there are so many of them, if whole rows do not fit registers well.
+const SHORT_FROM: i64 = 4096;
+const SHORT_ROWS: i64 = 8 * PROCESSORS;
+/// Blocks with 36 KiB, and operations of maps that their 40 registers have room for.
+const KEPT_BLOCKS: i64 = 6;
+const KEPT_STEPS: i64 = 64;
 /// Bytes that a block keeps at most, and elements of a piece that a thread has.
 const KEPT_MOST: i64 = 200 << 10;
 const KEPT_EACH: i64 = 16;
 /// Loads of the plane from which a program is one of windows: its accesses are found in the first-level cache, and what
 /// varies along columns alone (weights) serves several rows.
 const MANY_PLANES: i64 = 3;
-/// Bytes of all tensors from which results are gone from the second-level cache before somebody reads them: what is
-/// written then goes first, and what is read has more of it.
-pub const STREAMS_FROM: i64 = 48 << 20;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
 
@@ -64,8 +67,8 @@ struct Shape {
     vector: i64,
     /// Elements by which every line of every tensor starts aligned.
     aligned: i64,
-    /// Bytes of all tensors.
-    bytes: i64,
+    /// A plane is stored.
+    stores: bool,
     /// Reductions outside loops: the tile must hold the row.
     whole: bool,
     /// Along what reductions go.
@@ -211,7 +214,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
         cols: 1,
         vector: 16,
         aligned,
-        bytes: 0,
+        stores: false,
         whole: reduces_outside_loops(&directions, &kernel.body),
         reduces: directions.reduces,
         turns: false,
@@ -223,7 +226,6 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
     };
     (out.planes, out.vectors) = loads(&directions, &kernel.body);
     let mut failed = None;
-    let mut seen = BTreeSet::new();
     accesses(&kernel.body, &mut |param, tile, _| {
         let p = &kernel.params[param];
         let mut look = || -> Result<()> {
@@ -231,11 +233,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                 (directions.axis(tile, Direction::Row), directions.axis(tile, Direction::Col));
             let near = |axis: Option<usize>| axis.is_some_and(|a| p.layout.axes[a].stride.is(1));
             out.turns |= near(row) && col.is_some() && !near(col);
-            if seen.insert(param) {
-                let bytes =
-                    value(&p.layout.alloc_elements())?.saturating_mul(p.dtype.bits().into()) / 8;
-                out.bytes = out.bytes.saturating_add(bytes);
-            }
+            out.stores |= row.is_some() && col.is_some() && p.access != Access::In;
             for (axis, direction) in directions.of(tile).iter().enumerate() {
                 let Some(direction) = direction else { continue };
                 let a = &p.layout.axes[axis];
@@ -257,7 +255,8 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                         out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
                     }
                 }
-                if a.stride.is(1) {
+                // What varies along rows alone is read one by one.
+                if a.stride.is(1) && col.is_some() {
                     let others = p.layout.axes.iter().enumerate().filter(|(i, _)| *i != axis);
                     let mut lines = vec![extent, value(&p.layout.offset)?];
                     for (_, other) in others {
@@ -674,10 +673,19 @@ impl Picker<'_> {
         choice
     }
 
+    /// Whether registers hold whole rows badly: their tile is longer by an eighth, or they are a cluster's.
+    fn ill_fitting(&self) -> bool {
+        let s = &self.s;
+        let tile = |c: Choice| if c.cluster > 1 { i64::MAX } else { c.tile(s).1 };
+        self.whole_rows(1).map_or(i64::MAX, tile) > s.cols + s.cols / 8
+    }
+
     /// Rows in pieces that stay in shared memory between the loops that read them; `None` for rows that are short.
     fn kept(&self) -> Option<GpuSchedule> {
         let s = &self.s;
-        if s.whole || s.reduces != Some(Direction::Col) || s.ordered || s.cols <= KEPT_FROM {
+        let rows = !s.whole && s.reduces == Some(Direction::Col) && !s.ordered;
+        let many = s.cols > SHORT_FROM && s.rows >= SHORT_ROWS && s.aligned >= s.vector;
+        if !rows || s.cols <= KEPT_FROM && !(many && self.ill_fitting()) {
             return None;
         }
         let bytes = s.cols * s.planes.max(1) * 16 / s.vector;
@@ -690,21 +698,29 @@ impl Picker<'_> {
             cluster *= 2;
         }
         // More blocks than every device offers, for the longest rows only.
-        if cluster == CLUSTER_MOST
-            && most == CLUSTER_MOST
-            && up(bytes, cluster) > KEPT_BYTES * 3 / 2
-        {
+        if cluster == CLUSTER_MOST && most == CLUSTER_MOST && long(cluster) {
             cluster *= 2;
         }
         let room = i64::from(self.arch.smem_bytes()).min(KEPT_MOST);
-        let threads = 256;
-        let runs_each = (KEPT_EACH / s.vector).max(1);
+        // Wide elements of vectors take registers, too.
+        let narrow = s.vector >= 8 || s.vectors == 0;
+        let light = s.steps <= KEPT_STEPS && s.aligned >= s.vector && narrow;
+        // Short pieces waste little of the last one.
+        let short = s.cols < KEPT_FROM;
+        let threads = if light && !short { 256 } else { 128 };
+        let each = if short { KEPT_EACH / 2 } else { KEPT_EACH };
+        let runs_each = (each / s.vector).max(1);
         let choice = Choice { threads, lanes: threads, rows_each: 1, runs_each, cluster };
         let piece = threads * runs_each * s.vector;
         let piece_bytes = piece * s.planes.max(1) * 16 / s.vector;
         let kept = up(s.cols, piece * cluster).min(room / piece_bytes).max(1);
         let mut schedule = self.schedule(choice);
         let fit = (220 << 10) / (kept * piece_bytes + 2048);
+        let together = if short { 2 * KEPT_BLOCKS } else { KEPT_BLOCKS };
+        let most = up(self.blocks(choice), PROCESSORS).min(together);
+        if light {
+            schedule.blocks_per_sm = most.max(1) as u32;
+        }
         schedule.blocks_per_sm = schedule.blocks_per_sm.min(fit.max(1) as u32);
         schedule.lines.kept = kept as u32;
         // The number of pieces is a number then, and so is whether all of them are kept.
@@ -741,7 +757,7 @@ impl Picker<'_> {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
             vector: schedule.vector,
-            streams: s.bytes >= STREAMS_FROM,
+            streams: !s.stores,
             // Rows of a warp wait for no other: registers for another block are worth more.
             early: choice.cluster == 1 && (!s.whole || choice.lanes > 32),
             ahead: false,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! parts:  block p has a share of the rows: dX of each, and over its rows the sums for the scale and the shift -> PW[p, n], PB[p, n]
-//! finish: one more kernel a vector adds the parts in their order                                             -> dscale, dshift
+//! finish: one more kernel adds the parts in their order                                                      -> dscale, dshift
 //! ```
 //!
 //! `X` and `DY` are read once. The numbers of the rows (mean, inverse deviation) are worked out again, from the row
@@ -10,13 +10,14 @@
 
 use super::program::{along, func, lines, sizes};
 use super::{RowOp, RowSpec};
-use crate::reduce::{Over, ReduceSpec};
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
-use tilewright_expr::{ExprId, FuncBuilder, Op, Value};
+use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout};
-use tilewright_lower_gpu::{GpuSchedule, LinesKnobs, STREAMS_FROM};
-use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind, TileId, TileType};
+use tilewright_lower_gpu::{GpuSchedule, LinesKnobs};
+use tilewright_tile::{
+    Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
+};
 
 /// The gradient of a normalisation of the rows of `X[M, N]`, for all sizes: `DX[M, N]` from `DY[M, N]`, and the parts
 /// of the gradients of the vectors.
@@ -48,8 +49,8 @@ pub struct NormBackwardSpec {
 pub struct NormBackwardPlan {
     /// Parameters `X`, `DY`, `scale`, `A` if it is added, `DX`, `PW`, `PB`.
     pub parts: (Kernel, GpuSchedule),
-    /// For each vector, parameters `PW` and `DW` (scale), `PB` and `DB` (shift); sizes `N` and `P`.
-    pub finish: Vec<(Kernel, GpuSchedule)>,
+    /// Parameters `PW`, `DW` (scale), and `PB`, `DB` (shift) for a layer normalisation; sizes `N` and `P`.
+    pub finish: (Kernel, GpuSchedule),
     /// The size `P`.
     pub parts_count: i64,
     /// The size `C`.
@@ -58,13 +59,20 @@ pub struct NormBackwardPlan {
 
 /// Multiprocessors of the device that plans are made for.
 const PROCESSORS: i64 = 132;
-/// Elements of a row that a thread shall have, and has at most.
-const EACH: i64 = 16;
+/// Elements of a row that a thread has at most, and shall have where registers hold more than that: the more, the fewer
+/// threads meet for a row.
 const EACH_MOST: i64 = 32;
+const EACH_LESS: i64 = 16;
 /// Turns whose loads are under way.
 const AHEAD: i64 = 3;
 /// Shared memory of a multiprocessor that blocks may share.
 const SHARED_BYTES: i64 = 220 << 10;
+
+/// Sums of `N` columns, of `P` parts each.
+fn parts() -> Layout {
+    let axis = |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
+    Layout { axes: vec![axis("P", Dim::sym("N")), axis("N", Dim::new(1))], offset: Dim::new(0) }
+}
 
 fn up(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
@@ -95,12 +103,6 @@ impl NormBackwardSpec {
         let scale = k.param("scale", dtype, Layout::row_major(&[Dim::sym("N")]), Access::In);
         let other = self.added.then(|| k.param("A", dtype, matrix(), Access::In));
         let dx = k.param("DX", dtype, matrix(), Access::Out);
-        let axis =
-            |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
-        let parts = || Layout {
-            axes: vec![axis("P", Dim::sym("N")), axis("N", Dim::new(1))],
-            offset: Dim::new(0),
-        };
         let pw = k.param("PW", DType::F32, parts(), Access::Out);
         let pb = centred.then(|| k.param("PB", DType::F32, parts(), Access::Out));
         let part = k.grid("part", Dim::sym("P"));
@@ -216,13 +218,39 @@ impl NormBackwardSpec {
         for (old, new) in carried.into_iter().zip([share, dy]) {
             let sum = k.reduce(ReduceKind::Sum, new, 0, None);
             let args = vec![k.plain(old), k.plain(sum)];
-            let add = tilewright_expr::Func::binary(Op::Add, DType::F32);
+            let add = Func::binary(Op::Add, DType::F32);
             next.push(k.map(add, args, vec![bn.clone()]));
         }
         let sums = k.end_for(&next);
         for (param, sum) in [Some(pw), pb].into_iter().flatten().zip(sums) {
             let line = k.reshape(sum, vec![Dim::new(1), bn.clone()]);
             k.store(param, vec![part.clone(), zero.clone()], line);
+        }
+        Ok(k.finish())
+    }
+
+    /// Adds the parts of each vector, all of a column at once.
+    fn finish(&self) -> Result<Kernel> {
+        let (_, centred) = self.eps()?;
+        let mut k = KernelBuilder::new("norm_backward_finish");
+        sizes(&mut k, &["N", "P"]);
+        let (bp, bn) = (k.tile("BP"), k.tile("BN"));
+        let mut vectors = Vec::new();
+        for names in &[["PW", "DW"], ["PB", "DB"]][..1 + usize::from(centred)] {
+            let parts = k.param(names[0], DType::F32, parts(), Access::In);
+            let line = Layout::row_major(&[Dim::sym("N")]);
+            vectors.push((parts, k.param(names[1], self.dtype, line, Access::Out)));
+        }
+        let col = k.grid("pn", Dim::sym("N").ceil_div(&bn)) * &bn;
+        let from = vec![Dim::new(0), col.clone()];
+        let load =
+            |(p, _): &(ParamId, ParamId)| k.load(*p, from.clone(), vec![bp.clone(), bn.clone()]);
+        let planes: Vec<TileId> = vectors.iter().map(load).collect();
+        for (plane, (_, result)) in planes.into_iter().zip(vectors) {
+            let sum = k.reduce(ReduceKind::Sum, plane, 0, None);
+            let args = vec![k.plain(sum)];
+            let sum = k.map(Func::cast(DType::F32, self.dtype), args, vec![bn.clone()]);
+            k.store(result, vec![col.clone()], sum);
         }
         Ok(k.finish())
     }
@@ -241,19 +269,26 @@ impl NormBackwardSpec {
         while n % aligned != 0 || ld % aligned != 0 {
             aligned /= 2;
         }
-        // Few columns too many, then about EACH elements a thread.
+        let wide = aligned == vector && !self.added;
+        let wanted = if wide { EACH_MOST } else { EACH_LESS };
+        // Few columns too many, then about as many elements a thread as are wanted.
         let forms = (3..=10).map(|p| 1i64 << p).filter_map(|lanes| {
             let each = up(up(n, vector), lanes) * vector;
-            (each <= EACH_MOST).then_some((lanes * each, (each - EACH).abs(), lanes, each))
+            (each <= EACH_MOST).then_some((lanes * each, (each - wanted).abs(), lanes, each))
         });
         let (cols, _, lanes, each) = forms.min().ok_or_else(|| {
             Error::unsupported(format!("the gradient of a normalisation of {n} columns"))
         })?;
-        let threads = lanes.max(256);
+        let threads = lanes.max(if wide { 128 } else { 256 });
         let bm = threads / lanes;
         let shelf = AHEAD * (2 + i64::from(self.added)) * bm * cols * bytes;
-        // Elements one by one have an address each.
-        let registers = 48 + each * (if aligned == 1 { 7 } else { 5 } + i64::from(self.added));
+        // Elements one by one have an address each; without a mean there is one sum fewer.
+        let planes = match (aligned, &self.op) {
+            (1, _) => 7,
+            (_, RowOp::RmsNorm { .. }) if wide => 3,
+            _ => 5,
+        };
+        let registers = 48 + each * (planes + i64::from(self.added));
         let blocks = (65536 / threads / registers).min(SHARED_BYTES / shelf).clamp(1, 4);
         let all = up(m, bm);
         let turns = up(all, (PROCESSORS * blocks).min(all.max(1)));
@@ -271,8 +306,7 @@ impl NormBackwardSpec {
             ahead: false,
             kept: 0,
             fetched: if turns > 1 { AHEAD as u32 } else { 0 },
-            // Of the three tensors that lie as the rows, one is written.
-            streams: 3 * m.saturating_mul(n).saturating_mul(bytes) >= STREAMS_FROM,
+            streams: false,
         };
         // Nothing lies behind rows that fill their tile: no element is asked whether it does.
         if cols == n {
@@ -281,23 +315,13 @@ impl NormBackwardSpec {
                 schedule.sizes.insert("ld".into(), n);
             }
         }
-        let sum = ReduceSpec { result: self.dtype, ..ReduceSpec::sum(Over::Rows, DType::F32) };
-        let finish = sum.finish("norm_backward_finish");
+        let finish = self.finish()?;
         let few = |name: &str| if name == "P" { Some(parts_count) } else { size(name) };
         let last = GpuSchedule::lines_for(&finish, arch, &few)?
-            .ok_or_else(|| Error::bug("sums of parts have a schedule"))?;
-        let (_, centred) = self.eps()?;
-        let vectors = [["PW", "DW"], ["PB", "DB"]];
-        let named = vectors[..1 + usize::from(centred)].iter().map(|names| {
-            let mut kernel = finish.clone();
-            for ((_, param), name) in kernel.params.iter_mut().zip(names) {
-                param.name = (*name).into();
-            }
-            (kernel, last.clone())
-        });
+            .ok_or_else(|| Error::unsupported(format!("sums of {parts_count} parts")))?;
         Ok(NormBackwardPlan {
             parts: (self.program("norm_backward")?, schedule),
-            finish: named.collect(),
+            finish: (finish, last),
             parts_count,
             turns,
         })
