@@ -38,9 +38,10 @@ const LANES_SHARED: i64 = 128;
 /// blocks then share a multiprocessor.
 const KEPT_FROM: i64 = 16384;
 const KEPT_BYTES: i64 = 36 << 10;
-/// Shorter rows are kept where there are so many of them, if whole rows do not fit registers well.
-const SHORT_FROM: i64 = 4096;
+/// Shorter rows are kept where there are so many of them, if fewer bytes of whole rows would be under way.
+const SHORT_FROM: i64 = 2048;
 const SHORT_ROWS: i64 = 8 * PROCESSORS;
+const WHOLE_BYTES: i64 = 44 << 10;
 /// Blocks with 36 KiB, and operations of maps that their 40 registers have room for.
 const KEPT_BLOCKS: i64 = 6;
 const KEPT_STEPS: i64 = 64;
@@ -424,7 +425,9 @@ impl Picker<'_> {
         };
         let threads = if cluster > 1 { lanes } else { lanes.max(least) };
         let choice = self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster });
-        if lanes <= 32 || alone {
+        // A warp that does much with many elements has no registers left for others beside it.
+        let heavy = s.steps > KEPT_STEPS && runs_each > 2;
+        if lanes <= 32 && !heavy || alone {
             return Some(choice);
         }
         // Twice the threads with half as much each, where that takes no bytes from their way: more warps work while
@@ -673,19 +676,21 @@ impl Picker<'_> {
         choice
     }
 
-    /// Whether registers hold whole rows badly: their tile is longer by an eighth, or they are a cluster's.
-    fn ill_fitting(&self) -> bool {
-        let s = &self.s;
-        let tile = |c: Choice| if c.cluster > 1 { i64::MAX } else { c.tile(s).1 };
-        self.whole_rows(1).map_or(i64::MAX, tile) > s.cols + s.cols / 8
+    /// Bytes that whole rows in registers have under way on a multiprocessor; none when a row is a cluster's.
+    fn whole_under_way(&self) -> i64 {
+        let Some(choice) = self.choose().filter(|c| c.cluster == 1) else { return 0 };
+        let (s, blocks) = (&self.s, i64::from(self.schedule(choice).blocks_per_sm));
+        blocks * choice.tile(s).0 * s.cols * s.planes.max(1) * 16 / s.vector
     }
 
-    /// Rows in pieces that stay in shared memory between the loops that read them; `None` for rows that are short.
-    fn kept(&self) -> Option<GpuSchedule> {
+    /// Rows in pieces that stay in shared memory between the loops that read them, rather than `whole` ones in registers;
+    /// `None` for rows that are short.
+    fn kept(&self, whole: &Picker<'_>) -> Option<GpuSchedule> {
         let s = &self.s;
         let rows = !s.whole && s.reduces == Some(Direction::Col) && !s.ordered;
         let many = s.cols > SHORT_FROM && s.rows >= SHORT_ROWS && s.aligned >= s.vector;
-        if !rows || s.cols <= KEPT_FROM && !(many && self.ill_fitting()) {
+        let short = s.cols < KEPT_FROM;
+        if !rows || s.cols <= KEPT_FROM && !(many && whole.whole_under_way() < WHOLE_BYTES) {
             return None;
         }
         let bytes = s.cols * s.planes.max(1) * 16 / s.vector;
@@ -705,10 +710,16 @@ impl Picker<'_> {
         // Wide elements of vectors take registers, too.
         let narrow = s.vector >= 8 || s.vectors == 0;
         let light = s.steps <= KEPT_STEPS && s.aligned >= s.vector && narrow;
-        // Short pieces waste little of the last one.
-        let short = s.cols < KEPT_FROM;
-        let threads = if light && !short { 256 } else { 128 };
-        let each = if short { KEPT_EACH / 2 } else { KEPT_EACH };
+        let wasted = |piece: i64| up(s.cols, piece) * piece - s.cols;
+        // Threads, elements of a piece that each has, and blocks with room for their registers.
+        let (threads, each, together) = match (light, short) {
+            (true, false) => (256, KEPT_EACH, KEPT_BLOCKS),
+            (true, true) if wasted(256 * KEPT_EACH / 2) * 8 <= s.cols => {
+                (256, KEPT_EACH / 2, if s.planes > 1 { KEPT_BLOCKS } else { 8 })
+            }
+            (_, true) => (128, KEPT_EACH / 2, 2 * KEPT_BLOCKS),
+            (false, false) => (128, KEPT_EACH, KEPT_BLOCKS),
+        };
         let runs_each = (each / s.vector).max(1);
         let choice = Choice { threads, lanes: threads, rows_each: 1, runs_each, cluster };
         let piece = threads * runs_each * s.vector;
@@ -716,7 +727,6 @@ impl Picker<'_> {
         let kept = up(s.cols, piece * cluster).min(room / piece_bytes).max(1);
         let mut schedule = self.schedule(choice);
         let fit = (220 << 10) / (kept * piece_bytes + 2048);
-        let together = if short { 2 * KEPT_BLOCKS } else { KEPT_BLOCKS };
         let most = up(self.blocks(choice), PROCESSORS).min(together);
         if light {
             schedule.blocks_per_sm = most.max(1) as u32;
@@ -811,10 +821,14 @@ impl GpuSchedule {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<Option<GpuSchedule>> {
-        let s = shape(kernel, size, 16)?;
-        let runs = up(s.cols, s.vector);
-        let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
-        let kept = Picker { kernel, arch, size, s, runs, in_flight }.kept();
+        let picker = |s: Shape| {
+            let runs = up(s.cols, s.vector);
+            let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
+            Picker { kernel, arch, size, s, runs, in_flight }
+        };
+        let pieces = shape(kernel, size, 16)?;
+        let whole = Shape { whole: true, folds: 0, ..shape(kernel, size, 16)? };
+        let kept = picker(pieces).kept(&picker(whole));
         Ok(kept.filter(|schedule| crate::lower(kernel, schedule).is_ok()))
     }
 

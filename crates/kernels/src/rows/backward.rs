@@ -64,7 +64,7 @@ const PROCESSORS: i64 = 132;
 const EACH_MOST: i64 = 32;
 const EACH_LESS: i64 = 16;
 /// Turns whose loads are under way.
-const AHEAD: i64 = 3;
+const AHEAD: i64 = 2;
 /// Shared memory of a multiprocessor that blocks may share.
 const SHARED_BYTES: i64 = 220 << 10;
 
