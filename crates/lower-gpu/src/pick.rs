@@ -45,6 +45,8 @@ const WHOLE_BYTES: i64 = 44 << 10;
 /// Blocks with 36 KiB, and operations of maps that their 40 registers have room for.
 const KEPT_BLOCKS: i64 = 6;
 const KEPT_STEPS: i64 = 64;
+/// Operations of maps from which a warp has no more than two runs of a row.
+const HEAVY_STEPS: i64 = 48;
 /// Bytes that a block keeps at most, and elements of a piece that a thread has.
 const KEPT_MOST: i64 = 200 << 10;
 const KEPT_EACH: i64 = 16;
@@ -426,7 +428,7 @@ impl Picker<'_> {
         let threads = if cluster > 1 { lanes } else { lanes.max(least) };
         let choice = self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster });
         // A warp that does much with many elements has no registers left for others beside it.
-        let heavy = s.steps > KEPT_STEPS && runs_each > 2;
+        let heavy = s.steps > HEAVY_STEPS && runs_each > 2;
         if lanes <= 32 && !heavy || alone {
             return Some(choice);
         }
