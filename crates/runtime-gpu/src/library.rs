@@ -180,7 +180,7 @@ fn layer_norm_backward(call: &LayerNormBackward, sizes: &Env, gpu: &Gpu) -> Resu
     let mut first = vec![param(x), param(dy), param(scale)];
     first.extend(other.map(param));
     first.push(param(dx));
-    first.extend(parts.clone());
+    first.extend(parts);
     let mut way = Way { workspace_bytes: scratch_bytes, ..Way::default() };
     let (kernel, schedule) = &plan.parts;
     way.launches.push(launch(kernel, schedule, &env, first)?);
