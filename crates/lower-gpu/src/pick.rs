@@ -38,10 +38,11 @@ const LANES_SHARED: i64 = 128;
 /// blocks then share a multiprocessor.
 const KEPT_FROM: i64 = 16384;
 const KEPT_BYTES: i64 = 36 << 10;
-/// Shorter rows are kept where there are so many of them, if fewer bytes of whole rows would be under way.
+/// Shorter rows are kept where there are so many of them, if fewer bytes of whole rows would be under way: of those above
+/// and up to 4096 columns.
 const SHORT_FROM: i64 = 2048;
 const SHORT_ROWS: i64 = 8 * PROCESSORS;
-const WHOLE_BYTES: i64 = 44 << 10;
+const WHOLE_BYTES: [i64; 2] = [44 << 10, 32 << 10];
 /// Blocks with 36 KiB, and operations of maps that their 40 registers have room for.
 const KEPT_BLOCKS: i64 = 6;
 const KEPT_STEPS: i64 = 64;
@@ -692,7 +693,8 @@ impl Picker<'_> {
         let rows = !s.whole && s.reduces == Some(Direction::Col) && !s.ordered;
         let many = s.cols > SHORT_FROM && s.rows >= SHORT_ROWS && s.aligned >= s.vector;
         let short = s.cols < KEPT_FROM;
-        if !rows || s.cols <= KEPT_FROM && !(many && whole.whole_under_way() < WHOLE_BYTES) {
+        let enough = WHOLE_BYTES[usize::from(s.cols <= 4096)];
+        if !rows || s.cols <= KEPT_FROM && !(many && whole.whole_under_way() < enough) {
             return None;
         }
         let bytes = s.cols * s.planes.max(1) * 16 / s.vector;
@@ -769,7 +771,7 @@ impl Picker<'_> {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
             vector: schedule.vector,
-            streams: !s.stores,
+            streams: s.reduces.is_some() && !s.stores,
             // Rows of a warp wait for no other: registers for another block are worth more.
             early: choice.cluster == 1 && (!s.whole || choice.lanes > 32),
             ahead: false,

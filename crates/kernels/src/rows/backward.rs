@@ -59,11 +59,10 @@ pub struct NormBackwardPlan {
 
 /// Multiprocessors of the device that plans are made for.
 const PROCESSORS: i64 = 132;
-/// Elements of a row that a thread has at most, and shall have where registers hold more than that: the more, the fewer
-/// threads meet for a row.
+/// Elements of a row that a thread shall have, and has at most.
+const EACH: i64 = 16;
 const EACH_MOST: i64 = 32;
-const EACH_LESS: i64 = 16;
-/// Turns whose loads are under way.
+/// Turns whose loads are under way, the one that is worked on among them: with more, reads and writes are in each other's way.
 const AHEAD: i64 = 2;
 /// Shared memory of a multiprocessor that blocks may share.
 const SHARED_BYTES: i64 = 220 << 10;
@@ -269,26 +268,19 @@ impl NormBackwardSpec {
         while n % aligned != 0 || ld % aligned != 0 {
             aligned /= 2;
         }
-        let wide = aligned == vector && !self.added;
-        let wanted = if wide { EACH_MOST } else { EACH_LESS };
-        // Few columns too many, then about as many elements a thread as are wanted.
+        // Few columns too many, then about EACH elements a thread.
         let forms = (3..=10).map(|p| 1i64 << p).filter_map(|lanes| {
             let each = up(up(n, vector), lanes) * vector;
-            (each <= EACH_MOST).then_some((lanes * each, (each - wanted).abs(), lanes, each))
+            (each <= EACH_MOST).then_some((lanes * each, (each - EACH).abs(), lanes, each))
         });
         let (cols, _, lanes, each) = forms.min().ok_or_else(|| {
             Error::unsupported(format!("the gradient of a normalisation of {n} columns"))
         })?;
-        let threads = lanes.max(if wide { 128 } else { 256 });
+        let threads = lanes.max(256);
         let bm = threads / lanes;
         let shelf = AHEAD * (2 + i64::from(self.added)) * bm * cols * bytes;
-        // Elements one by one have an address each; without a mean there is one sum fewer.
-        let planes = match (aligned, &self.op) {
-            (1, _) => 7,
-            (_, RowOp::RmsNorm { .. }) if wide => 3,
-            _ => 5,
-        };
-        let registers = 48 + each * (planes + i64::from(self.added));
+        // Elements one by one have an address each.
+        let registers = 48 + each * (if aligned == 1 { 7 } else { 5 } + i64::from(self.added));
         let blocks = (65536 / threads / registers).min(SHARED_BYTES / shelf).clamp(1, 4);
         let all = up(m, bm);
         let turns = up(all, (PROCESSORS * blocks).min(all.max(1)));
