@@ -16,9 +16,9 @@ using smem_t = u32;
 
 #define TW_INLINE __device__ __forceinline__
 
-// Cache operator of 16-byte stores of streams: none, or ".cs" (likely written once). PTX ISA, "Cache operators".
-#ifndef TW_STORE_CACHE
-#define TW_STORE_CACHE ""
+// Cache operator of 16-byte loads of streams: none, or ".L1::no_allocate" where nothing as large is stored. PTX ISA, "ld".
+#ifndef TW_LOAD_CACHE
+#define TW_LOAD_CACHE ""
 #endif
 
 // Element types as they lie in memory. Arithmetic happens in float.
@@ -182,7 +182,7 @@ template <typename T, int N> TW_INLINE void set_pair(RunWords<T, N>& r, int k, v
 }
 
 // A run where `inside` holds, else `fill`: one predicated access, so that a thread may start many before it waits.
-// Streams pass by the first-level cache, unless they are KEPT for other rows. PTX ISA, "ld".
+// Streams may pass by the first-level cache (TW_LOAD_CACHE), unless they are KEPT for other rows. PTX ISA, "ld".
 template <typename T, int N, bool KEPT = false> TW_INLINE RunWords<T, N> load_words_if(bool inside, const T* p, T fill) {
   RunWords<T, N> r;
 #pragma unroll
@@ -193,7 +193,7 @@ template <typename T, int N, bool KEPT = false> TW_INLINE RunWords<T, N> load_wo
     asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
                  : "+r"(r.words[0]), "+r"(r.words[1]), "+r"(r.words[2]), "+r"(r.words[3]) : "l"(p), "r"((int)inside));
   } else if constexpr (BYTES == 16) {
-    asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q ld.global" TW_LOAD_CACHE ".v4.b32 {%0, %1, %2, %3}, [%4]; }"
                  : "+r"(r.words[0]), "+r"(r.words[1]), "+r"(r.words[2]), "+r"(r.words[3]) : "l"(p), "r"((int)inside));
   } else if constexpr (BYTES == 8) {
     asm volatile("{ .reg .pred q; setp.ne.b32 q, %3, 0; @q ld.global.v2.b32 {%0, %1}, [%2]; }"
@@ -252,7 +252,7 @@ template <typename T, int N> TW_INLINE void store_run_if(bool inside, T* p, cons
   constexpr int BYTES = (int)sizeof(T) * N;
   static_assert(BYTES == 1 || BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES == 16, "no access of this width");
   if constexpr (BYTES == 16) {
-    asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q st.global" TW_STORE_CACHE ".v4.b32 [%4], {%0, %1, %2, %3}; }" ::"r"(r.words[0]),
+    asm volatile("{ .reg .pred q; setp.ne.b32 q, %5, 0; @q st.global.v4.b32 [%4], {%0, %1, %2, %3}; }" ::"r"(r.words[0]),
                  "r"(r.words[1]), "r"(r.words[2]), "r"(r.words[3]), "l"(p), "r"((int)inside) : "memory");
   } else if (inside) {
     *reinterpret_cast<Run<T, N>*>(p) = r.run;

@@ -762,7 +762,7 @@ pub struct Program {
     pub persistent: bool,
     /// Blocks per multiprocessor that registers are limited for (`__launch_bounds__`).
     pub blocks_per_sm: u32,
-    /// What is stored is more than the caches hold until somebody reads it.
+    /// Loads pass by the first-level cache.
     pub streams: bool,
     /// Shared memory.
     pub smem: IdVec<SmemId, Smem>,

@@ -119,7 +119,7 @@ pub fn emit(program: &Program) -> Result<Source> {
         program.arch.name()
     );
     if program.streams {
-        let _ = writeln!(text, "#define TW_STORE_CACHE \".cs\"");
+        let _ = writeln!(text, "#define TW_LOAD_CACHE \".L1::no_allocate\"");
     }
     for (name, _) in headers() {
         let _ = writeln!(text, "#include \"{name}\"");

@@ -113,7 +113,7 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
                 .map_err(|e| e.to_string())?;
             sizes.insert("P".into(), plan.parts_count);
             sizes.insert("C".into(), plan.turns);
-            Ok([vec![plan.parts], plan.finish].concat())
+            Ok(vec![plan.parts, plan.finish])
         }
         "topk" => {
             let count = number("count")?.unwrap_or(8);

@@ -187,6 +187,9 @@ fn cases() -> Vec<Case> {
         (rms, DType::BF16, &[("M", 7), ("N", 4096), ("ld", 4096), ("P", 3), ("C", 3)]),
     ];
     for (op, dtype, sizes) in gradients {
+        add("sums of a gradient of a norm", sizes, &|size| {
+            Ok(NormBackwardSpec { op, dtype, added: false }.plan(Arch::Sm90a, size)?.finish)
+        });
         for (ahead, added) in [(0, false), (3, false), (3, true)] {
             let spec = NormBackwardSpec { op, dtype, added };
             add("gradient of a norm", sizes, &|size| {
@@ -360,6 +363,20 @@ fn scheduled_rows_compute_what_the_tile_program_says() {
 }
 
 /// One element at a time, from the formulas in the specifications' documentation.
+#[test]
+fn sums_of_products_are_multiply_adds() {
+    let sizes = env(&[("M", 4096), ("N", 4096)]);
+    let size = |name: &str| sizes.get(name).copied();
+    let text = |op: RowOp| {
+        let spec = RowSpec { op, dtype: DType::BF16, residual: false };
+        let (kernel, schedule) = spec.kernel("rows", Arch::Sm90a, &size).unwrap();
+        tilewright_emit_cuda::emit(&lower(&kernel, &schedule).unwrap()).unwrap().text
+    };
+    assert!(text(RowOp::RmsNorm { eps: 1e-6 }).contains("tw::fold_products<"));
+    assert!(text(RowOp::LayerNorm { eps: 1e-6 }).contains("tw::fold_products<"));
+    assert!(!text(RowOp::Softmax).contains("tw::fold_products<"));
+}
+
 #[test]
 fn cross_entropy_and_adamw_are_what_their_formulas_say() {
     let run_tile = |kernel: &Kernel, schedule: &GpuSchedule, env: &Env, bytes: &mut [Vec<u8>]| {

@@ -31,7 +31,6 @@ mod split;
 mod streams;
 
 pub use epilogue::residual_span;
-pub use pick::STREAMS_FROM;
 pub use schedule::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind};
 pub use split::{SPLIT_PARTS, SPLIT_PIECES, SplitReduction, split_reduction};
 pub use streams::{byte_product, tf32_round, window_line};

@@ -7,12 +7,12 @@
 
 use crate::axes::{Direction, Directions, directions};
 use crate::schedule::{GpuSchedule, LinesKnobs};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
 use tilewright_device::Arch;
 use tilewright_layout::Dim;
-use tilewright_tile::{Block, Kernel, Stmt, TileOp, TopK};
+use tilewright_tile::{Access, Block, Kernel, Stmt, TileOp, TopK};
 
 /// Accesses that a thread has in flight.
 const IN_FLIGHT: i64 = 4;
@@ -34,19 +34,26 @@ const SHARE: i64 = 8192;
 /// Threads of a block that has a long row alone, and of each block of a cluster that shares a longer one.
 const LANES_ALONE: i64 = 256;
 const LANES_SHARED: i64 = 128;
-/// Elements of a row from which its pieces are kept in shared memory, and bytes that a block keeps if it can choose:
-/// three blocks then share a multiprocessor.
+/// Elements of a row from which its pieces are kept in shared memory, and bytes that a block keeps if it can choose: six
+/// blocks then share a multiprocessor.
 const KEPT_FROM: i64 = 16384;
-const KEPT_BYTES: i64 = 72 << 10;
+const KEPT_BYTES: i64 = 36 << 10;
+/// Shorter rows are kept where there are so many of them, if fewer bytes of whole rows would be under way: of those above
+/// and up to 4096 columns.
+const SHORT_FROM: i64 = 2048;
+const SHORT_ROWS: i64 = 8 * PROCESSORS;
+const WHOLE_BYTES: [i64; 2] = [44 << 10, 32 << 10];
+/// Blocks with 36 KiB, and operations of maps that their 40 registers have room for.
+const KEPT_BLOCKS: i64 = 6;
+const KEPT_STEPS: i64 = 64;
+/// Operations of maps from which a warp has no more than two runs of a row.
+const HEAVY_STEPS: i64 = 48;
 /// Bytes that a block keeps at most, and elements of a piece that a thread has.
 const KEPT_MOST: i64 = 200 << 10;
 const KEPT_EACH: i64 = 16;
 /// Loads of the plane from which a program is one of windows: its accesses are found in the first-level cache, and what
 /// varies along columns alone (weights) serves several rows.
 const MANY_PLANES: i64 = 3;
-/// Bytes of all tensors from which results are gone from the second-level cache before somebody reads them: what is
-/// written then goes first, and what is read has more of it.
-pub const STREAMS_FROM: i64 = 48 << 20;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
 
@@ -64,8 +71,8 @@ struct Shape {
     vector: i64,
     /// Elements by which every line of every tensor starts aligned.
     aligned: i64,
-    /// Bytes of all tensors.
-    bytes: i64,
+    /// A plane is stored.
+    stores: bool,
     /// Reductions outside loops: the tile must hold the row.
     whole: bool,
     /// Along what reductions go.
@@ -211,7 +218,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
         cols: 1,
         vector: 16,
         aligned,
-        bytes: 0,
+        stores: false,
         whole: reduces_outside_loops(&directions, &kernel.body),
         reduces: directions.reduces,
         turns: false,
@@ -223,7 +230,6 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
     };
     (out.planes, out.vectors) = loads(&directions, &kernel.body);
     let mut failed = None;
-    let mut seen = BTreeSet::new();
     accesses(&kernel.body, &mut |param, tile, _| {
         let p = &kernel.params[param];
         let mut look = || -> Result<()> {
@@ -231,11 +237,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                 (directions.axis(tile, Direction::Row), directions.axis(tile, Direction::Col));
             let near = |axis: Option<usize>| axis.is_some_and(|a| p.layout.axes[a].stride.is(1));
             out.turns |= near(row) && col.is_some() && !near(col);
-            if seen.insert(param) {
-                let bytes =
-                    value(&p.layout.alloc_elements())?.saturating_mul(p.dtype.bits().into()) / 8;
-                out.bytes = out.bytes.saturating_add(bytes);
-            }
+            out.stores |= row.is_some() && col.is_some() && p.access != Access::In;
             for (axis, direction) in directions.of(tile).iter().enumerate() {
                 let Some(direction) = direction else { continue };
                 let a = &p.layout.axes[axis];
@@ -257,7 +259,8 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                         out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
                     }
                 }
-                if a.stride.is(1) {
+                // What varies along rows alone is read one by one.
+                if a.stride.is(1) && col.is_some() {
                     let others = p.layout.axes.iter().enumerate().filter(|(i, _)| *i != axis);
                     let mut lines = vec![extent, value(&p.layout.offset)?];
                     for (_, other) in others {
@@ -425,7 +428,9 @@ impl Picker<'_> {
         };
         let threads = if cluster > 1 { lanes } else { lanes.max(least) };
         let choice = self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster });
-        if lanes <= 32 || alone {
+        // A warp that does much with many elements has no registers left for others beside it.
+        let heavy = s.steps > HEAVY_STEPS && runs_each > 2;
+        if lanes <= 32 && !heavy || alone {
             return Some(choice);
         }
         // Twice the threads with half as much each, where that takes no bytes from their way: more warps work while
@@ -674,10 +679,22 @@ impl Picker<'_> {
         choice
     }
 
-    /// Rows in pieces that stay in shared memory between the loops that read them; `None` for rows that are short.
-    fn kept(&self) -> Option<GpuSchedule> {
+    /// Bytes that whole rows in registers have under way on a multiprocessor; none when a row is a cluster's.
+    fn whole_under_way(&self) -> i64 {
+        let Some(choice) = self.choose().filter(|c| c.cluster == 1) else { return 0 };
+        let (s, blocks) = (&self.s, i64::from(self.schedule(choice).blocks_per_sm));
+        blocks * choice.tile(s).0 * s.cols * s.planes.max(1) * 16 / s.vector
+    }
+
+    /// Rows in pieces that stay in shared memory between the loops that read them, rather than `whole` ones in registers;
+    /// `None` for rows that are short.
+    fn kept(&self, whole: &Picker<'_>) -> Option<GpuSchedule> {
         let s = &self.s;
-        if s.whole || s.reduces != Some(Direction::Col) || s.ordered || s.cols <= KEPT_FROM {
+        let rows = !s.whole && s.reduces == Some(Direction::Col) && !s.ordered;
+        let many = s.cols > SHORT_FROM && s.rows >= SHORT_ROWS && s.aligned >= s.vector;
+        let short = s.cols < KEPT_FROM;
+        let enough = WHOLE_BYTES[usize::from(s.cols <= 4096)];
+        if !rows || s.cols <= KEPT_FROM && !(many && whole.whole_under_way() < enough) {
             return None;
         }
         let bytes = s.cols * s.planes.max(1) * 16 / s.vector;
@@ -690,21 +707,34 @@ impl Picker<'_> {
             cluster *= 2;
         }
         // More blocks than every device offers, for the longest rows only.
-        if cluster == CLUSTER_MOST
-            && most == CLUSTER_MOST
-            && up(bytes, cluster) > KEPT_BYTES * 3 / 2
-        {
+        if cluster == CLUSTER_MOST && most == CLUSTER_MOST && long(cluster) {
             cluster *= 2;
         }
         let room = i64::from(self.arch.smem_bytes()).min(KEPT_MOST);
-        let threads = 256;
-        let runs_each = (KEPT_EACH / s.vector).max(1);
+        // Wide elements of vectors take registers, too.
+        let narrow = s.vector >= 8 || s.vectors == 0;
+        let light = s.steps <= KEPT_STEPS && s.aligned >= s.vector && narrow;
+        let wasted = |piece: i64| up(s.cols, piece) * piece - s.cols;
+        // Threads, elements of a piece that each has, and blocks with room for their registers.
+        let (threads, each, together) = match (light, short) {
+            (true, false) => (256, KEPT_EACH, KEPT_BLOCKS),
+            (true, true) if wasted(256 * KEPT_EACH / 2) * 8 <= s.cols => {
+                (256, KEPT_EACH / 2, if s.planes > 1 { KEPT_BLOCKS } else { 8 })
+            }
+            (_, true) => (128, KEPT_EACH / 2, 2 * KEPT_BLOCKS),
+            (false, false) => (128, KEPT_EACH, KEPT_BLOCKS),
+        };
+        let runs_each = (each / s.vector).max(1);
         let choice = Choice { threads, lanes: threads, rows_each: 1, runs_each, cluster };
         let piece = threads * runs_each * s.vector;
         let piece_bytes = piece * s.planes.max(1) * 16 / s.vector;
         let kept = up(s.cols, piece * cluster).min(room / piece_bytes).max(1);
         let mut schedule = self.schedule(choice);
         let fit = (220 << 10) / (kept * piece_bytes + 2048);
+        let most = up(self.blocks(choice), PROCESSORS).min(together);
+        if light {
+            schedule.blocks_per_sm = most.max(1) as u32;
+        }
         schedule.blocks_per_sm = schedule.blocks_per_sm.min(fit.max(1) as u32);
         schedule.lines.kept = kept as u32;
         // The number of pieces is a number then, and so is whether all of them are kept.
@@ -741,7 +771,7 @@ impl Picker<'_> {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
             vector: schedule.vector,
-            streams: s.bytes >= STREAMS_FROM,
+            streams: s.reduces.is_some() && !s.stores,
             // Rows of a warp wait for no other: registers for another block are worth more.
             early: choice.cluster == 1 && (!s.whole || choice.lanes > 32),
             ahead: false,
@@ -795,10 +825,14 @@ impl GpuSchedule {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<Option<GpuSchedule>> {
-        let s = shape(kernel, size, 16)?;
-        let runs = up(s.cols, s.vector);
-        let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
-        let kept = Picker { kernel, arch, size, s, runs, in_flight }.kept();
+        let picker = |s: Shape| {
+            let runs = up(s.cols, s.vector);
+            let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
+            Picker { kernel, arch, size, s, runs, in_flight }
+        };
+        let pieces = shape(kernel, size, 16)?;
+        let whole = Shape { whole: true, folds: 0, ..shape(kernel, size, 16)? };
+        let kept = picker(pieces).kept(&picker(whole));
         Ok(kept.filter(|schedule| crate::lower(kernel, schedule).is_ok()))
     }
 

@@ -59,7 +59,7 @@ pub struct LinesKnobs {
     pub kept: u32,
     /// Turns of a loop whose loads are under way at a time; below 2: each turn loads for itself.
     pub fetched: u32,
-    /// What is stored is more than the caches hold until somebody reads it: it is to leave them first.
+    /// Nothing as large as what is read is stored: loads pass by the first-level cache. Beside stores that slows both.
     pub streams: bool,
 }
 

@@ -184,10 +184,8 @@ fn layer_norm_backward(call: &LayerNormBackward, sizes: &Env, gpu: &Gpu) -> Resu
     let mut way = Way { workspace_bytes: scratch_bytes, ..Way::default() };
     let (kernel, schedule) = &plan.parts;
     way.launches.push(launch(kernel, schedule, &env, first)?);
-    for ((kernel, schedule), (vector, part)) in
-        plan.finish.iter().zip(vectors.into_iter().zip(parts))
-    {
-        way.launches.push(launch(kernel, schedule, &env, vec![part, param(vector)])?);
-    }
+    let (kernel, schedule) = &plan.finish;
+    let sums = parts.into_iter().zip(vectors).flat_map(|(part, vector)| [part, param(vector)]);
+    way.launches.push(launch(kernel, schedule, &env, sums.collect())?);
     Ok(way)
 }

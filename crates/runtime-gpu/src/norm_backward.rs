@@ -102,8 +102,8 @@ impl NormBackward {
         places: &NormGradientPlaces,
     ) -> Result<NormBackward> {
         let env = NormBackward::sizes(&what, plan);
-        let programs = std::iter::once(&plan.parts).chain(&plan.finish);
-        let programs = programs.map(|(k, s)| lower(k, s)).collect::<Result<Vec<_>>>()?;
+        let programs = [&plan.parts, &plan.finish].map(|(k, s)| lower(k, s));
+        let programs = programs.into_iter().collect::<Result<Vec<_>>>()?;
         let made = NormBackward { what, parts_count: plan.parts_count, kernels: Mutex::default() };
         let mut kernels = Vec::new();
         for (loaded, operands) in loader.load_all(&programs).into_iter().zip(made.operands(places))
@@ -134,8 +134,8 @@ impl NormBackward {
         first.push(matrix(dx));
         let vectors = &vectors[..1 + usize::from(self.what.centred)];
         first.extend(parts[..vectors.len()].iter().map(|p| part(*p)));
-        let finish = vectors.iter().zip(parts).map(|(v, p)| vec![part(p), vector(*v)]);
-        std::iter::once(first).chain(finish).collect()
+        let finish = vectors.iter().zip(parts).flat_map(|(v, p)| [part(p), vector(*v)]);
+        vec![first, finish.collect()]
     }
 
     /// Puts the kernels into the stream.

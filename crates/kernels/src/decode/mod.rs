@@ -104,6 +104,7 @@ fn schedule(
         vector: vector as u32,
         early: false,
         ahead: s.dependent,
+        streams: true,
         ..LinesKnobs::default()
     };
     s.blocks_per_sm = 1;

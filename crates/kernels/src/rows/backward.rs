@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! parts:  block p has a share of the rows: dX of each, and over its rows the sums for the scale and the shift -> PW[p, n], PB[p, n]
-//! finish: one more kernel a vector adds the parts in their order                                             -> dscale, dshift
+//! finish: one more kernel adds the parts in their order                                                      -> dscale, dshift
 //! ```
 //!
 //! `X` and `DY` are read once. The numbers of the rows (mean, inverse deviation) are worked out again, from the row
@@ -10,13 +10,14 @@
 
 use super::program::{along, func, lines, sizes};
 use super::{RowOp, RowSpec};
-use crate::reduce::{Over, ReduceSpec};
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
-use tilewright_expr::{ExprId, FuncBuilder, Op, Value};
+use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout};
-use tilewright_lower_gpu::{GpuSchedule, LinesKnobs, STREAMS_FROM};
-use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind, TileId, TileType};
+use tilewright_lower_gpu::{GpuSchedule, LinesKnobs};
+use tilewright_tile::{
+    Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
+};
 
 /// The gradient of a normalisation of the rows of `X[M, N]`, for all sizes: `DX[M, N]` from `DY[M, N]`, and the parts
 /// of the gradients of the vectors.
@@ -48,8 +49,8 @@ pub struct NormBackwardSpec {
 pub struct NormBackwardPlan {
     /// Parameters `X`, `DY`, `scale`, `A` if it is added, `DX`, `PW`, `PB`.
     pub parts: (Kernel, GpuSchedule),
-    /// For each vector, parameters `PW` and `DW` (scale), `PB` and `DB` (shift); sizes `N` and `P`.
-    pub finish: Vec<(Kernel, GpuSchedule)>,
+    /// Parameters `PW`, `DW` (scale), and `PB`, `DB` (shift) for a layer normalisation; sizes `N` and `P`.
+    pub finish: (Kernel, GpuSchedule),
     /// The size `P`.
     pub parts_count: i64,
     /// The size `C`.
@@ -61,10 +62,16 @@ const PROCESSORS: i64 = 132;
 /// Elements of a row that a thread shall have, and has at most.
 const EACH: i64 = 16;
 const EACH_MOST: i64 = 32;
-/// Turns whose loads are under way.
-const AHEAD: i64 = 3;
+/// Turns whose loads are under way, the one that is worked on among them: with more, reads and writes are in each other's way.
+const AHEAD: i64 = 2;
 /// Shared memory of a multiprocessor that blocks may share.
 const SHARED_BYTES: i64 = 220 << 10;
+
+/// Sums of `N` columns, of `P` parts each.
+fn parts() -> Layout {
+    let axis = |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
+    Layout { axes: vec![axis("P", Dim::sym("N")), axis("N", Dim::new(1))], offset: Dim::new(0) }
+}
 
 fn up(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
@@ -95,12 +102,6 @@ impl NormBackwardSpec {
         let scale = k.param("scale", dtype, Layout::row_major(&[Dim::sym("N")]), Access::In);
         let other = self.added.then(|| k.param("A", dtype, matrix(), Access::In));
         let dx = k.param("DX", dtype, matrix(), Access::Out);
-        let axis =
-            |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
-        let parts = || Layout {
-            axes: vec![axis("P", Dim::sym("N")), axis("N", Dim::new(1))],
-            offset: Dim::new(0),
-        };
         let pw = k.param("PW", DType::F32, parts(), Access::Out);
         let pb = centred.then(|| k.param("PB", DType::F32, parts(), Access::Out));
         let part = k.grid("part", Dim::sym("P"));
@@ -216,13 +217,39 @@ impl NormBackwardSpec {
         for (old, new) in carried.into_iter().zip([share, dy]) {
             let sum = k.reduce(ReduceKind::Sum, new, 0, None);
             let args = vec![k.plain(old), k.plain(sum)];
-            let add = tilewright_expr::Func::binary(Op::Add, DType::F32);
+            let add = Func::binary(Op::Add, DType::F32);
             next.push(k.map(add, args, vec![bn.clone()]));
         }
         let sums = k.end_for(&next);
         for (param, sum) in [Some(pw), pb].into_iter().flatten().zip(sums) {
             let line = k.reshape(sum, vec![Dim::new(1), bn.clone()]);
             k.store(param, vec![part.clone(), zero.clone()], line);
+        }
+        Ok(k.finish())
+    }
+
+    /// Adds the parts of each vector, all of a column at once.
+    fn finish(&self) -> Result<Kernel> {
+        let (_, centred) = self.eps()?;
+        let mut k = KernelBuilder::new("norm_backward_finish");
+        sizes(&mut k, &["N", "P"]);
+        let (bp, bn) = (k.tile("BP"), k.tile("BN"));
+        let mut vectors = Vec::new();
+        for names in &[["PW", "DW"], ["PB", "DB"]][..1 + usize::from(centred)] {
+            let parts = k.param(names[0], DType::F32, parts(), Access::In);
+            let line = Layout::row_major(&[Dim::sym("N")]);
+            vectors.push((parts, k.param(names[1], self.dtype, line, Access::Out)));
+        }
+        let col = k.grid("pn", Dim::sym("N").ceil_div(&bn)) * &bn;
+        let from = vec![Dim::new(0), col.clone()];
+        let load =
+            |(p, _): &(ParamId, ParamId)| k.load(*p, from.clone(), vec![bp.clone(), bn.clone()]);
+        let planes: Vec<TileId> = vectors.iter().map(load).collect();
+        for (plane, (_, result)) in planes.into_iter().zip(vectors) {
+            let sum = k.reduce(ReduceKind::Sum, plane, 0, None);
+            let args = vec![k.plain(sum)];
+            let sum = k.map(Func::cast(DType::F32, self.dtype), args, vec![bn.clone()]);
+            k.store(result, vec![col.clone()], sum);
         }
         Ok(k.finish())
     }
@@ -271,8 +298,7 @@ impl NormBackwardSpec {
             ahead: false,
             kept: 0,
             fetched: if turns > 1 { AHEAD as u32 } else { 0 },
-            // Of the three tensors that lie as the rows, one is written.
-            streams: 3 * m.saturating_mul(n).saturating_mul(bytes) >= STREAMS_FROM,
+            streams: false,
         };
         // Nothing lies behind rows that fill their tile: no element is asked whether it does.
         if cols == n {
@@ -281,23 +307,13 @@ impl NormBackwardSpec {
                 schedule.sizes.insert("ld".into(), n);
             }
         }
-        let sum = ReduceSpec { result: self.dtype, ..ReduceSpec::sum(Over::Rows, DType::F32) };
-        let finish = sum.finish("norm_backward_finish");
+        let finish = self.finish()?;
         let few = |name: &str| if name == "P" { Some(parts_count) } else { size(name) };
         let last = GpuSchedule::lines_for(&finish, arch, &few)?
-            .ok_or_else(|| Error::bug("sums of parts have a schedule"))?;
-        let (_, centred) = self.eps()?;
-        let vectors = [["PW", "DW"], ["PB", "DB"]];
-        let named = vectors[..1 + usize::from(centred)].iter().map(|names| {
-            let mut kernel = finish.clone();
-            for ((_, param), name) in kernel.params.iter_mut().zip(names) {
-                param.name = (*name).into();
-            }
-            (kernel, last.clone())
-        });
+            .ok_or_else(|| Error::unsupported(format!("sums of {parts_count} parts")))?;
         Ok(NormBackwardPlan {
             parts: (self.program("norm_backward")?, schedule),
-            finish: named.collect(),
+            finish: (finish, last),
             parts_count,
             turns,
         })

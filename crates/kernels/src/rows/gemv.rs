@@ -360,6 +360,7 @@ impl GemvSpec {
             lanes: form.lanes as u32,
             vector: form.vector as u32,
             early: false,
+            streams: true,
             ..LinesKnobs::default()
         };
         // The registers are an estimate: what it falls short of must not spill.

@@ -298,14 +298,30 @@ impl Rows<'_> {
                 let sum = self.reduce(ReduceKind::Sum, &Piece::Plain, x, true);
                 let product = Func::binary(Op::Mul, DType::F32);
                 let mean = self.per_row_with_scalar(product, sum, inverse_n);
+                let end = |f: &mut FuncBuilder, d: ExprId, a: &[ExprId]| {
+                    let d = f.op(Op::Mul, &[d, a[0]]);
+                    let (scale, shift) = (f.cast(a[1], DType::F32), f.cast(a[2], DType::F32));
+                    let y = f.op(Op::Fma, &[d, scale, shift]);
+                    f.cast(y, dtype)
+                };
+                if let Some(x) = x {
+                    // The distances from the mean stay in registers.
+                    let args = vec![self.k.plain(x), along(mean, 0)];
+                    let shape = self.shape();
+                    let d = self.k.map(Func::binary(Op::Sub, DType::F32), args, shape);
+                    let square = self.piece(&Piece::Square, d);
+                    let var = self.k.reduce(ReduceKind::Sum, square, 1, Some(Dim::sym("N")));
+                    let inverse = self.inverse_root(var, inverse_n, eps);
+                    let f =
+                        func(&[DType::F32, DType::F32, dtype, dtype], |f, a| end(f, a[0], &a[1..]));
+                    self.finish_piece(&f, d, &[inverse], &zero);
+                    return;
+                }
                 let var = self.reduce(ReduceKind::Sum, &Piece::SquaredDistance(mean), x, false);
                 let inverse = self.inverse_root(var, inverse_n, eps);
                 let f = func(&[DType::F32, DType::F32, DType::F32, dtype, dtype], |f, a| {
                     let d = f.op(Op::Sub, &[a[0], a[1]]);
-                    let d = f.op(Op::Mul, &[d, a[2]]);
-                    let (scale, shift) = (f.cast(a[3], DType::F32), f.cast(a[4], DType::F32));
-                    let y = f.op(Op::Fma, &[d, scale, shift]);
-                    f.cast(y, dtype)
+                    end(f, d, &a[2..])
                 });
                 (vec![mean, inverse], f)
             }
