@@ -161,6 +161,7 @@ impl Ours {
                     Place::Cols => extra(0, 0),
                     Place::Rows => extra(1, 0),
                     Place::Residual => extra(2, case.c.offset),
+                    Place::Depth(_) => Err(Error::bug("a product of an operand as it lies")),
                 })
                 .collect::<Result<Vec<_>>>()?;
             kernel.bind(&step.sizes, &operands)
@@ -311,7 +312,9 @@ impl<'a> Peer<'a> {
             Place::Rows => extra(1),
             Place::Residual => extra(2),
             Place::Cols2 => extra(3),
-            Place::B | Place::Workspace { .. } => Err(Error::bug("an ending of products")),
+            Place::B | Place::Depth(_) | Place::Workspace { .. } => {
+                Err(Error::bug("an ending of products"))
+            }
         };
         let operands = step.operands.iter().map(operand).collect::<Result<Vec<_>>>()?;
         let bound = kernel.bind(&step.sizes, &operands)?;

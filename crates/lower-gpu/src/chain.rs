@@ -17,7 +17,8 @@
 use crate::hopper::{Builder, main_loop};
 use crate::schedule::ProductKind;
 use crate::streams::{
-    Defs, LoadView, Stream, check_limit, definitions, extents, load_view, stream, tf32_round,
+    Defs, LoadView, Stream, check_limit, computed_from, definitions, extents, load_view, stream,
+    tf32_round,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_base::{DType, Error, Result};
@@ -110,6 +111,7 @@ pub(crate) fn is_chained(kernel: &Kernel) -> Result<bool> {
                 _ => *a,
             };
             load_view(kernel, &defs, a).is_none()
+                && computed_from(kernel, &defs, a, &mut Vec::new()).is_none()
         }
         _ => false,
     }))

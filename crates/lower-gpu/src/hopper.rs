@@ -5,6 +5,7 @@
 //! every consumer that reads the stage, in every block of the cluster that wrote it, has let go. A
 //! consumer keeps one group of `wgmma` in flight, so it lets go of the stage before the one it issued.
 
+use crate::computed_left::computed_left;
 use crate::epilogue;
 use crate::raster::raster;
 use crate::schedule::{GpuSchedule, Mode, StoreKind};
@@ -199,18 +200,25 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     let tiles = RegisterTiles::new(&mut b, &pipeline, body, joined.is_some())?;
     let depth = body.hi.clone() - &body.lo;
     let start = initial_values(before, &pipeline, body, &tiles, true)?;
-    let products = multiply(
-        &b,
-        &pipeline,
-        &stages,
-        &tiles,
-        body,
-        ring,
-        full,
-        empty,
-        multicast,
-        joined.is_some(),
-    );
+    let left = computed_left(&mut b, &pipeline, &stages, before, body, ring)?;
+    let products = match left {
+        Some(left) => {
+            let reach = if multicast { Reach::All } else { Reach::Own };
+            left.multiply(&pipeline, &stages, &tiles, body, ring, (full, empty), &reach)
+        }
+        None => multiply(
+            &b,
+            &pipeline,
+            &stages,
+            &tiles,
+            body,
+            ring,
+            full,
+            empty,
+            multicast,
+            joined.is_some(),
+        ),
+    };
     let results = tiles.results(body);
     let tile_cols = results.iter().find(|(_, f)| b.frags[*f].extent == Extent::Tile);
     if let Some(cols) = tile_cols.map(|(_, f)| b.frags[*f].cols) {
@@ -499,11 +507,11 @@ pub(crate) fn loads(
     out
 }
 
-struct Products {
+pub(crate) struct Products {
     /// Issues all products of a tile; the last group may still be in flight.
-    issue: Vec<Stmt>,
+    pub(crate) issue: Vec<Stmt>,
     /// Waits for the last group and lets go of its stage.
-    drain: Vec<Stmt>,
+    pub(crate) drain: Vec<Stmt>,
 }
 
 /// Two products of one left operand that are issued as one, on right operands side by side: the tensor cores read the

@@ -15,6 +15,7 @@ mod ampere;
 mod ampere_chain;
 mod axes;
 mod chain;
+mod computed_left;
 mod epilogue;
 mod extents;
 mod hopper;

@@ -185,6 +185,17 @@ pub(crate) struct Stream {
     pub(crate) swizzle: Swizzle,
     /// Rounded to TF32 on the way.
     pub(crate) tf32: bool,
+    /// What is multiplied is computed from the stream's tiles, in registers.
+    pub(crate) computed: Option<Computed>,
+}
+
+/// A left operand that is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Computed {
+    /// The tile that is multiplied.
+    pub(crate) result: TileId,
+    /// The stream's tile, as steps in front of the product read it.
+    pub(crate) operand: TileId,
 }
 
 impl Stream {
@@ -288,6 +299,14 @@ pub(crate) fn pipeline(
                         Some(TileOp::Map { func, args }) if *func == tf32 => (args[0].tile, true),
                         _ => (tile, false),
                     };
+                    let mut computed = None;
+                    if depth_axis == 1
+                        && product == ProductKind::Wgmma
+                        && load_view(kernel, &defs, tile).is_none()
+                    {
+                        computed = computed_from(kernel, &defs, tile, &mut used);
+                    }
+                    let tile = computed.map_or(tile, |c| c.operand);
                     let Some(view) = load_view(kernel, &defs, tile) else {
                         return Err(Error::unsupported(
                             "an operand of a product that is not a plain load",
@@ -295,13 +314,14 @@ pub(crate) fn pipeline(
                     };
                     check_limit(kernel, &view, view.axes[depth_axis], limit.as_ref())?;
                     used.push(view.load);
-                    if let Some(i) = out.streams.iter().position(|s| s.view == view) {
+                    let same = |s: &Stream| s.view == view && s.computed == computed;
+                    if let Some(i) = out.streams.iter().position(same) {
                         return Ok(i);
                     }
                     let shape = extents(kernel, tile)?;
                     let stream =
                         stream(kernel, view, (shape[0], shape[1]), depth_axis, rounded, product)?;
-                    out.streams.push(stream);
+                    out.streams.push(Stream { computed, ..stream });
                     Ok(out.streams.len() - 1)
                 };
                 let (a, b) = (operand(*a, 1)?, operand(*b, 0)?);
@@ -364,6 +384,36 @@ pub(crate) fn pipeline(
         return Err(Error::unsupported("a loop without products"));
     }
     Ok(out)
+}
+
+/// A left operand that elementwise steps make of one tile of the plane and of vectors along the depth; notes the vectors' loads as used.
+pub(crate) fn computed_from(
+    kernel: &Kernel,
+    defs: &Defs<'_>,
+    tile: TileId,
+    used: &mut Vec<TileId>,
+) -> Option<Computed> {
+    let TileOp::Map { args, .. } = defs.get(&tile)? else { return None };
+    let mut operand = None;
+    let mut vectors = Vec::new();
+    for arg in args {
+        match arg.along[..] {
+            [0, 1] if operand.is_none() && load_view(kernel, defs, arg.tile).is_some() => {
+                operand = Some(arg.tile);
+            }
+            [1] => vectors.push(match defs.get(&arg.tile)? {
+                TileOp::Reshape(x) => *x,
+                _ => arg.tile,
+            }),
+            _ => return None,
+        }
+    }
+    let loaded = |t: &TileId| matches!(defs.get(t), Some(TileOp::Load { .. }));
+    if !vectors.iter().all(loaded) {
+        return None;
+    }
+    used.extend(vectors);
+    operand.map(|operand| Computed { result: tile, operand })
 }
 
 /// A limit on the sum is met by the zeros outside the tensor, if the tensor ends there.
@@ -437,5 +487,5 @@ pub(crate) fn stream(
         .into_iter()
         .find(|s| bytes.is_multiple_of(s.span_bytes()))
         .ok_or_else(|| Error::unsupported(format!("tiles of {bytes} bytes along a line")))?;
-    Ok(Stream { view, rows, cols, contiguous, swizzle, tf32 })
+    Ok(Stream { view, rows, cols, contiguous, swizzle, tf32, computed: None })
 }

@@ -526,11 +526,14 @@ impl Lowering<'_> {
             let knobs = self.with_chains(knobs, dag);
             return self.launch(k, tiles, knobs, note);
         }
-        let written = Written { parts: &k, sides: &sides, dag, space, canon: &canon, units };
+        let computed = &computed;
+        let written =
+            Written { parts: &k, sides: &sides, computed, dag, space, canon: &canon, units };
         match self.fit(product, &written, tried) {
             Fit::Forms(forms) => self.launch_forms(k, tiles, knobs, forms, note),
             Fit::Apart => self.product_apart(&name, product, given, note, tried),
             Fit::Packed => self.product_packed(&name, product, given, note, tried),
+            Fit::Uncomputed => self.product_uncomputed(&name, product, given, note, tried),
         }
     }
 }

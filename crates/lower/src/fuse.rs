@@ -330,9 +330,16 @@ pub(crate) fn label(node: &Node) -> String {
     }
 }
 
-/// Groups the nodes of a graph for a device; see the module's head.
-pub fn fuse(graph: &Graph, target: &CpuTarget, choice: Choice, device: Device) -> FusionPlan {
-    let survey = Survey::new(graph, target, device);
+/// Groups the nodes of a graph for a device; see the module's head. `prologues`: products may compute their operands.
+pub fn fuse(
+    graph: &Graph,
+    target: &CpuTarget,
+    choice: Choice,
+    device: Device,
+    prologues: bool,
+) -> FusionPlan {
+    let mut survey = Survey::new(graph, target, device);
+    survey.prologues = prologues;
     let first = greedy(graph, target, choice != Choice::Apart);
     let mut planner = Planner::new(&survey, first);
     let greedy_ns = planner.total_ns();

@@ -68,6 +68,8 @@ pub struct Options {
     pub states: Option<std::sync::Arc<str>>,
     /// On a GPU, convolutions read their windows through the copy engine, and images have their channels innermost.
     pub windows: bool,
+    /// On a GPU, products of 16-bit operands compute their left operand where only they read it.
+    pub fold: bool,
 }
 
 /// What runs a plan.
@@ -89,6 +91,7 @@ impl Default for Options {
             device: Device::Cpu,
             states: None,
             windows: false,
+            fold: false,
         }
     }
 }

@@ -59,7 +59,9 @@ pub fn lower_with(
     host: &dyn Fn(&Graph, NodeId) -> HostCall,
     options: &Options,
 ) -> Result<(Plan, FusionPlan)> {
-    let mut fusion = fuse(graph, target, options.fusion, options.device);
+    let narrow = matches!(options.precision, Precision::F16 | Precision::Bf16);
+    let prologues = options.device == Device::Cpu || options.fold && narrow;
+    let mut fusion = fuse(graph, target, options.fusion, options.device, prologues);
     let layouts = &crate::gpu::channels_last(graph, layouts, options);
     let mut low = Lowering {
         graph,

@@ -9,7 +9,9 @@
 //! of its own ([`Lowering::computed_side`]). The operand never lies in memory: no other group reads it, and each block
 //! of the result's other axis computes it again, which `cost` counts.
 //!
-//! Products of a GPU take operands from memory only.
+//! Products of a GPU compute left operands of 16 bits, from one tensor of the operand's shape and others that vary along the depth and a batch
+//! alone ([`taken_by_gpu`]): the scale of a channel (squeeze and excitation), a norm's scale and shift. Which of their kernels does so, and
+//! whether it is better done apart, is decided when the sizes are known (`gemm/computed.rs` of `kernels`).
 
 use crate::block::{Dag, DagOp, Emit, KernelParts};
 use crate::contract::Side;
@@ -84,10 +86,53 @@ pub(crate) fn prologues(s: &Survey<'_>, nodes: &[NodeId], anchor: Anchor) -> Opt
                 }
             }
         }
+        if s.gpu && !taken_by_gpu(s, &graph.nodes[at], operand, &chain) {
+            return None;
+        }
         let vals = in_place(s, &chain, *v)?;
         found.push(Prologue { operand, rank: graph.shape(*v).len(), nodes: chain, vals });
     }
     Some(found)
+}
+
+/// Whether a kernel of a GPU takes such an operand: what it is computed from is one tensor of its shape, and others that vary along the depth
+/// and the first axis only. One of these is computed, too, or the first is made by what has no epilogue: otherwise these steps stand better
+/// behind the product that makes it.
+fn taken_by_gpu(s: &Survey<'_>, node: &Node, operand: usize, chain: &[NodeId]) -> bool {
+    let graph = s.graph;
+    let shape = graph.shape(node.inputs[operand]);
+    let depth = match &node.op {
+        Op::Contract { lhs, out, .. } => lhs.chars().position(|l| !out.contains(l)),
+        _ => Some(1),
+    };
+    let (Some(depth), 0) = (depth, operand) else { return false };
+    let own: BTreeSet<ValueId> = chain.iter().map(|&n| graph.nodes[n].outputs[0]).collect();
+    let mut read: Vec<ValueId> = Vec::new();
+    for &n in chain {
+        let fresh = graph.nodes[n].inputs.iter().filter(|v| !own.contains(&s.root(**v)));
+        for v in fresh {
+            if !read.contains(v) {
+                read.push(*v);
+            }
+        }
+    }
+    let varies = |v: ValueId, axis: usize| {
+        let own = graph.shape(v);
+        let missing = shape.len() - own.len().min(shape.len());
+        axis >= missing && !own[axis - missing].is(1)
+    };
+    let full = |v: &ValueId| (0..shape.len()).all(|a| shape[a].is(1) || varies(*v, a));
+    let (mains, others): (Vec<ValueId>, Vec<ValueId>) = read.into_iter().partition(full);
+    let [main] = mains[..] else { return false };
+    let along =
+        |v: &ValueId| varies(*v, depth) && (1..shape.len()).all(|a| a == depth || !varies(*v, a));
+    let made = graph.producer(s.root(main)).and_then(|n| s.anchor(n));
+    let has_epilogue = matches!(
+        made,
+        Some(Anchor::Contract | Anchor::Conv | Anchor::Map | Anchor::Rows | Anchor::Attention)
+    );
+    let computed = others.iter().any(|v| graph.as_const(s.root(*v)).is_none());
+    !others.is_empty() && others.iter().all(along) && (computed || !has_epilogue)
 }
 
 /// Whether an operand of this anchor can be computed in its kernel: every element is read once for each place of the

@@ -22,7 +22,7 @@ mod product;
 pub use attention::{Attention, Heads};
 pub use decoder::{Decoder, DecoderLayer, DecoderNorm};
 pub use library::{AttentionBackward, LayerNormBackward, Library};
-pub use product::{Matrix, Product, Repeat, Second, Vector, Windows};
+pub use product::{Depth, Matrix, Product, Prologue, Repeat, Second, Vector, Windows};
 
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};

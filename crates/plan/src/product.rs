@@ -76,6 +76,26 @@ pub struct Windows {
     pub dilations: [i64; 2],
 }
 
+/// A vector along the depth.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Depth {
+    /// Where it is.
+    pub vector: Vector,
+    /// Distances between neighbours along the axes of [`Product::repeat`], in elements; 0 where it is the same vector.
+    pub strides: Vec<Dim>,
+}
+
+/// How the left operand is computed from what is stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prologue {
+    /// From an element of `A` as it is stored, and one of each vector, to `operand`.
+    pub func: Func,
+    /// Type in which it is multiplied.
+    pub operand: DType,
+    /// Vectors along the depth.
+    pub vectors: Vec<Depth>,
+}
+
 /// A matrix product, batched and strided, with what happens to its sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Product {
@@ -91,6 +111,8 @@ pub struct Product {
     pub a: Matrix,
     /// `A` is read through windows.
     pub windows: Option<Windows>,
+    /// `A` is computed from what is stored.
+    pub prologue: Option<Prologue>,
     /// `[k, n]`
     pub b: Matrix,
     /// `[m, n]`

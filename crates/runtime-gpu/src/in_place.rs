@@ -33,6 +33,8 @@ fn of_product(product: &Product, kernel: &Kernel) -> BTreeSet<Pair> {
     let others = [Some(product.a.param), Some(product.b.param)]
         .into_iter()
         .chain([&product.cols, &product.rows].map(|v| v.as_ref().map(|v| v.param)));
+    let vectors = product.prologue.iter().flat_map(|p| &p.vectors).map(|d| Some(d.vector.param));
+    let others = others.chain(vectors);
     let read_again = others.flatten().any(|p| p == residual.param);
     let pair = (residual.param, product.c.param);
     BTreeSet::from_iter((same && !read_again).then_some(pair))

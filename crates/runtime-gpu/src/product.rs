@@ -6,7 +6,9 @@
 use crate::choose::{Launch, Source, Way};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
-use tilewright_kernels::gemm::{self, Epilogue, Images, Order, Pair, Place, Precision, Problem};
+use tilewright_kernels::gemm::{
+    self, Computed, Epilogue, Images, Order, Pair, Place, Precision, Problem,
+};
 use tilewright_layout::{Dim, Env};
 use tilewright_lower_gpu::lower;
 use tilewright_plan::{Matrix, Product};
@@ -135,14 +137,15 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
         (orders[0], leading[0]) = (Order::Row, number(&product.a.row, sizes)?);
         (orders[1], leading[1]) = (Order::Col, number(&product.b.col, sizes)?);
     }
-    let tf32 = product.tf32 && product.a.dtype == DType::F32;
+    let operand = product.prologue.as_ref().map_or(product.a.dtype, |p| p.operand);
+    let tf32 = product.tf32 && operand == DType::F32;
     let dtype = |v: &Option<tilewright_plan::Vector>| v.as_ref().map(|v| v.dtype);
     let problem = Problem {
         m,
         n,
         k,
         batch: batch.extent,
-        operand: product.a.dtype,
+        operand,
         sum: product.sum,
         result: product.c.dtype,
         precision: if tf32 { Precision::Tf32 } else { Precision::F32 },
@@ -160,8 +163,39 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
         },
         images,
     };
+    // Vectors along the depth: where they are, and how far apart for the batches.
+    let depths = product.prologue.iter().flat_map(|p| &p.vectors);
+    let mut vectors = Vec::new();
+    let mut computed = product.prologue.as_ref().map(|p| Computed {
+        prologue: gemm::Prologue {
+            func: p.func.clone(),
+            stored: product.a.dtype,
+            vectors: p.vectors.iter().map(|d| d.vector.dtype).collect(),
+        },
+        strides: Vec::new(),
+        align: ALIGNED,
+    });
+    for depth in depths {
+        // Lowering leaves one axis of repetition at most.
+        let stride = match &depth.strides[..] {
+            [] => 0,
+            [stride] => number(stride, sizes)?,
+            _ => return Err(Error::bug("a computed operand along several axes of repetition")),
+        };
+        let size = depth.vector.dtype.size() as i64;
+        let offset = number(&depth.vector.offset, sizes)? * size;
+        vectors.push(Source::Param { param: depth.vector.param, offset: offset as u64 });
+        if let Some(c) = &mut computed {
+            c.strides.push(stride);
+            c.align = c.align.min(alignment([offset]));
+        }
+    }
+    let candidates = match &computed {
+        None => gemm::plan(&problem, gpu, most)?,
+        Some(c) => gemm::plan_computed(&problem, c, gpu, most)?,
+    };
     let mut out = Vec::new();
-    for candidate in gemm::plan(&problem, gpu, most)? {
+    for candidate in candidates {
         let mut way = Way {
             workspace_bytes: candidate.workspace_bytes,
             estimate_us: candidate.estimate_us * starts.len() as f64,
@@ -199,6 +233,10 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
                         Place::Cols => vector(&product.cols, 0, 0),
                         Place::Rows => vector(&product.rows, 1, 0),
                         Place::Residual => vector(&product.residual, 2, start[2]),
+                        Place::Depth(i) => vectors
+                            .get(*i)
+                            .cloned()
+                            .ok_or_else(|| Error::bug("a vector that is not there")),
                         Place::Workspace { offset, bytes } => {
                             Ok(Source::Workspace { offset: *offset, bytes: *bytes })
                         }

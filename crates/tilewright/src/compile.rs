@@ -142,6 +142,7 @@ impl Compiler {
         lap(&mut stages, "layout");
         let options = tilewright_lower::Options {
             windows: false,
+            fold: false,
             fusion: self.fusion,
             precision: self.precision,
             states: self.states.clone(),

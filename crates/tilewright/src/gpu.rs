@@ -50,6 +50,8 @@ pub struct GpuCompiler {
     pub fusion: Choice,
     /// Convolutions read their windows through the copy engine where it can, instead of copying them.
     pub windows: bool,
+    /// Norms and elementwise operators in front of products are computed by these where that is estimated to pay.
+    pub fold: bool,
 }
 
 /// A model planned for a GPU.
@@ -86,7 +88,8 @@ impl GpuCompiler {
 
     /// For this GPU, in `f32`.
     pub fn new(machine: Machine) -> GpuCompiler {
-        GpuCompiler { machine, precision: Precision::F32, fusion: Choice::Fastest, windows: true }
+        let (precision, fusion) = (Precision::F32, Choice::Fastest);
+        GpuCompiler { machine, precision, fusion, windows: true, fold: true }
     }
 
     /// Plans a graph.
@@ -158,7 +161,8 @@ impl GpuCompiler {
         observe(Stage::Graph("join-products", &graph));
         stages.push(StageTime { name: "join-products".into(), time: start.elapsed() });
         let start = Instant::now();
-        if self.fusion != Choice::Apart && tilewright_passes::fold_norms(&mut graph)? {
+        let fold = self.fold && self.fusion != Choice::Apart;
+        if fold && tilewright_passes::fold_norms(&mut graph)? {
             tilewright_graph::verify(&graph)?;
             tilewright_passes::run(&mut graph, &context)?;
         }
@@ -174,6 +178,7 @@ impl GpuCompiler {
         let start = Instant::now();
         let options = tilewright_lower::Options {
             windows: self.windows,
+            fold: self.fold,
             fusion: self.fusion,
             states: None,
             precision: self.precision,

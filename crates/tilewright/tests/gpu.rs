@@ -510,3 +510,47 @@ fn a_product_with_two_results_is_stored_as_it_is_rounded() {
     let wide = planned.plan().buffers.iter().filter(|(_, b)| b.dtype == DType::F32).count();
     assert_eq!(wide, 1, "only the second output is f32");
 }
+
+/// The scale of channels is computed in the registers of the product that reads it, where the tensor cores take operands from there; else
+/// by a kernel before it.
+#[test]
+fn products_compute_their_left_operand() {
+    for (channels, inside) in [(32, true), (33, false)] {
+        let graph = nets::squeeze_network(channels);
+        let inputs = [numbers(&[3, 16, 6, 5], 4)];
+        for precision in PRECISIONS {
+            let planned = plan(&graph, precision);
+            let narrow = matches!(precision, Precision::F16 | Precision::Bf16);
+            let computed = planned.plan().kernels.iter().filter(|(_, k)| {
+                k.forms.iter().any(|f| matches!(f, Form::Product(p) if p.prologue.is_some()))
+            });
+            assert_eq!(computed.count(), usize::from(narrow), "{channels} {precision}");
+            let name = format!("squeeze {channels} {precision}");
+            holds(&name, &graph, &planned, &inputs, 0);
+            let run = planned.interpret(&inputs).expect("it runs");
+            let mut names = Vec::new();
+            for step in &run.bound.steps {
+                let BoundStep::Device { choice, .. } = step else { continue };
+                names.extend(choice.ways[0].launches.iter().map(|l| l.program.name.clone()));
+            }
+            let count = |name: &str| names.iter().filter(|n| **n == name).count();
+            assert_eq!(count("gemm_of_computed"), usize::from(narrow && inside), "{names:?}");
+            assert_eq!(count("gemm_prologue"), usize::from(narrow && !inside), "{names:?}");
+        }
+    }
+}
+
+/// Norms that products alone read are folded into these: none is left in the tiny Llama with its head.
+#[test]
+fn norms_are_folded_into_products() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf/llama");
+    let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
+    let norms = |g: &Graph| g.live().filter(|(_, n)| matches!(n.op, Op::RmsNorm { .. })).count();
+    let planned = plan(&graph, Precision::Bf16);
+    assert!(norms(&graph) > 1);
+    assert_eq!(norms(planned.graph()), 0);
+    let mut compiler = GpuCompiler::new(Gpu::h200());
+    compiler.fold = false;
+    let apart = compiler.plan(graph.clone()).expect("it plans");
+    assert_eq!(norms(apart.graph()), norms(&graph));
+}

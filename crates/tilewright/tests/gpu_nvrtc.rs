@@ -41,6 +41,7 @@ fn every_program_of_the_tiny_models_compiles() {
     let mut graphs: Vec<_> =
         ["bert", "gpt2", "llama", "qwen3", "vit", "distilbert"].into_iter().map(load).collect();
     graphs.push(nets::residual_network());
+    graphs.push(nets::squeeze_network(32));
     for graph in graphs {
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             let mut compiler = GpuCompiler::new(Gpu::h200());

@@ -14,6 +14,7 @@
 //! No tuning is needed: the model picks ([`plan_untuned`]). A tuner searches the whole space ([`choices`]) by measuring,
 //! and leaves a record (`record.rs`), which [`plan`] takes before the model's word.
 
+mod computed;
 mod model;
 mod pipelined;
 mod plan;
@@ -23,12 +24,13 @@ mod record;
 mod space;
 mod vector;
 
+pub use computed::{Computed, plan_computed};
 pub use model::estimate_us;
 pub use plan::{
     Candidate, Choice, Place, Step, candidate, choices, estimate_choice, picked, plan_untuned,
 };
 pub use problem::{Images, Precision, Problem};
-pub use program::{Epilogue, GemmSpec, Math, Order, Pair, Windows};
+pub use program::{Epilogue, GemmSpec, Math, Order, Pair, Prologue, Windows};
 pub use record::{
     Device, FORMAT, Key, Knobs, Planned, Record, Records, Source, code_of, plan, plan_with, slug,
 };

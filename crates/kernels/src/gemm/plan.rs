@@ -3,7 +3,7 @@
 use crate::gemm::model::{Shape, estimate, estimate_multiply_add, instructions};
 use crate::gemm::pipelined::{Accesses, estimate_pipelined, lacking_type, pipelined_space};
 use crate::gemm::problem::{Images, Precision, Problem};
-use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program};
+use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program, depth_stride};
 use crate::gemm::space::{RASTERS, each_schedule, multiply_add_space};
 use crate::gemm::vector;
 use std::sync::Arc;
@@ -31,6 +31,8 @@ pub enum Place {
     Rows,
     /// Matrix that the epilogue reads.
     Residual,
+    /// A vector along the depth that the left operand is computed with, by its number.
+    Depth(usize),
     /// Result.
     C,
     /// Part of the workspace.
@@ -76,17 +78,21 @@ pub(super) struct Oriented {
     pub(super) stride: (i64, i64, i64),
     pub(super) align: (i64, i64, i64),
     pub(super) swapped: bool,
+    /// Distances between the batches of vectors along the depth.
+    pub(super) depth_strides: Vec<i64>,
 }
 
 fn flip(order: Order) -> Order {
     if order == Order::Row { Order::Col } else { Order::Row }
 }
 
-fn orient(p: &Problem, swapped: bool) -> Oriented {
+pub(super) fn orient(p: &Problem, swapped: bool) -> Oriented {
     let mut spec = p.spec();
+    let depth_strides = Vec::new();
     let (l, s, a) = (p.leading, p.stride, p.align);
     if !swapped {
-        return Oriented { spec, m: p.m, n: p.n, leading: l, stride: s, align: a, swapped };
+        let (m, n) = (p.m, p.n);
+        return Oriented { spec, m, n, leading: l, stride: s, align: a, swapped, depth_strides };
     }
     // C^T = B^T A^T.
     (spec.a, spec.b, spec.c) = (flip(p.order.1), flip(p.order.0), flip(p.order.2));
@@ -99,11 +105,12 @@ fn orient(p: &Problem, swapped: bool) -> Oriented {
         stride: (s.1, s.0, s.2),
         align: (a.1, a.0, a.2),
         swapped,
+        depth_strides,
     }
 }
 
 /// Whether the copy engine can address a matrix: 16-byte addresses and lines.
-fn addressable(p: &Problem, size: i64, leading: i64, stride: i64, align: i64) -> bool {
+pub(super) fn addressable(p: &Problem, size: i64, leading: i64, stride: i64, align: i64) -> bool {
     align % 16 == 0 && leading * size % 16 == 0 && (p.batch == 1 || stride * size % 16 == 0)
 }
 
@@ -185,7 +192,7 @@ const SPLITS: [i64; 12] = [2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64];
 /// wave, and that is a smaller share of more.
 const MULTIPLY_ADD_TILES: i64 = 24;
 /// Time of a further small launch, in microseconds.
-const EXTRA_LAUNCH_US: f64 = 2.0;
+pub(super) const EXTRA_LAUNCH_US: f64 = 2.0;
 /// Workspace regions start at multiples of this.
 const REGION: u64 = 256;
 
@@ -230,7 +237,7 @@ pub struct Choice {
 
 /// Which part of the space is enumerated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Extent {
+pub(super) enum Extent {
     /// What the model judges well: parts of the depth only where there are few tiles.
     Picker,
     /// Every legal choice.
@@ -263,7 +270,16 @@ pub fn picked(problem: &Problem, gpu: &Gpu) -> Result<Option<Choice>> {
 /// # Errors
 /// Bugs of the lowering.
 pub fn candidate(problem: &Problem, choice: &Choice) -> Result<Option<Candidate>> {
-    let candidate = build(problem, &orient(problem, choice.swapped), choice.clone())?;
+    candidate_of(problem, &orient(problem, choice.swapped), choice)
+}
+
+/// The same for a problem that is oriented already.
+pub(super) fn candidate_of(
+    problem: &Problem,
+    o: &Oriented,
+    choice: &Choice,
+) -> Result<Option<Candidate>> {
+    let candidate = build(problem, o, choice.clone())?;
     match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
         Ok(()) => Ok(Some(candidate)),
         Err(e) if e.kind() == Kind::Unsupported => Ok(None),
@@ -271,7 +287,8 @@ pub fn candidate(problem: &Problem, choice: &Choice) -> Result<Option<Candidate>
     }
 }
 
-fn ranked(problem: &Problem, gpu: &Gpu, extent: Extent) -> Result<Vec<Choice>> {
+/// Every choice of a part of the space, best first.
+pub(super) fn ranked(problem: &Problem, gpu: &Gpu, extent: Extent) -> Result<Vec<Choice>> {
     problem.check()?;
     let mut ranked = Vec::new();
     if problem.m == 0 || problem.n == 0 || problem.k == 0 || problem.batch == 0 {
@@ -371,7 +388,7 @@ fn packed(p: &Problem, o: &Oriented, operand: usize) -> (Order, i64, i64) {
 }
 
 /// Whether an operand must be copied before the kernel can read it.
-fn needs_copy(p: &Problem, o: &Oriented, operand: usize) -> bool {
+pub(super) fn needs_copy(p: &Problem, o: &Oriented, operand: usize) -> bool {
     let pick = |t: (i64, i64, i64)| if operand == 0 { t.0 } else { t.1 };
     let size = p.operand_bytes();
     let k_major = if operand == 0 { o.spec.a == Order::Row } else { o.spec.b == Order::Col };
@@ -395,7 +412,7 @@ fn needs_copy(p: &Problem, o: &Oriented, operand: usize) -> bool {
 const CACHE_LINE: i64 = 128;
 
 /// Elements of a line of a packed copy: long lines begin at cache lines, all of them at 16 bytes.
-fn packed_line(k: i64, size: i64) -> i64 {
+pub(super) fn packed_line(k: i64, size: i64) -> i64 {
     let bytes = k * size;
     let unit = if bytes >= 8 * CACHE_LINE { CACHE_LINE } else { 16 };
     (bytes + unit - 1) / unit * unit / size
@@ -407,7 +424,7 @@ pub(super) fn sums_of(spec: &GemmSpec) -> i64 {
 }
 
 /// Bytes of parts that stay in the second-level cache until they are added up.
-const CACHED_PARTS: i64 = 32 << 20;
+pub(super) const CACHED_PARTS: i64 = 32 << 20;
 
 /// Time of adding up the parts of the depth.
 fn sum_us(p: &Problem, gpu: &Gpu, o: &Oriented, splits: i64) -> f64 {
@@ -747,6 +764,7 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
         spec.math = Math::Promoted;
     }
     let channels = p.k / p.taps().max(1);
+    let distances: Vec<String> = (0..o.depth_strides.len()).map(depth_stride).collect();
     let mut values =
         vec![("M", o.m), ("N", o.n), ("K", channels), ("lda", a.leading), ("ldb", b.leading)];
     if let Some(Images { count, size: [h, w], outputs: [rows, cols], .. }) = p.images {
@@ -757,11 +775,19 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
         if p.batch != 1 {
             values.extend([("L", p.batch), ("sa", a.stride), ("sb", b.stride), ("sc", o.stride.2)]);
         }
+        if let Some(prologue) = &spec.prologue {
+            operands.extend((0..prologue.vectors.len()).map(Place::Depth));
+            if p.batch != 1 {
+                let strides = distances.iter().map(String::as_str).zip(o.depth_strides.clone());
+                values.extend(strides);
+            }
+        }
         operands.extend(extras(&spec, o.swapped));
         // Kernels with the same tensors and schedule that sum differently have different names.
         let apart = spec.math == Math::Promoted && o.spec.math != Math::Promoted;
         let kernel = spec.program(match spec.windows {
             Some(_) => "conv",
+            None if spec.prologue.is_some() => "gemm_of_computed",
             None if apart => "gemm_apart",
             None => "gemm",
         });

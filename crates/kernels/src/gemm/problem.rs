@@ -120,6 +120,7 @@ impl Problem {
             batched: self.batch != 1,
             epilogue: self.epilogue.clone(),
             windows: self.images.map(|i| i.windows),
+            prologue: None,
         }
     }
 

@@ -190,6 +190,22 @@ impl Windows {
     }
 }
 
+/// What computes the left operand on its way in: `A'[b,m,k] = func(A[b,m,k], D0[b,k], D1[b,k], ...)`, rounded to the type of the operands.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Prologue {
+    /// From an element of `A` as it is stored, and one of each vector, to the type of the operands.
+    pub func: Func,
+    /// Type of `A` in memory.
+    pub stored: DType,
+    /// Types of vectors `[K]` along the depth, of which every batch may have its own.
+    pub vectors: Vec<DType>,
+}
+
+/// Name of the distance between the batches of a vector along the depth.
+pub(super) fn depth_stride(i: usize) -> String {
+    format!("sd{i}")
+}
+
 /// A matrix product for all sizes: `C[b,m,n] = epilogue(sum over k of A[b,m,k] * B[b,k,n])`.
 ///
 /// Size symbols: `M`, `N`, `K`, with `batched` also `L`; `lda`, `ldb`, `ldc` are the distances in
@@ -220,6 +236,8 @@ pub struct GemmSpec {
     pub epilogue: Epilogue,
     /// `A` is read through windows.
     pub windows: Option<Windows>,
+    /// `A` is computed from what is stored.
+    pub prologue: Option<Prologue>,
 }
 
 /// The operand rounded to TF32.
@@ -262,6 +280,34 @@ fn matrix(rows: &str, cols: &str, order: Order, leading: &str, batch: Option<&st
         axes.insert(0, axis("L", Dim::sym(stride)));
     }
     Layout { axes, offset: Dim::new(0) }
+}
+
+/// A vector along the depth, of which every batch may have its own.
+fn along_depth(extent: &str, i: usize, batched: bool) -> Layout {
+    let axis = |extent: &str, stride: Dim| Axis { extent: Dim::sym(extent), stride, block: None };
+    let mut axes = vec![axis(extent, Dim::new(1))];
+    if batched {
+        axes.insert(0, axis("L", Dim::sym(depth_stride(i).as_str())));
+    }
+    Layout { axes, offset: Dim::new(0) }
+}
+
+/// A part of such a vector, as an operand along the columns of a tile of two axes.
+fn load_along(
+    k: &mut KernelBuilder,
+    param: ParamId,
+    batch: Option<&Dim>,
+    at: &Dim,
+    len: &Dim,
+) -> Operand {
+    let mut tile = match batch {
+        None => k.load(param, vec![at.clone()], vec![len.clone()]),
+        Some(l) => k.load(param, vec![l.clone(), at.clone()], vec![Dim::new(1), len.clone()]),
+    };
+    if batch.is_some() {
+        tile = k.reshape(tile, vec![len.clone()]);
+    }
+    Operand { tile, along: vec![1] }
 }
 
 /// Declares what an epilogue reads besides sums, in order; a residual lies as `residual` says.
@@ -329,6 +375,7 @@ impl GemmSpec {
             batched: false,
             epilogue: Epilogue::cast(sum, result),
             windows: None,
+            prologue: None,
         }
     }
 
@@ -360,7 +407,11 @@ impl GemmSpec {
         if self.batched {
             sizes.extend(["sa", "sb", "sc"]);
         }
-        for size in sizes {
+        let distances: Vec<String> = match (&self.prologue, self.batched) {
+            (Some(p), true) => (0..p.vectors.len()).map(depth_stride).collect(),
+            _ => Vec::new(),
+        };
+        for size in sizes.into_iter().chain(distances.iter().map(String::as_str)) {
             // Matrices of a batch may be the same one.
             let min = i64::from(!size.starts_with('s'));
             k.symbol(Symbol { name: size.into(), range: Range { min, max: i32::MAX.into() } });
@@ -370,9 +421,11 @@ impl GemmSpec {
         let batch = |s: &'static str| self.batched.then_some(s);
         let pair = self.epilogue.pair;
         let name_of = |name: &str, second: bool| format!("{name}{}", if second { "2" } else { "" });
+        let stored = self.prologue.as_ref().map_or(self.operand, |p| p.stored);
         let mut operand = |name: &str, two: bool, layout: Layout| -> Vec<ParamId> {
+            let dtype = if name == "A" { stored } else { self.operand };
             each(two)
-                .map(|s| k.param(&name_of(name, s), self.operand, layout.clone(), Access::In))
+                .map(|s| k.param(&name_of(name, s), dtype, layout.clone(), Access::In))
                 .collect()
         };
         let lines = if self.windows.is_some() { "R" } else { "M" };
@@ -398,6 +451,11 @@ impl GemmSpec {
             let b = matrix("K", "N", self.b, "ldb", batch("sb"));
             (a, parts("B", pair == Pair::Right, b))
         });
+        let mut vectors = Vec::new();
+        for (i, dtype) in self.prologue.iter().flat_map(|p| p.vectors.iter().enumerate()) {
+            let layout = along_depth("K", i, self.batched);
+            vectors.push(k.param(&format!("D{i}"), *dtype, layout, Access::In));
+        }
         let e = &self.epilogue;
         let c_layout = || matrix("M", "N", self.c, "ldc", batch("sc"));
         let extras = if split { vec![] } else { declare_extras(&mut k, e, &c_layout()) };
@@ -469,6 +527,16 @@ impl GemmSpec {
         if self.batched {
             left = left.iter().map(|t| k.reshape(*t, vec![bm.clone(), bk.clone()])).collect();
             right = right.iter().map(|t| k.reshape(*t, vec![bk.clone(), bn.clone()])).collect();
+        }
+        if let Some(p) = &self.prologue {
+            let mut loaded = Vec::new();
+            for param in &vectors {
+                loaded.push(load_along(&mut k, *param, pl.as_ref(), &k0, &bk));
+            }
+            for tile in &mut left {
+                let args = [k.plain(*tile)].into_iter().chain(loaded.iter().cloned()).collect();
+                *tile = k.map(p.func.clone(), args, vec![bm.clone(), bk.clone()]);
+            }
         }
         if self.math == Math::Tf32 {
             left = left.iter().map(|t| round(&mut k, *t)).collect();
@@ -710,5 +778,48 @@ pub(super) fn copy_program(
             k.store(low, at, low_tile);
         }
     }
+    k.finish()
+}
+
+/// Computes the left operand of a product into memory of its own: `Y[b,r,c] = prologue(X[b,r,c], D0[b,c], ...)`, tile sizes `BR` and `BC`.
+pub(super) fn prologue_program(p: &Prologue, from: Order, to: DType, batched: bool) -> Kernel {
+    let mut k = KernelBuilder::new("gemm_prologue");
+    let distances: Vec<String> = (0..p.vectors.len()).map(depth_stride).collect();
+    let mut sizes = vec!["R", "C", "ldx", "ldy"];
+    if batched {
+        sizes = vec!["L", "R", "C", "ldx", "ldy", "sx", "sy"];
+        sizes.extend(distances.iter().map(String::as_str));
+    }
+    for size in sizes {
+        let min = if size.starts_with('s') { 0 } else { 1 };
+        k.symbol(Symbol { name: size.into(), range: Range { min, max: i32::MAX.into() } });
+    }
+    let (br, bc) = (k.tile("BR"), k.tile("BC"));
+    let batch = |s: &'static str| batched.then_some(s);
+    let x = k.param("X", p.stored, matrix("R", "C", from, "ldx", batch("sx")), Access::In);
+    let mut vectors = Vec::new();
+    for (i, dtype) in p.vectors.iter().enumerate() {
+        let layout = along_depth("C", i, batched);
+        vectors.push(k.param(&format!("D{i}"), *dtype, layout, Access::In));
+    }
+    let y = k.param("Y", to, matrix("R", "C", Order::Row, "ldy", batch("sy")), Access::Out);
+    let pl = batched.then(|| k.grid("pl", Dim::sym("L")));
+    let pr = k.grid("pr", Dim::sym("R").ceil_div(&br));
+    let pc = k.grid("pc", Dim::sym("C").ceil_div(&bc));
+    let (row0, col0) = (pr * &br, pc * &bc);
+    let mut at = vec![row0, col0.clone()];
+    let mut shape = vec![br, bc.clone()];
+    if let Some(pl) = &pl {
+        at.insert(0, pl.clone());
+        shape.insert(0, Dim::new(1));
+    }
+    let t = k.load(x, at.clone(), shape.clone());
+    let mut args = vec![k.plain(t)];
+    for param in vectors {
+        let Operand { tile, .. } = load_along(&mut k, param, pl.as_ref(), &col0, &bc);
+        args.push(Operand { tile, along: vec![shape.len() - 1] });
+    }
+    let t = k.map(p.func.clone(), args, shape);
+    k.store(y, at, t);
     k.finish()
 }

@@ -39,6 +39,7 @@ use crate::contract::{Product, Side};
 use crate::conv::Conv;
 use crate::lowering::Lowering;
 use crate::place::Place;
+use crate::prologue::Computed;
 use crate::views::{broadcast_axis, by_distance, is_broadcast, merge};
 use crate::{Device, Options};
 use std::collections::BTreeSet;
@@ -47,7 +48,8 @@ use tilewright_expr::{ExprId, Func, FuncBuilder, Op as ExprOp};
 use tilewright_graph::{Def, Graph, Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{
-    Buffer, BufferId, Form, Matrix, Note, Product as Multiplied, Repeat, Storage, Vector,
+    Buffer, BufferId, Depth, Form, Matrix, Note, Product as Multiplied, Prologue, Repeat, Storage,
+    Vector,
 };
 use tilewright_target::Precision;
 
@@ -128,6 +130,7 @@ pub(crate) struct Tried {
 pub(crate) struct Written<'a> {
     pub(crate) parts: &'a KernelParts,
     pub(crate) sides: &'a [Side; 2],
+    pub(crate) computed: &'a [Option<Computed>; 2],
     /// Over the whole space.
     pub(crate) dag: &'a Dag,
     pub(crate) space: &'a [Dim],
@@ -143,6 +146,8 @@ pub(crate) enum Fit {
     Apart,
     /// First copy its operands.
     Packed,
+    /// First compute its operands in kernels of their own.
+    Uncomputed,
 }
 
 impl Lowering<'_> {
@@ -212,6 +217,7 @@ impl Lowering<'_> {
     pub(crate) fn fit(&self, product: &Product, written: &Written<'_>, tried: Tried) -> Fit {
         match self.product_form(product, written) {
             Ok(form) => Fit::Forms(vec![Form::Product(Box::new(form))]),
+            Err(_) if product.computed.iter().any(Option::is_some) => Fit::Uncomputed,
             Err(Misfit::Result) if !tried.apart => Fit::Apart,
             Err(Misfit::Operands) if !tried.packed => Fit::Packed,
             Err(_) => Fit::Forms(vec![]),
@@ -223,8 +229,13 @@ impl Lowering<'_> {
         product: &Product,
         written: &Written<'_>,
     ) -> std::result::Result<tilewright_plan::Product, Misfit> {
-        let Written { parts, sides, dag, space, canon, units } = written;
-        let types = [sides[0].dtype, sides[1].dtype];
+        let Written { parts, sides, computed, dag, space, canon, units } = written;
+        let left = if computed[0].is_some() { product.operands.left } else { sides[0].dtype };
+        let types = [left, sides[1].dtype];
+        // Right operands come from memory.
+        if computed[1].is_some() {
+            return Err(Misfit::Operands);
+        }
         let float = matches!(types[0], DType::F32 | DType::F16 | DType::BF16);
         let sums = if float { DType::F32 } else { DType::I32 };
         let known = float || types[0] == DType::I8;
@@ -250,7 +261,7 @@ impl Lowering<'_> {
         };
         let [lhs, rhs] = [&sides[0], &sides[1]].map(|s| merged(&s.layout));
         let (lhs, rhs) = lhs.zip(rhs).ok_or(Misfit::Operands)?;
-        let a = matrix(&lhs, sides[0].buffer, types[0], m, k).ok_or(Misfit::Operands)?;
+        let a = matrix(&lhs, sides[0].buffer, sides[0].dtype, m, k).ok_or(Misfit::Operands)?;
         let b = matrix(&rhs, sides[1].buffer, types[1], k, n).ok_or(Misfit::Operands)?;
         let [store] = dag.stores.as_slice() else { return Err(Misfit::Result) };
         let out = merged(&store.layout).ok_or(Misfit::Result)?;
@@ -268,6 +279,7 @@ impl Lowering<'_> {
                 .collect(),
             a,
             windows: None,
+            prologue: None,
             b,
             c,
             tf32: self.precision == Precision::Tf32 && types[0] == DType::F32,
@@ -279,7 +291,70 @@ impl Lowering<'_> {
             second: None,
         };
         epilogue_of(dag, canon, (m, n), &out, &param, &mut form)?;
+        if let Some(c) = &computed[0] {
+            form.prologue = Some(prologue_of(c, canon, &lhs, (sides[0].buffer, left), &param)?);
+        }
         Ok(form)
+    }
+
+    /// A product whose computed operands are made by kernels of their own.
+    pub(crate) fn product_uncomputed(
+        &mut self,
+        name: &str,
+        product: &Product,
+        dag: &Dag,
+        note: Note,
+        tried: Tried,
+    ) -> Result<()> {
+        let mut sides = [product.lhs.clone(), product.rhs.clone()];
+        let types = [product.operands.left, product.operands.right];
+        for (i, computed) in product.computed.iter().enumerate() {
+            let Some(c) = computed else { continue };
+            let axes: Vec<usize> = (0..product.space.len()).filter(|&a| c.varies(a)).collect();
+            let shape: Vec<Dim> = axes.iter().map(|&a| product.space[a].clone()).collect();
+            let kept = |layout: &Layout| Layout {
+                axes: axes.iter().map(|&a| layout.axes[a].clone()).collect(),
+                offset: layout.offset.clone(),
+            };
+            let mut own = c.dag.clone();
+            for node in &mut own.nodes {
+                node.axes = axes.iter().map(|&a| node.axes[a]).collect();
+                if let DagOp::Ext(ext) = &mut node.op {
+                    ext.layout = kept(&ext.layout);
+                }
+            }
+            let layout = dense_like(&kept(&sides[i].layout), &shape, &self.graph.symbols);
+            let buffer = self.spare(format!("{name} operand"), types[i], layout.clone());
+            let mut node = c.node;
+            let from = own.nodes[node].dtype;
+            if from != types[i] {
+                let cast = Func::cast(from, types[i]);
+                node = own.push(DagOp::Map(cast), vec![node], vec![true; axes.len()], types[i]);
+            }
+            own.stores.push(DagStore { node, buffer, layout: layout.clone() });
+            let bytes = numel(&shape) * (2 * types[i].size() as i64);
+            let label = format!("{} operand", note.label);
+            let note = Note { label, anchor: "map".to_string(), bytes, ..Note::default() };
+            self.map_kernel(format!("{name}_operand"), &own, &shape, note)?;
+            let repeat = product.space.iter().map(|d| broadcast_axis(d.clone())).collect();
+            let mut over = Layout { axes: repeat, offset: layout.offset.clone() };
+            for (&a, axis) in axes.iter().zip(layout.axes) {
+                over.axes[a] = axis;
+            }
+            sides[i] = Side { buffer, dtype: types[i], layout: over };
+        }
+        let [lhs, rhs] = sides;
+        let plain = Product {
+            space: product.space.clone(),
+            result_axes: product.result_axes,
+            lhs,
+            rhs,
+            computed: [None, None],
+            operands: product.operands,
+            dtype: product.dtype,
+            scaled: None,
+        };
+        self.product_tried(name.to_string(), &plain, dag, note, tried)
     }
 
     /// A product whose sums go to memory of their own, and its epilogue as a kernel. Where all of the epilogue reads the sums rounded to a
@@ -619,6 +694,57 @@ fn only_rounding(dag: &Dag) -> Option<usize> {
     let narrower = node.dtype.is_float() && node.dtype.size() < dag.nodes[anchor].dtype.size();
     let stored = dag.stores.iter().any(|s| s.node == anchor);
     (cast && narrower && !stored).then_some(only)
+}
+
+/// How a left operand is computed: `lhs` is the layout of what it is computed from, which is in `buffer`, over the canonical axes. The last of
+/// these is the depth; in front of rows and columns stands at most one, along which the product is repeated.
+fn prologue_of(
+    c: &Computed,
+    canon: &[Vec<usize>],
+    lhs: &Layout,
+    (buffer, operand): (BufferId, DType),
+    param: &dyn Fn(BufferId) -> Option<usize>,
+) -> std::result::Result<Prologue, Misfit> {
+    let units = canon.len() - 3;
+    if units > 1 {
+        return Err(Misfit::Operands);
+    }
+    let merged = |layout: &Layout| merge(layout, canon).filter(no_blocks);
+    let mut leaves = Vec::new();
+    outside(&c.dag, c.node, &mut leaves)?;
+    let mut main = None;
+    let mut others = Vec::new();
+    for node in leaves {
+        let DagOp::Ext(ext) = &c.dag.nodes[node].op else { return Err(Misfit::Operands) };
+        let layout = merged(&ext.layout).ok_or(Misfit::Operands)?;
+        if main.is_none() && ext.buffer == buffer && layout == *lhs {
+            main = Some(node);
+            continue;
+        }
+        let varies = |at: usize| !is_broadcast(&layout.axes[at]);
+        let depth = layout.axes[units + 2].stride.is(1) && varies(units + 2);
+        if !depth || varies(units) || varies(units + 1) {
+            return Err(Misfit::Operands);
+        }
+        let param = param(ext.buffer).ok_or(Misfit::Operands)?;
+        let strides = (0..units).map(|u| match varies(u) {
+            true => layout.axes[u].stride.clone(),
+            false => Dim::new(0),
+        });
+        let vector = Vector { param, dtype: ext.dtype, offset: layout.offset.clone() };
+        others.push((node, Depth { strides: strides.collect(), vector }));
+    }
+    let main = main.ok_or(Misfit::Operands)?;
+    let mut f = FuncBuilder::new();
+    let x = f.param("x", c.dag.nodes[main].dtype);
+    let mut given = vec![(main, x)];
+    for (i, (node, _)) in others.iter().enumerate() {
+        given.push((*node, f.param(&format!("d{i}"), c.dag.nodes[*node].dtype)));
+    }
+    let y = inline(&c.dag, c.node, &mut f, x, &given);
+    let y = f.cast(y, operand);
+    let func = f.finish(y);
+    Ok(Prologue { func, operand, vectors: others.into_iter().map(|(_, d)| d).collect() })
 }
 
 pub(crate) fn no_blocks(layout: &Layout) -> bool {

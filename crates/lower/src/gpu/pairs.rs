@@ -32,13 +32,8 @@ fn launched(plan: &Plan, at: usize) -> Option<Launched<'_>> {
     let Step::Launch { kernel, args, note, .. } = plan.steps.get(at)? else { return None };
     let planned = &plan.kernels[*kernel];
     let [Form::Product(product)] = planned.forms.as_slice() else { return None };
-    (product.second.is_none() && product.windows.is_none()).then_some(Launched {
-        at,
-        planned,
-        product,
-        args,
-        note,
-    })
+    let plain = product.windows.is_none() && product.prologue.is_none();
+    (product.second.is_none() && plain).then_some(Launched { at, planned, product, args, note })
 }
 
 /// How many steps use a buffer.
@@ -301,6 +296,7 @@ fn product(first: &Launched<'_>, last: &Launched<'_>, joined: &Joined) -> Produc
     let epilogue = f.finish(result);
     Product {
         windows: None,
+        prologue: None,
         m: q.m.clone(),
         n: q.n.clone(),
         k: q.k.clone(),

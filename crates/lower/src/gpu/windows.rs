@@ -221,6 +221,7 @@ impl Lowering<'_> {
         let result = dag.nodes[store.node].dtype;
         let mut form = Product {
             second: None,
+            prologue: None,
             m: extent(&canon[0]),
             n: Dim::new(outputs),
             k: Dim::new(taps * channels),

@@ -88,3 +88,37 @@ pub(crate) fn residual_network() -> Graph {
     b.output("y", y);
     b.finish()
 }
+
+/// Squeeze and excitation: channels are scaled by what their means make, in front of a 1x1 convolution with a residual. Input
+/// `x: [N, 16, 6, 5]`, `channels` in between.
+pub(crate) fn squeeze_network(channels: usize) -> Graph {
+    let mut b = GraphBuilder::new("squeeze");
+    let n = b.symbol("N", Range { min: 1, max: 8 });
+    let shape = [n, Dim::new(16), Dim::new(6), Dim::new(5)];
+    let x = b.input("x", TensorType::new(DType::F32, shape.to_vec()));
+    let mut seed = 0;
+    let mut layer = |b: &mut GraphBuilder, x: ValueId, to: usize, from: usize| {
+        seed += 1;
+        let shape = [to, from, 1, 1];
+        let scale = 4.0 / (from as f64).sqrt();
+        let values: Vec<f64> = numbers(&shape, seed).to_f64s().iter().map(|v| v * scale).collect();
+        let w =
+            b.constant(format!("w{seed}"), Tensor::from_f64s(DType::F32, &shape, &values).unwrap());
+        b.op(conv(1, 0, 1), &[x, w]).unwrap()
+    };
+    let x = layer(&mut b, x, 16, 16);
+    let wide = layer(&mut b, x, channels, 16);
+    let wide = b.unary(ExprOp::Tanh, wide).unwrap();
+    let sum = Op::Reduce { kind: tilewright_graph::ReduceKind::Sum, axes: vec![2, 3], keep: true };
+    let mean = b.op(sum.clone(), &[wide]).unwrap();
+    let few = layer(&mut b, mean, 8, channels);
+    let few = b.unary(ExprOp::Tanh, few).unwrap();
+    let scale = layer(&mut b, few, channels, 8);
+    let scale = b.unary(ExprOp::Sigmoid, scale).unwrap();
+    let scaled = b.binary(ExprOp::Mul, wide, scale).unwrap();
+    let y = layer(&mut b, scaled, 16, channels);
+    let y = b.binary(ExprOp::Add, y, x).unwrap();
+    let y = b.op(sum, &[y]).unwrap();
+    b.output("y", y);
+    b.finish()
+}
