@@ -68,7 +68,7 @@ def prepare(gm: fx.GraphModule, trains: bool) -> None:
                 length = _held(q).shape[-1]
                 factor = float(length**-0.5 if scale is None else scale)
                 both = gm.graph.call_function(torch.ops.tilewright.attention_lse.default, (q, k, v, mask, factor, causal))
-                node.replace_all_uses_with(gm.graph.call_function(operator.getitem, (both, 0)))
+                _stands_for(gm.graph.call_function(operator.getitem, (both, 0)), node)
             elif trains:
                 if isinstance(mask, fx.Node):
                     node.replace_input_with(mask, gm.graph.call_method("contiguous", (mask,)))
@@ -82,11 +82,18 @@ def prepare(gm: fx.GraphModule, trains: bool) -> None:
                 given = None if scale is None else float(scale)
                 shared = shared or _held(q).shape[1] != _held(k).shape[1]
                 arguments = (q, k, v, mask, causal, given, shared)
-                node.replace_all_uses_with(gm.graph.call_function(torch.ops.tilewright.whole_attention.default, arguments))
+                _stands_for(gm.graph.call_function(torch.ops.tilewright.whole_attention.default, arguments), node)
         gm.graph.erase_node(node)
         changed = True
     if changed:
         gm.recompile()
+
+
+def _stands_for(new: fx.Node, node: fx.Node) -> None:
+    """The new node is read in place of the other one. Its kind of value is said: PyTorch's cache of graphs refuses methods of what it does not
+    know to be a tensor."""
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
 
 
 def _held(node) -> torch.Tensor | None:
