@@ -133,14 +133,16 @@ pub(crate) fn estimate_ns(s: &Survey<'_>, group: &Group) -> f64 {
 }
 
 /// What a product costs beside its kernel where that cannot hold its epilogue, in nanoseconds. On a GPU it stores one result and
-/// reads one other tensor of its size; with more, sums go through memory in 32 bits, to a kernel for the rest.
+/// reads one other tensor of its size; with more, the product goes through memory to a kernel for the rest, whose memory no arithmetic
+/// hides.
 fn apart_ns(s: &Survey<'_>, group: &Group) -> f64 {
     if !s.gpu || group.anchor != Anchor::Contract {
         return 0.0;
     }
     let mut nodes = group.nodes.iter().map(|&n| &s.graph.nodes[n]);
     let Some(product) = nodes.find(|n| matches!(n.op, Op::Contract { .. })) else { return 0.0 };
-    let elements = s.elements(product.outputs[0]);
+    let own = product.outputs[0];
+    let elements = s.elements(own);
     let mut read = BTreeSet::new();
     for &n in &group.nodes {
         let node = &s.graph.nodes[n];
@@ -153,7 +155,11 @@ fn apart_ns(s: &Survey<'_>, group: &Group) -> f64 {
     if group.outputs.len() <= 1 && read.len() <= 1 {
         return 0.0;
     }
-    copy_ns(s.target, 2.0 * 4.0 * elements)
+    let size = |v: ValueId| s.elements(v) * s.graph.dtype(v).size() as f64;
+    let others = group.outputs.iter().copied().filter(|&v| v != own).chain(read);
+    let times = if group.outputs.contains(&own) { 1.0 } else { 2.0 };
+    let bytes = times * size(own) + (1.0 - NOT_HIDDEN) * others.map(size).sum::<f64>();
+    copy_ns(s.target, bytes)
 }
 
 /// Estimated time of a copy of this many bytes, read and written, in nanoseconds.

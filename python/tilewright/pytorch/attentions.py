@@ -22,6 +22,7 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops  # noqa: F401  (registers the operators)
 from ..ops.attentions import _has_kernels
@@ -61,12 +62,13 @@ def prepare(gm: fx.GraphModule, trains: bool) -> None:
             continue
         q, k, v, mask, dropout, causal, scale, shared = _call(*node.args, **node.kwargs)
         k, v = _shared(q, k, v)
+        mask, causal = _plain(mask, causal)
         with gm.graph.inserting_before(node):
             if trains and _in_library(q, k, v, mask, dropout, causal, scale):
                 length = _held(q).shape[-1]
                 factor = float(length**-0.5 if scale is None else scale)
                 both = gm.graph.call_function(torch.ops.tilewright.attention_lse.default, (q, k, v, mask, factor, causal))
-                node.replace_all_uses_with(gm.graph.call_function(operator.getitem, (both, 0)))
+                _stands_for(gm.graph.call_function(operator.getitem, (both, 0)), node)
             elif trains:
                 if isinstance(mask, fx.Node):
                     node.replace_input_with(mask, gm.graph.call_method("contiguous", (mask,)))
@@ -80,11 +82,18 @@ def prepare(gm: fx.GraphModule, trains: bool) -> None:
                 given = None if scale is None else float(scale)
                 shared = shared or _held(q).shape[1] != _held(k).shape[1]
                 arguments = (q, k, v, mask, causal, given, shared)
-                node.replace_all_uses_with(gm.graph.call_function(torch.ops.tilewright.whole_attention.default, arguments))
+                _stands_for(gm.graph.call_function(torch.ops.tilewright.whole_attention.default, arguments), node)
         gm.graph.erase_node(node)
         changed = True
     if changed:
         gm.recompile()
+
+
+def _stands_for(new: fx.Node, node: fx.Node) -> None:
+    """The new node is read in place of the other one. Its kind of value is said: PyTorch's cache of graphs refuses methods of what it does not
+    know to be a tensor."""
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
 
 
 def _held(node) -> torch.Tensor | None:
@@ -95,6 +104,63 @@ def _held(node) -> torch.Tensor | None:
 def _rank(node) -> int | None:
     held = _held(node)
     return None if held is None else held.dim()
+
+
+# What masks are made with. Nothing here draws numbers.
+_MASKS = frozenset(
+    "arange full ones zeros full_like ones_like zeros_like new_full new_ones new_zeros tensor le lt ge gt eq ne and_ or_ not_ invert "
+    "logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__ __le__ __lt__ __ge__ __gt__ __eq__ "
+    "add sub mul neg cumsum diff sum all any tril triu where masked_fill getitem expand expand_as unsqueeze squeeze reshape view "
+    "transpose permute contiguous clone to bool int long float index_select cat stack iadd isub broadcast_to".split()
+)
+
+# Nodes behind a mask, and its elements, at most.
+_MASK_NODES, _MASK_ELEMENTS = 500, 1 << 27
+
+
+def _known(node: fx.Node):
+    """The value of a node that depends on no argument of the graph, computed; `None` where it may."""
+    order, open_nodes, seen = [], [(node, False)], set()
+    while open_nodes:
+        here, done = open_nodes.pop()
+        if done:
+            order.append(here)
+            continue
+        if here in seen:
+            continue
+        seen.add(here)
+        name = here.target if here.op == "call_method" else getattr(here.target, "__name__", "")
+        if here.op not in ("call_function", "call_method") or name not in _MASKS or len(seen) > _MASK_NODES:
+            return None
+        open_nodes += [(here, True), *((n, False) for n in here.all_input_nodes)]
+    values: dict[fx.Node, object] = {}
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            for here in order:
+                args, kwargs = fx.node.map_arg((here.args, here.kwargs), values.__getitem__)
+                call = getattr(args[0], here.target) if here.op == "call_method" else here.target
+                values[here] = call(*(args[1:] if here.op == "call_method" else args), **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return None
+    return values[node]
+
+
+def _plain(mask, causal):
+    """A mask that says nothing but what `causal` says, or nothing at all, as that: models make theirs from positions alone."""
+    held = _held(mask) if isinstance(mask, fx.Node) else None
+    if held is None or causal is not False or held.dtype is not torch.bool or held.dim() < 2:
+        return mask, causal
+    if not all(isinstance(n, int) for n in held.shape) or not 0 < held.numel() <= _MASK_ELEMENTS:
+        return mask, causal
+    found = _known(mask)
+    if not isinstance(found, torch.Tensor) or found.shape != held.shape or found.dtype is not torch.bool:
+        return mask, causal
+    s, t = found.shape[-2:]
+    with _disable_current_modes():
+        if bool(found.all()):
+            return None, False
+        earlier = torch.ones(s, t, dtype=torch.bool, device=found.device).tril()
+        return (None, True) if s == t and bool((found == earlier).all()) else (mask, causal)
 
 
 def _unrepeated(node):

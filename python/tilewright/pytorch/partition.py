@@ -12,6 +12,7 @@ reads it (`sink`).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import operator
@@ -49,6 +50,9 @@ VIEWS = {
 
 # Those of them with one result. A view of another shape (`_unsafe_view`, `reshape`) may be a copy in PyTorch.
 ONE_VIEW = VIEWS - {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten._unsafe_view.default, aten.detach.default}
+
+# Those that neither repeat nor leave out elements.
+SAME_ELEMENTS = ONE_VIEW - {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.alias.default}
 
 # Elementwise, and not tagged so.
 CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default, aten._unsafe_view.default}
@@ -306,12 +310,11 @@ def outputs_of(group: list[fx.Node], free: set[fx.Node]) -> tuple[list[fx.Node],
     """
     inside = set(group)
     made = [n for n in group if n not in free and isinstance(n.meta["val"], torch.Tensor)]
-    outputs: dict[fx.Node, None] = {}
-    views: set[fx.Node] = set()
-    for node in made:
-        if all(u in inside for u in node.users):
+    chains: dict[fx.Node, list[fx.Node]] = {}
+    for wanted in made:
+        if all(u in inside for u in wanted.users):
             continue
-        chain = []
+        node, chain = wanted, [wanted]
         while (
             node.target in ONE_VIEW
             and isinstance(node.args[0], fx.Node)
@@ -319,10 +322,19 @@ def outputs_of(group: list[fx.Node], free: set[fx.Node]) -> tuple[list[fx.Node],
             and node.args[0] not in free
             and order_in_memory(node.args[0].meta["val"]) is not None
         ):
-            chain.append(node)
             node = node.args[0]
-        outputs[node] = None
-        views.update(chain)
+            chain.append(node)
+        chains[wanted] = chain
+    bases = collections.Counter(chain[-1] for chain in chains.values())
+    outputs: set[fx.Node] = set()
+    views: set[fx.Node] = set()
+    for wanted, chain in chains.items():
+        # The only view of a tensor that has all its elements is made in the group: PyTorch's take the host's time.
+        if bases[chain[-1]] == 1 and all(n.target in SAME_ELEMENTS for n in chain[:-1]):
+            outputs.add(wanted)
+        else:
+            outputs.add(chain[-1])
+            views.update(chain[:-1])
     return [n for n in made if n in outputs], [n for n in made if n in views]
 
 
