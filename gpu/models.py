@@ -158,6 +158,8 @@ def worker(args, name):
 
         peers = {}
         forms = [p for p in args.peers.split(",") if p != "eager" and not (args.compiled and p not in first.seconds)]
+        # Something is beside `tw` in any case.
+        timed = [p for p in args.peers.split(",") if p in ["eager", *forms]] or ["eager"]
         for peer in ["eager", *forms]:
             # Each mode compiles anew, of an instance of its own.
             run = model if peer == "eager" else torch.compile(model, mode=MODES[peer], dynamic=False)
@@ -178,7 +180,7 @@ def worker(args, name):
                 "error": error(got), "first_s": first_s, "round_ms": [], "peak_bytes": torch.cuda.max_memory_allocated(),
                 "grown_bytes": torch.cuda.memory_reserved() - held,
             }
-            if peer in args.peers.split(","):
+            if peer in timed:
                 peers[peer] = run
         sides = {p: (lambda run=run: statistics.median(events(lambda: run(*given)) for _ in range(args.runs))) for p, run in peers.items()}
         if not args.prepare:

@@ -23,6 +23,7 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/launch/",                 "launches of programs: their operands are the caller's promise"),
     ("crates/runtime-gpu/src/session.rs", "launches over its own arena and constants"),
     ("crates/xla-ffi/src/",            "XLA's C interface, and runs in its memory"),
+    ("crates/runtime-gpu/src/constants.rs", "launches over its own constants, when they are loaded"),
     ("crates/runtime-gpu/src/direct.rs", "launches over a caller's memory: its promise is passed on"),
     ("crates/runtime-gpu/src/attention_training.rs", "launches over a caller's memory: its promise is passed on"),
     ("crates/runtime-gpu/src/losses.rs", "launches over a caller's memory: its promise is passed on"),

@@ -29,7 +29,7 @@ use super::windows::nhwc;
 /// Channels that a part has at least, where there are so many.
 const PART: i64 = 64;
 /// Weights that groups may take as one, zeros among them.
-const DENSE_WEIGHTS: i64 = 1 << 24;
+const DENSE_WEIGHTS: i64 = 1 << 22;
 
 /// Groups of a convolution, several of them taken together.
 #[derive(Clone, Copy, Debug)]
