@@ -157,8 +157,6 @@ def calls_are_recorded():
         return x, x @ (w[:, None] * w)
 
     w = array(64)
-    if jax.default_backend() != "cpu":
-        print("  command buffers:", chain.lower(array(32, 64), w).compile().as_text().count("command_buffer"))
     for _ in range(5):
         x = array(32, 64)
         for found, exact in zip(chain(x, w), wanted(x, w)):
