@@ -1,8 +1,8 @@
 """Tilewright's functions inside JAX: values and gradients beside JAX's own, under `jit` and `vmap`; wrong arguments.
 
-    python tests/python/test_jax.py [cuda]
+    python tests/python/test_jax.py [cuda] [TEST...]
 
-Needs JAX (python/requirements-jax.txt). With `cuda` it runs on JAX's default device.
+Needs JAX (python/requirements-jax.txt). With `cuda` it runs on JAX's default device; tests by their functions' names.
 """
 
 import os
@@ -239,7 +239,10 @@ def main() -> None:
         wrong_arguments_are_named,
         training_goes_down,
     )
+    chosen = [name for name in sys.argv[1:] if name != "cuda"]
     for test in tests:
+        if chosen and test.__name__ not in chosen:
+            continue
         test()
         print(f"ok: {test.__name__}", flush=True)
 
