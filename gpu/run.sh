@@ -177,10 +177,15 @@ if [ "$part" = ops ] || [ "$part" = all ]; then
     if python3 -c 'import torchvision, transformers' 2>/dev/null; then
       package=(env TILEWRIGHT_TORCH_PACKAGE="$PWD/python" TILEWRIGHT_CACHE="$cache")
       step "PyTorch: reports, files, patched models, bad input" "${package[@]}" python3 gpu/test_torch.py
-      step "PyTorch: models, inference and training" "${package[@]}" python3 tests/python/torch_coverage.py --device cuda
+      step "PyTorch: models, inference and training" "${package[@]}" python3 tests/python/torch_coverage.py --device cuda --jobs 8
+      step "PyTorch: bad and odd input" "${package[@]}" python3 tests/python/test_torch_bad_input.py cuda
       if python3 -c 'import torch; raise SystemExit(torch.cuda.device_count() < 2)'; then
         step "PyTorch: two GPUs" "${package[@]}" python3 gpu/two_gpus.py
       fi
+    fi
+    if python3 -c 'import jax' 2>/dev/null; then
+      step "functions for JAX" env TILEWRIGHT_PACKAGE="$PWD/python" TILEWRIGHT_CACHE="$cache" XLA_PYTHON_CLIENT_PREALLOCATE=false \
+        python3 tests/python/test_jax.py cuda
     fi
     step "operators beside PyTorch's" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" \
       python3 gpu/test_ops.py time --out "$records/gpu-ops.json"

@@ -43,7 +43,7 @@ mkdir -p "$stage/python"
 cp -r python/tilewright "$stage/python/"
 strip -o "$stage/python/tilewright/_native.abi3.so" "$target/release/libtilewright_python.so"
 mkdir -p "$stage/tests/python" "$stage/demo"
-cp tests/python/torch_{coverage,models,package}.py tests/python/test_torch_ops.py "$stage/tests/python/"
+cp tests/python/torch_{coverage,models,opinfo,package}.py tests/python/test_{jax,torch_bad_input,torch_ops}.py "$stage/tests/python/"
 cp -r demo/digits "$stage/demo/digits"
 find "$stage/gpu" "$stage/python" -name __pycache__ -prune -exec rm -rf {} +
 # Row kernels as text, for gpu/rows_peer.py.

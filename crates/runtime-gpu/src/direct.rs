@@ -422,15 +422,17 @@ pub struct Room {
 }
 
 impl Room {
-    /// As much as `fitted` takes.
+    /// As much as `fitted` takes. This thread may be recording a stream meanwhile.
     ///
     /// # Errors
     /// When the device's memory does not suffice.
     pub fn new(fitted: &Fitted, loader: &Loader) -> Result<Room> {
-        let stream = loader.gpu().stream()?;
-        let memory = stream.alloc(fitted.scratch_bytes().max(1))?;
-        stream.synchronize()?;
-        Ok(Room { memory, last: None })
+        loader.gpu().beside_recordings(|| {
+            let stream = loader.gpu().stream()?;
+            let memory = stream.alloc(fitted.scratch_bytes().max(1))?;
+            stream.synchronize()?;
+            Ok(Room { memory, last: None })
+        })
     }
 
     /// [`Fitted::replay`] in this memory.

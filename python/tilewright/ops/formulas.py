@@ -31,7 +31,7 @@ def _differentiating() -> Iterator[None]:
     """PyTorch's autograd, which it leaves out inside of an operator's kernel."""
     keys = torch._C.DispatchKey
     with contextlib.ExitStack() as stack:
-        for key in (keys.AutogradCPU, keys.ADInplaceOrView):
+        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         stack.enter_context(torch.enable_grad())
         yield

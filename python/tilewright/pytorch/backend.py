@@ -26,7 +26,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from . import attentions, cached, graphs, joins, losses, norms, randoms
+from . import attentions, cached, graphs, joins, losses, norms, randoms, scalars
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -167,6 +167,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     graph = gm.graph
     randoms.drawn_together(gm)
     joins.join_parts(gm)
+    scalars.fill_parts(gm)
     known = {**ranges(graph), **(bounds or {})}
     division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")

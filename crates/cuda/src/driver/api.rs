@@ -82,6 +82,7 @@ functions! {
     stream_wait_event = "cuStreamWaitEvent" (sys::CUstream, sys::CUevent, c_uint);
     stream_is_capturing = "cuStreamIsCapturing" (sys::CUstream, *mut c_int);
     stream_begin_capture = "cuStreamBeginCapture_v2" (sys::CUstream, sys::CUstreamCaptureMode);
+    thread_exchange_stream_capture_mode = "cuThreadExchangeStreamCaptureMode" (*mut sys::CUstreamCaptureMode);
     stream_end_capture = "cuStreamEndCapture" (sys::CUstream, *mut sys::CUgraph);
     event_create = "cuEventCreate" (*mut sys::CUevent, c_uint);
     event_destroy = "cuEventDestroy_v2" (sys::CUevent);

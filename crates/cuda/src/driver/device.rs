@@ -163,6 +163,25 @@ impl Gpu {
         self.0.api.check(code, "waiting for the device")
     }
 
+    /// Does what may not be part of a recording (allocating, waiting for another stream) in a thread that may be recording
+    /// somebody's stream: it happens now, and the recording goes on without it. `work` leaves that stream alone.
+    ///
+    /// # Errors
+    /// Those of `work`; the driver's.
+    pub fn beside_recordings<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.0.make_current()?;
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let mut exchange = || {
+            // SAFETY: a place for the thread's mode, which gets the one that it had.
+            let code = unsafe { (self.0.api.thread_exchange_stream_capture_mode)(&mut mode) };
+            self.0.api.check(code, "changing what a recording forbids")
+        };
+        exchange()?;
+        let result = work();
+        exchange()?;
+        result
+    }
+
     /// Memory at this moment.
     pub fn memory(&self) -> Result<DeviceMemory> {
         self.0.make_current()?;
