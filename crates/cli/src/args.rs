@@ -361,6 +361,10 @@ pub(crate) struct GenerateArgs {
     /// Depth that shares a scale, with --weights int8 (default 128) or int4 (32)
     #[arg(long, value_name = "N")]
     pub(crate) group: Option<i64>,
+    /// How activations are multiplied with weights of --weights int8 or int4: `f32`, or `int8`: rounded to 8 bits with a
+    /// scale for each group (CPU)
+    #[arg(long, value_name = "FORM", default_value = "f32")]
+    pub(crate) activations: String,
     /// Go on behind the token that ends a text
     #[arg(long)]
     pub(crate) ignore_eos: bool,

@@ -93,6 +93,10 @@ pub(crate) fn micro_kernel(
         Stride::Known(s) => (s * by).to_string(),
         Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {s}, {by}")),
     };
+    let scaled_by = |c: &mut Code, stride: &Stride, by: &str| match stride {
+        Stride::Known(s) => c.t.ins(format_args!("mul nsw i64 {by}, {s}")),
+        Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {by}, {s}")),
+    };
     // Distances of rows in bytes.
     let a_bytes = scaled(&mut c, &micro.a_row, micro.a.size() as i64);
     let b_bytes = scaled(&mut c, &micro.b_depth, micro.b.size() as i64);
@@ -120,21 +124,16 @@ pub(crate) fn micro_kernel(
     each_result(&mut c, "llvm.x86.tileloadd64");
     c.t.br("go");
     c.t.place("go");
-    // Sixteen groups from group `k` on.
+    // Sixteen groups from group `k` on. Loads stand between products, and so do requests for the rows that the next call
+    // reads: they come from the second level.
     let step = |c: &mut Code, k: &str| {
         let along = c.t.ins(format_args!("mul nsw i64 {k}, {group}"));
-        for r in 0..heights.len() {
-            let row = scaled(c, &micro.a_row, r as i64 * SIDE);
+        let left = |c: &mut Code, row: i64| {
+            let row = scaled(c, &micro.a_row, row);
             let at = c.t.ins(format_args!("add nsw i64 {row}, {along}"));
-            let p = c.t.ins(format_args!("getelementptr inbounds {a_elem}, ptr %a, i64 {at}"));
-            let tile = (LEFT + r as i64).to_string();
-            let args = [("i8", tile.as_str()), ("ptr", &p), ("i64", &a_bytes)];
-            c.t.intrinsic("void", "llvm.x86.tileloadd64", &args);
-        }
-        let depth = match &micro.b_depth {
-            Stride::Known(s) => c.t.ins(format_args!("mul nsw i64 {k}, {s}")),
-            Stride::Given(s) => c.t.ins(format_args!("mul nsw i64 {k}, {s}")),
+            c.t.ins(format_args!("getelementptr {a_elem}, ptr %a, i64 {at}"))
         };
+        let depth = scaled_by(c, &micro.b_depth, k);
         for j in 0..wide {
             let at = c.t.ins(format_args!("add nsw i64 {depth}, {}", j * SIDE * group));
             let p = c.t.ins(format_args!("getelementptr inbounds {b_elem}, ptr %b, i64 {at}"));
@@ -143,10 +142,21 @@ pub(crate) fn micro_kernel(
             c.t.intrinsic("void", "llvm.x86.tileloadd64", &args);
         }
         for r in 0..heights.len() {
+            let p = left(c, r as i64 * SIDE);
+            let tile = (LEFT + r as i64).to_string();
+            let args = [("i8", tile.as_str()), ("ptr", &p), ("i64", &a_bytes)];
+            c.t.intrinsic("void", "llvm.x86.tileloadd64", &args);
             for j in 0..wide {
                 let tiles = [results(r, j), LEFT + r as i64, RIGHT + j].map(|t| t.to_string());
                 let args = tiles.each_ref().map(|t| ("i8", t.as_str()));
                 c.t.intrinsic("void", multiply, &args);
+                let part = SIDE / wide;
+                for row in 0..part {
+                    let p = left(c, rows + r as i64 * SIDE + j * part + row);
+                    // To read, into the first level, as data. Beyond the last row this asks for nothing.
+                    let args = [("ptr", p.as_str()), ("i32", "0"), ("i32", "3"), ("i32", "1")];
+                    c.t.intrinsic("void", "llvm.prefetch.p0", &args);
+                }
             }
         }
     };

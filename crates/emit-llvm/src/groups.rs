@@ -12,9 +12,10 @@
 //! What a last, partial group lacks is zero on the left. On the right it only has to be finite:
 //! constants are packed with zeros, and copies made here write zeros too.
 
+use crate::dots::SHIFT;
 use crate::emitter::{Buf, Emitter};
-use crate::mma::{MicroKind, SHIFT};
-use crate::ops::{mem_elem, vector};
+use crate::mma::MicroKind;
+use crate::ops::{mem_elem, splat_lit, vector};
 use crate::stmts::ScratchType;
 use tilewright_base::{DType, Error, Result};
 use tilewright_layout::{Axis, Block, Dim, Layout, linear_in, uppers};
@@ -49,6 +50,42 @@ impl Emitter<'_> {
         }
         let counts = [counts[0].clone(), depth.clone()];
         self.with_native_rounding(kind, |e| e.fill_buffer(&buf, tile, &counts))?;
+        Ok(buf)
+    }
+
+    /// Copies rows of signed bytes from memory, in which the rows begin `rest` behind `base` and `step` apart, and moves them
+    /// up by 128. The depth is whole groups of four.
+    pub(crate) fn copy_up(
+        &mut self,
+        tile: TileId,
+        (base, rest, step): (String, Dim, Dim),
+        [rows, depth]: [&Dim; 2],
+    ) -> Result<Buf> {
+        let shape = self.extents(tile)?;
+        let buf = self.new_buffer(self.k.ty(tile).dtype, &shape);
+        let vector_bytes = i64::from(self.knobs.vector_bits / 8);
+        let whole = self.facts.simplify(&(depth.floor_div(&Dim::new(vector_bytes)) * vector_bytes));
+        self.counted(rows, &mut |e, i| {
+            let from = e.facts.simplify(&(&rest + &step * &i));
+            let from = e.dim(&from);
+            let from = e.c.t.ins(format_args!("getelementptr inbounds i8, ptr {base}, i64 {from}"));
+            let place = e.buffer_place(&buf, &[i, Dim::new(0)]);
+            let to = e.address(&place, "i8");
+            let (whole, depth) = (e.dim(&whole), e.dim(depth));
+            let pieces = [("0", &whole, e.knobs.vector_bits / 32), (&*whole, &depth, 1)];
+            for (first, last, lanes) in pieces {
+                let words = vector("i32", lanes);
+                let open = e.c.t.begin_loop(first, last, &(4 * lanes).to_string());
+                let k = &open.iv;
+                let p = e.c.t.ins(format_args!("getelementptr inbounds i8, ptr {from}, i64 {k}"));
+                let x = e.c.t.ins(format_args!("load {words}, ptr {p}, align 1"));
+                let x = e.c.bin("xor", "i32", lanes, &x, &splat_lit("i32", SHIFT, lanes));
+                let p = e.c.t.ins(format_args!("getelementptr inbounds i8, ptr {to}, i64 {k}"));
+                e.c.t.stmt(format_args!("store {words} {x}, ptr {p}, align 1"));
+                e.c.t.end_loop(open);
+            }
+            Ok(())
+        })?;
         Ok(buf)
     }
 

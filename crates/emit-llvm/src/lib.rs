@@ -23,6 +23,9 @@
 //! | `stmts.rs` | stores, loops, branches, which stores fuse into a product |
 //! | `mma.rs` | products: micro-kernels and the loops around them |
 //! | `amx.rs` | the micro-kernel of AMX |
+//! | `codes.rs` | products with integers of four bits, eight together |
+//! | `dots.rs` | steps of micro-kernels of dot products |
+//! | `heights.rs` | rows of a product in groups |
 //! | `groups.rs` | operands of products whose instruction takes several steps of the depth at once |
 //! | `turn.rs` | copies across: squares turned in registers |
 //! | `reduce.rs` | reductions and scans |
@@ -35,10 +38,13 @@ mod alias;
 mod amx;
 mod analyze;
 mod array;
+mod codes;
+mod dots;
 mod emitter;
 mod erf;
 mod eval;
 mod groups;
+mod heights;
 mod inside;
 #[allow(
     clippy::approx_constant,

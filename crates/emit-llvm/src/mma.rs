@@ -10,6 +10,8 @@
 //! piece goes through the epilogue and to its destination while it is still in the cache.
 
 use crate::access::{DepthAccess, crowds, rows_crowd};
+use crate::codes;
+use crate::dots::{SHIFT, dot_step};
 use crate::emitter::{Buf, Emitter, Epilogue, Loc};
 use crate::nibbles;
 use crate::ops::{Code, mem_elem, reg_elem, splat_lit, vector};
@@ -23,7 +25,8 @@ use tilewright_tile::{MatrixUnit, Stmt, TileId, TileOp};
 /// Shape of the micro-kernel for a product.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
-    lanes: u32,
+    /// Elements of a vector.
+    pub(crate) lanes: u32,
     /// Vectors per row.
     pub(crate) vectors: u32,
     /// Columns of a panel.
@@ -53,10 +56,14 @@ pub(crate) enum MicroKind {
     Bf16Tile,
     /// `vpdpbusd`: four neighbours of the depth at once, unsigned times signed. A signed left
     /// operand is moved up by 128, which `shifted` says; its share is taken off at the end. `moved`: that was done when
-    /// it was copied.
+    /// it was copied, and the shares of a panel's columns are an argument.
     I8Dot { shifted: bool, moved: bool },
     /// `tdpbssd`, or `tdpbusd` for an unsigned left operand.
     I8Tile { signed: bool },
+    /// `vpdpbusd` with codes of four bits on the right, eight neighbours of the depth at once: see `codes.rs`.
+    CodesDot { signed: bool },
+    /// Float fused multiply-adds with such codes.
+    CodesFma { signed: bool },
 }
 
 impl MicroKind {
@@ -66,7 +73,13 @@ impl MicroKind {
             MicroKind::Fma | MicroKind::MulAdd => 1,
             MicroKind::Bf16Dot | MicroKind::Bf16Tile => 2,
             MicroKind::I8Dot { .. } | MicroKind::I8Tile { .. } => 4,
+            MicroKind::CodesDot { .. } | MicroKind::CodesFma { .. } => 8,
         }
+    }
+
+    /// Whether the right operand has codes of four bits that lie eight together: see `codes.rs`.
+    fn is_codes(self) -> bool {
+        matches!(self, MicroKind::CodesDot { .. } | MicroKind::CodesFma { .. })
     }
 
     /// Whether operands lie in tile registers: see `amx.rs`.
@@ -120,8 +133,10 @@ impl<'a> Emitter<'a> {
                 true => MicroKind::Fma,
                 false => MicroKind::MulAdd,
             },
+            MatrixUnit::Codes => MicroKind::CodesFma { signed: b == DType::I4 },
             MatrixUnit::Bf16Dot | MatrixUnit::Fma => MicroKind::Bf16Dot,
             MatrixUnit::Bf16Tile => MicroKind::Bf16Tile,
+            MatrixUnit::I8Dot if b.bits() == 4 => MicroKind::CodesDot { signed: b == DType::I4 },
             MatrixUnit::I8Dot => MicroKind::I8Dot { shifted: a == DType::I8, moved: false },
             MatrixUnit::I8Tile => MicroKind::I8Tile { signed: a == DType::I8 },
         }
@@ -228,8 +243,20 @@ impl<'a> Emitter<'a> {
         let mut unmoved = None;
         if a_access.is_none() || crowded || moves {
             self.c.t.comment("left operand copied");
-            let kept = self.keep_left(a_tile, kind, &depth)?;
-            let moved = shifted && self.move_up(&kept, &m);
+            let in_rows = a_access.as_ref().filter(|(_, _, row, _, block)| {
+                shifted && row.block.is_none() && block.is_none() && whole_groups
+            });
+            let (kept, moved) = match in_rows {
+                Some((place, _, row, rest, _)) => {
+                    let from = (place.base.clone(), rest.clone(), row.inner.clone());
+                    (self.copy_up(a_tile, from, [&m, &depth])?, true)
+                }
+                None => {
+                    let kept = self.keep_left(a_tile, kind, &depth)?;
+                    let moved = shifted && self.move_up(&kept, &m);
+                    (kept, moved)
+                }
+            };
             let before = std::mem::replace(&mut self.loc[a_tile.index()], Loc::Buffer(kept));
             if moved {
                 kind = MicroKind::I8Dot { shifted, moved };
@@ -272,6 +299,7 @@ impl<'a> Emitter<'a> {
         let packed = |place: &crate::emitter::Place| place.dtype.bits() == 4;
         if let Some((place, depth_access, ..)) = &b_access
             && packed(place)
+            && group == 1
         {
             let whole = [&depth_access.inner, &depth_access.outer]
                 .iter()
@@ -290,7 +318,11 @@ impl<'a> Emitter<'a> {
         let over_read =
             even || self.may_over_read(b_tile, b_access.as_ref().map(|b| &b.0), width, group);
         if group > 1 {
-            if b_access.is_none() || !over_read {
+            let there = b_access.is_some() && over_read;
+            if kind.is_codes() && !there {
+                return Err(Error::bug("codes of a product that do not lie eight together"));
+            }
+            if !there {
                 self.c.t.comment("right operand copied in groups");
                 let kept =
                     self.keep_right(b_tile, kind, [&depth, &n], [depth_max, cols_max], width)?;
@@ -378,7 +410,7 @@ impl<'a> Emitter<'a> {
                 && tail.is_none()
                 && !kind.is_tile()
                 && b_place.base.starts_with("%p")
-                && self.facts.bounds(&depth).max >= AHEAD_FROM,
+                && self.facts.bounds(&depth).max * if nibbles { group } else { 1 } >= AHEAD_FROM,
             unroll: self.knobs.unroll_k.max(1),
         };
         let depth_v = self.dim(&depth);
@@ -426,6 +458,26 @@ impl<'a> Emitter<'a> {
             self.c.t.declares.extend(code.t.declares);
         }
 
+        // What a left operand that was moved up adds, once for each panel: the product with rows of 128.
+        let mut panel_shares = None;
+        if matches!(kind, MicroKind::I8Dot { moved: true, .. }) {
+            let name = format!("{}.mma{}.shares", self.k.name, self.functions.len());
+            let ups = Micro {
+                kind: MicroKind::I8Dot { shifted: false, moved: false },
+                a_row: Stride::Known(0),
+                a_depth: Stride::Known(0),
+                ahead: false,
+                ..micro.clone()
+            };
+            let (text, code) = micro_kernel(&ups, 1, &name, &names, self.knobs.vector_bits);
+            self.functions.push(text);
+            self.c.helpers.extend(code.helpers);
+            self.c.t.declares.extend(code.t.declares);
+            let (up, sums) = (self.scratch(4), self.scratch(4 * width));
+            self.c.t.stmt(format_args!("store i32 {SHIFT}, ptr {up}, align 4"));
+            panel_shares = Some((name, up, sums));
+        }
+
         // The loops.
         let before = std::mem::replace(&mut self.loc[tile.index()], Loc::Virtual);
         drop(before);
@@ -460,6 +512,12 @@ impl<'a> Emitter<'a> {
             let size = width * block.unwrap_or(0);
             given[at] =
                 self.c.t.ins(format_args!("select i1 {is_tail}, i64 {size}, i64 {}", given[at]));
+        }
+        let mut more: String = given.iter().map(|g| format!(", i64 {g}")).collect();
+        if let Some((name, up, sums)) = &panel_shares {
+            let args = format!("ptr {up}, ptr {b_ptr}, ptr {sums}, i64 {depth_v}, i1 true{more}");
+            self.c.t.stmt(format_args!("call void @{name}({args})"));
+            let _ = write!(more, ", ptr {sums}");
         }
         let mut row_loop = self.c.t.begin_loop("0", &m_v, "1");
         let i0 = self.symbol();
@@ -523,10 +581,7 @@ impl<'a> Emitter<'a> {
                 .t
                 .ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", a_place.base))
         };
-        let mut args = format!("ptr {a_ptr}, ptr {b_ptr}, ptr {c_ptr}, i64 {depth_v}, i1 {zero}");
-        for g in &given {
-            let _ = write!(args, ", i64 {g}");
-        }
+        let args = format!("ptr {a_ptr}, ptr {b_ptr}, ptr {c_ptr}, i64 {depth_v}, i1 {zero}{more}");
         if let [(_, name)] = functions.as_slice() {
             self.c.t.stmt(format_args!("call void @{name}({args})"));
         } else {
@@ -619,57 +674,6 @@ impl<'a> Emitter<'a> {
         }
         Ok(())
     }
-
-    /// Numbers of rows for which a micro-kernel is written.
-    fn row_variants(&self, m: &Dim, rows: i64) -> Vec<i64> {
-        if let Some(m) = m.as_const() {
-            if m <= 0 {
-                return vec![1];
-            }
-            let groups = (m + rows - 1) / rows;
-            let (base, more) = (m / groups, m % groups);
-            return if more == 0 { vec![base] } else { vec![base + 1, base] };
-        }
-        let most = self.facts.bounds(m).max;
-        let mut all: Vec<i64> = Vec::new();
-        for r in [rows, 16, 8, 4, 2, 1] {
-            if r <= rows && !all.contains(&r) && (r <= most || all.is_empty()) {
-                all.push(r.min(most.max(1)));
-            }
-        }
-        all.sort_unstable_by(|a, b| b.cmp(a));
-        all.dedup();
-        all
-    }
-
-    /// How many rows the group that starts at `i0` has.
-    fn row_count(
-        &mut self,
-        m: &Dim,
-        rows: i64,
-        variants: &[i64],
-        i0: &str,
-        m_v: &str,
-        even: bool,
-    ) -> String {
-        if let [only] = variants {
-            return only.to_string();
-        }
-        if let Some(m) = m.as_const().filter(|_| even) {
-            let groups = (m + rows - 1) / rows;
-            let (base, more) = (m / groups, m % groups);
-            let tall = more * (base + 1);
-            let is_tall = self.c.t.ins(format_args!("icmp slt i64 {i0}, {tall}"));
-            return self.c.t.ins(format_args!("select i1 {is_tall}, i64 {}, i64 {base}", base + 1));
-        }
-        let left = self.c.t.ins(format_args!("sub nsw i64 {m_v}, {i0}"));
-        let mut count = variants.last().copied().unwrap_or(1).to_string();
-        for r in variants.iter().rev().skip(1) {
-            let fits = self.c.t.ins(format_args!("icmp sge i64 {left}, {r}"));
-            count = self.c.t.ins(format_args!("select i1 {fits}, i64 {r}, i64 {count}"));
-        }
-        count
-    }
 }
 
 /// The text of one micro-kernel: `c[r][0..width] (+)= sum over k of a[r][k] * b[k][0..width]`.
@@ -697,9 +701,16 @@ fn micro_kernel(
         Stride::Known(v) => v.to_string(),
         Stride::Given(n) => n.clone(),
     };
+    // Sums of even and of odd columns apart.
+    let halves = micro.b.bits() == 4 && micro.kind == MicroKind::Fma;
+    // What the 8 added to signed codes contribute, per row.
+    let row_shares = match micro.kind {
+        MicroKind::CodesDot { signed: true } => codes::shares(&mut c, rows_n),
+        _ => vec![],
+    };
     // What the 128 added to a signed left operand contribute, per column.
     let mut shares = Vec::new();
-    if matches!(micro.kind, MicroKind::I8Dot { shifted: true, .. }) {
+    if matches!(micro.kind, MicroKind::I8Dot { shifted: true, moved: false }) {
         shares.extend((0..vecs).map(|_| c.t.alloca(&v)));
     }
     // Rows of a from its first.
@@ -750,7 +761,7 @@ fn micro_kernel(
             c.t.stmt(format_args!("store {v} {x}, ptr {}", accs[r * vecs + j]));
         }
     }
-    if micro.b.bits() == 4 {
+    if halves {
         nibbles::apart(&mut c, acc_elem, g.lanes, &accs);
     }
     c.t.br("go");
@@ -815,6 +826,17 @@ fn micro_kernel(
                 let args = [("ptr", p.as_str()), ("i32", "0"), ("i32", "2"), ("i32", "1")];
                 c.t.intrinsic("void", "llvm.prefetch.p0", &args);
             }
+        }
+        let shape = [g.lanes, g.vectors];
+        match micro.kind {
+            MicroKind::CodesDot { .. } => {
+                let slots = [&accs[..], &row_shares];
+                return codes::step(c, shape, [&pa, &pb], &row_offsets, slots);
+            }
+            MicroKind::CodesFma { signed } => {
+                return codes::float_step(c, shape, [&pa, &pb], &row_offsets, &accs, signed);
+            }
+            _ => {}
         }
         if micro.kind.group() > 1 {
             return dot_step(c, micro, [&pa, &pb], &row_offsets, &accs, &shares);
@@ -903,14 +925,25 @@ fn micro_kernel(
             c.t.end_loop(open);
         }
     }
-    if micro.b.bits() == 4 {
+    if halves {
         nibbles::together(&mut c, acc_elem, g.lanes, &accs);
     }
     for r in 0..rows_n {
+        let row_share = row_shares.get(r).map(|share| codes::share(&mut c, g.lanes, share));
         for j in 0..vecs {
             let p = c_at(&mut c, r, j);
             let mut x = c.t.ins(format_args!("load {v}, ptr {}", accs[r * vecs + j]));
-            if let Some(share) = shares.get(j) {
+            if let Some(share) = &row_share {
+                x = c.bin("sub", acc_elem, g.lanes, &x, share);
+            }
+            let known = match micro.kind {
+                MicroKind::I8Dot { moved: true, .. } => {
+                    let at = j as i64 * i64::from(g.lanes);
+                    Some(c.t.ins(format_args!("getelementptr inbounds i32, ptr %shares, i64 {at}")))
+                }
+                _ => shares.get(j).cloned(),
+            };
+            if let Some(share) = known {
                 let share = c.t.ins(format_args!("load {v}, ptr {share}"));
                 x = c.bin("sub", acc_elem, g.lanes, &x, &share);
             }
@@ -925,63 +958,15 @@ fn micro_kernel(
     for n in names {
         let _ = write!(params, ", i64 %{n}");
     }
+    if matches!(micro.kind, MicroKind::I8Dot { moved: true, .. }) {
+        params.push_str(", ptr noalias %shares");
+    }
     let mut out = format!("define internal void @{name}({params}) #1 {{\nstart:\n");
     out.push_str(&c.t.allocas);
     out.push_str(&c.t.body);
     out.push_str("}\n");
     (out, c)
 }
-
-/// One step of a micro-kernel over groups: each 32-bit element holds the group of one row or column.
-fn dot_step(
-    c: &mut Code,
-    micro: &Micro,
-    [pa, pb]: [&str; 2],
-    row_offsets: &[String],
-    accs: &[String],
-    shares: &[String],
-) {
-    let g = micro.geometry;
-    let (ae, be) = (mem_elem(micro.a), mem_elem(micro.b));
-    let words = vector("i32", g.lanes);
-    let dot = |c: &mut Code, slot: &str, a: &str, b: &str| {
-        let (acc, narrow, name) = match micro.kind {
-            MicroKind::Bf16Dot => {
-                ("float", vector("bfloat", g.lanes * 2), "llvm.x86.avx512bf16.dpbf16ps.512")
-            }
-            _ => ("i32", vector("i8", g.lanes * 4), "llvm.x86.avx512.vpdpbusd.512"),
-        };
-        let acc = vector(acc, g.lanes);
-        let old = c.t.ins(format_args!("load {acc}, ptr {slot}"));
-        let a = c.t.ins(format_args!("bitcast {words} {a} to {narrow}"));
-        let b = c.t.ins(format_args!("bitcast {words} {b} to {narrow}"));
-        let new = c.t.intrinsic(&acc, name, &[(&acc, &old), (&narrow, &a), (&narrow, &b)]);
-        c.t.stmt(format_args!("store {acc} {new}, ptr {slot}"));
-    };
-    let mut bs = Vec::new();
-    for j in 0..g.vectors {
-        let off = i64::from(j * g.lanes) * micro.kind.group();
-        let p = c.t.ins(format_args!("getelementptr inbounds {be}, ptr {pb}, i64 {off}"));
-        bs.push(c.t.ins(format_args!("load {words}, ptr {p}, align {}", micro.b.size())));
-    }
-    for (share, b) in shares.iter().zip(&bs) {
-        dot(c, share, &splat_lit("i32", SHIFT, g.lanes), b);
-    }
-    for (r, offset) in row_offsets.iter().enumerate() {
-        let p = c.t.ins(format_args!("getelementptr inbounds {ae}, ptr {pa}, i64 {offset}"));
-        let mut x = c.t.ins(format_args!("load i32, ptr {p}, align {}", micro.a.size()));
-        if matches!(micro.kind, MicroKind::I8Dot { shifted: true, moved: false }) {
-            x = c.bin("xor", "i32", 1, &x, SHIFT);
-        }
-        let x = c.splat("i32", &x, g.lanes);
-        for (j, b) in bs.iter().enumerate() {
-            dot(c, &accs[r * bs.len() + j], &x, b);
-        }
-    }
-}
-
-/// Four bytes of 128: added to signed bytes without carry, it makes them unsigned.
-pub(crate) const SHIFT: &str = "-2139062144";
 
 /// The type whose register form accumulates.
 fn widened(acc: DType) -> DType {

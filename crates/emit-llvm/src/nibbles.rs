@@ -48,7 +48,7 @@ pub(crate) fn load(
 }
 
 /// The sixteen numbers, in the order of their bits.
-fn table(signed: bool) -> String {
+pub(crate) fn table(signed: bool) -> String {
     let numbers: Vec<String> = (0..16)
         .map(|bits: i64| if signed && bits > 7 { bits - 16 } else { bits })
         .map(|v| format!("float {}", constant(DType::F32, Value::Int(v), 1)))

@@ -138,6 +138,34 @@ impl GraphBuilder {
         if self.dtype(x) == to { Ok(x) } else { self.map(Func::cast(self.dtype(x), to), &[x]) }
     }
 
+    /// `x` of `[..., K]` in codes of 8 bits with a scale for each group of `group` neighbours, which divides K: codes of
+    /// x's shape, and scales `[..., K/group]` of its type, the largest magnitude of the group over 127. What
+    /// [`Op::GroupProduct`] takes.
+    ///
+    /// # Errors
+    /// A depth that is unknown or no whole groups.
+    pub fn in_codes(&mut self, x: ValueId, group: i64) -> Result<[ValueId; 2]> {
+        let shape = self.shape(x);
+        let depth = shape.last().and_then(Dim::as_const).filter(|d| group > 0 && d % group == 0);
+        let Some(depth) = depth else {
+            return Err(Error::user(format!("the depth is no whole groups of {group}")));
+        };
+        let mut scaled = shape.clone();
+        scaled.pop();
+        scaled.push(Dim::new(depth / group));
+        let mut split = scaled.clone();
+        split.push(Dim::new(group));
+        let groups = self.reshape(x, &split)?;
+        let sizes = self.map_text("{ x -> abs(x) }", &[groups])?;
+        let most = self.reduce(ReduceKind::Max, sizes, &[split.len() - 1], true)?;
+        let codes =
+            self.map_text("{ x, m -> round(x * where(m > 0, 127 / m, 0)) }", &[groups, most])?;
+        let codes = self.cast(codes, DType::I8)?;
+        let codes = self.reshape(codes, &shape)?;
+        let scales = self.map_text("{ m -> m / 127 }", &[most])?;
+        Ok([codes, self.reshape(scales, &scaled)?])
+    }
+
     /// Another shape; the value itself when it has it already.
     pub fn reshape(&mut self, x: ValueId, shape: &[Dim]) -> Result<ValueId> {
         if self.graph.shape(x) == shape {

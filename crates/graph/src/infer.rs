@@ -296,7 +296,7 @@ fn operand_count(op: &Op) -> (usize, usize) {
         Op::Gather(_) | Op::GatherElements(_) | Op::GatherNd { .. } => (2, 2),
         Op::ScatterElements { .. } | Op::ScatterNd { .. } | Op::GroupNorm { .. } => (3, 3),
         Op::LayerNorm { .. } => (2, 3),
-        Op::GroupProduct { .. } => (3, 4),
+        Op::GroupProduct { .. } => (3, 5),
         Op::BatchNorm { .. } => (5, 5),
         Op::Reshape(_)
         | Op::Permute(_)
@@ -314,7 +314,13 @@ fn operand_count(op: &Op) -> (usize, usize) {
 
 fn group_product(group: i64, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
     let (x, codes, scales) = (&inputs[0], &inputs[1], &inputs[2]);
-    float(x)?;
+    // Activations that are codes themselves come with their scales.
+    let coded = x.dtype == DType::I8;
+    if !coded {
+        float(x)?;
+    } else if inputs.len() < 4 {
+        return Err(Error::user("x of 8-bit integers without its scales"));
+    }
     if !codes.dtype.is_int() || codes.dtype.bits() > 8 {
         let message = format!("codes are integers of 4 or 8 bits, not {}", codes.dtype);
         return Err(Error::user(message));
@@ -333,7 +339,8 @@ fn group_product(group: i64, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
         return Err(Error::user(format!("x {x} and codes {codes} differ in depth")));
     }
     let groups = k.ceil_div(&Dim::new(group));
-    for (name, ty) in [("scales", scales)].into_iter().chain(inputs.get(3).map(|t| ("zeros", t))) {
+    let zeros = inputs.get(if coded { 4 } else { 3 });
+    for (name, ty) in [("scales", scales)].into_iter().chain(zeros.map(|t| ("zeros", t))) {
         float(ty)?;
         if ty.shape != [n.clone(), groups.clone()] {
             let (is, want) = (list(&ty.shape), list(&[n.clone(), groups.clone()]));
@@ -342,8 +349,21 @@ fn group_product(group: i64, inputs: &[TensorType]) -> Result<Vec<TensorType>> {
     }
     let mut shape = x.shape.clone();
     shape.pop();
+    let mut dtype = x.dtype;
+    if let Some(own) = inputs.get(3).filter(|_| coded) {
+        float(own)?;
+        shape.push(groups.clone());
+        if own.shape != shape {
+            let (is, want) = (list(&own.shape), list(&shape));
+            return Err(Error::user(format!("scales of x are {is}, and should be {want}")));
+        }
+        shape.pop();
+        dtype = own.dtype;
+    } else if inputs.len() > 4 {
+        return Err(Error::user("five operands for an x that is no integer"));
+    }
     shape.push(n.clone());
-    Ok(vec![TensorType::new(x.dtype, shape)])
+    Ok(vec![TensorType::new(dtype, shape)])
 }
 
 fn float(ty: &TensorType) -> Result<()> {

@@ -231,6 +231,9 @@ pub enum Op {
     /// `out[..., n] = sum over k of x[..., k] * (codes[n, k] - zeros[n, k/group]) * scales[n, k/group]`.
     /// Sums are taken in the type in which x computes; the result has the type of x. A scale that is not finite gives
     /// its column results that are not.
+    ///
+    /// x may be in codes as well: of `i8`, followed behind the scales by its own scales `[..., ceil(K/group)]` (floats,
+    /// of the result's type). Each element stands for its product with the scale of its group.
     GroupProduct {
         /// Neighbours of the depth that share a scale; the last group may be shorter.
         group: i64,

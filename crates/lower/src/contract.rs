@@ -348,8 +348,16 @@ impl Lowering<'_> {
             Some(c) => c.dag.layouts(),
             None => vec![&sides[i].layout],
         });
-        let layouts: Vec<&Layout> =
-            dag.layouts().into_iter().chain(read.iter().flatten().copied()).collect();
+        let own = product.scaled.as_ref().and_then(|s| s.own.clone()).map(|mut own| {
+            widen(&mut own.layout, &space);
+            own
+        });
+        let layouts: Vec<&Layout> = dag
+            .layouts()
+            .into_iter()
+            .chain(read.iter().flatten().copied())
+            .chain(own.iter().map(|own| &own.layout))
+            .collect();
         let has = |i: usize, a: usize| match &computed[i] {
             Some(c) => c.varies(a),
             None => !is_broadcast(&sides[i].layout.axes[a]),
@@ -414,8 +422,8 @@ impl Lowering<'_> {
             knobs = with_panel(self.target, knobs, width);
         }
         let mut t = gemm_tiles(self.target, &knobs, bytes, batch_size, sizes, how);
-        if product.scaled.is_some() {
-            knobs = group_product::knobs(knobs);
+        if let Some(scaled) = &product.scaled {
+            knobs = self.group_knobs(knobs, product.operands, scaled.together);
         }
         // A tile of a blocked axis is one block, so that it stays affine; packed panels are made
         // for the micro-kernel and may be several side by side.
@@ -435,7 +443,7 @@ impl Lowering<'_> {
         }
 
         if let Some(scaled) = &product.scaled {
-            t.bn = self.group_panel();
+            t.bn = self.group_block(scaled.together, size(units + 1));
             t.bk = group_product::depth_block(scaled.group, &extent(space, &canon[last]));
         }
 
@@ -470,9 +478,10 @@ impl Lowering<'_> {
             Some(_) => None,
             None => Some(side_param(&mut k, &sides[i], &canon, &tiled[i])),
         });
-        let acc_ty = TileType::new(acc_type, vec![bm.clone(), bn.clone()]);
-        let zero = crate::block::zero(acc_type);
-        let mut acc = vec![k.b.full(zero, acc_ty.clone())];
+        let own = own.map(|own| side_param(&mut k, &own, &canon, &[units]));
+        let total = product.scaled.as_ref().map_or(acc_type, |s| s.acc);
+        let acc_ty = TileType::new(total, vec![bm.clone(), bn.clone()]);
+        let mut acc = vec![k.b.full(crate::block::zero(total), acc_ty)];
         // Loops over the sums.
         let mut step = Dim::new(0);
         for (c, axes) in canon.iter().enumerate().skip(first_k) {
@@ -505,16 +514,18 @@ impl Lowering<'_> {
         let mut sum = match &product.scaled {
             None => vec![k.b.mma(acc[0], a, b, limit)],
             Some(scaled) => {
-                let zero = k.b.full(zero, acc_ty);
+                let part_ty = TileType::new(acc_type, vec![bm.clone(), bn.clone()]);
+                let zero = k.b.full(crate::block::zero(acc_type), part_ty);
                 let part = k.b.mma(zero, a, b, limit.clone());
+                let own = own.map(|own| own_tile(&mut k, &own, &pos, [units, last], &step));
                 let at = [pos[units + 1].start.clone(), step];
-                vec![scaled.add(&mut k, [acc[0], part, a], &at, limit)]
+                vec![scaled.add(&mut k, [acc[0], part, a], own, &at, limit)]
             }
         };
         for _ in first_k..=last {
             sum = k.b.end_for(&sum);
         }
-        let result = finish_acc(&mut k, sum[0], acc_type, product.dtype);
+        let result = finish_acc(&mut k, sum[0], total, product.dtype);
         // The epilogue stands at the tile; sums are over.
         for p in &mut pos[first_k..] {
             *p = Pos::unit(Dim::new(0));
@@ -595,6 +606,25 @@ fn side_param(
     let axes = kept.iter().map(|&c| layout.axes[c].clone()).collect();
     let layout = Layout { axes, offset: layout.offset };
     (k.input(side.buffer, side.dtype, layout), kept)
+}
+
+/// Loads one number for each row of the axis `rows`: those of the group `step`, which the axis `groups` counts.
+fn own_tile(
+    k: &mut KernelParts,
+    (param, kept): &(ParamId, Vec<usize>),
+    pos: &[Pos],
+    [rows, groups]: [usize; 2],
+    step: &Dim,
+) -> TileId {
+    let start = |c: usize| if c == groups { step.clone() } else { pos[c].start.clone() };
+    let index: Vec<Dim> = kept.iter().map(|&c| start(c)).collect();
+    let height = pos[rows].tile.clone().unwrap_or(Dim::new(1));
+    let extent = |c: usize| if c == rows { height.clone() } else { Dim::new(1) };
+    let shape: Vec<Dim> = kept.iter().map(|&c| extent(c)).collect();
+    let fill = crate::block::zero(k.b.param_info(*param).dtype);
+    let steps = vec![1; index.len()];
+    let tile = k.b.load_with(*param, index, steps, fill, shape);
+    k.b.reshape(tile, vec![height])
 }
 
 /// Loads an operand's tile as a matrix whose axes are the canonical axes `want`.

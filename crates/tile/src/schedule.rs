@@ -21,6 +21,9 @@ pub enum MatrixUnit {
     /// Multiply-adds on vectors, one step of the depth at a time.
     #[default]
     Fma,
+    /// Multiply-adds on vectors with codes of four bits on the right, which lie eight steps of the depth together and are
+    /// unpacked in registers: `f32` sums.
+    Codes,
     /// AVX512-BF16 `vdpbf16ps`: `bf16` operands, two steps at a time, sums in `f32`.
     Bf16Dot,
     /// AMX `tdpbf16ps`: `bf16` operands in 16x32 tiles, sums in `f32`.
@@ -33,8 +36,9 @@ pub enum MatrixUnit {
 
 impl MatrixUnit {
     /// All of them.
-    pub const ALL: [MatrixUnit; 5] = [
+    pub const ALL: [MatrixUnit; 6] = [
         MatrixUnit::Fma,
+        MatrixUnit::Codes,
         MatrixUnit::Bf16Dot,
         MatrixUnit::Bf16Tile,
         MatrixUnit::I8Dot,
@@ -50,6 +54,7 @@ impl MatrixUnit {
     pub fn name(self) -> &'static str {
         match self {
             MatrixUnit::Fma => "fma",
+            MatrixUnit::Codes => "codes",
             MatrixUnit::Bf16Dot => "bf16dot",
             MatrixUnit::Bf16Tile => "bf16tile",
             MatrixUnit::I8Dot => "i8dot",
@@ -61,9 +66,14 @@ impl MatrixUnit {
     pub fn takes(self, a: DType, b: DType, acc: DType) -> bool {
         match self {
             MatrixUnit::Fma => true,
+            MatrixUnit::Codes => {
+                b.is_int() && b.bits() == 4 && (a, acc) == (DType::F32, DType::F32)
+            }
             MatrixUnit::Bf16Dot | MatrixUnit::Bf16Tile => {
                 (a, b, acc) == (DType::BF16, DType::BF16, DType::F32)
             }
+            // Codes of four bits, unpacked in registers, are the unsigned operand.
+            MatrixUnit::I8Dot if b.bits() == 4 => b.is_int() && (a, acc) == (DType::I8, DType::I32),
             MatrixUnit::I8Dot | MatrixUnit::I8Tile => {
                 matches!(a, DType::I8 | DType::U8) && (b, acc) == (DType::I8, DType::I32)
             }
@@ -75,6 +85,7 @@ impl MatrixUnit {
     pub fn depth_group(self) -> i64 {
         match self {
             MatrixUnit::Fma => 1,
+            MatrixUnit::Codes => 8,
             MatrixUnit::Bf16Dot | MatrixUnit::Bf16Tile => 2,
             MatrixUnit::I8Dot | MatrixUnit::I8Tile => 4,
         }

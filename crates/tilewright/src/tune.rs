@@ -26,7 +26,7 @@ use tilewright_graph::Graph;
 use tilewright_plan::{Plan, Step};
 use tilewright_runtime::{Code, Executable, Session};
 use tilewright_target::Cpu;
-use tilewright_tile::{Kernel, MatrixUnit, Schedule};
+use tilewright_tile::{Kernel, Schedule};
 
 /// Relative to an output's largest magnitude, what a candidate's results may differ from the planner's.
 pub const MOST_APART: f64 = 1e-3;
@@ -198,9 +198,13 @@ fn candidates(planned: &Schedule) -> Vec<Schedule> {
             "BN" if product && size >= panel => {
                 vec![size + panel, size - panel, size * 2, size / 2]
             }
-            // A step of the depth that divides it still does when it is halved.
-            "BK" if product && size % 2 == 0 && size / 2 >= 64 => vec![size / 2],
-            "BM" | "BN" | "BK" if product => vec![],
+            // A step of the depth that divides it still does in equal parts, of whole steps of the instruction.
+            "BK" if product => {
+                let least = if knobs.unit.is_tile() { 64 } else { 16 };
+                let parts = [2, 3, 4, 6, 8].into_iter().filter(|p| size % (p * least) == 0);
+                parts.map(|p| size / p).filter(|s| *s >= 64).collect()
+            }
+            "BM" | "BN" if product => vec![],
             _ => vec![size * 2, size / 2, size * 4, size / 4],
         };
         let unit = if product && &**name == "BN" { panel } else { 1 };
@@ -214,7 +218,7 @@ fn candidates(planned: &Schedule) -> Vec<Schedule> {
     for unroll in [1, 2, 4] {
         change(&|s| s.cpu.unroll_k = unroll);
     }
-    if product && knobs.unit == MatrixUnit::Fma {
+    if product && !knobs.unit.is_tile() {
         for rows in [6, 8, 12, 13] {
             change(&|s| s.cpu.mma_rows = rows);
         }

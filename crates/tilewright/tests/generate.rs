@@ -44,7 +44,7 @@ fn greedy_generation_is_that_of_transformers() {
 
 #[test]
 fn every_form_of_matrices_keeps_to_float64_position_by_position() {
-    let codes = |dtype, group| MatrixForm::Codes { dtype, group };
+    let codes = |dtype, group| MatrixForm::Codes { dtype, group, both: false };
     let sequence = |seed: i64| (0..9).map(|i| (i * i * 7 + seed) % 24).collect::<Vec<i64>>();
     let sequences = [sequence(1), sequence(5)];
     let compiler = Compiler::new().unwrap();

@@ -103,9 +103,92 @@ fn sizes_and_groups_that_nothing_divides() {
         case(21, 65, 257, 128, I8, BF16, false),
         case(2, 31, 40, 1, U8, F32, true),
         case(70, 66, 31, 64, I4, F32, true),
+        case(6, 70, 40, 16, I4, F32, false),
+        case(1, 1100, 72, 24, U4, F16, true),
     ] {
         check(&graph(&c), c.rows, c.k, true);
     }
+}
+
+/// `x W` with codes of `x` made in the graph, or given with their scales.
+fn coded_graph(c: &Case, made: bool) -> Graph {
+    let mut b = GraphBuilder::new("g");
+    let s = b.symbol("S", Range { min: 1, max: 4096 });
+    let groups = c.k / usize::try_from(c.group).unwrap();
+    let shape = vec![s.clone(), Dim::from(c.k)];
+    let x = b.input("x", TensorType::new(DType::F32, shape));
+    let [x, own] = match made {
+        true => b.in_codes(x, c.group).unwrap(),
+        // Whole numbers, for which codes are exact.
+        false => {
+            let codes = b.map_text("{ x -> round(x * 127) }", &[x]).unwrap();
+            let codes = b.cast(codes, DType::I8).unwrap();
+            let part = b.slice_axis(x, 1, Dim::new(0), Dim::from(groups)).unwrap();
+            [codes, part]
+        }
+    };
+    let codes = b.constant("codes", tensor(c.codes, &[c.n, c.k], 1));
+    let scales = b.constant("scales", tensor(c.scales, &[c.n, groups], 2));
+    let mut operands = vec![x, codes, scales, own];
+    if c.zeros {
+        operands.push(b.constant("zeros", tensor(DType::F32, &[c.n, groups], 3)));
+    }
+    let y = b.op(Op::GroupProduct { group: c.group }, &operands).unwrap();
+    b.output("y", y);
+    b.finish()
+}
+
+fn coded_cases() -> Vec<Case> {
+    let case =
+        |rows, n, k, group, codes, scales, zeros| Case { rows, n, k, group, codes, scales, zeros };
+    use DType::{BF16, F16, F32, I4, I8, U4, U8};
+    vec![
+        case(1, 64, 64, 32, I4, BF16, false),
+        case(1, 2100, 96, 32, I4, F16, true),
+        case(3, 7, 40, 8, I4, F32, false),
+        case(7, 130, 32, 16, U4, BF16, true),
+        case(1, 600, 256, 128, U4, F32, true),
+        case(21, 65, 256, 128, I8, BF16, false),
+        case(9, 70, 24, 24, I4, F32, false),
+        case(2, 31, 40, 8, U8, F32, true),
+    ]
+}
+
+#[test]
+fn codes_on_both_sides() {
+    for c in coded_cases() {
+        check(&coded_graph(&c, false), c.rows, c.k, true);
+    }
+}
+
+/// Codes of activations are those of the rule, but where a quotient lies between two of them; each is a step of at most
+/// the group's largest magnitude over 127.
+#[test]
+fn activations_are_rounded_to_codes() {
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+    let Ok(cpu) = host_cpu(2, None) else { return };
+    for c in coded_cases().into_iter().take(3) {
+        let graph = coded_graph(&c, true);
+        let x = tensor(DType::F32, &[c.rows, c.k], 5);
+        let want = tilewright_interp::run(&graph, std::slice::from_ref(&x), Mode::F64).unwrap();
+        let compiler = Compiler::for_cpu(cpu.clone(), Some(cache.clone()));
+        let compiled = compiler.compile_observed(graph, &mut |_| {}).unwrap();
+        let got = compiled.session().unwrap().run(std::slice::from_ref(&x)).unwrap().remove(0);
+        let (want, got) = (want[0].to_f64s(), got.to_f64s());
+        let most = want.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        // A code that is rounded the other way: a 127th of one product. There are few.
+        let off = got.iter().zip(&want).filter(|(a, b)| (*a - *b).abs() > 2e-6 * most);
+        assert!(off.count() * 8 <= c.rows * c.n, "{} x {} x {}", c.rows, c.n, c.k);
+        let step = 8.0 * 1.0 / 127.0;
+        assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 2.0 * step));
+    }
+}
+
+#[test]
+fn depths_of_no_whole_steps_run_on_the_host() {
+    let c =
+        Case { rows: 2, n: 5, k: 12, group: 4, codes: DType::I4, scales: DType::F32, zeros: false };
+    check(&coded_graph(&c, false), c.rows, c.k, false);
 }
 
 #[test]

@@ -89,8 +89,15 @@ fn max_length(args: &GenerateArgs, request: &Request) -> i64 {
 
 /// The form of matrices.
 fn matrices(args: &GenerateArgs) -> Result<MatrixForm> {
+    let both = match args.activations.as_str() {
+        "f32" => false,
+        "int8" => true,
+        other => {
+            return Err(Error::user(format!("--activations {other}")).with_hint("f32 or int8"));
+        }
+    };
     let coded = |dtype: DType, usual: i64| match args.group.unwrap_or(usual) {
-        group @ 1.. => Ok(MatrixForm::Codes { dtype, group }),
+        group @ 1.. => Ok(MatrixForm::Codes { dtype, group, both }),
         group => Err(Error::user(format!("--group {group}"))),
     };
     let form = match args.weights.as_str() {
@@ -104,6 +111,9 @@ fn matrices(args: &GenerateArgs) -> Result<MatrixForm> {
             );
         }
     };
+    if both {
+        return Err(Error::user("--activations int8 without --weights int8 or int4"));
+    }
     match args.group {
         None => Ok(form),
         Some(_) => Err(Error::user("--group has no effect without --weights int8 or int4")),

@@ -50,7 +50,7 @@ pub(crate) fn knobs() -> Vec<CpuKnobs> {
 /// Knobs for a matrix unit, when this machine has it.
 pub(crate) fn unit_knobs(unit: MatrixUnit) -> Option<CpuKnobs> {
     let here = match unit {
-        MatrixUnit::Fma => true,
+        MatrixUnit::Fma | MatrixUnit::Codes => true,
         MatrixUnit::Bf16Dot => std::is_x86_feature_detected!("avx512bf16"),
         MatrixUnit::I8Dot => std::is_x86_feature_detected!("avx512vnni"),
         MatrixUnit::Bf16Tile | MatrixUnit::I8Tile => false,

@@ -52,7 +52,7 @@ pub(crate) enum Matrix {
     /// Floats, with the letters of its axes.
     Plain { weight: ValueId, letters: &'static str },
     /// Codes `[to, from]` and a scale for each group of the depth.
-    Codes { codes: ValueId, scales: ValueId, group: i64 },
+    Codes { codes: ValueId, scales: ValueId, group: i64, both: bool },
 }
 
 /// How attention looks at its operands.
@@ -259,9 +259,9 @@ impl Net {
         letters: &'static str,
     ) -> Result<Matrix> {
         match self.matrices {
-            MatrixForm::Codes { dtype, group } => {
+            MatrixForm::Codes { dtype, group, both } => {
                 let [codes, scales] = self.codes(name, shape, letters == "io", dtype, group)?;
-                Ok(Matrix::Codes { codes, scales, group })
+                Ok(Matrix::Codes { codes, scales, group, both })
             }
             form => {
                 let stored = self.stored(name, &shape)?;
@@ -282,8 +282,16 @@ impl Net {
     ) -> Result<ValueId> {
         self.b.set_origin(origin);
         let y = match matrix {
-            Matrix::Codes { codes, scales, group } => {
-                self.b.op(Op::GroupProduct { group }, &[x, codes, scales])?
+            Matrix::Codes { codes, scales, group, both } => {
+                let depth = self.b.shape(x).last().and_then(Dim::as_const);
+                let operands = match both && depth.is_some_and(|d| d % group == 0) {
+                    true => {
+                        let [x, own] = self.b.in_codes(x, group)?;
+                        vec![x, codes, scales, own]
+                    }
+                    false => vec![x, codes, scales],
+                };
+                self.b.op(Op::GroupProduct { group }, &operands)?
             }
             Matrix::Plain { weight, letters } => {
                 let outer = if self.b.shape(x).len() == 2 { "b" } else { "bs" };

@@ -53,6 +53,8 @@ pub enum MatrixForm {
         dtype: DType,
         /// Neighbours that share a scale, at least 1.
         group: i64,
+        /// Activations are rounded to 8 bits before each product, with a scale for each group, too.
+        both: bool,
     },
 }
 

@@ -93,10 +93,15 @@ pub(super) fn group_product(inputs: &[Val], group: i64, mode: Mode) -> Result<Bu
     let per_row = scales.shape.get(1).copied().unwrap_or(0);
     let group = usize::try_from(group).unwrap_or(1).max(1);
     checked_len(&[rows, depth])?;
-    let acc = x.dtype.compute();
+    let coded = x.dtype == DType::I8;
+    let (own, zeros) = match coded {
+        true => (inputs.get(3), inputs.get(4)),
+        false => (None, inputs.get(3)),
+    };
+    let acc = own.map_or(x.dtype, |own| own.dtype).compute();
     let rounded = |v: f64| if mode == Mode::Exact { round_to(acc, v) } else { v };
     let (codes, scales) = (codes.floats(), scales.floats());
-    let zeros = inputs.get(3).map(Val::floats);
+    let zeros = zeros.map(Val::floats);
     let mut matrix = vec![0.0; rows * depth];
     for (i, value) in matrix.iter_mut().enumerate() {
         let at = i / depth.max(1) * per_row + i % depth.max(1) / group;
@@ -107,6 +112,17 @@ pub(super) fn group_product(inputs: &[Val], group: i64, mode: Mode) -> Result<Bu
         *value = rounded(code * scales[at]);
     }
     let outer: usize = x.shape[..x.shape.len().saturating_sub(1)].iter().product();
+    let widened = own.map(|own| {
+        let scales = own.floats();
+        let value = |(i, code): (usize, &f64)| {
+            let at = i / depth.max(1) * per_row + i % depth.max(1) / group;
+            // The sums are rounded as numbers, not each element.
+            code * scales[at]
+        };
+        let values = x.floats().iter().enumerate().map(value).collect();
+        Val::new(own.dtype, vec![outer, depth], Buf::F(values))
+    });
+    let x = widened.as_ref().unwrap_or(x);
     let x = strided(x, &[outer, depth], &row_major(&[outer, depth]), 0);
     let dtype = x.dtype;
     let matrix = Val::new(acc, vec![rows, depth], Buf::F(matrix));

@@ -2,7 +2,7 @@
 //!
 //! `B` holds codes in rows of `N`, in blocks of `block_size` of the depth, as unsigned integers, low half of a byte first;
 //! a block of the last few is padded. Without zero points the middle code stands for zero, so that the codes are kept as
-//! signed ones.
+//! signed ones. With `accuracy_level` 4 activations are rounded to 8 bits, block by block, as there.
 
 use super::super::cx::Cx;
 use super::super::node::{N, Val, one};
@@ -58,7 +58,16 @@ pub(crate) fn mat_mul_n_bits(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
     };
     let scales = cx.tensor(n.x(2)?, "scales")?;
     let scales = per_group(&scales, "scales")?;
+    // Level 4 allows activations in 8 bits: a code for each, a scale for each block.
+    let level = n.int("accuracy_level", 0)?;
+    let coded = level == 4 && bits == 4 && depth % block == 0 && cx.dtype(x) == DType::F32;
+    let group = i64::try_from(block).unwrap_or(i64::MAX);
     let mut operands = vec![x, cx.constant(codes), cx.constant(scales)];
+    if coded {
+        let [codes, own] = cx.b.in_codes(x, group)?;
+        operands[0] = codes;
+        operands.push(own);
+    }
     if let Some(zeros) = zeros {
         let zeros = cx.tensor(zeros, "zero points")?;
         let zeros = match zeros.dtype() {
@@ -79,7 +88,6 @@ pub(crate) fn mat_mul_n_bits(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
         };
         operands.push(cx.constant(zeros));
     }
-    let group = i64::try_from(block).unwrap_or(i64::MAX);
     let y = cx.op(Op::GroupProduct { group }, &operands)?;
     match n.opt(5)? {
         Some(bias) => one(cx.add(y, bias)?),
