@@ -183,12 +183,14 @@ pub(crate) fn cuda(index: u32) -> Result<Arc<Cuda>> {
     if let Some(known) = devices.read().unwrap_or_else(PoisonError::into_inner).get(&index) {
         return Ok(known.clone());
     }
+    let alone = tilewright_cuda::Gpu::count()? == 1;
+    // Opening a device makes it the current one.
+    let _guard = if alone { None } else { Some(Abi::open()?.cuda_guard(index)?) };
     let folder = tilewright::cache_dir();
     let device = tilewright::gpu::GpuDevice::open(index, folder.as_deref())?;
     let nvrtc = Nvrtc::open(folder.map(|f| f.join("cuda")).as_deref())?;
     let loader = Arc::new(Loader::new(device.gpu().clone(), nvrtc));
     let machine = device.machine().clone();
-    let alone = tilewright_cuda::Gpu::count()? == 1;
     let made = Arc::new(Cuda {
         loader,
         machine,

@@ -28,11 +28,16 @@ def refused(graph: fx.GraphModule, static: set[int]) -> str | None:
 
     if written := find_input_mutations(graph.graph) - static:
         return f"it writes {len(written)} of its arguments"
+    devices = set()
     for node in graph.graph.nodes:
         held = node.meta.get("val")
         for tensor in held if isinstance(held, (list, tuple)) else [held]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "cuda" and node.op != "output":
                 return f"{node.name} is on the {tensor.device.type}"
+            if isinstance(tensor, torch.Tensor):
+                devices.add(tensor.device)
+    if len({d for d in devices if d.type == "cuda"}) > 1:
+        return "it is on several devices"
     if node := get_first_incompatible_cudagraph_node(graph):
         return f"{node.name} cannot be recorded"
     return None

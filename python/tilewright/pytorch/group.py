@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from .. import _native
-from .partition import inputs_of, memory_order, outputs_of
+from .partition import device_of, inputs_of, memory_order, outputs_of
 from .sizes import symbols, tensors_and_sizes
 from .writer import Script, Writer
 
@@ -63,7 +63,7 @@ class Group(torch.nn.Module):
         self.calls: list = []
         self.kept_eager = None
         self.dtypes = [n.meta["val"].dtype for n in self.outputs]
-        self.device = settings.device
+        self.device = device_of(nodes[-1])
         self.on_cpu = settings.device.type == "cpu"
         used = set()
         for node in [*nodes, *self.inputs]:
@@ -206,7 +206,9 @@ class Group(torch.nn.Module):
         key = (self.device.index, settings.cache, settings.precision, _NAMES.sub("", builder.text()))
         program = PROGRAMS.get(key)
         if program is None:
-            program = PROGRAMS[key] = builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
+            # Opening a device makes it the current one.
+            with torch.cuda.device(self.device):
+                program = PROGRAMS[key] = builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
         return program
 
     def write(self, args) -> Writer:

@@ -180,11 +180,17 @@ def by_depth(graph: fx.Graph, ours: set[fx.Node], free: set[fx.Node]) -> list[li
             deepest = effect_depth = max(deepest, effect_depth)
         depth[node] = deepest
     sink(graph, ours, depth)
-    groups: dict[int, list[fx.Node]] = {}
+    # Of one depth, a group for each device, in the order of their first nodes.
+    groups: dict[int, dict[torch.device, list[fx.Node]]] = {}
     for node in graph.nodes:
         if node in ours:
-            groups.setdefault(depth[node], []).append(node)
-    return [groups[d] for d in sorted(groups)]
+            groups.setdefault(depth[node], {}).setdefault(device_of(node), []).append(node)
+    return [group for d in sorted(groups) for group in groups[d].values()]
+
+
+def device_of(node: fx.Node) -> torch.device:
+    """Where the tensors are that one of our nodes makes."""
+    return next(t.device for t in tensors_and_sizes(node.meta["val"]) if isinstance(t, torch.Tensor))
 
 
 def sink(graph: fx.Graph, ours: set[fx.Node], depth: dict[fx.Node, int]) -> None:
@@ -294,6 +300,8 @@ def _refuse(node: fx.Node, device: torch.device, given: set[str]) -> None:
                 raise Unsupported(f"tensors on {tensor.device}")
             if tensor.device.type != device.type:
                 raise Unsupported(f"a scalar on {tensor.device}")
+            if tensor.device != device_of(node):
+                raise Unsupported(f"tensors on {tensor.device} and {device_of(node)}")
             if tensor.layout is not torch.strided or tensor.dtype not in NAMES:
                 raise Unsupported(f"tensors of {tensor.dtype}, {tensor.layout}")
             if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(tensor, torch._subclasses.FakeTensor):
