@@ -253,6 +253,8 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
                 _ => 0.05,
             };
             let turn = products.max(maps) + shown * products.min(maps);
+            // More scores than that leave registers for little else.
+            let turn = if s.consumers == 2 && bt > 128 { 1.12 * turn } else { turn };
             match s.blocks_per_sm {
                 1 => (turn + 200.0, 4000.0),
                 // What one of two blocks costs while the other runs beside it.
