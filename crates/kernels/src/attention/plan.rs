@@ -253,6 +253,8 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
                 _ => 0.05,
             };
             let turn = products.max(maps) + shown * products.min(maps);
+            // More scores than that leave registers for little else.
+            let turn = if s.consumers == 2 && bt > 128 { 1.12 * turn } else { turn };
             match s.blocks_per_sm {
                 1 => (turn + 200.0, 4000.0),
                 // What one of two blocks costs while the other runs beside it.
@@ -262,7 +264,9 @@ fn estimate_us(p: &Problem, gpu: &Gpu, s: &GpuSchedule, parts: i64) -> f64 {
         ProductKind::MmaSync | ProductKind::MmaSplit if p.dtype == DType::F32 => {
             // Three products of parts; rounding, beside single ones, takes longer than they do.
             let rate = if s.product == ProductKind::MmaSplit { 0.215 / 3.0 } else { 0.18 };
-            let products = flops / (gpu.tensor_flops_per_clock * rate);
+            // Small blocks split the same keys more often.
+            let small = if s.warps.0 < 4 { 1.15 } else { 1.0 };
+            let products = small * flops / (gpu.tensor_flops_per_clock * rate);
             // What one block's turn costs while the others of the multiprocessor run beside it.
             let beside = f64::from(s.blocks_per_sm);
             let maps = scores / 9.0;
