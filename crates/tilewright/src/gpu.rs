@@ -197,8 +197,8 @@ impl GpuCompiler {
         let (plan, mut fusion) =
             tilewright_lower::lower_with(&graph, &target, &layouts, &host_call, &options)?;
         let narrow = matches!(self.precision, Precision::F16 | Precision::Bf16);
-        let size = if narrow { 2 } else { 4 };
-        for (v, (name, elements)) in norms.iter().filter(|(v, _)| !left.contains_key(v)) {
+        let size: i64 = if narrow { 2 } else { 4 };
+        for (v, (name, elements)) in norms.iter().filter(|(v, _)| !left.contains_key(*v)) {
             let bytes = elements * size;
             let line = format!(
                 "folded: norm {v} ({name}) into the products that read it: {bytes} bytes less are written"
