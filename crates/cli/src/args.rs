@@ -146,9 +146,12 @@ pub(crate) struct ModelArgs {
     /// One kernel per operator, to find what a fusion breaks
     #[arg(long)]
     pub(crate) no_fusion: bool,
-    /// On a GPU: what stands in front of a product (a norm, a scale) stays a kernel of its own, to see what folding it brings
+    /// On a GPU: norms in front of products stay kernels of their own, to see what folding them brings
     #[arg(long)]
     pub(crate) no_fold: bool,
+    /// On a GPU: products compute their left operands (scales of channels) where that is estimated to pay
+    #[arg(long)]
+    pub(crate) fold_operands: bool,
     /// Random weights of this seed: a Hugging Face directory then needs config.json only
     #[arg(long, value_name = "SEED")]
     pub(crate) random_weights: Option<u64>,

@@ -21,6 +21,7 @@ use crate::host::host_call;
 use crate::stage::{Stage, StageTime};
 use crate::verify::{Observed, Ran, Report, compare};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -28,8 +29,9 @@ use std::time::{Duration, Instant};
 use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::Nvrtc;
 use tilewright_data::Tensor;
-use tilewright_graph::{Graph, NodeId, ValueId};
+use tilewright_graph::{Graph, NodeId, Op, ValueId};
 use tilewright_launch::Loader;
+use tilewright_layout::{Dim, numel};
 use tilewright_lower::{Choice, CpuTarget, Device, FusionPlan, Layouts};
 use tilewright_passes::PassContext;
 use tilewright_plan::{Attention, Form, Plan, Step};
@@ -50,8 +52,11 @@ pub struct GpuCompiler {
     pub fusion: Choice,
     /// Convolutions read their windows through the copy engine where it can, instead of copying them.
     pub windows: bool,
-    /// Norms and elementwise operators in front of products are computed by these where that is estimated to pay.
+    /// RMS norms that products alone read are folded into them.
     pub fold: bool,
+    /// Products of 16-bit operands compute left operands that only they read, where that is estimated to pay. Off: no model that was
+    /// measured gained.
+    pub fold_operands: bool,
 }
 
 /// A model planned for a GPU.
@@ -89,7 +94,8 @@ impl GpuCompiler {
     /// For this GPU, in `f32`.
     pub fn new(machine: Machine) -> GpuCompiler {
         let (precision, fusion) = (Precision::F32, Choice::Fastest);
-        GpuCompiler { machine, precision, fusion, windows: true, fold: true }
+        let fold_operands = false;
+        GpuCompiler { machine, precision, fusion, windows: true, fold: true, fold_operands }
     }
 
     /// Plans a graph.
@@ -162,12 +168,14 @@ impl GpuCompiler {
         stages.push(StageTime { name: "join-products".into(), time: start.elapsed() });
         let start = Instant::now();
         let fold = self.fold && self.fusion != Choice::Apart;
+        let norms = norms_of(&graph);
         if fold && tilewright_passes::fold_norms(&mut graph)? {
             tilewright_graph::verify(&graph)?;
             tilewright_passes::run(&mut graph, &context)?;
         }
         observe(Stage::Graph("fold-norms", &graph));
         stages.push(StageTime { name: "fold-norms".into(), time: start.elapsed() });
+        let left = norms_of(&graph);
         let start = Instant::now();
         if tilewright_passes::decompose_products(&mut graph, keep)? {
             tilewright_graph::verify(&graph)?;
@@ -178,7 +186,7 @@ impl GpuCompiler {
         let start = Instant::now();
         let options = tilewright_lower::Options {
             windows: self.windows,
-            fold: self.fold,
+            fold: self.fold_operands,
             fusion: self.fusion,
             states: None,
             precision: self.precision,
@@ -186,8 +194,17 @@ impl GpuCompiler {
         };
         let target = CpuTarget::from(&self.machine);
         let layouts = Layouts::new();
-        let (plan, fusion) =
+        let (plan, mut fusion) =
             tilewright_lower::lower_with(&graph, &target, &layouts, &host_call, &options)?;
+        let narrow = matches!(self.precision, Precision::F16 | Precision::Bf16);
+        let size: i64 = if narrow { 2 } else { 4 };
+        for (v, (name, elements)) in norms.iter().filter(|(v, _)| !left.contains_key(*v)) {
+            let bytes = elements * size;
+            let line = format!(
+                "folded: norm {v} ({name}) into the products that read it: {bytes} bytes less are written"
+            );
+            fusion.views.push(line);
+        }
         observe(Stage::Fusion(&fusion));
         observe(Stage::Plan(&plan));
         tilewright_lower::verify_plan(&plan)?;
@@ -195,6 +212,17 @@ impl GpuCompiler {
         let (machine, precision) = (self.machine.clone(), self.precision);
         Ok(GpuPlan { graph, unfused, plan, fusion, stages, machine, precision })
     }
+}
+
+/// The results of RMS norms: where they came from, and how many elements they have.
+fn norms_of(graph: &Graph) -> BTreeMap<ValueId, (String, Dim)> {
+    let norms = graph.live().filter(|(_, node)| matches!(node.op, Op::RmsNorm { .. }));
+    norms
+        .map(|(_, node)| {
+            let v = node.outputs[0];
+            (v, (node.origin.clone(), numel(graph.shape(v))))
+        })
+        .collect()
 }
 
 impl GpuPlan {

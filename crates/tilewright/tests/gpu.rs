@@ -575,7 +575,9 @@ fn products_compute_their_left_operand() {
         let graph = nets::squeeze_network(channels);
         let inputs = [numbers(&[3, 16, 6, 5], 4)];
         for precision in PRECISIONS {
-            let planned = plan(&graph, precision);
+            let mut compiler = GpuCompiler::new(Gpu::h200());
+            (compiler.precision, compiler.fold_operands) = (precision, true);
+            let planned = compiler.plan(graph.clone()).expect("it plans");
             let narrow = matches!(precision, Precision::F16 | Precision::Bf16);
             let computed = planned.plan().kernels.iter().filter(|(_, k)| {
                 k.forms.iter().any(|f| matches!(f, Form::Product(p) if p.prologue.is_some()))
@@ -605,6 +607,8 @@ fn norms_are_folded_into_products() {
     let planned = plan(&graph, Precision::Bf16);
     assert!(norms(&graph) > 1);
     assert_eq!(norms(planned.graph()), 0);
+    let said = planned.fusion().views.iter().filter(|line| line.starts_with("folded: norm"));
+    assert_eq!(said.count(), norms(&graph));
     let mut compiler = GpuCompiler::new(Gpu::h200());
     compiler.fold = false;
     let apart = compiler.plan(graph.clone()).expect("it plans");

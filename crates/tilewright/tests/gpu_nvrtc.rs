@@ -46,6 +46,7 @@ fn every_program_of_the_tiny_models_compiles() {
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             let mut compiler = GpuCompiler::new(Gpu::h200());
             compiler.precision = precision;
+            compiler.fold_operands = true;
             let planned = compiler.plan(graph.clone()).expect("it plans");
             let sizes: Env =
                 graph.symbols.iter().map(|s| (s.name.clone(), 9.min(s.range.max))).collect();

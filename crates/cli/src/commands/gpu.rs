@@ -36,6 +36,7 @@ fn open(args: &ModelArgs) -> Result<GpuDevice> {
 fn plan(args: &ModelArgs, device: &GpuDevice, graph: Graph) -> Result<GpuModel> {
     let mut compiler = GpuCompiler::new(device.machine().clone());
     compiler.fold = !args.no_fold;
+    compiler.fold_operands = args.fold_operands;
     if args.no_fusion {
         compiler.fusion = Choice::Apart;
     }
