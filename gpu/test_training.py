@@ -112,8 +112,9 @@ def whole():
             backend.OBSERVERS.remove(seen.append)
         left = sorted({str(n.target) for g in seen for n in g.reasons if "getitem" not in str(n.target)})
         print(f"{make.__name__}: groups {[(g.kind, len(g.groups)) for g in seen]}, left to PyTorch {left}", flush=True)
-        assert [g.kind for g in seen] == ["forward", "backward"], seen
-        assert len(seen[0].groups) == 1 and len(seen[1].groups) <= 2
+        # Where the loss is a graph of its own (GPT-2's), there are two of each.
+        assert {g.kind for g in seen} == {"forward", "backward"}
+        assert all(len(g.groups) <= (1 if g.kind == "forward" else 2) for g in seen)
         assert not any("attention" in name for name in left)
         assert all(g.program is not None for c in seen for g in c.groups), [g.failure for c in seen for g in c.groups]
 
