@@ -244,6 +244,16 @@ def numbers_written_into_parts_are_fills():
         torch.testing.assert_close(compiled(masked)(x), masked(x))
     targets = {str(n.target) for g in seen[0].groups for n in g.nodes}
     assert not seen[0].reasons and "aten.full.default" in targets and "aten.lift_fresh_copy.default" not in targets, targets
+    # Some versions of PyTorch compile where tensors have no values.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tilewright.pytorch import scalars
+
+    graph, root = torch.fx.Graph(), torch.nn.Module()
+    root.constant = torch.tensor(2.5)
+    graph.output(graph.call_function(torch.ops.aten.lift_fresh_copy.default, (graph.get_attr("constant"),)))
+    with FakeTensorMode():
+        assert scalars.number(torch.fx.GraphModule(root, graph), list(graph.nodes)[1]) == 2.5
 
 
 def results_have_the_strides_of_eager():

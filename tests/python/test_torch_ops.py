@@ -290,6 +290,9 @@ def views_empty_tensors_and_special_numbers_are_right():
 
 
 def bad_input_is_refused_in_words():
+    if not tilewright._native.HAS_CPU:
+        print("  a build without LLVM has PyTorch's operators on the processor, and their words: left out")
+        return
     x = torch.randn(3, 4)
     for call, words in (
         (lambda: ops.rms_norm(x, torch.randn(5)), "weight has shape [5]; it must be [4]"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 aten = torch.ops.aten
 SAME = (aten.lift_fresh_copy.default, aten.clone.default, aten.alias.default, aten.detach.default)
@@ -26,7 +26,9 @@ def number(gm: fx.GraphModule, node) -> int | float | bool | None:
     plain = isinstance(held, torch.Tensor) and not isinstance(held, FakeTensor)
     if not plain or held.dim() != 0 or held.device.type != "cpu" or held.is_complex():
         return None
-    return held.item()
+    # Some versions of PyTorch compile under a mode in which tensors have no values.
+    with unset_fake_temporarily():
+        return held.item()
 
 
 def fill_parts(gm: fx.GraphModule) -> None:
