@@ -1,10 +1,11 @@
 //! Sums of products: which planes in registers are products of others, so that sums of them can be multiply-adds.
 
-use crate::walk::stmt_names;
+use crate::walk::{stmt_names, visit};
 use std::collections::{BTreeMap, BTreeSet};
 use tilewright_base::DType;
 use tilewright_device::{Extent, FragId, FragRef, Program, Spread, Stmt};
 use tilewright_expr::{Func, Node, Op};
+use tilewright_tile::ReduceKind;
 
 /// The factors of each plane that is the product of two fragments.
 #[derive(Debug, Default)]
@@ -49,6 +50,76 @@ impl Products {
     fn forget(&mut self, frags: &BTreeSet<FragId>) {
         let known = |f: &FragId| frags.contains(f);
         self.0.retain(|of, factors| !known(of) && !factors.iter().any(known));
+    }
+}
+
+/// Fragments that maps make and nothing reads, once sums of products read the factors: their maps are not printed.
+pub(crate) fn unread(program: &Program) -> BTreeSet<FragId> {
+    let mut unread = BTreeSet::new();
+    loop {
+        let mut reads = Reads {
+            program,
+            unread: &unread,
+            products: Products::default(),
+            read: BTreeSet::new(),
+        };
+        let roles = program.roles.iter().map(|r| &r.body);
+        for body in roles.chain([&program.setup, &program.teardown]) {
+            reads.follow(body);
+        }
+        let read = reads.read;
+        let known = unread.len();
+        let bodies = program.roles.iter().map(|r| &r.body);
+        for body in bodies.chain([&program.setup, &program.teardown]) {
+            visit(body, &mut |stmt| match stmt {
+                Stmt::Map { dst, .. } if !read.contains(&dst.frag) => {
+                    unread.insert(dst.frag);
+                }
+                _ => {}
+            });
+        }
+        if unread.len() == known {
+            return unread;
+        }
+    }
+}
+
+/// What is read by the steps that are printed, in their order.
+struct Reads<'a> {
+    program: &'a Program,
+    unread: &'a BTreeSet<FragId>,
+    products: Products,
+    read: BTreeSet<FragId>,
+}
+
+impl Reads<'_> {
+    fn follow(&mut self, stmts: &[Stmt]) {
+        for stmt in stmts {
+            self.products.before(stmt);
+            match stmt {
+                Stmt::Map { dst, .. } if self.unread.contains(&dst.frag) => {}
+                Stmt::Map { args, .. } => self.read.extend(args.iter().map(|a| a.frag)),
+                Stmt::Reduce { dst, src, kind: ReduceKind::Sum, .. }
+                    if self.program.frags[dst.frag].extent == Extent::PerRow
+                        && self.products.of(src.frag).is_some() =>
+                {
+                    self.read.insert(dst.frag);
+                    self.read.extend(self.products.of(src.frag).into_iter().flatten());
+                }
+                _ => stmt_names(stmt, &mut BTreeSet::new(), &mut self.read),
+            }
+            match stmt {
+                Stmt::For { body, .. } | Stmt::Unroll { body, .. } | Stmt::Once(body) => {
+                    self.follow(body);
+                }
+                Stmt::If { then, otherwise, .. } => {
+                    self.follow(then);
+                    self.follow(otherwise);
+                }
+                _ => {}
+            }
+            self.products.after(self.program, stmt);
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 
 use crate::dims::Scope;
 use crate::funcs::Funcs;
-use crate::products::Products;
+use crate::products::{Products, unread};
 use crate::walk::{names_of_integers, stmt_names, visit};
 use crate::{Argument, memory_type};
 use std::collections::{BTreeMap, BTreeSet};
@@ -55,6 +55,8 @@ pub(crate) struct Printer<'a> {
     frag_names: Vec<String>,
     /// Planes that are products of two others, as long as none of the three changes.
     pub(crate) products: Products,
+    /// Fragments whose maps are not printed.
+    unread: BTreeSet<FragId>,
 }
 
 const ANY: Range = Range { min: 0, max: i32::MAX as i64 };
@@ -128,6 +130,7 @@ impl<'a> Printer<'a> {
             ring_names,
             frag_names,
             products: Products::default(),
+            unread: unread(program),
         };
         printer.unrounded = printer.find_unrounded();
         printer.packed = printer.find_packed();
@@ -515,6 +518,7 @@ impl<'a> Printer<'a> {
         let mut used_rings = BTreeSet::new();
         let mut used_frags = BTreeSet::new();
         visit(&role.body, &mut |stmt| stmt_names(stmt, &mut used_rings, &mut used_frags));
+        used_frags.retain(|frag| !self.unread.contains(frag));
         if role.single_thread {
             self.line(&format!(
                 "if ((warp - {}) % {} == 0 && tw::elect_one()) {{",
@@ -630,7 +634,9 @@ impl<'a> Printer<'a> {
 
     fn stmt(&mut self, stmt: &Stmt) -> Result<()> {
         self.products.before(stmt);
-        self.print_stmt(stmt)?;
+        if !matches!(stmt, Stmt::Map { dst, .. } if self.unread.contains(&dst.frag)) {
+            self.print_stmt(stmt)?;
+        }
         self.products.after(self.program, stmt);
         Ok(())
     }

@@ -45,7 +45,7 @@ const SHORT_ROWS: i64 = 8 * PROCESSORS;
 const WHOLE_BYTES: [i64; 2] = [44 << 10, 32 << 10];
 /// Blocks with 36 KiB, and operations of maps that their 40 registers have room for.
 const KEPT_BLOCKS: i64 = 6;
-const KEPT_STEPS: i64 = 64;
+const KEPT_STEPS: i64 = 48;
 /// Operations of maps from which a warp has no more than two runs of a row.
 const HEAVY_STEPS: i64 = 48;
 /// Bytes that a block keeps at most, and elements of a piece that a thread has.

@@ -114,8 +114,13 @@ fn pipelined(spec: &AttentionSpec, arch: Arch, vector: u32) -> Vec<GpuSchedule> 
         let sums = if split { dv } else { dv / 2 };
         let masked = if spec.mask.is_some() { 16 } else { 0 };
         let numbers = blocks * (sums + bt / 2) + 84 + 4 * blocks + masked;
-        let most = if split { 255 } else { 250 };
-        if wide && product != ProductKind::Fma && numbers > most {
+        // Of 16 bits, blocks of 32 keys are kept whatever they take: something has to run.
+        let most = match wide {
+            true if split => 255,
+            true => 250,
+            false => 240,
+        };
+        if product != ProductKind::Fma && numbers > most && (wide || bt > 32) {
             continue;
         }
         for stages in [2, 3] {
