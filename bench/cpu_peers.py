@@ -223,6 +223,9 @@ def machine() -> dict:
 
 
 def commit() -> str:
+    """The commit of what is measured: `TILEWRIGHT_COMMIT` where it was built elsewhere."""
+    if said := os.environ.get("TILEWRIGHT_COMMIT"):
+        return said
     try:
         arguments = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
