@@ -35,7 +35,7 @@ TITLES = {
     "vit_b": "ViT-B/16",
     "bert_base_384": "BERT-base, 384 tokens",
     "gpt2": "GPT-2, 512 tokens",
-    "sgemm2048": "SGEMM 2048",
+    "sgemm2048": "SGEMM 2048 x 2048 x 2048",
 }
 
 
@@ -53,7 +53,9 @@ def newest_record(kind: str) -> tuple[pathlib.Path, dict] | None:
 
 
 def title(row: dict) -> str:
-    return TITLES.get(row["model"], row["model"])
+    """How a model is called in tables."""
+    base, eight, _ = row["model"].partition("_batch8")
+    return TITLES.get(base, base) + (", eight inputs" if eight else "")
 
 
 def milliseconds(row: dict, key: str) -> str:
@@ -66,7 +68,7 @@ def section(path: pathlib.Path, record: dict) -> str:
     lines = [
         f"Measured {record['date'][:10]} at commit `{record['commit']}` on {machine['cpu']}"
         f" ({machine['logical_cpus']} logical CPUs; {features}), {record['threads']} threads,"
-        f" float32, batch 1, against ONNX Runtime {record['versions']['onnxruntime']}."
+        f" float32, batch 1 where nothing else is said, against ONNX Runtime {record['versions']['onnxruntime']}."
         f" The record: [{path.name}](records/{path.name}).",
         "",
         "| model | Tilewright, ms | ONNX Runtime, ms | ratio (quartiles) |",
@@ -202,6 +204,7 @@ GPU_MODELS = {
     "vit": "ViT-B/16",
     "llama": "Llama 1B, prefill, no head",
     "llama8b": "Llama 8B, prefill, no head",
+    "resnext50": "ResNeXt-50",
     "resnet50": "ResNet-50",
     "mobilenetv3": "MobileNetV3-Large",
     "efficientnet": "EfficientNet-B0",
