@@ -46,9 +46,12 @@ def a_value_in_several_shapes_is_kept_once():
     with graphs() as seen:
         compiled(model)(x).square().sum().backward()
     # The activation is made as [2,3,8], and read as [6,8] by the gradient of the weights.
-    assert seen[0].groups[0].views
-    kept = [n for n in seen[0].groups[0].outputs if "view" in str(n.target)]
-    assert not kept, kept
+    kept = []
+    for node in seen[0].groups[0].outputs:
+        while "view" in str(node.target):
+            node = node.args[0]
+        kept.append(node)
+    assert len(set(kept)) == len(kept) and any("erf" in str(n.target) or "mul" in str(n.target) for n in kept), kept
     found = x.grad.clone()
     x.grad = None
     model(x).square().sum().backward()
