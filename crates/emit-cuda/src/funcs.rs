@@ -54,18 +54,6 @@ fn without_last_cast(func: &Func) -> Option<Func> {
 fn returning(func: &Func, inner: ExprId) -> Func {
     let mut b = FuncBuilder::new();
     let params: Vec<ExprId> = func.params().iter().map(|p| b.param(&p.name, p.dtype)).collect();
-    let mut map: Vec<ExprId> = Vec::new();
-    for (_, node, dtype) in func.nodes() {
-        let id = match node {
-            Node::Param(p) => params[*p as usize],
-            Node::Const(v) => b.value(*v, dtype),
-            Node::Op(Op::Cast, args) => b.cast(map[args[0].index()], dtype),
-            Node::Op(op, args) => {
-                let args: Vec<ExprId> = args.iter().map(|a| map[a.index()]).collect();
-                b.op(*op, &args)
-            }
-        };
-        map.push(id);
-    }
-    b.finish(map[inner.index()])
+    let nodes = b.inline_nodes(func, &params);
+    b.finish(nodes[inner.index()])
 }

@@ -305,6 +305,11 @@ impl FuncBuilder {
     /// Copies the body of `func` with `args` for its parameters; an argument of another type than
     /// the parameter is converted. Returns the node of its result.
     pub fn inline(&mut self, func: &Func, args: &[ExprId]) -> ExprId {
+        self.inline_nodes(func, args)[func.result.index()]
+    }
+
+    /// As [`FuncBuilder::inline`]; returns the copies of all nodes of `func`, in its order.
+    pub fn inline_nodes(&mut self, func: &Func, args: &[ExprId]) -> Vec<ExprId> {
         assert_eq!(args.len(), func.params.len(), "inlining with the wrong number of arguments");
         let mut map: Vec<ExprId> = Vec::with_capacity(func.nodes.len());
         for (_, node, dtype) in func.nodes() {
@@ -318,7 +323,7 @@ impl FuncBuilder {
             };
             map.push(id);
         }
-        map[func.result.index()]
+        map
     }
 
     /// The function that returns `result`. Nodes that it does not need are dropped; parameters

@@ -474,21 +474,7 @@ fn product_added(last: Option<&Stmt>, src: FragId, acc: FragId) -> Option<Stmt> 
     let mut b = FuncBuilder::new();
     let params: Vec<ExprId> = func.params().iter().map(|p| b.param(&p.name, p.dtype)).collect();
     let sum = b.param("sum", DType::F32);
-    let mut nodes: Vec<ExprId> = Vec::new();
-    for (id, node, dtype) in func.nodes() {
-        if id == func.result() {
-            break;
-        }
-        nodes.push(match node {
-            Node::Param(p) => params[*p as usize],
-            Node::Const(v) => b.value(*v, dtype),
-            Node::Op(Op::Cast, of) => b.cast(nodes[of[0].index()], dtype),
-            Node::Op(op, of) => {
-                let of: Vec<ExprId> = of.iter().map(|x| nodes[x.index()]).collect();
-                b.op(*op, &of)
-            }
-        });
-    }
+    let nodes = b.inline_nodes(func, &params);
     let (x, y) = (nodes[factors[0].index()], nodes[factors[1].index()]);
     let result = b.op(Op::Fma, &[x, y, sum]);
     let args = args.iter().cloned().chain([whole(acc)]).collect();

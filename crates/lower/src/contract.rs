@@ -58,6 +58,31 @@ pub(crate) struct Product {
     pub(crate) scaled: Option<Scaled>,
 }
 
+impl Product {
+    /// The same product of operands that lie in memory, elsewhere.
+    pub(crate) fn between(&self, lhs: Side, rhs: Side) -> Product {
+        Product {
+            space: self.space.clone(),
+            result_axes: self.result_axes,
+            lhs,
+            rhs,
+            computed: [None, None],
+            operands: self.operands,
+            dtype: self.dtype,
+            scaled: None,
+        }
+    }
+
+    /// A layout of some axes of the space, as one of all: along the others it repeats itself.
+    pub(crate) fn repeated(&self, axes: &[usize], layout: Layout) -> Layout {
+        let mut all: Vec<Axis> = self.space.iter().map(|d| broadcast_axis(d.clone())).collect();
+        for (&a, axis) in axes.iter().zip(layout.axes) {
+            all[a] = axis;
+        }
+        Layout { axes: all, offset: layout.offset }
+    }
+}
+
 /// In which types a product multiplies and sums.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Operands {

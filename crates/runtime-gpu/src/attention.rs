@@ -1,4 +1,4 @@
-//! An attention of a plan, with its sizes, as a problem of the kernel library.
+//! An attention of a plan, with its sizes, as a problem of the kernel library and as launches.
 
 use crate::choose::{Launch, Source, Way};
 use crate::product::{alignment, number};
@@ -7,11 +7,13 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_kernels::attention::{self, Mask, MaskKind, Place, Problem, Strides};
 use tilewright_kernels::gemm::Precision;
 use tilewright_layout::Env;
-use tilewright_lower_gpu::lower;
+use tilewright_lower_gpu::{GpuSchedule, lower};
 use tilewright_plan::{Attention, Heads};
 use tilewright_target::Gpu;
+use tilewright_tile::Kernel;
 
-fn strides(heads: &Heads, sizes: &Env) -> Result<Strides> {
+/// Distances in elements between neighbours.
+pub(crate) fn strides(heads: &Heads, sizes: &Env) -> Result<Strides> {
     let [batch, head, row] = &heads.strides;
     Ok(Strides {
         batch: number(batch, sizes)?,
@@ -25,27 +27,42 @@ fn start(heads: &Heads, sizes: &Env) -> Result<i64> {
     Ok(number(&heads.offset, sizes)? * heads.dtype.size() as i64)
 }
 
-/// Ways to compute an attention of these sizes, best first, at most `most`.
+/// Alignment of the first byte.
+pub(crate) fn align(heads: &Heads, sizes: &Env) -> Result<i64> {
+    Ok(alignment([start(heads, sizes)?]))
+}
+
+/// Where a tensor lies, as an operand of a launch.
+pub(crate) fn at(heads: &Heads, sizes: &Env) -> Result<Source> {
+    Ok(Source::Param { param: heads.param, offset: start(heads, sizes)?.unsigned_abs() })
+}
+
+/// Where the mask lies, for a kernel that reads one.
+pub(crate) fn mask_at(a: &Attention, sizes: &Env) -> Result<Source> {
+    let mask = a.mask.as_ref().ok_or_else(|| Error::bug("a mask that is not there"))?;
+    at(mask, sizes)
+}
+
+/// An attention of these sizes; `lse` says whether its log-sum-exp is a result, too.
 ///
 /// # Errors
-/// Unsupported when the library has no kernel for it.
-pub(crate) fn ways(a: &Attention, sizes: &Env, gpu: &Gpu, most: usize) -> Result<Vec<Way>> {
+/// Unsupported when its matrices have several types.
+pub(crate) fn problem(a: &Attention, lse: bool, sizes: &Env) -> Result<Problem> {
     let dtype = a.q.dtype;
     if a.k.dtype != dtype || a.v.dtype != dtype {
         return Err(Error::unsupported("queries, keys and values of several types"));
     }
     let (queries, keys) = (number(&a.queries, sizes)?, number(&a.keys, sizes)?);
-    let align = |heads: &Heads| Ok::<_, Error>(alignment([start(heads, sizes)?]));
     let mask = match &a.mask {
         None => None,
         Some(m) => Some(Mask {
             dtype: m.dtype,
             kind: if m.dtype == DType::Bool { MaskKind::Keep } else { MaskKind::Add },
             strides: strides(m, sizes)?,
-            align: align(m)?,
+            align: align(m, sizes)?,
         }),
     };
-    let problem = Problem {
+    Ok(Problem {
         batch: number(&a.batch, sizes)?,
         heads: number(&a.heads, sizes)?,
         kv_heads: number(&a.kv_heads, sizes)?,
@@ -59,47 +76,63 @@ pub(crate) fn ways(a: &Attention, sizes: &Env, gpu: &Gpu, most: usize) -> Result
         scale: a.scale,
         causal: a.causal.then_some(keys - queries),
         mask,
-        lse: false,
+        lse,
         zeros: a.zeros,
         q: strides(&a.q, sizes)?,
         k: strides(&a.k, sizes)?,
         v: strides(&a.v, sizes)?,
         o: strides(&a.o, sizes)?,
-        align: [align(&a.q)?, align(&a.k)?, align(&a.v)?, align(&a.o)?],
-    };
+        align: [align(&a.q, sizes)?, align(&a.k, sizes)?, align(&a.v, sizes)?, align(&a.o, sizes)?],
+    })
+}
+
+/// One launch of a way.
+pub(crate) fn launch(
+    kernel: &Kernel,
+    schedule: &GpuSchedule,
+    sizes: &Env,
+    operands: Vec<Source>,
+) -> Result<Launch> {
+    let program = Arc::new(lower(kernel, schedule)?);
+    Ok(Launch { program, sizes: sizes.clone(), operands, schedule: schedule.to_string() })
+}
+
+/// Ways to compute an attention of these sizes, best first, at most `most`. Its log-sum-exp goes to the parameter `lse`, if that
+/// is asked for.
+///
+/// # Errors
+/// Unsupported when the library has no kernel for it.
+pub(crate) fn ways(
+    a: &Attention,
+    lse: Option<usize>,
+    sizes: &Env,
+    gpu: &Gpu,
+    most: usize,
+) -> Result<Vec<Way>> {
     let mut out = Vec::new();
-    for candidate in attention::plan(&problem, gpu, most)? {
+    for candidate in attention::plan(&problem(a, lse.is_some(), sizes)?, gpu, most)? {
         let mut way = Way {
             workspace_bytes: candidate.workspace_bytes,
             estimate_us: candidate.estimate_us,
             ..Way::default()
         };
         for step in &candidate.steps {
-            let program = Arc::new(lower(&step.kernel, &step.schedule)?);
-            let of = |heads: &Heads| {
-                let offset = start(heads, sizes)? as u64;
-                Ok(Source::Param { param: heads.param, offset })
+            let operand = |place: &Place| match place {
+                Place::Q => at(&a.q, sizes),
+                Place::K => at(&a.k, sizes),
+                Place::V => at(&a.v, sizes),
+                Place::O => at(&a.o, sizes),
+                Place::Mask => mask_at(a, sizes),
+                Place::Lse => match lse {
+                    Some(param) => Ok(Source::Param { param, offset: 0 }),
+                    None => Err(Error::bug("nobody asked for the log-sum-exp")),
+                },
+                Place::Workspace { offset, bytes } => {
+                    Ok(Source::Workspace { offset: *offset, bytes: *bytes })
+                }
             };
-            let operands = step
-                .operands
-                .iter()
-                .map(|place| match place {
-                    Place::Q => of(&a.q),
-                    Place::K => of(&a.k),
-                    Place::V => of(&a.v),
-                    Place::O => of(&a.o),
-                    Place::Mask => match &a.mask {
-                        Some(mask) => of(mask),
-                        None => Err(Error::bug("a mask that is not there")),
-                    },
-                    Place::Lse => Err(Error::bug("nobody asked for the log-sum-exp")),
-                    Place::Workspace { offset, bytes } => {
-                        Ok(Source::Workspace { offset: *offset, bytes: *bytes })
-                    }
-                })
-                .collect::<Result<_>>()?;
-            let (sizes, schedule) = (step.sizes.clone(), step.schedule.to_string());
-            way.launches.push(Launch { program, sizes, operands, schedule });
+            let operands = step.operands.iter().map(operand).collect::<Result<_>>()?;
+            way.launches.push(launch(&step.kernel, &step.schedule, &step.sizes, operands)?);
         }
         out.push(way);
     }

@@ -126,7 +126,7 @@ impl Chooser {
                     choice.add("as a matrix product", ways)?;
                 }
                 Form::Attention(attention) => {
-                    let ways = attention::ways(attention, &env, &self.gpu, self.most);
+                    let ways = attention::ways(attention, None, &env, &self.gpu, self.most);
                     choice.add("as attention", ways)?;
                 }
                 Form::Program { kernel, params } => {

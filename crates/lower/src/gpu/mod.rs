@@ -336,24 +336,10 @@ impl Lowering<'_> {
             let label = format!("{} operand", note.label);
             let note = Note { label, anchor: "map".to_string(), bytes, ..Note::default() };
             self.map_kernel(format!("{name}_operand"), &own, &shape, note)?;
-            let repeat = product.space.iter().map(|d| broadcast_axis(d.clone())).collect();
-            let mut over = Layout { axes: repeat, offset: layout.offset.clone() };
-            for (&a, axis) in axes.iter().zip(layout.axes) {
-                over.axes[a] = axis;
-            }
-            sides[i] = Side { buffer, dtype: types[i], layout: over };
+            sides[i] = Side { buffer, dtype: types[i], layout: product.repeated(&axes, layout) };
         }
         let [lhs, rhs] = sides;
-        let plain = Product {
-            space: product.space.clone(),
-            result_axes: product.result_axes,
-            lhs,
-            rhs,
-            computed: [None, None],
-            operands: product.operands,
-            dtype: product.dtype,
-            scaled: None,
-        };
+        let plain = product.between(lhs, rhs);
         self.product_tried(name.to_string(), &plain, dag, note, tried)
     }
 
@@ -452,26 +438,10 @@ impl Lowering<'_> {
                     buffer
                 }
             };
-            let mut layout = Layout {
-                axes: product.space.iter().map(|d| broadcast_axis(d.clone())).collect(),
-                offset: Dim::new(0),
-            };
-            for (&a, axis) in axes.iter().zip(to.axes) {
-                layout.axes[a] = axis;
-            }
-            sides.push(Side { buffer, dtype, layout });
+            sides.push(Side { buffer, dtype, layout: product.repeated(&axes, to) });
         }
         let (Some(rhs), Some(lhs)) = (sides.pop(), sides.pop()) else { return Ok(()) };
-        let packed = Product {
-            space: product.space.clone(),
-            result_axes: product.result_axes,
-            lhs,
-            rhs,
-            computed: [None, None],
-            operands: product.operands,
-            dtype: product.dtype,
-            scaled: None,
-        };
+        let packed = product.between(lhs, rhs);
         self.product_tried(name.to_string(), &packed, dag, note, Tried { packed: true, ..tried })
     }
 
