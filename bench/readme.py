@@ -212,6 +212,25 @@ GPU_MODELS = {
 MODES = {"eager": "eager", "compile": "compiled", "graphs": "`reduce-overhead`", "autotune": "`max-autotune`"}
 
 
+def model_name(row: dict) -> str:
+    """`bert@1x128` is BERT-base with inputs of another size, which the row's shape says."""
+    model = row["model"].partition("@")[0]
+    return GPU_MODELS.get(model, model)
+
+
+def model_case(row: dict) -> str:
+    return f"{model_name(row)}, {row['type']}, {' x '.join(map(str, row['shape']))}"
+
+
+def tuned_forms(record: dict) -> list[str]:
+    """How PyTorch's slowest form to compile did, where the record has it."""
+    cases = [
+        f"{model_case(row)}: {row['autotune']['ms'][1]:.3f} ms after {row['autotune']['first_s']:.0f} s (ours {row['tw']['ms'][1]:.3f} after {row['tw']['first_s']:.1f})"
+        for row in record["rows"] if row.get("autotune", {}).get("ms")
+    ]
+    return ["", f"`max-autotune`, with the time to its first result: {'; '.join(cases)}."] if cases else []
+
+
 def megabytes(count: float) -> str:
     return f"{count / 1e6:.0f}"
 
@@ -229,9 +248,8 @@ def models_section(path: pathlib.Path, record: dict) -> str:
     for row in record["rows"]:
         tw, peer = row["tw"], row[row["fastest_peer"]]
         low, middle, high = row["latency_ratio"]
-        name = f"{GPU_MODELS.get(row['model'], row['model'])}, {row['type']}, {' x '.join(map(str, row['shape']))}"
         lines.append(
-            f"| {name} | {tw['ms'][1]:.3f} | {peer['ms'][1]:.3f} ({MODES[row['fastest_peer']]}) | {middle:.2f} ({low:.2f} to {high:.2f})"
+            f"| {model_case(row)} | {tw['ms'][1]:.3f} | {peer['ms'][1]:.3f} ({MODES[row['fastest_peer']]}) | {middle:.2f} ({low:.2f} to {high:.2f})"
             f" | {tw['error']:.1e}, {peer['error']:.1e} | {megabytes(tw['memory_bytes'])}, {megabytes(row['eager']['peak_bytes'])}"
             f" | {tw['first_s']:.1f}, {peer['first_s']:.1f} |"
         )
@@ -239,6 +257,7 @@ def models_section(path: pathlib.Path, record: dict) -> str:
         "",
         "PyTorch is the fastest of the forms that the record has for the model. Ratio: our time over PyTorch's, so below 1 is faster. To the"
         " first result: with empty caches, ours from the file on, several models side by side.",
+        *tuned_forms(record),
         "",
         f"![Time relative to PyTorch]({MODELS_GRAPH.relative_to(ROOT).as_posix()})",
     ]
@@ -246,14 +265,15 @@ def models_section(path: pathlib.Path, record: dict) -> str:
 
 
 def models_graph(record: dict) -> str:
-    rows = [(GPU_MODELS.get(row["model"], row["model"]), row["latency_ratio"]) for row in record["rows"]]
-    note = f"{record['machine']['gpu']}, {record['date'][:10]}, {record['rows'][0]['type']}"
+    rows = [(model_case(row), row["latency_ratio"]) for row in record["rows"]]
+    note = f"{record['machine']['gpu']}, {record['date'][:10]}"
     return bars("Time relative to PyTorch", "Time of whole models relative to PyTorch, per model", note, rows)
 
 
 def bars(heading: str, description: str, note: str, rows: list[tuple[str, list[float]]]) -> str:
     """Horizontal bars of ratios, a line at 1, whiskers for the quartiles."""
-    left, right, top, pitch, bar = 240, 90, 66, 38, 20
+    left = max(240, 7 * max(len(name) for name, _ in rows) + 24)
+    right, top, pitch, bar = 90, 66, 38, 20
     width, height = 820, top + pitch * len(rows) + 44
     largest = max(1.25, *(ratio[2] for _, ratio in rows)) * 1.05
     scale = (width - left - right) / largest
