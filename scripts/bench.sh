@@ -15,3 +15,4 @@ fi
 .venv/bin/python bench/export_models.py
 .venv/bin/python bench/cpu_peers.py "$@"
 .venv/bin/python bench/readme.py
+.venv/bin/python bench/goals.py

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def benchmark_section_is_made_from_the_newest_record() -> None:
     subprocess.run([sys.executable, ROOT / "bench" / "readme.py", "--check"], check=True)
+    subprocess.run([sys.executable, ROOT / "bench" / "goals.py", "--check"], check=True)
 
 
 def recorded_commands_name_no_path_of_one_machine() -> None:
