@@ -225,7 +225,7 @@ def model_case(row: dict) -> str:
 def tuned_forms(record: dict) -> list[str]:
     """How PyTorch's slowest form to compile did, where the record has it."""
     cases = [
-        f"{model_case(row)}: {row['autotune']['ms'][1]:.3f} ms after {row['autotune']['first_s']:.0f} s (ours {row['tw']['ms'][1]:.3f} after {row['tw']['first_s']:.1f})"
+        f"{model_case(row)}: {row['autotune']['ms'][1]:.3f} ms after {'more than ' * row['autotune'].get('first_s_at_least', False)}{row['autotune']['first_s']:.0f} s (ours {row['tw']['ms'][1]:.3f} after {row['tw']['first_s']:.1f})"
         for row in record["rows"] if row.get("autotune", {}).get("ms")
     ]
     return ["", f"`max-autotune`, with the time to its first result: {'; '.join(cases)}."] if cases else []

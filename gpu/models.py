@@ -19,7 +19,7 @@ first result with empty caches: for `tw` the whole process, for PyTorch the firs
 what its reserve grew by).
 
 `max-autotune` compiles for minutes. `--prepare --patience S` compiles what it can in that time, `--compiled` then measures the forms
-that were ready.
+that were ready. Prepared again, what was ended goes on from its caches; its time is marked (`first_s_at_least`), for it lacks what went before.
 
 A second call of the same day and commit adds its rows to the record, in place of those of the same models.
 """
@@ -60,16 +60,32 @@ def quartiles(values):
 
 
 class FirstTimes:
-    """Seconds to the first result of each side, kept beside the caches: only the first time they are empty."""
+    """Seconds to the first result of each side, kept beside the caches: only the first time they are empty.
+
+    `begin` leaves a mark until `keep`: one that is found was left by an attempt that was ended, whose work is in the caches, and the
+    time that is kept then is less than the whole (`cut`)."""
 
     def __init__(self, work, name, precision):
         self.path = work / f"first-{name}-{precision}.json"
         self.seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
 
+    def mark(self, side):
+        return self.path.with_name(f"{self.path.stem}-{side}.begun")
+
+    def begin(self, side):
+        if side not in self.seconds:
+            if self.mark(side).exists():
+                self.seconds[f"{side} was cut"] = True
+            self.mark(side).touch()
+
+    def cut(self, side):
+        return f"{side} was cut" in self.seconds
+
     def keep(self, side, seconds):
         if side not in self.seconds:
             self.seconds[side] = seconds
             self.path.write_text(json.dumps(self.seconds))
+            self.mark(side).unlink(missing_ok=True)
         return self.seconds[side]
 
 
@@ -166,6 +182,7 @@ def worker(args, name):
             gc.collect()
             torch.cuda.empty_cache()
             held = torch.cuda.memory_reserved()
+            first.begin(peer)
             began = time.monotonic()
             run(*given)
             torch.cuda.synchronize()
@@ -180,6 +197,8 @@ def worker(args, name):
                 "error": error(got), "first_s": first_s, "round_ms": [], "peak_bytes": torch.cuda.max_memory_allocated(),
                 "grown_bytes": torch.cuda.memory_reserved() - held,
             }
+            if first.cut(peer):
+                row[peer]["first_s_at_least"] = True
             if peer in timed:
                 peers[peer] = run
         sides = {p: (lambda run=run: statistics.median(events(lambda: run(*given)) for _ in range(args.runs))) for p, run in peers.items()}
