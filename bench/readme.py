@@ -281,7 +281,9 @@ def torch_section(path: pathlib.Path, record: dict) -> str:
         times = [f"{sides[s]['us'] / 1e3:.3g}" if s in sides else "-" for s in TORCH_SIDES]
 
         def seconds(key: str) -> str:
-            return ", ".join(f"{sides[s][key]:.1f}" if key in sides.get(s, {}) else "-" for s in ("tilewright", "default"))  # noqa: B023
+            # Without a cold one before it, a first call is neither.
+            found = [sides.get(s, {}) for s in ("tilewright", "default")]  # noqa: B023
+            return ", ".join(f"{row[key]:.1f}" if "cold_s" in row else "-" for row in found)
 
         name = TORCH_MODELS.get(case.removesuffix("-train"), case)
         shape = " x ".join(map(str, sides[mine]["shape"]))
