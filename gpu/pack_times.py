@@ -79,7 +79,8 @@ def cases(large=True):
         a, b = x.chunk(2, -1)
         return x * c.unsqueeze(1) + torch.cat((-b, a), -1) * s.unsqueeze(1)
 
-    found = {}
+    # What moves as many bytes as there are.
+    found = {COPY: ({"ours": lambda x: x.clone()}, (lambda: made(16384, 4096),), (), None, True)}
 
     def rich(x, t):
         v = torch.tanh(x.float() / 30.0) * 30.0
@@ -150,7 +151,6 @@ def cases(large=True):
     if large:
         case("linear_cross_entropy", "4096x4096x128256", ops.linear_cross_entropy, lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
              (lambda: made(4096, 4096), lambda: made(128256, 4096, seed=1) * 0.02), (targets(4096, 128256),), forward=False)
-    found["copy 16384x4096"] = ({"ours": lambda x: x.clone()}, (x(),), (), None, True)
     return found
 
 
