@@ -12,7 +12,8 @@ compiles everything and measures nothing (Inductor keeps what it compiled below 
 
 A record is made in pieces, each in two steps: `--cold --work W CASE` compiles one case with caches of its own below W, empty at first, one process
 for each of `tilewright` and `default`, side by side; without `--cold`, the case is measured, and its first calls are those of a second process,
-which finds the caches full. Rows get both (`cold_s`, `first_s`; eager mode has run before either, so that libraries are loaded), and a second call of the same
+which finds the caches full; `--with-cold` starts both steps at once, and each measuring process waits for a compiler's cold one before it takes that
+compiler. Rows get both (`cold_s`, `first_s`; eager mode has run before either, so that libraries are loaded), and a second call of the same
 day and commit adds its rows to the record in place of those of the same cases. bench/readme.py writes the table of docs/src/pytorch.md from it.
 """
 
@@ -82,6 +83,8 @@ def resnet50(layers):
     return torchvision.models.resnet50(), (torch.randn(32, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
 
 
+# Whose first calls are timed with empty caches.
+COLD = ("tilewright", "default")
 CASES = {f.__name__: f for f in (bert, gpt2, vit, llama, resnet50)}
 
 
@@ -194,6 +197,9 @@ def measure(name, args):
     sides = [*args.ours, *args.peers]
     # Libraries are loaded by eager mode.
     for peer in sorted(sides, key=lambda side: side != "eager"):
+        cold = args.work / f"cold-{name}-{peer}.json" if args.work else None
+        while args.with_cold and peer in COLD and not cold.exists():
+            time.sleep(0.05)
         torch._dynamo.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -211,7 +217,6 @@ def measure(name, args):
         arm.groups = [g for g in arm.groups if id(g) not in known] if peer.startswith("tilewright") else []
         failed = [g.failure.splitlines()[0] for g in arm.groups if g.failure]
         own = sum(g.compile_seconds for g in arm.groups)
-        cold = args.work / f"cold-{name}-{peer}.json" if args.work else None
         row = {"cold_s": json.loads(cold.read_text())} if cold and cold.exists() and not args.cold else {}
         rows.append(row | {
             "case": name, "side": peer, "shape": list(arguments[0].shape), "layers": layers_of(model), "first_s": arm.first_seconds, "groups": len(arm.groups), "plans_s": own, "error": error,
@@ -303,6 +308,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--cold", action="store_true", help="compile with empty caches, one process for each compiler, and measure nothing else")
+    parser.add_argument("--with-cold", action="store_true", help="both at once")
     parser.add_argument("--work", type=pathlib.Path, help="where caches and the times of first calls are kept")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=5)
@@ -338,13 +344,16 @@ def main():
 def each_with_its_caches(names, args):
     """A process for each case, side by side, whose environment names the case's caches; with --cold, one for each compiler."""
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.cold:
-        compilers = [side for side in ("tilewright", "default") if side in (*args.ours, *args.peers)]
-        started = [alone_in_a_process(name, side, args) for name in names for side in compilers]
-    else:
+    started = []
+    if args.cold or args.with_cold:
+        compilers = [side for side in COLD if side in (*args.ours, *args.peers)]
+        for cold in (args.work / f"cold-{name}-{side}.json" for name in names for side in compilers):
+            cold.unlink(missing_ok=True)
+        started += [alone_in_a_process(name, side, args) for name in names for side in compilers]
+    if not args.cold:
         given = [a for a in sys.argv[1:] if a not in names]
         lock = [] if args.lock else ["--lock", str(args.work / "lock")]
-        started = [
+        started += [
             subprocess.Popen([sys.executable, __file__, *lock, *given, *([] if "--" in given else ["--"]), name],
                              env=os.environ | caches(args.work, name) | {"TILEWRIGHT_BENCH_CASE": name})
             for name in names
