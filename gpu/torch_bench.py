@@ -198,7 +198,8 @@ def measure(name, args):
     # Libraries are loaded by eager mode.
     for peer in sorted(sides, key=lambda side: side != "eager"):
         cold = args.work / f"cold-{name}-{peer}.json" if args.work else None
-        while args.with_cold and peer in COLD and not cold.exists():
+        deadline = time.monotonic() + 600
+        while args.with_cold and peer in COLD and not cold.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         torch._dynamo.reset()
         torch.cuda.empty_cache()
