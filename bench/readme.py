@@ -1,8 +1,8 @@
-"""Write the benchmark sections of README.md, and their graphs, from the newest records under `records/`.
+"""Write the benchmark sections of README.md and of pages below docs/src, and their graphs, from the newest records under `records/`.
 
 Each section lies between two comment lines; nothing between them is typed by hand. With no record it says
 so. `--check` changes nothing and fails when a section or a graph is out of date. To add a section: its lines
-in README.md, and its row in `SECTIONS`.
+in README.md or a page, and its row in `SECTIONS`.
 
 Usage:  python bench/readme.py [--check]        (standard library only)
 """
@@ -18,6 +18,7 @@ from xml.sax.saxutils import escape
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+TORCH_PAGE = ROOT / "docs" / "src" / "pytorch.md"
 IMAGES = ROOT / "docs" / "src" / "images"
 GRAPH = IMAGES / "cpu-peers.svg"
 GPU_GRAPH = IMAGES / "gpu-gemm.svg"
@@ -44,7 +45,7 @@ def newest_record(kind: str) -> tuple[pathlib.Path, dict] | None:
     found = []
     for path in sorted((ROOT / "records").glob("*.json")):
         record = json.loads(path.read_text())
-        if record.get("kind") == kind and any("latency_ratio" in row for row in record["rows"]):
+        if record.get("kind") == kind and any("latency_ratio" in row or "us" in row for row in record["rows"]):
             found.append((record["date"], path, record))
     if not found:
         return None
@@ -270,6 +271,58 @@ def models_graph(record: dict) -> str:
     return bars("Time relative to PyTorch", "Time of whole models relative to PyTorch, per model", note, rows)
 
 
+TORCH_MODELS = {"bert": "BERT-base", "gpt2": "GPT-2", "vit": "ViT-B/16", "llama": "Llama 1B"}
+
+
+def torch_section(path: pathlib.Path, record: dict) -> str:
+    """Compiled models in inference and in training, and what the first calls take."""
+    machine = record["machine"]
+    lines = [
+        f"Measured {record['date'][:10]} at commit `{record['commit'][:12]}` on {machine['gpu']} (driver {machine['driver']}) with PyTorch"
+        f" {machine['torch']} and transformers {machine['transformers']}: random weights in bf16, all sides in one process, in turns. The record:"
+        f" `records/{path.name}`, by `gpu/torch_bench.py`.",
+        "",
+        "| model, layers, input | ours, ms | ours, recorded | eager | Inductor | Inductor, `reduce-overhead` | ratio (quartiles)"
+        " | first call with empty caches, s: ours, Inductor | in a second process, s: ours, Inductor |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    best: dict[bool, list[float]] = {False: [], True: []}
+    for case in dict.fromkeys(row["case"] for row in record["rows"]):
+        sides = {row["side"]: row for row in record["rows"] if row["case"] == case and "us" in row}
+        ours = [side for side in sides if side.startswith("tilewright")]
+        theirs = [side for side in sides if side not in ours]
+        if not ours or not theirs:
+            continue
+        mine, peer = (min(group, key=lambda side: sides[side]["us"]) for group in (ours, theirs))
+        ratio = sides[peer][f"us_{mine}_over_this"]
+        trains = case.endswith("-train")
+        best[trains].append(ratio[1])
+        times = [f"{sides[s]['us'] / 1e3:.3g}" if s in sides else "-" for s in TORCH_SIDES]
+
+        def seconds(key: str) -> str:
+            # Without a cold one before it, a first call is neither.
+            found = [sides.get(s, {}) for s in ("tilewright", "default")]  # noqa: B023
+            return ", ".join(f"{row[key]:.1f}" if "cold_s" in row else "-" for row in found)
+
+        name = TORCH_MODELS.get(case.removesuffix("-train"), case)
+        shape = " x ".join(map(str, sides[mine]["shape"]))
+        lines.append(
+            f"| {name}{', forward and backward' * trains}, {sides[mine]['layers']}, {shape} | {' | '.join(times)}"
+            f" | {ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f}) | {seconds('cold_s')} | {seconds('first_s')} |"
+        )
+    means = [f"{geometric_mean(found):.2f} in {what}" for what, found in (("inference", best[False]), ("training", best[True])) if found]
+    lines += [
+        "",
+        "Ratio: the faster of our two forms over the fastest of PyTorch's, so below 1 is faster; geometric means " + " and ".join(means) + ". A first call"
+        " with empty caches is of one compiler alone in its process, with other such processes beside it.",
+    ]
+    return "\n".join(lines)
+
+
+# The columns of times.
+TORCH_SIDES = ("tilewright", "tilewright-graphs", "eager", "default", "reduce-overhead")
+
+
 def bars(heading: str, description: str, note: str, rows: list[tuple[str, list[float]]]) -> str:
     """Horizontal bars of ratios, a line at 1, whiskers for the quartiles."""
     left = max(240, 7 * max(len(name) for name, _ in rows) + 24)
@@ -316,36 +369,39 @@ def bars(heading: str, description: str, note: str, rows: list[tuple[str, list[f
     return "\n".join(out) + "\n"
 
 
-# Name of the section in its comment lines, kind of record, text, graph and its file, what to do without a record.
+# Name of the section in its comment lines, kind of record, text, graph and its file (or none), what to do without a record, the page.
 SECTIONS = [
-    ("", "cpu-peers", section, graph, GRAPH, "`make bench` writes a record"),
-    ("gpu ", "gpu-gemm", gpu_section, gpu_graph, GPU_GRAPH, "`gpu/run.sh` of `make gpu-bundle` writes a record"),
-    ("gpu models ", "gpu-models", models_section, models_graph, MODELS_GRAPH, "`gpu/run.sh bench` writes a record"),
+    ("", "cpu-peers", section, graph, GRAPH, "`make bench` writes a record", README),
+    ("gpu ", "gpu-gemm", gpu_section, gpu_graph, GPU_GRAPH, "`gpu/run.sh` of `make gpu-bundle` writes a record", README),
+    ("gpu models ", "gpu-models", models_section, models_graph, MODELS_GRAPH, "`gpu/run.sh bench` writes a record", README),
+    ("torch ", "gpu-torch", torch_section, None, None, "`gpu/torch_bench.py` writes a record", TORCH_PAGE),
 ]
 
 
 def main() -> int:
     check = "--check" in sys.argv[1:]
-    text = README.read_text()
-    new_text = text
+    pages = {page: page.read_text() for *_, page in SECTIONS}
+    new_pages = dict(pages)
     pictures = {}
-    for name, kind, write, draw, path, hint in SECTIONS:
+    for name, kind, write, draw, path, hint, page in SECTIONS:
         found = newest_record(kind)
         body = f"Not measured yet: {hint}, and this section is made from it." if found is None else write(*found)
-        pictures[path] = None if found is None else draw(found[1])
+        if draw is not None:
+            pictures[path] = None if found is None else draw(found[1])
         begin, end = f"<!-- bench/readme.py: {name}begin -->", f"<!-- bench/readme.py: {name}end -->"
-        if new_text.count(begin) != 1 or new_text.count(end) != 1:
-            print(f"README.md must hold one '{begin}' and one '{end}'", file=sys.stderr)
+        if new_pages[page].count(begin) != 1 or new_pages[page].count(end) != 1:
+            print(f"{page.name} must hold one '{begin}' and one '{end}'", file=sys.stderr)
             return 2
-        before, rest = new_text.split(begin)
-        new_text = f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+        before, rest = new_pages[page].split(begin)
+        new_pages[page] = f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}"
     old_pictures = {path: path.read_text() if path.exists() else None for path in pictures}
     if check:
-        if new_text != text or pictures != old_pictures:
-            print("README.md's benchmark sections are out of date: python bench/readme.py", file=sys.stderr)
+        if new_pages != pages or pictures != old_pictures:
+            print("The benchmark sections of README.md and docs/src are out of date: python bench/readme.py", file=sys.stderr)
             return 1
         return 0
-    README.write_text(new_text)
+    for page, text in new_pages.items():
+        page.write_text(text)
     for path, picture in pictures.items():
         if picture is not None:
             path.write_text(picture)

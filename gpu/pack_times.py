@@ -4,12 +4,15 @@
     python gpu/pack_times.py [--only WORD] [--jobs N] [--seconds N] [--short] [--warm] [--out FILE]
 
 Each case is timed forward (without gradients), and forward and backward together, as medians of replayed CUDA graphs that alternate
-between the candidates and run over two copies of the tensors, which are far larger than the second-level cache. The cases are prepared in
+between the candidates and run over two copies of the tensors, which are far larger than the second-level cache. Liger-Kernel's losses wait
+for the device in each call and cannot be recorded: they are called. The cases are prepared in
 --jobs processes at once and timed one after the other. `--warm` compiles everything and times nothing (Inductor keeps its kernels below
-TORCHINDUCTOR_CACHE_DIR). One line per case: microseconds, and how many times as fast as the best of the others we are.
+TORCHINDUCTOR_CACHE_DIR). One line per case: how many times as fast as the best of the others we are, forward what part of a copy's bytes per second we
+reach (what must be read and written counts), and microseconds. `--table` prints them as the page of the operators has them.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import statistics
@@ -17,10 +20,12 @@ import sys
 import time
 
 ROUNDS = 11
+COPY = "copy 16384x4096"
+FORMS = ("ours", "eager", "inductor", "liger")
 
 
 def cases(large=True):
-    """Name: (forms, tensors with gradients, other tensors, largest relative distance between the forms)."""
+    """Name: (forms, tensors with gradients, other tensors, largest relative distance between the forms, whether also without gradients)."""
     import torch
     import torch.nn.functional as F
 
@@ -34,6 +39,7 @@ def cases(large=True):
 
     try:
         from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
         from liger_kernel.ops.geglu import LigerGELUMulFunction
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
@@ -50,7 +56,11 @@ def cases(large=True):
             "swiglu": lambda x, y: LigerSiLUMulFunction.apply(x, y),
             "geglu_tanh": lambda x, y: LigerGELUMulFunction.apply(x, y),
             "softmax": lambda x: LigerSoftmaxFunction.apply(x),
+            # Target, weight, ignored index, square of the logarithm, smoothing, reduction, cap.
             "cross_entropy": lambda x, t: LigerCrossEntropyFunction.apply(x, t, None)[0],
+            "cross_entropy, smoothed": lambda x, t: LigerCrossEntropyFunction.apply(x, t, None, -100, 0.0, 0.1)[0],
+            "cross_entropy, everything": lambda x, t: LigerCrossEntropyFunction.apply(x, t, None, -100, 1e-4, 0.1, "mean", 30.0)[0],
+            "linear_cross_entropy": lambda x, w, t: LigerFusedLinearCrossEntropyFunction.apply(x, w, t)[0],
             "rotary": lambda x, c, s: LigerRopeFunction.apply(x, x[:, :1].contiguous(), c, s)[0],
         }
     except Exception as problem:  # noqa: BLE001
@@ -69,13 +79,18 @@ def cases(large=True):
         a, b = x.chunk(2, -1)
         return x * c.unsqueeze(1) + torch.cat((-b, a), -1) * s.unsqueeze(1)
 
-    found = {}
+    # What moves as many bytes as there are.
+    found = {COPY: ({"ours": lambda x: x.clone()}, (lambda: made(16384, 4096),), (), None, True)}
 
-    def case(name, size, ours, eager, differentiable, others=(), near=2e-2, kind=None):
+    def rich(x, t):
+        v = torch.tanh(x.float() / 30.0) * 30.0
+        return F.cross_entropy(v, t, label_smoothing=0.1) + 1e-4 * torch.logsumexp(v, -1).square().mean()
+
+    def case(name, size, ours, eager, differentiable, others=(), near=2e-2, kind=None, forward=True):
         forms = {"ours": ours, "eager": eager, "inductor": torch.compile(eager, dynamic=False)}
         if (kind or name) in liger:
             forms["liger"] = liger[kind or name]
-        found[f"{name} {size}"] = (forms, differentiable, others, near)
+        found[f"{name} {size}"] = (forms, differentiable, others, near, forward)
 
     for m, n in ((16384, 4096), (8192, 8192)) if large else ((16384, 4096),):
         def x(seed=0, m=m, n=n):
@@ -117,6 +132,11 @@ def cases(large=True):
         return lambda: torch.randint(0, n, (m,), device="cuda", generator=torch.Generator(device="cuda").manual_seed(3))
 
     for m2, n2 in ((8192, 32768), (4096, 128256)) if large else ((8192, 32768),):
+        matrix, at = (lambda m2=m2, n2=n2: made(m2, n2),), (targets(m2, n2),)
+        case("cross_entropy, smoothed", f"{m2}x{n2}", lambda x, t: ops.cross_entropy(x, t, label_smoothing=0.1),
+             lambda x, t: F.cross_entropy(x, t, label_smoothing=0.1), matrix, at)
+        case("cross_entropy, everything", f"{m2}x{n2}", lambda x, t: ops.cross_entropy(x, t, label_smoothing=0.1, z_loss=1e-4, softcap=30.0),
+             rich, matrix, at)
         case("cross_entropy", f"{m2}x{n2}", ops.cross_entropy, F.cross_entropy, (lambda m2=m2, n2=n2: made(m2, n2),), (targets(m2, n2),))
 
     def table(f):
@@ -128,15 +148,29 @@ def cases(large=True):
     case("rotary", "4x32x4096x128", ops.rotary, turned, (lambda: made(4, 32, 4096, 128),), (table(torch.cos), table(torch.sin)))
     case("linear, gelu", "4096^3", lambda x, w, b: ops.linear(x, w, b, "gelu"), lambda x, w, b: F.gelu(F.linear(x, w, b)),
          (lambda: made(4096, 4096), lambda: made(4096, 4096, seed=1), w()))
+    if large:
+        case("linear_cross_entropy", "4096x4096x128256", ops.linear_cross_entropy, lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
+             (lambda: made(4096, 4096), lambda: made(128256, 4096, seed=1) * 0.02), (targets(4096, 128256),), forward=False)
     return found
 
 
-def prepared(forms, differentiable, others, backward, near):
-    """A replayable graph of each form over two copies of the tensors."""
+def prepared(forms, differentiable, others, backward, near, waits):
+    """A replayable graph of each form over two copies of the tensors, or what calls it; the distances between results; the bytes of tensors and results."""
     import torch
 
     def filled():
         return [([make().requires_grad_(backward) for make in differentiable], [make() for make in others]) for _ in range(2)]
+
+    def run(form, sets, seeds):
+        for a, b in sets:
+            with torch.set_grad_enabled(backward):
+                y = form(*a, *b)
+            if backward:
+                ys = [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
+                grads = torch.autograd.grad(ys, a, seeds)
+            else:
+                grads = y if isinstance(y, tuple) else (y,)
+        return grads
 
     shared, pool = filled(), torch.cuda.graph_pool_handle()
     graphs, results = {}, {}
@@ -144,18 +178,6 @@ def prepared(forms, differentiable, others, backward, near):
         # Liger writes gradients into its tensors.
         sets = filled() if name == "liger" else shared
         seeds = None
-
-        def run():
-            for a, b in sets:
-                with torch.set_grad_enabled(backward):
-                    y = form(*a, *b)
-                if backward:
-                    ys = [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
-                    grads = torch.autograd.grad(ys, a, seeds or None)
-                else:
-                    grads = y if isinstance(y, tuple) else (y,)
-            return grads
-
         try:
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
@@ -167,12 +189,15 @@ def prepared(forms, differentiable, others, backward, near):
                     del y, ys
                     if name == "liger":
                         sets = filled()
-                results[name] = [g.clone() for g in run()]
-                run()
+                results[name] = [g.clone() for g in run(form, sets, seeds)]
+                run(form, sets, seeds)
             stream.synchronize()
+            if name == "liger" and waits:
+                graphs[name] = (functools.partial(run, form, sets, seeds), sets, seeds)
+                continue
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream, pool=pool):
-                run()
+                run(form, sets, seeds)
             # The graph reads all of these for as long as it is replayed.
             graphs[name] = (graph, sets, seeds)
         except Exception as problem:  # noqa: BLE001
@@ -182,9 +207,11 @@ def prepared(forms, differentiable, others, backward, near):
         for name, values in results.items():
             pairs = zip(values, results["ours"])
             distance[name] = max(float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs)
-    del results
+    held = [t for group in shared[0] for t in group] + results.get("ours", [])
+    moved = sum(t.numel() * t.element_size() for t in held)
+    del results, held
     torch.cuda.empty_cache()
-    return graphs, distance
+    return graphs, distance, moved
 
 
 def timed(graph):
@@ -192,7 +219,10 @@ def timed(graph):
 
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    graph.replay()
+    if callable(graph):
+        graph()
+    else:
+        graph.replay()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3 / 2
@@ -203,21 +233,21 @@ def worker(given, job, jobs, barrier, lock, rows):
 
     begin = time.perf_counter()
     ready = []
-    for number, (name, (forms, differentiable, others, near)) in enumerate(cases(not given.short).items()):
+    for number, (name, (forms, differentiable, others, near, forward)) in enumerate(cases(not given.short).items()):
         if number % jobs != job or given.only not in name:
             continue
-        for backward in (False, True):
+        for backward in (False, True) if forward and name != COPY else (not forward,):
             if time.perf_counter() - begin > given.seconds:
                 print(f"job {job}: time is up before {name}", flush=True)
                 break
-            graphs, distance = prepared(forms, differentiable, others, backward, near)
-            ready.append((f"{name}{', both ways' if backward else ''}", graphs, distance, near))
+            graphs, distance, moved = prepared(forms, differentiable, others, backward, near, "cross_entropy" in name)
+            ready.append((f"{name}{', both ways' if backward else ''}", graphs, distance, near, None if backward else moved))
     torch.cuda.synchronize()
     print(f"job {job}: {len(ready)} cases after {time.perf_counter() - begin:.1f} s, {torch.cuda.memory_allocated() >> 20} MiB", flush=True)
     barrier.wait(timeout=120)
     if given.warm:
         return
-    for name, graphs, distance, near in ready:
+    for name, graphs, distance, near, moved in ready:
         with lock:
             times = {form: [] for form in graphs}
             for _ in range(ROUNDS):
@@ -225,11 +255,24 @@ def worker(given, job, jobs, barrier, lock, rows):
                     times[form].append(timed(graph))
         medians = {form: statistics.median(t[1:]) for form, t in times.items()}
         others = [v for form, v in medians.items() if form != "ours"]
-        row = {"case": name, "us": medians, "distance": distance}
+        row = {"case": name, "us": medians, "distance": distance, "bytes": moved}
         if "ours" in medians and others:
             row["times_the_best"] = min(others) / medians["ours"]
-        row["right"] = "ours" in medians and all(v <= near for v in distance.values())
+        row["right"] = "ours" in medians and (near is None or all(v <= near for v in distance.values()))
         rows.append(row)
+
+
+def table(rows):
+    """The rows as Markdown, in the order of the cases' names."""
+    found = {r["case"]: r for r in rows}
+    lines = ["| | size | ours | eager | Inductor | Liger-Kernel | of a copy | both ways: ours | eager | Inductor | Liger-Kernel |", "|---" * 11 + "|"]
+    for name in sorted({n.removesuffix(", both ways") for n in found} - {COPY}):
+        what, _, size = name.rpartition(" ")
+        one, two = found.get(name, {"us": {}}), found.get(f"{name}, both ways", {"us": {}})
+        cells = [f"{r['us'][f]:.{0 if r['us'][f] >= 100 else 1}f}" if f in r["us"] else "" for r in (one, two) for f in FORMS]
+        share = f"{100 * one['of_copy']:.0f}%" if "of_copy" in one else ""
+        lines.append(f"| `{what}` | {size.replace('x', ' x ')} | {' | '.join(cells[:4])} | {share} | {' | '.join(cells[4:])} |")
+    return "\n".join(lines)
 
 
 def main():
@@ -238,6 +281,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=6)
     parser.add_argument("--short", action="store_true", help="one size each")
     parser.add_argument("--seconds", type=float, default=300, help="how long cases may be prepared")
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--out")
     given = parser.parse_args()
@@ -253,10 +297,15 @@ def main():
                 barrier.abort()
         failed = sum(w.exitcode != 0 for w in workers)
         rows = sorted(rows, key=lambda r: r.get("times_the_best", 0))
+    rate = next((r["bytes"] / r["us"]["ours"] for r in rows if r["case"] == COPY), None)
     for row in rows:
+        if rate and row["bytes"] and "ours" in row["us"]:
+            row["of_copy"] = row["bytes"] / row["us"]["ours"] / rate
         text = ", ".join(f"{form} {us:.1f}" for form, us in row["us"].items())
         far = "" if row["right"] else f"  FAR APART: {row['distance']}"
-        print(f"{row.get('times_the_best', 0):6.3f}  {row['case']:<44} {text}{far}")
+        print(f"{row.get('times_the_best', 0):6.3f}  {row.get('of_copy', 0):5.2f}  {row['case']:<48} {text}{far}")
+    if given.table:
+        print(table(rows))
     if given.out:
         with open(given.out, "w") as file:
             json.dump(rows, file, indent=1)

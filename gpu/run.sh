@@ -178,7 +178,7 @@ if [ "$part" = ops ] || [ "$part" = all ]; then
       package=(env TILEWRIGHT_TORCH_PACKAGE="$PWD/python" TILEWRIGHT_CACHE="$cache")
       step "PyTorch: reports, files, patched models, bad input" "${package[@]}" python3 gpu/test_torch.py
       step "PyTorch: models, inference and training" "${package[@]}" python3 tests/python/torch_coverage.py --device cuda --jobs 8
-      step "PyTorch: bad and odd input" "${package[@]}" python3 tests/python/test_torch_bad_input.py cuda
+      step "PyTorch: bad and odd input" "${package[@]}" python3 tests/python/test_torch_bad_input.py cuda --jobs 6
       if python3 -c 'import torch; raise SystemExit(torch.cuda.device_count() < 2)'; then
         step "PyTorch: two GPUs" "${package[@]}" python3 gpu/two_gpus.py
       fi

@@ -1,8 +1,8 @@
 """The operator pack on a GPU: values against float64, PyTorch's own checks, host time per call, speed beside eager, Inductor and Liger.
 
-    python gpu/test_ops.py check | triton | time [--seconds N] [--out FILE]
+    python gpu/test_ops.py check | triton | time [--seconds N] [--out FILE] [--jobs N]
 
-`check` includes `triton`, the cases with `impl="triton"`.
+`check` includes `triton`, the cases with `impl="triton"`. Cases of both are shared out over --jobs processes: most of their time is compilation.
 
 Prints one line per case and ends with exit code 1 when a value is wrong. Times are medians of replayed CUDA graphs that
 run over enough copies of the tensors to leave the second-level cache, interleaved between the candidates.
@@ -11,6 +11,7 @@ run over enough copies of the tensors to leave the second-level cache, interleav
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -188,10 +189,18 @@ def compare(ours, reference, tensors, tables=()):
 
 
 class Report:
-    def __init__(self):
-        self.bad = 0
+    """Runs cases: of several processes, each runs its own share."""
+
+    def __init__(self, part=0, parts=1):
+        self.bad = self.ran = self.met = 0
+        self.part, self.parts = part, parts
 
     def case(self, name, run):
+        mine = self.met % self.parts == self.part
+        self.met += 1
+        if not mine:
+            return
+        self.ran += 1
         start = time.perf_counter()
         try:
             text = run()
@@ -678,14 +687,28 @@ def both_ways(out, name, ours, plain, first, liger):
     return ", ".join(f"{k} {v:.1f} us" for k, v in medians.items())
 
 
+def shared_out(given):
+    """One process for each share; the exit code says whether all passed."""
+    start = time.perf_counter()
+    call = [sys.executable, __file__, given.what, "--jobs", str(given.jobs), "--part"]
+    started = [subprocess.Popen([*call, str(part)]) for part in range(given.jobs)]
+    failed = sum(process.wait() != 0 for process in started)
+    print(f"{given.what}: {failed} of {given.jobs} processes failed, {time.perf_counter() - start:.0f} s")
+    return failed > 0
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["check", "triton", "time"])
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--out")
+    parser.add_argument("--jobs", type=int, default=6, help="processes for `check` and `triton`")
+    parser.add_argument("--part", type=int, help="which of their shares this process runs")
     given = parser.parse_args()
-    report, out = Report(), []
-    print(torch.__version__, torch.cuda.get_device_name(0))
+    if given.what != "time" and given.part is None and given.jobs > 1:
+        sys.exit(shared_out(given))
+    report, out = Report(*((0, 1) if given.part is None else (given.part, given.jobs))), []
+    print(torch.__version__, torch.cuda.get_device_name(0), flush=True)
     if given.what == "check":
         values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16])
         values(report, [(130, 4096)], [torch.float16])
@@ -707,7 +730,7 @@ def main():
     if given.out:
         with open(given.out, "w") as file:
             json.dump(out, file, indent=1)
-    print(f"{report.bad} bad")
+    print(f"{report.ran} of {report.met} cases, {report.bad} bad")
     sys.exit(report.bad > 0)
 
 

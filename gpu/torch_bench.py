@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Models under `torch.compile` on a GPU: this backend beside eager PyTorch and Inductor, in one process, in turns.
 
-    gpu/torch_bench.py --out FOLDER [--warm] [--peers eager default reduce-overhead max-autotune] [CASE...]
+    gpu/torch_bench.py --out FOLDER [--warm | --cold] [--work FOLDER] [--peers eager default reduce-overhead max-autotune] [CASE...]
 
 A case is a model of transformers or torchvision with random weights in bf16, in inference (`bert`, `gpt2`, `vit`, `llama`,
 `resnet50`), or forward and backward (`bert-train`, ...; `--step`: also with PyTorch's fused AdamW behind it, on all sides). A side is `eager`, `tilewright`, `tilewright-graphs` (its mode `reduce-overhead`), or a mode of Inductor. Measured is the time between two events around
@@ -9,6 +9,12 @@ A case is a model of transformers or torchvision with random weights in bf16, in
 timed apart: that is compilation. The host's time is that of putting calls into the stream. `--kernels N` lists the N kernels that
 take most of a call (with `--step` of one with the optimizer), as PyTorch's profiler sees them; `--dropout` leaves models their dropout. Results are compared with eager float32 without TF32, relative to the norm. `--warm`
 compiles everything and measures nothing (Inductor keeps what it compiled below TORCHINDUCTOR_CACHE_DIR).
+
+A record is made in pieces, each in two steps: `--cold --work W CASE` compiles one case with caches of its own below W, empty at first, one process
+for each of `tilewright` and `default`, side by side; without `--cold`, the case is measured, and its first calls are those of a second process,
+which finds the caches full; `--with-cold` starts both steps at once, and each measuring process waits for a compiler's cold one before it takes that
+compiler. Rows get both (`cold_s`, `first_s`; eager mode has run before either, so that libraries are loaded), and a second call of the same
+day and commit adds its rows to the record in place of those of the same cases. bench/readme.py writes the table of docs/src/pytorch.md from it.
 """
 
 import argparse
@@ -64,8 +70,11 @@ def vit(layers):
     if layers:
         sizes = dict(image_size=224, patch_size=16, num_heads=12, hidden_dim=768, mlp_dim=3072)
         model = torchvision.models.VisionTransformer(num_layers=layers, **sizes)
-        return model, (torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
-    return torchvision.models.vit_b_16(), (torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
+    else:
+        model = torchvision.models.vit_b_16()
+    # Its own are zeros, with which nothing has a gradient.
+    torch.nn.init.normal_(model.heads[0].weight, std=0.02)
+    return model, (torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
 
 
 def resnet50(layers):
@@ -74,6 +83,8 @@ def resnet50(layers):
     return torchvision.models.resnet50(), (torch.randn(32, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
 
 
+# Whose first calls are timed with empty caches.
+COLD = ("tilewright", "default")
 CASES = {f.__name__: f for f in (bert, gpt2, vit, llama, resnet50)}
 
 
@@ -153,6 +164,13 @@ class Arm:
         return 1e3 * start.elapsed_time(end) / calls
 
 
+def layers_of(model):
+    """How many layers a transformer has."""
+    if hasattr(model, "config"):
+        return model.config.num_hidden_layers
+    return len(model.encoder.layers) if hasattr(model, "encoder") else None
+
+
 def distance(found, exact):
     exact = exact.double()
     return float((found.double() - exact).norm() / exact.norm())
@@ -176,7 +194,13 @@ def measure(name, args):
     if trains and "use_cache" in named:
         named["labels"] = arguments[0]
     rows, arms = [], []
-    for peer in [*args.ours, *args.peers]:
+    sides = [*args.ours, *args.peers]
+    # Libraries are loaded by eager mode.
+    for peer in sorted(sides, key=lambda side: side != "eager"):
+        cold = args.work / f"cold-{name}-{peer}.json" if args.work else None
+        deadline = time.monotonic() + 600
+        while args.with_cold and peer in COLD and not cold.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         torch._dynamo.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -194,13 +218,16 @@ def measure(name, args):
         arm.groups = [g for g in arm.groups if id(g) not in known] if peer.startswith("tilewright") else []
         failed = [g.failure.splitlines()[0] for g in arm.groups if g.failure]
         own = sum(g.compile_seconds for g in arm.groups)
-        rows.append({
-            "case": name, "side": peer, "first_s": arm.first_seconds, "groups": len(arm.groups), "plans_s": own, "error": error,
+        row = {"cold_s": json.loads(cold.read_text())} if cold and cold.exists() and not args.cold else {}
+        rows.append(row | {
+            "case": name, "side": peer, "shape": list(arguments[0].shape), "layers": layers_of(model), "first_s": arm.first_seconds, "groups": len(arm.groups), "plans_s": own, "error": error,
             "peak_bytes": torch.cuda.max_memory_allocated(), "left_to_pytorch": left, "failed_groups": failed,
         })
         arms.append(arm)
+        if args.cold and peer != "eager":
+            cold.write_text(json.dumps(arm.first_seconds))
         print(f"   {name} {peer}: first call {arm.first_seconds:.1f} s ({len(arm.groups)} groups, plans {own:.1f} s), error {error:.1e} {left} {failed}", flush=True)
-    if args.warm:
+    if args.warm or args.cold:
         return []
     while args.go and not os.path.exists(args.go):
         time.sleep(0.05)
@@ -238,13 +265,32 @@ def timed(name, rows, arms, args, key):
     for row, arm in zip(rows, arms):
         mine = times[row["side"]]
         row[key] = statistics.median(mine)
+        row[f"{key}_quartiles"] = quartiles(mine)
         row[f"host_{key}"] = arm.host_microseconds(args.calls)
         said = f"{name:<12} {row['side']:<18} {row[key]:>10.1f} us, host {row[f'host_{key}']:>8.1f} us"
         for side in args.ours:
-            ratios = sorted(t / m for t, m in zip(times[side], mine))
-            row[f"{key}_{side}_over_this"] = statistics.median(ratios)
+            ratios = [t / m for t, m in zip(times[side], mine)]
+            row[f"{key}_{side}_over_this"] = quartiles(ratios)
             said += f"   {side}/this {statistics.median(ratios):.3f}"
         print(said, flush=True)
+
+
+def quartiles(values):
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def alone_in_a_process(name, side, args):
+    """Another process that compiles this case for this side, with the case's caches."""
+    call = [sys.executable, __file__, "--out", str(args.out), "--work", str(args.work), "--cold", "--layers", str(args.layers), "--ours"]
+    call += [side] if side.startswith("tilewright") else []
+    call += ["--peers", "eager", *([] if side.startswith("tilewright") else [side])]
+    return subprocess.Popen([*call, *["--dropout"] * args.dropout, "--", name], env=os.environ | caches(args.work, name) | {"TILEWRIGHT_BENCH_CASE": name})
+
+
+def caches(work, name):
+    """Folders of a case alone."""
+    folder = work / f"cache-{name}"
+    return {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton", "TILEWRIGHT_CACHE": f"{folder}/tilewright"}
 
 
 def listed(name, rows, arms, args):
@@ -262,6 +308,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="compile with empty caches, one process for each compiler, and measure nothing else")
+    parser.add_argument("--with-cold", action="store_true", help="both at once")
+    parser.add_argument("--work", type=pathlib.Path, help="where caches and the times of first calls are kept")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--kernels", type=int, default=0)
@@ -275,29 +324,65 @@ def main():
     parser.add_argument("--peers", nargs="*", default=["eager", "default"])
     parser.add_argument("cases", nargs="*")
     args = parser.parse_args()
+    names = args.cases or [*CASES, *(f"{case}-train" for case in CASES if case != "resnet50")]
+    args.work = args.work and args.work.absolute()
+    if args.work and os.environ.get("TILEWRIGHT_BENCH_CASE") not in names:
+        sys.exit(each_with_its_caches(names, args))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     start, rows = time.time(), []
-    for name in args.cases or [*CASES, *(f"{case}-train" for case in CASES if case != "resnet50")]:
+    for name in names:
         try:
             rows += measure(name, args)
         except Exception as error:  # one case must not take the others' figures
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             rows.append({"case": name, "side": "tilewright", "problem": f"{type(error).__name__}: {error}"[:400]})
         torch.cuda.empty_cache()
-    if args.warm:
+    if args.warm or args.cold:
         return
-    commit = os.environ.get("COMMIT", "unknown")
+    written(rows, names, time.time() - start, args)
+
+
+def each_with_its_caches(names, args):
+    """A process for each case, side by side, whose environment names the case's caches; with --cold, one for each compiler."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    started = []
+    if args.cold or args.with_cold:
+        compilers = [side for side in COLD if side in (*args.ours, *args.peers)]
+        for cold in (args.work / f"cold-{name}-{side}.json" for name in names for side in compilers):
+            cold.unlink(missing_ok=True)
+        started += [alone_in_a_process(name, side, args) for name in names for side in compilers]
+    if not args.cold:
+        given = [a for a in sys.argv[1:] if a not in names]
+        lock = [] if args.lock else ["--lock", str(args.work / "lock")]
+        started += [
+            subprocess.Popen([sys.executable, __file__, *lock, *given, *([] if "--" in given else ["--"]), name],
+                             env=os.environ | caches(args.work, name) | {"TILEWRIGHT_BENCH_CASE": name})
+            for name in names
+        ]
+    return max(process.wait() for process in started)
+
+
+def written(rows, names, seconds, args):
+    """Adds rows to the record of the day and the commit."""
+    commit = os.environ.get("TILEWRIGHT_COMMIT") or os.environ.get("COMMIT", "unknown")
     driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    record = {
-        "kind": "gpu-torch", "date": now.strftime("%Y-%m-%d"), "commit": commit, "command": " ".join(sys.argv),
-        "machine": {"gpu": torch.cuda.get_device_name(), "driver": driver.stdout.split("\n")[0], "torch": torch.__version__,
-                    "transformers": transformers.__version__},
-        "protocol": __doc__.strip(), "seconds": time.time() - start, "rows": rows,
-    }
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"gpu-torch-{record['date']}-{commit[:12]}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = args.out / f"gpu-torch-{date}-{commit[:12]}.json"
+    with alone(args.out / f".{path.name}.lock"):
+        earlier = json.loads(path.read_text()) if path.exists() else {"rows": [], "command": "", "seconds": 0.0}
+        command = f"gpu/torch_bench.py --out records --layers {args.layers} --rounds {args.rounds} --calls {args.calls}"
+        command += f" --ours {' '.join(args.ours)} --peers {' '.join(args.peers)} -- {' '.join(names)}"
+        command = os.environ.get("TILEWRIGHT_COMMAND") or command
+        record = {
+            "kind": "gpu-torch", "date": date, "commit": commit,
+            "command": f"{earlier['command']}; {command}".strip("; "),
+            "machine": {"gpu": torch.cuda.get_device_name(), "driver": driver.stdout.split("\n")[0], "torch": torch.__version__,
+                        "transformers": transformers.__version__},
+            "protocol": __doc__.strip(), "seconds": earlier["seconds"] + seconds,
+            "rows": [*(row for row in earlier["rows"] if row["case"] not in names), *rows],
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n")
     print(path)
 
 

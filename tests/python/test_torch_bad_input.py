@@ -1,11 +1,13 @@
 """Bad and odd input: every operator of the pack, the optimizers and a compiled model, with each of their tensors replaced in turn.
 
-    python tests/python/test_torch_bad_input.py [cuda]
+    python tests/python/test_torch_bad_input.py [cuda] [--jobs N]
 
-An operator refuses a tensor in words, or gives what PyTorch gives in float64. That the process lives to the end is part of the test.
+With --jobs, so many processes share the operators and the other tests: on a GPU most of the time is compilation. An operator refuses a tensor in words, or gives what PyTorch gives in float64. That the process lives to the end is part of the test.
 """
 
+import subprocess
 import sys
+import time
 
 from torch_package import install
 
@@ -157,10 +159,11 @@ def compared(what, got, args, reference):
     torch.testing.assert_close(got.double(), want.double(), equal_nan=True, msg=lambda m: f"{what}: {m}", **close)
 
 
-def operators():
+def operators(part=0, parts=1):
+    """Every operator, or one process's share of them."""
     refused = right = 0
     wrongs = []
-    for name, (ours, theirs, *shapes) in CASES.items():
+    for name, (ours, theirs, *shapes) in list(CASES.items())[part::parts]:
         good = made(shapes)
         compared(name, ours(*good), good, theirs)
         for place in range(len(good)):
@@ -280,14 +283,31 @@ def compiled_models():
                     torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m: f"{wrong}: {m}")
 
 
-if __name__ == "__main__":
-    for test in (
-        operators,
+def shared_out(jobs):
+    """One process for each share; whether all passed."""
+    call = [a for a in sys.argv if a not in ("--jobs", str(jobs))]
+    started = [subprocess.Popen([sys.executable, *call, "--part", f"{part}/{jobs}"]) for part in range(jobs)]
+    return all([process.wait() == 0 for process in started])
+
+
+def main():
+    start = time.perf_counter()
+    if "--jobs" in sys.argv:
+        sys.exit(not shared_out(int(sys.argv[sys.argv.index("--jobs") + 1])))
+    part, parts = map(int, sys.argv[sys.argv.index("--part") + 1].split("/")) if "--part" in sys.argv else (0, 1)
+    operators(part, parts)
+    others = (
         sizes_beyond_32_bits_are_shapes_too,
         inference_mode_takes_what_asks_for_gradients,
         results_may_be_written_into_views,
         optimizers,
         compiled_models,
-    ):
+    )
+    for test in others[part::parts]:
         test()
         print(f"ok: {test.__name__}", flush=True)
+    print(f"ok: share {part} of {parts}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

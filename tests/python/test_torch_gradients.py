@@ -79,6 +79,54 @@ def embeddings_with_and_without_padding():
     ours_alone(lambda i, t: F.embedding(i, t), at.int(), table)
 
 
+def attention_that_pytorch_has_taken_apart():
+    """The operators of PyTorch's fused kernels become the library's, forward and backward, with the gradients of products and a softmax."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from tilewright.pytorch import attentions
+
+    aten, packed = torch.ops.aten, torch.ops.tilewright
+    names = {"flash": aten._scaled_dot_product_flash_attention, "efficient": aten._scaled_dot_product_efficient_attention,
+             "cudnn": aten._scaled_dot_product_cudnn_attention}  # fmt: skip
+    kernels, attentions._has_kernels = attentions._has_kernels, lambda *_: True
+    torch.manual_seed(3)
+    try:
+        for name, length, masked, causal in (
+            ("flash", 40, False, True), ("efficient", 40, False, False), ("efficient", 64, True, False), ("cudnn", 24, False, True),
+            ("cudnn", 24, True, False),
+        ):  # fmt: skip
+            q, k, v, dy = (torch.randn(2, 4, length, 16) for _ in range(4))
+            seen = torch.rand(2, 1, 1, length) > 0.3 if masked else None
+
+            def bias(seen):
+                return torch.where(seen, 0.0, -torch.inf).expand(2, 4, length, length)  # noqa: B023
+
+            def both(q, k, v, dy, *seen):
+                call = names[name].default  # noqa: B023
+                further = () if name == "flash" else (bias(seen[0]) if seen else None, True)  # noqa: B023
+                y = call(q, k, v, *further, 0.0, causal, scale=0.3)[0]  # noqa: B023
+                return (y, *torch.autograd.grad(y, (q, k, v), dy))
+
+            held = [t.requires_grad_() for t in (q, k, v)]
+            given = (*held, dy, *([seen] if masked else []))
+            traced = make_fx(both, decomposition_table=attentions.DECOMPOSITIONS, tracing_mode="fake")(*given)
+            called = {n.target for n in traced.graph.nodes if "attention" in str(n.target)}
+            assert called == {packed.attention_lse.default, packed.attention_backward.default}, (name, called)
+            y = F.scaled_dot_product_attention(*held, bias(seen) if masked else None, is_causal=causal, scale=0.3)
+            want = (y, *torch.autograd.grad(y, held, dy))
+            for ours, exact in zip(traced(*given), want):
+                torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+        # A mask that may have a gradient stays PyTorch's.
+        mask = torch.randn(2, 4, 24, 24)
+        traced = make_fx(
+            lambda q, k, v, mask: names["efficient"].default(q, k, v, mask, True)[0],
+            decomposition_table=attentions.DECOMPOSITIONS,
+            tracing_mode="fake",
+        )(*(torch.randn(2, 4, 24, 16) for _ in range(3)), mask)
+        assert any(n.target is names["efficient"].default for n in traced.graph.nodes)
+    finally:
+        attentions._has_kernels = kernels
+
+
 if __name__ == "__main__":
     run_all(
         (
@@ -87,5 +135,6 @@ if __name__ == "__main__":
             pooling_by_maxima,
             positions_of_maxima_are_pytorchs,
             embeddings_with_and_without_padding,
+            attention_that_pytorch_has_taken_apart,
         )
     )

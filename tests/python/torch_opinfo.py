@@ -14,7 +14,8 @@ PyTorch, in processes that may crash or hang without harm to the others. For eac
     crash     the process died, or ran longer than `--seconds`
 
 With `--limit` nothing is started after so many seconds. `--merge` adds the rows of earlier `--json` files, so that a sweep can be
-made in pieces (`--every 8 --first 0`, `1`, ...). Exits with 1 when something is wrong, raises or crashes. `--table` writes the page docs/src/pytorch-operators.md.
+made in pieces (`--every 8 --first 0`, `1`, ...). Exits with 1 when something is wrong, raises or crashes. `--table` writes the page
+docs/src/pytorch-operators.md from such files alone, those of both devices.
 """
 
 import argparse
@@ -276,26 +277,34 @@ def summary(rows) -> str:
     return f"{len(states)} operators, {samples} samples: {', '.join(parts)}"
 
 
-def table(rows, command: str, device: str) -> str:
-    """The page of results."""
-    types = [d for d in DTYPES if any(task[1] == d for task in rows)]
+def table(files: list) -> str:
+    """The page of results, from the rows of `--json` files."""
+    devices: dict[str, dict] = {}
+    versions: dict[str, str] = {}
+    for row in files:
+        device = row["device"].split(":")[0]
+        devices.setdefault(device, {})[row["operator"], row["dtype"]] = row
+        versions[device] = row["torch"]
+    names = {"cpu": "processor", "cuda": "GPU"}
+    order = [d for d in names if d in devices]
+    types = [(d, t) for d in order for t in DTYPES if any(task[1] == t for task in devices[d])]
     lines = [
         "# Operators of PyTorch",
         "",
-        f"Written by `{command}` with PyTorch {torch.__version__}: the operators of PyTorch's own database (`op_db`) under",
-        f'`torch.compile(backend="tilewright")` on a {"processor" if device == "cpu" else "GPU"}, beside eager PyTorch. *native*: all of it is ours; *partly*: some of the operators',
+        "Written by `python tests/python/torch_opinfo.py --table docs/src/pytorch-operators.md --merge FILES`: the operators of PyTorch's own database (`op_db`) under",
+        '`torch.compile(backend="tilewright")`, beside eager PyTorch. *native*: all of it is ours; *partly*: some of the operators',
         "that it is made of are left to PyTorch; *left*: PyTorch runs it.",
         "",
-        f"{summary(rows)}.",
+        *(f"- On a {names[d]}, PyTorch {versions[d]}: {summary(devices[d])}." for d in order),
         "",
-        f"| operator | {' | '.join(types)} | left to PyTorch |",
+        f"| operator | {' | '.join(f'{names[d]}, {t}' for d, t in types)} | left to PyTorch |",
         f"|---|{'---|' * len(types)}---|",
     ]
-    for name in sorted({task[0] for task in rows}):
-        mine = {t: rows[name, t] for t in types if (name, t) in rows}
-        if all(row["state"] == "none" for row in mine.values()):
+    for name in sorted({task[0] for rows in devices.values() for task in rows}):
+        mine = {(d, t): devices[d][name, t] for d, t in types if devices[d].get((name, t), {"state": "none"})["state"] != "none"}
+        if not mine:
             continue
-        cells = [mine[t]["state"] if t in mine and mine[t]["state"] != "none" else "" for t in types]
+        cells = [mine[column]["state"] if column in mine else "" for column in types]
         reasons = sorted({r for row in mine.values() for r in row["left"]})
         why = "; ".join(r.replace("|", "\\|") for r in reasons[:2]) + (" ..." if len(reasons) > 2 else "")
         lines.append(f"| {name} | {' | '.join(cells)} | {why[:200]} |")
@@ -318,6 +327,14 @@ def main() -> None:
     parser.add_argument("--table")
     parser.add_argument("--quiet", action="store_true")
     arguments = parser.parse_args()
+    earlier = []
+    for file in arguments.merge:
+        with open(file) as lines:
+            earlier += json.load(lines)
+    if arguments.table:
+        with open(arguments.table, "w") as file:
+            file.write(table(earlier))
+        return
     torch.set_num_threads(1)
     ops = database()
     if arguments.ops:
@@ -331,21 +348,16 @@ def main() -> None:
             print(f"{row['state']:<7} {task[0]:<44} {task[1]:<9} {'; '.join((row['why'] or row['left'])[:2])[:500]}", flush=True)
 
     start = time.monotonic()
-    earlier = {}
-    for file in arguments.merge:
-        with open(file) as lines:
-            earlier |= {(row.pop("operator"), row.pop("dtype")): row for row in json.load(lines)}
+    known = {(row["operator"], row["dtype"]): row for row in earlier if row["device"] == arguments.device}
     rows = run(ops, tasks, arguments.workers, arguments.samples, arguments.seconds, done, arguments.device, arguments.limit)
     if len(rows) < len(tasks):
         print(f"{len(tasks) - len(rows)} of {len(tasks)} operators and types were not reached")
-    rows = earlier | rows
+    rows = {(n, d): {"operator": n, "dtype": d, "device": arguments.device, "torch": torch.__version__, **row} for (n, d), row in rows.items()}
+    rows = known | rows
     print(f"{summary(rows)}; {time.monotonic() - start:.0f} s")
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump([{"operator": n, "dtype": d, **row} for (n, d), row in sorted(rows.items())], file, indent=1)
-    if arguments.table:
-        with open(arguments.table, "w") as file:
-            file.write(table(rows, "python tests/python/torch_opinfo.py --table docs/src/pytorch-operators.md", arguments.device))
+            json.dump([row for _, row in sorted(rows.items())], file, indent=1)
     raise SystemExit(any(state in BAD for state in by_operator(rows).values()))
 
 

@@ -125,8 +125,10 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
             let spec = DropoutSpec { dtype, residual, drop: 0.25, seed: 0x1234_5678_9abc };
             one(spec.kernel("kernel", arch, &size))
         }
-        "crossentropy" => one(CrossEntropySpec { dtype, form: CrossEntropyForm::InPlace }
-            .kernel("kernel", arch, &size)),
+        "crossentropy" => {
+            one(CrossEntropySpec::plain(dtype, CrossEntropyForm::InPlace)
+                .kernel("kernel", arch, &size))
+        }
         "adamw" => {
             let copy = (dtype != DType::F32).then_some(dtype);
             one(AdamWSpec { gradient: dtype, copy }.kernel("kernel", arch, &size))

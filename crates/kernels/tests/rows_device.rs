@@ -10,8 +10,8 @@ use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::{ADAMW_NUMBERS, AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
 use tilewright_kernels::reduce::{ClipSpec, Over, ReduceSpec};
 use tilewright_kernels::rows::{
-    CrossEntropyForm, CrossEntropySpec, GemvForm, GemvSpec, NormBackwardSpec, RowOp, RowSpec,
-    TopKSpec,
+    CrossEntropyForm, CrossEntropySpec, CrossEntropyTerms, GemvForm, GemvSpec, NormBackwardSpec,
+    RowOp, RowSpec, TopKSpec,
 };
 use tilewright_layout::{Dim, Env, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, lower};
@@ -158,8 +158,10 @@ fn cases() -> Vec<Case> {
     for (dtype, sizes) in entropy {
         for form in [CrossEntropyForm::InPlace, CrossEntropyForm::Beside, CrossEntropyForm::Losses]
         {
-            let spec = CrossEntropySpec { dtype, form };
-            add("cross-entropy", sizes, &|size| spec.kernel("entropy", Arch::Sm90a, size));
+            for terms in [CrossEntropyTerms::default(), EVERYTHING] {
+                let spec = CrossEntropySpec { dtype, form, terms };
+                add("cross-entropy", sizes, &|size| spec.kernel("entropy", Arch::Sm90a, size));
+            }
         }
     }
     let steps: [(AdamWSpec, Sizes); 2] = [
@@ -220,7 +222,7 @@ fn cases() -> Vec<Case> {
         }
     }
     add("kept logits", &[("M", 2), ("N", 20001)], &|size| {
-        let kernel = CrossEntropySpec { dtype: DType::F16, form: CrossEntropyForm::InPlace }
+        let kernel = CrossEntropySpec::plain(DType::F16, CrossEntropyForm::InPlace)
             .program("entropy", false);
         Ok((kernel.clone(), GpuSchedule::lines_kept(&kernel, Arch::Sm90a, size)?.expect("long")))
     });
@@ -320,6 +322,9 @@ fn buffers(kernel: &Kernel, env: &Env) -> Vec<Vec<u8>> {
     kernel.params.iter().map(|(_, p)| p).enumerate().map(fill).collect()
 }
 
+/// Terms of a cross-entropy that are all there.
+const EVERYTHING: CrossEntropyTerms = CrossEntropyTerms { smoothing: 0.1, z: 1e-2, cap: 3.0 };
+
 #[test]
 fn scheduled_rows_keep_the_rules() {
     for case in cases() {
@@ -390,10 +395,18 @@ fn cross_entropy_and_adamw_are_what_their_formulas_say() {
 
     let (m, n) = (5, 7);
     let env = env(&[("M", 5), ("N", 7)]);
-    for form in [CrossEntropyForm::InPlace, CrossEntropyForm::Beside, CrossEntropyForm::Losses] {
-        let spec = CrossEntropySpec { dtype: DType::F32, form };
-        let (kernel, schedule) =
+    let forms = [CrossEntropyForm::InPlace, CrossEntropyForm::Beside, CrossEntropyForm::Losses];
+    let whole = forms.map(|form| (form, CrossEntropyTerms::default(), true));
+    let everything = forms.map(|form| [(form, EVERYTHING, true), (form, EVERYTHING, false)]);
+    for (form, terms, whole) in whole.into_iter().chain(everything.concat()) {
+        let spec = CrossEntropySpec { dtype: DType::F32, form, terms };
+        let (mut kernel, mut schedule) =
             spec.kernel("entropy", Arch::Sm90a, &|s| env.get(s).copied()).unwrap();
+        if !whole {
+            // Three pieces, the last one not full.
+            kernel = spec.program("entropy", false);
+            schedule.tiles.insert("BN".into(), 3);
+        }
         let before = buffers(&kernel, &env);
         let mut after = before.clone();
         run_tile(&kernel, &schedule, &env, &mut after);
@@ -413,11 +426,16 @@ fn cross_entropy_and_adamw_are_what_their_formulas_say() {
         let mut ignored = 0;
         for i in 0..m {
             let t = tilewright_data::read_i64(DType::I64, &before[1], i);
-            let row = &x[i * n..(i + 1) * n];
+            let CrossEntropyTerms { smoothing, z, cap } = terms;
+            let bounded = |v: &f64| if cap > 0.0 { cap * (v / cap).tanh() } else { *v };
+            let row: Vec<f64> = x[i * n..(i + 1) * n].iter().map(bounded).collect();
             let sum: f64 = row.iter().map(|v| v.exp()).sum();
+            let (log, mean) = (sum.ln(), row.iter().sum::<f64>() / n as f64);
             let counts = (0..n as i64).contains(&t);
             ignored += usize::from(!counts);
-            let want = if counts { sum.ln() - row[t as usize] } else { 0.0 };
+            let picked = if counts { row[t as usize] } else { 0.0 };
+            let want = log - (1.0 - smoothing) * picked - smoothing * mean + z * log * log;
+            let want = if counts { want } else { 0.0 };
             assert!(near(loss[i], want), "{form:?}: loss {i} is {}, not {want}", loss[i]);
             if let Some(logs) = &logs {
                 assert!(near(logs[i], sum.ln()), "{form:?}: the logarithm of row {i}");
@@ -426,7 +444,10 @@ fn cross_entropy_and_adamw_are_what_their_formulas_say() {
             let s = if form == CrossEntropyForm::InPlace { s[0] } else { s[i] };
             for j in 0..n {
                 let hit = if j as i64 == t { 1.0 } else { 0.0 };
-                let want = if counts { (row[j].exp() / sum - hit) * s } else { 0.0 };
+                let slope = if cap > 0.0 { 1.0 - (row[j] / cap).powi(2) } else { 1.0 };
+                let share = row[j].exp() / sum * (1.0 + 2.0 * z * log);
+                let want = share - (1.0 - smoothing) * hit - smoothing / n as f64;
+                let want = if counts { want * slope * s } else { 0.0 };
                 assert!(near(gradient[i * n + j], want), "{form:?}: gradient {i} {j}");
             }
         }

@@ -55,7 +55,7 @@ pub use bind::{Bound, BoundStep, Place, Slot, bind, bind_at};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted, Room};
 pub use interpret::{Interpreted, interpret};
-pub use losses::{Losses, LossesOf, LossesPlaces};
+pub use losses::{CrossEntropyTerms, Losses, LossesOf, LossesPlaces};
 pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
 pub use once::Once;
 pub use session::{Executable, FAIL_RECORDING, MemoryReport, RunReport, Session, StepTime};

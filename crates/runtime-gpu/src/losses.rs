@@ -13,6 +13,8 @@ use tilewright_layout::Env;
 use tilewright_lower_gpu::lower;
 use tilewright_target::Gpu;
 
+pub use tilewright_kernels::rows::CrossEntropyTerms;
+
 /// Which losses.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossesOf {
@@ -24,6 +26,8 @@ pub struct LossesOf {
     pub columns: i64,
     /// The gradient is wanted beside the losses; else the logarithms of the sums are.
     pub gradient: bool,
+    /// What the losses have beside the target's logit.
+    pub terms: CrossEntropyTerms,
 }
 
 /// Where the tensors of a call lie on the device, in bytes: row-major, at multiples of 16.
@@ -65,7 +69,7 @@ impl Losses {
         let form = if what.gradient { CrossEntropyForm::Beside } else { CrossEntropyForm::Losses };
         let sizes = [("M", what.rows), ("N", what.columns), ("ldx", what.columns)];
         let size = |name: &str| sizes.iter().find(|(known, _)| *known == name).map(|(_, n)| *n);
-        let spec = CrossEntropySpec { dtype: what.dtype, form };
+        let spec = CrossEntropySpec { dtype: what.dtype, form, terms: what.terms };
         let (kernel, schedule) = spec.kernel("cross_entropy", Arch::Sm90a, &size)?;
         let program = lower(&kernel, &schedule)?;
         let env: Env = sizes.into_iter().map(|(name, size)| (name.into(), size)).collect();

@@ -7,7 +7,9 @@ in memory, attention becomes products and a softmax with a square of the length 
 - in inference each call becomes `tilewright::whole_attention`, which has a rule here; where the rule refuses, PyTorch runs its own.
 - in training on a Hopper GPU, calls that our library has a gradient for become `tilewright::attention_lse` of the operator pack, whose
   gradient is `tilewright::attention_backward`; both have rules here, so that attention does not cut a group. Of others, masks are made
-  contiguous, so that PyTorch's memory-efficient kernels, forward and backward, take them.
+  contiguous, so that PyTorch's memory-efficient kernels, forward and backward, take them. Where Dynamo does not look into a function that calls
+  it (`multi_head_attention_forward`), the graph has no such call: there the operators that PyTorch takes it apart into are decomposed into
+  the same two (`DECOMPOSITIONS`).
 - in training on processors attention is taken apart, and its gradient is made of operators that are ours.
 
 Rows of which a mask hides everything give 0, as PyTorch's do.
@@ -22,6 +24,7 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops  # noqa: F401  (registers the operators)
@@ -201,17 +204,153 @@ def _in_library(q, k, v, mask, dropout, causal, scale) -> bool:
     known = all(isinstance(n, int) for t in tensors + [seen] * (seen is not None) for n in t.shape)
     if not known or dropout != 0.0 or not isinstance(causal, bool) or not (scale is None or isinstance(scale, (int, float))):
         return False
-    (b, h, s, d), (kb, g, t, kd), (vb, vg, vt, _) = (x.shape for x in tensors)
-    if (kb, vb, vg, vt, kd) != (b, b, g, t, d) or g == 0 or h % g or len({x.dtype for x in tensors}) != 1:
+    return _means_the_same(*tensors, seen, causal, scale)
+
+
+def _means_the_same(q, k, v, mask, causal: bool, scale) -> bool:
+    """Whether tensors of four axes of known sizes are what the library has kernels for, with PyTorch's meaning."""
+    (b, h, s, d), (kb, g, t, kd), (vb, vg, vt, _) = (x.shape for x in (q, k, v))
+    if (kb, vb, vg, vt, kd) != (b, b, g, t, d) or g == 0 or h % g or len({x.dtype for x in (q, k, v)}) != 1:
         return False
     # PyTorch counts queries and keys from the beginning, the library from the end.
-    if causal and (s != t or seen is not None):
+    if causal and (s != t or mask is not None):
         return False
-    if seen is not None:
-        fits = seen.dim() == 4 and all(n in (1, m) for n, m in zip(seen.shape, (b, h, s))) and seen.shape[3] == t
-        if not fits or seen.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
+    if mask is not None:
+        fits = mask.dim() == 4 and all(n in (1, m) for n, m in zip(mask.shape, (b, h, s))) and mask.shape[3] == t
+        if not fits or mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
             return False
-    return (scale is None or 0 < scale < math.inf) and _has_kernels(*tensors, seen)
+    return (scale is None or 0 < scale < math.inf) and _has_kernels(q, k, v, mask)
+
+
+# ---- what PyTorch has taken apart already ------------------------------------------------------------
+
+
+def _node_of(tensor) -> fx.Node | None:
+    """The node of the graph that is being traced which made a tensor, before what autograd puts around it; `None` where that is not known."""
+    mode = proxy_tensor.get_proxy_mode()
+    slot = None if mode is None else proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
+    node = getattr(getattr(slot, "proxy", None), "node", None)
+    # Tensors that are saved for the backward graph are detached.
+    while node is not None and node.target in (aten.detach.default, aten.alias.default):
+        node = node.args[0]
+    return node
+
+
+def _asks_for_gradients(mask: torch.Tensor) -> bool:
+    """Whether a mask may have a gradient: it is not known to come from positions and truth values alone."""
+    start = _node_of(mask)
+    if start is None:
+        return True
+    open_nodes, seen = [start], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        held = node.meta.get("val")
+        if node.op == "placeholder" and not (isinstance(held, torch.Tensor) and not (held.is_floating_point() or held.is_complex())):
+            return True
+        open_nodes += node.all_input_nodes
+    return False
+
+
+def _once(mask: torch.Tensor) -> torch.Tensor:
+    """A mask without the elements that it repeats along axes of batches, heads and queries."""
+    for axis in range(3):
+        if mask.shape[axis] > 1 and mask.stride(axis) == 0:
+            mask = mask.narrow(axis, 0, 1)
+    return mask
+
+
+def _by_library(q, k, v, mask, dropout, causal, scale):
+    """The rows of attention and their log-sum-exps by the library's kernel; `None` where it has none for the gradient."""
+    tensors = [q, k, v] if mask is None else [q, k, v, mask]
+    known = all(t.dim() == 4 and all(isinstance(n, int) for n in t.shape) for t in tensors)
+    if not known or dropout != 0.0 or not (scale is None or isinstance(scale, (int, float))):
+        return None
+    if mask is not None:
+        if _asks_for_gradients(mask):
+            return None
+        mask = _once(mask)
+    if not _means_the_same(q, k, v, mask, causal, scale):
+        return None
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.ops.tilewright.attention_lse.default(q, k, v, mask, factor, causal)
+
+
+def _no_numbers(q):
+    """What stands for the state of a generator that nothing is drawn from."""
+    return torch.zeros((), dtype=torch.long, device=q.device)
+
+
+def flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    """The decomposition of `_scaled_dot_product_flash_attention`."""
+    found = None if return_debug_mask else _by_library(q, k, v, None, dropout_p, is_causal, scale)
+    if found is None:
+        return NotImplemented
+    nothing = q.new_empty(0)
+    return *found, None, None, q.shape[2], k.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device), _no_numbers(q), nothing
+
+
+def efficient(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+    """The decomposition of `_scaled_dot_product_efficient_attention`, whose sums are padded to a multiple of 32 rows."""
+    found = _by_library(q, k, v, attn_bias, dropout_p, is_causal, scale) if compute_log_sumexp else None
+    if found is None:
+        return NotImplemented
+    y, lse = found
+    if q.shape[2] % 32:
+        lse = aten.constant_pad_nd(lse, [0, -q.shape[2] % 32], math.inf)
+    return y, lse, _no_numbers(q), _no_numbers(q)
+
+
+def cudnn(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    """The decomposition of `_scaled_dot_product_cudnn_attention`, whose sums have one axis more."""
+    wanted = compute_log_sumexp and not return_debug_mask
+    found = _by_library(q, k, v, attn_bias, dropout_p, is_causal, scale) if wanted else None
+    if found is None:
+        return NotImplemented
+    y, lse = found
+    return y, lse.unsqueeze(-1), None, None, q.shape[2], k.shape[2], _no_numbers(q), _no_numbers(q), None
+
+
+def _library_gradient(dy, q, k, v, mask, y, lse, causal, scale):
+    """The gradients by the library's kernel; `None` where the rows were not its own."""
+    made = _node_of(y)
+    if made is None or made.target is not operator.getitem or made.args[0].target is not torch.ops.tilewright.attention_lse.default:
+        return None
+    mask = None if mask is None else _once(mask)
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.ops.tilewright.attention_backward.default(dy.to(q.dtype), q, k, v, y, lse, mask, factor, causal)
+
+
+def flash_backward(dy, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None):
+    """The decomposition of `_scaled_dot_product_flash_attention_backward`."""
+    found = _library_gradient(dy, q, k, v, None, out, lse, is_causal, scale)
+    return NotImplemented if found is None else found
+
+
+def efficient_backward(dy, q, k, v, bias, out, lse, seed, offset, dropout_p, wanted, is_causal=False, *, scale=None):
+    """The decomposition of `_scaled_dot_product_efficient_attention_backward`."""
+    found = None if wanted[3] else _library_gradient(dy, q, k, v, bias, out, lse.narrow(2, 0, q.shape[2]), is_causal, scale)
+    if found is None:
+        return NotImplemented
+    return *(t if asked else None for t, asked in zip(found, wanted)), None
+
+
+def cudnn_backward(dy, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, *, scale=None):
+    """The decomposition of `_scaled_dot_product_cudnn_attention_backward`."""
+    found = _library_gradient(dy, q, k, v, bias, out, lse.squeeze(-1), is_causal, scale)
+    return NotImplemented if found is None else found
+
+
+DECOMPOSITIONS = {
+    aten._scaled_dot_product_flash_attention.default: flash,
+    aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten._scaled_dot_product_efficient_attention.default: efficient,
+    aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
+    aten._scaled_dot_product_cudnn_attention.default: cudnn,
+    aten._scaled_dot_product_cudnn_attention_backward.default: cudnn_backward,
+}
 
 
 def in_parts(trains: bool, device: torch.device):

@@ -137,6 +137,7 @@ def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
     if trains:
         table.update(norms.DECOMPOSITIONS)
         table.update(losses.DECOMPOSITIONS)
+        table.update(attentions.DECOMPOSITIONS)
     if not eager_random:
         table.update(randoms.DECOMPOSITIONS)
     return table

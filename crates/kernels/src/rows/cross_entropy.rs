@@ -18,15 +18,34 @@ use tilewright_tile::{
 /// G[i, j] = (exp(x[j] - max) / sum(exp(x - max)) - (j == t)) * s
 /// ```
 ///
-/// [`CrossEntropyForm`] says which of them are written, and what `s` is. A target outside `0..N` is ignored: its loss is 0, and so
+/// and with what else [`CrossEntropyTerms`] has. [`CrossEntropyForm`] says which of them are written, and what `s` is. A target outside `0..N` is ignored: its loss is 0, and so
 /// is its row's gradient. Size symbols: `M`, `N`, and `ldx`, the distance in elements between rows. A row that a tile holds
 /// whole, or that shared memory keeps, is read once and written once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CrossEntropySpec {
     /// Type of the logits, and of the gradient.
     pub dtype: DType,
     /// What is written.
     pub form: CrossEntropyForm,
+    /// What the losses have beside the target's logit.
+    pub terms: CrossEntropyTerms,
+}
+
+/// Further terms of a cross-entropy; zeros leave them out. With `v = cap * tanh(x / cap)` (`v = x` without a cap) and `Z` of `v`
+/// instead of `x`:
+///
+/// ```text
+/// L[i]    = Z[i] - (1 - smoothing) * v[t] - smoothing * mean(v) + z * Z[i]^2
+/// G[i, j] = (exp(v[j] - Z[i]) * (1 + 2 z Z[i]) - (1 - smoothing) * (j == t) - smoothing / N) * (1 - (v[j] / cap)^2) * s
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CrossEntropyTerms {
+    /// The share of the target that goes to all columns alike, 0 to 1.
+    pub smoothing: f64,
+    /// The factor of the square of the logarithm of the sum, at least 0.
+    pub z: f64,
+    /// What logits are bounded by, at least 0.
+    pub cap: f64,
 }
 
 /// What a cross-entropy writes.
@@ -45,11 +64,24 @@ pub enum CrossEntropyForm {
 struct Builder {
     k: KernelBuilder,
     dtype: DType,
+    terms: CrossEntropyTerms,
     x: ParamId,
     gradient: Option<ParamId>,
     bm: Dim,
     bn: Dim,
     row0: Dim,
+}
+
+/// What the gradient of a row is made of.
+struct OfRow {
+    /// The factor of the exponentials.
+    share: TileId,
+    /// What the target's column has less.
+    factor: TileId,
+    /// What every column has less, where labels are smoothed.
+    rest: Option<TileId>,
+    /// The target's column.
+    target: TileId,
 }
 
 impl Builder {
@@ -67,13 +99,51 @@ impl Builder {
         self.k.map(func(&types, f), args, shape)
     }
 
-    /// The logits from column `col` on, in f32.
+    /// The logits from column `col` on, in f32, minus infinity beyond the row. With a cap, those that are bounded by it.
     fn logits(&mut self, col: &Dim) -> TileId {
         let at = vec![self.row0.clone(), col.clone()];
         let (fill, shape) = (Value::Float(f64::NEG_INFINITY), self.shape());
         let raw = self.k.load_with(self.x, at, vec![1, 1], fill, shape.clone());
         let args = vec![self.k.plain(raw)];
-        self.k.map(Func::cast(self.dtype, DType::F32), args, shape)
+        let cap = self.terms.cap;
+        if cap == 0.0 {
+            return self.k.map(Func::cast(self.dtype, DType::F32), args, shape);
+        }
+        let (here, n) = (self.columns(col), self.length());
+        let args = vec![args[0].clone(), along(here, 1), n];
+        self.map(args, shape, |f, a| {
+            let x = f.cast(a[0], DType::F32);
+            let (inverse, cap) = (f.constant(1.0 / cap, DType::F32), f.constant(cap, DType::F32));
+            let bounded = f.op(Op::Mul, &[x, inverse]);
+            let bounded = f.op(Op::Tanh, &[bounded]);
+            let bounded = f.op(Op::Mul, &[bounded, cap]);
+            let inside = f.op(Op::Lt, &[a[1], a[2]]);
+            let outside = f.constant(f64::NEG_INFINITY, DType::F32);
+            f.op(Op::Select, &[inside, bounded, outside])
+        })
+    }
+
+    /// The length of a row, `i32`.
+    fn length(&mut self) -> Operand {
+        let n = self.k.iota(DType::I32, 0, Dim::sym("N"), vec![Dim::new(1)]);
+        Operand { tile: self.k.reshape(n, vec![]), along: vec![] }
+    }
+
+    /// The length of a row in f32, for each row.
+    fn lengths(&mut self) -> TileId {
+        let (n, row) = (self.length(), vec![self.bm.clone()]);
+        self.map(vec![n], row, |f, a| f.cast(a[0], DType::F32))
+    }
+
+    /// The logits, zero beyond the row.
+    fn inside(&mut self, v: TileId, col: &Dim) -> TileId {
+        let (here, n) = (self.columns(col), self.length());
+        let (args, shape) = (vec![self.k.plain(v), along(here, 1), n], self.shape());
+        self.map(args, shape, |f, a| {
+            let inside = f.op(Op::Lt, &[a[1], a[2]]);
+            let nothing = f.constant(0.0, DType::F32);
+            f.op(Op::Select, &[inside, a[0], nothing])
+        })
     }
 
     /// `exp(v - max)`
@@ -126,24 +196,77 @@ impl Builder {
         std::array::from_fn(|i| done[i])
     }
 
-    /// Writes the gradient from column `col` on: `e * share`, less `factor` at the target.
-    fn gradient(&mut self, e: TileId, col: &Dim, [share, factor, target]: [TileId; 3]) {
+    /// From the factor of a row's gradient, the sum of its exponentials and that sum's logarithm.
+    fn of_row(&mut self, [factor, sum, log, target]: [TileId; 4]) -> OfRow {
+        let (row, CrossEntropyTerms { smoothing, z, .. }) = (vec![self.bm.clone()], self.terms);
+        let mut args = vec![self.k.plain(factor), self.k.plain(sum)];
+        if z > 0.0 {
+            args.push(self.k.plain(log));
+        }
+        let share = self.map(args, row.clone(), |f, a| {
+            let share = f.op(Op::Div, &[a[0], a[1]]);
+            if z == 0.0 {
+                return share;
+            }
+            let (twice, one) = (f.constant(2.0 * z, DType::F32), f.constant(1.0, DType::F32));
+            let slope = f.op(Op::Mul, &[a[2], twice]);
+            let slope = f.op(Op::Add, &[slope, one]);
+            f.op(Op::Mul, &[share, slope])
+        });
+        if smoothing == 0.0 {
+            return OfRow { share, factor, rest: None, target };
+        }
+        let n = self.lengths();
+        let args = vec![self.k.plain(factor), self.k.plain(n)];
+        let rest = self.map(args, row.clone(), |f, a| {
+            let each = f.constant(smoothing, DType::F32);
+            let all = f.op(Op::Mul, &[a[0], each]);
+            f.op(Op::Div, &[all, a[1]])
+        });
+        let args = vec![self.k.plain(factor)];
+        let factor = self.map(args, row, |f, a| {
+            let keep = f.constant(1.0 - smoothing, DType::F32);
+            f.op(Op::Mul, &[a[0], keep])
+        });
+        OfRow { share, factor, rest: Some(rest), target }
+    }
+
+    /// Writes the gradient from column `col` on: `e * share`, less `factor` at the target, and less `rest` everywhere where labels are
+    /// smoothed; with a cap, times its slope at the bounded logits `v`.
+    fn gradient(&mut self, [e, v]: [TileId; 2], col: &Dim, of_row: &OfRow) {
         let Some(into) = self.gradient else { return };
-        let (here, dtype) = (self.columns(col), self.dtype);
-        let args = vec![
+        let (here, dtype, terms) = (self.columns(col), self.dtype, self.terms);
+        let mut args = vec![
             self.k.plain(e),
-            along(share, 0),
-            along(factor, 0),
+            along(of_row.share, 0),
+            along(of_row.factor, 0),
             along(here, 1),
-            along(target, 0),
+            along(of_row.target, 0),
         ];
+        args.extend(of_row.rest.map(|rest| along(rest, 0)));
+        if terms.cap > 0.0 {
+            args.push(self.k.plain(v));
+        }
+        let smooth = of_row.rest.is_some();
         let shape = self.shape();
         let g = self.map(args, shape, |f, a| {
             let hit = f.op(Op::Eq, &[a[3], a[4]]);
             let nothing = f.constant(0.0, DType::F32);
             let off = f.op(Op::Select, &[hit, a[2], nothing]);
             let share = f.op(Op::Mul, &[a[0], a[1]]);
-            let g = f.op(Op::Sub, &[share, off]);
+            let mut g = f.op(Op::Sub, &[share, off]);
+            if smooth {
+                g = f.op(Op::Sub, &[g, a[5]]);
+            }
+            if terms.cap > 0.0 {
+                let v = a[a.len() - 1];
+                let square = f.op(Op::Mul, &[v, v]);
+                let inverse = f.constant(1.0 / (terms.cap * terms.cap), DType::F32);
+                let lost = f.op(Op::Mul, &[square, inverse]);
+                let one = f.constant(1.0, DType::F32);
+                let slope = f.op(Op::Sub, &[one, lost]);
+                g = f.op(Op::Mul, &[g, slope]);
+            }
             f.cast(g, dtype)
         });
         self.k.store(into, vec![self.row0.clone(), col.clone()], g);
@@ -151,10 +274,17 @@ impl Builder {
 }
 
 impl CrossEntropySpec {
+    /// Without further terms.
+    #[must_use]
+    pub fn plain(dtype: DType, form: CrossEntropyForm) -> CrossEntropySpec {
+        CrossEntropySpec { dtype, form, terms: CrossEntropyTerms::default() }
+    }
+
     /// The tile program, with tile sizes `BM`, `BN`. With `whole`, `BN` must be at least `N`; without, rows are gone
     /// over in pieces three times.
     pub fn program(&self, name: &str, whole: bool) -> Kernel {
-        let CrossEntropySpec { dtype, form } = *self;
+        let CrossEntropySpec { dtype, form, terms } = *self;
+        let smooth = terms.smoothing > 0.0;
         let (in_place, losses) =
             (form == CrossEntropyForm::InPlace, form == CrossEntropyForm::Losses);
         let mut k = KernelBuilder::new(name);
@@ -187,28 +317,47 @@ impl CrossEntropySpec {
             let s = k.load(scale, vec![row0.clone()], row.clone());
             k.plain(s)
         });
-        let mut b = Builder { k, dtype, x, gradient, bm, bn, row0: row0.clone() };
+        let mut b = Builder { k, dtype, terms, x, gradient, bm, bn, row0: row0.clone() };
         // A target that wraps to a column is outside, and then its row counts nothing.
         let args = vec![b.k.plain(t)];
         let target = b.map(args, row.clone(), |f, a| f.cast(a[0], DType::I32));
         let v = whole.then(|| b.logits(&zero));
-        let (max, sum, logit, e) = match v {
+        let (max, sum, logit, total, e) = match v {
             Some(v) => {
                 let max = b.k.reduce(ReduceKind::Max, v, 1, None);
                 let e = b.exponentials(v, max);
                 let sum = b.k.reduce(ReduceKind::Sum, e, 1, None);
                 let picked = b.picked(v, &zero, target);
-                (max, sum, b.k.reduce(ReduceKind::Sum, picked, 1, None), Some(e))
+                let logit = b.k.reduce(ReduceKind::Sum, picked, 1, None);
+                let total = smooth.then(|| {
+                    let inside = b.inside(v, &zero);
+                    b.k.reduce(ReduceKind::Sum, inside, 1, None)
+                });
+                (max, sum, logit, total, Some([e, v]))
             }
             None => {
                 let [max] = b.over_pieces("piece1", [ReduceKind::Max], |_, v, _| [v]);
-                let kinds = [ReduceKind::Sum, ReduceKind::Sum];
-                let [sum, logit] = b.over_pieces("piece2", kinds, |b, v, col| {
-                    [b.exponentials(v, max), b.picked(v, col, target)]
-                });
-                (max, sum, logit, None)
+                if smooth {
+                    let [sum, logit, total] =
+                        b.over_pieces("piece2", [ReduceKind::Sum; 3], |b, v, col| {
+                            let exponentials = b.exponentials(v, max);
+                            [exponentials, b.picked(v, col, target), b.inside(v, col)]
+                        });
+                    (max, sum, logit, Some(total), None)
+                } else {
+                    let [sum, logit] =
+                        b.over_pieces("piece2", [ReduceKind::Sum; 2], |b, v, col| {
+                            [b.exponentials(v, max), b.picked(v, col, target)]
+                        });
+                    (max, sum, logit, None, None)
+                }
             }
         };
+        let mean = total.map(|total| {
+            let n = b.lengths();
+            let args = vec![b.k.plain(total), b.k.plain(n)];
+            b.map(args, row.clone(), |f, a| f.op(Op::Div, &[a[0], a[1]]))
+        });
         // Whether the row counts, as a factor.
         let n = b.k.iota(DType::I64, 0, Dim::sym("N"), vec![Dim::new(1)]);
         let n = b.k.reshape(n, vec![]);
@@ -226,10 +375,23 @@ impl CrossEntropySpec {
             let log = f.op(Op::Log, &[a[0]]);
             f.op(Op::Add, &[log, a[1]])
         });
-        let args = [log, logit, counts].iter().map(|x| b.k.plain(*x)).collect();
+        let args = [log, logit, counts].iter().chain(&mean).map(|x| b.k.plain(*x)).collect();
         // Not a product: a row that does not count may have a loss that is no number.
         let value = b.map(args, row.clone(), |f, a| {
-            let loss = f.op(Op::Sub, &[a[0], a[1]]);
+            let mut picked = a[1];
+            if smooth {
+                let keep = f.constant(1.0 - terms.smoothing, DType::F32);
+                let rest = f.constant(terms.smoothing, DType::F32);
+                let (of_target, of_all) =
+                    (f.op(Op::Mul, &[picked, keep]), f.op(Op::Mul, &[a[3], rest]));
+                picked = f.op(Op::Add, &[of_target, of_all]);
+            }
+            let mut loss = f.op(Op::Sub, &[a[0], picked]);
+            if terms.z > 0.0 {
+                let (z, square) = (f.constant(terms.z, DType::F32), f.op(Op::Mul, &[a[0], a[0]]));
+                let more = f.op(Op::Mul, &[square, z]);
+                loss = f.op(Op::Add, &[loss, more]);
+            }
             let nothing = f.constant(0.0, DType::F32);
             let counts = f.op(Op::Gt, &[a[2], nothing]);
             f.op(Op::Select, &[counts, loss, nothing])
@@ -241,17 +403,16 @@ impl CrossEntropySpec {
         let Some(s) = s else { return b.k.finish() };
         let args = vec![b.k.plain(counts), s];
         let factor = b.map(args, row.clone(), |f, a| f.op(Op::Mul, &[a[0], a[1]]));
-        let args = vec![b.k.plain(factor), b.k.plain(sum)];
-        let share = b.map(args, row, |f, a| f.op(Op::Div, &[a[0], a[1]]));
+        let of_row = b.of_row([factor, sum, log, target]);
         match e {
-            Some(e) => b.gradient(e, &zero, [share, factor, target]),
+            Some(e) => b.gradient(e, &zero, &of_row),
             None => {
                 let pieces = Dim::sym("N").ceil_div(&b.bn);
                 let (var, _) = b.k.begin_for("piece3", Dim::new(0), pieces, &[]);
                 let col = var * &b.bn;
                 let v = b.logits(&col);
                 let e = b.exponentials(v, max);
-                b.gradient(e, &col, [share, factor, target]);
+                b.gradient([e, v], &col, &of_row);
                 b.k.end_for(&[]);
             }
         }

@@ -13,7 +13,7 @@ mod program;
 mod top_k;
 
 pub use backward::{NormBackwardPlan, NormBackwardSpec};
-pub use cross_entropy::{CrossEntropyForm, CrossEntropySpec};
+pub use cross_entropy::{CrossEntropyForm, CrossEntropySpec, CrossEntropyTerms};
 pub use gemv::{GemvForm, GemvSizes, GemvSpec, MOST_VECTORS};
 pub use program::{RowOp, RowSpec};
 pub(crate) use program::{func, sizes};

@@ -9,8 +9,8 @@ use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::{AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
 use tilewright_kernels::reduce::ClipSpec;
 use tilewright_kernels::rows::{
-    CrossEntropyForm, CrossEntropySpec, GemvForm, GemvSizes, GemvSpec, NormBackwardSpec, RowOp,
-    RowSpec, TopKSpec,
+    CrossEntropyForm, CrossEntropySpec, CrossEntropyTerms, GemvForm, GemvSizes, GemvSpec,
+    NormBackwardSpec, RowOp, RowSpec, TopKSpec,
 };
 use tilewright_layout::Env;
 use tilewright_lower_gpu::{GpuSchedule, lower};
@@ -120,9 +120,13 @@ fn training(arch: Arch, out: &mut Vec<(String, Kernel, GpuSchedule)>) {
             ("cross-entropy beside", CrossEntropyForm::Beside),
             ("losses", CrossEntropyForm::Losses),
         ] {
-            let spec = CrossEntropySpec { dtype: DType::BF16, form };
+            let spec = CrossEntropySpec::plain(DType::BF16, form);
             add(name, &sizes, &|size| spec.kernel("entropy", arch, size));
         }
+        let (dtype, form) = (DType::BF16, CrossEntropyForm::Beside);
+        let terms = CrossEntropyTerms { smoothing: 0.1, z: 1e-4, cap: 30.0 };
+        let spec = CrossEntropySpec { dtype, form, terms };
+        add("cross-entropy with everything", &sizes, &|size| spec.kernel("entropy", arch, size));
     }
     for n in [768, 1023, 4096, 8192] {
         let sizes = [("M", 16384), ("N", n), ("ld", n)];

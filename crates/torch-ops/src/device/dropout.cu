@@ -24,52 +24,60 @@ TW_INLINE Words philox(u64 counter, u64 key) {
 constexpr int THREADS = 256;
 // Packs of eight elements that a thread has under way.
 constexpr int PACKS = 2;
+// Blocks on a multiprocessor, which is what registers are given out for: loads of some hide the random numbers of others.
+constexpr int BLOCKS = sizeof(Element) == 8 ? 4 : 6;
 
 struct alignas(16) Pack { Element at[8]; };
 
-TW_INLINE Pack load_pack(const Element* from, i64 i, i64 n) {
-  if (i + 8 <= n) return *reinterpret_cast<const Pack*>(from + i);
-  Pack r = {};
-#pragma unroll
-  for (int k = 0; k < 8; ++k)
-    if (i + k < n) r.at[k] = from[i + k];
-  return r;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-dropout(const Element* x, const Element* residual, Element* y, const u64* key, u32 threshold, double scale, i64 n) {
-  const i64 first = (i64)blockIdx.x * (PACKS * 8 * THREADS) + threadIdx.x * 8;
+// Packs of neighbouring threads lie beside each other, a thread's own are a block's width apart.
+template <bool RESIDUAL>
+TW_INLINE void packs(const Element* x, const Element* residual, Element* y, u64 key, u32 threshold, Wide scale, i64 first) {
   Pack a[PACKS], r[PACKS];
 #pragma unroll
   for (int j = 0; j < PACKS; ++j) {
-    const i64 i = first + j * 8 * THREADS;
-    a[j] = load_pack(x, i, n);
-    if (residual != nullptr) r[j] = load_pack(residual, i, n);
+    a[j] = *reinterpret_cast<const Pack*>(x + first + j * 8 * THREADS);
+    if (RESIDUAL) r[j] = *reinterpret_cast<const Pack*>(residual + first + j * 8 * THREADS);
   }
-  const u64 k = *key;
-  const Wide by = (Wide)scale;
 #pragma unroll
   for (int j = 0; j < PACKS; ++j) {
     const i64 i = first + j * 8 * THREADS;
-    if (i >= n) return;
     Pack out;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Words words = philox((u64)i / 4 + half, k);
+      const Words words = philox((u64)i / 4 + half, key);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int at = half * 4 + c;
-        Wide value = words.at[c] >= threshold ? (Wide)wide_of(a[j].at[at]) * by : (Wide)0;
-        if (residual != nullptr) value += (Wide)wide_of(r[j].at[at]);
+        Wide value = words.at[c] >= threshold ? (Wide)wide_of(a[j].at[at]) * scale : (Wide)0;
+        if (RESIDUAL) value += (Wide)wide_of(r[j].at[at]);
         out.at[at] = Rounded<Element>::of(value);
       }
     }
-    if (i + 8 <= n) {
-      *reinterpret_cast<Pack*>(y + i) = out;
+    *reinterpret_cast<Pack*>(y + i) = out;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+dropout(const Element* x, const Element* residual, Element* y, const u64* key, u32 threshold, double scale, i64 n) {
+  const i64 block = (i64)blockIdx.x * (PACKS * 8 * THREADS);
+  const u64 k = *key;
+  const Wide by = (Wide)scale;
+  if (block + PACKS * 8 * THREADS <= n) {
+    const i64 first = block + threadIdx.x * 8;
+    if (residual == nullptr) {
+      packs<false>(x, residual, y, k, threshold, by, first);
     } else {
-#pragma unroll
-      for (int c = 0; c < 8; ++c)
-        if (i + c < n) y[i + c] = out.at[c];
+      packs<true>(x, residual, y, k, threshold, by, first);
     }
+    return;
+  }
+  // The last block: one element at a time.
+  for (i64 i = block + threadIdx.x; i < n; i += THREADS) {
+    const Words words = philox((u64)i / 4, k);
+    const int c = (int)(i % 4);
+    const u32 word = c == 0 ? words.at[0] : c == 1 ? words.at[1] : c == 2 ? words.at[2] : words.at[3];
+    Wide value = word >= threshold ? (Wide)wide_of(x[i]) * by : (Wide)0;
+    if (residual != nullptr) value += (Wide)wide_of(residual[i]);
+    y[i] = Rounded<Element>::of(value);
   }
 }

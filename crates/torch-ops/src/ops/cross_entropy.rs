@@ -9,12 +9,12 @@
 //! and 0 where the target is `ignored`. `l` is a result, for the gradient. Targets must lie inside the row or be ignored, which the
 //! Python half checks on the CPU; on a GPU (kernels raise no errors) others count as ignored, or as a target whose logit is 0.
 //!
-//! On a GPU losses without smoothing, z-loss and cap are the library's kernel.
+//! On a GPU losses, alone or with their gradient, are the library's kernel where the ignored index is no column.
 
 use crate::plans::{Key, losses, run};
 use crate::tensors::{Rows, float, plain, same_device, wide};
 use tilewright_base::{DType, Error, Result};
-use tilewright_runtime_gpu::{LossesOf, LossesPlaces};
+use tilewright_runtime_gpu::{CrossEntropyTerms, LossesOf, LossesPlaces};
 use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 /// The numbers of a call.
@@ -56,10 +56,9 @@ impl Form {
         )
     }
 
-    /// Whether the library's kernel computes this: it has no numbers, and ignores what is outside of the row.
-    fn plain(&self) -> bool {
-        let outside = !(0..self.columns).contains(&self.ignored);
-        outside && self.smoothing == 0.0 && self.z == 0.0 && self.cap == 0.0
+    /// Whether the library's kernel computes this: it ignores what is outside of the row.
+    fn in_library(&self) -> bool {
+        !(0..self.columns).contains(&self.ignored)
     }
 
     /// The losses by the library's kernel, with the gradient where `factors` are given: whether there is one.
@@ -71,12 +70,13 @@ impl Form {
         factors: Option<&Tensor>,
     ) -> Result<bool> {
         let Device::Cuda(index) = x.device() else { return Ok(false) };
-        if !self.plain() {
+        if !self.in_library() {
             return Ok(false);
         }
         let gradient = factors.is_some();
         let (dtype, columns) = (self.dtype, self.columns);
-        let what = LossesOf { dtype, rows: rows.rows, columns, gradient };
+        let terms = CrossEntropyTerms { smoothing: self.smoothing, z: self.z, cap: self.cap };
+        let what = LossesOf { dtype, rows: rows.rows, columns, gradient, terms };
         let places = LossesPlaces {
             x: x.address()?,
             targets: targets.address()?,
