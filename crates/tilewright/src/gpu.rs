@@ -192,7 +192,7 @@ impl GpuCompiler {
             precision: self.precision,
             device: Device::Gpu,
         };
-        let target = CpuTarget::from(&self.machine);
+        let target = CpuTarget::of_gpu(&self.machine, self.precision);
         let layouts = Layouts::new();
         let (plan, mut fusion) =
             tilewright_lower::lower_with(&graph, &target, &layouts, &host_call, &options)?;
