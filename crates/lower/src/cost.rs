@@ -111,7 +111,7 @@ fn totals(graph: &Graph, group: &Group) -> (Dim, Dim, Dim) {
 const PRODUCT_BLOCK: f64 = 64.0;
 
 /// Part of the peak that maps reach: it counts a multiply-add as two, they do one operation.
-const MAP_SHARE: f64 = 0.5;
+pub(crate) const MAP_SHARE: f64 = 0.5;
 
 /// Part of the shorter of memory and arithmetic that the longer does not hide.
 const NOT_HIDDEN: f64 = 0.25;
