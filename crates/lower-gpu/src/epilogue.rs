@@ -4,8 +4,12 @@
 //! load what the chunk needs, compute, store. What depends on rows only is loaded once, before the
 //! chunks. Stores through the copy engine are staged in a small ring of tiles per consumer, and drain
 //! while the next tile is multiplied.
+//!
+//! Sums over rows leave in parts of [`PART_COLUMNS`] columns, each by the block that holds them, and come as a vector along rows
+//! that is added up before the chunks (`row_sums.rs`).
 
 use crate::hopper::{Builder, CONSUMER, STORE_BARRIER};
+use crate::row_sums;
 use crate::schedule::{Mode, StoreKind};
 use crate::streams::{Defs, definitions, extents};
 use std::collections::BTreeMap;
@@ -16,7 +20,10 @@ use tilewright_device::{
 };
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
-use tilewright_tile::{Kernel, ParamId, TileId, TileOp};
+use tilewright_tile::{Kernel, ParamId, ReduceKind, TileId, TileOp};
+
+/// Columns over which one part of the sums over a row goes.
+pub const PART_COLUMNS: u32 = 64;
 
 /// The steps after the loop.
 pub(crate) struct Finish {
@@ -72,8 +79,11 @@ pub(crate) fn stream_residual(
         tilewright_tile::Stmt::Store { param, .. } => Some(b.kernel.params[*param].dtype),
         _ => None,
     });
+    let summed = row_sums::summed(after);
     let loads = after.iter().find_map(|s| match s {
-        tilewright_tile::Stmt::Let(id, TileOp::Load { param, index, steps, fill }) => {
+        tilewright_tile::Stmt::Let(id, TileOp::Load { param, index, steps, fill })
+            if !summed.contains(id) =>
+        {
             let shape = extents(b.kernel, *id).ok()?;
             let long = shape.iter().filter(|e| **e != 1).count() == 2 && index.len() >= 2;
             let zero = matches!(fill, Value::Float(v) if v.to_bits() == 0);
@@ -239,6 +249,8 @@ pub(crate) fn store_results(
     let held = b.rows * tile_cols / 128 * tiles.len() as u32;
     let full = held > 96 && (loads_tile(b.kernel, after) || tiles.len() > 1);
     let most = if full { (16 * 128 / b.rows).max(8) } else { 64 };
+    let (sums, stores): (Vec<_>, Vec<_>) =
+        stores.into_iter().partition(|(_, _, value)| row_sums::is_sum(&defs, *value));
     // What has one value per row leaves from registers.
     let (stores, vectors): (Vec<_>, Vec<_>) = stores.into_iter().partition(|(_, _, value)| {
         extents(b.kernel, *value).is_ok_and(|e| e.iter().filter(|n| **n != 1).count() == 2)
@@ -360,6 +372,9 @@ pub(crate) fn store_results(
             });
         }
     }
+    for (param, index, value) in sums {
+        e.store_part_sums(param, index, value)?;
+    }
     let (once, steps) = (e.once, e.steps);
     let mut stmts = once;
     stmts.extend(b.streamed.as_ref().map(|s| s.wait(b)));
@@ -381,7 +396,7 @@ pub(crate) fn store_results(
 }
 
 /// Elements per access along an axis of a tensor: the schedule's when it is the contiguous one.
-fn vector_along(b: &Builder<'_>, param: ParamId, axis: usize) -> u32 {
+pub(crate) fn vector_along(b: &Builder<'_>, param: ParamId, axis: usize) -> u32 {
     access_elements(b, param, axis)
 }
 
@@ -420,7 +435,10 @@ fn loads_tile(kernel: &Kernel, after: &[tilewright_tile::Stmt]) -> bool {
     let long = |tile: TileId| {
         extents(kernel, tile).is_ok_and(|shape| shape.iter().filter(|e| **e != 1).count() > 1)
     };
-    let loads = |(id, op): (&TileId, &&TileOp)| matches!(op, TileOp::Load { .. }) && long(*id);
+    let summed = row_sums::summed(after);
+    let loads = |(id, op): (&TileId, &&TileOp)| {
+        matches!(op, TileOp::Load { .. }) && long(*id) && !summed.contains(id)
+    };
     definitions(after).iter().any(loads)
 }
 
@@ -555,10 +573,10 @@ fn store_axes(
 
 /// Evaluates tiles for the current chunk.
 pub(crate) struct Evaluator<'b, 'k> {
-    b: &'b mut Builder<'k>,
-    defs: Defs<'b>,
+    pub(crate) b: &'b mut Builder<'k>,
+    pub(crate) defs: Defs<'b>,
     results: BTreeMap<TileId, FragId>,
-    chunk: u32,
+    pub(crate) chunk: u32,
     column: Dim,
     rows_done: BTreeMap<TileId, FragRef>,
     columns_done: BTreeMap<(TileId, bool), FragRef>,
@@ -611,7 +629,7 @@ impl<'b, 'k> Evaluator<'b, 'k> {
         store_axes(self.b, &self.defs, param, value)
     }
 
-    fn dtype(&self, tile: TileId) -> DType {
+    pub(crate) fn dtype(&self, tile: TileId) -> DType {
         self.b.kernel.ty(tile).dtype
     }
 
@@ -620,7 +638,7 @@ impl<'b, 'k> Evaluator<'b, 'k> {
     }
 
     /// A tile of two axes.
-    fn tile(&mut self, tile: TileId) -> Result<FragRef> {
+    pub(crate) fn tile(&mut self, tile: TileId) -> Result<FragRef> {
         if let Some(frag) = self.results.get(&tile) {
             let first = i64::from(self.b.first_column.get(&tile).copied().unwrap_or(0));
             let col = self.column.clone() + &Dim::new(first);
@@ -727,7 +745,7 @@ impl<'b, 'k> Evaluator<'b, 'k> {
         self.b.riders.iter().find(|(t, _)| *t == tile).map(|(_, place)| place)
     }
 
-    fn definition(&self, tile: TileId) -> Result<TileOp> {
+    pub(crate) fn definition(&self, tile: TileId) -> Result<TileOp> {
         match self.defs.get(&tile) {
             Some(op) => Ok((*op).clone()),
             None => Err(Error::unsupported("a tile after the products that an earlier loop made")),
@@ -787,6 +805,11 @@ impl<'b, 'k> Evaluator<'b, 'k> {
                 let axes = if extent == Extent::PerRow { (axis, None) } else { (None, axis) };
                 let vector = axis.map_or(1, |a| vector_along(self.b, param, a));
                 self.push(extent, Stmt::Load { dst: frag.clone(), param, at, axes, fill, vector });
+            }
+            TileOp::Reduce { kind: ReduceKind::Sum, x, axis: 1, limit: None }
+                if extent == Extent::PerRow =>
+            {
+                self.sum_loaded(&frag, x)?;
             }
             TileOp::Full(value) => self.push(extent, Stmt::Fill { dst: frag.clone(), value }),
             TileOp::Iota { start, .. } => {

@@ -25,13 +25,14 @@ mod line_ops;
 mod lines;
 mod pick;
 mod raster;
+mod row_sums;
 mod schedule;
 mod shelf;
 mod specialise;
 mod split;
 mod streams;
 
-pub use epilogue::residual_span;
+pub use epilogue::{PART_COLUMNS, residual_span};
 pub use schedule::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind};
 pub use split::{SPLIT_PARTS, SPLIT_PIECES, SplitReduction, split_reduction};
 pub use streams::{byte_product, tf32_round, window_line};

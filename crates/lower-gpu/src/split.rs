@@ -10,7 +10,6 @@
 //! sum follows from the number of parts alone.
 
 use crate::lines::{combine, uses};
-use crate::specialise;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use tilewright_device::identity;
@@ -173,7 +172,7 @@ fn write_parts(
     let mut f = f.clone();
     let shifted = |name: &str| (*name == *f.var).then(|| &start + Dim::sym(f.var.clone()));
     let mut body = f.body.clone();
-    specialise::block(&mut body, &|d| d.substitute(&shifted));
+    tilewright_tile::substitute_block(&mut body, &|d| d.substitute(&shifted));
     f.body = body;
     f.hi = pieces.min_with(&(&f.hi - &start));
     let mut stmts = before.to_vec();

@@ -111,7 +111,7 @@ fn totals(graph: &Graph, group: &Group) -> (Dim, Dim, Dim) {
 const PRODUCT_BLOCK: f64 = 64.0;
 
 /// Part of the peak that maps reach: it counts a multiply-add as two, they do one operation.
-const MAP_SHARE: f64 = 0.5;
+pub(crate) const MAP_SHARE: f64 = 0.5;
 
 /// Part of the shorter of memory and arithmetic that the longer does not hide.
 const NOT_HIDDEN: f64 = 0.25;
@@ -178,12 +178,13 @@ pub(crate) fn gather_ns(target: &CpuTarget, elements: f64, bytes: usize) -> f64 
 /// do one operation where a multiply-add counts as two, and rows and depthwise taps less.
 fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
     let mut flops = 0.0;
+    let products = s.target.product_speedup;
     for &n in &group.nodes {
         let node = &s.graph.nodes[n];
         let share = match &node.op {
-            Op::Contract { .. } | Op::GroupProduct { .. } => 0.8,
-            Op::Conv(attrs) if attrs.groups == 1 => 0.8,
-            Op::Attention(_) => 0.5,
+            Op::Contract { .. } | Op::GroupProduct { .. } => 0.8 * products,
+            Op::Conv(attrs) if attrs.groups == 1 => 0.8 * products,
+            Op::Attention(_) => 0.5 * products,
             Op::Conv(_) => 0.12,
             Op::Map(_) => MAP_SHARE,
             _ if s.anchor(n) == Some(Anchor::Host) => 0.002,

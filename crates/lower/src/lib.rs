@@ -31,6 +31,7 @@ mod group_product;
 mod lowering;
 mod map;
 mod moves;
+mod norms;
 mod place;
 mod planner;
 mod prologue;
@@ -47,6 +48,7 @@ mod winograd;
 pub use fuse::{Anchor, Choice, FusionPlan, Group, fuse, is_view};
 pub use gpu::attention_fits;
 pub use lowering::{lower, lower_with, verify_plan};
+pub use norms::{FoldedNorm, NormTimes, norm_times};
 pub use target::{CpuTarget, matrix_units};
 
 use tilewright_target::Precision;
@@ -68,6 +70,8 @@ pub struct Options {
     pub states: Option<std::sync::Arc<str>>,
     /// On a GPU, convolutions read their windows through the copy engine, and images have their channels innermost.
     pub windows: bool,
+    /// On a GPU, products leave sums over the rows that they make, and make vectors along rows of such sums.
+    pub statistics: bool,
     /// On a GPU, products of 16-bit operands compute their left operand where only they read it.
     pub fold: bool,
 }
@@ -91,6 +95,7 @@ impl Default for Options {
             device: Device::Cpu,
             states: None,
             windows: false,
+            statistics: false,
             fold: false,
         }
     }

@@ -35,6 +35,8 @@ pub(crate) struct Lowering<'a> {
     pub(crate) narrow: BTreeSet<ValueId>,
     /// Which views are copied rather than read, and why.
     pub(crate) views: Vec<String>,
+    /// On a GPU: kernels that sum over rows.
+    pub(crate) row_sums: Vec<crate::gpu::RowSum>,
     /// Model outputs that some step writes.
     pub(crate) written: BTreeSet<usize>,
 }
@@ -86,6 +88,7 @@ pub fn lower_with(
         narrow: crate::gpu::narrow_values(graph, options),
         views: Vec::new(),
         written: BTreeSet::new(),
+        row_sums: Vec::new(),
     };
     if let Some(capacity) = options.states.as_ref().filter(|_| options.device == Device::Cpu) {
         low.keep_states(capacity)?;
@@ -107,6 +110,10 @@ pub fn lower_with(
     fusion.views = low.views;
     if low.device == Device::Gpu {
         crate::gpu::pair_products(&mut low.plan)?;
+        if options.statistics {
+            let said = crate::gpu::sums_from_products(&mut low.plan, &low.row_sums)?;
+            fusion.views.extend(said);
+        }
     }
     if cfg!(debug_assertions) {
         verify_plan(&low.plan)?;

@@ -255,6 +255,9 @@ impl Lowering<'_> {
     pub(crate) fn rows_group(&mut self, group: &Group) -> Result<()> {
         let dag = self.dag(group)?;
         let (name, note) = (self.kernel_name(group), self.note(group));
+        if self.on_gpu() {
+            self.row_sums.extend(crate::gpu::row_sum(&dag, &group.shape, &group.reduced));
+        }
         self.rows_kernel(name, &dag, &group.shape, &group.reduced, note)
     }
 

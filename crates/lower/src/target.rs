@@ -1,5 +1,6 @@
 //! [`CpuTarget`]: the numbers of a machine that fusion and schedules read.
 
+use tilewright_target::Precision;
 use tilewright_tile::MatrixUnit;
 
 /// A CPU as data. The rates are measured once per machine by whoever calls lowering.
@@ -17,6 +18,8 @@ pub struct CpuTarget {
     pub threads: i64,
     /// Measured fused multiply-add peak of all threads, in flops per second.
     pub flops_per_second: f64,
+    /// How many times as fast matrices are multiplied: 1 where no unit of its own does that.
+    pub product_speedup: f64,
     /// Measured memory bandwidth of all threads, in bytes per second.
     pub bytes_per_second: f64,
     /// Measured bandwidth of the second-level caches of all threads, in bytes per second.
@@ -61,6 +64,7 @@ impl CpuTarget {
             l3_bytes: 16 << 20,
             threads: 2,
             flops_per_second: 1.0e11,
+            product_speedup: 1.0,
             bytes_per_second: 2.0e10,
             l2_bytes_per_second: 1.0e11,
             launch_ns: 2000.0,
@@ -94,6 +98,19 @@ impl From<&tilewright_target::Gpu> for CpuTarget {
     }
 }
 
+impl CpuTarget {
+    /// The rates of a GPU whose products are of this precision: its tensor cores multiply all but `f32`.
+    pub fn of_gpu(gpu: &tilewright_target::Gpu, precision: Precision) -> CpuTarget {
+        let tensor = gpu.tensor_flops_per_clock / gpu.model.tensor_factor / gpu.f32_flops_per_clock;
+        let product_speedup = match precision {
+            Precision::F16 | Precision::Bf16 => tensor,
+            Precision::Tf32 => tensor / 2.0,
+            Precision::F32 => 1.0,
+        };
+        CpuTarget { product_speedup, ..CpuTarget::from(gpu) }
+    }
+}
+
 impl From<&tilewright_target::Cpu> for CpuTarget {
     fn from(cpu: &tilewright_target::Cpu) -> CpuTarget {
         let bytes = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
@@ -107,6 +124,7 @@ impl From<&tilewright_target::Cpu> for CpuTarget {
             l3_bytes: bytes(cpu.l3_bytes),
             threads: bytes(cpu.threads),
             flops_per_second: cpu.ceilings.f32_flops_per_s,
+            product_speedup: 1.0,
             bytes_per_second: cpu.ceilings.memory_copy_bytes_per_s,
             l2_bytes_per_second: cpu.ceilings.l2_read_bytes_per_s * cpu.threads as f64,
             launch_ns: cpu.ceilings.launch_s * 1e9,

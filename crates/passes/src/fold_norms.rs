@@ -7,7 +7,8 @@
 //! ```
 //!
 //! `y` is never made: the products read `x` as it lies, their epilogues multiply sums by `r`, and a reduction that reads `x` once and writes
-//! a number a row takes the place of a kernel that reads and writes all of it. `b w` is computed here, once, and rounded to the type of `b`.
+//! a number a row (or sums that the product before leaves) takes the place of a kernel that reads and writes all of it. Whether that takes less time
+//! is for the caller to say, who knows the machine. `b w` is computed here, once, and rounded to the type of `b`.
 //!
 //! Side conditions: every reader of `y` is a product whose left operand it is, whose depth is the axis that the norm is over, and whose right
 //! operand is a constant with one more axis; `y` is no output. Rounding: `y` is not rounded to the operands' type any more, `b w` is, so
@@ -48,7 +49,10 @@ fn depth_of(graph: &Graph, id: NodeId, y: ValueId) -> Option<usize> {
 }
 
 /// The norms to fold, by what they make.
-fn norms(graph: &Graph) -> BTreeMap<ValueId, Norm> {
+fn norms(
+    graph: &Graph,
+    wanted: &mut dyn FnMut(&Graph, NodeId, &[NodeId]) -> bool,
+) -> BTreeMap<ValueId, Norm> {
     let mut users: Vec<Vec<NodeId>> = vec![Vec::new(); graph.values.len()];
     for (id, node) in graph.live() {
         for v in &node.inputs {
@@ -56,7 +60,7 @@ fn norms(graph: &Graph) -> BTreeMap<ValueId, Norm> {
         }
     }
     let mut found = BTreeMap::new();
-    for (_, node) in graph.live() {
+    for (id, node) in graph.live() {
         let Op::RmsNorm { axis, eps } = node.op else { continue };
         let (x, scale, y) = (node.inputs[0], node.inputs[1], node.outputs[0]);
         let rank = graph.shape(y).len();
@@ -64,7 +68,8 @@ fn norms(graph: &Graph) -> BTreeMap<ValueId, Norm> {
         let inside = !readers.is_empty() && graph.outputs.iter().all(|(_, v)| *v != y);
         let products = || readers.iter().all(|&id| depth_of(graph, id, y).is_some());
         let known = graph.as_const(scale).is_some_and(|t| t.dtype().is_float());
-        if axis + 1 == rank && rank >= 2 && inside && known && products() {
+        let can = axis + 1 == rank && rank >= 2 && inside && known && products();
+        if can && wanted(graph, id, readers) {
             found.insert(y, Norm { x, scale, eps });
         }
     }
@@ -131,12 +136,16 @@ fn inverse_rms(ed: &mut Editor<'_>, norm: &Norm) -> Result<ValueId> {
     ed.map(f.finish(inverse), &args)
 }
 
-/// See the module's head. True when something changed.
+/// See the module's head. `wanted` decides for each norm that could be folded, knowing the products that read it. True when
+/// something changed.
 ///
 /// # Errors
 /// Bugs only.
-pub fn fold_norms(graph: &mut Graph) -> Result<bool> {
-    let norms = norms(graph);
+pub fn fold_norms(
+    graph: &mut Graph,
+    wanted: &mut dyn FnMut(&Graph, NodeId, &[NodeId]) -> bool,
+) -> Result<bool> {
+    let norms = norms(graph, wanted);
     if norms.is_empty() {
         return Ok(false);
     }

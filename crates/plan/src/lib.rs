@@ -22,7 +22,10 @@ mod product;
 pub use attention::{Attention, Heads};
 pub use decoder::{Decoder, DecoderLayer, DecoderNorm};
 pub use library::{AttentionBackward, LayerNormBackward, Library};
-pub use product::{Depth, Matrix, Product, Prologue, Repeat, Second, Vector, Windows};
+pub use product::{
+    Depth, LeftSums, Matrix, PART_COLUMNS, Product, Prologue, Repeat, RowSums, Second, Vector,
+    Windows,
+};
 
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};

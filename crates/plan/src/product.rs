@@ -96,6 +96,27 @@ pub struct Prologue {
     pub vectors: Vec<Depth>,
 }
 
+/// Columns over which one part of the sums over a row goes.
+pub const PART_COLUMNS: i64 = 64;
+
+/// Sums over rows in parts that the vector along rows is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RowSums {
+    /// How many a row has.
+    pub parts: i64,
+    /// From their sum to an element of the vector along rows.
+    pub func: Func,
+}
+
+/// Sums over rows that are left beside `C`: `P[m, part] = sum of func(C[m, n])` over [`PART_COLUMNS`] columns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LeftSums {
+    /// `[m, parts]` in f32, dense.
+    pub param: usize,
+    /// From an element of `C` to f32.
+    pub func: Func,
+}
+
 /// A matrix product, batched and strided, with what happens to its sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Product {
@@ -126,10 +147,14 @@ pub struct Product {
     pub epilogue: Func,
     /// A vector along the columns of `C`.
     pub cols: Option<Vector>,
-    /// A vector along its rows.
+    /// A vector along its rows, or the sums that it is made of.
     pub rows: Option<Vector>,
+    /// `rows` is `[m, parts]` in f32, dense: sums in parts.
+    pub row_sums: Option<RowSums>,
     /// A matrix that lies as `C` does, in memory of its own.
     pub residual: Option<Vector>,
     /// A second product with the same `A`, whose sum the epilogue reads, too. `repeat` strides are those of `B`.
     pub second: Option<Second>,
+    /// Sums over rows of `C`.
+    pub leaves: Option<LeftSums>,
 }

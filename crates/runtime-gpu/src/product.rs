@@ -7,7 +7,7 @@ use crate::choose::{Launch, Source, Way};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
 use tilewright_kernels::gemm::{
-    self, Computed, Epilogue, Images, Order, Pair, Place, Precision, Problem,
+    self, Computed, Epilogue, Images, Order, Pair, Place, Precision, Problem, RowSums, Statistics,
 };
 use tilewright_layout::{Dim, Env};
 use tilewright_lower_gpu::lower;
@@ -67,6 +67,18 @@ fn lines(m: &Matrix, rows: i64, cols: i64, sizes: &Env) -> Result<(Order, i64)> 
 /// The largest power of two, up to [`ALIGNED`], that divides all these byte offsets.
 pub(crate) fn alignment(offsets: impl IntoIterator<Item = i64>) -> i64 {
     offsets.into_iter().fold(ALIGNED, |a, b| 1 << (a | b).trailing_zeros())
+}
+
+// The library's parts are the plan's.
+const _: () = assert!(gemm::PART == tilewright_plan::PART_COLUMNS);
+
+/// What a product has to do with sums over rows.
+fn statistics(product: &Product) -> Statistics {
+    let sums = |s: &tilewright_plan::RowSums| RowSums { parts: s.parts, func: s.func.clone() };
+    Statistics {
+        reads: product.row_sums.as_ref().map(sums),
+        leaves: product.leaves.as_ref().map(|l| l.func.clone()),
+    }
 }
 
 /// Ways to compute a product of these sizes, best first, at most `most`.
@@ -162,7 +174,11 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
             pair: if product.second.is_some() { Pair::Right } else { Pair::None },
         },
         images,
+        statistics: statistics(product),
     };
+    if !problem.statistics.is_empty() && (starts.len() > 1 || product.prologue.is_some()) {
+        return Err(Error::unsupported("sums over rows of repeated products"));
+    }
     // Vectors along the depth: where they are, and how far apart for the batches.
     let depths = product.prologue.iter().flat_map(|p| &p.vectors);
     let mut vectors = Vec::new();
@@ -232,6 +248,12 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
                         Place::Cols2 => vector(second_cols, 3, 0),
                         Place::Cols => vector(&product.cols, 0, 0),
                         Place::Rows => vector(&product.rows, 1, 0),
+                        Place::Parts => {
+                            let left = product.leaves.as_ref();
+                            let left =
+                                left.ok_or_else(|| Error::bug("sums that nobody asked for"))?;
+                            Ok(Source::Param { param: left.param, offset: 0 })
+                        }
                         Place::Residual => vector(&product.residual, 2, start[2]),
                         Place::Depth(i) => vectors
                             .get(*i)

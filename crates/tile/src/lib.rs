@@ -29,6 +29,7 @@ mod parse;
 mod print;
 mod rename;
 mod schedule;
+mod substitute;
 mod top_k;
 mod verify;
 
@@ -40,5 +41,6 @@ pub use ir::{
 };
 pub use rename::Names;
 pub use schedule::{CpuKnobs, MatrixUnit, Schedule};
+pub use substitute::{substitute, substitute_block};
 pub use top_k::TopK;
 pub use verify::{verify, verify_schedule};

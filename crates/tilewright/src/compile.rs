@@ -254,6 +254,7 @@ impl Compiler {
             l3_bytes: self.cpu.l3_bytes as i64,
             threads: threads as i64,
             flops_per_second: self.cpu.ceilings.f32_flops_per_s,
+            product_speedup: 1.0,
             bytes_per_second: self.cpu.ceilings.memory_read_bytes_per_s,
             l2_bytes_per_second: self.cpu.ceilings.l2_read_bytes_per_s * threads as f64,
             launch_ns: self.cpu.ceilings.launch_s * 1e9,

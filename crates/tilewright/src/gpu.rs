@@ -21,7 +21,6 @@ use crate::host::host_call;
 use crate::stage::{Stage, StageTime};
 use crate::verify::{Observed, Ran, Report, compare};
 use serde::Serialize;
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -29,10 +28,9 @@ use std::time::{Duration, Instant};
 use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::Nvrtc;
 use tilewright_data::Tensor;
-use tilewright_graph::{Graph, NodeId, Op, ValueId};
+use tilewright_graph::{Graph, NodeId, ValueId};
 use tilewright_launch::Loader;
-use tilewright_layout::{Dim, numel};
-use tilewright_lower::{Choice, CpuTarget, Device, FusionPlan, Layouts};
+use tilewright_lower::{Choice, CpuTarget, Device, FoldedNorm, FusionPlan, Layouts};
 use tilewright_passes::PassContext;
 use tilewright_plan::{Attention, Form, Plan, Step};
 use tilewright_runtime_gpu::{Chooser, Executable, Interpreted, interpret};
@@ -168,14 +166,26 @@ impl GpuCompiler {
         stages.push(StageTime { name: "join-products".into(), time: start.elapsed() });
         let start = Instant::now();
         let fold = self.fold && self.fusion != Choice::Apart;
-        let norms = norms_of(&graph);
-        if fold && tilewright_passes::fold_norms(&mut graph)? {
+        let target = CpuTarget::of_gpu(&self.machine, self.precision);
+        let narrow = matches!(self.precision, Precision::F16 | Precision::Bf16);
+        let bytes = if narrow { 2 } else { 4 };
+        // The epilogues that do so are those of Hopper's tensor cores.
+        let statistics = fold && self.precision != Precision::F32 && self.machine.capability >= 90;
+        let mut norms = Vec::new();
+        let mut wanted = |graph: &Graph, norm: NodeId, products: &[NodeId]| {
+            let folded = FoldedNorm { norm, products, bytes, statistics };
+            let times = tilewright_lower::norm_times(graph, &target, &folded);
+            let (v, name) = (graph.nodes[norm].outputs[0], &graph.nodes[norm].origin);
+            let how = if times.folds() { "folded" } else { "not folded" };
+            norms.push(format!("{how}: norm {v} ({name}) into the products that read it: {times}"));
+            times.folds()
+        };
+        if fold && tilewright_passes::fold_norms(&mut graph, &mut wanted)? {
             tilewright_graph::verify(&graph)?;
             tilewright_passes::run(&mut graph, &context)?;
         }
         observe(Stage::Graph("fold-norms", &graph));
         stages.push(StageTime { name: "fold-norms".into(), time: start.elapsed() });
-        let left = norms_of(&graph);
         let start = Instant::now();
         if tilewright_passes::decompose_products(&mut graph, keep)? {
             tilewright_graph::verify(&graph)?;
@@ -186,25 +196,17 @@ impl GpuCompiler {
         let start = Instant::now();
         let options = tilewright_lower::Options {
             windows: self.windows,
+            statistics,
             fold: self.fold_operands,
             fusion: self.fusion,
             states: None,
             precision: self.precision,
             device: Device::Gpu,
         };
-        let target = CpuTarget::from(&self.machine);
         let layouts = Layouts::new();
         let (plan, mut fusion) =
             tilewright_lower::lower_with(&graph, &target, &layouts, &host_call, &options)?;
-        let narrow = matches!(self.precision, Precision::F16 | Precision::Bf16);
-        let size: i64 = if narrow { 2 } else { 4 };
-        for (v, (name, elements)) in norms.iter().filter(|(v, _)| !left.contains_key(*v)) {
-            let bytes = elements * size;
-            let line = format!(
-                "folded: norm {v} ({name}) into the products that read it: {bytes} bytes less are written"
-            );
-            fusion.views.push(line);
-        }
+        fusion.views.extend(norms);
         observe(Stage::Fusion(&fusion));
         observe(Stage::Plan(&plan));
         tilewright_lower::verify_plan(&plan)?;
@@ -212,17 +214,6 @@ impl GpuCompiler {
         let (machine, precision) = (self.machine.clone(), self.precision);
         Ok(GpuPlan { graph, unfused, plan, fusion, stages, machine, precision })
     }
-}
-
-/// The results of RMS norms: where they came from, and how many elements they have.
-fn norms_of(graph: &Graph) -> BTreeMap<ValueId, (String, Dim)> {
-    let norms = graph.live().filter(|(_, node)| matches!(node.op, Op::RmsNorm { .. }));
-    norms
-        .map(|(_, node)| {
-            let v = node.outputs[0];
-            (v, (node.origin.clone(), numel(graph.shape(v))))
-        })
-        .collect()
 }
 
 impl GpuPlan {

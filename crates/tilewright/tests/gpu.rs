@@ -613,4 +613,36 @@ fn norms_are_folded_into_products() {
     compiler.fold = false;
     let apart = compiler.plan(graph.clone()).expect("it plans");
     assert_eq!(norms(apart.graph()), norms(&graph));
+    // Where plain arithmetic is slow, what products multiply behind the tensor cores costs more than a kernel that writes rows.
+    let mut slow = Gpu::h200();
+    slow.f32_flops_per_clock = 0.01;
+    let mut compiler = GpuCompiler::new(slow);
+    compiler.precision = Precision::Bf16;
+    let apart = compiler.plan(graph.clone()).expect("it plans");
+    assert_eq!(norms(apart.graph()), norms(&graph));
+    let said = apart.fusion().views.iter().filter(|line| line.starts_with("not folded: norm"));
+    assert_eq!(said.count(), norms(&graph));
+}
+
+/// Products leave the sums that norms behind them need, and no kernel sums rows but those of the first layer's, which no product makes.
+#[test]
+fn products_leave_statistics_of_norms() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/hf/llama");
+    let graph = load_model(&directory, &LoadOptions::default()).expect("it loads").graph;
+    for (precision, on) in
+        [(Precision::Bf16, true), (Precision::Tf32, true), (Precision::F32, false)]
+    {
+        let planned = plan(&graph, precision);
+        let products =
+            planned.plan().kernels.iter().flat_map(|(_, k)| &k.forms).filter_map(|f| match f {
+                Form::Product(p) => Some(p),
+                _ => None,
+            });
+        let (leave, read): (Vec<bool>, Vec<bool>) =
+            products.map(|p| (p.leaves.is_some(), p.row_sums.is_some())).unzip();
+        assert_eq!((leave.contains(&true), read.contains(&true)), (on, on), "{precision}");
+        let summed = planned.plan().steps.iter().filter(|s| s.note().label.contains("sum"));
+        let norms = graph.live().filter(|(_, n)| matches!(n.op, Op::RmsNorm { .. })).count();
+        assert_eq!(summed.count(), if on { 1 } else { norms }, "{precision}");
+    }
 }

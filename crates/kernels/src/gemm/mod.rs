@@ -6,6 +6,7 @@
 //!            +-- vectors       few rows or columns: the kernels of `rows/gemv.rs` (`vector.rs`)
 //!            +-- orientation   the product, or its transpose when there are few rows
 //!            +-- preparation   operands that the copy engine or the tensor cores cannot read are copied
+//!            +-- statistics    sums over rows, left beside the result or read (`statistics.rs`)
 //!            +-- splits        of the depth, when there are too few tiles for the machine
 //!            +-- space         every legal schedule (`space.rs`; without the copy engine: `pipelined.rs`)
 //!            +-- model         its estimated time (`model.rs`)
@@ -22,6 +23,7 @@ mod problem;
 mod program;
 mod record;
 mod space;
+mod statistics;
 mod vector;
 
 pub use computed::{Computed, plan_computed};
@@ -35,3 +37,4 @@ pub use record::{
     Device, FORMAT, Key, Knobs, Planned, Record, Records, Source, code_of, plan, plan_with, slug,
 };
 pub use space::space;
+pub use statistics::{PART, RowSums, Statistics};

@@ -5,6 +5,7 @@ use crate::gemm::pipelined::{Accesses, estimate_pipelined, lacking_type, pipelin
 use crate::gemm::problem::{Images, Precision, Problem};
 use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program, depth_stride};
 use crate::gemm::space::{RASTERS, each_schedule, multiply_add_space};
+use crate::gemm::statistics;
 use crate::gemm::vector;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Kind, Result};
@@ -27,7 +28,7 @@ pub enum Place {
     Cols,
     /// The same for the second sum of a pair.
     Cols2,
-    /// Vector along the rows of the result.
+    /// Vector along the rows of the result, or the sums over rows that it is made of.
     Rows,
     /// Matrix that the epilogue reads.
     Residual,
@@ -35,6 +36,8 @@ pub enum Place {
     Depth(usize),
     /// Result.
     C,
+    /// Sums over rows that are left beside it.
+    Parts,
     /// Part of the workspace.
     Workspace {
         /// First byte, a multiple of 256.
@@ -279,6 +282,9 @@ pub(super) fn candidate_of(
     o: &Oriented,
     choice: &Choice,
 ) -> Result<Option<Candidate>> {
+    if !statistics::inside(problem, choice) {
+        return Ok(None);
+    }
     let candidate = build(problem, o, choice.clone())?;
     match candidate.steps.iter().try_for_each(|s| lower(&s.kernel, &s.schedule).map(drop)) {
         Ok(()) => Ok(Some(candidate)),
@@ -320,6 +326,9 @@ pub fn plan_untuned(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Can
     }
     if let Some(dtype) = lacking_type(problem, gpu) {
         return Err(Error::unsupported(format!("{} has no instructions for {dtype}", gpu.name)));
+    }
+    if !problem.statistics.is_empty() {
+        return statistics::plan(problem, gpu, most);
     }
     if problem.k == 0 {
         return Ok(vec![empty_sum(problem, gpu, &orient(problem, false))?]);
@@ -496,7 +505,8 @@ impl<'a> Scored<'a> {
             along_depth: (spec.a == Order::Row, spec.b == Order::Col),
             column_major: o.spec.c == Order::Col,
             residual_bytes: o.spec.epilogue.residual.map_or(0, |t| i64::from(t.bits()) / 8),
-            epilogue_instructions: instructions(&o.spec.epilogue.func),
+            epilogue_instructions: instructions(&o.spec.epilogue.func)
+                + o.spec.statistics.leaves.as_ref().map_or(0, instructions),
         };
         Scored { problem: p, gpu, o, spec, copies_us, shape }
     }
@@ -712,6 +722,7 @@ pub(super) fn extras(spec: &GemmSpec, swapped: bool) -> Vec<Place> {
     };
     out.extend(e.slots().into_iter().filter_map(place));
     out.push(Place::C);
+    out.extend(spec.statistics.leaves.as_ref().map(|_| Place::Parts));
     out
 }
 
@@ -791,7 +802,8 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
             None if apart => "gemm_apart",
             None => "gemm",
         });
-        steps.push(Step { kernel, schedule: choice.schedule, sizes: sizes(&values), operands });
+        let schedule = statistics::with_parts(&spec, choice.schedule);
+        steps.push(Step { kernel, schedule, sizes: sizes(&values), operands });
     } else {
         let bk = choice.schedule.tiles.get("BK").copied().unwrap_or(1);
         let depth = p.depth_steps(bk);

@@ -1,6 +1,7 @@
 //! [`Problem`]: one matrix product with its sizes.
 
 use crate::gemm::program::{Epilogue, GemmSpec, Math, Order, Pair, Windows};
+use crate::gemm::statistics::Statistics;
 use tilewright_base::{DType, Error, Result};
 
 /// How exactly f32 operands are multiplied.
@@ -66,6 +67,8 @@ pub struct Problem {
     pub epilogue: Epilogue,
     /// `A` is read through windows over images.
     pub images: Option<Images>,
+    /// Sums over rows that the product leaves, or makes its vector along rows of.
+    pub statistics: Statistics,
 }
 
 impl Problem {
@@ -88,6 +91,7 @@ impl Problem {
             align: (256, 256, 256),
             epilogue: Epilogue::cast(sum, result),
             images: None,
+            statistics: Statistics::default(),
         }
     }
 
@@ -121,6 +125,7 @@ impl Problem {
             epilogue: self.epilogue.clone(),
             windows: self.images.map(|i| i.windows),
             prologue: None,
+            statistics: self.statistics.clone(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! The tile program of a matrix product.
 
+use crate::gemm::statistics::{self, RowSums, Statistics};
 use tilewright_base::DType;
 use tilewright_expr::{Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
@@ -238,6 +239,8 @@ pub struct GemmSpec {
     pub windows: Option<Windows>,
     /// `A` is computed from what is stored.
     pub prologue: Option<Prologue>,
+    /// Sums over rows, of single products.
+    pub statistics: Statistics,
 }
 
 /// The operand rounded to TF32.
@@ -267,7 +270,13 @@ fn window_lines(k: &mut KernelBuilder, w: &Windows, row0: &Dim, tap: &Dim, bm: &
     k.map(tilewright_lower_gpu::window_line(), args, vec![bm.clone()])
 }
 
-fn matrix(rows: &str, cols: &str, order: Order, leading: &str, batch: Option<&str>) -> Layout {
+pub(super) fn matrix(
+    rows: &str,
+    cols: &str,
+    order: Order,
+    leading: &str,
+    batch: Option<&str>,
+) -> Layout {
     let unit = Dim::new(1);
     let leading = Dim::sym(leading);
     let (row_stride, col_stride) = match order {
@@ -311,7 +320,12 @@ fn load_along(
 }
 
 /// Declares what an epilogue reads besides sums, in order; a residual lies as `residual` says.
-fn declare_extras(k: &mut KernelBuilder, e: &Epilogue, residual: &Layout) -> Vec<(Slot, ParamId)> {
+fn declare_extras(
+    k: &mut KernelBuilder,
+    e: &Epilogue,
+    residual: &Layout,
+    sums: Option<&RowSums>,
+) -> Vec<(Slot, ParamId)> {
     let vector = |extent: &str| Layout::row_major(&[Dim::sym(extent)]);
     let mut out = Vec::new();
     for slot in e.slots() {
@@ -320,9 +334,13 @@ fn declare_extras(k: &mut KernelBuilder, e: &Epilogue, residual: &Layout) -> Vec
             Slot::Cols { second } => {
                 (["cols", "cols2"][second as usize], e.col_vector, vector("N"))
             }
-            Slot::Rows { second } => {
-                (["rows", "rows2"][second as usize], e.row_vector, vector("M"))
-            }
+            Slot::Rows { second } => match sums {
+                Some(sums) => {
+                    let layout = statistics::sums_layout(Dim::sym("M"), Dim::new(sums.parts));
+                    ("row_sums", Some(DType::F32), layout)
+                }
+                None => (["rows", "rows2"][second as usize], e.row_vector, vector("M")),
+            },
             Slot::Residual => ("R", e.residual, residual.clone()),
         };
         out.extend(dtype.map(|t| (slot, k.param(name, t, layout, Access::In))));
@@ -338,6 +356,7 @@ fn load_extras(
     at: &[Dim],
     shape: &[Dim],
     whole: bool,
+    sums: Option<&RowSums>,
 ) -> Vec<Operand> {
     let first = shape.len() - 2;
     let mut out = Vec::new();
@@ -354,7 +373,12 @@ fn load_extras(
                 continue;
             }
         };
-        let tile = k.load(*param, vec![at[axis].clone()], vec![shape[axis].clone()]);
+        let tile = match (slot, sums) {
+            (Slot::Rows { .. }, Some(sums)) => {
+                statistics::row_vector(k, *param, sums, (&at[axis], &shape[axis]), sums.parts)
+            }
+            _ => k.load(*param, vec![at[axis].clone()], vec![shape[axis].clone()]),
+        };
         let along = vec![if whole { axis } else { axis - first }];
         out.push(Operand { tile, along });
     }
@@ -376,6 +400,7 @@ impl GemmSpec {
             epilogue: Epilogue::cast(sum, result),
             windows: None,
             prologue: None,
+            statistics: Statistics::default(),
         }
     }
 
@@ -416,7 +441,13 @@ impl GemmSpec {
             let min = i64::from(!size.starts_with('s'));
             k.symbol(Symbol { name: size.into(), range: Range { min, max: i32::MAX.into() } });
         }
-        let (bm, bn, bk) = (k.tile("BM"), k.tile("BN"), k.tile("BK"));
+        let leaves_sums = !split && self.statistics.leaves.is_some();
+        let (bm, tile_parts, bn, bk) = if leaves_sums {
+            let (bm, parts) = (k.tile("BM"), k.tile(statistics::TILE_PARTS));
+            (bm, parts.clone(), parts * statistics::PART, k.tile("BK"))
+        } else {
+            (k.tile("BM"), Dim::new(0), k.tile("BN"), k.tile("BK"))
+        };
         let (m, n, depth) = (Dim::sym("M"), Dim::sym("N"), Dim::sym("K"));
         let batch = |s: &'static str| self.batched.then_some(s);
         let pair = self.epilogue.pair;
@@ -458,7 +489,9 @@ impl GemmSpec {
         }
         let e = &self.epilogue;
         let c_layout = || matrix("M", "N", self.c, "ldc", batch("sc"));
-        let extras = if split { vec![] } else { declare_extras(&mut k, e, &c_layout()) };
+        let Statistics { reads, leaves } = &self.statistics;
+        let sums_read = reads.as_ref();
+        let extras = if split { vec![] } else { declare_extras(&mut k, e, &c_layout(), sums_read) };
         let c = if split {
             let mut layout = matrix("M", "N", self.c, "ldc", None);
             let parts = Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None };
@@ -469,6 +502,10 @@ impl GemmSpec {
         } else {
             vec![k.param("C", self.result, c_layout(), Access::Out)]
         };
+        let left_sums = leaves.as_ref().filter(|_| leaves_sums).map(|func| {
+            let layout = statistics::sums_layout(m.clone(), statistics::parts_of(&n));
+            (k.param("P", DType::F32, layout, Access::Out), func)
+        });
         let ps = split.then(|| k.grid("ps", Dim::sym("S")));
         let pl = self.batched.then(|| k.grid("pl", Dim::sym("L")));
         let pm = k.grid("pm", m.ceil_div(&bm));
@@ -496,6 +533,7 @@ impl GemmSpec {
         };
         let (var, carried) = k.begin_for("k", lo, hi, &vec![init; sums]);
         let row0 = pm * &bm;
+        let part0 = pn.clone() * &tile_parts;
         let col0 = pn * &bn;
         let (tap, k0) = match &self.windows {
             None => (Dim::new(0), var * &bk),
@@ -603,8 +641,12 @@ impl GemmSpec {
         }
         let mut args: Vec<Operand> = sums.iter().map(|t| k.plain(*t)).collect();
         let place = at(row0.clone(), col0.clone());
-        args.extend(load_extras(&mut k, &extras, &place, &shape(&bm, &bn), false));
+        args.extend(load_extras(&mut k, &extras, &place, &shape(&bm, &bn), false, sums_read));
         let mut out = k.map(e.func.clone(), args, vec![bm.clone(), bn.clone()]);
+        if let Some((param, func)) = left_sums {
+            let (place, sizes) = ((row0.clone(), part0), (&bm, &tile_parts));
+            statistics::leave(&mut k, param, func, out, place, sizes);
+        }
         if self.batched {
             out = k.reshape(out, shape(&bm, &bn));
         }
@@ -630,7 +672,7 @@ impl GemmSpec {
             .map(|name| k.param(name, self.sum, parts.clone(), Access::In))
             .collect();
         let c_layout = || matrix("M", "N", Order::Row, "ldc", None);
-        let extras = declare_extras(&mut k, &e, &c_layout());
+        let extras = declare_extras(&mut k, &e, &c_layout(), None);
         let c = k.param("C", self.result, c_layout(), Access::Out);
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
         let pn = k.grid("pn", Dim::sym("N").ceil_div(&bc));
@@ -650,7 +692,7 @@ impl GemmSpec {
         let sums = k.end_for(&next);
         let mut args: Vec<Operand> = sums.iter().map(|t| k.plain(*t)).collect();
         let place = [row0.clone(), col0.clone()];
-        args.extend(load_extras(&mut k, &extras, &place, &[br.clone(), bc.clone()], false));
+        args.extend(load_extras(&mut k, &extras, &place, &[br.clone(), bc.clone()], false, None));
         let out = k.map(e.func.clone(), args, vec![br, bc]);
         k.store(c, vec![row0, col0], out);
         k.finish()
@@ -670,7 +712,7 @@ impl GemmSpec {
         let (br, bc) = (k.tile("BR"), k.tile("BC"));
         let batch = self.batched.then_some("sc");
         let c_layout = || matrix("M", "N", Order::Row, "ldc", batch);
-        let extras = declare_extras(&mut k, &e, &c_layout());
+        let extras = declare_extras(&mut k, &e, &c_layout(), None);
         let c = k.param("C", self.result, c_layout(), Access::Out);
         let pl = self.batched.then(|| k.grid("pl", Dim::sym("L")));
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
@@ -685,7 +727,7 @@ impl GemmSpec {
         let zero = if self.sum.is_float() { Value::Float(0.0) } else { Value::Int(0) };
         let sums = k.full(zero, TileType::new(self.sum, shape.clone()));
         let mut args: Vec<Operand> = each(e.pair != Pair::None).map(|_| k.plain(sums)).collect();
-        args.extend(load_extras(&mut k, &extras, &at, &shape, true));
+        args.extend(load_extras(&mut k, &extras, &at, &shape, true, None));
         let out = k.map(e.func.clone(), args, shape);
         k.store(c, at, out);
         k.finish()
@@ -706,7 +748,7 @@ impl GemmSpec {
         let names = ["S", "S2"].into_iter().take(1 + usize::from(two));
         let stored: Vec<ParamId> =
             names.map(|name| k.param(name, from, layout("lds"), Access::In)).collect();
-        let extras = declare_extras(&mut k, e, &layout("ldc"));
+        let extras = declare_extras(&mut k, e, &layout("ldc"), None);
         let c = k.param("C", self.result, layout("ldc"), Access::Out);
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&br));
         let pn = k.grid("pn", Dim::sym("N").ceil_div(&bc));
@@ -718,7 +760,7 @@ impl GemmSpec {
             let tile = k.map(Func::cast(from, self.sum), wide, shape.clone());
             args.push(k.plain(tile));
         }
-        args.extend(load_extras(&mut k, &extras, &at, &shape, true));
+        args.extend(load_extras(&mut k, &extras, &at, &shape, true, None));
         let out = k.map(e.func.clone(), args, shape);
         k.store(c, at, out);
         k.finish()

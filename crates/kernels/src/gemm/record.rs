@@ -87,12 +87,13 @@ impl Key {
             stride: stride.into(),
             align: [align(p.align.0), align(p.align.1), align(p.align.2)],
             epilogue: format!(
-                "{}{}{}{}{}",
+                "{}{}{}{}{}{}",
                 e.func,
                 if e.pair == Pair::None { "" } else { " pair" },
                 extra("cols", e.col_vector),
                 extra("rows", e.row_vector),
-                extra("residual", e.residual)
+                extra("residual", e.residual),
+                p.statistics.text()
             ),
         }
     }

@@ -12,6 +12,7 @@
 //! * a convolution is such a product whose left operand is read through windows (`windows.rs`), or with its data in another
 //!   order (`patches`), or with a copy of its windows (`copied_windows.rs`; `im2col` for weights that are no constants);
 //! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
+//! * sums over rows, the statistics of norms, are left by the product that makes the rows (`statistics.rs`);
 //! * the few largest elements of rows are found by a kernel (`top_k.rs`), and what stands at computed places is read or written by
 //!   one (`places.rs`);
 //! * attention with its log-sum-exp and gradients are the library's (`library.rs`);
@@ -26,12 +27,14 @@ mod copied_windows;
 mod library;
 mod pairs;
 mod places;
+mod statistics;
 mod top_k;
 mod windows;
 
 pub(crate) use attention::Attended;
 pub use attention::attention_fits;
 pub(crate) use pairs::pair_products;
+pub(crate) use statistics::{RowSum, row_sum, sums_from_products};
 pub(crate) use windows::{WindowForm, channels_last};
 
 use crate::block::{Dag, DagOp, DagStore, Ext, KernelParts, zero};
@@ -289,6 +292,8 @@ impl Lowering<'_> {
             rows: None,
             residual: None,
             second: None,
+            row_sums: None,
+            leaves: None,
         };
         epilogue_of(dag, canon, (m, n), &out, &param, &mut form)?;
         if let Some(c) = &computed[0] {

@@ -37,7 +37,7 @@ fn launched(plan: &Plan, at: usize) -> Option<Launched<'_>> {
 }
 
 /// How many steps use a buffer.
-fn users(plan: &Plan, buffer: BufferId) -> usize {
+pub(super) fn users(plan: &Plan, buffer: BufferId) -> usize {
     let uses = |step: &&Step| match step {
         Step::Launch { args, .. } => args.contains(&buffer),
         Step::Library { inputs, outputs, .. } | Step::Host { inputs, outputs, .. } => {
@@ -76,7 +76,7 @@ pub(crate) fn pair_products(plan: &mut Plan) -> Result<()> {
 }
 
 /// Kernels that no step launches any more.
-fn drop_unused(plan: &mut Plan) {
+pub(super) fn drop_unused(plan: &mut Plan) {
     let used = |id: KernelId| {
         plan.steps.iter().any(|s| matches!(s, Step::Launch { kernel, .. } if *kernel == id))
     };
@@ -311,5 +311,7 @@ fn product(first: &Launched<'_>, last: &Launched<'_>, joined: &Joined) -> Produc
         rows,
         residual,
         second: Some(Second { b: matrix(&q.b, &joined.last), cols: second_cols }),
+        row_sums: None,
+        leaves: None,
     }
 }

@@ -221,6 +221,8 @@ impl Lowering<'_> {
         let result = dag.nodes[store.node].dtype;
         let mut form = Product {
             second: None,
+            row_sums: None,
+            leaves: None,
             prologue: None,
             m: extent(&canon[0]),
             n: Dim::new(outputs),
