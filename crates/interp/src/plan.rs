@@ -8,7 +8,7 @@ use crate::Mode;
 use crate::tile;
 use std::collections::BTreeMap;
 use tilewright_base::{Error, IdVec, Result, ResultExt};
-use tilewright_data::{Bytes, Tensor};
+use tilewright_data::{Bytes, Tensor, from_i64};
 use tilewright_layout::{Dim, Env, Layout};
 use tilewright_plan::{Buffer, BufferId, Plan, Step, Storage};
 use tilewright_tile::Access;
@@ -130,8 +130,16 @@ fn pack(tensor: &Tensor, layout: &Layout, env: &Env) -> Result<Vec<u8>> {
     if layout.is_row_major() {
         return Ok(tensor.bytes().to_vec());
     }
-    let size = tensor.dtype().size();
+    let dtype = tensor.dtype();
+    let size = dtype.size();
     let count = usize::try_from(number(&layout.alloc_elements(), env)?.max(0)).unwrap_or(0);
+    if dtype.bits() < 8 {
+        let mut bytes = vec![0; dtype.bytes_for(count).unwrap_or(0)];
+        for (i, to) in offsets(layout, tensor.shape(), env)?.into_iter().enumerate() {
+            from_i64(dtype, &mut bytes, to, tensor.get_i64(i));
+        }
+        return Ok(bytes);
+    }
     let mut bytes = vec![0; count * size];
     for (i, to) in offsets(layout, tensor.shape(), env)?.into_iter().enumerate() {
         bytes[to * size..][..size].copy_from_slice(&tensor.bytes()[i * size..][..size]);

@@ -7,9 +7,11 @@
 mod cache;
 mod llvm;
 mod prototype;
+mod resident;
 
 pub use llvm::{Library, llvm_version};
 pub use prototype::Prototype;
+pub use resident::let_go_of_compiler;
 
 use cache::Cache;
 use sha2::{Digest, Sha256};

@@ -23,5 +23,6 @@ pub(crate) fn specialise(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Kern
         }
     }
     out.tiles.clear();
+    out.bounds.clear();
     Ok(out)
 }

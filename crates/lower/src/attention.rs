@@ -28,7 +28,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_expr::{Func, Op as ExprOp, Value};
 use tilewright_graph::Op;
 use tilewright_layout::Dim;
-use tilewright_tile::{Operand, ParamId, ReduceKind, TileId, TileType};
+use tilewright_tile::{Bound, Operand, ParamId, ReduceKind, TileId, TileType};
 
 impl Lowering<'_> {
     pub(crate) fn attention_group(&mut self, group: &Group) -> Result<()> {
@@ -138,10 +138,11 @@ impl Lowering<'_> {
         if attrs.causal {
             s = hide_later(&mut k, s, acc_type, &(&q0 + ahead), &t0);
         }
-        let divides = match (keys.as_const(), self.tile_value(&tiles, 1)) {
-            (Some(n), bt) => n % bt == 0,
-            _ => false,
-        };
+        let bt_value = self.tile_value(&tiles, 1);
+        let divides = keys.as_const().is_some_and(|n| n % bt_value == 0);
+        if let Some(keys) = keys.as_const().filter(|&n| divides && n > 0 && !self.on_gpu()) {
+            k.bound(&tiles[1].0, Bound::Divides(keys));
+        }
         let limit = (!divides).then(|| &keys - &t0);
         let (max, sum, acc) = (carried[0], carried[1], carried[2]);
         let block_max = k.b.reduce(ReduceKind::Max, s, 1, limit.clone());

@@ -16,7 +16,7 @@ use tilewright_expr::{ExprId, Func, FuncBuilder, Value};
 use tilewright_layout::{Axis, Dim, Layout, Symbols};
 use tilewright_plan::BufferId;
 use tilewright_tile::{
-    Access, Block, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, Stmt, TileId, TileOp,
+    Access, Block, Bound, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, Stmt, TileId, TileOp,
 };
 
 /// Zero of a type.
@@ -86,6 +86,11 @@ impl KernelParts {
     pub(crate) fn tile(&mut self, name: &str) -> (Dim, String) {
         let name = self.fresh(name);
         (self.b.tile(&name), name)
+    }
+
+    /// Says what CPU schedules may give a tile size. A GPU's schedules are made and checked apart.
+    pub(crate) fn bound(&mut self, tile: &str, bound: Bound) {
+        self.b.bound(tile, bound);
     }
 
     /// Declares a grid axis and returns its index.

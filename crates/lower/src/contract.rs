@@ -32,7 +32,7 @@ use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{BufferId, Note};
-use tilewright_tile::{MatrixUnit, ParamId, TileId, TileType};
+use tilewright_tile::{Bound, MatrixUnit, ParamId, TileId, TileType};
 
 /// One operand over the space of letters.
 #[derive(Clone)]
@@ -476,6 +476,18 @@ impl Lowering<'_> {
         let (bm, bm_name) = k.tile("BM");
         let (bn, bn_name) = k.tile("BN");
         let (bk, bk_name) = k.tile("BK");
+        let k_extent = extent(space, &canon[last]);
+        let divides = k_extent.as_const().is_some_and(|e| e % t.bk == 0);
+        if !self.on_gpu() {
+            match (&product.scaled, k_extent.as_const()) {
+                // Scales are counted in steps of the depth.
+                (Some(_), _) => k.bound(&bk_name, Bound::Exactly(t.bk)),
+                (None, Some(depth)) if divides && depth > 0 => {
+                    k.bound(&bk_name, Bound::Divides(depth));
+                }
+                (None, _) => {}
+            }
+        }
         let tiles = vec![(bm_name, t.bm), (bn_name, t.bn), (bk_name, t.bk)];
         let mut pos: Vec<Pos> = Vec::new();
         for (c, axes) in canon[..units].iter().enumerate() {
@@ -533,8 +545,6 @@ impl Lowering<'_> {
             tiles_of.push(finish_acc(&mut k, tile, from, dtype));
         }
         let (a, b) = (tiles_of[0], tiles_of[1]);
-        let k_extent = extent(space, &canon[last]);
-        let divides = k_extent.as_const().is_some_and(|e| e % t.bk == 0);
         let limit = (!divides).then(|| k_extent - &pos[last].start);
         let mut sum = match &product.scaled {
             None => vec![k.b.mma(acc[0], a, b, limit)],

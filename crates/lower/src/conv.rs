@@ -36,7 +36,7 @@ use tilewright_expr::{ExprId, Op as ExprOp, Value};
 use tilewright_graph::{ConvAttrs, Node, Op, ValueId};
 use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{Form, Note};
-use tilewright_tile::{CpuKnobs, Operand, TileType};
+use tilewright_tile::{Bound, CpuKnobs, Operand, TileType};
 
 /// Up to this many input channels all taps are one sum.
 const FEW_CHANNELS: i64 = 8;
@@ -547,6 +547,14 @@ impl Lowering<'_> {
         };
         let bw_dim = tile(&mut k, "BW", t.bw);
         let bh_dim = (t.bh > 1).then(|| tile(&mut k, "BH", t.bh));
+        let bounded = !self.on_gpu();
+        if groups > 1 && bounded {
+            // The next group's channels lie behind this one's.
+            k.bound("BO", Bound::Divides(og));
+        }
+        if !taps_inside && cg % bc == 0 && bounded {
+            k.bound("BC", Bound::Divides(cg));
+        }
         let n = k.grid("pn", shape[0].clone());
         let g = if groups > 1 { k.grid("pg", Dim::new(groups)) } else { Dim::new(0) };
         let po = k.grid("po", Dim::new(og).ceil_div(&bo_dim));

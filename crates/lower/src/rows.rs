@@ -17,7 +17,7 @@ use tilewright_expr::{ExprId, Func, FuncBuilder, Op as ExprOp, Value};
 use tilewright_graph::Op;
 use tilewright_layout::{Dim, Layout, Symbols, numel};
 use tilewright_plan::{BufferId, Form, Note};
-use tilewright_tile::{Operand, ReduceKind, TileId, TileType};
+use tilewright_tile::{Bound, Operand, ReduceKind, TileId, TileType};
 
 /// A function of operands of these types, built by `body`.
 pub(crate) fn func(
@@ -335,8 +335,15 @@ impl Lowering<'_> {
             (false, None) => even(height, (4096 / bn).clamp(lanes, 1024), lanes),
         };
 
-        let geometry =
-            Geometry { dag, shape, canon: &canon, row_axes: &row_axes, row_axis, tile_axis };
+        let geometry = Geometry {
+            dag,
+            shape,
+            canon: &canon,
+            row_axes: &row_axes,
+            row_axis,
+            tile_axis,
+            on_gpu: self.on_gpu(),
+        };
         // A GPU gets both where it can: which one runs is known with the sizes.
         let fits = width.as_const().is_none_or(|w| w <= if stores_rows { WHOLE_ROW } else { most });
         let both = self.on_gpu() && row_axes.len() == 1 && !scans && fits;
@@ -369,6 +376,7 @@ struct Geometry<'a> {
     row_axis: usize,
     /// The other tile axis.
     tile_axis: usize,
+    on_gpu: bool,
 }
 
 impl Geometry<'_> {
@@ -380,7 +388,7 @@ impl Geometry<'_> {
         whole: bool,
         [bm, bn]: [i64; 2],
     ) -> (KernelParts, Vec<(String, i64)>) {
-        let Geometry { dag, shape, canon, row_axes, row_axis, tile_axis } = *self;
+        let Geometry { dag, shape, canon, row_axes, row_axis, tile_axis, on_gpu } = *self;
         let mut k = KernelParts::new(name, symbols);
         let (bm_dim, bm_name) = k.tile("BM");
         let (bn_dim, bn_name) = k.tile("BN");
@@ -400,9 +408,14 @@ impl Geometry<'_> {
             });
         }
         let width = extent(shape, &canon[row_axis]);
+        let scan = dag.nodes.iter().position(|n| matches!(n.op, DagOp::Scan(..)));
+        if let Some(width) = width.as_const().filter(|&w| whole && !on_gpu && w > 0) {
+            // Nothing may lie behind a row that a scan walks from its end.
+            let bound = if scan.is_some() { Bound::Exactly } else { Bound::AtLeast };
+            k.bound(&bn_name, bound(width));
+        }
         let (canon, row_axes) = (canon.to_vec(), row_axes.to_vec());
         let rows = Rows { dag, shape, canon, pos, rows: row_axes, width };
-        let scan = dag.nodes.iter().position(|n| matches!(n.op, DagOp::Scan(..)));
         match (whole, scan) {
             (true, _) => rows.whole(&mut k),
             (false, Some(scan)) => rows.scan_in_pieces(&mut k, scan),

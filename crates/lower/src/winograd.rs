@@ -402,7 +402,7 @@ impl Lowering<'_> {
         let Some(w) = self.graph.as_const(v) else {
             return Err(Error::bug("weights to transform"));
         };
-        let values = how.form.transformed(w.as_slice::<f32>()?, [o, c], panel);
+        let values = how.form.transformed(w.aligned().as_slice::<f32>()?, [o, c], panel);
         w.shared_bytes().let_go();
         let t = how.form.weights.len();
         let shape = [t * t, o.div_ceil(panel), c, panel];

@@ -4,7 +4,7 @@ use crate::memory::AlignedBuffer;
 use crate::pack::{pack_into, packed_bytes};
 use crate::pool::Pool;
 use tilewright_base::{Result, ResultExt};
-use tilewright_data::Bytes;
+use tilewright_data::{Bytes, Tensor};
 use tilewright_plan::{Buffer, BufferId, Plan, Storage};
 
 /// Constant data in the layout its buffer wants.
@@ -57,10 +57,16 @@ enum Filled {
     Packed,
 }
 
+/// Whether a buffer's constant is used as it lies: not in another layout, nor where a file has it beside the multiples
+/// of its elements' size.
+fn as_it_lies(buffer: &Buffer, tensor: &Tensor) -> bool {
+    buffer.layout.is_row_major() && (tensor.is_aligned() || tensor.dtype() != buffer.dtype)
+}
+
 /// Bytes of the memory that a buffer's constant is packed into; none where it is used as it lies.
 fn constant_bytes(buffer: &Buffer) -> Result<usize> {
-    match buffer.storage {
-        Storage::Const(_) if !buffer.layout.is_row_major() => {
+    match &buffer.storage {
+        Storage::Const(tensor) if !as_it_lies(buffer, tensor) => {
             packed_bytes(buffer.dtype, &buffer.layout)
         }
         _ => Ok(0),
@@ -70,6 +76,7 @@ fn constant_bytes(buffer: &Buffer) -> Result<usize> {
 /// Packs a buffer's constant into memory of [`constant_bytes`], or says where it lies.
 fn fill_constant(buffer: &Buffer, memory: &mut AlignedBuffer) -> Result<Option<Filled>> {
     let Storage::Const(tensor) = &buffer.storage else { return Ok(None) };
+    let lies = as_it_lies(buffer, tensor);
     let rounded;
     let tensor = if tensor.dtype() == buffer.dtype {
         tensor
@@ -77,7 +84,7 @@ fn fill_constant(buffer: &Buffer, memory: &mut AlignedBuffer) -> Result<Option<F
         rounded = tensor.rounded(buffer.dtype).context(|| format!("rounding `{}`", buffer.name))?;
         &rounded
     };
-    if buffer.layout.is_row_major() {
+    if lies {
         return Ok(Some(Filled::Shared(tensor.shared_bytes().clone())));
     }
     pack_into(tensor, &buffer.layout, memory).context(|| format!("packing `{}`", buffer.name))?;
@@ -88,7 +95,7 @@ fn fill_constant(buffer: &Buffer, memory: &mut AlignedBuffer) -> Result<Option<F
 /// The packed weights are what will be read, not the file's.
 fn let_go(buffer: &Buffer) {
     if let Storage::Const(tensor) = &buffer.storage
-        && !buffer.layout.is_row_major()
+        && !as_it_lies(buffer, tensor)
     {
         tensor.shared_bytes().let_go();
     }

@@ -38,6 +38,7 @@ impl KernelBuilder {
                 params: IdVec::new(),
                 symbols: Vec::new(),
                 tiles: Vec::new(),
+                bounds: Vec::new(),
                 grid: Vec::new(),
                 values: IdVec::new(),
                 body: Block::default(),
@@ -58,6 +59,13 @@ impl KernelBuilder {
     pub fn tile(&mut self, name: &str) -> Dim {
         self.kernel.tiles.push(name.into());
         Dim::sym(name)
+    }
+
+    /// Says what schedules may give a tile size that was declared.
+    pub fn bound(&mut self, tile: &str, bound: Bound) {
+        let place = |name: &str| self.kernel.tiles.iter().position(|t| **t == *name);
+        let at = self.kernel.bounds.partition_point(|(name, _)| place(name) <= place(tile));
+        self.kernel.bounds.insert(at, (tile.into(), bound));
     }
 
     /// Declares a grid axis and returns its index.

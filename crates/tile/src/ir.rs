@@ -70,6 +70,45 @@ pub struct Param {
     pub access: Access,
 }
 
+/// What a schedule may give a tile size, beyond a positive number: with any other the kernel would compute something
+/// else. Prints behind the tile size: `BN >= 768`, `BK divides 64`, `BK == 32`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Bound {
+    /// At least this: one tile holds all that a reduction combines.
+    AtLeast(i64),
+    /// A divisor of this: no tile reaches beyond the end of an axis.
+    Divides(i64),
+    /// This and no other: something else counts in the same steps.
+    Exactly(i64),
+}
+
+impl Bound {
+    /// Whether a tile size of `size` is allowed; sizes are positive.
+    pub fn allows(self, size: i64) -> bool {
+        match self {
+            Bound::AtLeast(n) => size >= n,
+            Bound::Divides(n) => n % size == 0,
+            Bound::Exactly(n) => size == n,
+        }
+    }
+
+    /// The number in it.
+    pub fn number(self) -> i64 {
+        match self {
+            Bound::AtLeast(n) | Bound::Divides(n) | Bound::Exactly(n) => n,
+        }
+    }
+
+    /// How it stands between the tile size and the number in a kernel's text.
+    pub fn word(self) -> &'static str {
+        match self {
+            Bound::AtLeast(_) => ">=",
+            Bound::Divides(_) => "divides",
+            Bound::Exactly(_) => "==",
+        }
+    }
+}
+
 /// One axis of the grid. Blocks run in any order and in parallel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct GridAxis {
@@ -329,6 +368,8 @@ pub struct Kernel {
     pub symbols: Symbols,
     /// Tile sizes, bound by the schedule.
     pub tiles: Vec<Arc<str>>,
+    /// What schedules may give them, in the order of the tile sizes.
+    pub bounds: Vec<(Arc<str>, Bound)>,
     /// The grid; the last axis runs fastest when a target runs blocks one after another.
     pub grid: Vec<GridAxis>,
     /// All tile values.
@@ -338,6 +379,11 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// What a schedule may give this tile size; any positive number when there is nothing.
+    pub fn bounds_of(&self, tile: &str) -> impl Iterator<Item = Bound> {
+        self.bounds.iter().filter(move |(name, _)| **name == *tile).map(|b| b.1)
+    }
+
     /// The type of a tile value.
     pub fn ty(&self, tile: TileId) -> &TileType {
         &self.values[tile].ty

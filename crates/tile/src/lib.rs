@@ -36,8 +36,8 @@ mod verify;
 pub use builder::KernelBuilder;
 pub use in_place::may_overwrite;
 pub use ir::{
-    Access, Block, Compare, For, GridAxis, If, Kernel, Operand, Param, ParamId, ReduceKind, Stmt,
-    TileId, TileInfo, TileOp, TileType,
+    Access, Block, Bound, Compare, For, GridAxis, If, Kernel, Operand, Param, ParamId, ReduceKind,
+    Stmt, TileId, TileInfo, TileOp, TileType,
 };
 pub use rename::Names;
 pub use schedule::{CpuKnobs, MatrixUnit, Schedule};

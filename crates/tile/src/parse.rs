@@ -32,6 +32,7 @@ impl Kernel {
             params: Default::default(),
             symbols: Vec::new(),
             tiles: Vec::new(),
+            bounds: Vec::new(),
             grid: Vec::new(),
             values: Default::default(),
             body: Block::default(),
@@ -147,7 +148,10 @@ impl<'a> Parser<'a> {
         self.cursor.need("(")?;
         while !self.cursor.eat(")") {
             let name = self.declared("a tile size")?;
-            self.kernel.tiles.push(name);
+            self.kernel.tiles.push(name.clone());
+            while let Some(bound) = self.bound()? {
+                self.kernel.bounds.push((name.clone(), bound));
+            }
             self.comma(")")?;
         }
         self.cursor.need_word("grid")?;
@@ -178,6 +182,21 @@ impl<'a> Parser<'a> {
         } else {
             Err(self.cursor.expected("the end of the text"))
         }
+    }
+
+    /// What schedules may give the tile size before it, if that is said.
+    fn bound(&mut self) -> Result<Option<Bound>> {
+        let make = if self.cursor.eat(">=") {
+            Bound::AtLeast
+        } else if self.cursor.eat("==") {
+            Bound::Exactly
+        } else if self.cursor.eat_word("divides") {
+            Bound::Divides
+        } else {
+            return Ok(None);
+        };
+        let number = self.cursor.number("a number")?;
+        self.cursor.parsed(number, "a tile size").map(make).map(Some)
     }
 
     /// A comma, unless the list ends here.

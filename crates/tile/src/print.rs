@@ -46,7 +46,15 @@ impl fmt::Display for Kernel {
         }
         let grid: Vec<String> =
             self.grid.iter().map(|g| format!("{} in {}", g.name, g.extent)).collect();
-        writeln!(f, "\n    tile({}) grid({}) {{", self.tiles.join(", "), grid.join(", "))?;
+        let tiles: Vec<String> = self
+            .tiles
+            .iter()
+            .map(|t| {
+                let bounds = self.bounds_of(t).map(|b| format!(" {} {}", b.word(), b.number()));
+                format!("{t}{}", bounds.collect::<String>())
+            })
+            .collect();
+        writeln!(f, "\n    tile({}) grid({}) {{", tiles.join(", "), grid.join(", "))?;
         let mut text = String::new();
         Printer { kernel: self, names: tile_names(self), out: &mut text }.block(&self.body, 1)?;
         write!(f, "{text}}}")

@@ -5,7 +5,8 @@
 //! 1. its name, and the names of parameters, sizes, tile sizes, grid indices, loop variables and
 //!    named tiles, are identifiers (a letter or `_`, then letters, digits, `_` and `.`, no `..`);
 //!    integers have distinct names (loops that do not enclose each other may share one), and so have
-//!    parameters and tiles; ranges are not empty; no tile size is called like a knob;
+//!    parameters and tiles; ranges are not empty; no tile size is called like a knob; bounds are of
+//!    tile sizes, in their order, and positive;
 //! 2. integer expressions only name what is in scope: layouts of parameters the sizes, extents of
 //!    the grid the sizes and tile sizes, shapes of tiles the tile sizes, everything else also the
 //!    grid indices and the variables of enclosing loops; no extent is a negative number, blocks of a
@@ -29,7 +30,7 @@
 //!    an `if` yield the types of its results.
 //!
 //! A schedule is legal for a kernel when it has a positive size for each tile size and for nothing
-//! else, under which every tile has elements and every reshape keeps their number; vectors have 256
+//! else, which the kernel's bounds allow, under which every tile has elements and every reshape keeps their number; vectors have 256
 //! or 512 bits; the other knobs are at least 1; and the accumulators of the matrix micro-kernel,
 //! a row of vectors and one more fit the registers (16 of 256 bits, 32 of 512). A matrix unit other
 //! than `fma` goes with vectors of 512 bits; for `bf16tile` results and operands fit 8 tiles of 16 rows.
@@ -75,7 +76,13 @@ pub fn verify_schedule(kernel: &Kernel, schedule: &Schedule) -> Result<()> {
         match schedule.tiles.get(name) {
             None => found.push(format!("tile size {name} has no value")),
             Some(&size) if size < 1 => found.push(format!("tile size {name} is {size}")),
-            Some(&size) => drop(env.insert(name.clone(), size)),
+            Some(&size) => {
+                for bound in kernel.bounds_of(name).filter(|b| !b.allows(size)) {
+                    let (word, number) = (bound.word(), bound.number());
+                    found.push(format!("tile size {name} is {size}, not {name} {word} {number}"));
+                }
+                env.insert(name.clone(), size);
+            }
         }
     }
     for name in schedule.tiles.keys().filter(|&n| !kernel.tiles.contains(n)) {
@@ -288,6 +295,20 @@ impl<'a> Checker<'a> {
             self.declare("tile size", tile);
             if KNOBS.contains(&&**tile) {
                 self.report(format!("tile size {tile} is called like a knob"));
+            }
+        }
+        let mut before = 0;
+        for (name, bound) in &kernel.bounds {
+            match kernel.tiles.iter().position(|t| t == name) {
+                None => self.report(format!("bound of {name}: there is no such tile size")),
+                Some(at) if at < before => {
+                    self.report(format!("bound of {name} stands behind a later tile size's"));
+                }
+                Some(at) => before = at,
+            }
+            if bound.number() < 1 {
+                let (word, number) = (bound.word(), bound.number());
+                self.report(format!("tile size {name} {word} {number} allows none"));
             }
         }
         for axis in &kernel.grid {

@@ -26,6 +26,7 @@ fn comes_back(kernel: &Kernel) {
     assert_eq!(again.params, kernel.params);
     assert_eq!(again.symbols, kernel.symbols);
     assert_eq!((&again.tiles, &again.grid), (&kernel.tiles, &kernel.grid));
+    assert_eq!(again.bounds, kernel.bounds);
     assert_eq!(again.values.len(), kernel.values.len());
     assert_eq!(parse(&again.to_string()), again);
 }
@@ -42,7 +43,7 @@ fn written_kernels_are_well_formed_and_come_back() {
 #[test]
 fn a_kernel_prints_as_it_is_usually_written() {
     let text = "kernel @odd(%A: u64[N,8] at (N,8):(8,1)+N - 3, inout %B: bf16[M,5] at \
-                (M,(2,4)):(4,(4*M,1)))\n    sizes(N in 0.., M in -3..=7)\n    tile(T) grid() {\n  \
+                (M,(2,4)):(4,(4*M,1)))\n    sizes(N in 0.., M in -3..=7)\n    tile(T >= 2 divides 64 == 4, U) grid() {\n  \
                 %0 = full nan : f16[]\n  %1 = load %A[0, min(M, N)] step (-1,1) fill \
                 18446744073709551615 : u64[T,1]\n  %2 = broadcast %0 along () : f16[T]\n  \
                 %3 = random seed 18446744073709551615 from M*N : f16[T]\n  \

@@ -1,5 +1,6 @@
 //! Each rule of the verifier, broken by a kernel that is otherwise well-formed.
 
+use std::sync::Arc;
 use tilewright_expr::Value;
 use tilewright_layout::{Dim, Layout};
 use tilewright_tile::*;
@@ -106,6 +107,21 @@ fn what_no_text_can_say_is_reported() {
     );
     broken("", |k| k.tiles.push("N".into()), "tile size N: the name is taken");
     broken("", |k| k.tiles.push("vector".into()), "tile size vector is called like a knob");
+    broken(
+        "",
+        |k| k.bounds.push(("N".into(), Bound::Exactly(1))),
+        "bound of N: there is no such tile size",
+    );
+    broken(
+        "",
+        |k| k.bounds.push((k.tiles[0].clone(), Bound::Divides(0))),
+        "tile size S divides 0 allows none",
+    );
+    broken(
+        "",
+        |k| k.bounds.extend([1, 0].map(|i| (k.tiles[i].clone(), Bound::AtLeast(1)))),
+        "bound of S stands behind a later tile size's",
+    );
     broken("", |k| k.grid.push(k.grid[0].clone()), "grid index p: the name is taken");
     broken("", |k| k.values[x].name = "r".into(), "tile r: the name is taken");
     broken("", |k| k.values[x].name = "3".into(), "tile \"3\" is not called by an identifier");
@@ -273,6 +289,26 @@ fn schedules_that_are_not_legal_are_reported() {
         ("S=4 T=8 mma=14x2", "mma=14x2 uses 31 of 16 registers"),
     ] {
         assert_eq!(check(text), [message], "{text}");
+    }
+    let mut bounded = kernel.clone();
+    let bound = |tile: &str, b: Bound| (Arc::<str>::from(tile), b);
+    bounded.bounds = vec![
+        bound("S", Bound::AtLeast(4)),
+        bound("T", Bound::Divides(24)),
+        bound("T", Bound::Exactly(8)),
+    ];
+    assert!(verify(&bounded).is_ok());
+    for (text, messages) in [
+        ("S=4 T=8", &[][..]),
+        ("S=5 T=8", &[]),
+        ("S=3 T=8", &["tile size S is 3, not S >= 4"]),
+        ("S=4 T=12", &["tile size T is 12, not T == 8"]),
+        ("S=4 T=16", &["tile size T is 16, not T divides 24", "tile size T is 16, not T == 8"]),
+    ] {
+        let schedule = Schedule::parse("<test>", text).unwrap();
+        let found = verify_schedule(&bounded, &schedule);
+        let notes = found.map_or_else(|e| e.notes().to_vec(), |()| Vec::new());
+        assert_eq!(notes, messages, "{text}");
     }
     let ragged = parse("%y = full 0 : f32[4*ceil(S/4)]\n%z = reshape %y : f32[ceil(S/4),4]");
     assert!(verify_schedule(&ragged, &Schedule::parse("<test>", "S=3 T=1").unwrap()).is_ok());

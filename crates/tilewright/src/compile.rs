@@ -5,7 +5,7 @@ use crate::machine::{cache_dir, host_cpu};
 use crate::model::Model;
 use crate::stage::{Stage, StageTime};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use tilewright_base::{Error, Result, ResultExt};
 use tilewright_emit_llvm::emit_kernel;
@@ -186,9 +186,21 @@ impl Compiler {
         let start = Instant::now();
         let mut sources = Vec::with_capacity(plan.kernels.len());
         let mut scratch = Vec::with_capacity(plan.kernels.len());
-        for (_, planned) in plan.kernels.iter() {
-            let emitted = emit_kernel(&planned.kernel, &planned.schedule)
-                .context(|| format!("generating code for kernel {}", planned.kernel.name))?;
+        // Each on some thread, in the plan's order afterwards.
+        let kernels: Vec<_> = plan.kernels.iter().map(|(_, planned)| planned).collect();
+        let texts: Vec<Mutex<Option<Result<_>>>> =
+            kernels.iter().map(|_| Mutex::new(None)).collect();
+        self.pool.run(kernels.len() as i64, &|first, last, _| {
+            for i in first..last {
+                let planned = kernels[i as usize];
+                let emitted = emit_kernel(&planned.kernel, &planned.schedule)
+                    .context(|| format!("generating code for kernel {}", planned.kernel.name));
+                *texts[i as usize].lock().unwrap_or_else(PoisonError::into_inner) = Some(emitted);
+            }
+        });
+        for (planned, text) in kernels.into_iter().zip(texts) {
+            let text = text.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let emitted = text.ok_or_else(|| Error::bug("a kernel without a text"))??;
             observe(Stage::Llvm(&planned.kernel.name, &emitted.llvm_ir));
             scratch.push(emitted.scratch_bytes);
             sources.push(Source { symbol: emitted.name, text: emitted.llvm_ir });
@@ -202,6 +214,8 @@ impl Compiler {
         })?;
         let build = jit.build(&sources)?;
         stages.push(StageTime { name: "llvm".into(), time: start.elapsed() });
+        // Weights are packed next, and results take memory: the compiler is not needed any more.
+        tilewright_jit::let_go_of_compiler();
         let library = Arc::new(build.library);
         let code = scratch
             .iter()

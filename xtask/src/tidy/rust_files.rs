@@ -17,7 +17,7 @@ const FFI_CRATES: &[&str] =
 /// Where `unsafe` may stand, and why it must. Everything else asks one of these through a safe function.
 #[rustfmt::skip] // One row per place.
 const UNSAFE_PLACES: &[(&str, &str)] = &[
-    ("crates/jit/src/",                "LLVM's C interface"),
+    ("crates/jit/src/",                "LLVM's C interface, and the memory of its code"),
     ("crates/runtime/src/",            "calls of compiled kernels, aligned memory that threads share"),
     ("crates/cuda/",                   "the interfaces of the GPU's driver and compiler; its launches are unsafe"),
     ("crates/launch/",                 "launches of programs: their operands are the caller's promise"),

@@ -1,6 +1,6 @@
 //! `TensorProto` to [`Tensor`]: every element type we have, every place the data may lie in.
 //!
-//! `raw_data` and external data stay in the mapped file when they are aligned; everything else is
+//! `raw_data` and external data stay in the mapped file, aligned or not; everything else is
 //! copied. A file may lie: counts, offsets, lengths and paths are all checked here.
 
 use super::proto::{SparseTensorProto, TensorProto};
@@ -57,33 +57,28 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// The part of a mapped file as tensor bytes; copied when the elements are not aligned.
-    fn from_map(map: &Arc<MappedFile>, start: usize, len: usize, dtype: DType) -> Result<Bytes> {
+    /// The part of a mapped file as tensor bytes, aligned or not.
+    fn from_map(map: &Arc<MappedFile>, start: usize, len: usize) -> Result<Bytes> {
         let end = start.checked_add(len).filter(|&e| e <= map.len());
         let Some(end) = end else {
             return Err(Error::user("data lies outside its file"));
         };
-        let address = map.as_ptr() as usize + start;
-        Ok(if address.is_multiple_of(dtype.size()) {
-            Bytes::Mapped(map.clone(), start..end)
-        } else {
-            Bytes::copy_from(&map[start..end])
-        })
+        Ok(Bytes::Mapped(map.clone(), start..end))
     }
 
-    fn raw(&self, raw: &[u8], dtype: DType) -> Result<Bytes> {
+    fn raw(&self, raw: &[u8]) -> Result<Bytes> {
         if let Some(map) = &self.map {
             let base = map.as_ptr() as usize;
             let at = raw.as_ptr() as usize;
             if at >= base && at + raw.len() <= base + map.len() {
-                return Source::from_map(map, at - base, raw.len(), dtype);
+                return Source::from_map(map, at - base, raw.len());
             }
         }
         Ok(Bytes::copy_from(raw))
     }
 
     /// Reads external data: location, offset and length as the message says.
-    fn external(&mut self, proto: &TensorProto, dtype: DType, want: usize) -> Result<Bytes> {
+    fn external(&mut self, proto: &TensorProto, want: usize) -> Result<Bytes> {
         let entry = |key: &str| proto.external_data.iter().find(|e| e.key == key).map(|e| &e.value);
         let number = |key: &str| match entry(key) {
             None => Ok(None),
@@ -143,7 +138,7 @@ impl Source {
                 map.len()
             )));
         }
-        Source::from_map(map, offset, want, dtype)
+        Source::from_map(map, offset, want)
     }
 
     /// The tensor that a message describes.
@@ -166,13 +161,13 @@ impl Source {
             .bytes_for(count)
             .ok_or_else(|| Error::user(format!("shape {shape:?} is too large")))?;
         if proto.data_location == 1 {
-            let bytes = self.external(proto, dtype, want)?;
+            let bytes = self.external(proto, want)?;
             return Tensor::new(dtype, shape, bytes);
         }
         if let Some(raw) = &proto.raw_data
             && (!raw.is_empty() || want == 0)
         {
-            let bytes = self.raw(raw, dtype)?;
+            let bytes = self.raw(raw)?;
             return Tensor::new(dtype, shape, bytes);
         }
         let check = |got: usize, need: usize| {

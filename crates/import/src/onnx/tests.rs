@@ -5,6 +5,7 @@ use super::proto::*;
 use super::*;
 use prost::Message;
 use tilewright_base::{DType, Kind};
+use tilewright_graph::Op;
 use tilewright_interp::{Mode, run};
 
 fn attr_i(name: &str, i: i64) -> AttributeProto {
@@ -347,4 +348,144 @@ fn products_with_codes_of_few_bits_are_those_of_the_matrix() {
     user_error(&n_bits(4, &four, Some(&[0x21]), &[]), "zero points");
     let e = load(&n_bits(3, &four, None, &[])).unwrap_err();
     assert_eq!(e.kind(), Kind::Unsupported, "{e}");
+}
+
+/// A convolution of bytes by its definition: `sum (x - zx) * (w - zw)` over a window, zero points of weights per channel.
+struct ByteConv {
+    x: [usize; 4],
+    w: [usize; 4],
+    strides: [usize; 2],
+    dilations: [usize; 2],
+    pads: [usize; 4],
+    signed: [bool; 2],
+    zx: i64,
+    zw: Vec<i64>,
+}
+
+impl ByteConv {
+    fn numbers(&self, which: usize) -> Vec<i64> {
+        let (shape, low) = ([&self.x, &self.w][which], if self.signed[which] { -128 } else { 0 });
+        let n: usize = shape.iter().product();
+        (0..n as i64).map(|i| (i * 37 + i / 7 * 91 + which as i64 * 5) % 256 + low).collect()
+    }
+
+    fn tensor(&self, name: &str, which: usize, dims: &[usize], values: &[i64]) -> TensorProto {
+        TensorProto {
+            name: name.into(),
+            data_type: if self.signed[which] { 3 } else { 2 },
+            dims: dims.iter().map(|&d| d as i64).collect(),
+            raw_data: Some(values.iter().map(|&v| v as u8).collect::<Vec<u8>>().into()),
+            ..Default::default()
+        }
+    }
+
+    fn model(&self) -> ModelProto {
+        let list = |name: &str, values: &[usize]| AttributeProto {
+            name: name.into(),
+            ints: values.iter().map(|&v| v as i64).collect(),
+            r#type: AttributeType::Ints as i32,
+            ..Default::default()
+        };
+        let attrs = vec![
+            list("strides", &self.strides),
+            list("dilations", &self.dilations),
+            list("pads", &self.pads),
+        ];
+        let mut x = input("x", &self.x.map(|d| d.to_string()).each_ref().map(|d| d.as_str()));
+        if let Some(TypeProto { value: Some(TypeValue::Tensor(t)) }) = &mut x.r#type {
+            t.elem_type = if self.signed[0] { 3 } else { 2 };
+        }
+        let zw_dims = if self.zw.len() == 1 { vec![] } else { vec![self.zw.len()] };
+        let mut g = graph(
+            vec![node("ConvInteger", &["x", "w", "zx", "zw"], &["y"], attrs)],
+            vec![x],
+            &["y"],
+        );
+        g.initializer = vec![
+            self.tensor("w", 1, &self.w, &self.numbers(1)),
+            self.tensor("zx", 0, &[], &[self.zx]),
+            self.tensor("zw", 1, &zw_dims, &self.zw),
+        ];
+        model(g)
+    }
+
+    fn definition(&self) -> Vec<i64> {
+        let (x, w) = (self.numbers(0), self.numbers(1));
+        let ([n, c, h, wd], [o, _, kh, kw]) = (self.x, self.w);
+        let out = |i: usize, size: usize, k: usize| {
+            (size + self.pads[i] + self.pads[i + 2] - (k - 1) * self.dilations[i] - 1)
+                / self.strides[i]
+                + 1
+        };
+        let (oh, ow) = (out(0, h, kh), out(1, wd, kw));
+        let mut y = Vec::new();
+        for (b, f, i, j) in (0..n * o * oh * ow)
+            .map(|at| (at / ow / oh / o, at / ow / oh % o, at / ow % oh, at % ow))
+        {
+            let mut sum = 0;
+            for (ch, ki, kj) in (0..c * kh * kw).map(|at| (at / kw / kh, at / kw % kh, at % kw)) {
+                let r = (i * self.strides[0] + ki * self.dilations[0]).checked_sub(self.pads[0]);
+                let q = (j * self.strides[1] + kj * self.dilations[1]).checked_sub(self.pads[1]);
+                if let (Some(r), Some(q)) = (r.filter(|&r| r < h), q.filter(|&q| q < wd)) {
+                    let zw = self.zw[if self.zw.len() == 1 { 0 } else { f }];
+                    sum += (x[((b * c + ch) * h + r) * wd + q] - self.zx)
+                        * (w[((f * c + ch) * kh + ki) * kw + kj] - zw);
+                }
+            }
+            y.push(sum);
+        }
+        y
+    }
+}
+
+#[test]
+fn convolutions_of_bytes_are_products_of_bytes() {
+    let case = |x, w, strides, dilations, pads, signed, zx, zw: &[i64]| ByteConv {
+        x,
+        w,
+        strides,
+        dilations,
+        pads,
+        signed,
+        zx,
+        zw: zw.to_vec(),
+    };
+    for (c, product) in [
+        (
+            case([1, 8, 5, 6], [3, 8, 3, 3], [1, 1], [1, 1], [1, 1, 1, 1], [false, true], 7, &[0]),
+            true,
+        ),
+        (
+            case(
+                [2, 9, 7, 5],
+                [4, 9, 3, 2],
+                [2, 1],
+                [1, 2],
+                [0, 2, 1, 0],
+                [false, false],
+                128,
+                &[120],
+            ),
+            true,
+        ),
+        (case([1, 16, 4, 4], [5, 16, 1, 1], [1, 1], [1, 1], [0; 4], [true, true], -3, &[0]), true),
+        (
+            case([1, 8, 6, 6], [2, 8, 1, 1], [2, 2], [1, 1], [0; 4], [true, false], 0, &[128, 9]),
+            true,
+        ),
+        (
+            case([1, 3, 6, 6], [2, 3, 3, 3], [1, 1], [1, 1], [1; 4], [false, true], 5, &[1, -2]),
+            false,
+        ),
+    ] {
+        let graph = load(&c.model()).unwrap();
+        let products =
+            graph.nodes.iter().filter(|(_, n)| matches!(n.op, Op::Contract { .. })).count();
+        let convs = graph.nodes.iter().filter(|(_, n)| matches!(n.op, Op::Conv(_))).count();
+        assert_eq!((products, convs), if product { (1, 0) } else { (0, 1) });
+        let dtype = if c.signed[0] { DType::I8 } else { DType::U8 };
+        let x = Tensor::from_i64s(dtype, &c.x, &c.numbers(0)).unwrap();
+        let y = run(&graph, &[x], Mode::Exact).unwrap().remove(0);
+        assert_eq!((y.dtype(), y.to_i64s()), (DType::I32, c.definition()));
+    }
 }

@@ -243,6 +243,7 @@ fn join(first: &Launched<'_>, last: &Launched<'_>, read: usize) -> Option<Joined
         params,
         symbols,
         tiles: l.tiles.clone(),
+        bounds: l.bounds.clone(),
         grid: l.grid.clone(),
         values,
         body: Block { stmts },

@@ -140,7 +140,7 @@ fn offset(
 ///
 /// All of it wraps in 32 bits, so the two sides are equal, not only near. An unsigned right operand
 /// becomes a signed one with another zero point: before, when it is constant, else where it is read.
-fn byte_product(
+pub(crate) fn byte_product(
     cx: &mut Cx,
     a: ValueId,
     za: Option<ValueId>,

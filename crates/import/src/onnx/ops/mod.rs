@@ -7,6 +7,7 @@
 
 mod activation;
 mod attention;
+mod byte_conv;
 mod control;
 mod conv;
 mod domains;

@@ -2,7 +2,7 @@
 
 use super::super::cx::Cx;
 use super::super::node::{N, Val, axis, one};
-use super::{conv, matmul};
+use super::{byte_conv, conv, matmul};
 use tilewright_base::{DType, Error, Result};
 use tilewright_graph::{ReduceKind, ValueId};
 use tilewright_layout::Dim;
@@ -157,16 +157,26 @@ fn centred(cx: &mut Cx, x: ValueId, zero: Option<ValueId>, at: usize) -> Result<
 }
 
 pub(crate) fn conv_integer(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
-    let (x, w) = (n.x(0)?, n.x(1)?);
-    let x = centred(cx, x, n.opt(2)?, 1)?;
-    let w = centred(cx, w, n.opt(3)?, 0)?;
-    one(conv::convolve(cx, n, x, w)?)
+    one(integer_conv(cx, n, [n.x(0)?, n.x(1)?], [n.opt(2)?, n.opt(3)?])?)
+}
+
+/// The convolution of small integers less their zero points, in `i32`.
+fn integer_conv(
+    cx: &mut Cx,
+    n: &N<'_>,
+    [x, w]: [ValueId; 2],
+    [zx, zw]: [Option<ValueId>; 2],
+) -> Result<ValueId> {
+    if let Some(v) = byte_conv::convolve(cx, n, [x, w], [zx, zw])? {
+        return Ok(v);
+    }
+    let x = centred(cx, x, zx, 1)?;
+    let w = centred(cx, w, zw, 0)?;
+    conv::convolve(cx, n, x, w)
 }
 
 pub(crate) fn qlinear_conv(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
-    let x = centred(cx, n.x(0)?, Some(n.x(2)?), 1)?;
-    let w = centred(cx, n.x(3)?, Some(n.x(5)?), 0)?;
-    let mut v = conv::convolve(cx, n, x, w)?;
+    let mut v = integer_conv(cx, n, [n.x(0)?, n.x(3)?], [Some(n.x(2)?), Some(n.x(5)?)])?;
     let rank = cx.rank(v);
     if let Some(bias) = n.opt(8)? {
         let bias = cx.along(bias, 1, rank)?;
