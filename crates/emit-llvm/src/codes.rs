@@ -8,10 +8,13 @@
 //!
 //! With floats on the left each code becomes a float. The first five are put into the fraction of a power of two, which is
 //! taken off (two instructions that run everywhere); the others are moved to the lower end, and looked up in a register
-//! of sixteen by the last four bits (two that run on few ports). Both are exact.
+//! of sixteen by the last four bits (two that run on few ports). Both are exact. Where a block has many rows, a panel is
+//! unpacked into scratch memory once ([`unpacking`]), and multiplied as any panel of floats; the sums are the same.
 
+use crate::mma::{Micro, MicroKind, Stride};
 use crate::nibbles;
 use crate::ops::{Code, splat_lit, vector};
+use std::fmt::Write;
 
 /// Masks of the low halves of a word's bytes, and 8 in each.
 const LOW: &str = "252645135";
@@ -132,6 +135,53 @@ pub(crate) fn float_step(
             }
         }
     }
+}
+
+/// The text of a function that unpacks a panel, `%depth` words of each column, to floats, row-major. `names` are arguments
+/// that micro-kernels have.
+pub(crate) fn unpacking(
+    micro: &Micro,
+    name: &str,
+    names: &[String],
+    vector_bits: u32,
+) -> (String, Code) {
+    let (lanes, width) = (micro.geometry.lanes, micro.geometry.width);
+    let (words, floats) = (vector("i32", lanes), vector("float", lanes));
+    let signed = micro.kind == MicroKind::CodesFma { signed: true };
+    let stride = match &micro.b_depth {
+        Stride::Known(s) => s.to_string(),
+        Stride::Given(s) => s.clone(),
+    };
+    let mut c = Code { vector_bits, ..Code::default() };
+    c.t = crate::text::Text::new();
+    let open = c.t.begin_loop("0", "%depth", "1");
+    let k = open.iv.clone();
+    let at = c.t.ins(format_args!("mul nsw i64 {k}, {stride}"));
+    let from = c.t.ins(format_args!("getelementptr inbounds i8, ptr %b, i64 {at}"));
+    let at = c.t.ins(format_args!("mul nsw i64 {k}, {}", 8 * width));
+    let to = c.t.ins(format_args!("getelementptr inbounds float, ptr %to, i64 {at}"));
+    for j in 0..i64::from(micro.geometry.vectors) {
+        let column = j * i64::from(lanes);
+        let p = c.t.ins(format_args!("getelementptr inbounds i8, ptr {from}, i64 {}", column * 4));
+        let codes = c.t.ins(format_args!("load {words}, ptr {p}, align 1"));
+        for i in 0..8u32 {
+            let x = number(&mut c, lanes, &codes, i, signed);
+            let at = i64::from(i) * width + column;
+            let p = c.t.ins(format_args!("getelementptr inbounds float, ptr {to}, i64 {at}"));
+            c.t.stmt(format_args!("store {floats} {x}, ptr {p}, align 4"));
+        }
+    }
+    c.t.end_loop(open);
+    c.t.stmt("ret void");
+    let mut params = "ptr noalias %b, ptr noalias %to, i64 %depth".to_owned();
+    for n in names {
+        let _ = write!(params, ", i64 %{n}");
+    }
+    let mut out = format!("define internal void @{name}({params}) #1 {{\nstart:\n");
+    out.push_str(&c.t.allocas);
+    out.push_str(&c.t.body);
+    out.push_str("}\n");
+    (out, c)
 }
 
 /// Code `i` of each word as a float.

@@ -1,6 +1,7 @@
 //! Rows of a product in groups: for which numbers of rows there are micro-kernels, and which one is next.
 
 use crate::emitter::Emitter;
+use crate::mma::{Micro, micro_kernel};
 use tilewright_layout::Dim;
 
 impl Emitter<'_> {
@@ -53,5 +54,54 @@ impl Emitter<'_> {
             count = self.c.t.ins(format_args!("select i1 {fits}, i64 {r}, i64 {count}"));
         }
         count
+    }
+
+    /// Micro-kernels for these numbers of rows, and their names.
+    pub(crate) fn micro_kernels(
+        &mut self,
+        micro: &Micro,
+        variants: &[i64],
+        names: &[String],
+    ) -> Vec<(i64, String)> {
+        let mut functions = Vec::new();
+        for &rows in variants {
+            let name = format!("{}.mma{}.r{rows}", self.k.name, self.functions.len());
+            let bits = self.knobs.vector_bits;
+            let (text, code) = match micro.kind {
+                _ if micro.kind.is_tile() => {
+                    self.tiles = true;
+                    let config = format!("@{}.tiles", self.k.name);
+                    crate::amx::micro_kernel(micro, rows, [&name, &config], names, bits)
+                }
+                _ => micro_kernel(micro, rows, &name, names, bits),
+            };
+            functions.push((rows, name));
+            self.functions.push(text);
+            self.c.helpers.extend(code.helpers);
+            self.c.t.declares.extend(code.t.declares);
+        }
+        functions
+    }
+
+    /// Calls the micro-kernel for `count` rows.
+    pub(crate) fn call_for_rows(&mut self, functions: &[(i64, String)], count: &str, args: &str) {
+        if let [(_, name)] = functions {
+            return self.c.t.stmt(format_args!("call void @{name}({args})"));
+        }
+        let end = self.c.t.label();
+        let labels: Vec<String> = functions.iter().map(|_| self.c.t.label()).collect();
+        let cases: Vec<String> = functions[1..]
+            .iter()
+            .zip(&labels[1..])
+            .map(|((rows, _), l)| format!("i64 {rows}, label %{l}"))
+            .collect();
+        let cases = cases.join(" ");
+        self.c.t.stmt(format_args!("switch i64 {count}, label %{} [ {cases} ]", labels[0]));
+        for ((_, name), label) in functions.iter().zip(&labels) {
+            self.c.t.place(label);
+            self.c.t.stmt(format_args!("call void @{name}({args})"));
+            self.c.t.br(&end);
+        }
+        self.c.t.place(&end);
     }
 }

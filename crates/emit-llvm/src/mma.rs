@@ -119,6 +119,9 @@ const AHEAD_FROM: i64 = 32;
 /// How many lengths of this piece a panel of 4-bit numbers is asked for ahead.
 const NIBBLES_AHEAD: i64 = 4;
 
+/// Groups of rows from which on codes are unpacked once for all of them.
+const UNPACK_FROM: i64 = 2;
+
 /// Bytes of a cache line.
 const LINE: i64 = 64;
 
@@ -440,23 +443,27 @@ impl<'a> Emitter<'a> {
                 [group_rows, rest].into_iter().filter(|r| *r > 0).collect()
             }
         };
-        let mut functions = Vec::new();
-        for &rows in &variants {
-            let name = format!("{}.mma{}.r{rows}", self.k.name, self.functions.len());
-            let bits = self.knobs.vector_bits;
-            let (text, code) = match kind {
-                _ if kind.is_tile() => {
-                    self.tiles = true;
-                    let config = format!("@{}.tiles", self.k.name);
-                    crate::amx::micro_kernel(&micro, rows, [&name, &config], &names, bits)
-                }
-                _ => micro_kernel(&micro, rows, &name, &names, bits),
-            };
-            functions.push((rows, name));
-            self.functions.push(text);
-            self.c.helpers.extend(code.helpers);
-            self.c.t.declares.extend(code.t.declares);
-        }
+        let functions = self.micro_kernels(&micro, &variants, &names);
+        // Codes are unpacked once where many rows multiply them.
+        let unpacked = (matches!(kind, MicroKind::CodesFma { .. })
+            && self.facts.bounds(&m).max > UNPACK_FROM * g.rows)
+            .then(|| {
+                let plain = Micro {
+                    kind: MicroKind::Fma,
+                    b: DType::F32,
+                    a_depth: Stride::Known(1),
+                    b_depth: Stride::Known(width),
+                    ahead: false,
+                    ..micro.clone()
+                };
+                let name = format!("{}.mma{}.unpack", self.k.name, self.functions.len());
+                let (text, code) = codes::unpacking(&micro, &name, &names, self.knobs.vector_bits);
+                self.functions.push(text);
+                self.c.helpers.extend(code.helpers);
+                self.c.t.declares.extend(code.t.declares);
+                let room = self.scratch(depth_max * width * 4);
+                (self.micro_kernels(&plain, &variants, &names), name, room)
+            });
 
         // What a left operand that was moved up adds, once for each panel: the product with rows of 128.
         let mut panel_shares = None;
@@ -519,6 +526,19 @@ impl<'a> Emitter<'a> {
             self.c.t.stmt(format_args!("call void @{name}({args})"));
             let _ = write!(more, ", ptr {sums}");
         }
+        let unpacked = unpacked.map(|(functions, name, room)| {
+            let limit = UNPACK_FROM * g.rows;
+            let many = self.c.t.ins(format_args!("icmp sgt i64 {m_v}, {limit}"));
+            let (yes, no) = (self.c.t.label(), self.c.t.label());
+            self.c.t.br_if(&many, &yes, &no);
+            self.c.t.place(&yes);
+            let args = format!("ptr {b_ptr}, ptr {room}, i64 {depth_v}{more}");
+            self.c.t.stmt(format_args!("call void @{name}({args})"));
+            self.c.t.br(&no);
+            self.c.t.place(&no);
+            let deep = self.c.t.ins(format_args!("mul nsw i64 {depth_v}, {group}"));
+            (functions, many, room, deep)
+        });
         let mut row_loop = self.c.t.begin_loop("0", &m_v, "1");
         let i0 = self.symbol();
         self.facts.declare(&i0, Range { min: 0, max: (rows_max - 1).max(0) }, uppers(&m));
@@ -582,27 +602,21 @@ impl<'a> Emitter<'a> {
                 .ins(format_args!("getelementptr inbounds {elem}, ptr {}, i64 {at}", a_place.base))
         };
         let args = format!("ptr {a_ptr}, ptr {b_ptr}, ptr {c_ptr}, i64 {depth_v}, i1 {zero}{more}");
-        if let [(_, name)] = functions.as_slice() {
-            self.c.t.stmt(format_args!("call void @{name}({args})"));
-        } else {
-            let end = self.c.t.label();
-            let labels: Vec<String> = functions.iter().map(|_| self.c.t.label()).collect();
-            let cases: Vec<String> = functions[1..]
-                .iter()
-                .zip(&labels[1..])
-                .map(|((rows, _), l)| format!("i64 {rows}, label %{l}"))
-                .collect();
-            self.c.t.stmt(format_args!(
-                "switch i64 {count_v}, label %{} [ {} ]",
-                labels[0],
-                cases.join(" ")
-            ));
-            for ((_, name), label) in functions.iter().zip(&labels) {
-                self.c.t.place(label);
-                self.c.t.stmt(format_args!("call void @{name}({args})"));
+        match &unpacked {
+            None => self.call_for_rows(&functions, &count_v, &args),
+            Some((plain, many, room, deep)) => {
+                let [yes, no, end] = [0; 3].map(|_| self.c.t.label());
+                self.c.t.br_if(many, &yes, &no);
+                self.c.t.place(&yes);
+                let on_floats =
+                    format!("ptr {a_ptr}, ptr {room}, ptr {c_ptr}, i64 {deep}, i1 {zero}{more}");
+                self.call_for_rows(plain, &count_v, &on_floats);
                 self.c.t.br(&end);
+                self.c.t.place(&no);
+                self.call_for_rows(&functions, &count_v, &args);
+                self.c.t.br(&end);
+                self.c.t.place(&end);
             }
-            self.c.t.place(&end);
         }
         if let Some(epilogue) = &epilogue {
             self.run_epilogue(epilogue, &piece, &corner, &region, &last)?;
@@ -677,7 +691,7 @@ impl<'a> Emitter<'a> {
 }
 
 /// The text of one micro-kernel: `c[r][0..width] (+)= sum over k of a[r][k] * b[k][0..width]`.
-fn micro_kernel(
+pub(crate) fn micro_kernel(
     micro: &Micro,
     rows: i64,
     name: &str,

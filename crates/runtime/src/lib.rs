@@ -8,6 +8,7 @@
 mod array;
 mod clock;
 mod constants;
+mod float_mode;
 mod machine;
 mod memory;
 mod pack;

@@ -2,6 +2,7 @@
 
 use crate::clock::Watch;
 use crate::constants::{Constant, constants};
+use crate::float_mode::FloatMode;
 use crate::memory::AlignedBuffer;
 use crate::pack::unpack;
 use crate::pool::Pool;
@@ -33,6 +34,7 @@ pub struct Code {
     entry: KernelFn,
     scratch_bytes: usize,
     number: usize,
+    mode: FloatMode,
     /// Keeps the code mapped.
     library: Arc<Library>,
 }
@@ -50,7 +52,17 @@ impl Code {
         // `library` keeps it mapped. That it stays inside its buffers and its scratch is the
         // contract of the emitter, whose texts are all that this process compiles.
         let entry = unsafe { std::mem::transmute::<*const (), KernelFn>(address) };
-        Ok(Code { entry, scratch_bytes, number, library: library.clone() })
+        let mode = FloatMode::Default;
+        Ok(Code { entry, scratch_bytes, number, mode, library: library.clone() })
+    }
+
+    /// As the code of this kernel.
+    fn of_kernel(self, kernel: &Kernel) -> Result<Code> {
+        if self.name() != kernel.name {
+            let name = self.name();
+            return Err(Error::bug(format!("the code of {name} for kernel {}", kernel.name)));
+        }
+        Ok(Code { mode: FloatMode::of(kernel), ..self })
     }
 
     /// The name of the function.
@@ -94,12 +106,9 @@ impl Executable {
                 plan.kernels.len()
             )));
         }
-        for (code, (_, planned)) in code.iter().zip(plan.kernels.iter()) {
-            if code.name() != planned.kernel.name {
-                let (code, kernel) = (code.name(), &planned.kernel.name);
-                return Err(Error::bug(format!("the code of {code} for kernel {kernel}")));
-            }
-        }
+        let kernels = plan.kernels.iter().map(|(_, planned)| &planned.kernel);
+        let code = code.into_iter().zip(kernels).map(|(code, kernel)| code.of_kernel(kernel));
+        let code = code.collect::<Result<_>>()?;
         let constants = Arc::new(constants(&plan, &pool)?);
         let shareable = plan.kernels.iter().map(|(_, k)| shareable(&k.kernel)).collect();
         Ok(Executable { plan, code, constants, shareable, in_place: true, pool })
@@ -112,15 +121,14 @@ impl Executable {
             return Err(Error::bug("schedules and codes for another number of kernels"));
         }
         let ids: Vec<KernelId> = plan.kernels.ids().collect();
-        for ((id, schedule), code) in ids.into_iter().zip(schedules).zip(&code) {
+        let mut of_kernels = Vec::with_capacity(code.len());
+        for ((id, schedule), code) in ids.into_iter().zip(schedules).zip(code) {
             let planned = &mut plan.kernels[id];
-            if code.name() != planned.kernel.name {
-                return Err(Error::bug(format!("other code for kernel {}", planned.kernel.name)));
-            }
+            of_kernels.push(code.of_kernel(&planned.kernel)?);
             planned.schedule = schedule;
         }
         let (constants, shareable) = (self.constants.clone(), self.shareable.clone());
-        let pool = self.pool.clone();
+        let (code, pool) = (of_kernels, self.pool.clone());
         Ok(Executable { plan, code, constants, shareable, in_place: self.in_place, pool })
     }
 
@@ -701,6 +709,7 @@ fn launch(
     let addresses = Addresses(pointers.as_ptr());
     let addresses = &addresses;
     let share = |first, last, worker: usize| {
+        let mode = code.mode.enter();
         // SAFETY: `Code::from_library` sees to it that the entry follows `KernelFn` and stays inside its
         // buffers and scratch; every pointer refers to a buffer of at least its layout's size
         // (checked for inputs and outputs by `bind_symbols` and `run_into`, by construction for
@@ -708,6 +717,7 @@ fn launch(
         unsafe {
             (code.entry)(addresses.0, sizes.as_ptr(), first, last, scratch[worker].as_ptr());
         }
+        drop(mode);
     };
     match pool {
         Some(pool) => pool.run(blocks, &share),

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 use tilewright_base::{DType, IdVec, typed_id};
-use tilewright_expr::{Func, Value};
+use tilewright_expr::{Func, Node, Op as ExprOp, Value};
 use tilewright_layout::{Dim, Layout, Symbols};
 
 typed_id!(
@@ -387,5 +387,24 @@ impl Kernel {
     /// The type of a tile value.
     pub fn ty(&self, tile: TileId) -> &TileType {
         &self.values[tile].ty
+    }
+
+    /// Whether it multiplies and adds in this type: sums products, as matrix products, convolutions and attention do.
+    pub fn multiplies_and_adds(&self, dtype: DType) -> bool {
+        self.sums_products(&self.body, dtype)
+    }
+
+    fn sums_products(&self, block: &Block, dtype: DType) -> bool {
+        block.stmts.iter().any(|stmt| match stmt {
+            Stmt::Let(result, TileOp::Mma { .. }) => self.ty(*result).dtype == dtype,
+            Stmt::Let(_, TileOp::Map { func, .. }) => func
+                .nodes()
+                .any(|(_, node, ty)| ty == dtype && matches!(node, Node::Op(ExprOp::Fma, _))),
+            Stmt::Let(..) | Stmt::Store { .. } | Stmt::AtomicAdd { .. } => false,
+            Stmt::For(f) => self.sums_products(&f.body, dtype),
+            Stmt::If(i) => {
+                self.sums_products(&i.then, dtype) || self.sums_products(&i.otherwise, dtype)
+            }
+        })
     }
 }

@@ -105,8 +105,30 @@ fn sizes_and_groups_that_nothing_divides() {
         case(70, 66, 31, 64, I4, F32, true),
         case(6, 70, 40, 16, I4, F32, false),
         case(1, 1100, 72, 24, U4, F16, true),
+        case(70, 130, 96, 32, I4, F16, true),
+        case(33, 300, 64, 64, U4, F32, false),
     ] {
         check(&graph(&c), c.rows, c.k, true);
+    }
+}
+
+/// Many rows are multiplied by codes that were unpacked once, few by codes in registers: the same bits.
+#[test]
+fn a_row_is_the_same_alone_and_among_many() {
+    for (codes, group) in [(DType::I4, 32), (DType::U4, 96)] {
+        let c = Case { rows: 40, n: 330, k: 192, group, codes, scales: DType::F16, zeros: true };
+        let x = tensor(DType::F32, &[c.rows, c.k], 5);
+        for compiler in compilers() {
+            let compiled = compiler.compile_observed(graph(&c), &mut |_| {}).unwrap();
+            let mut session = compiled.session().unwrap();
+            let many = session.run(std::slice::from_ref(&x)).unwrap().remove(0).to_f64s();
+            for row in [0, 17, 39] {
+                let one = &x.to_f64s()[row * c.k..(row + 1) * c.k];
+                let one = Tensor::from_f64s(DType::F32, &[1, c.k], one).unwrap();
+                let alone = session.run(&[one]).unwrap().remove(0).to_f64s();
+                assert_eq!(alone, many[row * c.n..(row + 1) * c.n], "row {row}");
+            }
+        }
     }
 }
 

@@ -135,3 +135,46 @@ fn models_are_the_same_on_any_number_of_threads() {
         check(&graph, &order_inputs(&graph, &named).expect("the inputs"));
     }
 }
+
+/// Products and convolutions count subnormal numbers as zero, other kernels keep them; the thread that calls does as before.
+#[test]
+fn subnormal_numbers() {
+    let mut b = GraphBuilder::new("subnormal");
+    let x = b.input("x", TensorType::new(DType::F32, dims(&[40, 60])));
+    let image = b.input("image", TensorType::new(DType::F32, dims(&[1, 16, 8, 8])));
+    let large = Tensor::from_f64s(DType::F32, &[60, 50], &[1e20; 3000]).unwrap();
+    let w = b.constant("w", large);
+    let product = b.contract("ik,kj->ij", x, w).unwrap();
+    let taps =
+        b.constant("taps", Tensor::from_f64s(DType::F32, &[16, 1, 3, 3], &[1e20; 144]).unwrap());
+    let depthwise = ConvAttrs {
+        strides: vec![1; 2],
+        pads_lo: vec![1; 2],
+        pads_hi: vec![1; 2],
+        dilations: vec![1; 2],
+        groups: 16,
+    };
+    let convolved = b.op(Op::Conv(depthwise), &[image, taps]).unwrap();
+    let map = b.map_text("{ x -> x * 1e20 }", &[x]).unwrap();
+    b.output("product", product);
+    b.output("convolved", convolved);
+    b.output("map", map);
+    let graph = b.finish();
+    let tiny = |shape: &[usize]| {
+        let count = shape.iter().product();
+        Tensor::from_f64s(DType::F32, shape, &vec![1e-40; count]).unwrap()
+    };
+    let inputs = [tiny(&[40, 60]), tiny(&[1, 16, 8, 8])];
+    for threads in [1, 2] {
+        let Ok(cpu) = Cpu::detect(threads) else { return };
+        let compiled =
+            Compiler::for_cpu(cpu, None).compile_observed(graph.clone(), &mut |_| {}).unwrap();
+        let got = compiled.session().unwrap().run(&inputs).unwrap();
+        for summed in &got[..2] {
+            assert!(summed.to_f64s().iter().all(|v| *v == 0.0), "{threads} threads");
+        }
+        assert!(got[2].to_f64s().iter().all(|v| (v - 1e-20).abs() < 1e-24), "{threads} threads");
+        let half = std::hint::black_box(f32::MIN_POSITIVE) * std::hint::black_box(0.5);
+        assert!(half > 0.0, "the calling thread is left in a kernel's mode");
+    }
+}
