@@ -876,7 +876,8 @@ impl GpuSchedule {
         }
         let runs = up(s.cols, s.vector);
         let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
-        let mut picker = Picker { kernel, arch, size, s, runs, in_flight, map_threads: MAP_THREADS };
+        let mut picker =
+            Picker { kernel, arch, size, s, runs, in_flight, map_threads: MAP_THREADS };
         if TopK::of(kernel).is_some() {
             return Ok(Some(picker.top_k()));
         }

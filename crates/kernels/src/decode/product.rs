@@ -145,8 +145,7 @@ impl VectorProduct {
         while each > 1 && sums(each, runs) > MOST_SUMS {
             each /= 2;
         }
-        let fetched = std::env::var("TW_FETCHED").ok().and_then(|v| v.parse().ok()).unwrap_or(0);
-        Form { threads, lanes, each, runs, blocks: 1, ahead: true, fetched }
+        Form { threads, lanes, each, runs, blocks: 1, ahead: true, fetched: 0 }
     }
 
     /// The kernel in the form that suits the machine.

@@ -210,8 +210,7 @@ impl MapSpec {
         let [m, n] = ["M", "N"].map(|name| size(name).unwrap_or(i64::MAX));
         if m.saturating_mul(n) <= LITTLE {
             let sizes = kernel.symbols.iter().filter(|s| &*s.name != "M");
-            schedule.sizes =
-                sizes.filter_map(|s| Some((s.name.clone(), size(&s.name)?))).collect();
+            schedule.sizes = sizes.filter_map(|s| Some((s.name.clone(), size(&s.name)?))).collect();
         }
         Ok((kernel, schedule))
     }

@@ -226,7 +226,11 @@ impl Rows<'_> {
         let limited = matches!(piece, Piece::SquaredDistance(_));
         if let Some(x) = whole {
             let x = self.piece(piece, x);
-            return if limited { self.sum_inside(x, &Dim::new(0)) } else { self.k.reduce(kind, x, 1, None) };
+            return if limited {
+                self.sum_inside(x, &Dim::new(0))
+            } else {
+                self.k.reduce(kind, x, 1, None)
+            };
         }
         let start = if kind == ReduceKind::Max { f64::NEG_INFINITY } else { 0.0 };
         let ty = TileType::new(DType::F32, [self.bm.clone()]);
@@ -529,6 +533,15 @@ fn in_units(
         schedule.tiles.insert("BM".into(), 1);
     }
     lines.ragged = true;
+    // What varies along columns alone is read element by element, late, and takes more registers.
+    lines.early = false;
+    let vectors = kernel
+        .params
+        .iter()
+        .any(|(_, p)| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N")));
+    if vectors && lines.kept == 0 {
+        schedule.blocks_per_sm = (schedule.blocks_per_sm * 3 / 4).max(1);
+    }
     schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
     schedule.sizes.insert("N".into(), n);
     let works = tilewright_lower_gpu::lower(&kernel, &schedule).is_ok();
