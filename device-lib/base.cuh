@@ -259,4 +259,19 @@ template <typename T, int N> TW_INLINE void store_run_if(bool inside, T* p, cons
   }
 }
 
+// The elements of a run that a line of `extent` elements has, of which the first would be element `at`; others keep what
+// they are.
+template <typename T, int N> TW_INLINE void load_edge(RunWords<T, N>& r, const T* p, int at, int extent) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    if (at + k >= 0 && at + k < extent) r.run.at[k] = p[k];
+  }
+}
+template <typename T, int N> TW_INLINE void store_edge(T* p, int at, int extent, const RunWords<T, N>& r) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    if (at + k >= 0 && at + k < extent) p[k] = r.run.at[k];
+  }
+}
+
 }  // namespace tw

@@ -186,6 +186,14 @@ template <typename T, int VECTOR> TW_INLINE void fetch_run(smem_t to, const T* f
   for (int k = 0; k < VECTOR; ++k) run.at[k] = fill;
   smem_store_run<T, VECTOR>(to, run);
 }
+// The elements of a run that a line of `extent` elements has, of which the first would be element `at`, and `fill`.
+template <typename T, int VECTOR> TW_INLINE void fetch_edge(smem_t to, const T* from, int at, int extent, T fill) {
+  RunWords<T, VECTOR> run;
+#pragma unroll
+  for (int k = 0; k < VECTOR; ++k) run.run.at[k] = fill;
+  load_edge<T, VECTOR>(run, from, at, extent);
+  smem_store_run<T, VECTOR>(to, run.run);
+}
 // Whole words come as words: a run of narrower elements would be taken apart and put together again.
 template <typename T, int VECTOR> TW_INLINE RunWords<T, VECTOR> recall_run(smem_t at) {
   RunWords<T, VECTOR> r;

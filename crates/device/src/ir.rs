@@ -764,6 +764,8 @@ pub struct Program {
     pub blocks_per_sm: u32,
     /// Loads pass by the first-level cache.
     pub streams: bool,
+    /// Lines begin and end within accesses of several elements: fragments in lines take what is there one by one.
+    pub ragged: bool,
     /// Shared memory.
     pub smem: IdVec<SmemId, Smem>,
     /// Barriers.

@@ -34,7 +34,26 @@ struct Place {
     lets: Vec<String>,
     /// That the first element is there.
     inside: String,
+    /// Where a program is ragged, the same but for the axis of the columns, and the column with how many there are.
+    along: Option<Along>,
     pointer: String,
+}
+
+/// The columns of an access to lines that end anywhere.
+struct Along {
+    others: String,
+    here: String,
+    extent: String,
+}
+
+impl Along {
+    /// That all of a run is there, and that some of it is.
+    fn tests(&self, vector: u32) -> (String, String) {
+        let Along { others, here, extent } = self;
+        let whole = format!("{here} >= 0 && {here} + {vector} <= {extent}");
+        let edge = format!("{others} && {here} > -{vector} && {here} < {extent} && !({whole})");
+        (format!("{others} && {whole}"), edge)
+    }
 }
 
 /// `text` times a step that is often 1.
@@ -81,6 +100,7 @@ impl Printer<'_> {
             if p.layout.offset.is(0) { "0".to_owned() } else { self.scope.wide(&p.layout.offset) };
         let mut offset = String::new();
         let mut inside = Vec::new();
+        let (mut along, mut of_columns) = (None, Vec::new());
         let mut lets = vec![format!("using spread_t = {spread};")];
         for (axis, coordinate) in at.iter().enumerate() {
             let a = &p.layout.axes[axis];
@@ -121,17 +141,28 @@ impl Printer<'_> {
                 continue;
             }
             let extent = self.scope.text(&a.extent);
+            if self.program.ragged && axes.1 == Some(axis) && part.is_some() && a.stride.is(1) {
+                along = Some((here.clone(), extent.clone()));
+            }
             let mut tests = vec![format!("{here} < {extent}")];
             if self.scope.bounds(coordinate).min < 0 {
                 tests.insert(0, format!("{here} >= 0"));
             }
-            inside.extend(tests);
+            match along.is_some() && axes.1 == Some(axis) {
+                true => of_columns = tests,
+                false => inside.extend(tests),
+            }
         }
         let constant = if constant { "const " } else { "" };
         let ty = memory_type(p.dtype);
         lets.push(format!("{constant}{ty}* const first_at = p_{} + ({base});", p.name));
-        let inside = if inside.is_empty() { "true".to_owned() } else { inside.join(" && ") };
-        Ok(Place { lets, inside, pointer: format!("first_at{offset}") })
+        let all = |tests: &[String]| match tests.is_empty() {
+            true => "true".to_owned(),
+            false => tests.join(" && "),
+        };
+        let along = along.map(|(here, extent)| Along { others: all(&inside), here, extent });
+        inside.extend(of_columns);
+        Ok(Place { lets, inside: all(&inside), along, pointer: format!("first_at{offset}") })
     }
 
     /// Address of this thread's unit `i / vector` in a slot of a shelf, as text.
@@ -157,16 +188,20 @@ impl Printer<'_> {
         self.line(&format!("  for (int i = 0; i < spread_t::TILE; i += {vector}) {{"));
         // The copy itself can write zeros, and only those.
         let zero = fill == Value::Float(0.0) || fill == Value::Int(0);
+        let ragged = place.along.as_ref().filter(|_| vector > 1).map(|a| (a, a.tests(vector)));
+        let inside = ragged.as_ref().map_or(&place.inside, |(_, (whole, _))| whole);
+        let pointer = &place.pointer;
         self.line(&match zero {
-            true => format!(
-                "    tw::copy_run<{ty}, {vector}>({slot}, {}, {});",
-                place.pointer, place.inside
-            ),
+            true => format!("    tw::copy_run<{ty}, {vector}>({slot}, {pointer}, {inside});"),
             false => format!(
-                "    tw::fetch_run<{ty}, {vector}>({slot}, {}, {}, tw::narrow_to<{ty}>::from({value}));",
-                place.pointer, place.inside
+                "    tw::fetch_run<{ty}, {vector}>({slot}, {pointer}, {inside}, tw::narrow_to<{ty}>::from({value}));"
             ),
         });
+        if let Some((Along { here, extent, .. }, (_, edge))) = &ragged {
+            self.line(&format!(
+                "    if ({edge}) tw::fetch_edge<{ty}, {vector}>({slot}, {pointer}, {here}, {extent}, tw::narrow_to<{ty}>::from({value}));"
+            ));
+        }
         self.line("  }");
         self.line("}");
         Ok(())
@@ -206,9 +241,15 @@ impl Printer<'_> {
         let ty = memory_type(self.program.params[access.param].dtype);
         let vector = access.vector;
         let picked = access.rows.map(|(_, rows)| self.operand(frag_ref, rows, "i")).transpose()?;
-        let Place { lets, inside, pointer } =
+        let Place { lets, mut inside, along, pointer } =
             self.place(&spread, frag.extent, access, picked.as_deref(), fill.is_some())?;
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
+        // Runs that lines begin or end within are few, and come after the others.
+        let mut edges = None;
+        if let Some(along) = along.filter(|_| vector > 1) {
+            let (whole, edge) = along.tests(vector);
+            (inside, edges) = (whole, Some((along, edge)));
+        }
         let Some(fill) = fill else {
             let registers = (0..vector)
                 .map(|k| self.register(frag_ref, &format!("i + {k}")))
@@ -234,6 +275,11 @@ impl Printer<'_> {
                 }
             }
             self.line(&format!("  tw::store_run_if<{ty}, {vector}>({inside}, {pointer}, run);"));
+            if let Some((Along { here, extent, .. }, edge)) = &edges {
+                self.line(&format!(
+                    "  if ({edge}) tw::store_edge<{ty}, {vector}>({pointer}, {here}, {extent}, run);"
+                ));
+            }
             self.line("}");
             self.line("}");
             return Ok(());
@@ -252,6 +298,14 @@ impl Printer<'_> {
             "    runs[i / {vector}] = tw::load_words_if<{ty}, {vector}, {kept}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
         ));
         self.line("  }");
+        if let Some((Along { here, extent, .. }, edge)) = &edges {
+            self.line("#pragma unroll");
+            self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
+            self.line(&format!(
+                "    if ({edge}) tw::load_edge<{ty}, {vector}>(runs[i / {vector}], {pointer}, {here}, {extent});"
+            ));
+            self.line("  }");
+        }
         self.line("#pragma unroll");
         self.line(&format!(
             "  for (int i = 0; i < {count}; ++i) {register} = tw::widen_at(runs[i / {vector}], i % {vector});"

@@ -41,6 +41,7 @@ fn program(name: &str, warps: u32, symbols: &[&str], items: Dim, body: Vec<Stmt>
         persistent: false,
         blocks_per_sm: 2,
         streams: false,
+        ragged: false,
         smem: IdVec::new(),
         barriers: IdVec::new(),
         rings: IdVec::new(),

@@ -55,7 +55,7 @@ fn cases() -> Vec<Case> {
     };
     let norm = RowOp::LayerNorm { eps: 1e-5 };
     let rms = RowOp::RmsNorm { eps: 1e-6 };
-    let rows: [(RowOp, DType, bool, Sizes); 12] = [
+    let rows: [(RowOp, DType, bool, Sizes); 16] = [
         (RowOp::Softmax, DType::F32, false, &[("M", 3), ("N", 1)]),
         (RowOp::Softmax, DType::BF16, false, &[("M", 9), ("N", 33)]),
         (RowOp::Softmax, DType::F16, false, &[("M", 3), ("N", 264), ("ldx", 272)]),
@@ -68,6 +68,11 @@ fn cases() -> Vec<Case> {
         (norm, DType::F32, true, &[("M", 2), ("N", 33000)]),
         (rms, DType::F16, true, &[("M", 3), ("N", 520)]),
         (rms, DType::F32, false, &[("M", 1), ("N", 33003)]),
+        // Rows that begin and end within units of 16 bytes.
+        (RowOp::Softmax, DType::BF16, false, &[("M", 9), ("N", 1023)]),
+        (norm, DType::BF16, true, &[("M", 9), ("N", 1025)]),
+        (norm, DType::F32, false, &[("M", 5), ("N", 1001), ("ldx", 1004), ("ldy", 1004)]),
+        (rms, DType::F16, false, &[("M", 3), ("N", 20001), ("ldx", 20003), ("ldy", 20003)]),
     ];
     for (op, dtype, residual, sizes) in rows {
         let spec = RowSpec { op, dtype, residual };
@@ -149,11 +154,13 @@ fn cases() -> Vec<Case> {
             Ok((spec.program("gemv", false), spec.schedule(Arch::Sm89, &form)))
         });
     }
-    let entropy: [(DType, Sizes); 4] = [
+    let entropy: [(DType, Sizes); 6] = [
         (DType::F32, &[("M", 5), ("N", 7)]),
         (DType::BF16, &[("M", 3), ("N", 1000), ("ldx", 1008)]),
         (DType::BF16, &[("M", 2), ("N", 20000)]),
         (DType::F16, &[("M", 2), ("N", 40000)]),
+        (DType::BF16, &[("M", 9), ("N", 1003)]),
+        (DType::F32, &[("M", 3), ("N", 9001), ("ldx", 9003)]),
     ];
     for (dtype, sizes) in entropy {
         for form in [CrossEntropyForm::InPlace, CrossEntropyForm::Beside, CrossEntropyForm::Losses]

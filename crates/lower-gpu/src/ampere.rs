@@ -234,6 +234,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         streams: false,
+        ragged: false,
         smem: b.smem,
         barriers,
         rings: b.rings,

@@ -96,6 +96,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         streams: false,
+        ragged: false,
         smem: b.smem,
         barriers: IdVec::new(),
         rings: b.rings,

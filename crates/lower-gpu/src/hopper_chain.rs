@@ -219,6 +219,7 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         streams: false,
+        ragged: false,
         smem: b.smem,
         barriers,
         rings: b.rings,

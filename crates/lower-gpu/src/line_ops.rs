@@ -45,7 +45,27 @@ impl Lines<'_> {
         }
         let widest = (128 / p.dtype.bits()).max(1);
         let most = self.schedule.vector.min(self.schedule.lines.vector).min(widest).max(1);
+        if self.schedule.lines.ragged {
+            return self.run_in_memory(param, axis, at, most);
+        }
         aligned(&p.layout.offset, aligned(&at[axis], most))
+    }
+
+    /// Neighbours that one access may take where lines begin anywhere: a tile that begins as much before a multiple of the
+    /// access as its line lies behind one is aligned in memory.
+    fn run_in_memory(&self, param: ParamId, axis: usize, at: &[Dim], most: u32) -> u32 {
+        let p = &self.kernel.params[param];
+        let mut line = p.layout.offset.clone();
+        for (i, a) in p.layout.axes.iter().enumerate() {
+            if i != axis {
+                line = line + &at[i] * &a.stride;
+            }
+        }
+        let mut run = most;
+        while run > 1 && aligned(&(&at[axis] + line.modulo(&Dim::from(run as usize))), run) < run {
+            run /= 2;
+        }
+        run
     }
 
     /// Neighbouring rows that one access may take, when a tile is better read along rows and turned.

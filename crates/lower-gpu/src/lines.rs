@@ -91,6 +91,8 @@ pub(crate) struct Lines<'a> {
     pub(crate) dots: BTreeMap<TileId, [TileId; 2]>,
     /// Combinations with a carried tile that a folded reduction replaces.
     pub(crate) skipped: Vec<TileId>,
+    /// Fetches of weights that need not wait for the kernel before.
+    pub(crate) unwaited: Vec<Stmt>,
 }
 
 /// Schedules a kernel without products: as it was written, and with tile sizes put in.
@@ -166,6 +168,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         folded: BTreeMap::new(),
         dots: BTreeMap::new(),
         skipped: Vec::new(),
+        unwaited: Vec::new(),
     };
     let item = Dim::sym("item");
     let mut items = Dim::new(1);
@@ -191,12 +194,15 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     }
     let mut body = Vec::new();
     let dependent = schedule.dependent && schedule.arch >= Arch::Sm90a;
-    let ahead = dependent && knobs.ahead && !schedule.persistent;
+    let ahead = schedule.reads_ahead();
     if ahead {
         // The next kernel may start as soon as all blocks of this one have: it waits for their end itself.
         let mut first = vec![Stmt::GridRelease];
         first.extend(work.drain(..indices));
-        first.extend(lines.lines_ahead(&kernel.body));
+        match lines.unwaited.is_empty() {
+            true => first.extend(lines.lines_ahead(&kernel.body)),
+            false => first.append(&mut lines.unwaited),
+        }
         first.push(Stmt::GridWait);
         work.splice(0..0, first);
     } else if dependent {
@@ -224,6 +230,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
         streams: knobs.streams,
+        ragged: knobs.ragged,
         smem: IdVec::new(),
         barriers: IdVec::new(),
         rings: IdVec::new(),

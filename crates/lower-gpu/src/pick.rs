@@ -56,6 +56,9 @@ const KEPT_EACH: i64 = 16;
 const MANY_PLANES: i64 = 3;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
+/// Threads of a block of a map that has work for the whole device, and elements that a thread of any other has at once.
+const MAP_THREADS: i64 = 256;
+const LEAST_VECTOR: i64 = 2;
 
 /// What the picker knows of a program.
 struct Shape {
@@ -365,6 +368,8 @@ struct Picker<'a> {
     runs: i64,
     /// Accesses in flight of one tensor.
     in_flight: i64,
+    /// Threads of a block of a map.
+    map_threads: i64,
 }
 
 impl Picker<'_> {
@@ -564,7 +569,7 @@ impl Picker<'_> {
 
     /// Nothing is reduced.
     fn map(&self) -> Choice {
-        let (s, threads) = (&self.s, 256);
+        let (s, threads) = (&self.s, self.map_threads);
         if s.turns {
             // Lines of 128 bytes both ways.
             let lanes = power_of_two_from(self.runs).min(8);
@@ -573,7 +578,7 @@ impl Picker<'_> {
         }
         // Lanes that waste little of the last run of blocks along a row.
         let covered = |lanes: i64| up(s.cols, lanes * s.vector) * lanes * s.vector;
-        let most = power_of_two_from(self.runs).min(256);
+        let most = power_of_two_from(self.runs).min(threads);
         let (mut best, mut at) = (most, most);
         while at > 8 && covered(best) * 8 > s.cols * 9 {
             at /= 2;
@@ -777,6 +782,7 @@ impl Picker<'_> {
             ahead: false,
             kept: 0,
             fetched: 0,
+            ragged: false,
         };
         // Registers are given out in steps of 8.
         let lean = self.is_lean(choice);
@@ -828,7 +834,7 @@ impl GpuSchedule {
         let picker = |s: Shape| {
             let runs = up(s.cols, s.vector);
             let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
-            Picker { kernel, arch, size, s, runs, in_flight }
+            Picker { kernel, arch, size, s, runs, in_flight, map_threads: MAP_THREADS }
         };
         let pieces = shape(kernel, size, 16)?;
         let whole = Shape { whole: true, folds: 0, ..shape(kernel, size, 16)? };
@@ -870,22 +876,27 @@ impl GpuSchedule {
         }
         let runs = up(s.cols, s.vector);
         let in_flight = (IN_FLIGHT / s.planes.max(1)).max(1);
-        let mut picker = Picker { kernel, arch, size, s, runs, in_flight };
+        let mut picker =
+            Picker { kernel, arch, size, s, runs, in_flight, map_threads: MAP_THREADS };
         if TopK::of(kernel).is_some() {
             return Ok(Some(picker.top_k()));
         }
         let Some(mut choice) = picker.choose() else { return Ok(None) };
-        // A little work is sooner done by more threads, each with less of it.
-        let maps = picker.s.reduces.is_none() && !picker.s.turns && picker.s.rows == 1;
-        while maps && picker.blocks(choice) < PROCESSORS && picker.s.vector > 1 {
-            let alone = choice;
+        // A little work is sooner done by more threads, each with less of it, and by more blocks.
+        let maps = picker.s.reduces.is_none() && !picker.s.turns && !picker.is_windows();
+        while maps && picker.blocks(choice) < PROCESSORS && picker.s.vector > LEAST_VECTOR {
+            let before = picker.blocks(choice);
             picker.s.vector /= 2;
             picker.runs = up(picker.s.cols, picker.s.vector);
             let Some(next) = picker.choose() else { break };
             choice = next;
-            if picker.blocks(choice) <= picker.blocks(alone) {
+            if picker.blocks(choice) <= before {
                 break;
             }
+        }
+        if maps && picker.blocks(choice) < PROCESSORS {
+            picker.map_threads = MAP_THREADS / 2;
+            choice = picker.choose().unwrap_or(choice);
         }
         let schedule = picker.schedule(choice);
         if choice.cluster > 1 && crate::lower(kernel, &schedule).is_err() {

@@ -61,6 +61,9 @@ pub struct LinesKnobs {
     pub fetched: u32,
     /// Nothing as large as what is read is stored: loads pass by the first-level cache. Beside stores that slows both.
     pub streams: bool,
+    /// Lines begin and end within accesses of `vector` elements, and tiles begin where accesses are aligned in memory: see
+    /// `run` in `line_ops.rs`. Sizes are numbers then.
+    pub ragged: bool,
 }
 
 impl Default for LinesKnobs {
@@ -74,6 +77,7 @@ impl Default for LinesKnobs {
             kept: 0,
             fetched: 0,
             streams: false,
+            ragged: false,
         }
     }
 }
@@ -183,14 +187,19 @@ impl GpuSchedule {
 }
 
 impl GpuSchedule {
+    /// Whether the kernel starts while the one before still runs, and may ask for its weights then.
+    pub(crate) fn reads_ahead(&self) -> bool {
+        self.dependent && self.arch >= Arch::Sm90a && self.lines.ahead && !self.persistent
+    }
+
     /// What of a schedule a program without products reads, in a line.
     pub fn lines_text(&self) -> String {
         let all = self.tiles.iter().chain(&self.sizes);
         let tiles: Vec<String> = all.map(|(name, v)| format!("{name}={v}")).collect();
-        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, streams } =
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, streams, ragged } =
             self.lines;
         format!(
-            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}{}{}{}{}",
+            "{} lines={lanes}/{threads}x{vector} cluster={} blocks={}{}{}{}{}{}{}",
             tiles.join(" "),
             self.cluster,
             self.blocks_per_sm,
@@ -199,6 +208,7 @@ impl GpuSchedule {
             if kept > 0 { format!(" kept={kept}") } else { String::new() },
             if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
             if streams { " streams" } else { "" },
+            if ragged { " ragged" } else { "" },
         )
     }
 }
@@ -208,7 +218,7 @@ impl fmt::Display for GpuSchedule {
         for (name, size) in self.tiles.iter().chain(&self.sizes) {
             write!(f, "{name}={size} ")?;
         }
-        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, streams } =
+        let LinesKnobs { threads, lanes, vector, early, ahead, kept, fetched, streams, ragged } =
             self.lines;
         let mode = match self.mode {
             Mode::Cooperative => "cooperative",
@@ -237,7 +247,7 @@ impl fmt::Display for GpuSchedule {
         };
         write!(
             f,
-            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}{}",
+            "{who} stages={} cluster={}@{} raster={} {} store={store}x{} vector={}{} blocks={}{kept_in_cache} lines={lanes}/{threads}x{vector}{}{}{}{}{}{}{}{}{}",
             self.stages,
             self.cluster,
             self.cluster_axis,
@@ -251,6 +261,7 @@ impl fmt::Display for GpuSchedule {
             if kept > 0 { format!(" kept={kept}") } else { String::new() },
             if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
             if streams { " streams" } else { "" },
+            if ragged { " ragged" } else { "" },
             if self.turns { " turns" } else { "" },
             if self.serpentine { " serpentine" } else { "" },
             if self.dependent { " dependent" } else { "" },

@@ -8,7 +8,8 @@
 //! *Kept*: several loops of one block go over the same pieces of a tensor, as the passes of a softmax do over a long
 //! row. The first [`kept`](crate::LinesKnobs::kept) pieces are read from memory once; what does not fit is read by
 //! each loop. *Ahead*: what a loop reads once is fetched [`fetched`](crate::LinesKnobs::fetched) - 1 turns before, so
-//! that memory is busy while threads meet. Threads fetch for themselves alone: nobody meets for it.
+//! that memory is busy while threads meet. Threads fetch for themselves alone: nobody meets for it. The first fetches of
+//! weights stand before the wait for the kernel before ([`ahead`](crate::LinesKnobs::ahead)).
 //!
 //! A piece may be read early when nothing writes the tensor before the loop reads the piece: it is an input, or its
 //! only stores are of the very piece, in the last of the loops and after the load.
@@ -264,7 +265,9 @@ impl Lines<'_> {
     pub(crate) fn turns_ahead(&mut self, f: &For, out: &mut Vec<Stmt>) -> Option<Turns> {
         let slots = self.schedule.lines.fetched;
         let plain = f.lo.is(0) && self.loops == 0 && !has_loops(&f.body);
-        if slots < 2 || !plain {
+        // What comes before the kernel's turn are weights, and those of the first loop that reads some.
+        let early = self.schedule.reads_ahead();
+        if slots < 2 || !plain || early && !self.unwaited.is_empty() {
             return None;
         }
         let mut shelved: Vec<Shelved> = Vec::new();
@@ -273,6 +276,7 @@ impl Lines<'_> {
             let input = self.kernel.params[key.param].access == Access::In;
             if varies
                 && input
+                && (!early || self.is_matrix(&key, tile))
                 && shelved.iter().all(|s| s.key != key)
                 && self.can_be_shelved(&key, tile)
             {
@@ -283,12 +287,23 @@ impl Lines<'_> {
         if shelved.is_empty() {
             return None;
         }
+        let mut first = Vec::new();
         for turn in 0..slots - 1 {
             let turn = Dim::from(turn as usize);
-            self.fetch_if(&shelved, &turn, &f.hi, turn.clone(), out);
+            self.fetch_if(&shelved, &turn, &f.hi, turn.clone(), &mut first);
+        }
+        match early {
+            true => self.unwaited = first,
+            false => out.append(&mut first),
         }
         let (turn, slots) = (Dim::sym(f.var.clone()), Dim::from(slots as usize));
         Some(Turns { shelved, slot: turn.modulo(&slots), most: None, turn })
+    }
+
+    /// Whether a load is of lines of a matrix, as weights lie.
+    fn is_matrix(&self, key: &Key, tile: TileId) -> bool {
+        let axes = &self.kernel.params[key.param].layout.axes;
+        self.axes(tile) == (Some(0), Some(1)) && axes.len() == 2 && axes[1].stride.is(1)
     }
 
     fn fetch_if(&self, all: &[Shelved], turn: &Dim, hi: &Dim, slot: Dim, out: &mut Vec<Stmt>) {

@@ -48,7 +48,7 @@ fn forms(spec: &VectorProduct, sms: i64) -> Vec<Form> {
         for (each, runs) in [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
         {
             for blocks in [1, 768 / threads, 1024 / threads] {
-                let form = Form { threads, lanes: 32, each, runs, blocks, ahead: true };
+                let form = Form { threads, lanes: 32, each, runs, blocks, ahead: true, fetched: 0 };
                 if !out.contains(&form) {
                     out.push(form);
                 }

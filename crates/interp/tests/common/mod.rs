@@ -225,6 +225,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
         persistent: true,
         blocks_per_sm: 1,
         streams: false,
+        ragged: false,
         smem,
         barriers,
         rings,

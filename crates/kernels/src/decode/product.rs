@@ -89,6 +89,8 @@ pub struct Form {
     pub blocks: i64,
     /// Weights are asked for while the kernel before still runs.
     pub ahead: bool,
+    /// Turns of the loop along the depth whose weights are under way in shared memory; below 2: none.
+    pub fetched: i64,
 }
 
 impl VectorProduct {
@@ -143,7 +145,7 @@ impl VectorProduct {
         while each > 1 && sums(each, runs) > MOST_SUMS {
             each /= 2;
         }
-        Form { threads, lanes, each, runs, blocks: 1, ahead: true }
+        Form { threads, lanes, each, runs, blocks: 1, ahead: true, fetched: 0 }
     }
 
     /// The kernel in the form that suits the machine.
@@ -180,6 +182,7 @@ impl VectorProduct {
         let mut schedule =
             schedule(arch, &tiles, (form.threads, form.lanes, vector), self.depth, true);
         schedule.lines.ahead &= form.ahead;
+        schedule.lines.fetched = form.fetched.clamp(0, 16) as u32;
         schedule.blocks_per_sm = form.blocks.clamp(1, 16) as u32;
         Ok(Scheduled { kernel: self.program()?, schedule })
     }

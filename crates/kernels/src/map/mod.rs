@@ -76,6 +76,9 @@ fn gelu(f: &mut FuncBuilder, x: ExprId) -> ExprId {
     f.op(Op::Mul, &[h, e])
 }
 
+/// Elements that are a little work.
+const LITTLE: i64 = 1 << 19;
+
 impl MapSpec {
     fn plain(func: Func, operands: &[Varies]) -> MapSpec {
         MapSpec { func, operands: operands.to_vec(), bounds: false, transposed: false }
@@ -201,8 +204,14 @@ impl MapSpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let kernel = self.program(name);
-        let schedule = GpuSchedule::lines_for(&kernel, arch, size)?
+        let mut schedule = GpuSchedule::lines_for(&kernel, arch, size)?
             .ok_or_else(|| Error::bug("an elementwise kernel has a schedule"))?;
+        // A little work is done before a division by a size is: these are numbers then.
+        let [m, n] = ["M", "N"].map(|name| size(name).unwrap_or(i64::MAX));
+        if m.saturating_mul(n) <= LITTLE {
+            let sizes = kernel.symbols.iter().filter(|s| &*s.name != "M");
+            schedule.sizes = sizes.filter_map(|s| Some((s.name.clone(), size(&s.name)?))).collect();
+        }
         Ok((kernel, schedule))
     }
 }

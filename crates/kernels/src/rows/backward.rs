@@ -1,7 +1,7 @@
 //! Gradients of normalisations.
 //!
 //! ```text
-//! parts:  block p has a share of the rows: dX of each, and over its rows the sums for the scale and the shift -> PW[p, n], PB[p, n]
+//! parts:  block p has every P-th row: dX of each, and over its rows the sums for the scale and the shift -> PW[p, n], PB[p, n]
 //! finish: one more kernel adds the parts in their order                                                      -> dscale, dshift
 //! ```
 //!
@@ -135,7 +135,8 @@ impl NormBackwardSpec {
             init.push(start(&mut k));
         }
         let (turn, carried) = k.begin_for("turn", Dim::new(0), Dim::sym("C"), &init);
-        let row0 = (&part * Dim::sym("C") + turn) * &bm;
+        // Blocks read neighbouring rows at a time.
+        let row0 = (turn * Dim::sym("P") + &part) * &bm;
         let at = vec![row0, zero.clone()];
         let load = |k: &mut KernelBuilder, p| {
             let raw = k.load(p, at.clone(), plane.clone());
@@ -299,6 +300,7 @@ impl NormBackwardSpec {
             kept: 0,
             fetched: if turns > 1 { AHEAD as u32 } else { 0 },
             streams: false,
+            ragged: false,
         };
         // Nothing lies behind rows that fill their tile: no element is asked whether it does.
         if cols == n {

@@ -1,6 +1,6 @@
 //! Cross-entropy of rows of logits, alone or with its gradient.
 
-use super::program::{along, exponential, func, lines, sizes, whole_or_pieces};
+use super::program::{Begin, Units, along, exponential, func, lines, sizes, whole_or_pieces};
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
@@ -70,6 +70,7 @@ struct Builder {
     bm: Dim,
     bn: Dim,
     row0: Dim,
+    begin: Begin,
 }
 
 /// What the gradient of a row is made of.
@@ -101,7 +102,7 @@ impl Builder {
 
     /// The logits from column `col` on, in f32, minus infinity beyond the row. With a cap, those that are bounded by it.
     fn logits(&mut self, col: &Dim) -> TileId {
-        let at = vec![self.row0.clone(), col.clone()];
+        let at = vec![self.row0.clone(), self.begin.at(col)];
         let (fill, shape) = (Value::Float(f64::NEG_INFINITY), self.shape());
         let raw = self.k.load_with(self.x, at, vec![1, 1], fill, shape.clone());
         let args = vec![self.k.plain(raw)];
@@ -109,7 +110,7 @@ impl Builder {
         if cap == 0.0 {
             return self.k.map(Func::cast(self.dtype, DType::F32), args, shape);
         }
-        let (here, n) = (self.columns(col), self.length());
+        let (here, n, early) = (self.columns(col), self.length(), self.begin.is_early());
         let args = vec![args[0].clone(), along(here, 1), n];
         self.map(args, shape, |f, a| {
             let x = f.cast(a[0], DType::F32);
@@ -117,7 +118,7 @@ impl Builder {
             let bounded = f.op(Op::Mul, &[x, inverse]);
             let bounded = f.op(Op::Tanh, &[bounded]);
             let bounded = f.op(Op::Mul, &[bounded, cap]);
-            let inside = f.op(Op::Lt, &[a[1], a[2]]);
+            let inside = in_row(f, a[1], a[2], early);
             let outside = f.constant(f64::NEG_INFINITY, DType::F32);
             f.op(Op::Select, &[inside, bounded, outside])
         })
@@ -137,10 +138,10 @@ impl Builder {
 
     /// The logits, zero beyond the row.
     fn inside(&mut self, v: TileId, col: &Dim) -> TileId {
-        let (here, n) = (self.columns(col), self.length());
+        let (here, n, early) = (self.columns(col), self.length(), self.begin.is_early());
         let (args, shape) = (vec![self.k.plain(v), along(here, 1), n], self.shape());
         self.map(args, shape, |f, a| {
-            let inside = f.op(Op::Lt, &[a[1], a[2]]);
+            let inside = in_row(f, a[1], a[2], early);
             let nothing = f.constant(0.0, DType::F32);
             f.op(Op::Select, &[inside, a[0], nothing])
         })
@@ -155,7 +156,7 @@ impl Builder {
 
     /// Numbers of the columns from `col` on.
     fn columns(&mut self, col: &Dim) -> TileId {
-        self.k.iota(DType::I32, 0, col.clone(), vec![self.bn.clone()])
+        self.k.iota(DType::I32, 0, self.begin.at(col), vec![self.bn.clone()])
     }
 
     /// The target's logit, zero elsewhere.
@@ -180,7 +181,7 @@ impl Builder {
             let start = if kind == ReduceKind::Max { f64::NEG_INFINITY } else { 0.0 };
             self.k.full(Value::Float(start), TileType::new(DType::F32, [self.bm.clone()]))
         });
-        let pieces = Dim::sym("N").ceil_div(&self.bn);
+        let pieces = self.begin.span.ceil_div(&self.bn);
         let (var, carried) = self.k.begin_for(name, Dim::new(0), pieces, &init);
         let col = var * &self.bn;
         let v = self.logits(&col);
@@ -269,8 +270,19 @@ impl Builder {
             }
             f.cast(g, dtype)
         });
-        self.k.store(into, vec![self.row0.clone(), col.clone()], g);
+        self.k.store(into, vec![self.row0.clone(), self.begin.at(col)], g);
     }
+}
+
+/// Whether a column lies in a row of `n`; columns below 0 are asked for where tiles begin before the row.
+fn in_row(f: &mut FuncBuilder, column: ExprId, n: ExprId, early: bool) -> ExprId {
+    let below = f.op(Op::Lt, &[column, n]);
+    if !early {
+        return below;
+    }
+    let zero = f.constant_int(0, DType::I32);
+    let behind = f.op(Op::Ge, &[column, zero]);
+    f.op(Op::And, &[below, behind])
 }
 
 impl CrossEntropySpec {
@@ -283,6 +295,11 @@ impl CrossEntropySpec {
     /// The tile program, with tile sizes `BM`, `BN`. With `whole`, `BN` must be at least `N`; without, rows are gone
     /// over in pieces three times.
     pub fn program(&self, name: &str, whole: bool) -> Kernel {
+        self.program_in_units(name, whole, Units::ROWS)
+    }
+
+    /// The program whose tiles begin at units of memory.
+    fn program_in_units(&self, name: &str, whole: bool, units: Units) -> Kernel {
         let CrossEntropySpec { dtype, form, terms } = *self;
         let smooth = terms.smoothing > 0.0;
         let (in_place, losses) =
@@ -317,7 +334,8 @@ impl CrossEntropySpec {
             let s = k.load(scale, vec![row0.clone()], row.clone());
             k.plain(s)
         });
-        let mut b = Builder { k, dtype, terms, x, gradient, bm, bn, row0: row0.clone() };
+        let begin = Begin::new(&row0, units);
+        let mut b = Builder { k, dtype, terms, x, gradient, bm, bn, row0: row0.clone(), begin };
         // A target that wraps to a column is outside, and then its row counts nothing.
         let args = vec![b.k.plain(t)];
         let target = b.map(args, row.clone(), |f, a| f.cast(a[0], DType::I32));
@@ -407,7 +425,7 @@ impl CrossEntropySpec {
         match e {
             Some(e) => b.gradient(e, &zero, &of_row),
             None => {
-                let pieces = Dim::sym("N").ceil_div(&b.bn);
+                let pieces = b.begin.span.ceil_div(&b.bn);
                 let (var, _) = b.k.begin_for("piece3", Dim::new(0), pieces, &[]);
                 let col = var * &b.bn;
                 let v = b.logits(&col);
@@ -430,7 +448,9 @@ impl CrossEntropySpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let (kernel, mut schedule) =
-            whole_or_pieces(arch, size, |whole| self.program(name, whole))?;
+            whole_or_pieces(arch, size, (self.dtype, &["ldx"]), |whole, units| {
+                self.program_in_units(name, whole, units)
+            })?;
         // A row's largest, its sum and the logit at its target are exchanged within one warp together: registers that
         // the picker does not count.
         if schedule.lines.lanes <= 32 {

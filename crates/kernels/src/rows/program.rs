@@ -105,7 +105,48 @@ struct Rows<'a> {
     bm: Dim,
     bn: Dim,
     row0: Dim,
+    begin: Begin,
     loops: usize,
+}
+
+/// Units of memory that tiles begin with, in elements, and by how many elements more than whole units rows lie apart. A
+/// tile has one row where these are more than none.
+#[derive(Clone, Copy)]
+pub(super) struct Units {
+    unit: i64,
+    rest: i64,
+}
+
+impl Units {
+    /// Tiles begin with the row.
+    pub(super) const ROWS: Units = Units { unit: 1, rest: 0 };
+}
+
+/// Where the tiles of a row begin: with the row, or at the whole unit of memory that holds its first element.
+pub(super) struct Begin {
+    /// Elements by which they begin before the row.
+    pub(super) before: Dim,
+    /// What they cover at most.
+    pub(super) span: Dim,
+}
+
+impl Begin {
+    /// For tiles of the row `row`.
+    pub(super) fn new(row: &Dim, units: Units) -> Begin {
+        let Units { unit, rest } = units;
+        let span = Dim::sym("N") + if rest == 0 { 0 } else { unit - 1 };
+        Begin { before: (row * rest).modulo(&Dim::new(unit)), span }
+    }
+
+    /// Whether tiles may begin before the row.
+    pub(super) fn is_early(&self) -> bool {
+        self.before != Dim::new(0)
+    }
+
+    /// The column of the row with which the tile begins that is `col` elements behind the first one.
+    pub(super) fn at(&self, col: &Dim) -> Dim {
+        col - &self.before
+    }
 }
 
 /// What a pass computes from a piece of a row, for [`Rows::reduce`].
@@ -132,7 +173,7 @@ impl Rows<'_> {
             RowOp::Softmax | RowOp::LogSoftmax => f64::NEG_INFINITY,
             _ => 0.0,
         };
-        let at = vec![self.row0.clone(), col.clone()];
+        let at = vec![self.row0.clone(), self.begin.at(col)];
         let shape = self.shape();
         let load = |k: &mut KernelBuilder, p| {
             k.load_with(p, at.clone(), vec![1, 1], Value::Float(fill), shape.clone())
@@ -186,26 +227,53 @@ impl Rows<'_> {
         whole: Option<TileId>,
         first: bool,
     ) -> TileId {
-        let n = Dim::sym("N");
-        // What lies behind the row adds nothing, except where a mean was taken off.
+        // What lies outside the row adds nothing, except where a mean was taken off.
         let limited = matches!(piece, Piece::SquaredDistance(_));
         if let Some(x) = whole {
             let x = self.piece(piece, x);
-            return self.k.reduce(kind, x, 1, limited.then_some(n));
+            return if limited {
+                self.sum_inside(x, &Dim::new(0))
+            } else {
+                self.k.reduce(kind, x, 1, None)
+            };
         }
         let start = if kind == ReduceKind::Max { f64::NEG_INFINITY } else { 0.0 };
         let ty = TileType::new(DType::F32, [self.bm.clone()]);
         let init = self.k.full(Value::Float(start), ty);
         let name = self.loop_name();
-        let (var, carried) = self.k.begin_for(&name, Dim::new(0), n.ceil_div(&self.bn), &[init]);
+        let pieces = self.begin.span.ceil_div(&self.bn);
+        let (var, carried) = self.k.begin_for(&name, Dim::new(0), pieces, &[init]);
         let col = var * &self.bn;
         let x = self.row(&col, first);
         let x = self.piece(piece, x);
-        let part = self.k.reduce(kind, x, 1, limited.then(|| n - &col));
+        let part = if limited { self.sum_inside(x, &col) } else { self.k.reduce(kind, x, 1, None) };
         let op = if kind == ReduceKind::Max { Op::Max } else { Op::Add };
         let args = vec![self.k.plain(carried[0]), self.k.plain(part)];
         let next = self.k.map(Func::binary(op, DType::F32), args, vec![self.bm.clone()]);
         self.k.end_for(&[next])[0]
+    }
+
+    /// The sum of a tile from column `col` on, of what lies in the row.
+    fn sum_inside(&mut self, x: TileId, col: &Dim) -> TileId {
+        let n = Dim::sym("N");
+        if self.begin.before.is(0) {
+            return self.k.reduce(ReduceKind::Sum, x, 1, Some(n - col));
+        }
+        let at = self.begin.at(col);
+        let line = || vec![self.bn.clone()];
+        let args = [at.clone(), at - &n].map(|start| self.k.iota(DType::I32, 0, start, line()));
+        let args = vec![self.k.plain(x), along(args[0], 1), along(args[1], 1)];
+        let f = func(&[DType::F32, DType::I32, DType::I32], |f, a| {
+            let zero = f.constant_int(0, DType::I32);
+            let begun = f.op(Op::Ge, &[a[1], zero]);
+            let there = f.op(Op::Lt, &[a[2], zero]);
+            let inside = f.op(Op::And, &[begun, there]);
+            let nothing = f.constant(0.0, DType::F32);
+            f.op(Op::Select, &[inside, a[0], nothing])
+        });
+        let shape = self.shape();
+        let x = self.k.map(f, args, shape);
+        self.k.reduce(ReduceKind::Sum, x, 1, None)
     }
 
     /// A new name for a loop variable.
@@ -270,7 +338,7 @@ impl Rows<'_> {
                     let args = vec![self.k.plain(e), along(inverse, 0)];
                     let shape = self.shape();
                     let y = self.k.map(f, args, shape);
-                    self.k.store(self.y, vec![self.row0.clone(), zero], y);
+                    self.k.store(self.y, vec![self.row0.clone(), self.begin.at(&zero)], y);
                     return;
                 }
                 let s = self.reduce(ReduceKind::Sum, &Piece::Exp(m), x, false);
@@ -310,7 +378,7 @@ impl Rows<'_> {
                     let shape = self.shape();
                     let d = self.k.map(Func::binary(Op::Sub, DType::F32), args, shape);
                     let square = self.piece(&Piece::Square, d);
-                    let var = self.k.reduce(ReduceKind::Sum, square, 1, Some(Dim::sym("N")));
+                    let var = self.sum_inside(square, &zero);
                     let inverse = self.inverse_root(var, inverse_n, eps);
                     let f =
                         func(&[DType::F32, DType::F32, dtype, dtype], |f, a| end(f, a[0], &a[1..]));
@@ -342,7 +410,7 @@ impl Rows<'_> {
             Some(x) => self.finish_piece(&last, x, &stats, &zero),
             None => {
                 let name = self.loop_name();
-                let pieces = Dim::sym("N").ceil_div(&self.bn);
+                let pieces = self.begin.span.ceil_div(&self.bn);
                 let (var, _) = self.k.begin_for(&name, Dim::new(0), pieces, &[]);
                 let col = var * &self.bn;
                 let x = self.row(&col, false);
@@ -354,6 +422,7 @@ impl Rows<'_> {
 
     /// Stores `last(x, stats..., scale, shift)` from column `col` on.
     fn finish_piece(&mut self, last: &Func, x: TileId, stats: &[TileId], col: &Dim) {
+        let col = self.begin.at(col);
         let mut args = vec![self.k.plain(x)];
         args.extend(stats.iter().map(|s| along(*s, 0)));
         for p in [self.scale, self.shift].into_iter().flatten() {
@@ -362,7 +431,7 @@ impl Rows<'_> {
         }
         let shape = self.shape();
         let y = self.k.map(last.clone(), args, shape);
-        self.k.store(self.y, vec![self.row0.clone(), col.clone()], y);
+        self.k.store(self.y, vec![self.row0.clone(), col], y);
     }
 }
 
@@ -376,6 +445,11 @@ fn inverse() -> Func {
 impl RowSpec {
     /// The tile program, with tile sizes `BM`, `BN`. With `whole`, `BN` must be at least `N`.
     pub fn program(&self, name: &str, whole: bool) -> Kernel {
+        self.program_in_units(name, whole, Units::ROWS)
+    }
+
+    /// The program whose tiles begin at units of memory; `ldx` and `ldy` are the same then.
+    fn program_in_units(&self, name: &str, whole: bool, units: Units) -> Kernel {
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["M", "N", "ldx", "ldy"]);
         let (bm, bn) = (k.tile("BM"), k.tile("BN"));
@@ -391,7 +465,9 @@ impl RowSpec {
         let y = k.param("Y", self.dtype, lines("M", "N", "ldy"), Access::Out);
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&bm));
         let row0 = pm * &bm;
-        let mut rows = Rows { spec: self, k, x, r, h, y, scale, shift, bm, bn, row0, loops: 0 };
+        let begin = Begin::new(&row0, units);
+        let mut rows =
+            Rows { spec: self, k, x, r, h, y, scale, shift, bm, bn, row0, begin, loops: 0 };
         rows.body(whole);
         rows.k.finish()
     }
@@ -406,15 +482,81 @@ impl RowSpec {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
-        whole_or_pieces(arch, size, |whole| self.program(name, whole))
+        let program = |whole, units| self.program_in_units(name, whole, units);
+        whole_or_pieces(arch, size, (self.dtype, &["ldx", "ldy"]), program)
     }
 }
 
-/// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule.
+/// Elements of a row from which it is worth it to begin tiles at whole units of memory.
+const UNITS_FROM: i64 = 256;
+
+/// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule. `program` makes one
+/// of whole rows or not, with tiles that begin at such units. Rows are of elements of a type,
+/// and the named sizes are the distances between them.
 pub(super) fn whole_or_pieces(
     arch: Arch,
     size: &dyn Fn(&str) -> Option<i64>,
-    program: impl Fn(bool) -> Kernel,
+    (dtype, distances): (DType, &[&str]),
+    program: impl Fn(bool, Units) -> Kernel,
+) -> Result<(Kernel, GpuSchedule)> {
+    match in_units(arch, size, (dtype, distances), &program)? {
+        Some(found) => Ok(found),
+        None => plain_form(arch, size, &|whole| program(whole, Units::ROWS)),
+    }
+}
+
+/// The form for rows that begin or end within units of 16 bytes: one row a block, with tiles that begin where memory's
+/// units do, so that all but the first and the last access of a row are whole.
+fn in_units(
+    arch: Arch,
+    size: &dyn Fn(&str) -> Option<i64>,
+    (dtype, distances): (DType, &[&str]),
+    program: &dyn Fn(bool, Units) -> Kernel,
+) -> Result<Option<(Kernel, GpuSchedule)>> {
+    let unit = i64::from(128 / dtype.bits());
+    let first = distances.first().and_then(|d| size(d));
+    let (Some(n), Some(distance)) = (size("N"), first) else { return Ok(None) };
+    let whole = n % unit == 0 && distance % unit == 0;
+    if whole || n < UNITS_FROM || distances.iter().any(|d| size(d) != first) {
+        return Ok(None);
+    }
+    // Picked as for rows of whole units that are long enough wherever the row begins.
+    let units = Units { unit, rest: distance % unit };
+    let long = (n + if units.rest == 0 { unit - 1 } else { 2 * (unit - 1) }) / unit * unit;
+    let wide = |name: &str| match name == "N" || distances.contains(&name) {
+        true => Some(long),
+        false => size(name),
+    };
+    let (kernel, mut schedule) = plain_form(arch, &wide, &|whole| program(whole, units))?;
+    let lines = &mut schedule.lines;
+    if schedule.tiles.get("BM") != Some(&1) {
+        if lines.lanes < 32 {
+            return Ok(None);
+        }
+        schedule.blocks_per_sm = (schedule.blocks_per_sm * lines.threads / lines.lanes).min(32);
+        lines.threads = lines.lanes;
+        schedule.tiles.insert("BM".into(), 1);
+    }
+    lines.ragged = true;
+    // What varies along columns alone is read element by element, late, and takes more registers.
+    lines.early = false;
+    let vectors = kernel
+        .params
+        .iter()
+        .any(|(_, p)| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N")));
+    if vectors && lines.kept == 0 {
+        schedule.blocks_per_sm = (schedule.blocks_per_sm * 3 / 4).max(1);
+    }
+    schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
+    schedule.sizes.insert("N".into(), n);
+    let works = tilewright_lower_gpu::lower(&kernel, &schedule).is_ok();
+    Ok(works.then_some((kernel, schedule)))
+}
+
+fn plain_form(
+    arch: Arch,
+    size: &dyn Fn(&str) -> Option<i64>,
+    program: &dyn Fn(bool) -> Kernel,
 ) -> Result<(Kernel, GpuSchedule)> {
     let pieces = program(false);
     if let Some(schedule) = GpuSchedule::lines_kept(&pieces, arch, size)? {
