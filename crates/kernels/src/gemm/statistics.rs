@@ -136,7 +136,12 @@ pub(super) fn finish_program(sums: &RowSums) -> Kernel {
     let rows = Dim::sym("M");
     let layout = sums_layout(rows.clone(), Dim::new(sums.parts));
     let p = k.param("P", DType::F32, layout, Access::In);
-    let r = k.param("R", sums.func.dtype(), Layout::row_major(&[rows.clone()]), Access::Out);
+    let r = k.param(
+        "R",
+        sums.func.dtype(),
+        Layout::row_major(std::slice::from_ref(&rows)),
+        Access::Out,
+    );
     let row0 = k.grid("pm", rows.ceil_div(&br)) * &br;
     // Threads share a row in powers of two; what lies outside is zero.
     let columns = sums.parts.unsigned_abs().next_power_of_two() as i64;
