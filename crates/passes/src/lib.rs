@@ -20,6 +20,7 @@ mod infer_shapes;
 mod join_maps;
 mod join_products;
 mod layout;
+mod lift_reshapes;
 mod manager;
 mod pack_weights;
 mod recognise;
@@ -35,6 +36,7 @@ pub use histogram::{Histogram, op_name};
 pub use join_maps::join_maps;
 pub use join_products::join_products;
 pub use layout::{Layouts, choose_layouts};
+pub use lift_reshapes::lift_reshapes;
 pub use manager::{
     Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,
 };
