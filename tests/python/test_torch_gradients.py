@@ -157,8 +157,6 @@ if __name__ == "__main__":
             positions_of_maxima_are_pytorchs,
             embeddings_with_and_without_padding,
             attention_that_pytorch_has_taken_apart,
-
-
             losses_of_classes,
         )
     )
