@@ -67,7 +67,8 @@ fn check(graph: &Graph, inputs: &[Tensor], seed: u64, times: usize, drawn: &mut 
     let options = Options { fusion: Choice::Fastest, ..Options::default() };
     let target = if seed.is_multiple_of(2) { CpuTarget::avx2() } else { CpuTarget::avx512() };
     let context = PassContext { vector_lanes: 4, panel_width: 8, ..PassContext::default() };
-    let layouts = if seed.is_multiple_of(3) { choose_layouts(graph, &context) } else { Layouts::new() };
+    let layouts =
+        if seed.is_multiple_of(3) { choose_layouts(graph, &context) } else { Layouts::new() };
     let (plan, _) = lower_with(graph, &target, &layouts, &host, &options).unwrap();
     for _ in 0..times {
         let mut plan = plan.clone();
