@@ -51,21 +51,19 @@ impl Lines<'_> {
         aligned(&p.layout.offset, aligned(&at[axis], most))
     }
 
-    /// Neighbours that one access may take where lines begin anywhere: a tile that begins as much before a multiple of the
-    /// access as its line lies behind one is aligned in memory.
+    /// Neighbours that one access may take where lines begin anywhere: `most` for a tile that begins as much before a multiple
+    /// of the access as its line lies behind one, which is aligned in memory then.
     fn run_in_memory(&self, param: ParamId, axis: usize, at: &[Dim], most: u32) -> u32 {
-        let p = &self.kernel.params[param];
-        let mut line = p.layout.offset.clone();
-        for (i, a) in p.layout.axes.iter().enumerate() {
-            if i != axis {
-                line = line + &at[i] * &a.stride;
-            }
+        let layout = &self.kernel.params[param].layout;
+        let rest = |d: &Dim| d.as_const().map(|n| n.rem_euclid(most.into()));
+        let Some(offset) = rest(&layout.offset) else { return 1 };
+        let mut line = Dim::new(offset);
+        for (i, a) in layout.axes.iter().enumerate().filter(|(i, _)| *i != axis) {
+            let Some(stride) = rest(&a.stride) else { return 1 };
+            line = line + &at[i] * stride;
         }
-        let mut run = most;
-        while run > 1 && aligned(&(&at[axis] + line.modulo(&Dim::from(run as usize))), run) < run {
-            run /= 2;
-        }
-        run
+        let begins = &at[axis] + line.modulo(&Dim::from(most as usize));
+        if aligned(&begins, most) == most { most } else { 1 }
     }
 
     /// Neighbouring rows that one access may take, when a tile is better read along rows and turned.

@@ -488,7 +488,7 @@ impl RowSpec {
 }
 
 /// Elements of a row from which it is worth it to begin tiles at whole units of memory.
-const UNITS_FROM: i64 = 256;
+const UNITS_FROM: i64 = i64::MAX;
 
 /// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule. `program` makes one
 /// of whole rows or not, with tiles that begin at such units. Rows are of elements of a type,
