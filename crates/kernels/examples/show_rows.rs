@@ -181,8 +181,10 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
         _ => return Err(format!("unknown operation {op}")),
     }
     .map_err(|e| e.to_string())?;
-    let shown = |(kernel, mut schedule): (Kernel, GpuSchedule)| -> Result<Shown, String> {
-        for key in keys.keys() {
+    let shown = |(i, (kernel, mut schedule)): (usize, (Kernel, GpuSchedule))| {
+        // The second kernel of a gradient adds up what the first one leaves.
+        let fixed = i > 0 && op.ends_with("bwd");
+        for key in keys.keys().filter(|_| !fixed) {
             let Some(value) = number(key).ok().flatten() else { continue };
             match key.as_str() {
                 "bm" | "bn" => {
@@ -217,7 +219,7 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
         let sizes = program.symbols.iter().filter_map(of_program).collect();
         Ok(Shown { program, source, schedule: schedule.lines_text(), items, sizes })
     };
-    kernels.into_iter().map(shown).collect()
+    kernels.into_iter().enumerate().map(shown).collect()
 }
 
 fn quoted(text: &str) -> String {

@@ -7,10 +7,10 @@ use tilewright_data::Tensor;
 use tilewright_device::Arch;
 use tilewright_expr::Func;
 use tilewright_interp::Mode;
-use tilewright_interp::device::{Options, check, run};
+use tilewright_interp::device::{Options, check_with, run};
 use tilewright_kernels::decode::{
-    AT, AttentionParts, Draw, DrawPlace, Ending, Norm, Rows, Scheduled, VectorProduct, advance,
-    embed, head_norms, pick, pieces,
+    AT, AttentionParts, Draw, DrawPlace, Ending, Form, Norm, Rows, Scheduled, VectorProduct,
+    advance, embed, head_norms, pick, pieces,
 };
 use tilewright_layout::Env;
 use tilewright_lower_gpu::lower;
@@ -49,8 +49,12 @@ fn on_device(scheduled: &Scheduled, at: i64, buffers: &mut [Vec<u8>]) {
     if program.symbols.iter().any(|s| &*s.name == AT) {
         env.insert(Arc::from(AT), at);
     }
-    check(&program, &[env.clone()], &[1]).unwrap_or_else(|e| panic!("{name}: {e:?}"));
-    let options = Options { mode: Mode::Exact, ..Options::default() };
+    // Weights may be read before the kernel's turn.
+    let weights = program.params.iter().filter(|(_, p)| matches!(&*p.name, "W" | "U"));
+    let constants: Vec<_> = weights.map(|(id, _)| id).collect();
+    check_with(&program, &[env.clone()], &[1], &constants)
+        .unwrap_or_else(|e| panic!("{name}: {e:?}"));
+    let options = Options { mode: Mode::Exact, constants, ..Options::default() };
     run(&program, &env, buffers, &options).unwrap_or_else(|e| panic!("{name}: {e:?}"));
 }
 
@@ -79,7 +83,12 @@ fn product(x: &[f64], gain: Option<(&[f64], f64)>, w: &[f64], depth: usize) -> V
 #[test]
 fn products_of_few_rows_are_those_of_float64() {
     let (eps, dtype) = (1e-5, DType::BF16);
-    for (batch, depth, lines) in [(1, 136, 40), (3, 264, 24), (8, 33, 17)] {
+    let in_form = |spec: &VectorProduct, fetched| {
+        spec.in_form(Arch::Sm90a, &Form { fetched, ..spec.form(132) }).unwrap()
+    };
+    let cases =
+        [(1, 136, 40, 0), (3, 264, 24, 0), (8, 33, 17, 0), (1, 1096, 24, 3), (2, 520, 9, 2)];
+    for (batch, depth, lines, fetched) in cases {
         let rows = Rows { batch, new: 1, positions: 8 };
         let (m, k, n) = (batch as usize, depth as usize, lines as usize);
         let (x, w) = (numbers(1, m * k), numbers(2, n * k));
@@ -101,7 +110,7 @@ fn products_of_few_rows_are_those_of_float64() {
             bytes(DType::F32, &r),
             vec![0xFF; m * n * 4],
         ];
-        on_device(&spec.scheduled(Arch::Sm90a, 132).unwrap(), 0, &mut buffers);
+        on_device(&in_form(&spec, fetched), 0, &mut buffers);
         let mut wanted = product(&x, None, &w, k);
         wanted.iter_mut().enumerate().for_each(|(i, v)| *v += r[i] + bias[i % n]);
         close("plain", &back(DType::F32, &buffers[4]), &wanted, 1e-5);
@@ -122,7 +131,7 @@ fn products_of_few_rows_are_those_of_float64() {
             bytes(dtype, &u),
             vec![0xFF; m * n * 4],
         ];
-        on_device(&gated.scheduled(Arch::Sm90a, 132).unwrap(), 0, &mut buffers);
+        on_device(&in_form(&gated, fetched), 0, &mut buffers);
         let gates = product(&x, Some((&gain, eps)), &w, k);
         let ups = product(&x, Some((&gain, eps)), &u, k);
         let wanted: Vec<f64> =
