@@ -82,21 +82,6 @@ impl Printer<'_> {
         ));
     }
 
-    /// Whether each turn of a loop has two reductions over rows at which all threads meet, each with scratch memory of its
-    /// own: who writes to one has met the others at the other since they read it.
-    pub(crate) fn meets_twice(&self, body: &[Stmt]) -> bool {
-        let frags = &self.program.frags;
-        let meets = |stmt: &&Stmt| match stmt {
-            Stmt::Reduce { dst, src, .. } => {
-                let (to, from) = (&frags[dst.frag], &frags[src.frag]);
-                matches!(from.spread, Spread::Lines { lanes, .. } if lanes > 32)
-                    && to.extent == Extent::PerRow
-            }
-            _ => false,
-        };
-        body.iter().filter(meets).count() >= 2
-    }
-
     /// A reduction of a tile to one value per row, or per column.
     pub(crate) fn reduce_lines(
         &mut self,
@@ -121,8 +106,7 @@ impl Printer<'_> {
             if lanes > 32 {
                 self.line(&format!("  __shared__ tw::value<{held}> scratch[32];"));
             }
-            // Nobody reads what was there before: outside of loops, or because all have met since.
-            let first = each == 1 && (self.loops == 0 || self.meets_between);
+            let first = self.loops == 0 && each == 1;
             let scratch = if lanes > 32 { "scratch" } else { "(decltype(x)*)nullptr" };
             let across = format!("tw::across_row<{lanes}, {first}>(x, {scratch}, combine)");
             ("PER_ROW", across)

@@ -44,8 +44,6 @@ pub(crate) struct Printer<'a> {
     pub(crate) role: Option<&'a Role>,
     /// Loops around the step that is being printed.
     pub(crate) loops: u32,
-    /// Between two turns of the innermost loop's reductions over rows all threads meet at another one of them.
-    pub(crate) meets_between: bool,
     /// Exchanges across the cluster printed so far.
     pub(crate) exchanges: u32,
     /// Inside [`Stmt::Once`]: one thread runs already.
@@ -125,7 +123,6 @@ impl<'a> Printer<'a> {
             indent: 1,
             role: None,
             loops: 0,
-            meets_between: false,
             exchanges: 0,
             once: false,
             smem_offsets,
@@ -694,13 +691,10 @@ impl<'a> Printer<'a> {
                     if step.is(1) { format!("++{var}") } else { format!("{var} += {step_text}") };
                 self.line("#pragma unroll 1");
                 self.loops += 1;
-                let here = self.meets_twice(body);
-                let meets = std::mem::replace(&mut self.meets_between, here);
                 let done = self.braced(
                     &format!("for (int {var} = {lo_text}; {var} < {hi_text}; {next})"),
                     body,
                 );
-                self.meets_between = meets;
                 self.loops -= 1;
                 done?;
                 self.scope = saved;

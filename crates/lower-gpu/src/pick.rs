@@ -425,25 +425,27 @@ impl Picker<'_> {
         let runs_each = up(runs, lanes);
         let alone = cluster > 1 || single;
         let rows_each = if alone { 1 } else { (self.in_flight / runs_each).max(1) };
-        // Rows of a warp each wait for no other.
+        // Rows of a warp, or of a few of its threads, each wait for no other.
         let least = match (single, lanes) {
             (true, _) => 256,
-            (false, 32) => 64,
+            (false, ..=32) => 64,
             (false, _) => 128,
         };
         let threads = if cluster > 1 { lanes } else { lanes.max(least) };
         let choice = self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster });
         // A warp that does much with many elements has no registers left for others beside it.
         let heavy = s.steps > HEAVY_STEPS && runs_each > 2;
-        if lanes <= 32 && !heavy || alone {
+        // Two warps with half as much each, where nothing is lost, read the next rows sooner.
+        let halves = lanes == 32 && runs_each > 2 && runs_each % 2 == 0;
+        if lanes <= 32 && !heavy && !halves || alone {
             return Some(choice);
         }
         // Twice the threads with half as much each, where that takes no bytes from their way: more warps work while
         // others of their row are waited for.
         let (lanes, runs_each) = (lanes * 2, up(runs, lanes * 2));
-        let threads = lanes.max(least);
+        let threads = lanes.max(64);
         let wide = self.spread_rows(Choice { threads, lanes, rows_each: 1, runs_each, cluster });
-        let better = self.under_way(wide) >= self.under_way(choice);
+        let better = halves || self.under_way(wide) >= self.under_way(choice);
         Some(if better { wide } else { choice })
     }
 
@@ -705,7 +707,12 @@ impl Picker<'_> {
         let bytes = s.cols * s.planes.max(1) * 16 / s.vector;
         let most = if self.clusters_work() { CLUSTER_MOST } else { 1 };
         let mut cluster = 1;
-        let long = |cluster: i64| up(bytes, cluster) > KEPT_BYTES;
+        // Wide elements of vectors take registers, too.
+        let narrow = s.vector >= 8 || s.vectors == 0;
+        let light = s.steps <= KEPT_STEPS && s.aligned >= s.vector && narrow;
+        // What varies along columns alone serves twice the threads.
+        let shared = light && !short && s.vectors > 0;
+        let long = |cluster: i64| up(bytes, cluster) > KEPT_BYTES * if shared { 2 } else { 1 };
         let few =
             |cluster: i64| s.rows * cluster * 2 <= PROCESSORS && s.cols >= 2 * SHARE * cluster;
         while cluster < most && (long(cluster) || few(cluster)) {
@@ -716,12 +723,10 @@ impl Picker<'_> {
             cluster *= 2;
         }
         let room = i64::from(self.arch.smem_bytes()).min(KEPT_MOST);
-        // Wide elements of vectors take registers, too.
-        let narrow = s.vector >= 8 || s.vectors == 0;
-        let light = s.steps <= KEPT_STEPS && s.aligned >= s.vector && narrow;
         let wasted = |piece: i64| up(s.cols, piece) * piece - s.cols;
         // Threads, elements of a piece that each has, and blocks with room for their registers.
         let (threads, each, together) = match (light, short) {
+            (true, false) if shared => (512, KEPT_EACH, KEPT_BLOCKS / 2),
             (true, false) => (256, KEPT_EACH, KEPT_BLOCKS),
             (true, true) if wasted(256 * KEPT_EACH / 2) * 8 <= s.cols => {
                 (256, KEPT_EACH / 2, if s.planes > 1 { KEPT_BLOCKS } else { 8 })
@@ -767,6 +772,7 @@ impl Picker<'_> {
 
     fn schedule(&self, choice: Choice) -> GpuSchedule {
         let s = &self.s;
+        let heavy = s.steps > HEAVY_STEPS;
         let mut schedule = GpuSchedule::hopper(&[]);
         schedule.arch = self.arch;
         schedule.persistent = false;
@@ -777,8 +783,9 @@ impl Picker<'_> {
             lanes: choice.lanes as u32,
             vector: schedule.vector,
             streams: s.reduces.is_some() && !s.stores,
-            // Rows of a warp wait for no other: registers for another block are worth more.
-            early: choice.cluster == 1 && (!s.whole || choice.lanes > 32),
+            // Rows of one or two warps wait for few: registers for another block are worth more.
+            early: choice.cluster == 1
+                && (!s.whole || choice.lanes > 64 || choice.lanes > 32 && heavy),
             ahead: false,
             kept: 0,
             fetched: 0,

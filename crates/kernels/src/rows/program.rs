@@ -6,7 +6,7 @@ use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
 use tilewright_lower_gpu::GpuSchedule;
 use tilewright_tile::{
-    Access, Kernel, KernelBuilder, Operand, ParamId, ReduceKind, TileId, TileType,
+    Access, Kernel, KernelBuilder, Operand, Param, ParamId, ReduceKind, TileId, TileType,
 };
 
 /// What is computed from each row `x` of `N` elements, in f32.
@@ -540,11 +540,14 @@ fn in_units(
     lines.ragged = true;
     // What varies along columns alone is read element by element, late, and takes more registers.
     lines.early = false;
-    let vectors = kernel
-        .params
-        .iter()
-        .any(|(_, p)| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N")));
-    if vectors && lines.kept == 0 {
+    let of_columns =
+        |p: &Param| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N"));
+    let vectors = kernel.params.iter().filter(|(_, p)| of_columns(p)).count();
+    // Two of them take as long as all of the row does otherwise.
+    if vectors > 1 && unit > 4 {
+        return Ok(None);
+    }
+    if vectors > 0 && lines.kept == 0 {
         schedule.blocks_per_sm = (schedule.blocks_per_sm * 3 / 4).max(1);
     }
     schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
