@@ -2,10 +2,11 @@
 """Training under `torch.compile(backend="tilewright")` on a GPU: losses of several steps beside eager PyTorch's, launched kernel by
 kernel and as recorded graphs; how many groups there are; dropout; graphs that were kept.
 
-    gpu/test_training.py [bert | gpt2 | llama | vit | whole | dropout]...
+    gpu/test_training.py [bert | gpt2 | llama | vit | whole | whole-bert | whole-gpt2 | whole-llama | whole-vit | dropout]...
 """
 
 import copy
+import functools
 import os
 import sys
 import tempfile
@@ -101,9 +102,9 @@ def training(make):
             assert (hits > 0) is again, "the second time the graphs are those that were kept"
 
 
-def whole():
+def whole(makes):
     """Attention does not cut a model: one group forward, and one backward but for what follows the gradient of an embedding."""
-    for make in (bert, gpt2, llama, vit):
+    for make in makes:
         torch.manual_seed(0)
         torch._dynamo.reset()
         model, given = make()
@@ -138,7 +139,9 @@ def dropout():
 
 
 if __name__ == "__main__":
-    cases = {"bert": lambda: training(bert), "gpt2": lambda: training(gpt2), "llama": lambda: training(llama), "vit": lambda: training(vit), "whole": whole, "dropout": dropout}
+    models = (bert, gpt2, llama, vit)
+    cases = {make.__name__: functools.partial(training, make) for make in models} | {"whole": functools.partial(whole, models), "dropout": dropout}
+    parts = {f"whole-{make.__name__}": functools.partial(whole, (make,)) for make in models}
     for name in sys.argv[1:] or cases:
-        cases[name]()
+        (cases | parts)[name]()
         print(f"ok: {name}", flush=True)
