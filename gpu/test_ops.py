@@ -1,6 +1,6 @@
 """The operator pack on a GPU: values against float64, PyTorch's own checks, host time per call, speed beside eager, Inductor and Liger.
 
-    python gpu/test_ops.py check | triton | time [--seconds N] [--out FILE] [--jobs N]
+    python gpu/test_ops.py check | triton | time [--seconds N] [--out FILE] [--jobs N] [--only WORD]
 
 `check` includes `triton`, the cases with `impl="triton"`. Cases of both are shared out over --jobs processes: most of their time is compilation.
 
@@ -191,11 +191,13 @@ def compare(ours, reference, tensors, tables=()):
 class Report:
     """Runs cases: of several processes, each runs its own share."""
 
-    def __init__(self, part=0, parts=1):
+    def __init__(self, part=0, parts=1, only=""):
         self.bad = self.ran = self.met = 0
-        self.part, self.parts = part, parts
+        self.part, self.parts, self.only = part, parts, only
 
     def case(self, name, run):
+        if self.only not in name:
+            return
         mine = self.met % self.parts == self.part
         self.met += 1
         if not mine:
@@ -690,7 +692,7 @@ def both_ways(out, name, ours, plain, first, liger):
 def shared_out(given):
     """One process for each share; the exit code says whether all passed."""
     start = time.perf_counter()
-    call = [sys.executable, __file__, given.what, "--jobs", str(given.jobs), "--part"]
+    call = [sys.executable, __file__, given.what, "--jobs", str(given.jobs), "--only", given.only, "--part"]
     started = [subprocess.Popen([*call, str(part)]) for part in range(given.jobs)]
     failed = sum(process.wait() != 0 for process in started)
     print(f"{given.what}: {failed} of {given.jobs} processes failed, {time.perf_counter() - start:.0f} s")
@@ -703,11 +705,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--out")
     parser.add_argument("--jobs", type=int, default=6, help="processes for `check` and `triton`")
+    parser.add_argument("--only", default="", help="cases whose names have this")
     parser.add_argument("--part", type=int, help="which of their shares this process runs")
     given = parser.parse_args()
     if given.what != "time" and given.part is None and given.jobs > 1:
         sys.exit(shared_out(given))
-    report, out = Report(*((0, 1) if given.part is None else (given.part, given.jobs))), []
+    report, out = Report(*((0, 1) if given.part is None else (given.part, given.jobs)), only=given.only), []
     print(torch.__version__, torch.cuda.get_device_name(0), flush=True)
     if given.what == "check":
         values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16])
