@@ -13,7 +13,8 @@ compiles everything and measures nothing (Inductor keeps what it compiled below 
 A record is made in pieces, each in two steps: `--cold --work W CASE` compiles one case with caches of its own below W, empty at first, one process
 for each of `tilewright` and `default`, side by side; without `--cold`, the case is measured, and its first calls are those of a second process,
 which finds the caches full; `--with-cold` starts both steps at once, and each measuring process waits for a compiler's cold one before it takes that
-compiler. Rows get both (`cold_s`, `first_s`; eager mode has run before either, so that libraries are loaded), and a second call of the same
+compiler. Rows get both (`cold_s`, `first_s`; eager mode and a small function
+under `aot_eager` have run before either, so that libraries and what traces are loaded), and a second call of the same
 day and commit adds its rows to the record in place of those of the same cases. bench/readme.py writes the table of docs/src/pytorch.md from it.
 """
 
@@ -164,6 +165,12 @@ class Arm:
         return 1e3 * start.elapsed_time(end) / calls
 
 
+def load_tracers():
+    """Dynamo and AOTAutograd, which all compilers share, are loaded by a small function: else the first compiler of a process would pay for it."""
+    x = torch.ones(4, device="cuda", requires_grad=True)
+    torch.compile(lambda t: (t * 2).sum(), backend="aot_eager")(x).backward()
+
+
 def layers_of(model):
     """How many layers a transformer has."""
     if hasattr(model, "config"):
@@ -193,6 +200,7 @@ def measure(name, args):
     model = model.bfloat16()
     if trains and "use_cache" in named:
         named["labels"] = arguments[0]
+    load_tracers()
     rows, arms = [], []
     sides = [*args.ours, *args.peers]
     # Libraries are loaded by eager mode.
