@@ -38,6 +38,9 @@ struct Options {
     /// Folder of compiled kernels
     #[arg(long)]
     cache: Option<PathBuf>,
+    /// The first of each form of cluster, with and without parts of the depth, instead of some spread over the ranking
+    #[arg(long)]
+    by_cluster: bool,
     /// Fill the cache, time nothing
     #[arg(long)]
     compile_only: bool,
@@ -57,6 +60,24 @@ fn chosen(candidates: &[Candidate], each: usize) -> Vec<usize> {
         let places: Vec<usize> =
             (0..candidates.len()).filter(|i| of_rows(&candidates[*i]) == wanted).collect();
         out.extend(spread(places.len(), each).into_iter().map(|i| places[i]));
+    }
+    out
+}
+
+/// The first `each` candidates of every form of cluster, with and without parts of the depth.
+fn by_cluster(candidates: &[Candidate], each: usize) -> Vec<usize> {
+    let mut found = std::collections::BTreeMap::<_, usize>::new();
+    let mut out = Vec::new();
+    for (i, candidate) in candidates.iter().enumerate() {
+        let product = |s: &&tilewright_kernels::gemm::Step| s.kernel.tiles.contains(&"BK".into());
+        let Some(step) = candidate.steps.iter().find(product) else { continue };
+        let s = &step.schedule;
+        let form = (s.cluster, s.cluster_axis, step.sizes.contains_key("S"));
+        let count = found.entry(form).or_default();
+        *count += 1;
+        if *count <= each {
+            out.push(i);
+        }
     }
     out
 }
@@ -105,7 +126,10 @@ fn main() -> Result<()> {
     let mut plans = Vec::new();
     for case in &cases {
         let candidates = plan_untuned(&case.problem(), &target, options.most)?;
-        let chosen = chosen(&candidates, options.each);
+        let chosen = match options.by_cluster {
+            true => by_cluster(&candidates, options.each),
+            false => chosen(&candidates, options.each),
+        };
         plans.push((case, candidates, chosen));
     }
     eprintln!("{} products planned in {:.1} s", plans.len(), begin.elapsed().as_secs_f64());

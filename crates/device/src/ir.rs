@@ -410,6 +410,39 @@ pub enum Reach {
     /// Every block of the cluster (a multicast load: same offset in each one's shared memory, and
     /// each one's barrier gets the bytes).
     All,
+    /// The blocks in this one's row, where the cluster is a matrix with rows of so many blocks, numbered row by row.
+    Row(u32),
+    /// The blocks in this one's column of such a matrix.
+    Column(u32),
+    /// Both, this block once.
+    Cross(u32),
+}
+
+impl Reach {
+    /// How many blocks of a cluster it reaches.
+    pub fn blocks(&self, cluster: u32) -> u32 {
+        match self {
+            Reach::Own | Reach::Cta(_) => 1,
+            Reach::All => cluster,
+            Reach::Row(width) => *width,
+            Reach::Column(width) => cluster / (*width).max(1),
+            Reach::Cross(width) => width + cluster / (*width).max(1) - 1,
+        }
+    }
+
+    /// Whether it reaches block `other` from block `own`; that of a [`Reach::Cta`] is not known here.
+    pub fn takes_in(&self, own: u32, other: u32) -> bool {
+        let row = |width: u32| own / width.max(1) == other / width.max(1);
+        let column = |width: u32| own % width.max(1) == other % width.max(1);
+        match self {
+            Reach::Own => own == other,
+            Reach::Cta(_) => false,
+            Reach::All => true,
+            Reach::Row(width) => row(*width),
+            Reach::Column(width) => column(*width),
+            Reach::Cross(width) => row(*width) || column(*width),
+        }
+    }
 }
 
 /// One step. "Instance" is the group of threads that runs the role: every thread executes the step,

@@ -317,6 +317,9 @@ impl Printer<'_> {
             Reach::Own => String::new(),
             Reach::Cta(cta) => format!(" of block {cta}"),
             Reach::All => " of all blocks".to_string(),
+            Reach::Row(width) => format!(" of its row of {width} blocks"),
+            Reach::Column(width) => format!(" of its column between rows of {width} blocks"),
+            Reach::Cross(width) => format!(" of its row of {width} blocks and its column"),
         }
     }
 

@@ -143,7 +143,7 @@ const BROKEN: &[(&str, Change)] = &[
     ("the phase is not that of the barrier's slot", |p| each(p, |s| if let Stmt::Wait { barrier, .. } = s { barrier.slot = Slot::Before(RingId(0)) })),
     ("the barrier does not exist", |p| each(p, |s| if let Stmt::Wait { barrier, .. } = s { barrier.barrier = BarrierId(7) })),
     ("the cluster has no such block", |p| each(p, |s| if let Stmt::Arrive { reach, .. } = s { *reach = Reach::Cta(Dim::new(2)) })),
-    ("a copy reaches its own block or all", |p| each(p, |s| if let Stmt::TmaLoad { reach, .. } = s { *reach = Reach::Cta(Dim::new(1)) })),
+    ("a copy reaches its own block, a row, a column or all", |p| each(p, |s| if let Stmt::TmaLoad { reach, .. } = s { *reach = Reach::Cta(Dim::new(1)) })),
     ("hardware barriers are 1 to 15", |p| each(p, |s| if let Stmt::NamedSync { id, .. } = s { *id = Dim::new(0) })),
     ("not whole warps of the block", |p| each(p, |s| if let Stmt::NamedSync { threads, .. } = s { *threads = 100 })),
     ("`tma commit`: belongs to one thread", |p| consumer(p, Stmt::TmaCommit)),

@@ -601,6 +601,35 @@ impl<'a> Printer<'a> {
         }
     }
 
+    /// Row and column of this block in a cluster with rows of `width` blocks.
+    fn place_in_cluster(&self, width: u32) -> (String, String) {
+        let (cta, width) = (Dim::sym(CTA), Dim::new(i64::from(width.max(1))));
+        let [row, column] = [cta.floor_div(&width), cta.modulo(&width)];
+        (format!("({})", self.scope.text(&row)), format!("({})", self.scope.text(&column)))
+    }
+
+    /// The blocks that a copy reaches, as bits; `None` for its own only.
+    fn reached_blocks(&self, reach: &Reach) -> Option<String> {
+        let cluster = self.program.cluster;
+        if reach.blocks(cluster) == 1 {
+            return None;
+        }
+        // Of the first row, and of the first column.
+        let bits =
+            (0..cluster).filter(|other| reach.takes_in(0, *other)).fold(0u32, |b, i| b | 1 << i);
+        match reach {
+            Reach::Row(width) => {
+                let (row, _) = self.place_in_cluster(*width);
+                Some(format!("({bits} << {row} * {width})"))
+            }
+            Reach::Column(width) => {
+                let (_, column) = self.place_in_cluster(*width);
+                Some(format!("({bits} << {column})"))
+            }
+            _ => Some(bits.to_string()),
+        }
+    }
+
     /// Accumulators are written behind the compiler's back until a wait.
     fn touch_accumulators(&mut self) {
         let Some(role) = self.role else { return };
@@ -745,6 +774,25 @@ impl<'a> Printer<'a> {
                             "for (int peer = 0; peer < {n}; ++peer) tw::mbarrier_arrive_at({bar}, peer);"
                         ));
                     }
+                    Reach::Row(width) | Reach::Column(width) | Reach::Cross(width) => {
+                        let rows = self.program.cluster / (*width).max(1);
+                        let (row, column) = self.place_in_cluster(*width);
+                        if !matches!(reach, Reach::Column(_)) {
+                            self.leader_line(&format!(
+                                "for (int peer = 0; peer < {width}; ++peer) tw::mbarrier_arrive_at({bar}, {row} * {width} + peer);"
+                            ));
+                        }
+                        // The block's own row has been there.
+                        let other = match reach {
+                            Reach::Cross(_) => format!("if (peer != {row}) "),
+                            _ => String::new(),
+                        };
+                        if !matches!(reach, Reach::Row(_)) {
+                            self.leader_line(&format!(
+                                "for (int peer = 0; peer < {rows}; ++peer) {other}tw::mbarrier_arrive_at({bar}, peer * {width} + {column});"
+                            ));
+                        }
+                    }
                 }
             }
             Stmt::ExpectBytes { barrier, bytes } => {
@@ -770,12 +818,11 @@ impl<'a> Printer<'a> {
                     Some(w) => ("_windows", self.window_coordinates(w, at)),
                     None => ("", self.coordinates(*map, at)),
                 };
-                let text = match reach {
-                    Reach::All if self.program.cluster > 1 => format!(
-                        "tw::tma_load{windows}_multicast({to}, {name}, {bar}, {policy}, (tw::u16){}, {coordinates});",
-                        (1u32 << self.program.cluster) - 1
+                let text = match self.reached_blocks(reach) {
+                    Some(blocks) => format!(
+                        "tw::tma_load{windows}_multicast({to}, {name}, {bar}, {policy}, (tw::u16){blocks}, {coordinates});"
                     ),
-                    _ => {
+                    None => {
                         format!(
                             "tw::tma_load{windows}({to}, {name}, {bar}, {policy}, {coordinates});"
                         )

@@ -49,6 +49,12 @@ fn cases() -> Vec<Case> {
     let mut s = tiles(128, 64, 64);
     (s.cluster, s.cluster_axis, s.dependent) = (2, 1, true);
     add("cluster along columns", spec(DType::BF16, (Col, Col, Col)), s, (130, 200, 136));
+    let mut s = tiles(128, 32, 64);
+    (s.cluster, s.cluster_axis) = (4, 2);
+    add("cluster along both", spec(DType::BF16, (Row, Col, Row)), s, (300, 72, 200));
+    let mut s = tiles(64, 64, 64);
+    (s.cluster, s.cluster_axis, s.consumers, s.dependent) = (8, 2, 1, true);
+    add("cluster of eight along both", spec(DType::BF16, (Col, Row, Row)), s, (72, 136, 200));
     let mut s = tiles(64, 32, 64);
     s.mode = Sharing::PingPong;
     add("ping-pong", spec(DType::BF16, (Row, Col, Row)), s, (300, 40, 72));

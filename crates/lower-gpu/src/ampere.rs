@@ -28,7 +28,7 @@ use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
     Arch, Barrier, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, Frag, FragId, FragRef, Phase,
-    Program, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, WgmmaA,
+    Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, WgmmaA,
 };
 use tilewright_expr::Value as Constant;
 use tilewright_layout::Dim;
@@ -301,7 +301,7 @@ fn way(b: &mut Builder<'_>, stream: &Stream) -> Result<Way> {
         return Ok(Way::Threads(buffer(b, stream, stages)));
     }
     if unit(stream.contiguous) && schedule.arch >= Arch::Sm90a && stream.lines().is_multiple_of(8) {
-        return Ok(Way::Engine(stage(b, stream, false, stages)?));
+        return Ok(Way::Engine(stage(b, stream, Reach::Own, stages)?));
     }
     let spread = turned_spread(schedule, stream).filter(|_| unit(1) && !unit(0));
     let Some(spread) = spread else {

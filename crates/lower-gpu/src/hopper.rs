@@ -143,13 +143,11 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         riders: Vec::new(),
     };
     // Shared memory and tensor maps of the streams.
-    let cluster_symbol = cluster_symbol(kernel, schedule);
+    let sharing = Sharing::of(kernel, schedule);
     let joined = joined_products(&pipeline, body);
     let mut stages: Vec<Stage> = Vec::new();
     for (i, stream) in pipeline.streams.iter().enumerate() {
-        let shared = cluster_symbol
-            .as_ref()
-            .is_some_and(|s| !stream.view.index.iter().any(|d| mentions(d, s)));
+        let shared = sharing.reach(&stream.view.index);
         let beside = joined.as_ref().filter(|j| j.right.1 == i).map(|j| stages[j.right.0].smem);
         stages.push(match beside {
             None => stage(&mut b, stream, shared, schedule.stages)?,
@@ -159,7 +157,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     if let [left, right] = &mut stages[..] {
         [left.cache, right.cache] = schedule.cache;
     }
-    let multicast = stages.iter().any(|s| s.shared);
+    let released = sharing.released(&stages);
     let ring = b.rings.push(Ring { name: "ring".into(), stages: schedule.stages });
     let mut barriers = IdVec::new();
     let full = barriers.push(Barrier { name: "full".into(), slots: schedule.stages, arrivals: 1 });
@@ -167,7 +165,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     let empty = barriers.push(Barrier {
         name: "empty".into(),
         slots: schedule.stages,
-        arrivals: readers * if multicast { schedule.cluster } else { 1 },
+        arrivals: readers * released.blocks(schedule.cluster),
     });
     let buffers: BTreeSet<SmemId> = stages.iter().map(|s| s.smem).collect();
     let bytes: u32 = buffers.iter().map(|s| b.smem[*s].slot_bytes()).sum();
@@ -203,8 +201,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     let left = computed_left(&mut b, &pipeline, &stages, before, body, ring)?;
     let products = match left {
         Some(left) => {
-            let reach = if multicast { Reach::All } else { Reach::Own };
-            left.multiply(&pipeline, &stages, &tiles, body, ring, (full, empty), &reach)
+            left.multiply(&pipeline, &stages, &tiles, body, ring, (full, empty), &released)
         }
         None => multiply(
             &b,
@@ -215,7 +212,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
             ring,
             full,
             empty,
-            multicast,
+            &released,
             joined.is_some(),
         ),
     };
@@ -322,13 +319,53 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
     })
 }
 
-/// The grid index that differs within a cluster.
-fn cluster_symbol(kernel: &Kernel, schedule: &GpuSchedule) -> Option<Arc<str>> {
-    let rank = kernel.grid.len();
-    (schedule.cluster > 1 && rank > 0).then(|| {
-        let axis = if rank == 1 { 0 } else { rank - 2 + schedule.cluster_axis };
-        kernel.grid[axis].name.clone()
-    })
+/// Which tiles the blocks of a cluster have in common.
+struct Sharing {
+    /// The grid indices that differ between the rows and between the columns of a cluster's tiles.
+    rows: Option<Arc<str>>,
+    cols: Option<Arc<str>>,
+    /// Columns of a cluster's tiles.
+    width: u32,
+}
+
+impl Sharing {
+    fn of(kernel: &Kernel, schedule: &GpuSchedule) -> Sharing {
+        let rank = kernel.grid.len();
+        let (high, wide) = schedule.cluster_tiles();
+        if rank < 2 {
+            let rows = kernel.grid.first().filter(|_| schedule.cluster > 1).map(|a| a.name.clone());
+            return Sharing { rows, cols: None, width: 1 };
+        }
+        let name = |axis: usize, tiles: u32| (tiles > 1).then(|| kernel.grid[axis].name.clone());
+        Sharing { rows: name(rank - 2, high), cols: name(rank - 1, wide), width: wide }
+    }
+
+    /// The blocks that read the tile at this index with this one.
+    fn reach(&self, index: &[Dim]) -> Reach {
+        let common = |symbol: &Option<Arc<str>>| {
+            symbol.as_ref().map(|s| !index.iter().any(|d| mentions(d, s)))
+        };
+        match (common(&self.rows), common(&self.cols)) {
+            (None | Some(true), Some(true)) | (Some(true), None) => Reach::All,
+            (Some(true), Some(false)) => Reach::Column(self.width),
+            (Some(false), Some(true)) => Reach::Row(self.width),
+            _ => Reach::Own,
+        }
+    }
+
+    /// The blocks that must know when this one has read its tiles: those that fill them.
+    fn released(&self, stages: &[Stage]) -> Reach {
+        let mut all = Reach::Own;
+        for stage in stages {
+            all = match (all, stage.shared.clone()) {
+                (Reach::Own, other) | (other, Reach::Own) => other,
+                (a, b) if a == b => a,
+                (Reach::All, _) | (_, Reach::All) => Reach::All,
+                _ => Reach::Cross(self.width),
+            };
+        }
+        all
+    }
 }
 
 fn mentions(dim: &Dim, symbol: &Arc<str>) -> bool {
@@ -384,8 +421,8 @@ pub(crate) fn over_items(
 pub(crate) struct Stage {
     pub(crate) smem: SmemId,
     map: MapId,
-    /// Every block of the cluster reads the same tile: each loads a share of its lines for all.
-    shared: bool,
+    /// Blocks of the cluster that read the same tile: each loads a share of its lines for all of them.
+    shared: Reach,
     /// Lines and contiguous elements of one box.
     box_lines: u32,
     box_along: u32,
@@ -399,7 +436,7 @@ pub(crate) struct Stage {
 pub(crate) fn stage(
     b: &mut Builder<'_>,
     stream: &Stream,
-    shared: bool,
+    shared: Reach,
     slots: u32,
 ) -> Result<Stage> {
     let param = &b.kernel.params[stream.view.param];
@@ -412,15 +449,20 @@ pub(crate) fn stage(
         swizzle: stream.swizzle,
         slots,
     };
-    let (map, box_lines, box_along) = tensor_map(b, stream, shared)?;
+    let (map, box_lines, box_along) = tensor_map(b, stream, &shared)?;
     let smem = b.smem.push(smem);
     let cache = CachePolicy::Normal;
     Ok(Stage { smem, map, shared, box_lines, box_along, first_column: 0, cache })
 }
 
 /// The same for a stream whose tiles lie to the right of those that are in a buffer already, in tiles of the same form.
-fn stage_beside(b: &mut Builder<'_>, stream: &Stream, shared: bool, smem: SmemId) -> Result<Stage> {
-    let (map, box_lines, box_along) = tensor_map(b, stream, shared)?;
+fn stage_beside(
+    b: &mut Builder<'_>,
+    stream: &Stream,
+    shared: Reach,
+    smem: SmemId,
+) -> Result<Stage> {
+    let (map, box_lines, box_along) = tensor_map(b, stream, &shared)?;
     let first_column = b.smem[smem].cols;
     b.smem[smem].cols += stream.cols;
     let cache = CachePolicy::Normal;
@@ -434,9 +476,9 @@ fn named(b: &Builder<'_>, name: &str) -> String {
 }
 
 /// The tensor map of a stream, with the lines and the contiguous elements of its box.
-fn tensor_map(b: &mut Builder<'_>, stream: &Stream, shared: bool) -> Result<(MapId, u32, u32)> {
+fn tensor_map(b: &mut Builder<'_>, stream: &Stream, shared: &Reach) -> Result<(MapId, u32, u32)> {
     let param = &b.kernel.params[stream.view.param];
-    let share = if shared { b.schedule.cluster } else { 1 };
+    let share = shared.blocks(b.schedule.cluster);
     let span = stream.swizzle.span_bytes() * 8 / param.dtype.bits();
     let box_lines = (stream.lines() / share).min(256);
     if !stream.lines().is_multiple_of(box_lines * share) || !box_lines.is_multiple_of(8) {
@@ -474,15 +516,21 @@ pub(crate) fn loads(
     ring: RingId,
     barrier: BarrierRef,
 ) -> Vec<Stmt> {
-    let share = if stage.shared { b.schedule.cluster } else { 1 };
+    let share = stage.shared.blocks(b.schedule.cluster);
     let lines_each = stream.lines() / share;
+    // Which of them this block is.
+    let own = match stage.shared {
+        Reach::Row(width) => Dim::sym(CTA).modulo(&Dim::new(i64::from(width))),
+        Reach::Column(width) => Dim::sym(CTA).floor_div(&Dim::new(i64::from(width))),
+        _ => Dim::sym(CTA),
+    };
     let mut out = Vec::new();
     for panel in 0..stream.along() / stage.box_along {
         for part in 0..lines_each / stage.box_lines {
             let along = Dim::new(i64::from(panel * stage.box_along));
             let mut line = Dim::new(i64::from(part * stage.box_lines));
-            if stage.shared {
-                line = line + &(Dim::sym(CTA) * &Dim::new(i64::from(lines_each)));
+            if share > 1 {
+                line = line + &(own.clone() * &Dim::new(i64::from(lines_each)));
             }
             let (row, col) = if stream.contiguous == 1 { (line, along) } else { (along, line) };
             let (rows, cols) = if stream.contiguous == 1 {
@@ -500,7 +548,7 @@ pub(crate) fn loads(
                 at,
                 to: SmemTile { smem: stage.smem, slot: Slot::Ring(ring), row, col, rows, cols },
                 barrier: barrier.clone(),
-                reach: if stage.shared { Reach::All } else { Reach::Own },
+                reach: stage.shared.clone(),
                 cache: stage.cache,
             });
         }
@@ -667,10 +715,9 @@ fn multiply(
     ring: RingId,
     full: tilewright_device::BarrierId,
     empty: tilewright_device::BarrierId,
-    multicast: bool,
+    reach: &Reach,
     joined: bool,
 ) -> Products {
-    let reach = if multicast { Reach::All } else { Reach::Own };
     let release = |slot: Slot| Stmt::Arrive {
         barrier: BarrierRef { barrier: empty, slot },
         reach: reach.clone(),

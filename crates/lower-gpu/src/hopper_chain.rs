@@ -113,7 +113,7 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
     for (stream, once) in chain.streams.iter().zip(&chain.invariant) {
         let slots = if *once { once_slots } else { schedule.stages };
         let name = kernel.params[stream.view.param].name.clone();
-        let stage = stage(&mut b, stream, false, slots)?;
+        let stage = stage(&mut b, stream, Reach::Own, slots)?;
         let ring = b.rings.push(Ring { name: format!("ring_{name}"), stages: slots });
         let mut barrier = |kind: &str, arrivals| {
             barriers.push(Barrier { name: format!("{kind}_{name}"), slots, arrivals })

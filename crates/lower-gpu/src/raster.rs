@@ -3,7 +3,7 @@
 //! Items are numbered `0..items`. The last two axes of the grid are walked as a raster: groups of
 //! `raster` cluster rows, column by column within a group, so that the operands of neighbours in time
 //! are shared in the cache. Axes before them run outermost. A cluster covers neighbouring tiles along
-//! one of the two.
+//! one of the two, or a matrix of tiles whose blocks are numbered row by row.
 
 use crate::schedule::GpuSchedule;
 use std::sync::Arc;
@@ -32,12 +32,13 @@ pub(crate) fn raster(kernel: &Kernel, schedule: &GpuSchedule, item: &Dim) -> (Di
         return (clusters, steps);
     }
     let (rows, cols) = (&kernel.grid[rank - 2], &kernel.grid[rank - 1]);
-    let along_rows = schedule.cluster_axis == 0;
-    let per = |extent: &Dim, clustered: bool| {
-        if clustered && schedule.cluster > 1 { extent.ceil_div(&cluster) } else { extent.clone() }
+    let (high, wide) = schedule.cluster_tiles();
+    let per = |extent: &Dim, tiles: u32| match tiles {
+        1 => extent.clone(),
+        _ => extent.ceil_div(&Dim::new(i64::from(tiles))),
     };
-    let tiles_m = per(&rows.extent, along_rows);
-    let tiles_n = per(&cols.extent, !along_rows);
+    let tiles_m = per(&rows.extent, high);
+    let tiles_n = per(&cols.extent, wide);
     let plane = tiles_m.clone() * &tiles_n;
     let mut items = plane.clone();
     let rest = if rank > 2 {
@@ -58,16 +59,22 @@ pub(crate) fn raster(kernel: &Kernel, schedule: &GpuSchedule, item: &Dim) -> (Di
     } else {
         item.clone()
     };
-    let spread = |index: Dim, clustered: bool| {
-        if clustered && schedule.cluster > 1 { index * &cluster + Dim::sym(CTA) } else { index }
+    let width = Dim::new(i64::from(wide));
+    let (row, column) = match (high, wide) {
+        (1, _) | (_, 1) => (Dim::sym(CTA), Dim::sym(CTA)),
+        _ => (Dim::sym(CTA).floor_div(&width), Dim::sym(CTA).modulo(&width)),
+    };
+    let spread = |index: Dim, tiles: u32, own: &Dim| match tiles {
+        1 => index,
+        _ => index * &Dim::new(i64::from(tiles)) + own,
     };
     if schedule.raster <= 1 {
         // Row by row: two divisions fewer, which each item would wait for.
         let tiles_n_now = bind(name("raster_cols"), tiles_n);
         let m = bind(name("cluster_m"), rest.floor_div(&tiles_n_now));
         let n = bind(name("cluster_n"), rest.modulo(&tiles_n_now));
-        bind(rows.name.clone(), spread(m, along_rows));
-        bind(cols.name.clone(), spread(n, !along_rows));
+        bind(rows.name.clone(), spread(m, high, &row));
+        bind(cols.name.clone(), spread(n, wide, &column));
         return (items, steps);
     }
     let group = Dim::new(i64::from(schedule.raster));
@@ -79,7 +86,7 @@ pub(crate) fn raster(kernel: &Kernel, schedule: &GpuSchedule, item: &Dim) -> (Di
     let inside = bind(name("raster_inside"), rest.modulo(&span));
     let m = bind(name("cluster_m"), first + inside.modulo(&size));
     let n = bind(name("cluster_n"), inside.floor_div(&size));
-    bind(rows.name.clone(), spread(m, along_rows));
-    bind(cols.name.clone(), spread(n, !along_rows));
+    bind(rows.name.clone(), spread(m, high, &row));
+    bind(cols.name.clone(), spread(n, wide, &column));
     (items, steps)
 }

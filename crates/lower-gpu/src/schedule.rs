@@ -102,9 +102,10 @@ pub struct GpuSchedule {
     pub consumers: u32,
     /// Stages of the ring of operand tiles.
     pub stages: u32,
-    /// Blocks per cluster: 1, 2 or 4.
+    /// Blocks per cluster: 1, 2, 4 or 8.
     pub cluster: u32,
-    /// Clusters run along this axis of the pair that the raster walks: 0 (rows) or 1 (columns).
+    /// Clusters run along this axis of the pair that the raster walks: 0 (rows) or 1 (columns). 2: along both, two rows
+    /// of tiles by half as many columns as there are blocks.
     pub cluster_axis: usize,
     /// Rows of clusters that are walked together, column by column, so that their operands stay in
     /// the cache.
@@ -162,6 +163,16 @@ impl GpuSchedule {
             blocks_per_sm: 1,
             cache: [CachePolicy::Normal; 2],
             lines: LinesKnobs::default(),
+        }
+    }
+
+    /// Tiles that a cluster covers: rows and columns of them.
+    pub fn cluster_tiles(&self) -> (u32, u32) {
+        match self.cluster_axis {
+            0 => (self.cluster, 1),
+            1 => (1, self.cluster),
+            _ if self.cluster < 2 => (1, 1),
+            _ => (2, self.cluster / 2),
         }
     }
 

@@ -190,6 +190,8 @@ impl Lowering<'_> {
                 && let Some(turned) = self.turned_weight(v, axis, wanted)?
             {
                 place = turned;
+            } else if let Some(aligned) = self.aligned_copy(v, wanted)? {
+                place = aligned;
             } else if !self.on_gpu()
                 && i == right
                 && let Some(n) = n_letter

@@ -19,6 +19,7 @@ mod histogram;
 mod infer_shapes;
 mod join_products;
 mod layout;
+mod lift_reshapes;
 mod manager;
 mod pack_weights;
 mod recognise;
@@ -33,6 +34,7 @@ pub use fold_norms::fold_norms;
 pub use histogram::{Histogram, op_name};
 pub use join_products::join_products;
 pub use layout::{Layouts, choose_layouts};
+pub use lift_reshapes::lift_reshapes;
 pub use manager::{
     Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,
 };

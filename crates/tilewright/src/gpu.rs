@@ -194,6 +194,12 @@ impl GpuCompiler {
         observe(Stage::Graph("decompose-products", &graph));
         stages.push(StageTime { name: "decompose-products".into(), time: start.elapsed() });
         let start = Instant::now();
+        if tilewright_passes::lift_reshapes(&mut graph)? {
+            tilewright_graph::verify(&graph)?;
+        }
+        observe(Stage::Graph("lift-reshapes", &graph));
+        stages.push(StageTime { name: "lift-reshapes".into(), time: start.elapsed() });
+        let start = Instant::now();
         let options = tilewright_lower::Options {
             windows: self.windows,
             statistics,

@@ -168,6 +168,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     graph = gm.graph
     randoms.drawn_together(gm)
     joins.join_parts(gm)
+    losses.sum_picked(gm)
     scalars.fill_parts(gm)
     known = {**ranges(graph), **(bounds or {})}
     division = divide(graph, settings.device, known)

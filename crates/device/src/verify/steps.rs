@@ -46,6 +46,10 @@ impl Checker<'_> {
             let inside = self.put_in(cta).as_const().is_none_or(|x| (0..most).contains(&x));
             self.step(stmt, inside, "the cluster has no such block");
         }
+        if let Reach::Row(width) | Reach::Column(width) | Reach::Cross(width) = reach {
+            let whole = *width > 0 && self.program.cluster.is_multiple_of(*width);
+            self.step(stmt, whole, "the cluster has no whole rows of that width");
+        }
     }
 
     /// Checks a tile of shared memory; whether its buffer exists.
@@ -184,11 +188,8 @@ impl Checker<'_> {
                 Stmt::TmaLoad { to, barrier, reach, .. } if barrier == of => {
                     let bits = self.program.smem.get(to.smem)?.dtype.bits();
                     let bytes = u64::from(to.rows) * u64::from(to.cols) * u64::from(bits) / 8;
-                    // A copy to all blocks is one of each of them.
-                    sum += match reach {
-                        Reach::All => bytes * u64::from(self.program.cluster),
-                        _ => bytes,
-                    };
+                    // A copy to other blocks is one of each of them.
+                    sum += bytes * u64::from(reach.blocks(self.program.cluster));
                 }
                 Stmt::Unroll { body, count, .. } => {
                     sum += self.copied(body, of)? * u64::from(*count);
@@ -268,8 +269,8 @@ impl Checker<'_> {
                 self.boxed(stmt, *map, at, to);
                 self.barrier(stmt, barrier);
                 self.reach(stmt, reach);
-                let legal = !matches!(reach, Reach::Cta(_));
-                self.step(stmt, legal, "a copy reaches its own block or all");
+                let legal = !matches!(reach, Reach::Cta(_) | Reach::Cross(_));
+                self.step(stmt, legal, "a copy reaches its own block, a row, a column or all");
             }
             Stmt::TmaStore { map, at, from, .. } => {
                 self.solo_step(stmt);

@@ -121,7 +121,11 @@ impl<'p> Machine<'p, '_> {
     fn reached(&self, agent: usize, stmt: &Stmt, reach: &Reach) -> Result<Vec<usize>> {
         match reach {
             Reach::Own => Ok(vec![self.agents[agent].block]),
-            Reach::All => Ok((0..self.blocks.len()).collect()),
+            Reach::All | Reach::Row(_) | Reach::Column(_) | Reach::Cross(_) => {
+                let own = self.agents[agent].block as u32;
+                let takes = |other: &usize| reach.takes_in(own, *other as u32);
+                Ok((0..self.blocks.len()).filter(takes).collect())
+            }
             Reach::Cta(cta) => {
                 let at = self.dim(agent, stmt, cta)?;
                 match usize::try_from(at) {

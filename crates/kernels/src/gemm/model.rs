@@ -118,21 +118,18 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     let size = shape.operand_bytes as f64;
     let rate = gpu.tensor_flops_per_clock * 2.0 / size;
     let cluster = i64::from(s.cluster);
-    let (mut tiles_m, mut tiles_n) = (ceil(shape.m, bm), ceil(shape.n, bn));
-    if s.cluster_axis == 0 {
-        tiles_m = ceil(tiles_m, cluster);
-    } else {
-        tiles_n = ceil(tiles_n, cluster);
-    }
+    let (high, wide) = s.cluster_tiles();
+    let (high, wide) = (i64::from(high), i64::from(wide));
+    let (tiles_m, tiles_n) = (ceil(ceil(shape.m, bm), high), ceil(ceil(shape.n, bn), wide));
     let items = tiles_m * tiles_n * shape.batch * shape.splits;
-    let slots = i64::from(
-        p.clusters_at_once[match cluster {
-            1 => 0,
-            2 => 1,
-            _ => 2,
-        }],
-    )
-    .max(1);
+    let at_once = match cluster {
+        1 => p.clusters_at_once[0],
+        2 => p.clusters_at_once[1],
+        4 => p.clusters_at_once[2],
+        // Two of four, where their processors are neighbours.
+        _ => p.clusters_at_once[2] / 2,
+    };
+    let slots = i64::from(at_once).max(1);
     let per_block = ceil(items, slots) as f64;
     let active = (items.min(slots) * cluster) as f64;
     let steps = ceil(ceil(shape.k, bk), shape.splits) as f64;
@@ -152,10 +149,12 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         + p.step_clocks
         + if s.consumers == 1 { p.lone_consumer_clocks } else { 0.0 };
     let (mut bytes_a, mut bytes_b) = (a_elements * size * tensors, b_elements * size * tensors);
-    if cluster > 1 {
-        let saved = cluster as f64 * p.multicast_saving + (1.0 - p.multicast_saving);
-        if s.cluster_axis == 0 { bytes_b /= saved } else { bytes_a /= saved }
-    }
+    let saved = |blocks: i64| match blocks {
+        1 => 1.0,
+        _ => blocks as f64 * p.multicast_saving + (1.0 - p.multicast_saving),
+    };
+    bytes_a /= saved(wide);
+    bytes_b /= saved(high);
     // Rows of a box that begin inside a cache line touch one more.
     if !shape.lines_aligned.0 {
         bytes_a *= p.unaligned_factor;
@@ -237,8 +236,7 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
     let rows = tiles_m.min(i64::from(s.raster)).max(1);
     let cols = ceil(together, rows).min(tiles_n).max(1);
     let rows = ceil(together, cols).min(tiles_m).max(1);
-    let (along_m, along_n) =
-        if s.cluster_axis == 0 { (cluster as f64, 1.0) } else { (1.0, cluster as f64) };
+    let (along_m, along_n) = (high as f64, wide as f64);
     let read =
         rows as f64 * along_m * (lefts * bm) as f64 + cols as f64 * along_n * (rights * bn) as f64;
     let walked = read * shape.k as f64 * size * per_block / p.stream_bytes_per_s * 1e6;

@@ -446,7 +446,7 @@ fn sum_us(p: &Problem, gpu: &Gpu, o: &Oriented, splits: i64) -> f64 {
 /// Whether a schedule walks its tiles in an order of its own: rasters as high as the result are one.
 fn walks_apart(s: &GpuSchedule, m: i64) -> bool {
     let rows = s.tiles.get("BM").copied().unwrap_or(1);
-    let rows = if s.cluster_axis == 0 { rows * i64::from(s.cluster) } else { rows };
+    let rows = rows * i64::from(s.cluster_tiles().0);
     s.raster == 8 || (m + rows - 1) / rows > i64::from(s.raster.min(8))
 }
 

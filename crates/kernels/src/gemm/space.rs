@@ -61,6 +61,9 @@ pub fn space(spec: &GemmSpec, store: StoreKind, vector: u32) -> Vec<GpuSchedule>
     out
 }
 
+/// Blocks of a cluster and the axis along which they lie; 2: along both.
+const CLUSTERS: [(i64, usize); 7] = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (8, 2)];
+
 /// Rows of tiles that are walked together.
 pub(super) const RASTERS: [u32; 3] = [8, 16, 4];
 
@@ -130,16 +133,16 @@ pub(super) fn each_schedule(
                 s.dependent = true;
                 s.store = store;
                 s.vector = vector;
-                for (cluster, axis) in [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1)] {
+                for (cluster, axis) in CLUSTERS {
                     // A shared tile is loaded in equal parts of whole groups of 8 lines.
-                    let shared_lines = if axis == 0 {
-                        if spec.b == Order::Row { bk } else { bn }
-                    } else if spec.a == Order::Row {
-                        bm
-                    } else {
-                        bk
-                    };
-                    if cluster > 1 && shared_lines % (8 * cluster) != 0 {
+                    s.cluster = cluster as u32;
+                    s.cluster_axis = axis;
+                    let (high, wide) = s.cluster_tiles();
+                    let left_lines = if spec.a == Order::Row { bm } else { bk };
+                    let right_lines = if spec.b == Order::Row { bk } else { bn };
+                    let parts = |lines: i64, blocks: u32| lines % (8 * i64::from(blocks)) == 0;
+                    if wide > 1 && !parts(left_lines, wide) || high > 1 && !parts(right_lines, high)
+                    {
                         continue;
                     }
                     // N-contiguous operands lie in panels of a swizzle span; spans of 32 bytes are slow to read.
@@ -175,8 +178,6 @@ pub(super) fn each_schedule(
                         }
                         before = if slots > 2 { before } else { stages };
                         s.stages = stages as u32;
-                        s.cluster = cluster as u32;
-                        s.cluster_axis = axis;
                         s.store_slots = slots as u32;
                         for &raster in rasters {
                             s.raster = raster;

@@ -56,6 +56,13 @@ use tilewright_plan::{
 };
 use tilewright_target::Precision;
 
+/// The copy engine takes rows of whole units of so many bytes.
+const ROW_BYTES: i64 = 16;
+/// Rows of copies begin at lines of the caches.
+const CACHE_LINE: i64 = 128;
+/// Elements from which an operand of several products is copied once rather than by each: less costs no more than a launch.
+const SHARED_COPY_ELEMENTS: i64 = 1 << 18;
+
 /// Values that are stored in 16 bits: weights that are no vectors, and what is computed from them.
 pub(crate) fn narrow_values(graph: &Graph, options: &Options) -> BTreeSet<ValueId> {
     let narrow = matches!(options.precision, Precision::F16 | Precision::Bf16);
@@ -214,6 +221,51 @@ impl Lowering<'_> {
         let layout = Layout::row_major(&permuted).permute(&crate::conv::inverse(&order));
         let place = self.place(v)?;
         self.copy_as(v, dtype, &place, layout).map(Some)
+    }
+
+    /// An operand of several products whose rows the copy engine does not take, in rows that it does: copied once, where each
+    /// product would copy it for itself.
+    pub(crate) fn aligned_copy(&mut self, v: ValueId, dtype: DType) -> Result<Option<Place>> {
+        let root = crate::fuse::root(self.graph, v);
+        if !self.on_gpu() || self.graph.as_const(root).is_some() || dtype.bits() != 16 {
+            return Ok(None);
+        }
+        let sizes: Option<Vec<i64>> = self.graph.shape(root).iter().map(Dim::as_const).collect();
+        let sizes = sizes.unwrap_or_default();
+        let Some(columns) = sizes.last() else { return Ok(None) };
+        let (size, elements) = (dtype.size() as i64, sizes.iter().product::<i64>());
+        if columns * size % ROW_BYTES == 0 || elements < SHARED_COPY_ELEMENTS {
+            return Ok(None);
+        }
+        let of_root = |operand: &ValueId| crate::fuse::root(self.graph, *operand) == root;
+        let products = self.graph.live().filter(|(_, n)| matches!(n.op, Op::Contract { .. }));
+        if products.filter(|(_, n)| n.inputs.iter().any(of_root)).count() < 2 {
+            return Ok(None);
+        }
+        let from = self.place(root)?;
+        let plain = from.layout.is_row_major() && self.plan.buffers[from.buffer].dtype == dtype;
+        let padded = (columns * size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE / size;
+        let mut layout = from.layout.clone();
+        let mut stride = 1;
+        for (axis, extent) in sizes.iter().enumerate().rev() {
+            layout.axes[axis].stride = Dim::new(stride);
+            stride *= if stride == 1 { padded } else { *extent };
+        }
+        // The same views of the copy, as far as they are views.
+        let mut chain = Vec::new();
+        let mut at = v;
+        while at != root {
+            let Some(node) = self.graph.producer(at) else { return Ok(None) };
+            chain.push(self.graph.nodes[node].op.clone());
+            at = self.graph.nodes[node].inputs[0];
+        }
+        let mut seen = Some(layout.clone());
+        for op in chain.iter().rev() {
+            seen = seen.and_then(|layout| crate::place::view(op, &layout));
+        }
+        let Some(seen) = seen.filter(|_| plain) else { return Ok(None) };
+        let copy = self.copy_as(root, dtype, &from, layout)?;
+        Ok(Some(Place { buffer: copy.buffer, layout: seen }))
     }
 
     /// How a GPU is to run a product.
