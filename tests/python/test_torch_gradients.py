@@ -127,6 +127,21 @@ def attention_that_pytorch_has_taken_apart():
         attentions._has_kernels = kernels
 
 
+def losses_of_classes():
+    """The gradient of the logits, also of rows that are ignored; no kernel walks a row for the sum of its gradient."""
+    torch.manual_seed(4)
+    x, at = torch.randn(24, 37), torch.randint(0, 37, (24,))
+    at[3:6], at[7], at[8] = -100, 0, 36
+    for reduction in ("mean", "sum", "none"):
+        ours_alone(lambda x, t: F.cross_entropy(x, t, reduction=reduction), x, at)  # noqa: B023
+    ours_alone(lambda x, t: F.cross_entropy(x.float(), t), x.bfloat16(), at)
+    mine = x.clone().requires_grad_()
+    with graphs() as seen:
+        compiled(lambda x, t: F.cross_entropy(x, t))(mine, at).backward()
+    backward = [n for g in seen if g.kind == "backward" for group in g.groups for n in group.nodes]
+    assert backward and not any(n.target is torch.ops.aten.sum.dim_IntList for n in backward), backward
+
+
 if __name__ == "__main__":
     run_all(
         (
@@ -136,5 +151,6 @@ if __name__ == "__main__":
             positions_of_maxima_are_pytorchs,
             embeddings_with_and_without_padding,
             attention_that_pytorch_has_taken_apart,
+            losses_of_classes,
         )
     )

@@ -178,6 +178,60 @@ fn weights_of_16_bits_go_to_the_device_as_they_are_stored() {
     }
 }
 
+/// A loss over classes of an odd number: its logits are read as they lie, whatever shape they have there, and their gradient is
+/// copied into aligned rows once for the two products that read it.
+#[test]
+fn odd_rows_are_copied_once_for_all_products_and_logits_are_read_in_place() {
+    let (rows, classes, depth) = (1024usize, 257usize, 8usize);
+    let ty = |shape: &[usize]| {
+        TensorType::new(DType::BF16, shape.iter().map(|&d| Dim::from(d)).collect::<Vec<_>>())
+    };
+    let mut b = GraphBuilder::new("odd");
+    let gradient = b.input("gradient", ty(&[2, rows / 2, classes]));
+    let x = b.input("x", ty(&[rows, depth]));
+    let w = b.input("w", ty(&[classes, depth]));
+    let flat = b.reshape(gradient, &[Dim::from(rows), Dim::from(classes)]).unwrap();
+    let turned = b.permute(flat, &[1, 0]).unwrap();
+    let of_weights = b.contract("mk,kn->mn", turned, x).unwrap();
+    let of_rows = b.contract("mk,kn->mn", flat, w).unwrap();
+    b.output("of_weights", of_weights);
+    b.output("of_rows", of_rows);
+    let graph = b.finish();
+    let given = |shape: &[usize], seed: u64| numbers(shape, seed).rounded(DType::BF16).unwrap();
+    let planned = plan(&graph, Precision::F32);
+    let labels = |planned: &GpuPlan| -> Vec<String> {
+        let label = |step: &Step| match step {
+            Step::Launch { note, .. } => note.label.clone(),
+            _ => "other".to_string(),
+        };
+        planned.plan().steps.iter().map(label).collect()
+    };
+    assert_eq!(labels(&planned), ["copy", "contract", "contract"]);
+    let products = planned.plan().kernels.iter().flat_map(|(_, k)| &k.forms);
+    let read = products.filter_map(|f| match f {
+        Form::Product(p) => Some([&p.a, &p.b].map(|m| (m.row.clone(), m.col.clone()))),
+        _ => None,
+    });
+    let line = Dim::from(320usize);
+    assert_eq!(read.flatten().filter(|(row, col)| *row == line || *col == line).count(), 2);
+    let inputs =
+        [given(&[2, rows / 2, classes], 1), given(&[rows, depth], 2), given(&[classes, depth], 3)];
+    holds("odd", &graph, &planned, &inputs, 0);
+
+    let mut b = GraphBuilder::new("loss");
+    let logits = b.input("logits", ty(&[2, 6, 33]));
+    let wide = b.cast(logits, DType::F32).unwrap();
+    let flat = b.reshape(wide, &[Dim::from(12usize), Dim::from(33usize)]).unwrap();
+    let most = b.reduce(ReduceKind::Max, flat, &[1], true).unwrap();
+    let power = b.map_text("{ x, m -> exp(x - m) }", &[flat, most]).unwrap();
+    let sum = b.reduce(ReduceKind::Sum, power, &[1], true).unwrap();
+    b.output("sum", sum);
+    let graph = b.finish();
+    let planned = plan(&graph, Precision::F32);
+    assert_eq!(labels(&planned).len(), 1, "{:?}", labels(&planned));
+    holds("loss", &graph, &planned, &[given(&[2, 6, 33], 4)], 0);
+}
+
 /// A matrix of bytes with a scale for each column is too large to be folded: it is computed when the plan is loaded, in
 /// memory that the run only reads.
 #[test]

@@ -73,6 +73,11 @@ const STREAM_OF_ONE: f64 = 6.0e10;
 /// Time of products whose right operand lies in panels of 64 bytes, over that with panels of 128.
 const NARROW_PANELS: f64 = 1.03;
 
+/// Clocks for each line of a box, of a right operand in panels of 64 bytes: the copy engine asks for these line by line.
+/// 3072 x 768 x 4096 in tiles of 128 x 160 took 1040 clocks a step for 448 lines, 768 x 2304 x 4096 in tiles of 64 x 224
+/// 1310 for 512; with the panels shared by four blocks the first took 790, which is what the tensor cores take.
+const NARROW_LINE_CLOCKS: f64 = 2.3;
+
 /// Time of storing results in spans of 32 bytes, over that with wider ones.
 const NARROW_SPANS: f64 = 2.0;
 /// How many times faster results leave that have room for a whole tile.
@@ -163,6 +168,17 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         bytes_b *= p.unaligned_factor;
     }
     let fill = (bytes_a + bytes_b) / p.l2_bytes_per_clock * (active / f64::from(gpu.sms)).max(1.0);
+    let fill = if panels {
+        let lines = |extent: i64, rows: bool, span: i64| match rows {
+            true => extent * ceil(bk * shape.operand_bytes, 128),
+            false => bk * ceil(extent * shape.operand_bytes, span),
+        };
+        let left = lefts * ceil(lines(bm, shape.along_depth.0, 128), wide);
+        let right = rights * ceil(lines(bn, false, 64), high);
+        fill.max((left + right) as f64 * NARROW_LINE_CLOCKS)
+    } else {
+        fill
+    };
     // While one stage is read, the others are on their way. Short loops wait for their first loads; in long ones the ring is
     // full, and most of what is read lies in the cache.
     let elements = (lefts * shape.m + rights * shape.n) * shape.k * shape.batch;

@@ -596,8 +596,12 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
         return;
     }
     let store = if stores_by_engine(p, o) { StoreKind::Tma } else { StoreKind::Direct };
+    // Clusters along both axes gain something where one wave of blocks has all tiles.
+    let known = |s: &GpuSchedule| {
+        s.cluster_axis < 2 || extent == Extent::Whole || tiles_of(s) <= i64::from(gpu.sms)
+    };
     each_schedule(&scored.spec, store, result_vector(p, o), 1, &RASTERS, &mut |schedule| {
-        if walks_apart(schedule, o.m) {
+        if walks_apart(schedule, o.m) && known(schedule) {
             add(1, schedule.clone());
         }
     });
@@ -613,7 +617,9 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
         let tiles = tiles_of(schedule);
         let cooperative = schedule.mode == tilewright_lower_gpu::Mode::Cooperative;
         let takes = match extent {
-            Extent::Picker => tiles * 2 <= i64::from(gpu.sms) && cooperative,
+            Extent::Picker => {
+                tiles * 2 <= i64::from(gpu.sms) && cooperative && schedule.cluster_axis < 2
+            }
             Extent::Whole => true,
         };
         if !takes {
