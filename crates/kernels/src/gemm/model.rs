@@ -73,9 +73,10 @@ const STREAM_OF_ONE: f64 = 6.0e10;
 /// Time of products whose right operand lies in panels of 64 bytes, over that with panels of 128.
 const NARROW_PANELS: f64 = 1.03;
 
-/// Clocks for each line of a box, of a right operand in panels of 64 bytes: the copy engine asks for these line by line.
-/// 3072 x 768 x 4096 in tiles of 128 x 160 took 1040 clocks a step for 448 lines, 768 x 2304 x 4096 in tiles of 64 x 224
-/// 1310 for 512; with the panels shared by four blocks the first took 790, which is what the tensor cores take.
+/// Clocks for each line of a box, where lines of neither operand run along the depth and those of the right one lie in
+/// panels of 64 bytes: 3072 x 768 x 4096 in tiles of 128 x 160 took 1040 clocks a step for 448 lines, 768 x 2304 x 4096 in
+/// tiles of 64 x 224 1310 for 512. Shared by four blocks the first took 790. Why is not known; it is not so where the left
+/// operand's lines run along the depth (4096 x 2304 x 768 in tiles of 128 x 144).
 const NARROW_LINE_CLOCKS: f64 = 2.3;
 
 /// Time of storing results in spans of 32 bytes, over that with wider ones.
@@ -168,7 +169,7 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
         bytes_b *= p.unaligned_factor;
     }
     let fill = (bytes_a + bytes_b) / p.l2_bytes_per_clock * (active / f64::from(gpu.sms)).max(1.0);
-    let fill = if panels {
+    let fill = if panels && !shape.along_depth.0 {
         let lines = |extent: i64, rows: bool, span: i64| match rows {
             true => extent * ceil(bk * shape.operand_bytes, 128),
             false => bk * ceil(extent * shape.operand_bytes, span),
