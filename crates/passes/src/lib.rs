@@ -17,6 +17,7 @@ mod fold_constants;
 mod fold_norms;
 mod histogram;
 mod infer_shapes;
+mod join_maps;
 mod join_products;
 mod layout;
 mod manager;
@@ -31,6 +32,7 @@ mod widen_constants;
 pub use decompose::{decompose_all, decompose_products};
 pub use fold_norms::fold_norms;
 pub use histogram::{Histogram, op_name};
+pub use join_maps::join_maps;
 pub use join_products::join_products;
 pub use layout::{Layouts, choose_layouts};
 pub use manager::{

@@ -165,6 +165,13 @@ impl GpuCompiler {
         observe(Stage::Graph("join-products", &graph));
         stages.push(StageTime { name: "join-products".into(), time: start.elapsed() });
         let start = Instant::now();
+        if tilewright_passes::join_maps(&mut graph)? {
+            tilewright_graph::verify(&graph)?;
+            tilewright_passes::run(&mut graph, &context)?;
+        }
+        observe(Stage::Graph("join-maps", &graph));
+        stages.push(StageTime { name: "join-maps".into(), time: start.elapsed() });
+        let start = Instant::now();
         let fold = self.fold && self.fusion != Choice::Apart;
         let target = CpuTarget::of_gpu(&self.machine, self.precision);
         let narrow = matches!(self.precision, Precision::F16 | Precision::Bf16);
