@@ -1,7 +1,10 @@
 //! Sums over rows that products leave, and that products read: every way to run them gives the same in the device interpreter.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use tilewright_base::DType;
+use tilewright_cuda::{Arch, CompileRequest, Nvrtc};
+use tilewright_emit_cuda::{COMPILER_OPTIONS, emit, headers};
 use tilewright_expr::{Func, FuncBuilder, Op};
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, run};
@@ -252,5 +255,58 @@ fn sums_do_not_depend_on_the_schedule() {
             }
         }
         assert!(kinds.len() >= 6, "{kinds:?}");
+    }
+}
+
+/// The kernels of a Llama's sizes compile without spilling. Without NVRTC the test says so and passes, unless
+/// `TILEWRIGHT_REQUIRE_NVRTC=1`.
+#[test]
+fn kernels_compile_without_spilling() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("nvrtc");
+    let nvrtc = match Nvrtc::open(Some(&folder)) {
+        Ok(nvrtc) => nvrtc,
+        Err(error) => {
+            let required = std::env::var("TILEWRIGHT_REQUIRE_NVRTC").is_ok_and(|v| v == "1");
+            assert!(!required, "{error:?}");
+            eprintln!("skipped: no NVRTC");
+            return;
+        }
+    };
+    let sizes = |m, n, k| problem(m, n, k, DType::BF16);
+    // Results of the type that models store.
+    let narrow = |p: Problem| {
+        let epilogue = scaled(DType::BF16, p.epilogue.pair);
+        Problem { result: DType::BF16, epilogue, ..p }
+    };
+    let problems = [
+        leaving(sizes(2048, 2048, 2048)),
+        leaving(sizes(2048, 2048, 8192)),
+        narrow(reading(sizes(2048, 3072, 2048), 32, Pair::None)),
+        narrow(reading(sizes(2048, 6144, 4096), 64, Pair::None)),
+        narrow(reading(sizes(2048, 8192, 2048), 32, Pair::Right)),
+    ];
+    let mut kernels = BTreeMap::new();
+    for p in &problems {
+        for step in &plan_untuned(p, &Gpu::h200(), 1).unwrap()[0].steps {
+            let source = emit(&lower(&step.kernel, &step.schedule).unwrap()).unwrap();
+            kernels.insert(source.text.clone(), (source, step.schedule.to_string()));
+        }
+    }
+    let requests: Vec<CompileRequest> = kernels
+        .values()
+        .map(|(source, _)| {
+            let request = CompileRequest::new(&source.entry, source.text.clone(), Arch::SM_90A);
+            let request = COMPILER_OPTIONS.iter().fold(request, |r, option| r.option(*option));
+            headers().iter().fold(request, |r, (name, text)| r.header(*name, *text))
+        })
+        .collect();
+    let compiled = nvrtc.compile_all(&requests, 2);
+    for ((source, schedule), compiled) in kernels.values().zip(compiled) {
+        let compiled = compiled.unwrap_or_else(|e| panic!("{schedule}: {e:?}"));
+        let used = compiled.resources(&source.entry).expect("it has figures");
+        let outside = used.spill_store_bytes + used.spill_load_bytes + used.stack_bytes;
+        assert_eq!(outside, 0, "{schedule}: {used:?}");
+        let warnings: Vec<&str> = compiled.warnings.iter().map(|w| w.text.as_str()).collect();
+        assert!(warnings.is_empty(), "{schedule}: {warnings:?}");
     }
 }
