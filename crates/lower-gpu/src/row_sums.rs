@@ -110,7 +110,11 @@ impl Evaluator<'_, '_> {
         let most = (READ_REGISTERS * 128 / self.b.rows).max(8);
         let cols = parts.next_multiple_of(8).min(most);
         let src = whole(self.b.frag("parts", self.dtype(x), cols, Extent::Tile));
-        let vector = vector_along(self.b, param, 1);
+        // Lines of an odd number of parts do not all begin where a wider access may.
+        let vector = match vector_along(self.b, param, 1) {
+            wide if parts.is_multiple_of(wide) => wide,
+            _ => 1,
+        };
         for piece in 0..parts.div_ceil(cols) {
             let mut at = index.clone();
             at[0] = at[0].clone() + &self.b.row0();
