@@ -96,12 +96,16 @@ impl Lowering<'_> {
             _ => None,
         });
         CpuKnobs {
-            stream: stored > self.target.l3_bytes,
+            stream: stored > self.target.l3_bytes.min(HELD_BYTES),
             ahead: loaded.max().unwrap_or(0) > self.target.l2_bytes,
             ..self.knobs()
         }
     }
 }
+
+/// More than this is not written through a last-level cache, however large: with one of 300 MB that many cores share, a softmax
+/// whose 67 MB of results go there took three times as long.
+const HELD_BYTES: i64 = 32 << 20;
 
 /// When the largest load is contiguous along another canonical axis than the store, moves that axis
 /// next to the last one, so that both lie in the tile. Says whether it did.
