@@ -167,10 +167,11 @@ pub(crate) fn conv_tiles(
 ) -> ConvTiles {
     let rows = i64::from(knobs.mma_rows);
     let panel = panel_for(target, o);
-    let most = (target.l2_bytes / 8 / 4 / panel / taps).clamp(16, 1024);
+    let l2_bytes = target.block_bytes(knobs.unit);
+    let most = (l2_bytes / 8 / 4 / panel / taps).clamp(16, 1024);
     let bc = even(c, most, if taps == 1 { depth_unit(knobs.unit) } else { 1 });
     let bw = even(ow, 4 * rows, 1);
-    let most_o = (target.l2_bytes / 2 / 4 / (bc * taps).max(1)).clamp(panel, 8 * panel);
+    let most_o = (l2_bytes / 2 / 4 / (bc * taps).max(1)).clamp(panel, 8 * panel);
     // Several rows of the image where one does not fill the micro-kernel a few times.
     let most_h = if bw >= 2 * rows { 1 } else { (8 * rows / bw).max(1) };
     let (bhs, bos) = (equal_pieces(oh, most_h, 1), equal_pieces(o, most_o, panel));
@@ -284,7 +285,8 @@ fn makespan(threads: i64, batch: i64, slow: &[i64], fast: &[i64]) -> f64 {
 /// * `bk` is the whole sum when a panel of it takes at most an eighth of the second-level cache: each
 ///   further step over `k` loads and stores all accumulators again. (Measured on a Cascade Lake
 ///   core with 1 MiB of L2, product of 1024: 69% of peak with steps of 256, 75% with 512, 77%
-///   whole. The panel streams from L2 at half of its bandwidth.)
+///   whole. The panel streams from L2 at half of its bandwidth. On a Xeon with AMX, whose first level has
+///   48 KiB, whole sums of 768 took longer than half ones: [`CpuTarget::block_bytes`].)
 /// * `bm` is whole micro-tiles; the left operand's block `bm * bk * 4` takes at most half of the
 ///   second-level cache.
 /// * `bn` is whole panels.
@@ -302,7 +304,8 @@ pub(crate) fn gemm_tiles(
 ) -> GemmTiles {
     let (rows, panel) = (i64::from(knobs.mma_rows), i64::from(knobs.mma_vectors) * target.lanes);
     let (computed, loose) = (how == How::LeftComputed, how == How::RightLoose);
-    let mut most = (target.l2_bytes / 8 / bytes / panel).clamp(64, 4096 / bytes);
+    let l2_bytes = target.block_bytes(knobs.unit);
+    let mut most = (l2_bytes / 8 / bytes / panel).clamp(64, 4096 / bytes);
     if loose {
         most = most.min(2048 / bytes);
     }
@@ -313,7 +316,7 @@ pub(crate) fn gemm_tiles(
         let share = round_up((n.max(1) + want - 1) / want, panel);
         return GemmTiles { bm: m.max(1), bn: share.clamp(panel, 16 * panel), bk };
     }
-    let groups = (target.l2_bytes / 2 / bytes / bk / rows).max(1);
+    let groups = (l2_bytes / 2 / bytes / bk / rows).max(1);
     let bm_most = groups.min(if loose { 18 } else { 16 }) * rows;
     // Sums in several steps keep a block of results in the second-level cache between them.
     let panels = if k > bk || computed { 12 } else { 32 };
@@ -346,6 +349,15 @@ mod tests {
         let (down, across) = (pieces(196, t.bm, 1), pieces(1024, t.bn, 32));
         let ideal = 196.0 * 1024.0 / target.threads as f64;
         assert!(makespan(target.threads, 1, &across, &down) < 1.1 * ideal, "{t:?}");
+    }
+
+    #[test]
+    fn steps_are_shorter_where_the_first_level_is_large() {
+        let large = CpuTarget { l1_bytes: 48 << 10, ..CpuTarget::avx512() };
+        for (target, bk) in [(CpuTarget::avx512(), 768), (large, 384)] {
+            let t = gemm_tiles(&target, &knobs(&target), 4, 1, [128, 768, 768], How::Plain);
+            assert_eq!(t.bk, bk, "{t:?}");
+        }
     }
 
     #[test]
