@@ -98,7 +98,8 @@ impl From<&tilewright_target::Gpu> for CpuTarget {
     }
 }
 
-/// First-level caches of this size belong to cores that read panels out of the second level too slowly for their multiply-adds.
+/// First-level caches of this size belong to cores on which shorter steps were faster: it seems that they read panels out of the
+/// second level too slowly for their two multiply-adds a cycle.
 const LARGE_L1: i64 = 48 << 10;
 /// What products in f32 count on of the second level there.
 const SHORT_STEPS: i64 = 512 << 10;
@@ -115,22 +116,8 @@ impl CpuTarget {
         CpuTarget { product_speedup, ..CpuTarget::from(gpu) }
     }
 
-    /// Bytes of the second-level cache that the blocks of a product are made for. On cores with two multiply-adds a cycle
-    /// steps of the depth are shorter, so that a panel is in the first level when the next rows read it.
-    pub(crate) fn block_bytes(&self, unit: MatrixUnit) -> i64 {
-        let short = self.l1_bytes >= LARGE_L1 && unit == MatrixUnit::Fma;
-        if short { self.l2_bytes.min(SHORT_STEPS) } else { self.l2_bytes }
-    }
-}
-
-/// First-level caches of this size belong to cores that read panels out of the second level too slowly for their multiply-adds.
-const LARGE_L1: i64 = 48 << 10;
-/// What products in f32 count on of the second level there.
-const SHORT_STEPS: i64 = 512 << 10;
-
-impl CpuTarget {
-    /// Bytes of the second-level cache that the blocks of a product are made for. On cores with two multiply-adds a cycle
-    /// steps of the depth are shorter, so that a panel is in the first level when the next rows read it.
+    /// Bytes of the second-level cache that the blocks of a product are made for. Where the first level is large,
+    /// steps of the depth are shorter, so that a panel is there when the next rows read it.
     pub(crate) fn block_bytes(&self, unit: MatrixUnit) -> i64 {
         let short = self.l1_bytes >= LARGE_L1 && unit == MatrixUnit::Fma;
         if short { self.l2_bytes.min(SHORT_STEPS) } else { self.l2_bytes }
