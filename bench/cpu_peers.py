@@ -6,7 +6,8 @@ its samples; the ratio is the median of the ratios of neighbouring samples, with
 compared before anything is timed, and a model whose outputs disagree has no speed.
 
 With `--torch` there is a third arm: `torch.compile` of the module that the file was exported from, with its weights
-as constants (`freezing`), or `torch.mm` for a plain product.
+as constants (`freezing`), or `torch.mm` for a plain product, or the function of PyTorch for a kernel over rows. Those have
+a fourth arm: a copy of their input.
 
 Usage:  python bench/cpu_peers.py [--threads 2] [--seconds 8] [--torch] [--models DIR] [--out FILE] [NAME ...]
 Models come from `bench/export_models.py`. Without the `tilewright` module (`make bench` builds it) only
@@ -25,13 +26,14 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
 import onnxruntime
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from export_models import DEFAULT, MODELS, NETWORKS, PRODUCTS, SEED, model_inputs, network  # noqa: E402
+from export_models import DEFAULT, MODELS, NETWORKS, PRODUCTS, ROWS, SEED, model_inputs, network  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MIN_SAMPLES = 15
@@ -87,6 +89,9 @@ class Torch:
         if name in PRODUCTS:
             self.names, self.call = ["A", "B"], torch.mm
             return
+        if name in ROWS:
+            self.names, self.call = ["X"], ROWS[name](torch)
+            return
         import torch._inductor.config
 
         torch._inductor.config.freezing = True
@@ -99,6 +104,24 @@ class Torch:
         return {self.outputs[0]: result.numpy()}
 
 
+class Copy:
+    """A copy of the input into memory that is there already: what a kernel that reads and writes once can reach."""
+
+    name = "copy"
+
+    def __init__(self, threads: int):
+        import torch
+
+        self.torch, self.to = torch, None
+        torch.set_num_threads(threads)
+
+    def run(self, feeds):
+        source = self.torch.from_numpy(feeds["X"])
+        if self.to is None:
+            self.to = self.torch.empty_like(source)
+        self.to.copy_(source)
+
+
 class Ours:
     """The `tilewright` Python module: one compiled plan, the same number of threads."""
 
@@ -109,6 +132,30 @@ class Ours:
 
     def run(self, feeds):
         return self.model.run(feeds)
+
+
+class Tool:
+    """`tw` in the module's place: a sample is the median of a few runs of `tw bench`, in a process of its own."""
+
+    name = "tilewright"
+
+    def __init__(self, tool: pathlib.Path, path: pathlib.Path, threads: int, outputs):
+        self.tool, self.path, self.outputs = tool, path, outputs
+        self.tail = ["--threads", str(threads)]
+
+    def run(self, feeds):
+        with tempfile.TemporaryDirectory() as folder:
+            call = [self.tool, "run", self.path, *self.tail, "--output", folder]
+            for name, value in feeds.items():
+                np.save(f"{folder}/in_{name}.npy", value)
+                call += ["--input", f"{name}={folder}/in_{name}.npy"]
+            subprocess.run(call, check=True, capture_output=True)
+            return {name: np.load(f"{folder}/{name}.npy") for name in self.outputs}
+
+    def sample_ms(self):
+        call = [self.tool, "bench", self.path, *self.tail, "--runs", "5", "--warmup", "2", "--json"]
+        done = subprocess.run(call, check=True, capture_output=True, text=True)
+        return json.loads(done.stdout)["median_ms"]
 
 
 def disagreement(ours: dict, theirs: dict) -> float:
@@ -127,12 +174,16 @@ def disagreement(ours: dict, theirs: dict) -> float:
 
 
 def timed_ms(arm, feeds) -> float:
+    if isinstance(arm, Tool):
+        return arm.sample_ms()
     start = time.perf_counter()
     arm.run(feeds)
     return (time.perf_counter() - start) * 1e3
 
 
 def warm_up(arm, feeds) -> None:
+    if isinstance(arm, Tool):
+        return
     end = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < end:
         arm.run(feeds)
@@ -168,7 +219,10 @@ def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float,
     if module is not None:
         start = time.perf_counter()
         try:
-            ours = Ours(module, path, threads)
+            if isinstance(module, pathlib.Path):
+                ours = Tool(module, path, threads, peer.outputs)
+            else:
+                ours = Ours(module, path, threads)
             actual = ours.run(feeds)
         except Exception as error:  # The module's errors are the finding: keep them in the record.
             row["error"] = str(error).strip()[:2000]
@@ -179,13 +233,15 @@ def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float,
                 arms.append(ours)
             else:
                 row["error"] = f"outputs differ by {row['relative_difference']} of the largest value"
-    if with_torch and (name in PRODUCTS or name.partition("_batch")[0] in NETWORKS):
+    if with_torch and (name in PRODUCTS or name in ROWS or name.partition("_batch")[0] in NETWORKS):
         third = Torch(name, peer.outputs, threads)
         difference = disagreement(third.run(feeds), expected)
         if difference <= TOLERANCE:
             arms.append(third)
         else:
             row["torch_error"] = f"outputs differ by {difference} of the largest value"
+    if with_torch and name in ROWS:
+        arms.append(Copy(threads))
     for arm in arms:
         warm_up(arm, feeds)
     samples = interleaved(arms, feeds, seconds)
@@ -193,7 +249,8 @@ def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float,
     for arm, values in zip(arms, samples):
         row[f"{arm.name}_ms"] = quartiles(values)
     by_name = {arm.name: values for arm, values in zip(arms, samples)}
-    for key, other in (("latency_ratio", "onnxruntime"), ("torch_latency_ratio", "torch")):
+    pairs = (("latency_ratio", "onnxruntime"), ("torch_latency_ratio", "torch"), ("copy_latency_ratio", "copy"))
+    for key, other in pairs:
         if "tilewright" in by_name and other in by_name:
             row[key] = quartiles([b / a for a, b in zip(by_name[other], by_name["tilewright"])])
     return row
@@ -242,6 +299,7 @@ def command_text(arguments) -> str:
         inside = models.is_relative_to(ROOT)
         words.append(f"--models {models.relative_to(ROOT).as_posix() if inside else 'DIR'}")
     words += ["--torch"] if arguments.torch else []
+    words += ["--tw target/release/tw"] if arguments.tw else []
     return " ".join(words + arguments.names)
 
 
@@ -252,6 +310,8 @@ def text_row(row: dict) -> str:
     ratio = "" if "latency_ratio" not in row else "  ratio {1:.3f} ({0:.3f} .. {2:.3f})".format(*row["latency_ratio"])
     if "torch_latency_ratio" in row:
         ratio += f"  torch {cell('torch_ms')} ms  ratio {row['torch_latency_ratio'][1]:.3f}"
+    if "copy_latency_ratio" in row:
+        ratio += f"  copy {cell('copy_ms')} ms  ratio {row['copy_latency_ratio'][1]:.3f}"
     error = f"  {row['error'].splitlines()[0]}" if row.get("error") else ""
     return f"{row['model']:14s} onnxruntime {cell('onnxruntime_ms')} ms  tilewright {cell('tilewright_ms')} ms{ratio}{error}"
 
@@ -264,6 +324,7 @@ def main() -> int:
     parser.add_argument("--models", type=pathlib.Path, default=ROOT / "bench" / "models")
     parser.add_argument("--out", type=pathlib.Path, help="the record (default: records/cpu-peers-DATE-COMMIT.json)")
     parser.add_argument("--torch", action="store_true", help="measure torch.compile, too")
+    parser.add_argument("--tw", type=pathlib.Path, help="measure this `tw` instead of the Python module")
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in MODELS]
@@ -271,8 +332,8 @@ def main() -> int:
         parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(MODELS)}")
 
     try:
-        module = importlib.import_module("tilewright")
-        if not hasattr(module, "load"):
+        module = arguments.tw or importlib.import_module("tilewright")
+        if arguments.tw is None and not hasattr(module, "load"):
             raise ImportError("the imported `tilewright` has no `load`")
     except ImportError as error:
         module = None
@@ -303,7 +364,7 @@ def main() -> int:
             "numpy": np.__version__,
             "tilewright": getattr(module, "__version__", None) if module else None,
         },
-        "columns": "*_ms, latency_ratio (tilewright / onnxruntime) and torch_latency_ratio are [first quartile, median, third quartile]",
+        "columns": "*_ms, latency_ratio (tilewright / onnxruntime), torch_latency_ratio and copy_latency_ratio are [first quartile, median, third quartile]",
         "rows": rows,
     }
     if not arguments.no_record:

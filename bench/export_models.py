@@ -218,12 +218,16 @@ def softmax4096(path) -> None:
     _single_node(path, node, [("X", shape)], shape)
 
 
+def _scale_and_bias() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(SEED)
+    scale = (1 + 0.1 * rng.standard_normal(4096)).astype(np.float32)
+    return scale, (0.1 * rng.standard_normal(4096)).astype(np.float32)
+
+
 def layernorm4096(path) -> None:
     from onnx import helper, numpy_helper
 
-    rng = np.random.default_rng(SEED)
-    scale = (1 + 0.1 * rng.standard_normal(4096)).astype(np.float32)
-    bias = (0.1 * rng.standard_normal(4096)).astype(np.float32)
+    scale, bias = _scale_and_bias()
     shape = [4096, 4096]
     node = helper.make_node(
         "LayerNormalization", ["X", "scale", "bias"], ["Y"], name="layernorm", axis=-1, epsilon=1e-5
@@ -276,6 +280,20 @@ PRODUCTS = {
     "sgemm_wide": (512, 8192, 1024),
     "sgemm_deep": (1024, 1024, 8192),
     "sgemm_thin": (128, 4096, 1024),
+}
+
+
+def _layer_norm(torch):
+    scale, bias = (torch.from_numpy(value) for value in _scale_and_bias())
+    return lambda x: torch.nn.functional.layer_norm(x, (4096,), scale, bias)
+
+
+# Kernels over rows of X, 4096 x 4096: name to what PyTorch calls them.
+ROWS = {
+    "softmax4096": lambda torch: lambda x: torch.softmax(x, -1),
+    "layernorm4096": _layer_norm,
+    "gelu4096": lambda torch: torch.nn.functional.gelu,
+    "transpose4096": lambda torch: lambda x: x.t().contiguous(),
 }
 
 

@@ -147,7 +147,12 @@ impl Lowering<'_> {
             here(1) && !here(0)
         };
         // A weight that becomes the right operand lies in panels along its last N letter.
-        let near = self.near_result_axis(&dag, &sizes[..out.chars().count()]);
+        let mut near = self.near_result_axis(&dag, &sizes[..out.chars().count()]);
+        if self.as_given_only(node.inputs[0], node.inputs[1], *acc) {
+            // Of the axes that the right operand has, the nearest: results may then lie across.
+            let across = (0..out.chars().count()).filter(|&a| in_rhs_only(space[a]));
+            near = across.max_by_key(|&a| Some(a) == near).or(near);
+        }
         let swapped = near.is_some_and(|a| !in_rhs_only(space[a]))
             && near.is_some_and(|a| lhs.contains(space[a]));
         let (right, right_letters) = if swapped { (0, lhs) } else { (1, rhs) };
@@ -227,6 +232,17 @@ impl Lowering<'_> {
         };
         let (name, note) = (self.kernel_name(group), self.note(group));
         self.product_kernel(name, &product, &dag, note)
+    }
+
+    /// Whether a matrix unit multiplies these operands as they stand, and not each in the other's place: bytes of which
+    /// the right ones are signed and the left ones are not.
+    fn as_given_only(&self, left: ValueId, right: ValueId, acc: DType) -> bool {
+        let [a, b] = [left, right].map(|v| self.graph.dtype(v));
+        let unit = |a, b| self.product_knobs(a, b, acc).unit;
+        !self.on_gpu()
+            && acc == DType::I32
+            && unit(a, b) != MatrixUnit::Fma
+            && unit(b, a) == MatrixUnit::Fma
     }
 
     /// The right operand of a product of `rows` rows, which wants neighbours along its axis `near`

@@ -290,7 +290,7 @@ fn blocks_again(s: &Survey<'_>, group: &Group, v: ValueId) -> f64 {
             }
             Anchor::Map if a + 2 >= rank => {
                 let rows = if rank >= 2 { size(rank - 2) } else { 1 };
-                let (bm, bn) = map_tiles(s.target, rows, size(rank - 1), None, false);
+                let (bm, bn) = map_tiles(s.target, rows, size(rank - 1), None, [false; 2]);
                 if a + 1 == rank { bn as f64 } else { bm as f64 }
             }
             _ => 1.0,

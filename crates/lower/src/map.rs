@@ -48,7 +48,10 @@ impl Lowering<'_> {
         let cols = canon.last().map_or(1, |c| nominal_extent(c));
         let rows = if n >= 2 { nominal_extent(&canon[n - 2]) } else { 1 };
         let block = canon.last().and_then(|c| block_of(&layouts, c));
-        let (bm, bn) = map_tiles(self.target, rows, cols, block, transposed);
+        // Every element is read once: the processor sees that coming by itself.
+        let knobs = CpuKnobs { ahead: false, ..self.memory_knobs(dag) };
+        let shape_of = [transposed, knobs.stream && !self.on_gpu()];
+        let (bm, bn) = map_tiles(self.target, rows, cols, block, shape_of);
         let bm = if n >= 2 { block_of(&layouts, &canon[n - 2]).unwrap_or(bm) } else { bm };
         // A tile that spans a blocked axis together with a long one would be scattered.
         let mut k = KernelParts::new(name, symbols);
@@ -76,8 +79,6 @@ impl Lowering<'_> {
         }
         let mut emit = Emit::new(dag, &canon, pos);
         emit.store_all(&mut k);
-        // Every element is read once: the processor sees that coming by itself.
-        let knobs = CpuKnobs { ahead: false, ..self.memory_knobs(dag) };
         self.launch(k, tiles, knobs, note)
     }
 

@@ -33,14 +33,20 @@ pub(crate) fn even(n: i64, most: i64, unit: i64) -> i64 {
 const MAP_TILE: i64 = 4096;
 
 /// Tile of an elementwise kernel: rows and columns (the vector axis). `block` is the block size of
-/// a blocked vector axis, `transposed` says that some operand is contiguous along the rows.
+/// a blocked vector axis, `transposed` says that some operand is contiguous along the rows, `far` that results go past
+/// the caches.
 pub(crate) fn map_tiles(
     target: &CpuTarget,
     rows: i64,
     cols: i64,
     block: Option<i64>,
-    transposed: bool,
+    [transposed, far]: [bool; 2],
 ) -> (i64, i64) {
+    if transposed && far && block.is_none() {
+        // As many rows of memory are read side by side as a vector has elements, far along: each is a stream that the
+        // processor sees coming, and results go to memory in whole lines.
+        return (even(rows, 1024, target.lanes), target.lanes);
+    }
     if transposed {
         return (32.min(round_up(rows, 1)), block.unwrap_or(64.min(round_up(cols, target.lanes))));
     }

@@ -6,8 +6,10 @@
 //!
 //! ```text
 //! x[N,C,H,W]  ->  padded with its zero point, channels last  ->  windows[N,OH,OW,taps*C]
-//! windows @ w[taps*C,O]  ->  [N,OH,OW,O]  ->  [N,O,OH,OW]
+//! windows @ w[taps*C,O]  ->  [N,OH,OW,O]
 //! ```
+//!
+//! What follows is computed with the channels last, too, so that the next convolution finds them there.
 //!
 //! Sums wrap in 32 bits in both forms, so results are equal.
 
@@ -15,6 +17,7 @@ use super::super::cx::Cx;
 use super::super::node::N;
 use super::{conv, matmul};
 use tilewright_base::{DType, Result};
+use tilewright_data::{Bytes, Tensor};
 use tilewright_expr::Value as Number;
 use tilewright_graph::{Op, PadMode, ValueId};
 use tilewright_layout::Dim;
@@ -25,7 +28,7 @@ const CHANNELS_MIN: i64 = 8;
 /// More taps would copy the data too often.
 const TAPS_MAX: i64 = 25;
 
-/// The convolution of a node's geometry in `i32`, less the zero points; `None` where this form does not fit (groups,
+/// The convolution of a node's geometry in `i32`, less the zero points, with the channels last; `None` where this form does not fit (groups,
 /// other types, few channels, many taps, padding with a zero point that is not known).
 pub(crate) fn convolve(
     cx: &mut Cx,
@@ -105,10 +108,32 @@ pub(crate) fn convolve(
         all => cx.concat(all, rank - 1)?,
     };
     // [O, C, taps...] as [taps..., C, O].
-    let order: Vec<usize> = (2..rank).chain([1, 0]).collect();
-    let matrix = cx.permute(w, &order)?;
-    let matrix = cx.reshape(matrix, &[Dim::new(taps * channels), weights[0].clone()])?;
-    let v = matmul::byte_product(cx, windows, zx, matrix, zw)?;
+    let matrix = match cx.as_const(w).map(matrix_of).transpose()? {
+        Some(matrix) => cx.constant(matrix),
+        None => {
+            let order: Vec<usize> = (2..rank).chain([1, 0]).collect();
+            let matrix = cx.permute(w, &order)?;
+            cx.reshape(matrix, &[Dim::new(taps * channels), weights[0].clone()])?
+        }
+    };
+    matmul::byte_product(cx, windows, zx, matrix, zw).map(Some)
+}
+
+/// Constant weights as the matrix.
+fn matrix_of(w: &Tensor) -> Result<Tensor> {
+    let (outputs, channels) = (w.shape()[0], w.shape()[1]);
+    let taps: usize = w.shape()[2..].iter().product();
+    let mut matrix = vec![0u8; w.len()];
+    for (i, &byte) in w.bytes().iter().enumerate() {
+        let (tap, channel, output) = (i % taps, i / taps % channels, i / taps / channels);
+        matrix[(tap * channels + channel) * outputs + output] = byte;
+    }
+    Tensor::new(w.dtype(), [taps * channels, outputs], Bytes::copy_from(&matrix))
+}
+
+/// Channels from the last axis to where ONNX has them.
+pub(crate) fn channels_second(cx: &mut Cx, v: ValueId) -> Result<ValueId> {
+    let rank = cx.rank(v);
     let back: Vec<usize> = [0, rank - 1].into_iter().chain(1..rank - 1).collect();
-    cx.permute(v, &back).map(Some)
+    cx.permute(v, &back)
 }

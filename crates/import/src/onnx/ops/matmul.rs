@@ -4,7 +4,7 @@ use super::super::cx::Cx;
 use super::super::node::{N, Val, one};
 use super::quant;
 use tilewright_base::{DType, Error, Result};
-use tilewright_data::Tensor;
+use tilewright_data::{Tensor, element_count};
 use tilewright_graph::{Op, ReduceKind, ValueId};
 use tilewright_layout::Dim;
 
@@ -131,6 +131,23 @@ fn offset(
     cx.sub(zero, shift).map(Some)
 }
 
+/// The sums of the columns of signed bytes, in `i32`, their axis kept.
+fn sums_of_columns(b: &Tensor) -> Result<Tensor> {
+    let mut shape = b.shape().to_vec();
+    let rank = shape.len();
+    let (depth, columns) = (shape[rank - 2], shape[rank - 1]);
+    shape[rank - 2] = 1;
+    let mut sums = vec![0i32; element_count(&shape)?];
+    for (i, row) in b.bytes().chunks_exact(columns.max(1)).enumerate() {
+        let matrix = i / depth.max(1);
+        let sums = &mut sums[matrix * columns..][..columns];
+        for (sum, &byte) in sums.iter_mut().zip(row) {
+            *sum = sum.wrapping_add(i32::from(byte as i8));
+        }
+    }
+    Tensor::from_slice(&shape, &sums)
+}
+
 /// The product of 8-bit matrices less their zero points, in `i32`. The bytes are multiplied as they
 /// are, which matrix units do, and what the zero points contribute is taken off:
 ///
@@ -172,8 +189,14 @@ pub(crate) fn byte_product(
     };
     let mut v = product_in(cx, a, b, DType::I32)?;
     if let Some(zero) = offset(cx, za, 0, ra - 2, ra)? {
-        let wide = cx.cast(b, DType::I32)?;
-        let sums = cx.reduce(ReduceKind::Sum, wide, &[rb - 2], true)?;
+        let known = cx.as_const(b).map(sums_of_columns).transpose()?;
+        let sums = match known {
+            Some(sums) => cx.constant(sums),
+            None => {
+                let wide = cx.cast(b, DType::I32)?;
+                cx.reduce(ReduceKind::Sum, wide, &[rb - 2], true)?
+            }
+        };
         let part = cx.mul(zero, sums)?;
         v = cx.sub(v, part)?;
     }

@@ -157,33 +157,36 @@ fn centred(cx: &mut Cx, x: ValueId, zero: Option<ValueId>, at: usize) -> Result<
 }
 
 pub(crate) fn conv_integer(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
-    one(integer_conv(cx, n, [n.x(0)?, n.x(1)?], [n.opt(2)?, n.opt(3)?])?)
+    let (v, axis) = integer_conv(cx, n, [n.x(0)?, n.x(1)?], [n.opt(2)?, n.opt(3)?])?;
+    one(if axis == 1 { v } else { byte_conv::channels_second(cx, v)? })
 }
 
-/// The convolution of small integers less their zero points, in `i32`.
+/// The convolution of small integers less their zero points, in `i32`, and the axis of its channels: the second or the
+/// last.
 fn integer_conv(
     cx: &mut Cx,
     n: &N<'_>,
     [x, w]: [ValueId; 2],
     [zx, zw]: [Option<ValueId>; 2],
-) -> Result<ValueId> {
+) -> Result<(ValueId, usize)> {
     if let Some(v) = byte_conv::convolve(cx, n, [x, w], [zx, zw])? {
-        return Ok(v);
+        return Ok((v, cx.rank(v) - 1));
     }
     let x = centred(cx, x, zx, 1)?;
     let w = centred(cx, w, zw, 0)?;
-    conv::convolve(cx, n, x, w)
+    conv::convolve(cx, n, x, w).map(|v| (v, 1))
 }
 
 pub(crate) fn qlinear_conv(cx: &mut Cx, n: &N<'_>) -> Result<Vec<Val>> {
-    let mut v = integer_conv(cx, n, [n.x(0)?, n.x(3)?], [Some(n.x(2)?), Some(n.x(5)?)])?;
+    let (mut v, axis) = integer_conv(cx, n, [n.x(0)?, n.x(3)?], [Some(n.x(2)?), Some(n.x(5)?)])?;
     let rank = cx.rank(v);
     if let Some(bias) = n.opt(8)? {
-        let bias = cx.along(bias, 1, rank)?;
+        let bias = cx.along(bias, axis, rank)?;
         v = cx.add(v, bias)?;
     }
-    let sa = matmul::per_axis(cx, n.x(1)?, 1, rank)?;
-    let sb = matmul::per_axis(cx, n.x(4)?, 1, rank)?;
-    let sy = matmul::per_axis(cx, n.x(6)?, 1, rank)?;
-    one(requantise(cx, v, sa, sb, sy, n.x(7)?)?)
+    let sa = matmul::per_axis(cx, n.x(1)?, axis, rank)?;
+    let sb = matmul::per_axis(cx, n.x(4)?, axis, rank)?;
+    let sy = matmul::per_axis(cx, n.x(6)?, axis, rank)?;
+    let v = requantise(cx, v, sa, sb, sy, n.x(7)?)?;
+    one(if axis == 1 { v } else { byte_conv::channels_second(cx, v)? })
 }
