@@ -350,8 +350,10 @@ def main() -> int:
     if not rows:
         return 1
 
+    # The README shows models: kernels over rows alone have a record of their own.
+    kind = "cpu-rows" if all(row["model"] in ROWS for row in rows) else "cpu-peers"
     record = {
-        "kind": "cpu-peers",
+        "kind": kind,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": commit(),
         "command": command_text(arguments),
@@ -368,7 +370,7 @@ def main() -> int:
         "rows": rows,
     }
     if not arguments.no_record:
-        name = f"cpu-peers-{record['date'][:10]}-{record['commit']}.json"
+        name = f"{kind}-{record['date'][:10]}-{record['commit']}.json"
         out = arguments.out or ROOT / "records" / name
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_suffix(".partial")
