@@ -126,6 +126,22 @@ def beside_onnxruntime(names: Callable[[str], bool], goal: float) -> Callable[[d
     return cases
 
 
+def beside_copy(record: dict) -> list[Case]:
+    rows = [(r["model"], 1 / r["copy_latency_ratio"][1]) for r in record["rows"] if "copy_latency_ratio" in r]
+    return [Case(name, value, value >= 0.9) for name, value in rows]
+
+
+def beside_compiled(ours: str, peer: str) -> Callable[[dict], list[Case]]:
+    """A mode of Inductor over one of ours, for each case of `gpu/torch_bench.py`."""
+
+    def cases(record: dict) -> list[Case]:
+        key = f"us_{ours}_over_this"
+        rows = [(r["case"], 1 / r[key][1]) for r in record["rows"] if r.get("side") == peer and key in r]
+        return [Case(name, value, value >= 1) for name, value in rows]
+
+    return cases
+
+
 NET = ("resnet", "mobilenet", "efficientnet")
 TEXT = ("bert", "gpt2", "vit", "minilm")
 GOALS = [
@@ -151,12 +167,15 @@ GOALS = [
     Goal("Models on an H200", "no more memory than PyTorch's smallest form", "gpu-models", memory),
     Goal("Models on an H200", "a token of a decoder at batch 1: 75% of the rate at which a kernel can read the weights (`floor_us`)", "gpu-decode", decode_floor,
          "What each kernel waits for at its beginning and end; launches themselves cost next to nothing (a kernel of reads alone in as many launches takes 546 us).", percent),
+    Goal("`torch.compile` on an H200", "at least as fast as Inductor, launched kernel by kernel", "gpu-torch", beside_compiled("tilewright", "default")),
+    Goal("`torch.compile` on an H200", "at least as fast as Inductor with recorded graphs (`reduce-overhead`)", "gpu-torch",
+         beside_compiled("tilewright-graphs", "reduce-overhead")),
     Goal("Models on a CPU, two threads", "transformers: 1.15 times ONNX Runtime's speed", "cpu-peers", beside_onnxruntime(lambda m: m.startswith(TEXT), 1.15),
          "Products run at 86 to 92% of the multiply-add peak."),
     Goal("Models on a CPU, two threads", "convolutional networks: 1.1 times", "cpu-peers", beside_onnxruntime(lambda m: m.startswith(NET), 1.1),
          "Many short kernels, each with its barrier; classifiers of one row, which memory bounds."),
-    Goal("Models on a CPU, two threads", "softmax and LayerNorm of 4096 x 4096: 1.2 times", "cpu-peers",
-         beside_onnxruntime(lambda m: m.startswith(("softmax", "layernorm")), 1.2)),
+    Goal("Models on a CPU, two threads", "softmax, LayerNorm, GELU, transpose of 4096 x 4096: 1.2 times", "cpu-rows", beside_onnxruntime(lambda m: True, 1.2)),
+    Goal("Models on a CPU, two threads", "the same: 90% of the rate of PyTorch's copy", "cpu-rows", beside_copy),
     Goal("Models on a CPU, two threads", "products of f32: 0.95 times and more", "cpu-peers", beside_onnxruntime(lambda m: m.startswith("sgemm"), 0.95)),
 ]
 
@@ -184,7 +203,7 @@ def page() -> str:
         goals = [g for g in GOALS if g.area == area]
         kinds = {g.kind: newest(g.kind) for g in goals}
         names = ", ".join(f"`records/{p.name}`" for p in kinds.values() if p)
-        out += ["", f"## {area}", "", f"From {names}.", "", "| goal | met | short | where the time goes |", "|---|---|---|---|", *map(line, goals)]
+        out += ["", f"## {area}", "", f"From {names}." if names else "No record yet.", "", "| goal | met | short | where the time goes |", "|---|---|---|---|", *map(line, goals)]
     return "\n".join(out) + "\n"
 
 

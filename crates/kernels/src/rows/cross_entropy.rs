@@ -453,7 +453,8 @@ impl CrossEntropySpec {
             })?;
         // A row's largest, its sum and the logit at its target are exchanged within one warp together: registers that
         // the picker does not count.
-        if schedule.lines.lanes <= 32 {
+        // So is what a cap needs: the hyperbolic tangent, and the bounded logits beside the exponentials.
+        if schedule.lines.lanes <= 32 || self.terms.cap > 0.0 {
             schedule.blocks_per_sm = (schedule.blocks_per_sm / 2).max(1);
         }
         Ok((kernel, schedule))
