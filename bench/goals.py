@@ -34,7 +34,7 @@ class Goal(NamedTuple):
     kind: str
     cases: Callable[[dict], list[Case]]
     why: str = ""
-    form: Callable[[float], str] = lambda value: f"{value:.2f}"
+    form: Callable[[float], str] = lambda value: f"{value:.3f}" if 0.99 <= value < 1 else f"{value:.2f}"
 
 
 def newest(kind: str) -> pathlib.Path | None:
@@ -44,7 +44,7 @@ def newest(kind: str) -> pathlib.Path | None:
 
 
 def percent(value: float) -> str:
-    return f"{value:.0%}"
+    return f"{value:.1%}"
 
 
 def rows_case(row: dict) -> str:
@@ -157,7 +157,7 @@ GOALS = [
     Goal("Rows on an H200", "AdamW: 93%", "gpu-rows-peer", peer_of_copy(("adamw", "adamwtable"), 0.93),
          "Each block of a table looks its tensor up.", percent),
     Goal("Rows on an H200", "cross-entropy with its gradient: twice as fast as Inductor", "gpu-rows-peer",
-         beside_inductor(lambda r: r["line"].startswith("crossentropy"), 2.0), "Unaligned rows: about 57 instructions an element, so that their issue bounds it."),
+         beside_inductor(lambda r: r["line"].startswith("crossentropy"), 2.0), "Unaligned rows take about 57 instructions an element, so that their issue bounds it."),
     Goal("Rows on an H200", "never slower than Inductor", "gpu-rows-peer", beside_inductor(lambda r: r["bytes"] >= SMALL, 1.0),
          "Differences of 2 to 4% between kernels that both move the bytes once come and go with the run."),
     Goal("Rows on an H200", "tensors under 1 MB: never slower than Inductor", "gpu-rows-peer", beside_inductor(lambda r: r["bytes"] < SMALL, 1.0)),

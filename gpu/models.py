@@ -44,6 +44,8 @@ PRECISIONS = ["f32", "tf32", "f16", "bf16"]
 MODELS = ["bert", "minilm", "gpt2", "vit", "llama", "llama8b=eager", "resnet50", "mobilenetv3", "efficientnet", "resnext50",
           "bert@1x128=graphs", "vit@1=graphs", "resnet50@1=graphs", "mobilenetv3@1=graphs", "efficientnet@1=graphs",
           "resnet50:f32=graphs", "resnet50:tf32=graphs"]
+# Records as they were before this call.
+EARLIER = {}
 CLOCKS = ["clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active"]
 
 
@@ -239,7 +241,8 @@ def finish(row):
     row["latency_ratio"] = quartiles([a / b for a, b in zip(row["tw"]["round_ms"], row[fastest]["round_ms"])])
     if "autotune" in row:
         row["compile_ratio"] = row["tw"]["first_s"] / row["autotune"]["first_s"]
-    held = [row["torch_weight_bytes"] + row[p]["grown_bytes"] for p in peers if p != "eager"]
+    # A form that grows by nothing found room that an earlier one had left.
+    held = [row["torch_weight_bytes"] + row[p]["grown_bytes"] for p in peers if p != "eager" and row[p]["grown_bytes"] > 0]
     row["memory_ratio"] = row["tw"]["memory_bytes"] / min([row["eager"]["peak_bytes"], *held])
 
 
@@ -281,6 +284,22 @@ def record(args, rows, before, after):
         "clocks_after": after,
         "rows": rows,
     }
+
+
+def save(args, rows, before):
+    """Writes what is measured so far: rows of another call of the same day and commit stay, but for those measured again."""
+    date, commit, value = record(args, rows, before, nvidia_smi(CLOCKS))
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"gpu-models-{date:%Y-%m-%d}-{commit}.json"
+    if path not in EARLIER:
+        EARLIER[path] = json.loads(path.read_text()) if path.exists() else None
+    if earlier := EARLIER[path]:
+        new = {(r["model"], r["type"]): r for r in rows}
+        value["rows"] = [new.pop((r["model"], r["type"]), r) for r in earlier["rows"]] + list(new.values())
+        value["command"] = f"{earlier['command']}; {value['command']}"
+        value["clocks_before"] = earlier["clocks_before"]
+    path.write_text(json.dumps(value, indent=2) + "\n")
+    return path
 
 
 def listen(lines, said):
@@ -335,7 +354,7 @@ def main():
         except queue.Empty:
             return None
 
-    rows, failed = [], 0
+    rows, failed, path = [], 0, None
     until = time.monotonic() + args.patience if args.patience else None
     live = [name for name in names if answer(name, until)]
     for name in set(names) - set(live):
@@ -351,23 +370,14 @@ def main():
             finish(row)
             print(summary(row), flush=True)
             rows.append(row)
+            path = args.out and save(args, rows, before)
     for name, process in workers.items():
         process.stdin.close()
         if process.wait() != 0:
             failed += 1
             print(f"{name}: failed with {process.returncode}", flush=True)
     print(f"{len(live)} of {len(names)} models ready, timed in {time.monotonic() - began:.0f} s", flush=True)
-    if args.out and rows:
-        date, commit, value = record(args, rows, before, nvidia_smi(CLOCKS))
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"gpu-models-{date:%Y-%m-%d}-{commit}.json"
-        if path.exists():
-            before = json.loads(path.read_text())
-            new = {(r["model"], r["type"]): r for r in rows}
-            value["rows"] = [new.pop((r["model"], r["type"]), r) for r in before["rows"]] + list(new.values())
-            value["command"] = f"{before['command']}; {value['command']}"
-            value["clocks_before"] = before["clocks_before"]
-        path.write_text(json.dumps(value, indent=2) + "\n")
+    if path:
         print(path)
     return 1 if failed or (not args.prepare and len(rows) < len(names)) else 0
 

@@ -88,10 +88,10 @@ class Problem:
             self.bytes += rows * cols * view.element_size()
         return view
 
-    def inout(self, name, value, ref):
-        """A tensor that is changed in place: the reference is a function of float64 of what was there."""
+    def inout(self, name, value, ref, ld=None):
+        """A tensor that is changed in place, its rows `ld` elements apart: the reference is a function of float64 of what was there."""
         before = value.clone() if self.guarded else None
-        view = self.out(name, *value.shape, value.shape[1], value.dtype, ref and (lambda: ref(before)))
+        view = self.out(name, *value.shape, ld or value.shape[1], value.dtype, ref and (lambda: ref(before)))
         view.copy_(value)
         self.bytes += view.numel() * view.element_size()
         return view
@@ -213,7 +213,7 @@ class Problem:
             g[targets < 0] = 0
             return g * scale
 
-        x = self.inout("X", self.draw(M, N, N, t), gradient)
+        x = self.inout("X", self.draw(M, N, N, t), gradient, s["ldx"])
         before = x.double() if self.guarded else None
         self.out("L", 1, M, M, torch.float32,
                  lambda: F.cross_entropy(before, targets, reduction="none", ignore_index=-100).view(1, M))
