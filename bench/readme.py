@@ -71,6 +71,7 @@ def section(path: pathlib.Path, record: dict) -> str:
         f" ({machine['logical_cpus']} logical CPUs; {features}), {record['threads']} threads,"
         f" float32, batch 1 where nothing else is said, against ONNX Runtime {record['versions']['onnxruntime']}."
         f" The record: [{path.name}](records/{path.name}).",
+        *([record["note"]] if "note" in record else []),
         "",
         "| model | Tilewright, ms | ONNX Runtime, ms | ratio (quartiles) |",
         "|---|---:|---:|---:|",
