@@ -785,7 +785,9 @@ impl Picker<'_> {
             streams: s.reduces.is_some() && !s.stores,
             // Rows of one or two warps wait for few: registers for another block are worth more, unless elements come one by one.
             early: choice.cluster == 1
-                && (!s.whole || choice.lanes > 64 || choice.lanes > 32 && (heavy || schedule.vector < 4)),
+                && (!s.whole
+                    || choice.lanes > 64
+                    || choice.lanes > 32 && (heavy || schedule.vector < 4)),
             ahead: false,
             kept: 0,
             fetched: 0,
