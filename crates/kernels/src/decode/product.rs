@@ -145,10 +145,7 @@ impl VectorProduct {
         while each > 1 && sums(each, runs) > MOST_SUMS {
             each /= 2;
         }
-        // The product behind attention is short: its weights are there when attention is.
-        let short = matches!(self.ending, Ending::Plain { .. }) && self.depth <= 2048;
-        let fetched = if short && self.lines <= 2048 { 3 } else { 0 };
-        Form { threads, lanes, each, runs, blocks: 1, ahead: true, fetched }
+        Form { threads, lanes, each, runs, blocks: 1, ahead: true, fetched: 0 }
     }
 
     /// The kernel in the form that suits the machine.
