@@ -11,7 +11,7 @@ take most of a call (with `--step` of one with the optimizer), as PyTorch's prof
 compiles everything and measures nothing (Inductor keeps what it compiled below TORCHINDUCTOR_CACHE_DIR).
 
 A record is made in pieces, each in two steps: `--cold --work W CASE` compiles one case with caches of its own below W, empty at first, one process
-for each of `tilewright` and `default`, side by side; without `--cold`, the case is measured, and its first calls are those of a second process,
+for each of `tilewright` and `default` (their modes with recorded graphs behind them, not timed), side by side; without `--cold`, the case is measured, and its first calls are those of a second process,
 which finds the caches full; `--with-cold` starts both steps at once, and each measuring process waits for a compiler's cold one before it takes that
 compiler. Rows get both (`cold_s`, `first_s`; eager mode and a small function
 under `aot_eager` have run before either, so that libraries and what traces are loaded), and a second call of the same
@@ -84,8 +84,8 @@ def resnet50(layers):
     return torchvision.models.resnet50(), (torch.randn(32, 3, 224, 224, device="cuda", dtype=torch.bfloat16),), {}
 
 
-# Whose first calls are timed with empty caches.
-COLD = ("tilewright", "default")
+# Whose first calls are timed with empty caches, and what the same process compiles behind that, so that its caches are full.
+COLD = {"tilewright": "tilewright-graphs", "default": "reduce-overhead"}
 CASES = {f.__name__: f for f in (bert, gpt2, vit, llama, resnet50)}
 
 
@@ -232,7 +232,7 @@ def measure(name, args):
             "peak_bytes": torch.cuda.max_memory_allocated(), "left_to_pytorch": left, "failed_groups": failed,
         })
         arms.append(arm)
-        if args.cold and peer != "eager":
+        if args.cold and peer in COLD:
             cold.write_text(json.dumps(arm.first_seconds))
         print(f"   {name} {peer}: first call {arm.first_seconds:.1f} s ({len(arm.groups)} groups, plans {own:.1f} s), error {error:.1e} {left} {failed}", flush=True)
     if args.warm or args.cold:
@@ -289,9 +289,9 @@ def quartiles(values):
 
 def alone_in_a_process(name, side, args):
     """Another process that compiles this case for this side, with the case's caches."""
-    call = [sys.executable, __file__, "--out", str(args.out), "--work", str(args.work), "--cold", "--layers", str(args.layers), "--ours"]
-    call += [side] if side.startswith("tilewright") else []
-    call += ["--peers", "eager", *([] if side.startswith("tilewright") else [side])]
+    call = [sys.executable, __file__, "--out", str(args.out), "--work", str(args.work), "--cold", "--layers", str(args.layers)]
+    sides = [side, *(s for s in (*args.ours, *args.peers) if s == COLD[side])]
+    call += ["--ours", *sides, "--peers", "eager"] if side == "tilewright" else ["--ours", "--peers", "eager", *sides]
     return subprocess.Popen([*call, *["--dropout"] * args.dropout, "--", name], env=os.environ | caches(args.work, name) | {"TILEWRIGHT_BENCH_CASE": name})
 
 
