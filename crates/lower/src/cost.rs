@@ -113,6 +113,9 @@ const PRODUCT_BLOCK: f64 = 64.0;
 /// Part of the peak that maps reach: it counts a multiply-add as two, they do one operation.
 pub(crate) const MAP_SHARE: f64 = 0.5;
 
+/// Part of the peak that products reach.
+const PRODUCT_SHARE: f64 = 0.8;
+
 /// Part of the shorter of memory and arithmetic that the longer does not hide.
 const NOT_HIDDEN: f64 = 0.25;
 
@@ -127,6 +130,7 @@ pub(crate) fn estimate_ns(s: &Survey<'_>, group: &Group) -> f64 {
     // Small kernels do not keep all threads busy.
     let busy = (widest / SHARE_ELEMENTS).ceil().clamp(1.0, threads) / threads;
     let compute = arithmetic(s, group, &walks) / s.target.flops_per_second / busy;
+    let compute = compute.max(ending_s(s, group));
     let memory = traffic(s, group, &walks) / busy.sqrt();
     let (long, short) = (compute.max(memory), compute.min(memory));
     (long + NOT_HIDDEN * short) * 1e9 + s.target.launch_ns + apart_ns(s, group)
@@ -139,19 +143,9 @@ fn apart_ns(s: &Survey<'_>, group: &Group) -> f64 {
     if !s.gpu || group.anchor != Anchor::Contract {
         return 0.0;
     }
-    let mut nodes = group.nodes.iter().map(|&n| &s.graph.nodes[n]);
-    let Some(product) = nodes.find(|n| matches!(n.op, Op::Contract { .. })) else { return 0.0 };
-    let own = product.outputs[0];
-    let elements = s.elements(own);
-    let mut read = BTreeSet::new();
-    for &n in &group.nodes {
-        let node = &s.graph.nodes[n];
-        if !matches!(node.op, Op::Map(_)) {
-            continue;
-        }
-        let outside = node.inputs.iter().map(|&v| s.seen(v).0);
-        read.extend(outside.filter(|v| !group.vals.contains_key(v) && s.elements(*v) >= elements));
-    }
+    let Some(product) = product_of(s, group) else { return 0.0 };
+    let own = s.graph.nodes[product].outputs[0];
+    let read = read_beside(s, group, own);
     if group.outputs.len() <= 1 && read.len() <= 1 {
         return 0.0;
     }
@@ -160,6 +154,49 @@ fn apart_ns(s: &Survey<'_>, group: &Group) -> f64 {
     let times = if group.outputs.contains(&own) { 1.0 } else { 2.0 };
     let bytes = times * size(own) + (1.0 - NOT_HIDDEN) * others.map(size).sum::<f64>();
     copy_ns(s.target, bytes)
+}
+
+/// The contraction of a group.
+fn product_of(s: &Survey<'_>, group: &Group) -> Option<NodeId> {
+    group.nodes.iter().copied().find(|&n| matches!(s.graph.nodes[n].op, Op::Contract { .. }))
+}
+
+/// Tensors of a product's size that its epilogue reads.
+fn read_beside(s: &Survey<'_>, group: &Group, product: ValueId) -> BTreeSet<ValueId> {
+    let elements = s.elements(product);
+    let maps =
+        group.nodes.iter().map(|&n| &s.graph.nodes[n]).filter(|n| matches!(n.op, Op::Map(_)));
+    let read = maps.flat_map(|n| &n.inputs).map(|&v| s.seen(v).0);
+    read.filter(|v| !group.vals.contains_key(v) && s.elements(*v) >= elements).collect()
+}
+
+/// How many times slower the few warps of a GPU's epilogue compute than a kernel of all warps does (48 of 128 lanes).
+const ENDING_SLOWNESS: f64 = 128.0 / 48.0;
+/// Operations an element above which an epilogue no longer hides behind the stores of a cooperative schedule.
+const LONG_ENDING: f64 = 12.0;
+/// Bytes per second of a tensor that registers load where consumers take turns (12608 x 3072 x 768 with the derivative of GELU).
+const ENDING_BYTES_PER_S: f64 = 0.3e12;
+
+/// Seconds of a GPU's product with a long epilogue: either that takes turns with the products of the other consumer, and registers load
+/// what it reads, or it follows the products. 12608 x 3072 x 768 with the derivative of GELU took 220 us, the product and a kernel behind
+/// it 72 and 60; with GELU alone, 37 and 45 at 4096 x 3072 x 768.
+fn ending_s(s: &Survey<'_>, group: &Group) -> f64 {
+    if !s.gpu || group.anchor != Anchor::Contract {
+        return 0.0;
+    }
+    let Some(product) = product_of(s, group) else { return 0.0 };
+    let own = s.graph.nodes[product].outputs[0];
+    let maps = group.nodes.iter().filter(|&&n| matches!(s.graph.nodes[n].op, Op::Map(_)));
+    let of_result = maps.filter(|&&n| s.elements(s.graph.nodes[n].outputs[0]) >= s.elements(own));
+    let work: f64 = of_result.map(|&n| s.work(n) * s.elements(s.graph.nodes[n].outputs[0])).sum();
+    if work <= LONG_ENDING * s.elements(own) {
+        return 0.0;
+    }
+    let rate = s.target.flops_per_second;
+    let products = s.work(product) / (PRODUCT_SHARE * s.target.product_speedup * rate);
+    let read: f64 = read_beside(s, group, own).into_iter().map(|v| s.bytes(v)).sum();
+    let ending = ENDING_SLOWNESS * work / (MAP_SHARE * rate);
+    ((products + ending + read / ENDING_BYTES_PER_S) / 2.0).min(products + ending)
 }
 
 /// Estimated time of a copy of this many bytes, read and written, in nanoseconds.
@@ -182,8 +219,8 @@ fn arithmetic(s: &Survey<'_>, group: &Group, walks: &Walks) -> f64 {
     for &n in &group.nodes {
         let node = &s.graph.nodes[n];
         let share = match &node.op {
-            Op::Contract { .. } | Op::GroupProduct { .. } => 0.8 * products,
-            Op::Conv(attrs) if attrs.groups == 1 => 0.8 * products,
+            Op::Contract { .. } | Op::GroupProduct { .. } => PRODUCT_SHARE * products,
+            Op::Conv(attrs) if attrs.groups == 1 => PRODUCT_SHARE * products,
             Op::Attention(_) => 0.5 * products,
             Op::Conv(_) => 0.12,
             Op::Map(_) => MAP_SHARE,

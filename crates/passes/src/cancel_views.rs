@@ -14,7 +14,7 @@
 //! | pattern | becomes | when |
 //! |---|---|---|
 //! | `map (permute p a), ..` | `permute p (map a, ..)` | the other operands have the same permute, or are constants or one element |
-//! | `map (reshape a), ..` | `reshape (map a, ..)` | the other operands are the same reshape of an equal shape, one element, or live in the last axes, which the reshape keeps |
+//! | `map (reshape a), ..` | `reshape (map a, ..)` | the other operands are the same reshape of an equal shape, one element, or live in the last axes, which the reshape keeps; `a` is no permute that others read |
 //! | `contract (permute a), b` | `contract a, b` | letters reordered |
 //! | `permute (contract a, b)` | `contract a, b` | letters reordered; read only here |
 //! | `contract (expand a), b` | `contract a, b` | stretched axes are letters whose extent `b` has |
@@ -23,6 +23,7 @@
 //! | `layer_norm (permute p a)` | `permute p (..)` | p keeps the normalised axes in place |
 //! | `softmax`, `layer_norm` of `reshape` | `reshape` of it | the reshape keeps the axes from the first touched one on |
 //! | `concat (permute p a), (permute p b)` | `permute p (concat a, b)` | |
+//! | `reshape (permute (reshape a))` | `reshape (permute (reshape a))` | axes that the first merges and the second splits stay apart (`unmerge.rs`) |
 //! | `permute p (expand a)` | `expand (permute p a)` | same rank |
 //!
 //! Each rule needs the view to be read only here, except where nothing is duplicated. All are exact
@@ -30,6 +31,7 @@
 
 use crate::edit::{Editor, Rewritten, inverse, permuted, rewrite};
 use crate::manager::PassContext;
+use crate::unmerge::unmerged;
 use tilewright_base::Result;
 use tilewright_expr::Func;
 use tilewright_graph::{Graph, NodeId, Op, ValueId};
@@ -66,6 +68,7 @@ fn rule(ed: &mut Editor<'_>, id: NodeId) -> Rewritten {
             one(rows_of_reshape(ed, &node.op, &node.inputs, out)?)
         }
         Op::Concat(axis) => one(concat(ed, *axis, &node.inputs)?),
+        Op::Reshape(to) => one(unmerged(ed, to, node.inputs[0])?),
         _ => Ok(None),
     }
 }
@@ -147,6 +150,12 @@ fn common_suffix(a: &[Dim], b: &[Dim]) -> usize {
     a.iter().rev().zip(b.iter().rev()).take_while(|(x, y)| x == y).count()
 }
 
+/// A permute that others read too: its reshape is stored for them, and what a map makes of it can be computed from that memory. Behind
+/// the reshape the map would be stored as well.
+fn turned_for_others(ed: &Editor<'_>, v: ValueId) -> bool {
+    as_permute(ed, v).is_some() && !ed.only_here(v)
+}
+
 fn map_of_reshapes(
     ed: &mut Editor<'_>,
     func: &Func,
@@ -169,7 +178,7 @@ fn map_of_reshapes(
             && shape == to
         {
             let here = inputs.iter().filter(|&&w| w == v).count() as u32;
-            if ed.uses(v) > here {
+            if ed.uses(v) > here || turned_for_others(ed, s) {
                 return Ok(None);
             }
             operands.push(s);

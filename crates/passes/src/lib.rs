@@ -27,6 +27,7 @@ mod recognise;
 mod simplify;
 mod simplify_map;
 mod split_reductions;
+mod unmerge;
 mod view;
 mod widen_constants;
 
