@@ -24,6 +24,7 @@ mod lift_reshapes;
 mod manager;
 mod pack_weights;
 mod recognise;
+mod round_late;
 mod simplify;
 mod simplify_map;
 mod split_reductions;
@@ -41,5 +42,6 @@ pub use lift_reshapes::lift_reshapes;
 pub use manager::{
     Group, Observer, PIPELINE, Pass, PassContext, Report, StageTime, find_pass, run, run_observed,
 };
+pub use round_late::round_late;
 pub use split_reductions::split_reductions;
 pub use widen_constants::widen_constants;

@@ -201,6 +201,12 @@ impl GpuCompiler {
         observe(Stage::Graph("decompose-products", &graph));
         stages.push(StageTime { name: "decompose-products".into(), time: start.elapsed() });
         let start = Instant::now();
+        if tilewright_passes::round_late(&mut graph)? {
+            tilewright_graph::verify(&graph)?;
+        }
+        observe(Stage::Graph("round-late", &graph));
+        stages.push(StageTime { name: "round-late".into(), time: start.elapsed() });
+        let start = Instant::now();
         if tilewright_passes::lift_reshapes(&mut graph)? {
             tilewright_graph::verify(&graph)?;
         }
