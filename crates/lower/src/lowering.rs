@@ -593,9 +593,12 @@ impl Lowering<'_> {
             if self.written.contains(&i) {
                 continue;
             }
+            let from = self.place(*v)?;
+            if self.written.contains(&i) {
+                continue;
+            }
             let layout = Layout::row_major(self.graph.shape(*v));
             let buffer = self.new_buffer(*v, layout.clone(), Storage::Output(i));
-            let from = self.place(*v)?;
             self.copy_step(&from, &Place { buffer, layout }, name)?;
             self.written.insert(i);
         }

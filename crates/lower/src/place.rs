@@ -108,7 +108,7 @@ impl Lowering<'_> {
                 match view(&node.op, &from.layout) {
                     Some(layout) => Place { buffer: from.buffer, layout },
                     None => {
-                        let copy = self.row_major_copy(node.inputs[0], &from)?;
+                        let copy = self.copy_for_view(v, node.inputs[0], &from)?;
                         let layout = view(&node.op, &copy.layout).ok_or_else(|| {
                             Error::bug(format!("no view of a row-major tensor: {:?}", node.op))
                         })?;
@@ -252,7 +252,8 @@ impl Lowering<'_> {
         Ok(self.in_arena(v, layout))
     }
 
-    /// A value of several readers in the memory of an output that is the same elements in another shape.
+    /// A value of several readers in the memory of an output that is the same elements in another shape, or with its axes in another
+    /// order, the nearest one being the same: lines of it are read then as they were.
     fn in_seen_output(&mut self, v: ValueId) -> Result<Option<Place>> {
         let graph = self.graph;
         if graph.is_output(v) || self.users[v].len() < 2 {
@@ -262,19 +263,41 @@ impl Lowering<'_> {
         for &user in &self.users[v].clone() {
             let node = &graph.nodes[user];
             let seen = node.outputs[0];
-            if !matches!(node.op, Op::Reshape(_)) || !graph.is_output(seen) {
+            if !matches!(node.op, Op::Reshape(_) | Op::Permute(_)) || !graph.is_output(seen) {
                 continue;
             }
             let there = Layout::row_major(graph.shape(seen));
-            if unview(&node.op, &there, graph.shape(v)).as_ref() != Some(&plain) {
+            let Some(layout) = unview(&node.op, &there, graph.shape(v)) else { continue };
+            let lines = layout.axes.last().zip(plain.axes.last()).is_some_and(|(a, b)| a == b);
+            if layout != plain && (matches!(node.op, Op::Reshape(_)) || !lines) {
                 continue;
             }
             if let Some(place) = self.target_of(seen)? {
                 self.places.insert(seen, place.clone());
-                return Ok(Some(Place { buffer: place.buffer, layout: plain }));
+                return Ok(Some(Place { buffer: place.buffer, layout }));
             }
         }
         Ok(None)
+    }
+
+    /// A row-major copy for a view that has none where the value lies. A reshape that is an output gets it in the output's memory.
+    fn copy_for_view(&mut self, seen: ValueId, source: ValueId, from: &Place) -> Result<Place> {
+        let graph = self.graph;
+        let dtype = self.plan.buffers[from.buffer].dtype;
+        let layout = Layout::row_major(graph.shape(source));
+        let key = (source, dtype, layout.clone());
+        let reshaped =
+            graph.producer(seen).is_some_and(|n| matches!(graph.nodes[n].op, Op::Reshape(_)));
+        let wanted = reshaped && graph.is_output(seen) && graph.dtype(seen) == dtype;
+        if !wanted || self.copies.contains_key(&key) {
+            return self.row_major_copy(source, from);
+        }
+        let Some(place) = self.target_of(seen)? else { return self.row_major_copy(source, from) };
+        let to = Place { buffer: place.buffer, layout };
+        let name = self.value_name(seen);
+        self.copy_step(from, &to, &name)?;
+        self.copies.insert(key, to.clone());
+        Ok(to)
     }
 
     pub(crate) fn in_arena(&mut self, v: ValueId, layout: Layout) -> Place {
