@@ -384,8 +384,8 @@ impl<'a> Emitter<'a> {
         let b_outer = halved(&b_outer);
 
         // Blocks of the depth follow each other in b as its steps do.
-        let b_unbroken = block
-            .is_none_or(|size| self.facts.simplify(&(&b_outer - &b_depth.inner * size)).is(0));
+        let b_unbroken =
+            block.is_none_or(|size| self.facts.simplify(&(&b_outer - &b_depth.inner * size)).is(0));
 
         // Strides that are not known are arguments.
         let mut given: Vec<String> = Vec::new();
