@@ -10,7 +10,7 @@
 //! b0 b1  -> a1 b1      (L = 2, d = 1)
 //! ```
 //!
-//! What is left at the ends of both axes is copied element by element.
+//! Elements have 32 or 8 bits. What is left at the ends of both axes is copied element by element.
 
 use crate::emitter::{Emitter, LANE, Place, lane_coefficient};
 use crate::ops::{mem_elem, reg_elem, vector};
@@ -29,6 +29,10 @@ pub(crate) struct Turn {
     pub(crate) lanes: u32,
 }
 
+/// Side of a square of bytes: as many as an instruction that picks among bytes of two registers takes, whatever the
+/// processor's longest vectors are.
+const BYTES: u32 = 16;
+
 /// Where the element at some coordinates of a tile is written.
 pub(crate) type Destination<'d> = &'d dyn Fn(&Emitter<'_>, &[Dim]) -> Place;
 
@@ -42,9 +46,13 @@ impl Emitter<'_> {
         to: Destination<'_>,
     ) -> Option<Turn> {
         let dtype = self.k.ty(tile).dtype;
-        let lanes = self.knobs.vector_bits / 32;
+        let lanes = match dtype.bits() {
+            32 => self.knobs.vector_bits / 32,
+            8 => BYTES,
+            _ => return None,
+        };
         let w = i64::from(lanes);
-        if dtype.size() != 4 || dtype.bits() != 32 || mem_elem(dtype) != reg_elem(dtype) {
+        if mem_elem(dtype) != reg_elem(dtype) {
             return None;
         }
         let long: Vec<usize> =
