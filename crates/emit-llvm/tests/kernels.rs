@@ -239,6 +239,8 @@ fn copies_across() {
             (37, 50, F32),
             (37, 50, DType::I32),
             (33, 17, DType::BF16),
+            (37, 50, DType::U8),
+            (33, 17, DType::I8),
         ] {
             let (m, n) = (d(m), d(n));
             let row = Layout::row_major(&[m.clone(), n.clone()]);
