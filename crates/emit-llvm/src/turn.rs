@@ -15,7 +15,7 @@
 use crate::emitter::{Emitter, LANE, Place, lane_coefficient};
 use crate::ops::{mem_elem, reg_elem, vector};
 use std::sync::Arc;
-use tilewright_base::{Error, Result};
+use tilewright_base::Result;
 use tilewright_layout::{Dim, Range, uppers};
 use tilewright_tile::TileId;
 
@@ -96,7 +96,7 @@ impl Emitter<'_> {
             }
             let reads = |e: &Self, coords: &[Dim]| {
                 let coords: Vec<Dim> = coords.iter().map(|c| e.facts.simplify(c)).collect();
-                let place = e.view(tile, &coords).filter(|p| p.dtype == dtype)?;
+                let place = e.guarded_view(tile, &coords).filter(|p| p.dtype == dtype)?;
                 Some(lane_coefficient(&e.settle(&place.offset)).is_some_and(|c| c.is(1)))
             };
             if reads(self, &coords) != Some(false) {
@@ -194,9 +194,12 @@ impl Emitter<'_> {
             at[turn.from] = along.clone();
             at[turn.to] = named(self, turn.to, &corner[1] + i);
             let at: Vec<Dim> = at.iter().map(|c| self.facts.simplify(c)).collect();
-            let place = self.view(tile, &at);
-            let place = place.ok_or_else(|| Error::bug("a turned tile is no memory"))?;
-            rows.push(self.load(&place, None));
+            // Elements that may lie outside are read under a mask.
+            let row = match self.view(tile, &at) {
+                Some(place) => self.load(&place, None),
+                None => self.eval(tile, &at)?,
+            };
+            rows.push(row);
         }
         let columns = self.turned(rows, self.k.ty(tile).dtype, lanes);
         let along = named(self, turn.to, &corner[1] + Dim::sym(LANE));
