@@ -289,7 +289,7 @@ impl Code {
 
     /// Floats of type `fe` as integers of 16 bits and fewer: towards zero, the nearest that there is, NaN to 0. LLVM takes
     /// what saturates apart into single elements; bounds first, and the conversion is one of vectors.
-    fn to_narrow(&mut self, fe: &str, to: DType, lanes: u32, x: &str) -> String {
+    fn saturated(&mut self, fe: &str, to: DType, lanes: u32, x: &str) -> String {
         let signed = to.class() == Class::Signed;
         let bits = i32::try_from(to.bits()).unwrap_or(16);
         let (lo, hi) = match signed {
@@ -345,7 +345,7 @@ impl Code {
             (true, false) => {
                 let name = if signed(to) { "fptosi" } else { "fptoui" };
                 if to.bits() <= 16 {
-                    return self.to_narrow(fe, to, lanes, x);
+                    return self.saturated(fe, to, lanes, x);
                 }
                 let (tv, fv) = (vector(te, lanes), vector(fe, lanes));
                 let full = format!("llvm.{name}.sat.{}.{}", suffix(te, lanes), suffix(fe, lanes));
