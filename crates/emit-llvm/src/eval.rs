@@ -218,7 +218,12 @@ impl Emitter<'_> {
 
     /// As [`Emitter::view`], also of numbers that share a byte: their offsets count numbers.
     pub(crate) fn packed_view(&self, tile: TileId, coords: &[Dim]) -> Option<Place> {
-        let place = match &self.loc[tile.index()] {
+        self.guarded_view(tile, coords).filter(|place| place.guards.is_empty())
+    }
+
+    /// As [`Emitter::packed_view`], also of elements that may lie outside their memory: there they have another value.
+    pub(crate) fn guarded_view(&self, tile: TileId, coords: &[Dim]) -> Option<Place> {
+        Some(match &self.loc[tile.index()] {
             Loc::Buffer(buf) => self.buffer_place(buf, coords),
             Loc::Acc(_) => return None,
             Loc::Virtual => match self.defs[tile.index()]? {
@@ -230,15 +235,15 @@ impl Emitter<'_> {
                     for (i, &p) in perm.iter().enumerate() {
                         at[p] = coords[i].clone();
                     }
-                    self.packed_view(*x, &at)?
+                    self.guarded_view(*x, &at)?
                 }
                 TileOp::Reshape(x) => {
                     let from = self.extents(*x).ok()?;
                     let to = self.extents(tile).ok()?;
-                    self.packed_view(*x, &self.reshape_coords(&from, &to, coords))?
+                    self.guarded_view(*x, &self.reshape_coords(&from, &to, coords))?
                 }
                 TileOp::Broadcast(operand) => {
-                    self.packed_view(operand.tile, &self.operand_coords(operand, coords).ok()?)?
+                    self.guarded_view(operand.tile, &self.operand_coords(operand, coords).ok()?)?
                 }
                 TileOp::Map { func, args } => {
                     let [arg] = args.as_slice() else { return None };
@@ -253,8 +258,7 @@ impl Emitter<'_> {
                 }
                 _ => return None,
             },
-        };
-        place.guards.is_empty().then_some(place)
+        })
     }
 
     /// Offsets of everything that the element depends on, with their element types.

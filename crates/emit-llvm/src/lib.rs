@@ -78,6 +78,10 @@ pub struct Emitted {
     pub scratch_bytes: usize,
 }
 
+/// Which printer this is: another one where a text may differ for the same kernel and schedule. A digest of the sources
+/// that decide about texts (`build.rs`).
+pub const PRINTER: &str = env!("TILEWRIGHT_PRINTER");
+
 /// Function attributes for code of a vector width.
 fn attributes(vector_bits: u32) -> String {
     let common = format!(

@@ -383,6 +383,10 @@ impl<'a> Emitter<'a> {
         let b_depth = DepthAccess { inner: halved(&b_depth.inner), outer: halved(&b_depth.outer) };
         let b_outer = halved(&b_outer);
 
+        // Blocks of the depth follow each other in b as its steps do.
+        let b_unbroken =
+            block.is_none_or(|size| self.facts.simplify(&(&b_outer - &b_depth.inner * size)).is(0));
+
         // Strides that are not known are arguments.
         let mut given: Vec<String> = Vec::new();
         let mut names: Vec<String> = Vec::new();
@@ -409,7 +413,7 @@ impl<'a> Emitter<'a> {
             block,
             whole_blocks: block
                 .is_some_and(|size| self.facts.simplify(&depth.modulo(&Dim::new(size))).is(0)),
-            ahead: block.is_none()
+            ahead: b_unbroken
                 && tail.is_none()
                 && !kind.is_tile()
                 && b_place.base.starts_with("%p")
@@ -798,7 +802,7 @@ pub(crate) fn micro_kernel(
         }
         c.t.ins(format_args!("getelementptr {be}, ptr %b, i64 {past}"))
     });
-    let step = |c: &mut Code, k: &str, a: &str, b: &str, u: u32| {
+    let step = |c: &mut Code, k: &str, a: &str, b: &str, next: Option<&str>, u: u32| {
         // Addresses of depth k + u.
         let at = |c: &mut Code, elem: &str, base: &str, stride: &Stride| {
             let first = match stride {
@@ -806,7 +810,7 @@ pub(crate) fn micro_kernel(
                 s => c.t.ins(format_args!("mul nsw i64 {k}, {}", text(s))),
             };
             // What lies ahead may be nobody's, and asking for it never faults.
-            let known = if next.as_deref() == Some(base) { "" } else { "inbounds " };
+            let known = if next == Some(base) { "" } else { "inbounds " };
             let p = c.t.ins(format_args!("getelementptr {known}{elem}, ptr {base}, i64 {first}"));
             if u == 0 {
                 return p;
@@ -824,7 +828,7 @@ pub(crate) fn micro_kernel(
         }
         let pa = at(c, ae, &a, &micro.a_depth);
         let pb = at(c, be, b, &micro.b_depth);
-        if let Some(next) = &next {
+        if let Some(next) = next {
             let p = at(c, be, next, &micro.b_depth);
             let bytes = g.width * micro.kind.group() * i64::from(micro.b.bits()) / 8;
             // Rows that share a line ask for it once.
@@ -890,10 +894,10 @@ pub(crate) fn micro_kernel(
             }
         }
     };
-    let run = |c: &mut Code, count: &str, a: &str, b: &str| {
+    let run = |c: &mut Code, count: &str, a: &str, b: &str, next: Option<&str>| {
         if let Ok(known @ 1..=WRITTEN_OUT) = count.parse::<i64>() {
             for i in 0..known as u32 {
-                step(c, "0", a, b, i);
+                step(c, "0", a, b, next, i);
             }
             return;
         }
@@ -904,22 +908,22 @@ pub(crate) fn micro_kernel(
             let open = c.t.begin_loop("0", &whole, &u.to_string());
             let k = open.iv.clone();
             for i in 0..u {
-                step(c, &k, a, b, i);
+                step(c, &k, a, b, next, i);
             }
             c.t.end_loop(open);
             let open = c.t.begin_loop(&whole, count, "1");
             let k = open.iv.clone();
-            step(c, &k, a, b, 0);
+            step(c, &k, a, b, next, 0);
             c.t.end_loop(open);
         } else {
             let open = c.t.begin_loop("0", count, "1");
             let k = open.iv.clone();
-            step(c, &k, a, b, 0);
+            step(c, &k, a, b, next, 0);
             c.t.end_loop(open);
         }
     };
     match micro.block {
-        None => run(&mut c, "%depth", "%a", "%b"),
+        None => run(&mut c, "%depth", "%a", "%b", next.as_deref()),
         Some(size) => {
             let open = c.t.begin_loop("0", "%depth", &size.to_string());
             let k0 = open.iv.clone();
@@ -929,13 +933,14 @@ pub(crate) fn micro_kernel(
                 count = c.call("smin", "i64", 1, &[&left, &count]);
             }
             let number = c.t.ins(format_args!("udiv i64 {k0}, {size}"));
-            let mut ptr = |elem: &str, base: &str, stride: &Stride| {
+            let mut ptr = |known: &str, elem: &str, base: &str, stride: &Stride| {
                 let off = c.t.ins(format_args!("mul nsw i64 {number}, {}", text(stride)));
-                c.t.ins(format_args!("getelementptr inbounds {elem}, ptr {base}, i64 {off}"))
+                c.t.ins(format_args!("getelementptr {known}{elem}, ptr {base}, i64 {off}"))
             };
-            let a = ptr(mem_elem(micro.a), "%a", &micro.a_block);
-            let b = ptr(mem_elem(micro.b), "%b", &micro.b_block);
-            run(&mut c, &count, &a, &b);
+            let a = ptr("inbounds ", mem_elem(micro.a), "%a", &micro.a_block);
+            let b = ptr("inbounds ", be, "%b", &micro.b_block);
+            let next = next.map(|next| ptr("", be, &next, &micro.b_block));
+            run(&mut c, &count, &a, &b, next.as_deref());
             c.t.end_loop(open);
         }
     }

@@ -287,6 +287,30 @@ impl Code {
         }
     }
 
+    /// Floats of type `fe` as integers of 16 bits and fewer: towards zero, the nearest that there is, NaN to 0. LLVM takes
+    /// what saturates apart into single elements; bounds first, and the conversion is one of vectors.
+    fn saturated(&mut self, fe: &str, to: DType, lanes: u32, x: &str) -> String {
+        let signed = to.class() == Class::Signed;
+        let bits = i32::try_from(to.bits()).unwrap_or(16);
+        let (lo, hi) = match signed {
+            true => (-(1 << (bits - 1)), (1 << (bits - 1)) - 1),
+            false => (0, (1 << bits) - 1),
+        };
+        let [lo, hi, zero] =
+            [lo, hi, 0].map(|v| splat_lit(fe, &float_lit(fe, f64::from(v)), lanes));
+        // A NaN is not greater than anything.
+        let above = self.cmp("ogt", fe, lanes, x, &lo);
+        let v = self.select(fe, lanes, &above, x, &lo);
+        let below = self.cmp("olt", fe, lanes, &v, &hi);
+        let mut v = self.select(fe, lanes, &below, &v, &hi);
+        if signed {
+            let nan = self.cmp("uno", fe, lanes, x, x);
+            v = self.select(fe, lanes, &nan, &zero, &v);
+        }
+        let v = self.conv("fptosi", fe, "i32", lanes, &v);
+        self.conv("trunc", "i32", reg_elem(to), lanes, &v)
+    }
+
     /// Conversion between data types, in register form.
     pub(crate) fn cast(&mut self, from: DType, to: DType, lanes: u32, x: &str) -> String {
         if from == to {
@@ -320,17 +344,8 @@ impl Code {
             }
             (true, false) => {
                 let name = if signed(to) { "fptosi" } else { "fptoui" };
-                if matches!(to, DType::I4 | DType::U4) {
-                    let (lo, hi) = if to == DType::I4 { (-8.0, 7.0) } else { (0.0, 15.0) };
-                    let v = self.call("trunc", fe, lanes, &[x]);
-                    let nan = self.cmp("uno", fe, lanes, x, x);
-                    let lo = splat_lit(fe, &float_lit(fe, lo), lanes);
-                    let hi = splat_lit(fe, &float_lit(fe, hi), lanes);
-                    let v = self.call("maxnum", fe, lanes, &[&v, &lo]);
-                    let v = self.call("minnum", fe, lanes, &[&v, &hi]);
-                    let zero = splat_lit(fe, &float_lit(fe, 0.0), lanes);
-                    let v = self.select(fe, lanes, &nan, &zero, &v);
-                    return self.conv("fptosi", fe, "i8", lanes, &v);
+                if to.bits() <= 16 {
+                    return self.saturated(fe, to, lanes, x);
                 }
                 let (tv, fv) = (vector(te, lanes), vector(fe, lanes));
                 let full = format!("llvm.{name}.sat.{}.{}", suffix(te, lanes), suffix(fe, lanes));

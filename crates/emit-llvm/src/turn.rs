@@ -10,12 +10,12 @@
 //! b0 b1  -> a1 b1      (L = 2, d = 1)
 //! ```
 //!
-//! What is left at the ends of both axes is copied element by element.
+//! Elements have 32 or 8 bits. What is left at the ends of both axes is copied element by element.
 
 use crate::emitter::{Emitter, LANE, Place, lane_coefficient};
 use crate::ops::{mem_elem, reg_elem, vector};
 use std::sync::Arc;
-use tilewright_base::{Error, Result};
+use tilewright_base::Result;
 use tilewright_layout::{Dim, Range, uppers};
 use tilewright_tile::TileId;
 
@@ -28,6 +28,10 @@ pub(crate) struct Turn {
     pub(crate) to: usize,
     pub(crate) lanes: u32,
 }
+
+/// Side of a square of bytes: as many as an instruction that picks among bytes of two registers takes, whatever the
+/// processor's longest vectors are.
+const BYTES: u32 = 16;
 
 /// Where the element at some coordinates of a tile is written.
 pub(crate) type Destination<'d> = &'d dyn Fn(&Emitter<'_>, &[Dim]) -> Place;
@@ -42,9 +46,13 @@ impl Emitter<'_> {
         to: Destination<'_>,
     ) -> Option<Turn> {
         let dtype = self.k.ty(tile).dtype;
-        let lanes = self.knobs.vector_bits / 32;
+        let lanes = match dtype.bits() {
+            32 => self.knobs.vector_bits / 32,
+            8 => BYTES,
+            _ => return None,
+        };
         let w = i64::from(lanes);
-        if dtype.size() != 4 || dtype.bits() != 32 || mem_elem(dtype) != reg_elem(dtype) {
+        if mem_elem(dtype) != reg_elem(dtype) {
             return None;
         }
         let long: Vec<usize> =
@@ -88,7 +96,7 @@ impl Emitter<'_> {
             }
             let reads = |e: &Self, coords: &[Dim]| {
                 let coords: Vec<Dim> = coords.iter().map(|c| e.facts.simplify(c)).collect();
-                let place = e.view(tile, &coords).filter(|p| p.dtype == dtype)?;
+                let place = e.guarded_view(tile, &coords).filter(|p| p.dtype == dtype)?;
                 Some(lane_coefficient(&e.settle(&place.offset)).is_some_and(|c| c.is(1)))
             };
             if reads(self, &coords) != Some(false) {
@@ -186,9 +194,12 @@ impl Emitter<'_> {
             at[turn.from] = along.clone();
             at[turn.to] = named(self, turn.to, &corner[1] + i);
             let at: Vec<Dim> = at.iter().map(|c| self.facts.simplify(c)).collect();
-            let place = self.view(tile, &at);
-            let place = place.ok_or_else(|| Error::bug("a turned tile is no memory"))?;
-            rows.push(self.load(&place, None));
+            // Elements that may lie outside are read under a mask.
+            let row = match self.view(tile, &at) {
+                Some(place) => self.load(&place, None),
+                None => self.eval(tile, &at)?,
+            };
+            rows.push(row);
         }
         let columns = self.turned(rows, self.k.ty(tile).dtype, lanes);
         let along = named(self, turn.to, &corner[1] + Dim::sym(LANE));

@@ -239,6 +239,8 @@ fn copies_across() {
             (37, 50, F32),
             (37, 50, DType::I32),
             (33, 17, DType::BF16),
+            (37, 50, DType::U8),
+            (33, 17, DType::I8),
         ] {
             let (m, n) = (d(m), d(n));
             let row = Layout::row_major(&[m.clone(), n.clone()]);
@@ -253,6 +255,28 @@ fn copies_across() {
             let row = Layout::row_major(&[m.clone(), n.clone()]);
             let kernel = copy(b, F32, turned(&m, &n), row);
             check(&kernel, &s, &[("M", sizes[0]), ("N", sizes[1])], 0.0);
+        }
+    }
+}
+
+/// A copy across into a larger tensor: what lies around the data is read outside of it.
+#[test]
+fn copies_across_with_a_border() {
+    for knobs in knobs() {
+        let s = schedule(&[("BM", 32), ("BN", 64)], knobs.clone());
+        for (m, n, t) in [(35, 48, DType::U8), (16, 61, DType::I8), (50, 33, F32)] {
+            let mut b = KernelBuilder::new("pad");
+            let (bm, bn) = (b.tile("BM"), b.tile("BN"));
+            let pm = b.grid("pm", d(m + 3).ceil_div(&bm));
+            let pn = b.grid("pn", d(n + 2).ceil_div(&bn));
+            let turned = Layout::row_major(&[d(n), d(m)]).permute(&[1, 0]);
+            let x = b.param("x", t, turned, Access::In);
+            let out = b.param("out", t, Layout::row_major(&[d(m + 3), d(n + 2)]), Access::Out);
+            let fill = if t == F32 { Value::Float(7.5) } else { Value::Int(7) };
+            let index = vec![&pm * &bm - 1, &pn * &bn - 1];
+            let tile = b.load_with(x, index, vec![1, 1], fill, vec![bm.clone(), bn.clone()]);
+            b.store(out, vec![&pm * &bm, &pn * &bn], tile);
+            check(&b.finish(), &s, &[], 0.0);
         }
     }
 }

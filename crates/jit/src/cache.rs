@@ -6,6 +6,8 @@
 //!                                  config.json   what it was compiled for, and a checksum
 //! ```
 //!
+//! <cache>/origins/<2 digits>/<origin>.json                    which entry holds the code of something that was printed before
+//!
 //! An entry is written into a temporary folder and renamed, so that it exists whole or not at all.
 //! An entry that does not fit its checksum is as good as none and is written again.
 
@@ -35,14 +37,66 @@ pub(crate) struct Entry {
     pub(crate) config: Config,
 }
 
+/// Which entry holds the code of an [`crate::Origin`], and what else is known without its text.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Known {
+    pub(crate) key: String,
+    pub(crate) name: String,
+    pub(crate) signature: String,
+    pub(crate) note: u64,
+    /// Of all of the above.
+    sha256: String,
+}
+
+impl Known {
+    pub(crate) fn new(key: String, name: String, signature: String, note: u64) -> Known {
+        let sha256 = String::new();
+        let known = Known { key, name, signature, note, sha256 };
+        Known { sha256: known.digest(), ..known }
+    }
+
+    fn digest(&self) -> String {
+        let Known { key, name, signature, note, .. } = self;
+        hex(&Sha256::digest(format!("{key}\n{name}\n{signature}\n{note}").as_bytes()))
+    }
+}
+
+/// A name for a temporary file or folder that nobody else has.
+fn unique() -> String {
+    static COUNTER: AtomicUsize = AtomicUsize::new(0);
+    format!(".new-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
+}
+
 /// A cache in a folder.
 pub(crate) struct Cache {
     root: PathBuf,
+    origins: PathBuf,
 }
 
 impl Cache {
     pub(crate) fn new(root: &Path) -> Cache {
-        Cache { root: root.join("kernels") }
+        Cache { root: root.join("kernels"), origins: root.join("origins") }
+    }
+
+    /// What is known of an origin, when it is there and whole.
+    pub(crate) fn known(&self, origin: &str) -> Option<Known> {
+        let text = fs::read(self.origin_file(origin)).ok()?;
+        let known: Known = serde_json::from_slice(&text).ok()?;
+        (known.digest() == known.sha256).then_some(known)
+    }
+
+    /// Stores what is known of an origin.
+    pub(crate) fn know(&self, origin: &str, known: &Known) -> std::io::Result<()> {
+        let file = self.origin_file(origin);
+        let folder = file.parent().unwrap_or(&self.origins);
+        fs::create_dir_all(folder)?;
+        let temp = folder.join(unique());
+        fs::write(&temp, serde_json::to_vec_pretty(known)?)?;
+        fs::rename(&temp, &file).inspect_err(|_| drop(fs::remove_file(&temp)))
+    }
+
+    fn origin_file(&self, origin: &str) -> PathBuf {
+        self.origins.join(&origin[..2]).join(format!("{origin}.json"))
     }
 
     pub(crate) fn folder(&self, key: &str) -> PathBuf {
@@ -60,9 +114,7 @@ impl Cache {
 
     /// Stores an object. The error is a sentence for the user.
     pub(crate) fn store(&self, key: &str, entry: &Entry, object: &[u8]) -> Result<(), String> {
-        static COUNTER: AtomicUsize = AtomicUsize::new(0);
-        let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let temp = self.root.join(format!(".new-{}-{unique}", std::process::id()));
+        let temp = self.root.join(unique());
         let result = self.write(&temp, key, entry, object);
         if result.is_err() {
             let _ = fs::remove_dir_all(&temp);

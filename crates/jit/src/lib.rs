@@ -6,10 +6,12 @@
 
 mod cache;
 mod llvm;
+mod origin;
 mod prototype;
 mod resident;
 
 pub use llvm::{Library, llvm_version};
+pub use origin::{Found, Origin};
 pub use prototype::Prototype;
 pub use resident::let_go_of_compiler;
 
@@ -53,14 +55,23 @@ pub struct Jit {
     host: llvm::Host,
 }
 
+/// A kernel of a build.
+#[derive(Clone, Copy, Debug)]
+pub enum Part<'a> {
+    /// To be compiled, unless the cache has it.
+    Source(&'a Source),
+    /// Found by [`Jit::find`].
+    Found(&'a Found),
+}
+
 /// A symbol and the object file that defines it.
 type Compiled = (String, Vec<u8>);
 
 /// What a build gives.
 pub struct Build {
-    /// The functions; address `i` belongs to source `i`.
+    /// The functions; address `i` belongs to part `i`.
     pub library: Library,
-    /// Sources that came out of the cache.
+    /// Parts that came out of the cache.
     pub cache_hits: usize,
     /// What went wrong with the cache; the build itself is complete.
     pub warnings: Vec<String>,
@@ -74,17 +85,21 @@ impl Jit {
 
     /// Content address: everything that the machine code depends on.
     fn key(&self, source: &Source) -> String {
+        self.address(&[&source.symbol, &source.text])
+    }
+
+    /// Content address of some texts, of this compiler and of the machine.
+    fn address(&self, texts: &[&str]) -> String {
         let mut hash = Sha256::new();
-        for part in [
+        let compiler = [
             env!("CARGO_PKG_VERSION"),
             llvm_version(),
             &self.host.triple,
             &self.host.cpu,
             &self.host.features,
             &self.options.passes,
-            &source.symbol,
-            &source.text,
-        ] {
+        ];
+        for part in compiler.iter().chain(texts) {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part.as_bytes());
         }
@@ -93,16 +108,22 @@ impl Jit {
 
     /// Compiles (or finds) all sources and loads them.
     pub fn build(&self, sources: &[Source]) -> Result<Build> {
+        self.build_parts(&sources.iter().map(Part::Source).collect::<Vec<_>>())
+    }
+
+    /// As [`Jit::build`], with parts whose code was found before.
+    pub fn build_parts(&self, parts: &[Part<'_>]) -> Result<Build> {
         let cache = self.options.cache.as_deref().map(Cache::new);
         let warnings = Mutex::new(Vec::new());
         let hits = AtomicUsize::new(0);
         let next = AtomicUsize::new(0);
         let objects: Vec<Mutex<Option<Result<Compiled>>>> =
-            sources.iter().map(|_| Mutex::new(None)).collect();
+            parts.iter().map(|_| Mutex::new(None)).collect();
         let work = || {
             loop {
                 let i = next.fetch_add(1, Ordering::Relaxed);
-                let Some(source) = sources.get(i) else { return };
+                let Some(part) = parts.get(i) else { return };
+                let Part::Source(source) = part else { continue };
                 let key = self.key(source);
                 let found = cache.as_ref().and_then(|c| c.load(&key));
                 let result = match found {
@@ -122,14 +143,23 @@ impl Jit {
             }
         };
         std::thread::scope(|scope| {
-            for _ in 1..self.options.threads.min(sources.len()) {
+            let sources = parts.iter().filter(|p| matches!(p, Part::Source(_))).count();
+            for _ in 1..self.options.threads.min(sources) {
                 // Too few threads is no failure: this one does all that is left.
                 let _ = std::thread::Builder::new().spawn_scoped(scope, work);
             }
             work();
         });
-        let mut loaded = Vec::with_capacity(sources.len());
-        for (slot, source) in objects.into_iter().zip(sources) {
+        let mut loaded = Vec::with_capacity(parts.len());
+        for (slot, part) in objects.into_iter().zip(parts) {
+            let source = match part {
+                Part::Source(source) => source,
+                Part::Found(found) => {
+                    hits.fetch_add(1, Ordering::Relaxed);
+                    loaded.push(found.loadable());
+                    continue;
+                }
+            };
             let result = slot.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
             let result = result.ok_or_else(|| Error::bug("a kernel was not compiled"))?;
             let (symbol, object) =

@@ -224,7 +224,7 @@ impl Builder {
             let mut compiler = compiler(threads, cache)?;
             compiler.precision = precision;
             let operators = graph.order.len();
-            let compiled = compiler.compile_observed(graph, &mut |_| {})?;
+            let compiled = compiler.compile_graph(graph)?;
             Program::new(compiled, operators)
         })
         .map_err(python_error)

@@ -169,7 +169,7 @@ fn on_cpu(
 ) -> Result<(Runner, (usize, usize))> {
     let mut compiler = crate::program::compiler(threads, cache)?;
     compiler.precision = precision;
-    let compiled = compiler.compile_observed(graph.clone(), &mut |_| {})?;
+    let compiled = compiler.compile_graph(graph.clone())?;
     let (hits, all) = compiled.cache_hits();
     Ok((Runner::Cpu(compiled.session()?), (all, hits)))
 }

@@ -3,6 +3,7 @@
 use crate::memory::AlignedBuffer;
 use crate::pack::{pack_into, packed_bytes};
 use crate::pool::Pool;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tilewright_base::{Result, ResultExt};
 use tilewright_data::{Bytes, Tensor};
 use tilewright_plan::{Buffer, BufferId, Plan, Storage};
@@ -27,10 +28,14 @@ pub(crate) fn constants(plan: &Plan, pool: &Pool) -> Result<Vec<Option<Constant>
     let slots: Vec<std::sync::Mutex<Place>> =
         memory.into_iter().map(|m| std::sync::Mutex::new((m, Ok(None)))).collect();
     let filled = |i: usize| slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    pool.run(ids.len() as i64, &|first, last, _| {
-        for i in first..last {
-            let (memory, constant) = &mut *filled(i as usize);
-            *constant = fill_constant(&plan.buffers[ids[i as usize]], memory);
+    // The largest first, so that no thread begins one of them when the others are done.
+    let mut order: Vec<usize> = (0..ids.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(sizes[i]));
+    let next = AtomicUsize::new(0);
+    pool.run(pool.threads() as i64, &|_, _, _| {
+        while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let (memory, constant) = &mut *filled(i);
+            *constant = fill_constant(&plan.buffers[ids[i]], memory);
         }
     });
     slots

@@ -149,9 +149,15 @@ fn copy<const N: usize>(source: &[u8], target: &mut [u8], src: usize, dst: usize
         }
         // A transposition: go through the source in lines of 16 so that both sides stay in cache.
         [outer, inner] if inner.src > 1 && outer.count > 16 => {
-            for line in (0..outer.count).step_by(16) {
-                let lines = (outer.count - line).min(16);
-                for j in 0..inner.count {
+            for line in (0..outer.count).step_by(SIDE) {
+                let lines = (outer.count - line).min(SIDE);
+                let (mut j, plain) = (0, outer.src == 1 && inner.dst == 1 && lines == SIDE);
+                while plain && inner.count - j >= SIDE {
+                    let (s, d) = (src + line + j * inner.src, dst + line * outer.dst + j);
+                    turn::<N>(&source[s * N..], &mut target[d * N..], inner.src, outer.dst);
+                    j += SIDE;
+                }
+                for j in j..inner.count {
                     for i in line..line + lines {
                         let s = (src + i * outer.src + j * inner.src) * N;
                         let d = (dst + i * outer.dst + j * inner.dst) * N;
@@ -165,6 +171,25 @@ fn copy<const N: usize>(source: &[u8], target: &mut [u8], src: usize, dst: usize
                 copy::<N>(source, target, src + i * outer.src, dst + i * outer.dst, rest);
             }
         }
+    }
+}
+
+/// Side of the squares that transpositions go through.
+const SIDE: usize = 16;
+
+/// Transposes a square: its rows are `from` elements apart in the source and become columns, whose rows are `to` elements
+/// apart in the target.
+fn turn<const N: usize>(source: &[u8], target: &mut [u8], from: usize, to: usize) {
+    let mut square = [[[0; N]; SIDE]; SIDE];
+    for (j, row) in square.iter_mut().enumerate() {
+        row.as_flattened_mut().copy_from_slice(&source[j * from * N..][..SIDE * N]);
+    }
+    for i in 0..SIDE {
+        let mut turned = [[0; N]; SIDE];
+        for (to, row) in turned.iter_mut().zip(&square) {
+            *to = row[i];
+        }
+        target[i * to * N..][..SIDE * N].copy_from_slice(turned.as_flattened());
     }
 }
 
@@ -211,7 +236,13 @@ mod tests {
     /// Post-condition: element `x` of the tensor lies at `layout.offset_of(x)`.
     #[test]
     fn every_element_lies_where_the_layout_says() {
-        let shape = [5usize, 7, 3];
+        // The second has whole squares and parts of squares to turn.
+        for shape in [[5usize, 7, 3], [50, 37, 1]] {
+            elements_lie_where_layouts_say(shape);
+        }
+    }
+
+    fn elements_lie_where_layouts_say(shape: [usize; 3]) {
         let dims: Vec<Dim> = shape.iter().map(|&d| Dim::from(d)).collect();
         let n: usize = shape.iter().product();
         let values: Vec<i32> = (1..=n as i32).collect();
@@ -224,13 +255,15 @@ mod tests {
             Layout::blocked(&dims, 1, 4),
             Layout::panels(&dims, 0, 2),
             Layout::panels(&dims, 2, 16),
+            Layout::panels(&dims, 0, 32),
             Layout::grouped_panels(&dims, 1, 4, 0, 2),
             Layout::grouped_panels(&dims, 0, 2, 2, 4),
         ] {
             let out = pack(&tensor, &layout).unwrap();
             let mut sum = 0i64;
             for (i, v) in values.iter().enumerate() {
-                let at = [i / 21, i / 3 % 7, i % 3].map(Dim::from);
+                let (last, rows) = (shape[2], shape[1]);
+                let at = [i / (last * rows), i / last % rows, i % last].map(Dim::from);
                 let offset = layout.offset_of(&at).as_const().unwrap() as usize;
                 let got = i32::from_le_bytes(out.bytes()[offset * 4..][..4].try_into().unwrap());
                 assert_eq!(got, *v, "{layout} at {at:?}");

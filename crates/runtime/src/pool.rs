@@ -1,8 +1,10 @@
 //! [`Pool`]: a fixed set of threads that share the blocks of one kernel at a time.
 //!
-//! The caller is worker 0 and takes part. Work is a range of block numbers, handed out in chunks
-//! from one counter, so threads that are late or slow take less. Which thread runs a block never
-//! changes what the block computes. A worker enters a job while there is something left of it, and the caller waits for
+//! The caller is worker 0 and takes part. Work is a range of block numbers. Each worker has an equal, contiguous share
+//! of it, always in the same place: what it wrote in one kernel is mostly what it reads in the next, out of its own
+//! caches, and a share of a matrix's columns is read by one worker alone. A worker takes its share from the front, in
+//! chunks, then what others have left from the back, so threads that are late or slow do less. Which thread runs a
+//! block never changes what the block computes. A worker enters a job while there is something left of it, and the caller waits for
 //! those that did: one that sleeps, or that the system has taken its core from, costs nothing. Workers spin for a moment after a kernel (the next one usually
 //! follows within microseconds), then sleep.
 
@@ -26,13 +28,43 @@ const OPEN: u64 = 1 << 16;
 /// Where the number of the job begins in [`Shared::gate`].
 const EPOCH: u32 = 32;
 
+/// Chunks that nobody has taken: the first in the low half, one past the last in the high half. In cache lines of its own.
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, first: u64, end: u64) {
+        self.0.store(end << 32 | first, Ordering::Relaxed);
+    }
+
+    /// Takes a chunk, the owner the first, others the last.
+    fn take(&self, owner: bool) -> Option<i64> {
+        let mut left = self.0.load(Ordering::Relaxed);
+        loop {
+            let (first, end) = (left & 0xffff_ffff, left >> 32);
+            if first >= end {
+                return None;
+            }
+            let (chunk, rest) = match owner {
+                true => (first, end << 32 | (first + 1)),
+                false => (end - 1, (end - 1) << 32 | first),
+            };
+            match self.0.compare_exchange_weak(left, rest, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return i64::try_from(chunk).ok(),
+                Err(now) => left = now,
+            }
+        }
+    }
+}
+
 struct Shared {
     /// Number of the current job, for whose change workers wait; whether they may enter it; how many are inside. All in one
     /// word, so that nobody enters a job that is closed.
     gate: AtomicU64,
     /// The current job. Written by the caller while the gate is closed and nobody is inside.
     job: UnsafeCell<Option<Task<'static>>>,
-    next: AtomicI64,
+    /// What is left of each worker's share.
+    shares: Box<[Share]>,
     total: AtomicI64,
     chunk: AtomicI64,
     stop: AtomicBool,
@@ -70,7 +102,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: AtomicI64::new(0),
+            shares: (0..threads.max(1)).map(|_| Share(AtomicU64::new(0))).collect(),
             total: AtomicI64::new(0),
             chunk: AtomicI64::new(1),
             stop: AtomicBool::new(false),
@@ -112,8 +144,9 @@ impl Pool {
         }
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
-        // Enough chunks that the last ones even out, few enough that the counter stays cold.
-        let chunk = (blocks / (8 * (workers as i64 + 1))).max(1);
+        // Enough chunks that the last ones even out, few enough that taking them costs nothing.
+        let all = workers as i64 + 1;
+        let chunk = (blocks / (8 * all)).max(1);
         // SAFETY: the lifetime is only erased while this function runs: it returns after the gate was
         // closed and the last worker has left, when none will call the task any more.
         let erased = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
@@ -121,7 +154,11 @@ impl Pool {
         // and `turn` keeps other callers out), so no worker reads `job` now.
         unsafe { *shared.job.get() = Some(erased) };
         shared.poisoned.store(false, Ordering::Relaxed);
-        shared.next.store(0, Ordering::Relaxed);
+        // At most two chunks for each of the parts above.
+        let chunks = ((blocks - 1) / chunk + 1) as u64;
+        for (worker, share) in (0..=workers as u64).zip(&shared.shares) {
+            share.set(chunks * worker / all as u64, chunks * (worker + 1) / all as u64);
+        }
         shared.total.store(blocks, Ordering::Relaxed);
         shared.chunk.store(chunk, Ordering::Relaxed);
         let epoch = (shared.gate.load(Ordering::Relaxed) >> EPOCH).wrapping_add(1);
@@ -169,15 +206,16 @@ impl Drop for Pool {
     }
 }
 
+/// Runs a worker's share, then what others have left of theirs.
 fn drain(shared: &Shared, task: Task<'_>, worker: usize) {
     let total = shared.total.load(Ordering::Relaxed);
-    let chunk = shared.chunk.load(Ordering::Relaxed);
-    loop {
-        let first = shared.next.fetch_add(chunk, Ordering::Relaxed);
-        if first >= total {
-            return;
+    let size = shared.chunk.load(Ordering::Relaxed);
+    let (before, from) = shared.shares.split_at(worker);
+    for (distance, share) in from.iter().chain(before).enumerate() {
+        while let Some(chunk) = share.take(distance == 0) {
+            let first = chunk * size;
+            task(first, (first + size).min(total), worker);
         }
-        task(first, (first + chunk).min(total), worker);
     }
 }
 

@@ -10,10 +10,10 @@ use std::time::Instant;
 use tilewright_base::{Error, Result, ResultExt};
 use tilewright_emit_llvm::emit_kernel;
 use tilewright_graph::Graph;
-use tilewright_jit::{Jit, Source};
+use tilewright_jit::{Found, Jit, Origin, Part, Source};
 use tilewright_lower::{Choice, CpuTarget, FusionPlan};
 use tilewright_passes::PassContext;
-use tilewright_plan::Plan;
+use tilewright_plan::{Plan, PlanKernel};
 use tilewright_runtime::{Code, Executable, Pool, Session};
 use tilewright_target::{Cpu, Precision};
 use tilewright_tile::{Kernel, MatrixUnit, Schedule};
@@ -60,6 +60,37 @@ struct Generated {
     warnings: Vec<String>,
 }
 
+/// A kernel on its way to machine code.
+enum Made {
+    Known(Found),
+    Printed { source: Source, scratch_bytes: usize, origin: Origin },
+}
+
+impl Made {
+    /// Scratch memory that a thread needs.
+    fn scratch_bytes(&self) -> Result<usize> {
+        match self {
+            Made::Printed { scratch_bytes, .. } => Ok(*scratch_bytes),
+            Made::Known(found) => {
+                usize::try_from(found.note).map_err(|_| Error::bug("scratch of a known kernel"))
+            }
+        }
+    }
+}
+
+/// The code of a kernel, if it is known and no text is wanted, or else its text.
+fn made_from(jit: &Jit, planned: &PlanKernel, text: bool) -> Result<Made> {
+    let PlanKernel { kernel, schedule, .. } = planned;
+    let origin = jit.origin(&(tilewright_emit_llvm::PRINTER, &**kernel, schedule));
+    if !text && let Some(found) = jit.find(&origin) {
+        return Ok(Made::Known(found));
+    }
+    let emitted = emit_kernel(kernel, schedule)
+        .context(|| format!("generating code for kernel {}", kernel.name))?;
+    let source = Source { symbol: emitted.name, text: emitted.llvm_ir };
+    Ok(Made::Printed { source, scratch_bytes: emitted.scratch_bytes, origin })
+}
+
 impl Compiler {
     /// For this machine, with all its threads, `f32`, and the usual cache folder.
     pub fn new() -> Result<Compiler> {
@@ -93,15 +124,31 @@ impl Compiler {
 
     /// Compiles a model.
     pub fn compile(&self, model: &Model) -> Result<Compiled> {
-        self.compile_observed(model.graph.clone(), &mut |_| {})
+        self.compile_graph(model.graph.clone())
     }
 
-    /// Compiles a graph and shows every stage.
+    /// Compiles a graph.
+    pub fn compile_graph(&self, graph: Graph) -> Result<Compiled> {
+        self.compile_watched(graph, None)
+    }
+
+    /// Compiles a graph and shows every stage. Kernels are printed for that even where their code is known.
     pub fn compile_observed(
         &self,
-        mut graph: Graph,
+        graph: Graph,
         observe: &mut dyn FnMut(Stage<'_>),
     ) -> Result<Compiled> {
+        self.compile_watched(graph, Some(observe))
+    }
+
+    fn compile_watched(
+        &self,
+        mut graph: Graph,
+        watch: Option<&mut dyn FnMut(Stage<'_>)>,
+    ) -> Result<Compiled> {
+        let watched = watch.is_some();
+        let mut nobody = |_: Stage<'_>| {};
+        let observe = watch.unwrap_or(&mut nobody);
         if matches!(self.precision, Precision::Tf32 | Precision::F16) {
             let message = format!("--precision {} on a CPU", self.precision);
             return Err(Error::unsupported(message).with_hint(
@@ -159,7 +206,7 @@ impl Compiler {
         lap(&mut stages, "verify-tile");
 
         let Generated { code, cache_hits, mut warnings } =
-            self.generate(&plan, observe, &mut stages)?;
+            self.generate(&plan, watched.then_some(observe), &mut stages)?;
         warnings.extend(records.into_iter().flatten());
         if self.precision == Precision::Bf16 && self.target().bf16_unit == MatrixUnit::Fma {
             warnings.push(
@@ -176,53 +223,65 @@ impl Compiler {
         Ok(Compiled { graph, fusion, exe, stages, cpu, precision, cache_hits, warnings })
     }
 
-    /// Machine code for each kernel of the plan, and how many came out of the cache.
+    /// Machine code for each kernel of the plan, and how many came out of the cache. Without somebody who wants to see
+    /// them, kernels whose code is known are not printed.
     fn generate(
         &self,
         plan: &Plan,
-        observe: &mut dyn FnMut(Stage<'_>),
+        observe: Option<&mut dyn FnMut(Stage<'_>)>,
         stages: &mut Vec<StageTime>,
     ) -> Result<Generated> {
-        let start = Instant::now();
-        let mut sources = Vec::with_capacity(plan.kernels.len());
-        let mut scratch = Vec::with_capacity(plan.kernels.len());
-        // Each on some thread, in the plan's order afterwards.
-        let kernels: Vec<_> = plan.kernels.iter().map(|(_, planned)| planned).collect();
-        let texts: Vec<Mutex<Option<Result<_>>>> =
-            kernels.iter().map(|_| Mutex::new(None)).collect();
-        self.pool.run(kernels.len() as i64, &|first, last, _| {
-            for i in first..last {
-                let planned = kernels[i as usize];
-                let emitted = emit_kernel(&planned.kernel, &planned.schedule)
-                    .context(|| format!("generating code for kernel {}", planned.kernel.name));
-                *texts[i as usize].lock().unwrap_or_else(PoisonError::into_inner) = Some(emitted);
-            }
-        });
-        for (planned, text) in kernels.into_iter().zip(texts) {
-            let text = text.into_inner().unwrap_or_else(PoisonError::into_inner);
-            let emitted = text.ok_or_else(|| Error::bug("a kernel without a text"))??;
-            observe(Stage::Llvm(&planned.kernel.name, &emitted.llvm_ir));
-            scratch.push(emitted.scratch_bytes);
-            sources.push(Source { symbol: emitted.name, text: emitted.llvm_ir });
-        }
-        stages.push(StageTime { name: "emit-llvm".into(), time: start.elapsed() });
         let start = Instant::now();
         let jit = Jit::new(tilewright_jit::Options {
             cache: self.cache.clone(),
             threads: self.pool.threads(),
             ..Default::default()
         })?;
-        let build = jit.build(&sources)?;
+        // Each on some thread, in the plan's order afterwards.
+        let kernels: Vec<_> = plan.kernels.iter().map(|(_, planned)| planned).collect();
+        let made: Vec<Mutex<Option<Result<Made>>>> =
+            kernels.iter().map(|_| Mutex::new(None)).collect();
+        let watched = observe.is_some();
+        self.pool.run(kernels.len() as i64, &|first, last, _| {
+            for i in first..last {
+                let kernel = made_from(&jit, kernels[i as usize], watched);
+                *made[i as usize].lock().unwrap_or_else(PoisonError::into_inner) = Some(kernel);
+            }
+        });
+        let made = made.into_iter().map(|kernel| {
+            let kernel = kernel.into_inner().unwrap_or_else(PoisonError::into_inner);
+            kernel.ok_or_else(|| Error::bug("a kernel without a text"))?
+        });
+        let made = made.collect::<Result<Vec<Made>>>()?;
+        if let Some(observe) = observe {
+            for kernel in &made {
+                if let Made::Printed { source, .. } = kernel {
+                    observe(Stage::Llvm(&source.symbol, &source.text));
+                }
+            }
+        }
+        stages.push(StageTime { name: "emit-llvm".into(), time: start.elapsed() });
+        let start = Instant::now();
+        let parts = made.iter().map(|kernel| match kernel {
+            Made::Known(found) => Part::Found(found),
+            Made::Printed { source, .. } => Part::Source(source),
+        });
+        let build = jit.build_parts(&parts.collect::<Vec<_>>())?;
+        for kernel in &made {
+            if let Made::Printed { source, scratch_bytes, origin } = kernel {
+                jit.remember(origin, source, *scratch_bytes as u64);
+            }
+        }
         stages.push(StageTime { name: "llvm".into(), time: start.elapsed() });
         // Weights are packed next, and results take memory: the compiler is not needed any more.
         tilewright_jit::let_go_of_compiler();
         let library = Arc::new(build.library);
-        let code = scratch
+        let code = made
             .iter()
             .enumerate()
-            .map(|(i, &scratch_bytes)| Code::from_library(&library, i, scratch_bytes))
+            .map(|(i, kernel)| Code::from_library(&library, i, kernel.scratch_bytes()?))
             .collect::<Result<Vec<_>>>()?;
-        let cache_hits = (build.cache_hits, sources.len());
+        let cache_hits = (build.cache_hits, made.len());
         Ok(Generated { code, cache_hits, warnings: build.warnings })
     }
 

@@ -165,7 +165,7 @@ impl CpuGenerator {
         graph.symbols.push(Symbol { name: CAPACITY.into(), range });
         let mut compiler = compiler.clone();
         compiler.states = Some(CAPACITY.into());
-        let compiled = compiler.compile_observed(graph, &mut |_| {})?;
+        let compiled = compiler.compile_graph(graph)?;
         if compiled.plan().inputs.len() != 1 || compiled.plan().outputs.len() != 1 {
             return Err(Error::bug(
                 "a step that takes more than tokens, or gives more than logits",

@@ -369,7 +369,7 @@ impl Compiler {
         let begin = Instant::now();
         let mut untuned = self.clone();
         untuned.records = None;
-        let compiled = untuned.compile_observed(graph.clone(), &mut |_| {})?;
+        let compiled = untuned.compile_graph(graph.clone())?;
         let base = compiled.executable().clone();
         let plan = base.plan().clone();
         let kernels: Vec<(Arc<Kernel>, Schedule)> =
@@ -385,7 +385,7 @@ impl Compiler {
             Precision::Bf16 => {
                 let mut wide = untuned.clone();
                 wide.precision = Precision::F32;
-                let compiled = wide.compile_observed(graph.clone(), &mut |_| {})?;
+                let compiled = wide.compile_graph(graph.clone())?;
                 Some(compiled.session()?.run(inputs)?)
             }
             _ => None,
@@ -581,7 +581,7 @@ mod tests {
         assert!(report.kernels.iter().any(|k| k.tried > 0), "{report:?}");
         let kept: Vec<_> = report.kernels.iter().filter(|k| k.schedule.is_some()).collect();
         assert_eq!(report.kept, !kept.is_empty());
-        let compiled = compiler.compile_observed(graph.clone(), &mut |_| {}).unwrap();
+        let compiled = compiler.compile_graph(graph.clone()).unwrap();
         for kernel in kept {
             let found = compiled.plan().kernels.iter().find(|(_, k)| k.kernel.name == kernel.name);
             assert_eq!(found.map(|(_, k)| k.schedule.to_string()), kernel.schedule);
@@ -651,7 +651,7 @@ mod tests {
         let most = std::env::var("TW_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(3);
         let mut ran = 0;
         for (graph, inputs) in summing() {
-            let compiled = compiler.compile_observed(graph.clone(), &mut |_| {}).unwrap();
+            let compiled = compiler.compile_graph(graph.clone()).unwrap();
             let wanted = compiled.session().unwrap().run(&inputs).unwrap();
             let base = compiled.executable();
             let plan = base.plan();
@@ -694,7 +694,7 @@ mod tests {
         let (graph, x) = model();
         let mut untuned = compiler.clone();
         untuned.records = None;
-        let plain = untuned.compile_observed(graph.clone(), &mut |_| {}).unwrap();
+        let plain = untuned.compile_graph(graph.clone()).unwrap();
         let wanted = plain.session().unwrap().run(std::slice::from_ref(&x)).unwrap();
         let (_, planned) = plain.plan().kernels.iter().next().unwrap();
         let (text, old) = (planned.kernel.to_string(), planned.schedule.to_string());
@@ -711,7 +711,7 @@ mod tests {
         };
         let records = compiler.records.clone().unwrap();
         let taken = || {
-            let compiled = compiler.compile_observed(graph.clone(), &mut |_| {}).unwrap();
+            let compiled = compiler.compile_graph(graph.clone()).unwrap();
             let got = compiled.session().unwrap().run(std::slice::from_ref(&x)).unwrap();
             assert!(apart(&got, &wanted)[0] < 1e-6);
             let (_, kernel) = compiled.plan().kernels.iter().next().unwrap();

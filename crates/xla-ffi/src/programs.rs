@@ -117,7 +117,7 @@ pub(crate) fn run_cpu(call: &Call<'_>) -> Result<()> {
         };
         let mut compiler = compiler;
         compiler.precision = wanted.precision;
-        let compiled = compiler.compile_observed(parsed(wanted.text)?, &mut |_| {})?;
+        let compiled = compiler.compile_graph(parsed(wanted.text)?)?;
         let session = Mutex::new(compiled.session()?);
         Ok((compiled, session))
     })?;

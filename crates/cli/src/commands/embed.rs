@@ -108,7 +108,7 @@ fn runner(args: &EmbedArgs, graph: Graph) -> Result<(Runner, String)> {
 
 #[cfg(feature = "cpu")]
 fn on_cpu(args: &EmbedArgs, graph: Graph) -> Result<(Runner, String)> {
-    let compiled = super::compiler(&args.model)?.compile_observed(graph, &mut |_| {})?;
+    let compiled = super::compiler(&args.model)?.compile_graph(graph)?;
     Ok((Runner::Cpu(compiled.session()?), format!("{} threads", compiled.cpu().threads)))
 }
 
