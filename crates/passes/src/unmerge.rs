@@ -22,7 +22,7 @@ use tilewright_layout::Dim;
 /// # Errors
 /// Bugs only.
 pub(crate) fn unmerged(ed: &mut Editor<'_>, to: &[Dim], v: ValueId) -> Result<Option<ValueId>> {
-    let of = |v: ValueId| ed.node_of(v).map(|n| (&n.op, n.inputs[0]));
+    let of = |v: ValueId| ed.node_of(v).and_then(|n| Some((&n.op, *n.inputs.first()?)));
     let Some((Op::Permute(perm), merged)) = of(v) else { return Ok(None) };
     let Some((Op::Reshape(_), source)) = of(merged) else { return Ok(None) };
     let sizes = |shape: &[Dim]| -> Option<Vec<i64>> {
