@@ -178,15 +178,17 @@ def group_norm(w, node, a, weight, bias, n, c, hw, groups, eps):
 
 
 def _targets(w: Writer, node, a: Value, target: Value, weight, ignore: int):
-    """The targets and the numbers of the classes, as integers beside the rows of `a`."""
+    """The targets; beside the rows of `a`, the targets that are classes (others -1) and the numbers of the classes, in 32 bits: wider numbers
+    would make kernels read fewer elements at once."""
     if weight is not None or a.rank not in (1, 2):
         raise Unsupported("the gradient of a loss of classes with weights, or over more axes")
     w.lookup(target, a.shape[-1], ignore)
     shape = ",".join(text(s) for s in a.shape)
-    classes = w.op(f"iota axis={a.rank - 1}", dtype=torch.int64, result=f"i64[{shape}]")
+    classes = w.op(f"iota axis={a.rank - 1}", dtype=torch.int32, result=f"i32[{shape}]")
     wide_target = w.cast(target, torch.int64)
-    column = w.reshape(wide_target, [*target.shape, 1])
-    return wide_target, column, classes
+    size = w.number(a.shape[-1], torch.int64)
+    known = w.map("i32(where({a} < 0, -1, where({a} >= {b}, -1, {a})))", wide_target, size, dtype=torch.int32)
+    return wide_target, w.reshape(known, [*target.shape, 1]), classes
 
 
 @rule(aten.nll_loss_forward.default)
@@ -213,11 +215,10 @@ def nll_loss(w, node, a, target, weight, reduction, ignore):
 @rule(aten.nll_loss_backward.default)
 def nll_loss_backward(w, node, grad, a, target, weight, reduction, ignore, total):
     result, score = node.meta["val"].dtype, wide(a.dtype)
-    _, column, classes = _targets(w, node, a, target, weight, ignore)
+    target, column, classes = _targets(w, node, a, target, weight, ignore)
     grad = w.cast(grad, score)
     if reduction == 1:
         grad = w.map("{a} / {b}", grad, w.cast(total, score), dtype=score)
-    if reduction == 0:
-        grad = w.reshape(grad, [*grad.shape, 1])
-    chosen = f"where({{b}} == {ignore}, 0, where({{a}} == {{b}}, -{{c}}, 0))"
-    return w.cast(w.map(chosen, classes, column, grad, dtype=score), result)
+    of_row = w.map(f"where({{a}} == {ignore}, 0, -{{b}})", target, grad, dtype=score)
+    of_row = w.reshape(of_row, [*target.shape, 1])
+    return w.cast(w.map("where({a} == {b}, {c}, 0)", classes, column, of_row, dtype=score), result)
