@@ -78,9 +78,8 @@ pub(crate) fn restore_gpu(
     device: u32,
     precision: &str,
 ) -> PyResult<Option<GpuProgram>> {
-    let precision: Precision = precision
-        .parse()
-        .map_err(|_| PyValueError::new_err(format!("precision `{precision}`")))?;
+    let precision: Precision =
+        precision.parse().map_err(|_| PyValueError::new_err(format!("precision `{precision}`")))?;
     let restored = || -> Result<Option<GpuProgram>> {
         let device = self::device(device, true)?;
         let Some((folder, name)) = place(&device, precision, keep) else { return Ok(None) };
@@ -118,9 +117,9 @@ impl GpuProgram {
     fn planned(&self) -> PyResult<&Planned> {
         match &self.made {
             Made::Planned(planned) => Ok(planned),
-            Made::Kept(_) => {
-                Err(PyNotImplementedError::new_err("the plan of a program that was read from the cache"))
-            }
+            Made::Kept(_) => Err(PyNotImplementedError::new_err(
+                "the plan of a program that was read from the cache",
+            )),
         }
     }
 

@@ -80,7 +80,8 @@ impl Direct {
                     other => other,
                 };
                 let places: Vec<Place> = places.iter().map(relative).collect();
-                let inside = |p: &Place| !matches!(p, Place::Fixed(at) if *at > constant_bytes as u64);
+                let inside =
+                    |p: &Place| !matches!(p, Place::Fixed(at) if *at > constant_bytes as u64);
                 if !places.iter().all(inside) {
                     return false;
                 }
@@ -101,22 +102,27 @@ impl Direct {
             modules: modules.code.iter().map(|(name, code)| (name.clone(), code.len())).collect(),
             constant_bytes,
         };
-        let head = serde_json::to_vec(&head).map_err(|e| Error::bug(format!("a plan as text: {e}")))?;
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend((head.len() as u64).to_le_bytes());
-        bytes.extend(head);
-        for (_, code) in &modules.code {
-            bytes.extend(code);
-        }
-        let start = bytes.len();
-        bytes.resize(start + constant_bytes, 0);
+        let mut values = vec![0; constant_bytes];
         if constant_bytes > 0 {
-            constants.read_at(&self.loader().gpu().stream()?, 0, &mut bytes[start..])?;
+            constants.read_at(&self.loader().gpu().stream()?, 0, &mut values)?;
         }
-        let sum = Sha256::digest(&bytes);
-        bytes.extend(sum);
-        Ok(Some(bytes))
+        whole(&head, &modules, &values).map(Some)
     }
+}
+
+/// All parts as bytes.
+fn whole(head: &Head, modules: &KeptModules, constants: &[u8]) -> Result<Vec<u8>> {
+    let head = serde_json::to_vec(head).map_err(|e| Error::bug(format!("a plan as text: {e}")))?;
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend((head.len() as u64).to_le_bytes());
+    bytes.extend(head);
+    for (_, code) in &modules.code {
+        bytes.extend(code);
+    }
+    bytes.extend(constants);
+    let sum = Sha256::digest(&bytes);
+    bytes.extend(sum);
+    Ok(bytes)
 }
 
 /// The parts of a plan's bytes; none when they are not whole.
@@ -232,5 +238,66 @@ impl KeptFolder {
             let _ = fs::remove_file(&draft);
         }
         written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let code = vec![("first".to_string(), vec![1, 2, 3]), ("second".to_string(), vec![4])];
+        let head = Head {
+            steps: Vec::new(),
+            scratch_bytes: 256,
+            input_bytes: vec![16],
+            output_bytes: vec![32, 0],
+            output_shapes: vec![vec![4, 2], vec![0]],
+            schedules: vec!["a schedule".into()],
+            modules: code.iter().map(|(name, code)| (name.clone(), code.len())).collect(),
+            constant_bytes: 5,
+        };
+        whole(&head, &KeptModules { code }, &[5, 6, 7, 8, 9]).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let bytes = sample();
+        let (head, modules, constants) = parts(&bytes).unwrap();
+        assert_eq!((head.scratch_bytes, head.output_shapes), (256, vec![vec![4, 2], vec![0]]));
+        assert_eq!(modules.code[1], ("second".to_string(), vec![4]));
+        assert_eq!(constants, [5, 6, 7, 8, 9]);
+    }
+
+    #[test]
+    fn what_is_not_whole_is_not_read() {
+        let bytes = sample();
+        for length in 0..bytes.len() {
+            assert!(parts(&bytes[..length]).is_none(), "{length} bytes of {}", bytes.len());
+        }
+        for at in 0..bytes.len() {
+            let mut other = bytes.clone();
+            other[at] ^= 1;
+            assert!(parts(&other).is_none(), "byte {at} changed");
+        }
+        // A sum that fits does not help a head that does not.
+        let (body, _) = bytes.split_last_chunk::<32>().unwrap();
+        let mut longer = [body, &[0]].concat();
+        let sum = Sha256::digest(&longer);
+        longer.extend(sum);
+        assert!(parts(&longer).is_none());
+    }
+
+    #[test]
+    fn a_folder_gives_back_what_was_stored() {
+        let root = std::env::temp_dir().join(format!("tilewright-kept-{}", std::process::id()));
+        let folder = KeptFolder::new(&root);
+        let name = KeptFolder::name(&["a device", "a graph"]);
+        assert_ne!(name, KeptFolder::name(&["a devicea", " graph"]));
+        assert_eq!(folder.load(&name), None);
+        folder.store(&name, b"first").unwrap();
+        folder.store(&name, b"second").unwrap();
+        assert_eq!(folder.load(&name).as_deref(), Some(&b"second"[..]));
+        std::fs::remove_dir_all(root).unwrap();
     }
 }

@@ -74,11 +74,7 @@ impl Losses {
     ///
     /// # Errors
     /// Unsupported for float64 and for machines before Hopper; what does not compile or load.
-    pub fn new(
-        machine: &Gpu,
-        loader: &Loader,
-        what: LossesOf,
-    ) -> Result<Losses> {
+    pub fn new(machine: &Gpu, loader: &Loader, what: LossesOf) -> Result<Losses> {
         if !matches!(what.dtype, DType::F32 | DType::BF16 | DType::F16) || machine.capability < 90 {
             let message = format!("cross-entropy of {} by the kernel of the library", what.dtype);
             return Err(Error::unsupported(message));

@@ -226,8 +226,11 @@ class Group(torch.nn.Module):
         if not self.on_cpu:
             program = PROGRAMS.get(key)
             if program is None:
-                with torch.cuda.device(self.device):
-                    program = _native.restore_gpu(self.digest, self.device.index, self.settings.precision)
+                try:
+                    with torch.cuda.device(self.device):
+                        program = _native.restore_gpu(self.digest, self.device.index, self.settings.precision)
+                except (NotImplementedError, RuntimeError, ValueError) as why:
+                    log.info("%s is planned again: %s", self.name, str(why).strip())
             if program is not None:
                 PROGRAMS[key] = program
         if program is None:
