@@ -52,7 +52,7 @@ enum Made {
     /// This process.
     Planned(Box<Planned>),
     /// Another one.
-    Kept(Kept),
+    Kept(Box<Kept>),
 }
 
 struct Planned {
@@ -85,7 +85,7 @@ pub(crate) fn restore_gpu(
         let Some((folder, name)) = place(&device, precision, keep) else { return Ok(None) };
         let Some(bytes) = folder.load(&name) else { return Ok(None) };
         let kept = device.restore(&bytes)?;
-        Ok(kept.map(|kept| GpuProgram { made: Made::Kept(kept), device }))
+        Ok(kept.map(|kept| GpuProgram { made: Made::Kept(Box::new(kept)), device }))
     };
     py.detach(restored).map_err(python_error)
 }
