@@ -367,8 +367,5 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
         return compiler(gm, example_inputs)
 
 
-# This module is loaded when somebody asks for the backend.
-cached.prepare_keys()
-
 # What `torch.compiler.reset` calls.
 tilewright_backend.reset = graphs.reset

@@ -16,11 +16,9 @@ import contextlib
 import functools
 import hashlib
 import pathlib
-import threading
 
 import torch
 from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
-from torch._inductor import codecache
 from torch._inductor.output_code import OutputCode
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
@@ -37,28 +35,6 @@ def stamp() -> str:
         about = path.stat()
         text.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
     return text.hexdigest()
-
-
-def prepare_keys() -> None:
-    """Starts to hash PyTorch's and Triton's sources, which every key of the cache has: half a second that passes beside Dynamo's tracing."""
-    global _keys
-    if _keys is None:
-        _keys = threading.Thread(target=_hash_sources, name="tilewright-keys", daemon=True)
-        _keys.start()
-
-
-_keys: threading.Thread | None = None
-
-
-def _hash_sources() -> None:
-    # Both remember what they found. Whatever goes wrong goes wrong again where the key is asked for.
-    with contextlib.suppress(Exception):
-        codecache.torch_key()
-    with contextlib.suppress(Exception):
-        from torch._inductor.runtime import triton_compat
-
-        if triton_compat.HAS_TRITON:
-            triton_compat.triton_key()
 
 
 class Root:
@@ -130,8 +106,6 @@ def keeping(gm: torch.fx.GraphModule, settings):
     """While a graph is compiled: its results are kept, under a key that has our settings. The backward graph is compiled
     with the forward graph, since both are kept together."""
     gm._tilewright = f"{stamp()} {settings}"
-    if _keys is not None:
-        _keys.join()
     try:
         with torch._functorch.config.patch(bundled_autograd_cache=True, force_non_lazy_backward_lowering=True):
             yield
