@@ -234,9 +234,8 @@ def worker(given, job, jobs, barrier, lock, rows):
 
     begin = time.perf_counter()
     ready = []
-    for number, (name, (forms, differentiable, others, near, forward)) in enumerate(cases(not given.short).items()):
-        if number % jobs != job or not re.search(given.only, name):
-            continue
+    wanted = [case for case in cases(not given.short).items() if re.search(given.only, case[0])]
+    for name, (forms, differentiable, others, near, forward) in wanted[job::jobs]:
         for backward in (False, True) if forward and name != COPY else (not forward,):
             if time.perf_counter() - begin > given.seconds:
                 print(f"job {job}: time is up before {name}", flush=True)
