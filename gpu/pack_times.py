@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every operator of the pack on a GPU beside eager PyTorch, Inductor and Liger-Kernel (where it is installed), in one run.
 
-    python gpu/pack_times.py [--only WORD] [--jobs N] [--seconds N] [--short] [--warm] [--out FILE]
+    python gpu/pack_times.py [--only PATTERN] [--jobs N] [--seconds N] [--short] [--warm] [--out FILE]
 
 Each case is timed forward (without gradients), and forward and backward together, as medians of replayed CUDA graphs that alternate
 between the candidates and run over two copies of the tensors, which are far larger than the second-level cache. Liger-Kernel's losses wait
@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import multiprocessing
+import re
 import statistics
 import sys
 import time
@@ -233,9 +234,8 @@ def worker(given, job, jobs, barrier, lock, rows):
 
     begin = time.perf_counter()
     ready = []
-    for number, (name, (forms, differentiable, others, near, forward)) in enumerate(cases(not given.short).items()):
-        if number % jobs != job or given.only not in name:
-            continue
+    wanted = [case for case in cases(not given.short).items() if re.search(given.only, case[0])]
+    for name, (forms, differentiable, others, near, forward) in wanted[job::jobs]:
         for backward in (False, True) if forward and name != COPY else (not forward,):
             if time.perf_counter() - begin > given.seconds:
                 print(f"job {job}: time is up before {name}", flush=True)

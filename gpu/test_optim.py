@@ -8,6 +8,8 @@ the candidates; the tensors of each case are larger than the second-level cache,
 
 import argparse
 import json
+import os
+import pathlib
 import statistics
 import sys
 import time
@@ -294,6 +296,24 @@ def check_others(report):
         return "as float64"
 
     report.case("linear_cross_entropy", loss)
+
+    def rows():
+        x, t = made(5000, 32000, dtype=torch.bfloat16), torch.randint(0, 32000, (5000,), device=DEVICE)
+        counts = (1, 2, 3, 7, 100, 130, 1000, 1001, 2047, 2048, 2049, 4096, 4097, 4500, 5000)
+        for count in counts:
+            a, b = x[:count].clone().requires_grad_(), x[:count].double().requires_grad_()
+            mine, theirs = ops.cross_entropy(a, t[:count]), F.cross_entropy(b, t[:count])
+            mine.backward()
+            theirs.backward()
+            assert abs(mine.item() - theirs.item()) < 1e-4 * theirs.item(), (count, mine, theirs)
+            error = ((a.grad.double() - b.grad).norm() / b.grad.norm()).item()
+            # Gradients are rounded to 8 bits.
+            assert error < 4e-3, (count, error)
+        kept = pathlib.Path(os.environ.get("TILEWRIGHT_CACHE", pathlib.Path.home() / ".cache" / "tilewright"), "cuda", "kernels")
+        of_losses = [p for p in kept.glob("*/*/kernel.cu") if "cross_entropy" in p.read_text()[:200]]
+        return f"{len(counts)} numbers of rows as float64; {len(of_losses)} kernels in the cache"
+
+    report.case("cross_entropy of any number of rows", rows)
 
 
 # ---- speed ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ kernel and as recorded graphs; how many groups there are; dropout; graphs that w
 
 import copy
 import functools
+import gc
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import transformers
 from torch._dynamo.utils import counters
 
 from tilewright.pytorch import backend
+from tilewright.pytorch.group import PROGRAMS, Group
 
 transformers.logging.set_verbosity_error()
 MODES = (None, "reduce-overhead")
@@ -61,9 +63,13 @@ def loss_of(model, run, ids):
 
 
 def steps(model, ids, mode, count=6, seed=None):
-    """Losses of `count` steps of a copy of the model, how often AOTAutograd's cache was hit, and the seconds of the first step."""
+    """Losses of `count` steps of a copy of the model, how often AOTAutograd's cache was hit, the seconds of the first step, and how many
+    programs there are that this process planned and that it read."""
     torch._dynamo.reset()
     counters.clear()
+    # As in another process: what is shared here is forgotten.
+    PROGRAMS.clear()
+    before = {id(o) for o in gc.get_objects() if type(o) is Group}
     model = copy.deepcopy(model)
     run = model if mode == "eager" else torch.compile(model, backend=backend.tilewright_backend, mode=mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
@@ -80,7 +86,10 @@ def steps(model, ids, mode, count=6, seed=None):
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         first = first or time.perf_counter() - start
-    return losses, counters["aot_autograd"]["autograd_cache_hit"], first
+    groups = [o for o in gc.get_objects() if type(o) is Group and id(o) not in before and o.program is not None]
+    read = len({id(g.program) for g in groups if g.program.kept})
+    planned = len({id(g.program) for g in groups if not g.program.kept})
+    return losses, counters["aot_autograd"]["autograd_cache_hit"], first, (planned, read)
 
 
 def training(make):
@@ -93,13 +102,14 @@ def training(make):
     budget = 3 * max(abs(a - b) for a, b in zip(eager, exact)) + 2e-3 * abs(exact[0])
     for mode in MODES:
         for again in (False, True):
-            losses, hits, first = steps(model, ids, mode)
+            losses, hits, first, (planned, read) = steps(model, ids, mode)
             off = max(abs(a - b) for a, b in zip(losses, exact))
             said = f"{losses[0]:.4f} to {losses[-1]:.4f}, eager {eager[-1]:.4f}, off by {off:.1e}"
-            print(f"{make.__name__} {mode}{' again' if again else ''}: first step {first:.2f} s, {said}", flush=True)
+            print(f"{make.__name__} {mode}{' again' if again else ''}: first step {first:.2f} s, {planned} programs planned, {read} read, {said}", flush=True)
             assert off <= budget, (losses, exact, budget)
             assert losses[-1] < losses[0]
             assert (hits > 0) is again, "the second time the graphs are those that were kept"
+            assert (read > 0, planned > 0) == (again, not again), "and so are the programs"
 
 
 def whole(makes):

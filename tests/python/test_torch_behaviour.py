@@ -80,6 +80,39 @@ def losses_of_classes_are_ours():
         assert "out of bounds" in str(error), error
 
 
+def losses_on_gpus_look_targets_up_in_stored_logits():
+    from tilewright.pytorch.writer import Writer
+
+    def for_gpus(self, name, symbols, device="cpu"):
+        init(self, name, symbols, "cuda")
+
+    def stored(x, t):
+        return torch.nn.functional.cross_entropy((x @ weight).float().view(-1, 13), t.view(-1))
+
+    def computed(x, t):
+        return torch.nn.functional.cross_entropy(torch.tanh(x @ weight).view(-1, 13), t.view(-1))
+
+    torch.manual_seed(0)
+    weight, target = torch.randn(6, 13), torch.randint(0, 13, (4, 5))
+    target[1, 2] = -100
+    # Graphs as GPUs get them; they run here as well.
+    init, Writer.__init__ = Writer.__init__, for_gpus
+    try:
+        for loss, looks in ((stored, True), (computed, False)):
+            x = [torch.randn(4, 5, 6).requires_grad_() for _ in range(2)]
+            x[1].data.copy_(x[0].data)
+            with graphs() as seen:
+                ours, eager = compiled(loss)(x[1], target), loss(x[0], target)
+                ours.backward()
+            eager.backward()
+            torch.testing.assert_close(ours, eager)
+            torch.testing.assert_close(x[1].grad, x[0].grad)
+            texts = [g.write(None).builder.builder.text() for c in seen for g in c.groups]
+            assert any("gather" in text for text in texts) is looks, texts
+    finally:
+        Writer.__init__ = init
+
+
 def graph_breaks_are_listed():
     def broken(x):
         y = x.sin() + 1
@@ -460,6 +493,7 @@ if __name__ == "__main__":
             what_is_not_ours_stays_pytorchs_inside_the_plan,
             a_group_that_does_not_compile_is_left_to_pytorch,
             losses_of_classes_are_ours,
+            losses_on_gpus_look_targets_up_in_stored_logits,
             graph_breaks_are_listed,
             random_numbers_are_those_of_eager_where_it_is_asked_for,
             dropout_follows_the_seed_and_fuses,

@@ -4,6 +4,7 @@
 //! Program --Loader::load--> LoadedKernel          emitted, compiled (or found in the cache), loaded
 //!         --bind----------> BoundKernel           sizes, addresses and tensor maps packed; grid known
 //!         --launch--------> work in a stream      one call of the driver
+//!         --keep----------> KeptKernel            data, from which another process restores it
 //! ```
 //!
 //! What a launch passes is worked out from the program alone: a parameter's layout and the sizes give
@@ -16,8 +17,10 @@
 
 mod arguments;
 mod fallback;
+mod kept;
 mod loader;
 
 pub use arguments::{Arguments, Operand, Value, arguments};
 pub use fallback::{Taken, first_that_works};
+pub use kept::{KeptKernel, KeptModules};
 pub use loader::{BoundKernel, FAIL_FIRST, LoadedKernel, Loader, request};

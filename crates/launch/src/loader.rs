@@ -271,7 +271,7 @@ impl LoadedKernel {
         let Inner { program, source, function, shape, clusters_at_once, .. } = &*self.0;
         let bound = arguments(program, &source.arguments, sizes, operands)?;
         if bound.items == 0 {
-            return Ok(BoundKernel { launch: None, movable: Vec::new() });
+            return Ok(BoundKernel { launch: None, shape: None, movable: Vec::new() });
         }
         let mut args = Args::new();
         let mut movable = Vec::new();
@@ -300,7 +300,8 @@ impl LoadedKernel {
             ))
         })?;
         let shape = LaunchShape { grid: [blocks, 1, 1], ..*shape };
-        Ok(BoundKernel { launch: Some(function.prepare(&shape, &args)?), movable })
+        let launch = Some(function.prepare(&shape, &args)?);
+        Ok(BoundKernel { launch, shape: Some(shape), movable })
     }
 }
 
@@ -314,20 +315,22 @@ impl fmt::Debug for LoadedKernel {
 /// nothing to compute.
 #[derive(Debug)]
 pub struct BoundKernel {
-    launch: Option<PreparedLaunch>,
+    pub(crate) launch: Option<PreparedLaunch>,
+    /// That of the launch.
+    pub(crate) shape: Option<LaunchShape>,
     /// What depends on where operands lie.
-    movable: Vec<Movable>,
+    pub(crate) movable: Vec<Movable>,
 }
 
 /// An argument that follows from the address of an operand.
 #[derive(Debug)]
-struct Movable {
+pub(crate) struct Movable {
     /// Number of the argument.
-    index: usize,
+    pub(crate) index: usize,
     /// Number of the operand.
-    operand: usize,
+    pub(crate) operand: usize,
     /// The tensor map to encode again, and how far behind the operand's start it begins.
-    map: Option<(Box<TensorMapSpec>, u64)>,
+    pub(crate) map: Option<(Box<TensorMapSpec>, u64)>,
 }
 
 impl BoundKernel {
@@ -366,7 +369,8 @@ impl BoundKernel {
         match &self.launch {
             // SAFETY: the arguments are those that the program's text takes (`arguments` worked them
             // out from it), a verified program stays inside its tensors, those lie inside the
-            // operands (`arguments` checked it), and the operands are the caller's promise.
+            // operands (`arguments` checked it), and the operands are the caller's promise. A kernel that was kept has the
+            // machine code and the arguments that were worked out so, with the addresses that `move_to` put in.
             Some(launch) => unsafe { launch.launch(stream) },
             None => Ok(()),
         }

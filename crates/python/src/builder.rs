@@ -172,18 +172,20 @@ impl Builder {
         Ok(self.graph()?.graph().to_string())
     }
 
-    /// Plans the graph for GPU `device`, which this object gives up. Kernels are compiled when sizes are known.
-    #[pyo3(signature = (device=0, cache=true, precision="f32"))]
+    /// Plans the graph for GPU `device`, which this object gives up. Kernels are compiled when sizes are known. With `cache`, a
+    /// program without symbols is kept under the name `keep`, for `restore_gpu` of another process.
+    #[pyo3(signature = (device=0, cache=true, precision="f32", keep=None))]
     fn compile_gpu(
         &mut self,
         py: Python<'_>,
         device: u32,
         cache: bool,
         precision: &str,
+        keep: Option<&str>,
     ) -> PyResult<GpuProgram> {
         let precision = parsed(precision)?;
         let graph = self.finished()?;
-        py.detach(|| GpuProgram::new(graph, device, precision, cache)).map_err(python_error)
+        py.detach(|| GpuProgram::new(graph, device, precision, cache, keep)).map_err(python_error)
     }
 
     /// The steps that a plan for an H200 has, without a GPU: label, what each is built around, the nodes fused in it.

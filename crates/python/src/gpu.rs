@@ -1,12 +1,15 @@
 //! [`GpuProgram`]: a compiled graph that runs on a GPU, in the memory and the stream of the caller.
+//!
+//! One that was worked out under a name (`keep`) is written to the cache with its first run, so that another process only loads it
+//! ([`restore_gpu`]).
 
 use crate::memory::{run_at, stream as stream_of};
 use crate::python_error;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyNotImplementedError, PyValueError};
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use tilewright::gpu::{Direct, GpuCompiler, GpuDevice, GpuModel, GpuPlan};
+use tilewright::gpu::{Direct, GpuCompiler, GpuDevice, GpuModel, GpuPlan, Kept, KeptFolder};
 use tilewright::{Error, Precision, Result};
 use tilewright_graph::Graph;
 use tilewright_layout::Env;
@@ -40,10 +43,51 @@ pub(crate) fn load(
 /// A graph on a GPU. May be shared by threads, and by all places of a model that compute the same: memory comes with each run.
 #[pyclass(frozen, weakref)]
 pub(crate) struct GpuProgram {
+    made: Made,
+    device: Arc<GpuDevice>,
+}
+
+/// Where a program comes from.
+enum Made {
+    /// This process.
+    Planned(Box<Planned>),
+    /// Another one.
+    Kept(Box<Kept>),
+}
+
+struct Planned {
     planned: GpuPlan,
     direct: Direct,
-    device: Arc<GpuDevice>,
     operators: usize,
+    /// The place in the cache that waits for it.
+    keep: Mutex<Option<(KeptFolder, String)>>,
+}
+
+/// Where runs of a device are kept under a name, and the whole name: with all that they depend on beside the graph.
+fn place(device: &GpuDevice, precision: Precision, keep: &str) -> Option<(KeptFolder, String)> {
+    let folder = KeptFolder::new(&tilewright::cache_dir()?);
+    Some((folder, device.name_of_run(&[keep, &precision.to_string()])))
+}
+
+/// A program that another process worked out under this name, for device `ordinal`, if there is one.
+#[pyfunction]
+#[pyo3(signature = (keep, device=0, precision="f32"))]
+pub(crate) fn restore_gpu(
+    py: Python<'_>,
+    keep: &str,
+    device: u32,
+    precision: &str,
+) -> PyResult<Option<GpuProgram>> {
+    let precision: Precision =
+        precision.parse().map_err(|_| PyValueError::new_err(format!("precision `{precision}`")))?;
+    let restored = || -> Result<Option<GpuProgram>> {
+        let device = self::device(device, true)?;
+        let Some((folder, name)) = place(&device, precision, keep) else { return Ok(None) };
+        let Some(bytes) = folder.load(&name) else { return Ok(None) };
+        let kept = device.restore(&bytes)?;
+        Ok(kept.map(|kept| GpuProgram { made: Made::Kept(Box::new(kept)), device }))
+    };
+    py.detach(restored).map_err(python_error)
 }
 
 /// Addresses of inputs and outputs, and of scratch memory.
@@ -56,6 +100,7 @@ impl GpuProgram {
         ordinal: u32,
         precision: Precision,
         cache: bool,
+        keep: Option<&str>,
     ) -> Result<GpuProgram> {
         let operators = graph.order.len();
         let device = device(ordinal, cache)?;
@@ -63,11 +108,28 @@ impl GpuProgram {
         compiler.precision = precision;
         let planned = compiler.plan(graph)?;
         let direct = device.direct(&planned)?;
-        Ok(GpuProgram { planned, direct, device, operators })
+        let keep = keep.filter(|_| cache && planned.plan().symbols.is_empty());
+        let keep = Mutex::new(keep.and_then(|keep| place(&device, precision, keep)));
+        let made = Made::Planned(Box::new(Planned { planned, direct, operators, keep }));
+        Ok(GpuProgram { made, device })
+    }
+
+    fn planned(&self) -> PyResult<&Planned> {
+        match &self.made {
+            Made::Planned(planned) => Ok(planned),
+            Made::Kept(_) => Err(PyNotImplementedError::new_err(
+                "the plan of a program that was read from the cache",
+            )),
+        }
     }
 
     fn env(&self, sizes: &[i64]) -> PyResult<Env> {
-        let symbols = &self.planned.plan().symbols;
+        let planned = match &self.made {
+            Made::Planned(planned) => planned,
+            Made::Kept(_) if sizes.is_empty() => return Ok(Env::new()),
+            Made::Kept(_) => return Err(PyValueError::new_err("sizes for no symbols")),
+        };
+        let symbols = &planned.planned.plan().symbols;
         if symbols.len() != sizes.len() {
             let message = format!("{} sizes for {} symbols", sizes.len(), symbols.len());
             return Err(PyValueError::new_err(message));
@@ -91,20 +153,24 @@ impl GpuProgram {
         stream: usize,
         timed: bool,
     ) -> PyResult<Vec<(usize, f64)>> {
-        let plan = self.planned.plan();
-        if (places.0.len(), places.1.len()) != (plan.inputs.len(), plan.outputs.len()) {
+        let (inputs, outputs) = match &self.made {
+            Made::Planned(p) => (p.planned.plan().inputs.len(), p.planned.plan().outputs.len()),
+            Made::Kept(kept) => (kept.fitted().input_bytes().len(), kept.output_shapes().len()),
+        };
+        if (places.0.len(), places.1.len()) != (inputs, outputs) {
             let message = format!(
-                "{} and {} addresses for {} inputs and {} outputs",
+                "{} and {} addresses for {inputs} inputs and {outputs} outputs",
                 places.0.len(),
                 places.1.len(),
-                plan.inputs.len(),
-                plan.outputs.len()
             );
             return Err(PyValueError::new_err(message));
         }
         py.detach(|| {
             let stream = stream_of(self.device.gpu(), stream);
-            run_at(&*self.direct.fit(sizes)?, places, &stream, timed)
+            match &self.made {
+                Made::Planned(p) => run_at(&*p.direct.fit(sizes)?, places, &stream, timed),
+                Made::Kept(kept) => run_at(kept.fitted(), places, &stream, timed),
+            }
         })
         .map_err(python_error)
     }
@@ -115,41 +181,54 @@ impl GpuProgram {
     /// Names of the sizes that a run is given, in order.
     #[getter]
     fn symbols(&self) -> Vec<String> {
-        self.planned.plan().symbols.iter().map(|s| s.name.to_string()).collect()
+        match &self.made {
+            Made::Planned(p) => {
+                p.planned.plan().symbols.iter().map(|s| s.name.to_string()).collect()
+            }
+            Made::Kept(_) => Vec::new(),
+        }
+    }
+
+    /// Whether another process worked it out: then it has no graph and no plan to show.
+    #[getter]
+    fn kept(&self) -> bool {
+        matches!(self.made, Made::Kept(_))
     }
 
     /// Operators of the graph as given, steps of the plan, distinct kernels, and 0.
     #[getter]
-    fn counts(&self) -> (usize, usize, usize, usize) {
-        let plan = self.planned.plan();
-        (self.operators, plan.steps.len(), plan.kernels.len(), 0)
+    fn counts(&self) -> PyResult<(usize, usize, usize, usize)> {
+        let planned = self.planned()?;
+        let plan = planned.planned.plan();
+        Ok((planned.operators, plan.steps.len(), plan.kernels.len(), 0))
     }
 
     /// Each step of the plan: label, what it is built around, the nodes fused in it.
     #[getter]
-    fn steps(&self) -> Vec<(String, String, Vec<String>)> {
+    fn steps(&self) -> PyResult<Vec<(String, String, Vec<String>)>> {
         let note = |step: &_| {
             let note = tilewright::explain::note_of(step);
             (note.label.clone(), note.anchor.clone(), note.nodes.clone())
         };
-        self.planned.plan().steps.iter().map(note).collect()
+        Ok(self.planned()?.planned.plan().steps.iter().map(note).collect())
     }
 
     /// The least seconds of each step by the device's ceilings, and which one it is, for these values of `symbols`.
     fn least_times(&self, sizes: Vec<i64>) -> PyResult<Vec<(f64, &'static str)>> {
-        Ok(self.planned.least_times(&self.env(&sizes)?))
+        Ok(self.planned()?.planned.least_times(&self.env(&sizes)?))
     }
 
     /// Seconds of each stage of planning.
     #[getter]
     fn stages(&self) -> Vec<(String, f64)> {
-        let stages = self.planned.stages().iter();
+        let Made::Planned(planned) = &self.made else { return Vec::new() };
+        let stages = planned.planned.stages().iter();
         stages.map(|s| (s.name.clone(), s.time.as_secs_f64())).collect()
     }
 
     /// The graph after the passes, as text.
-    fn text(&self) -> String {
-        self.planned.graph().to_string()
+    fn text(&self) -> PyResult<String> {
+        Ok(self.planned()?.planned.graph().to_string())
     }
 
     /// Shapes of the outputs for these values of `symbols`, and the bytes of scratch memory that a run takes. The first time
@@ -161,15 +240,29 @@ impl GpuProgram {
         stream: usize,
     ) -> PyResult<(Vec<Vec<usize>>, usize)> {
         self.env(&sizes)?;
+        let planned = match &self.made {
+            Made::Planned(planned) => planned,
+            Made::Kept(kept) => {
+                return Ok((kept.output_shapes().to_vec(), kept.fitted().scratch_bytes()));
+            }
+        };
         py.detach(|| {
-            if !self.direct.is_fit(&sizes) && stream_of(self.device.gpu(), stream).is_capturing()? {
+            let direct = &planned.direct;
+            if !direct.is_fit(&sizes) && stream_of(self.device.gpu(), stream).is_capturing()? {
                 return Err(Error::unsupported(
                     "the first run with new sizes, in a stream that is recorded",
                 )
                 .with_hint("run once before the recording begins"));
             }
-            let fitted = self.direct.fit(&sizes)?;
-            Ok((self.direct.output_shapes(&sizes)?, fitted.scratch_bytes()))
+            let fitted = direct.fit(&sizes)?;
+            let keep = planned.keep.lock().unwrap_or_else(PoisonError::into_inner).take();
+            // What cannot be written is worked out again.
+            if let Some((folder, name)) = keep
+                && let Ok(Some(bytes)) = direct.keep(&sizes)
+            {
+                let _ = folder.store(&name, &bytes);
+            }
+            Ok((direct.output_shapes(&sizes)?, fitted.scratch_bytes()))
         })
         .map_err(python_error)
     }
@@ -177,8 +270,13 @@ impl GpuProgram {
     /// The device programs with their schedules, for these values of `symbols`.
     fn schedules(&self, sizes: Vec<i64>) -> PyResult<Vec<String>> {
         self.env(&sizes)?;
-        let fitted = self.direct.fit(&sizes).map_err(python_error)?;
-        Ok(fitted.schedules().to_vec())
+        match &self.made {
+            Made::Planned(planned) => {
+                let fitted = planned.direct.fit(&sizes).map_err(python_error)?;
+                Ok(fitted.schedules().to_vec())
+            }
+            Made::Kept(kept) => Ok(kept.fitted().schedules().to_vec()),
+        }
     }
 
     /// Puts a run on the contiguous inputs at these addresses of the device, into the contiguous outputs at

@@ -168,6 +168,11 @@ impl Constants {
         &self.once
     }
 
+    /// All of it on the device.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     /// Bytes on the device.
     pub(crate) fn len(&self) -> usize {
         self.memory.len()

@@ -16,6 +16,7 @@ use crate::constants::{Constants, Known};
 use crate::product::ALIGNED;
 use crate::recordings::{Next, Recordings};
 use crate::session::StepTime;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use tilewright_base::{Error, Result};
@@ -41,8 +42,8 @@ pub struct Direct {
 const MAX_FITTED: usize = 1024;
 
 /// Where an operand lies.
-#[derive(Clone, Copy)]
-enum Place {
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub(crate) enum Place {
     Input(usize, u64),
     Output(usize, u64),
     /// In the caller's scratch memory.
@@ -68,12 +69,12 @@ struct Kernels {
 }
 
 /// A launch of a step.
-struct Ready {
+pub(crate) struct Ready {
     /// Number of the step in the plan.
-    step: usize,
-    kernel: BoundKernel,
+    pub(crate) step: usize,
+    pub(crate) kernel: BoundKernel,
     /// Of its operands.
-    places: Vec<Place>,
+    pub(crate) places: Vec<Place>,
 }
 
 /// The addresses of a run.
@@ -258,14 +259,40 @@ impl Direct {
                 _ => {}
             }
         }
-        let recordings = Recordings::new(&self.loader.gpu().stream()?);
-        let kernels = Mutex::new(Kernels { steps, addresses: Vec::new(), recordings });
-        let scratch_bytes = bound.total_bytes();
-        Ok(Fitted { kernels, scratch_bytes, input_bytes, output_bytes, schedules })
+        let stream = self.loader.gpu().stream()?;
+        let bytes = [input_bytes, output_bytes];
+        Ok(Fitted::of(steps, &stream, bound.total_bytes(), bytes, schedules))
+    }
+
+    pub(crate) fn constants(&self) -> &Constants {
+        &self.constants
+    }
+
+    pub(crate) fn loader(&self) -> &Loader {
+        &self.loader
     }
 }
 
 impl Fitted {
+    /// From launches in order; `stream` is for recordings, of its own; `bytes` are those of inputs and outputs.
+    pub(crate) fn of(
+        steps: Vec<Ready>,
+        stream: &Stream,
+        scratch_bytes: usize,
+        bytes: [Vec<usize>; 2],
+        schedules: Vec<String>,
+    ) -> Fitted {
+        let recordings = Recordings::new(stream);
+        let kernels = Mutex::new(Kernels { steps, addresses: Vec::new(), recordings });
+        let [input_bytes, output_bytes] = bytes;
+        Fitted { kernels, scratch_bytes, input_bytes, output_bytes, schedules }
+    }
+
+    /// The launches in order.
+    pub(crate) fn with_steps<T>(&self, look: impl FnOnce(&[Ready]) -> T) -> T {
+        look(&self.kernels.lock().unwrap_or_else(PoisonError::into_inner).steps)
+    }
+
     /// Bytes of memory beside inputs and outputs that a launch takes.
     pub fn scratch_bytes(&self) -> usize {
         self.scratch_bytes

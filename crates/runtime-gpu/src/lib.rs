@@ -26,6 +26,7 @@
 //! | `session` | running it on a device |
 //! | `direct` | the same in a caller's stream, over a caller's memory |
 //! | `attention_training` | attention with its log-sum-exp and its gradient there, by kernels of the library |
+//! | `kept` | the same as bytes, for another process |
 //! | `recordings` | graphs of its runs whose addresses come back |
 //! | `losses` | cross-entropy there, by a kernel of the library |
 //! | `norm_backward` | the gradient of a normalisation there, by kernels of the library |
@@ -40,6 +41,7 @@ mod direct;
 mod host;
 mod in_place;
 mod interpret;
+mod kept;
 mod library;
 mod losses;
 mod norm_backward;
@@ -55,6 +57,7 @@ pub use bind::{Bound, BoundStep, Place, Slot, bind, bind_at};
 pub use choose::{Choice, Chooser, Launch, Source, Way};
 pub use direct::{Direct, Fitted, Room};
 pub use interpret::{Interpreted, interpret};
+pub use kept::{Kept, KeptFolder};
 pub use losses::{CrossEntropyTerms, Losses, LossesOf, LossesPlaces};
 pub use norm_backward::{NormBackward, NormGradient, NormGradientPlaces};
 pub use once::Once;

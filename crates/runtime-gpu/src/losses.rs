@@ -1,14 +1,16 @@
 //! [`Losses`]: cross-entropy of rows of logits in a caller's stream, over a caller's memory.
 //!
 //! Graphs have no lookup that a row kernel could take: there each logit is compared with its row's target, and rows wait in registers
-//! for their sums. This is the kernel of the library, which keeps rows in shared memory.
+//! for their sums. This is the kernel of the library, which keeps rows in shared memory. Its schedule depends on the number of rows
+//! only where they are few: [`LossesOf::schedule_rows`].
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::Stream;
 use tilewright_device::Arch;
 use tilewright_kernels::rows::{CrossEntropyForm, CrossEntropySpec};
-use tilewright_launch::{BoundKernel, Loader, Operand};
+use tilewright_launch::{BoundKernel, LoadedKernel, Loader, Operand};
 use tilewright_layout::Env;
 use tilewright_lower_gpu::lower;
 use tilewright_target::Gpu;
@@ -45,55 +47,80 @@ pub struct LossesPlaces {
     pub other: u64,
 }
 
-/// A kernel that is compiled, loaded and bound.
+/// From so many rows on one schedule serves all: there are several blocks for each multiprocessor.
+const MANY_ROWS: i64 = 4096;
+
+/// How many numbers of rows are remembered with their arguments; then all are forgotten (the kernel stays).
+const MAX_BOUND: usize = 256;
+
+impl LossesOf {
+    /// The number of rows that the schedule is picked for: the next power of two, and at most [`MANY_ROWS`]. Calls that differ in
+    /// [`LossesOf::rows`] only share a kernel where this is the same.
+    pub fn schedule_rows(&self) -> i64 {
+        (self.rows.clamp(1, MANY_ROWS) as u64).next_power_of_two() as i64
+    }
+}
+
+/// A kernel that is compiled and loaded, for all numbers of rows of one schedule.
 pub struct Losses {
     what: LossesOf,
-    kernel: Mutex<BoundKernel>,
+    kernel: LoadedKernel,
+    /// By the number of rows.
+    bound: Mutex<BTreeMap<i64, BoundKernel>>,
 }
 
 impl Losses {
-    /// Compiles, loads and binds the kernel for these places.
+    /// Compiles and loads the kernel.
     ///
     /// # Errors
     /// Unsupported for float64 and for machines before Hopper; what does not compile or load.
-    pub fn new(
-        machine: &Gpu,
-        loader: &Loader,
-        what: LossesOf,
-        places: &LossesPlaces,
-    ) -> Result<Losses> {
+    pub fn new(machine: &Gpu, loader: &Loader, what: LossesOf) -> Result<Losses> {
         if !matches!(what.dtype, DType::F32 | DType::BF16 | DType::F16) || machine.capability < 90 {
             let message = format!("cross-entropy of {} by the kernel of the library", what.dtype);
             return Err(Error::unsupported(message));
         }
         let form = if what.gradient { CrossEntropyForm::Beside } else { CrossEntropyForm::Losses };
-        let sizes = [("M", what.rows), ("N", what.columns), ("ldx", what.columns)];
-        let size = |name: &str| sizes.iter().find(|(known, _)| *known == name).map(|(_, n)| *n);
+        let sizes = sizes(&what, what.schedule_rows());
+        let size = |name: &str| sizes.get(name).copied();
         let spec = CrossEntropySpec { dtype: what.dtype, form, terms: what.terms };
         let (kernel, schedule) = spec.kernel("cross_entropy", Arch::Sm90a, &size)?;
         let program = lower(&kernel, &schedule)?;
-        let env: Env = sizes.into_iter().map(|(name, size)| (name.into(), size)).collect();
-        let loaded = loader.load_all(&[program]).into_iter().next();
-        let loaded = loaded.ok_or_else(|| Error::bug("a kernel was not loaded"))??;
-        let bound = loaded.bind(&env, &operands(&what, places))?;
-        Ok(Losses { what, kernel: Mutex::new(bound) })
+        Ok(Losses { what, kernel: loader.load(&program)?, bound: Mutex::default() })
     }
 
-    /// Puts the kernel into the stream.
+    /// Puts the kernel into the stream, for `rows` rows.
     ///
     /// # Errors
-    /// The driver's.
+    /// The driver's; a bug for a number of rows that has another schedule.
     ///
     /// # Safety
-    /// The places hold tensors of the types and sizes that this was made for, of which the results are used by nobody else in another
-    /// order than the stream's until the kernel has run.
-    pub unsafe fn launch(&self, places: &LossesPlaces, stream: &Stream) -> Result<()> {
-        let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        let addresses: Vec<u64> = operands(&self.what, places).iter().map(|o| o.address).collect();
+    /// The places hold tensors of the types and columns that this was made for, and of `rows` rows; the results are used by nobody else in
+    /// another order than the stream's until the kernel has run.
+    pub unsafe fn launch(&self, rows: i64, places: &LossesPlaces, stream: &Stream) -> Result<()> {
+        let what = LossesOf { rows, ..self.what };
+        if what.schedule_rows() != self.what.schedule_rows() {
+            return Err(Error::bug(format!("{rows} rows for the losses of {}", self.what.rows)));
+        }
+        let operands = operands(&what, places);
+        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        if !bound.contains_key(&rows) {
+            if bound.len() >= MAX_BOUND {
+                bound.clear();
+            }
+            bound.insert(rows, self.kernel.bind(&sizes(&what, rows), &operands)?);
+        }
+        let Some(kernel) = bound.get_mut(&rows) else { return Ok(()) };
+        let addresses: Vec<u64> = operands.iter().map(|o| o.address).collect();
         kernel.move_to(&addresses)?;
         // SAFETY: the caller's promise.
         unsafe { kernel.launch(stream) }
     }
+}
+
+/// The kernel's size symbols.
+fn sizes(what: &LossesOf, rows: i64) -> Env {
+    let sizes = [("M", rows), ("N", what.columns), ("ldx", what.columns)];
+    sizes.into_iter().map(|(name, size)| (name.into(), size)).collect()
 }
 
 /// The operands in the order of the kernel's parameters.

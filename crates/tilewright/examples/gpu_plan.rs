@@ -3,6 +3,8 @@
 //! ```text
 //! cargo run --release --example gpu_plan -- MODEL PRECISION [SYMBOL=N]...
 //! ```
+//!
+//! With `TEXT=1` in the environment also the text of each kernel.
 
 use tilewright::gpu::GpuCompiler;
 use tilewright::{Model, Result};
@@ -63,6 +65,9 @@ fn main() -> Result<()> {
                         "              {} {} on {grid} items",
                         launch.schedule, launch.program.name
                     );
+                    if std::env::var_os("TEXT").is_some() {
+                        println!("{}", tilewright_emit_cuda::emit(&launch.program)?.text);
+                    }
                 }
             }
             other => println!("{other:?}"),

@@ -37,7 +37,9 @@ use tilewright_runtime_gpu::{Chooser, Executable, Interpreted, interpret};
 use tilewright_target::{Gpu as Machine, Precision};
 
 pub use tilewright_cuda::{Gpu, Stream};
-pub use tilewright_runtime_gpu::{Direct, Fitted, MemoryReport, Room, RunReport, Session};
+pub use tilewright_runtime_gpu::{
+    Direct, Fitted, Kept, KeptFolder, MemoryReport, Room, RunReport, Session,
+};
 
 /// How models are planned for a GPU.
 #[derive(Clone, Debug)]
@@ -400,6 +402,21 @@ impl GpuDevice {
     /// When its memory does not suffice for the weights.
     pub fn direct(&self, planned: &GpuPlan) -> Result<Direct> {
         Direct::new(planned.plan.clone(), self.loader.clone(), self.machine.clone())
+    }
+
+    /// A planned model as another process kept it ([`Direct::keep`]); none where the bytes are not whole.
+    ///
+    /// # Errors
+    /// When its memory does not suffice for the weights.
+    pub fn restore(&self, bytes: &[u8]) -> Result<Option<Kept>> {
+        Kept::restore(bytes, &self.loader)
+    }
+
+    /// The name under which [`KeptFolder`] has a run that depends on these texts, on this device and with this compiler.
+    pub fn name_of_run(&self, texts: &[&str]) -> String {
+        let (major, minor) = self.loader.nvrtc().version();
+        let device = format!("{:?} {} NVRTC {major}.{minor}", self.machine, self.loader.target());
+        KeptFolder::name(&[&[device.as_str()], texts].concat())
     }
 
     /// Scratch memory for runs of `fitted`.

@@ -154,7 +154,7 @@ pub(crate) struct Cuda {
     norms: RwLock<BTreeMap<(Key, i64), Option<NormKernels>>>,
     /// By all numbers of a call.
     attentions: RwLock<BTreeMap<Vec<i64>, AttentionMade>>,
-    /// By the key of a cross-entropy and its number of rows; `None` where it has no kernel.
+    /// By the key of a cross-entropy and the number of rows that its schedule is for; `None` where it has no kernel.
     losses: RwLock<BTreeMap<(Key, i64), LossKernel>>,
 }
 
@@ -393,12 +393,12 @@ pub(crate) fn losses(
     }
     let device = cuda(index)?;
     let _guard = if device.alone { None } else { Some(abi.cuda_guard(index)?) };
-    let key = (key, what.rows);
+    let key = (key, what.schedule_rows());
     let known = device.losses.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
     let found = match known {
         Some(known) => known,
         None => {
-            let made = match Losses::new(&device.machine, &device.loader, what, &places) {
+            let made = match Losses::new(&device.machine, &device.loader, what) {
                 Ok(made) => Some(Arc::new(made)),
                 Err(error) if error.kind() == tilewright_base::Kind::Unsupported => None,
                 Err(error) => return Err(error),
@@ -416,7 +416,7 @@ pub(crate) fn losses(
     let stream = unsafe { Stream::from_raw(device.loader.gpu(), stream) };
     // SAFETY: this function's contract; what PyTorch's allocator frees while kernels are in flight goes to later work of the same
     // stream only.
-    unsafe { found.launch(&places, &stream)? };
+    unsafe { found.launch(what.rows, &places, &stream)? };
     Ok(true)
 }
 

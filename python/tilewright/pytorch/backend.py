@@ -17,6 +17,7 @@ leaves them out. The mode records forward and backward graphs on a GPU (`graphs`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from contextlib import nullcontext
 
@@ -141,6 +142,50 @@ def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
     if not eager_random:
         table.update(randoms.DECOMPOSITIONS)
     return table
+
+
+class Decompositions(dict):
+    """The table, made when somebody first looks into it: nobody does where a graph comes out of the cache."""
+
+    def __init__(self, eager_random: bool, trains: bool):
+        super().__init__()
+        self.made = functools.partial(decompositions, eager_random, trains)
+
+    def _filled(self) -> "Decompositions":
+        if self.made is not None:
+            made, self.made = self.made, None
+            self.update(made())
+        return self
+
+    def __bool__(self):
+        return True
+
+    def __contains__(self, operator):
+        return dict.__contains__(self._filled(), operator)
+
+    def __getitem__(self, operator):
+        return dict.__getitem__(self._filled(), operator)
+
+    def get(self, operator, default=None):
+        return dict.get(self._filled(), operator, default)
+
+    def __iter__(self):
+        return dict.__iter__(self._filled())
+
+    def __len__(self):
+        return dict.__len__(self._filled())
+
+    def keys(self):
+        return dict.keys(self._filled())
+
+    def values(self):
+        return dict.values(self._filled())
+
+    def items(self):
+        return dict.items(self._filled())
+
+    def copy(self):
+        return dict(self.items())
 
 
 class Compiled:
@@ -314,7 +359,7 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
         fw_compiler=form(forward),
         bw_compiler=form(backward),
         inference_compiler=form(inference),
-        decompositions=decompositions(settings.eager_random, trains),
+        decompositions=Decompositions(settings.eager_random, trains),
         partition_fn=min_cut_rematerialization_partition,
     )
     attentions.prepare(gm, trains)

@@ -1,9 +1,10 @@
 """Compiled graphs in PyTorch's cache of traced functions, so that a second process traces a model with Dynamo only.
 
 AOTAutograd keeps what it made of a graph of Dynamo's (`torch._functorch._aot_autograd.autograd_cache`, on disk below
-`TORCHINDUCTOR_CACHE_DIR`) where a backend's results can be written down. Ours are: the graph around the groups as code, each group as the
-calls that wrote its graph, and the same operators as PyTorch's own, for the case that it has to step in. Plans are
-made again when a group first runs, kernels come out of our own cache.
+`TORCHINDUCTOR_CACHE_DIR`) where a backend's results can be written down. Ours are: the graph around the groups as code, each group as a digest of
+its graph, the calls that wrote it, and the same operators as PyTorch's own, for the case that it has to step in. On a GPU what a group became (machine
+code, launches, arguments) comes out of our own cache under the digest when it first runs; where it is not there, and on processors, the plan is made
+again, and kernels come out of the cache.
 
 The key holds the settings and the package itself (`stamp`), beside PyTorch's version, the graph and the types of its arguments. Not
 kept: graphs with sizes as symbols, and those whose weights are known data (inference on processors, see `Settings.freeze`).

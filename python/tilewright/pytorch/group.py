@@ -10,13 +10,16 @@ the group is compiled again with the new values (its kernels come out of the cac
 once more with all parameters as inputs.
 
 On a GPU the work goes into PyTorch's current stream, and nothing waits for it. Groups that compute the same share a
-program; all memory of a run, also that between kernels, is PyTorch's.
+program; all memory of a run, also that between kernels, is PyTorch's. A program is kept under a digest of its graph, so that a group
+that was written down for another process (`cached`) is neither written as a graph nor planned there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import operator
+import pickle
 import re
 import time
 import weakref
@@ -60,8 +63,11 @@ class Group(torch.nn.Module):
         self.turned = any(i is not None for i in self.inverses)
         self.live: list = []
         self.readers: list = []
-        self.calls: list = []
-        self.kept_eager = None
+        # Of a group that was written down: what its graph is, the calls that write it, and its operators as PyTorch's. The last two
+        # are unpacked where they are needed only, since that takes longer than loading a program.
+        self.digest: str | None = None
+        self.calls: bytes | None = None
+        self.kept_eager: bytes | None = None
         self.dtypes = [n.meta["val"].dtype for n in self.outputs]
         self.device = device_of(nodes[-1])
         self.on_cpu = settings.device.type == "cpu"
@@ -171,13 +177,12 @@ class Group(torch.nn.Module):
     def _compile(self, args) -> None:
         start = time.perf_counter()
         try:
-            if self.nodes is None and not self.calls:
+            if self.nodes is None and self.digest is None:
                 raise NotImplementedError("it was left to PyTorch when the graph was kept")
             if self.nodes is None:
-                script = Script.built(self.name, self.calls)
+                self.program = self._kept_program()
             else:
-                script = self.write(args).builder
-            self.program = self._program(script.builder)
+                self.program = self._program(self.write(args).builder.builder)
             if self.program.symbols != self.symbols:
                 raise RuntimeError(f"sizes {self.program.symbols} where {self.symbols} are given")
         except (NotImplementedError, RuntimeError, ValueError) as why:
@@ -189,7 +194,7 @@ class Group(torch.nn.Module):
         self.failure = str(why).strip() or type(why).__name__
         log.warning("%s is left to PyTorch: %s", self.name, self.failure.splitlines()[0])
         self.program, self.seal = None, []
-        self.eager = self.as_module() if self.nodes is not None else self.kept_eager
+        self.eager = self.as_module() if self.nodes is not None else pickle.loads(self.kept_eager)
 
     def _program(self, builder):
         settings = self.settings
@@ -202,13 +207,34 @@ class Group(torch.nn.Module):
 
     def _gpu_program(self, builder):
         """Groups that differ in names only (layers of one model) share a plan and its kernels."""
-        settings = self.settings
-        key = (self.device.index, settings.cache, settings.precision, _NAMES.sub("", builder.text()))
+        settings, graph = self.settings, digest(builder)
+        key = self._key(graph)
         program = PROGRAMS.get(key)
         if program is None:
             # Opening a device makes it the current one.
             with torch.cuda.device(self.device):
-                program = PROGRAMS[key] = builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision)
+                program = builder.compile_gpu(self.device.index, cache=settings.cache, precision=settings.precision, keep=graph)
+            PROGRAMS[key] = program
+        return program
+
+    def _key(self, graph: str):
+        return self.device.index, self.settings.cache, self.settings.precision, graph
+
+    def _kept_program(self):
+        """The program of a group that was written down: on GPUs as it was kept, else of the graph, which is written again."""
+        program, key = None, self._key(self.digest)
+        if not self.on_cpu:
+            program = PROGRAMS.get(key)
+            if program is None:
+                try:
+                    with torch.cuda.device(self.device):
+                        program = _native.restore_gpu(self.digest, self.device.index, self.settings.precision)
+                except (NotImplementedError, RuntimeError, ValueError) as why:
+                    log.info("%s is planned again: %s", self.name, str(why).strip())
+            if program is not None:
+                PROGRAMS[key] = program
+        if program is None:
+            program = self._program(Script.built(self.name, pickle.loads(self.calls)).builder)
         return program
 
     def write(self, args) -> Writer:
@@ -245,11 +271,12 @@ class Group(torch.nn.Module):
         state = {**self.__dict__, "program": None, "eager": None, "failure": None, "shapes": {}, "compile_seconds": 0.0}
         if self.nodes is not None:
             try:
-                state["calls"] = self.write(None).builder.calls
+                script = self.write(None).builder
+                state.update(calls=pickle.dumps(script.calls), digest=digest(script.builder))
             except (NotImplementedError, RuntimeError, ValueError):
-                state["calls"] = []
+                pass
             state.update(live=self.live, positions=self.positions, readers=self.readers)
-            state["kept_eager"] = self.as_module()
+            state["kept_eager"] = pickle.dumps(self.as_module())
             state.update(nodes=None, inputs=[None] * len(self.inputs), outputs=[None] * len(self.outputs), views=None)
         return state
 
@@ -276,7 +303,13 @@ class Group(torch.nn.Module):
         return fx.GraphModule(torch.nn.Module(), graph)
 
 
+def digest(builder) -> str:
+    """What a graph computes, whatever its names, and the package that plans it."""
+    # `cached` needs parts of PyTorch that groups alone do not.
+    from .cached import stamp
 
+    text = _NAMES.sub("", builder.text())
+    return hashlib.sha256(f"{stamp()}\n{text}".encode()).hexdigest()
 
 
 def _copy_size(graph: fx.Graph, copies, sizes, node: fx.Node) -> fx.Node:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import fx
 
 from .sizes import Unsupported, text
 from .sums import mean_over
@@ -178,15 +179,55 @@ def group_norm(w, node, a, weight, bias, n, c, hw, groups, eps):
 
 
 def _targets(w: Writer, node, a: Value, target: Value, weight, ignore: int):
-    """The targets and the numbers of the classes, as integers beside the rows of `a`."""
+    """The targets; beside the rows of `a`, the targets that are classes (others -1) and the numbers of the classes, in 32 bits: wider numbers
+    would make kernels read fewer elements at once."""
     if weight is not None or a.rank not in (1, 2):
         raise Unsupported("the gradient of a loss of classes with weights, or over more axes")
     w.lookup(target, a.shape[-1], ignore)
     shape = ",".join(text(s) for s in a.shape)
-    classes = w.op(f"iota axis={a.rank - 1}", dtype=torch.int64, result=f"i64[{shape}]")
+    classes = w.op(f"iota axis={a.rank - 1}", dtype=torch.int32, result=f"i32[{shape}]")
     wide_target = w.cast(target, torch.int64)
-    column = w.reshape(wide_target, [*target.shape, 1])
-    return wide_target, column, classes
+    size = w.number(a.shape[-1], torch.int64)
+    known = w.map("i32(where({a} < 0, -1, where({a} >= {b}, -1, {a})))", wide_target, size, dtype=torch.int32)
+    return wide_target, w.reshape(known, [*target.shape, 1]), classes
+
+
+# What leaves its result in memory, whoever reads it.
+STORED = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+
+
+def _looked_up(w: Writer, node, a: Value, column: Value) -> Value | None:
+    """The logarithms at the targets, of logits that lie in memory: looked up there and made probabilities as all of the row is (`losses`), so
+    that no row is compared with its target. None where the logits are computed on the way."""
+    logits, steps, rows = node.args[0], [], (a.shape[0], 1)
+    while isinstance(logits, fx.Node) and logits.op == "call_function":
+        held = logits.meta["val"]
+        if logits.target is aten._to_copy.default and held.dtype.is_floating_point:
+            steps.append(held.dtype)
+        elif logits.target is aten.sub.Tensor and not logits.kwargs and isinstance(logits.args[1], fx.Node):
+            lost = w.values.get(logits.args[1])
+            if not isinstance(lost, Value) or lost.shape != rows or lost.dtype != held.dtype:
+                return None
+            steps.append(lost)
+        elif logits.target not in VIEWS:
+            break
+        logits = logits.args[0]
+    lies = isinstance(logits, fx.Node) and (logits.op == "placeholder" or logits.target in STORED)
+    value = w.values.get(logits) if lies else None
+    if not isinstance(value, Value):
+        return None
+    size, row = text(a.shape[1]), text(a.shape[0])
+    step = w.reshape(w.op(f"dims [{size}]", dtype=torch.int64), [])
+    count = w.op("iota axis=0", dtype=torch.int64, result=f"i64[{row},1]")
+    at = w.map("{a} * {b} + where({c} < 0, 0, i64({c}))", count, step, column, dtype=torch.int64)
+    found = w.op("gather axis=0", w.op(f"reshape [({row})*({size})]", value), at)
+    for step in reversed(steps):
+        if isinstance(step, Value):
+            found = w.map("{a} - {b}", w.cast(found, step.dtype), step, dtype=step.dtype)
+        else:
+            found = w.cast(found, step)
+    return w.reshape(found, [a.shape[0]])
 
 
 @rule(aten.nll_loss_forward.default)
@@ -194,8 +235,11 @@ def nll_loss(w, node, a, target, weight, reduction, ignore):
     """Minus the logarithms at the targets; targets that are no class give NaN where nobody can look at them before."""
     result, score = node.meta["val"][0].dtype, wide(a.dtype)
     target, column, classes = _targets(w, node, a, target, weight, ignore)
-    at_target = w.map("where({a} == {b}, {c}, 0)", classes, column, w.cast(a, score), dtype=score)
-    picked = w.reduce("sum", Value(at_target.number, score, a.shape), [a.rank - 1], False)
+    picked = _looked_up(w, node, a, column) if w.device == "cuda" and a.rank == 2 else None
+    if picked is None:
+        at_target = w.map("where({a} == {b}, {c}, 0)", classes, column, w.cast(a, score), dtype=score)
+        picked = w.reduce("sum", Value(at_target.number, score, a.shape), [a.rank - 1], False)
+    picked = w.cast(picked, score)
     size = w.number(a.shape[-1], torch.int64)
     name = dtype_name(score)
     inside = f"where({{a}} < 0, {name}(nan), where({{a}} >= {{c}}, {name}(nan), -{{b}}))"
@@ -213,11 +257,10 @@ def nll_loss(w, node, a, target, weight, reduction, ignore):
 @rule(aten.nll_loss_backward.default)
 def nll_loss_backward(w, node, grad, a, target, weight, reduction, ignore, total):
     result, score = node.meta["val"].dtype, wide(a.dtype)
-    _, column, classes = _targets(w, node, a, target, weight, ignore)
+    target, column, classes = _targets(w, node, a, target, weight, ignore)
     grad = w.cast(grad, score)
     if reduction == 1:
         grad = w.map("{a} / {b}", grad, w.cast(total, score), dtype=score)
-    if reduction == 0:
-        grad = w.reshape(grad, [*grad.shape, 1])
-    chosen = f"where({{b}} == {ignore}, 0, where({{a}} == {{b}}, -{{c}}, 0))"
-    return w.cast(w.map(chosen, classes, column, grad, dtype=score), result)
+    of_row = w.map(f"where({{a}} == {ignore}, 0, -{{b}})", target, grad, dtype=score)
+    of_row = w.reshape(of_row, [*target.shape, 1])
+    return w.cast(w.map("where({a} == {b}, {c}, 0)", classes, column, of_row, dtype=score), result)

@@ -5,7 +5,8 @@ several times what its logits take. Taken apart, what is kept are the logits as 
 kernel that reads the logits.
 
 The gradient needs the sum of each row's gradient, which is zero but for the target: `sum_picked` writes that as the one number that it is, so
-that no row is walked for it.
+that no row is walked for it. Columns are counted in 32 bits: a kernel has no more elements at once than its widest vector allows, and one of 64 bits
+would make it read two logits at a time.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def nll_loss_backward(gradient, x, target, weight, reduction, ignore_index, tota
     gradient = gradient.reshape(-1, 1) if reduction == 0 else gradient.reshape(1, 1)
     target = target.reshape(-1, 1)
     of_row = torch.where(target != ignore_index, -gradient, 0.0)
-    classes = torch.arange(x.shape[1], dtype=target.dtype, device=x.device)
-    return torch.where(classes == target, of_row, 0.0).to(x.dtype)
+    # What is no position of 32 bits is none at all.
+    here = torch.where((target >= 0) & (target < x.shape[1]), target, -1).to(torch.int32)
+    classes = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    return torch.where(classes == here, of_row, 0.0).to(x.dtype)
 
 
 DECOMPOSITIONS = {aten._log_softmax.default: log_softmax, aten.nll_loss_backward.default: nll_loss_backward}

@@ -7,13 +7,14 @@ use super::module::Function;
 use super::stream::Stream;
 use super::tensor_map::TensorMap;
 use cudarc::driver::sys;
+use serde::{Deserialize, Serialize};
 use std::ffi::{c_int, c_void};
 use std::fmt;
 use std::ptr::null_mut;
 use tilewright_base::{Error, Result};
 
 /// How many blocks of how many threads, and with what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LaunchShape {
     /// Blocks.
     pub grid: [u32; 3],
@@ -351,6 +352,16 @@ impl PreparedLaunch {
     /// The kernel.
     pub fn function(&self) -> &Function {
         &self.function
+    }
+
+    /// The bytes of each argument, as they are now.
+    pub fn args(&self) -> Vec<&[u8]> {
+        let of = |(pointer, len): (&*mut c_void, &usize)| {
+            // SAFETY: where the argument starts in the block, which this value owns, and as many bytes as the parameter has
+            // (`prepare` made the block long enough for all).
+            unsafe { std::slice::from_raw_parts(pointer.cast::<u8>(), *len) }
+        };
+        self.pointers.iter().zip(&self.lengths).map(of).collect()
     }
 
     /// Bytes of the packed arguments, with the gaps that alignment leaves.

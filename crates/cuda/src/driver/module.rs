@@ -235,6 +235,11 @@ impl Function {
         self.module.gpu()
     }
 
+    /// The compilation that it comes from; none for machine code of another origin.
+    pub fn compiled(&self) -> Option<&Compiled> {
+        self.module.0.compiled.as_ref()
+    }
+
     /// What it takes.
     pub fn attributes(&self) -> Result<FunctionAttributes> {
         use sys::CUfunction_attribute as A;

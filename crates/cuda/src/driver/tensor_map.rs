@@ -23,11 +23,12 @@
 
 use super::device::Gpu;
 use cudarc::driver::sys;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use tilewright_base::{DType, Error, Result};
 
 /// An element as the accelerator knows it. Types of 8 bits are bytes to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names are the documentation")]
 pub enum MapElement {
     U8,
@@ -93,7 +94,7 @@ impl MapElement {
 
 /// How 16-byte pieces are permuted in shared memory, so that columns meet no bank conflicts. The
 /// number is the span, in bytes, that is permuted: the inner side of a box is no longer than it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names are the documentation")]
 pub enum Swizzle {
     #[default]
@@ -116,7 +117,7 @@ impl Swizzle {
 }
 
 /// How much of the second-level cache's line is fetched at least.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names are the documentation")]
 pub enum L2Promotion {
     #[default]
@@ -127,7 +128,7 @@ pub enum L2Promotion {
 }
 
 /// What a box has where it reaches over the array's end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub enum OobFill {
     /// Zero.
     #[default]
@@ -137,7 +138,7 @@ pub enum OobFill {
 }
 
 /// What a [`TensorMap`] says.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TensorMapSpec {
     /// The elements.
     pub element: MapElement,
@@ -164,7 +165,7 @@ pub struct TensorMapSpec {
 /// Where a window may stand (the accelerator's im2col mode). The array has four dimensions: channels, columns, rows,
 /// images. A box is `box_sizes[0]` channels of `box_sizes[1]` windows (the other box sizes are 1), one after another along
 /// columns, rows and images; `element_strides` are the steps of windows. Corners are `[column, row]`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WindowBox {
     /// The first place of a window's first pixel, from the image's first pixel.
     pub lower: [i32; 2],
