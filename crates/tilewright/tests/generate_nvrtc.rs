@@ -1,4 +1,5 @@
-//! The device programs of a decoding step compile for Hopper, without spilling: heads of 64 and 128, one row and eight.
+//! The device programs of a decoding step compile for Hopper, without spilling: heads of 64 and 128, one row and eight, launch
+//! by launch and as one launch.
 //!
 //! Compiled kernels are kept below `target`. Without NVRTC the test says so and passes, unless
 //! `TILEWRIGHT_REQUIRE_NVRTC=1`.
@@ -40,6 +41,7 @@ fn every_program_of_a_step_compiles() {
         }
     };
     let mut sources = BTreeMap::new();
+    let mut streamed = Vec::new();
     let all = Sampling { temperature: 1.0, top_k: Some(5), top_p: Some(0.5) };
     for (name, hidden, inner, width) in
         [("decoder_64", 1024, 2816, 64), ("decoder_128", 2048, 5632, 128)]
@@ -54,6 +56,8 @@ fn every_program_of_a_step_compiles() {
                 random_weights: Some(1),
             };
             let plan = GpuGeneratorPlan::open(&folder, Gpu::h200(), &options).unwrap();
+            let step = plan.plan().streamed.as_ref().expect("a step as one launch");
+            streamed.push((format!("{name} {batch}: one launch"), step.request(Arch::SM_90A, 132)));
             for step in plan.plan().token.iter().chain(&plan.plan().chunk) {
                 let source = emit(&step.program).unwrap();
                 let label = format!("{name} {batch}: {}", step.label);
@@ -79,6 +83,20 @@ fn every_program_of_a_step_compiles() {
             }
         }
     }
-    println!("{} programs", requests.len());
+    let requests_of = streamed.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>();
+    for (result, (label, _)) in nvrtc.compile_all(&requests_of, threads).into_iter().zip(&streamed)
+    {
+        match result {
+            Err(error) => failed.push(format!("{label}: {error} {:?}", error.notes())),
+            Ok(compiled) => {
+                let found = compiled.resources("decode_streamed").expect("its resources");
+                println!("{label}: {} registers, {}", found.registers, found.stack_bytes);
+                if found.spill_store_bytes + found.stack_bytes > 0 {
+                    failed.push(format!("{label} spills {} bytes", found.spill_store_bytes));
+                }
+            }
+        }
+    }
+    println!("{} programs", requests.len() + requests_of.len());
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
