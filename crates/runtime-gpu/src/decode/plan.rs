@@ -131,7 +131,7 @@ pub struct DecodePlan {
 pub(super) struct Layer {
     pub(super) input_norm: Vec<usize>,
     pub(super) qkv: usize,
-    qkv_bias: Option<usize>,
+    pub(super) qkv_bias: Option<usize>,
     head_norms: Option<usize>,
     /// Which of the kinds of attention.
     attention: usize,

@@ -14,7 +14,10 @@
 //
 // Numbers of the model come as definitions: TW_ROWS sequences, TW_POSITIONS in the cache, TW_HIDDEN, TW_INNER, TW_LAYERS,
 // TW_HEADS, TW_KV_HEADS, TW_WIDTH of a head, TW_VOCABULARY, TW_PARTS of attention, TW_EPS, TW_SCALE (with log2 e),
-// TW_GAIN_F32 (gains of norms are f32, else bfloat16). TW_BLOCKS: of the launch, all of which run at once.
+// TW_GAIN_F32 (gains of norms are f32, else bfloat16), TW_SPLIT (products may be cut along the depth, so that a block reads few
+// of many vectors). TW_BLOCKS: of the launch, all of which run at once.
+
+#define TW_INLINE __device__ __forceinline__
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -41,14 +44,22 @@ constexpr int SCRATCH = SUMS > MERGE ? SUMS : MERGE;
 // What products do at their ends.
 enum Kind { QKV, OUT, GATE_UP, DOWN, HEAD };
 
-// A product: lines `unit / per * jump + unit % per * 8` and the seven behind them, of two planes. The first unit is of block `first`.
+// A product: lines `group / per * jump + group % per * 8` and the seven behind them, of two planes. A unit is a group in one of `parts`
+// of the depth, parts innermost: a block mostly keeps to one of them. The first unit is of block `first`.
 struct Product {
   const u16 *w0, *w1;
-  int depth, units, per, jump, first, kind, layer, rest;
+  int depth, units, per, jump, first, kind, layer, parts;
+  TW_INLINE int group(int unit) const { return TW_SPLIT ? unit / parts : unit; }
+  // Where the pieces of a unit begin, and how many there are.
+  TW_INLINE int begin(int unit) const { return TW_SPLIT ? unit % parts * pieces() : 0; }
+  TW_INLINE int pieces() const { return TW_SPLIT ? depth / parts / COLS : depth / COLS; }
 };
 struct Layer {
   u16 *keys, *values;
   const Gain *post, *next;
+  // Of queries, keys and values, or none; positions that a token sees, its own included.
+  const u16* bias;
+  i64 window;
 };
 struct Step {
   const Product* products;
@@ -60,11 +71,11 @@ struct Step {
   float* x;
   u16 *hi, *lo, *inner_hi, *inner_lo, *mixed_hi, *mixed_lo;
   float *q, *parts, *maxima, *sums, *squares, *logits;
-  // Zeros between launches: one a head, and one a meeting (128 bytes apart).
-  u32 *arrived, *met;
+  // Sums of parts of the depth, 16 bytes of each thread of a warp a unit and eight sequences.
+  float4* partial;
+  // Zeros between launches: one a head, one a group of lines, and one a meeting (128 bytes apart).
+  u32 *arrived, *counted, *met;
 };
-
-#define TW_INLINE __device__ __forceinline__
 
 TW_INLINE u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 TW_INLINE float wide(u16 x) { return __uint_as_float((u32)x << 16); }
@@ -112,27 +123,29 @@ TW_INLINE void wait_for(u32 barrier, u32 parity) {
 struct Walk {
   const Product* products;
   const u16* source;
-  int product, unit, piece, depth, units;
+  int product, unit, piece, end, depth, units;
 
-  TW_INLINE void line(int lane) {
+  TW_INLINE void line(int warp, int lane) {
     const Product& p = products[product];
-    const int first = unit / p.per * p.jump + unit % p.per * 8;
+    const int group = p.group(unit), first = group / p.per * p.jump + group % p.per * 8;
+    piece = p.begin(unit) + warp, end = p.begin(unit) + p.pieces();
     source = (lane < 8 ? p.w0 : p.w1) + (i64)(first + (lane & 7)) * depth;
   }
+  // The first unit from here on of which this warp has a piece.
   TW_INLINE void settle(int warp, int lane) {
-    while (unit >= units || piece * COLS >= depth) {
+    while (unit >= units) {
       if (++product >= PRODUCTS) return;
       const Product& p = products[product];
-      depth = p.depth, units = p.units, piece = warp;
+      depth = p.depth, units = p.pieces() > warp ? p.units : 0;
       unit = (int)blockIdx.x - p.first;
       if (unit < 0) unit += TW_BLOCKS;
     }
-    line(lane);
+    line(warp, lane);
   }
   TW_INLINE void next(int warp, int lane) {
     piece += WARPS;
-    if (piece * COLS < depth) return;
-    piece = warp, unit += TW_BLOCKS;
+    if (piece < end) return;
+    unit += TW_BLOCKS;
     settle(warp, lane);
   }
   // Sixteen threads ask for a line each.
@@ -170,10 +183,11 @@ TW_INLINE void meet(const Step& s, int meeting) {
 // Heads of queries, cut into parts of the cache; whoever is last with a head combines its parts.
 TW_INLINE void attend(const Step& s, const Layer& layer, float* scratch, u32* last, int position) {
   const int sub = threadIdx.x % ALONG, group = threadIdx.x / ALONG, d = threadIdx.x;
-  const int seen = position + 1, length = (seen + TW_PARTS - 1) / TW_PARTS;
+  const int seen = position + 1, first = (int)max((i64)0, seen - layer.window);
+  const int length = (seen - first + TW_PARTS - 1) / TW_PARTS;
   for (int item = blockIdx.x; item < TW_ROWS * TW_HEADS * TW_PARTS; item += TW_BLOCKS) {
     const int part = item % TW_PARTS, whole = item / TW_PARTS, head = whole % TW_HEADS, row = whole / TW_HEADS;
-    const int begin = part * length, end = min(seen, begin + length);
+    const int begin = first + part * length, end = min(seen, begin + length);
     const i64 cache = ((i64)row * TW_KV_HEADS + head / (TW_HEADS / TW_KV_HEADS)) * TW_POSITIONS * TW_WIDTH + sub * 8;
     float q[8], sum[8], most = NOTHING, all = 0;
 #pragma unroll
@@ -325,6 +339,10 @@ TW_INLINE void finish(const Step& s, const Product& p, const Layer& layer, int u
     a *= roots[n], b *= roots[n];
     if (p.kind == QKV) {
       const int head = unit / p.per, i = unit % p.per * 8 + g;
+      if (layer.bias) {
+        const u16* bias = layer.bias + head * TW_WIDTH + i;
+        a += wide(bias[0]), b += wide(bias[TW_WIDTH / 2]);
+      }
       if (head < TW_HEADS + TW_KV_HEADS) {
         const float c = s.cosines[(i64)position * (TW_WIDTH / 2) + i], si = s.sines[(i64)position * (TW_WIDTH / 2) + i];
         const float turned = a * c - b * si;
@@ -365,11 +383,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_streamed(const _
   }
   __syncthreads();
   const u32 ring = shared(smem) + warp * SLOTS * SLOT, barriers = shared(full + warp * SLOTS);
-  Walk walk = {s.products, nullptr, -1, 0, 0, 0, 0};
+  Walk walk = {s.products, nullptr, -1, 0, 0, 0, 0, 0};
   walk.settle(warp, lane);
   for (int i = 0; i < SLOTS; ++i) walk.fetch(ring + i * SLOT, barriers + 8 * i, warp, lane);
-  u32 slot = 0, parity = 0, turn = 0;
-  int meeting = 0;
+  u32 slot = 0, parity = 0;
+  int meeting = 0, turn = 0;
   const int position = *s.at;
   embed(s, warp, lane);
   meet(s, meeting++);
@@ -388,11 +406,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_streamed(const _
         if (lane == 0) roots[n] = rsqrtf(v / TW_HIDDEN + TW_EPS);
       }
     uint4 vh[TILES][8], vl[TILES][8];
-    int have = -1, unit = (int)blockIdx.x - p.first;
-    if (unit < 0) unit += TW_BLOCKS;
-    for (; unit < p.units; unit += TW_BLOCKS) {
+    int have = -1, begin = (int)blockIdx.x - p.first;
+    if (begin < 0) begin += TW_BLOCKS;
+    const int before = turn;
+    for (int unit = begin; unit < p.units; unit += TW_BLOCKS) {
       float ch[TILES][4] = {}, cl[TILES][4] = {};
-      for (int piece = warp; piece * COLS < p.depth; piece += WARPS) {
+      const int end = p.begin(unit) + p.pieces();
+      for (int piece = p.begin(unit) + warp; piece < end; piece += WARPS) {
         if (piece != have) {
           have = piece;
 #pragma unroll
@@ -441,9 +461,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_streamed(const _
           const float4 v = sums[i * THREADS + w * 32 + lane];
           y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
         }
-        finish(s, p, layer, unit, 8 * i + 2 * t, y, roots, position);
+        if (TW_SPLIT && p.parts > 1)
+          __stcg(s.partial + (unit * TILES + i) * 32 + lane, make_float4(y[0], y[1], y[2], y[3]));
+        else
+          finish(s, p, layer, p.group(unit), 8 * i + 2 * t, y, roots, position);
       }
     }
+#if TW_SPLIT
+    // Whoever is last with a group adds up its parts, in their order.
+    if (p.parts > 1) {
+      __threadfence();
+      __syncwarp();
+      for (int u = begin, k = before; u < p.units; u += TW_BLOCKS, ++k) {
+        if (warp != k % WARPS) continue;
+        const int group = p.group(u);
+        u32 there = 0;
+        if (lane == 0) there = atomicAdd(s.counted + group, 1);
+        if (__shfl_sync(~0u, there, 0) + 1 != p.parts) continue;
+        if (lane == 0) s.counted[group] = 0;
+        __threadfence();
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+          float y[4] = {};
+          for (int part = 0; part < p.parts; ++part) {
+            const float4 v = __ldcg(s.partial + ((group * p.parts + part) * TILES + i) * 32 + lane);
+            y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
+          }
+          finish(s, p, layer, group, 8 * i + 2 * t, y, roots, position);
+        }
+      }
+    }
+#endif
     if (p.kind == HEAD) break;
     meet(s, meeting++);
     if (p.kind == QKV) {

@@ -26,6 +26,10 @@ const RING: i64 = 8 * 3 * 8 * (4 * COLS + 64);
 const MOST_POSITIONS: i64 = 8192;
 /// Parts of a head at most.
 const MOST_PARTS: i64 = 16;
+/// From so many sequences on products are cut along the depth: a block reads few of their vectors then.
+const SPLIT_FROM: i64 = 4;
+/// Pieces of the depth that the warps of a block have at a time.
+const WARPS: i64 = 8;
 /// Blocks that attention should have at least, if parts of heads make as many.
 const ENOUGH: i64 = 100;
 
@@ -35,12 +39,11 @@ pub struct Streamed {
     /// Numbers of the model, by their names in the text.
     definitions: Vec<(&'static str, String)>,
     products: Vec<Product>,
-    /// Keys, values, the gains of the norm behind attention and of the one behind the layer: regions.
-    layers: Vec<[usize; 4]>,
+    layers: Vec<Places>,
     /// Regions in the order of the text's `Step`, from the table on.
     pointers: Vec<usize>,
     /// Regions that are zero between launches.
-    zeros: [usize; 2],
+    zeros: [usize; 3],
     /// Shared memory of a block, in bytes.
     smem: u32,
     /// Launches of the plan that it stands in for.
@@ -52,11 +55,24 @@ pub struct Streamed {
 struct Product {
     planes: [(usize, i64); 2],
     depth: i64,
-    units: i64,
+    /// Parts of the depth, each a unit of a group of 16 lines.
+    parts: i64,
+    groups: i64,
     per: i64,
     jump: i64,
     kind: i32,
     layer: usize,
+}
+
+/// What a layer has besides matrices.
+#[derive(Debug)]
+struct Places {
+    /// Keys, values, the gains of the norm behind attention and of the one behind the layer: regions.
+    regions: [usize; 4],
+    /// Of queries, keys and values: a region.
+    bias: Option<usize>,
+    /// Positions that a token sees, its own included.
+    window: i64,
 }
 
 /// Regions that a plan has anyway.
@@ -76,8 +92,17 @@ pub(super) struct Known<'a> {
 /// Memory: name, elements, type.
 pub(super) type Memory<'a> = dyn FnMut(&str, i64, DType) -> Result<usize> + 'a;
 
+/// Parts of a depth, each of as many pieces as a block has warps, or nearly.
+fn cut(depth: i64, batch: i64) -> i64 {
+    let pieces = depth / COLS;
+    if batch < SPLIT_FROM || pieces <= WARPS {
+        return 1;
+    }
+    (WARPS - 1..=WARPS).rev().find(|n| pieces % n == 0).map_or(1, |n| pieces / n)
+}
+
 impl Streamed {
-    /// Whether it takes the decoder: weights of 16 bits in bfloat16, RMS norms, gates with SiLU, no biases, no norms of heads, no windows, sizes
+    /// Whether it takes the decoder: weights of 16 bits in bfloat16, RMS norms, gates with SiLU, no biases but those of queries, keys and values, no norms of heads, sizes
     /// that its units divide, and a GPU on which it was measured.
     fn takes(
         d: &Decoder,
@@ -88,10 +113,8 @@ impl Streamed {
         let plain = d.layers.iter().all(|l| {
             let biases = [&l.o_bias, &l.gate_bias, &l.up_bias, &l.down_bias];
             l.gate.is_some()
-                && l.qkv_bias.is_empty()
                 && l.head_norms.is_empty()
                 && biases.iter().all(|b| b.is_none())
-                && l.window.is_none_or(|w| w >= positions)
                 && Some(l.scale) == d.layers.first().map(|l| l.scale)
         });
         let depths = [d.hidden, d.inner, d.heads * d.width];
@@ -140,10 +163,15 @@ impl Streamed {
             let (Some(gate), Some(&post)) = (l.gate, l.post_norm.first()) else { return Ok(None) };
             let next = known.layers.get(i + 1).map_or(Some(&known.norm), |l| l.input_norm.first());
             let Some(&next) = next else { return Ok(None) };
-            layers.push([l.keys, l.values, post, next]);
+            layers.push(Places {
+                regions: [l.keys, l.values, post, next],
+                bias: l.qkv_bias,
+                window: d.layers.get(i).and_then(|l| l.window).unwrap_or(i64::from(i32::MAX)),
+            });
             let heads = d.heads + 2 * d.kv_heads;
-            let mut add = |planes, depth, units, per, jump, kind| {
-                products.push(Product { planes, depth, units, per, jump, kind, layer: i });
+            let mut add = |planes, depth, groups, per, jump, kind| {
+                let parts = cut(depth, batch);
+                products.push(Product { planes, depth, parts, groups, per, jump, kind, layer: i });
             };
             // The two halves of a head side by side, then whole lines, then gates beside what they multiply.
             let qkv = [(l.qkv, 0), (l.qkv, half)];
@@ -155,7 +183,8 @@ impl Streamed {
         products.push(Product {
             planes: [(known.head, 0), (known.head, 8)],
             depth: d.hidden,
-            units: d.vocabulary / 16,
+            parts: cut(d.hidden, batch),
+            groups: d.vocabulary / 16,
             per: 1,
             jump: 16,
             kind: 4,
@@ -170,14 +199,21 @@ impl Streamed {
         let inner = pair("inner vectors", d.inner)?;
         let mixed = pair("mixed vectors", d.heads * d.width)?;
         let all = batch * d.heads * parts;
+        let tiles = (batch + 7) / 8;
+        let split = products.iter().any(|p| p.parts > 1);
+        let groups = products.iter().filter(|p| p.parts > 1).map(|p| p.groups).max().unwrap_or(1);
+        let units = products.iter().filter(|p| p.parts > 1).map(|p| p.groups * p.parts).max();
+        let partial = units.unwrap_or(1) * tiles * 32 * 4;
         let own = [
             memory("parts of a head", all * d.width, f32s)?,
             memory("their maxima", all, f32s)?,
             memory("their sums", all, f32s)?,
             memory("squares", batch * d.hidden / 16, f32s)?,
         ];
+        let partial = memory("sums of parts of the depth", partial, f32s)?;
         let zeros = [
             memory("parts that are there", batch * d.heads, DType::I32)?,
+            memory("parts of the depth that are there", groups, DType::I32)?,
             memory("meetings", 32 * (5 * count + 1), DType::I32)?,
         ];
         let first = known.layers.first().and_then(|l| l.input_norm.first()).copied();
@@ -190,7 +226,7 @@ impl Streamed {
             &mixed,
             &[known.q],
             &own,
-            &[known.logits],
+            &[known.logits, partial],
             &zeros,
         ]
         .concat();
@@ -211,9 +247,9 @@ impl Streamed {
             ("TW_EPS", float(d.eps)),
             ("TW_SCALE", float(scale)),
             ("TW_GAIN_F32", number(i64::from(types.1 == f32s))),
+            ("TW_SPLIT", number(i64::from(split))),
         ];
         // As the text lays it out: slots, sums or parts of attention, a barrier a slot, roots, a flag.
-        let tiles = (batch + 7) / 8;
         let threads = i64::from(THREADS);
         let merged = threads / (d.width / 8) * (d.width + 2);
         let smem = RING + 4 * (2 * threads * 4 * tiles).max(merged) + 8 * 3 * 8 + 32 * tiles + 16;
@@ -237,7 +273,7 @@ impl Streamed {
     }
 
     /// Regions that must be zero before the first launch.
-    pub(super) fn zeros(&self) -> [usize; 2] {
+    pub(super) fn zeros(&self) -> [usize; 3] {
         self.zeros
     }
 
@@ -264,19 +300,22 @@ impl Streamed {
                 let place = address(region) + (line * p.depth).unsigned_abs() * size;
                 tables.extend(place.to_le_bytes());
             }
-            let numbers = [p.depth, p.units, p.per, p.jump, first, i64::from(p.kind)];
-            for n in numbers.into_iter().chain([p.layer as i64, 0]) {
+            let units = p.groups * p.parts;
+            let numbers = [p.depth, units, p.per, p.jump, first, i64::from(p.kind)];
+            for n in numbers.into_iter().chain([p.layer as i64, p.parts]) {
                 let n = i32::try_from(n).map_err(|_| Error::unsupported("a size above 2^31"))?;
                 tables.extend(n.to_le_bytes());
             }
             // Lines go around the blocks, across products.
-            first = (first + p.units) % i64::from(blocks);
+            first = (first + units) % i64::from(blocks);
         }
         let layers_at = tables.len() as u64;
         for layer in &self.layers {
-            for region in layer {
-                tables.extend(address(*region).to_le_bytes());
+            for region in layer.regions {
+                tables.extend(address(region).to_le_bytes());
             }
+            tables.extend(layer.bias.map_or(0, address).to_le_bytes());
+            tables.extend(layer.window.to_le_bytes());
         }
         let tables = stream.upload(&tables)?;
         let mut bytes = Vec::new();
@@ -380,12 +419,13 @@ mod tests {
 
     #[test]
     fn products_read_every_line_of_every_matrix_once() {
-        let plan = plan(&decoder(), 1, 64).unwrap();
+        let plan = plan(&decoder(), 8, 64).unwrap();
         let streamed = plan.streamed.as_ref().unwrap();
         let mut read: std::collections::BTreeMap<usize, Vec<i64>> = Default::default();
         for p in &streamed.products {
-            for unit in 0..p.units {
-                let first = unit / p.per * p.jump + unit % p.per * 8;
+            assert_eq!(p.depth % (p.parts * COLS), 0);
+            for group in 0..p.groups {
+                let first = group / p.per * p.jump + group % p.per * 8;
                 for (region, line) in p.planes {
                     read.entry(region).or_default().extend((0..8).map(|r| line + first + r));
                 }
@@ -404,11 +444,18 @@ mod tests {
     }
 
     #[test]
+    fn depths_are_cut_for_several_sequences() {
+        let cuts = |batch| [256, 2048, 4096, 8192, 14336, 11008, 5376].map(|d| cut(d, batch));
+        assert_eq!(cuts(1), [1; 7]);
+        assert_eq!(cuts(8), [1, 1, 2, 4, 7, 1, 3]);
+    }
+
+    #[test]
     fn halves_of_a_head_are_side_by_side() {
         let plan = plan(&decoder(), 1, 64).unwrap();
         let qkv = &plan.streamed.as_ref().unwrap().products[0];
         assert_eq!((qkv.planes[0].1, qkv.planes[1].1), (0, 32));
-        // Unit 5: the second eight pairs of the second head.
+        // Group 5: the second eight pairs of the second head.
         assert_eq!(5 / qkv.per * qkv.jump + 5 % qkv.per * 8, 64 + 8);
     }
 
@@ -420,8 +467,12 @@ mod tests {
             plan(&d, batch, positions).unwrap().streamed.is_some()
         };
         assert!(takes(&|_| {}, 8, 4096) && takes(&|_| {}, 16, 64));
-        assert!(takes(&|d| d.layers[0].window = Some(64), 1, 64));
-        assert!(!takes(&|d| d.layers[0].window = Some(63), 1, 64));
+        assert!(takes(&|d| d.layers[0].window = Some(63), 1, 64));
+        let gains = || Tensor::from_f64s(DType::BF16, &[64], &[1.0; 64]).unwrap();
+        let norms = |d: &mut Decoder| {
+            d.layers.iter_mut().for_each(|l| l.head_norms = vec![gains(), gains()]);
+        };
+        assert!(!takes(&norms, 1, 64));
         assert!(!takes(&|d| d.act = "{ x -> gelu(x) }".into(), 1, 64));
         assert!(!takes(&|d| d.layers[1].scale = 0.5, 1, 64));
         let bias = || Some(Tensor::from_f64s(DType::BF16, &[256], &[0.0; 256]).unwrap());
