@@ -3,14 +3,14 @@
 //
 //   embed | per layer: qkv | attention | o | gate_up | down | head          (| : all blocks meet)
 //
-// Each warp has a ring of slots of its own, 16 lines of a matrix by 256 columns each, filled by the copy engine. What it reads
-// next depends on sizes alone, so a slot is filled anew as soon as it was read, in the order of all products of the step: while
-// blocks wait for each other, or attend, the weights of what follows arrive. Lines go around the blocks across products, so
-// that every block has the same share in the end.
+// One warp asks for weights, by the copy engine: a slot is 16 lines of a matrix by 2048 columns. What comes next depends on sizes
+// alone, so a slot is filled anew as soon as it was read, in the order of all products of the step: while blocks wait for each
+// other, or attend, the weights of what follows arrive. Lines go around the blocks across products, so that every block has the
+// same share in the end. Eight warps multiply, each 256 columns of a slot: its lines are the rows of `mma.m16n8k16`, sequences are
+// the columns. Two more warps do in turns what comes behind the sums of 16 lines.
 //
-// A warp has every eighth 256 columns of the depth, and 16 lines at a time: they are the rows of `mma.m16n8k16`, sequences
-// are its columns. Vectors are f32 rounded to two bfloat16 each (17 bits), and multiplied one after the other. Sums of the
-// warps are added in the order of the warps, parts of attention in their order: results do not depend on who was first.
+// Vectors are f32 rounded to two bfloat16 each (17 bits), and multiplied one after the other. Sums of the warps are added in the
+// order of the warps, parts of attention and of the depth in their order: results do not depend on who was first.
 //
 // Numbers of the model come as definitions: TW_ROWS sequences, TW_POSITIONS in the cache, TW_HIDDEN, TW_INNER, TW_LAYERS,
 // TW_HEADS, TW_KV_HEADS, TW_WIDTH of a head, TW_VOCABULARY, TW_PARTS of attention, TW_EPS, TW_SCALE (with log2 e),
@@ -29,9 +29,9 @@ using Gain = float;
 using Gain = u16;
 #endif
 
-constexpr int WARPS = 8, THREADS = WARPS * 32, SLOTS = 3, COLS = 256;
+constexpr int WARPS = 8, THREADS = WARPS * 32, SLOTS = 3, COLS = 256, WIDE = WARPS * COLS;
 // Lines of a slot lie in pairs, so that the eight threads of an access find all banks.
-constexpr int PAIR = 4 * COLS + 64, SECOND = 2 * COLS + 64, SLOT = 8 * PAIR;
+constexpr int PAIR = 4 * WIDE + 64, SECOND = 2 * WIDE + 64, SLOT = 8 * PAIR;
 // Columns of a product of tensor cores: sequences, eight by eight.
 constexpr int TILES = (TW_ROWS + 7) / 8;
 constexpr int UNITS = TW_HIDDEN / 16, PRODUCTS = 4 * TW_LAYERS + 1;
@@ -39,6 +39,8 @@ constexpr int UNITS = TW_HIDDEN / 16, PRODUCTS = 4 * TW_LAYERS + 1;
 constexpr int ALONG = TW_WIDTH / 8, GROUPS = THREADS / ALONG, MERGED = TW_WIDTH + 2;
 constexpr int SUMS = 2 * THREADS * 4 * TILES, MERGE = GROUPS * MERGED;
 constexpr int SCRATCH = SUMS > MERGE ? SUMS : MERGE;
+// All warps: those that multiply, two that finish, one that fetches, one that does nothing (registers go by four warps).
+constexpr int ALL = THREADS + 128;
 #define NOTHING __int_as_float((int)0xff800000)
 
 // What products do at their ends.
@@ -73,7 +75,7 @@ struct Step {
   float *q, *parts, *maxima, *sums, *squares, *logits;
   // Sums of parts of the depth, 16 bytes of each thread of a warp a unit and eight sequences.
   float4* partial;
-  // Zeros between launches: one a head, one a group of lines, and one a meeting (128 bytes apart).
+  // Zeros at first: one a head, one a group of lines, one a meeting (128 bytes apart), and behind these the number of launches.
   u32 *arrived, *counted, *met;
 };
 
@@ -119,65 +121,80 @@ TW_INLINE void wait_for(u32 barrier, u32 parity) {
   __trap();
 }
 
-// The slots of a warp in the order in which it reads them; `source` is the line of this thread.
+// Meetings of some warps of a block: those that multiply, sums that are there, room for sums.
+TW_INLINE void together() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+template <int FIRST> TW_INLINE void wait_at(int which) {
+  asm volatile("bar.sync %0, %1;" ::"r"(FIRST + which), "n"(THREADS + 32) : "memory");
+}
+template <int FIRST> TW_INLINE void arrive_at(int which) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(FIRST + which), "n"(THREADS + 32) : "memory");
+}
+constexpr int FULL = 2, ROOM = 4;
+
+// The slots of a block in the order in which it reads them.
 struct Walk {
   const Product* products;
-  const u16* source;
-  int product, unit, piece, end, depth, units;
+  int product, unit, piece, end, units;
 
-  TW_INLINE void line(int warp, int lane) {
-    const Product& p = products[product];
-    const int group = p.group(unit), first = group / p.per * p.jump + group % p.per * 8;
-    piece = p.begin(unit) + warp, end = p.begin(unit) + p.pieces();
-    source = (lane < 8 ? p.w0 : p.w1) + (i64)(first + (lane & 7)) * depth;
-  }
-  // The first unit from here on of which this warp has a piece.
-  TW_INLINE void settle(int warp, int lane) {
+  TW_INLINE void settle() {
     while (unit >= units) {
       if (++product >= PRODUCTS) return;
       const Product& p = products[product];
-      depth = p.depth, units = p.pieces() > warp ? p.units : 0;
+      units = p.units;
       unit = (int)blockIdx.x - p.first;
       if (unit < 0) unit += TW_BLOCKS;
     }
-    line(warp, lane);
+    const Product& p = products[product];
+    piece = p.begin(unit), end = piece + p.pieces();
   }
-  TW_INLINE void next(int warp, int lane) {
+  TW_INLINE bool more() const { return product < PRODUCTS; }
+  TW_INLINE void next() {
     piece += WARPS;
     if (piece < end) return;
     unit += TW_BLOCKS;
-    settle(warp, lane);
-  }
-  // Sixteen threads ask for a line each.
-  TW_INLINE void fetch(u32 to, u32 barrier, int warp, int lane) {
-    if (product >= PRODUCTS) return;
-    if (lane == 0)
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(16 * COLS * 2) : "memory");
-    __syncwarp();
-    if (lane < 16)
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       to + lane / 2 * PAIR + lane % 2 * SECOND),
-                   "l"(source + piece * COLS), "n"(COLS * 2), "r"(barrier)
-                   : "memory");
-    next(warp, lane);
+    settle();
   }
 };
 
-// All blocks have come so far, and see what the others have written.
-TW_INLINE void meet(const Step& s, int meeting) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    u32* met = s.met + 32 * meeting;
-    __threadfence();
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(met) : "memory");
-    u32 i = 0, count = 0;
-    for (; i < PATIENCE && count < TW_BLOCKS; ++i)
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(met) : "memory");
-    if (i == PATIENCE) __trap();
-    // Nobody waits for the one before any more.
-    if (blockIdx.x == 0 && meeting > 0) s.met[32 * (meeting - 1)] = 0;
+// The warp that fetches: sixteen threads ask for a line each.
+TW_INLINE void fetch_all(const Product* products, u32 ring, u32 full, u32 room, int lane) {
+  Walk walk = {products, -1, 0, 0, 0, 0};
+  walk.settle();
+  u32 slot = 0, parity = 1;
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  for (; walk.more(); walk.next()) {
+    const Product& p = products[walk.product];
+    const int group = p.group(walk.unit), line = group / p.per * p.jump + group % p.per * 8 + (lane & 7);
+    const u32 bytes = min(walk.end - walk.piece, WARPS) * COLS * 2;
+    const u16* from = (lane < 8 ? p.w0 : p.w1) + (i64)line * p.depth + walk.piece * COLS;
+    wait_for(room + 8 * slot, parity);
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + 8 * slot), "r"(16 * bytes) : "memory");
+    __syncwarp();
+    if (lane < 16)
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+              ring + slot * SLOT + lane / 2 * PAIR + lane % 2 * SECOND),
+          "l"(from), "r"(bytes), "r"(full + 8 * slot), "l"(policy)
+          : "memory");
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
-  __syncthreads();
+}
+
+// A block has come to a meeting, or one of its two warps that finish has: what they have written is seen by all who wait for it.
+TW_INLINE void arrive(const Step& s, int meeting, u32 weight) {
+  __threadfence();
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(s.met + 32 * meeting), "r"(weight) : "memory");
+}
+// All blocks have come, in this launch.
+TW_INLINE void await(const Step& s, int meeting, u32 target) {
+  const u32* met = s.met + 32 * meeting;
+  u32 i = 0, count;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(met) : "memory");
+  } while ((int)(count - target) < 0 && ++i < PATIENCE);
+  if (i == PATIENCE) __trap();
 }
 
 // Heads of queries, cut into parts of the cache; whoever is last with a head combines its parts.
@@ -244,7 +261,7 @@ TW_INLINE void attend(const Step& s, const Layer& layer, float* scratch, u32* la
 #pragma unroll
     for (int i = 0; i < 8; ++i) mine[sub * 8 + i] = sum[i];
     if (sub == 0) mine[TW_WIDTH] = most, mine[TW_WIDTH + 1] = all;
-    __syncthreads();
+    together();
     float top = NOTHING, weight = 0, value = 0;
     if (d < TW_WIDTH) {
 #pragma unroll 8
@@ -263,13 +280,13 @@ TW_INLINE void attend(const Step& s, const Layer& layer, float* scratch, u32* la
       if (d == 0) __stcg(s.maxima + item, top), __stcg(s.sums + item, weight);
     }
     __threadfence();
-    __syncthreads();
+    together();
     if (d == 0) {
       const u32 before = atomicAdd(s.arrived + whole, 1);
       *last = before == TW_PARTS - 1;
       if (before == TW_PARTS - 1) s.arrived[whole] = 0;
     }
-    __syncthreads();
+    together();
     if (*last == 0) continue;
     __threadfence();
     if (d < TW_WIDTH) {
@@ -289,7 +306,7 @@ TW_INLINE void attend(const Step& s, const Layer& layer, float* scratch, u32* la
     }
 #endif
     if (d < TW_WIDTH) split(value / weight, s.mixed_hi + whole * TW_WIDTH + d, s.mixed_lo + whole * TW_WIDTH + d);
-    __syncthreads();
+    together();
   }
 }
 
@@ -309,172 +326,131 @@ TW_INLINE void embed(const Step& s, int warp, int lane) {
   }
 }
 
-// The end of a unit: `y` are the sums of its lines `g` and `g + 8` for sequences `n` and `n + 1`.
-TW_INLINE void finish(const Step& s, const Product& p, const Layer& layer, int unit, int n0, const float (&y)[4], const float* roots,
-                      int position) {
-  const int g = threadIdx.x % 32 / 4;
+// What the end of a unit reads, asked for before its sums are there.
+struct Ahead {
+  float x[TILES][2][2], a, b, c, d;
+  TW_INLINE void load(const Step& s, const Product& p, const Layer& layer, int group, int position, int g, int t) {
+    if (p.kind == QKV) {
+      const int head = group / p.per, i = group % p.per * 8 + g;
+      const bool turns = head < TW_HEADS + TW_KV_HEADS;
+      const u16* bias = layer.bias + head * TW_WIDTH + i;
+      a = turns ? s.cosines[(i64)position * (TW_WIDTH / 2) + i] : 1.0f;
+      b = turns ? s.sines[(i64)position * (TW_WIDTH / 2) + i] : 0.0f;
+      c = layer.bias ? wide(bias[0]) : 0.0f;
+      d = layer.bias ? wide(bias[TW_WIDTH / 2]) : 0.0f;
+    } else if (p.kind == OUT || p.kind == DOWN) {
+      const Gain* gain = (p.kind == OUT ? layer.post : layer.next) + 16 * group + g;
+      a = wide(gain[0]), b = wide(gain[8]);
+#pragma unroll
+      for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int n = 8 * i + 2 * t + j;
+          const float* from = s.x + (i64)n * TW_HIDDEN + 16 * group + g;
+          x[i][j][0] = n < TW_ROWS ? __ldcg(from) : 0.0f;
+          x[i][j][1] = n < TW_ROWS ? __ldcg(from + 8) : 0.0f;
+        }
+    }
+  }
+};
+
+// The end of a unit: `y` are the sums of its lines `g` and `g + 8` for sequences `2 t` and `2 t + 1` of tile `i`.
+TW_INLINE void finish(const Step& s, const Product& p, const Layer& layer, int group, int i, const float (&y)[4], const Ahead& ahead,
+                      const float* roots, int position, int g, int t) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const int n = n0 + j;
+    const int n = 8 * i + 2 * t + j;
     const bool there = n < TW_ROWS;
     float a = y[j], b = y[2 + j];
     if (p.kind == OUT || p.kind == DOWN) {
       // The residual, and what the next product reads: times the gain of its norm, the root of which comes at its end.
       float squares = 0;
       if (there) {
-        const i64 at = (i64)n * TW_HIDDEN + 16 * unit + g;
-        const Gain* gain = (p.kind == OUT ? layer.post : layer.next) + 16 * unit + g;
-        a += __ldcg(s.x + at), b += __ldcg(s.x + at + 8);
+        const i64 at = (i64)n * TW_HIDDEN + 16 * group + g;
+        a += ahead.x[i][j][0], b += ahead.x[i][j][1];
         __stcg(s.x + at, a), __stcg(s.x + at + 8, b);
-        split(a * wide(gain[0]), s.hi + at, s.lo + at);
-        split(b * wide(gain[8]), s.hi + at + 8, s.lo + at + 8);
+        split(a * ahead.a, s.hi + at, s.lo + at);
+        split(b * ahead.b, s.hi + at + 8, s.lo + at + 8);
         squares = a * a + b * b;
       }
 #pragma unroll
       for (int o = 4; o < 32; o *= 2) squares += __shfl_xor_sync(~0u, squares, o);
-      if (there && g == 0) __stcg(s.squares + n * UNITS + unit, squares);
+      if (there && g == 0) __stcg(s.squares + n * UNITS + group, squares);
       continue;
     }
     if (!there) continue;
     a *= roots[n], b *= roots[n];
     if (p.kind == QKV) {
-      const int head = unit / p.per, i = unit % p.per * 8 + g;
-      if (layer.bias) {
-        const u16* bias = layer.bias + head * TW_WIDTH + i;
-        a += wide(bias[0]), b += wide(bias[TW_WIDTH / 2]);
-      }
-      if (head < TW_HEADS + TW_KV_HEADS) {
-        const float c = s.cosines[(i64)position * (TW_WIDTH / 2) + i], si = s.sines[(i64)position * (TW_WIDTH / 2) + i];
-        const float turned = a * c - b * si;
-        b = b * c + a * si, a = turned;
-      }
+      const int head = group / p.per, at = group % p.per * 8 + g;
+      a += ahead.c, b += ahead.d;
+      const float turned = a * ahead.a - b * ahead.b;
+      b = b * ahead.a + a * ahead.b, a = turned;
       if (head < TW_HEADS) {
-        float* q = s.q + (n * TW_HEADS + head) * TW_WIDTH + i;
+        float* q = s.q + (n * TW_HEADS + head) * TW_WIDTH + at;
         __stcg(q, a), __stcg(q + TW_WIDTH / 2, b);
       } else {
         const int h = (head - TW_HEADS) % TW_KV_HEADS;
         u16* to = (head < TW_HEADS + TW_KV_HEADS ? layer.keys : layer.values) +
-                  (((i64)n * TW_KV_HEADS + h) * TW_POSITIONS + position) * TW_WIDTH + i;
+                  (((i64)n * TW_KV_HEADS + h) * TW_POSITIONS + position) * TW_WIDTH + at;
         __stcg(to, narrow(a)), __stcg(to + TW_WIDTH / 2, narrow(b));
       }
     } else if (p.kind == GATE_UP) {
-      const i64 to = (i64)n * TW_INNER + 8 * unit + g;
+      const i64 to = (i64)n * TW_INNER + 8 * group + g;
       split(a / (1.0f + __expf(-a)) * b, s.inner_hi + to, s.inner_lo + to);
     } else {
-      float* to = s.logits + (i64)n * TW_VOCABULARY + 16 * unit + g;
+      float* to = s.logits + (i64)n * TW_VOCABULARY + 16 * group + g;
       to[0] = a, to[8] = b;
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_streamed(const __grid_constant__ Step s) {
-  extern __shared__ __align__(128) unsigned char smem[];
-  float* scratch = (float*)(smem + WARPS * SLOTS * SLOT);
-  u64* full = (u64*)(scratch + SCRATCH);
-  float* roots = (float*)(full + WARPS * SLOTS);
-  u32* last = (u32*)(roots + 8 * TILES);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < WARPS * SLOTS; ++i)
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared(full + i)) : "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
-    // That of the last meeting of the launch before.
-    if (blockIdx.x == 0) s.met[32 * 5 * TW_LAYERS] = 0;
-  }
-  __syncthreads();
-  const u32 ring = shared(smem) + warp * SLOTS * SLOT, barriers = shared(full + warp * SLOTS);
-  Walk walk = {s.products, nullptr, -1, 0, 0, 0, 0, 0};
-  walk.settle(warp, lane);
-  for (int i = 0; i < SLOTS; ++i) walk.fetch(ring + i * SLOT, barriers + 8 * i, warp, lane);
-  u32 slot = 0, parity = 0;
+// The warps that finish, one of two: every second unit of the block is its.
+TW_INLINE void finish_all(const Step& s, const Product* products, const Layer* layers, const float4* sums, float* roots, int which,
+                          int lane, int position, u32 target) {
+  const int g = lane / 4, t = lane % 4;
+  sums += which * TILES * THREADS;
+  arrive_at<ROOM>(which);
   int meeting = 0, turn = 0;
-  const int position = *s.at;
-  embed(s, warp, lane);
-  meet(s, meeting++);
   for (int product = 0; product < PRODUCTS; ++product) {
-    const Product p = s.products[product];
-    const Layer layer = s.layers[p.layer];
-    const u16* xh = p.kind == OUT ? s.mixed_hi : p.kind == DOWN ? s.inner_hi : s.hi;
-    const u16* xl = p.kind == OUT ? s.mixed_lo : p.kind == DOWN ? s.inner_lo : s.lo;
-    if (p.kind != OUT && p.kind != DOWN)
-      // Read at the end of a unit, behind its meeting of the block.
-      for (int n = warp; n < TW_ROWS; n += WARPS) {
+    const Product p = products[product];
+    const Layer layer = layers[p.layer];
+    if (lane == 0) await(s, meeting, target);
+    __syncwarp();
+    if (p.kind != OUT && p.kind != DOWN) {
+      for (int n = 0; n < TW_ROWS; ++n) {
         float v = 0;
         for (int i = lane; i < UNITS; i += 32) v += __ldcg(s.squares + n * UNITS + i);
 #pragma unroll
         for (int o = 1; o < 32; o *= 2) v += __shfl_xor_sync(~0u, v, o);
         if (lane == 0) roots[n] = rsqrtf(v / TW_HIDDEN + TW_EPS);
       }
-    uint4 vh[TILES][8], vl[TILES][8];
-    int have = -1, begin = (int)blockIdx.x - p.first;
-    if (begin < 0) begin += TW_BLOCKS;
-    const int before = turn;
-    for (int unit = begin; unit < p.units; unit += TW_BLOCKS) {
-      float ch[TILES][4] = {}, cl[TILES][4] = {};
-      const int end = p.begin(unit) + p.pieces();
-      for (int piece = p.begin(unit) + warp; piece < end; piece += WARPS) {
-        if (piece != have) {
-          have = piece;
-#pragma unroll
-          for (int i = 0; i < TILES; ++i) {
-            const i64 at = (i64)(8 * i + g) * p.depth + piece * COLS + t * 8;
-            const bool there = 8 * i + g < TW_ROWS;
-#pragma unroll
-            for (int c = 0; c < 8; ++c) {
-              vh[i][c] = there ? __ldcg((const uint4*)(xh + at + c * 32)) : make_uint4(0, 0, 0, 0);
-              vl[i][c] = there ? __ldcg((const uint4*)(xl + at + c * 32)) : make_uint4(0, 0, 0, 0);
-            }
-          }
-        }
-        wait_for(barriers + 8 * slot, parity);
-        const unsigned char* from = smem + (warp * SLOTS + slot) * SLOT + g / 2 * PAIR + g % 2 * SECOND + t * 16;
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          // Eight neighbours of a line: which of them counts as which column is the same for lines and vectors.
-          const uint4 w = *(const uint4*)(from + c * 64), v = *(const uint4*)(from + 4 * PAIR + c * 64);
-#pragma unroll
-          for (int i = 0; i < TILES; ++i) {
-            multiply(ch[i], w.x, v.x, w.y, v.y, vh[i][c].x, vh[i][c].y);
-            multiply(cl[i], w.x, v.x, w.y, v.y, vl[i][c].x, vl[i][c].y);
-            multiply(ch[i], w.z, v.z, w.w, v.w, vh[i][c].z, vh[i][c].w);
-            multiply(cl[i], w.z, v.z, w.w, v.w, vl[i][c].z, vl[i][c].w);
-          }
-        }
-        __syncwarp();
-        walk.fetch(ring + slot * SLOT, barriers + 8 * slot, warp, lane);
-        if (++slot == SLOTS) slot = 0, parity ^= 1;
-      }
-      float4* sums = (float4*)scratch + (turn & 1) * TILES * THREADS;
+      __syncwarp();
+    }
+    int unit = (int)blockIdx.x - p.first;
+    if (unit < 0) unit += TW_BLOCKS;
+    for (; unit < p.units; unit += TW_BLOCKS, ++turn) {
+      if ((turn & 1) != which) continue;
+      const int group = p.group(unit);
+      Ahead ahead;
+      ahead.load(s, p, layer, group, position, g, t);
+      wait_at<FULL>(which);
+      float y[TILES][4] = {};
 #pragma unroll
       for (int i = 0; i < TILES; ++i)
-        sums[i * THREADS + threadIdx.x] =
-            make_float4(ch[i][0] + cl[i][0], ch[i][1] + cl[i][1], ch[i][2] + cl[i][2], ch[i][3] + cl[i][3]);
-      __syncthreads();
-      // Warps take turns with the ends; the next unit has the other half of the scratch memory.
-      const bool mine = warp == turn++ % WARPS;
-      if (!mine) continue;
-#pragma unroll
-      for (int i = 0; i < TILES; ++i) {
-        float y[4] = {};
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
           const float4 v = sums[i * THREADS + w * 32 + lane];
-          y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
+          y[i][0] += v.x, y[i][1] += v.y, y[i][2] += v.z, y[i][3] += v.w;
         }
-        if (TW_SPLIT && p.parts > 1)
-          __stcg(s.partial + (unit * TILES + i) * 32 + lane, make_float4(y[0], y[1], y[2], y[3]));
-        else
-          finish(s, p, layer, p.group(unit), 8 * i + 2 * t, y, roots, position);
-      }
-    }
+      arrive_at<ROOM>(which);
 #if TW_SPLIT
-    // Whoever is last with a group adds up its parts, in their order.
-    if (p.parts > 1) {
-      __threadfence();
-      __syncwarp();
-      for (int u = begin, k = before; u < p.units; u += TW_BLOCKS, ++k) {
-        if (warp != k % WARPS) continue;
-        const int group = p.group(u);
+      if (p.parts > 1) {
+        // Whoever is last with a group adds up its parts, in their order.
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+          __stcg(s.partial + (unit * TILES + i) * 32 + lane, make_float4(y[i][0], y[i][1], y[i][2], y[i][3]));
+        __threadfence();
+        __syncwarp();
         u32 there = 0;
         if (lane == 0) there = atomicAdd(s.counted + group, 1);
         if (__shfl_sync(~0u, there, 0) + 1 != p.parts) continue;
@@ -482,21 +458,145 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_streamed(const _
         __threadfence();
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
-          float y[4] = {};
+          y[i][0] = y[i][1] = y[i][2] = y[i][3] = 0;
           for (int part = 0; part < p.parts; ++part) {
             const float4 v = __ldcg(s.partial + ((group * p.parts + part) * TILES + i) * 32 + lane);
-            y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
+            y[i][0] += v.x, y[i][1] += v.y, y[i][2] += v.z, y[i][3] += v.w;
           }
-          finish(s, p, layer, group, 8 * i + 2 * t, y, roots, position);
         }
       }
-    }
 #endif
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) finish(s, p, layer, group, i, y[i], ahead, roots, position, g, t);
+    }
+    if (p.kind == HEAD) return;
+    ++meeting;
+    __syncwarp();
+    if (lane == 0) arrive(s, meeting, 1);
+    if (p.kind == QKV) ++meeting;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(ALL, 1) decode_streamed(const __grid_constant__ Step s) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* scratch = (float*)(smem + SLOTS * SLOT);
+  Product* products = (Product*)(scratch + SCRATCH);
+  Layer* layers = (Layer*)(products + PRODUCTS);
+  u64* full = (u64*)(layers + TW_LAYERS);
+  u64* room = full + SLOTS;
+  float* roots = (float*)(room + SLOTS);
+  u32* last = (u32*)(roots + 2 * 8 * TILES);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  // Launches before this one; the first of its meetings is not complete before all have read it.
+  u32* launches = s.met + 32 * (5 * TW_LAYERS + 1);
+  const u32 target = (__ldcg(launches) + 1) * 2 * TW_BLOCKS;
+  for (int i = threadIdx.x; i < PRODUCTS * 3; i += ALL) ((uint4*)products)[i] = ((const uint4*)s.products)[i];
+  for (int i = threadIdx.x; i < TW_LAYERS * 3; i += ALL) ((uint4*)layers)[i] = ((const uint4*)s.layers)[i];
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < SLOTS; ++i) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared(full + i)) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(room + i)), "n"(WARPS) : "memory");
+    }
+    asm volatile("fence.proxy.async;" ::: "memory");
+  }
+  __syncthreads();
+  if (warp >= WARPS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+    if (warp < WARPS + 2)
+      finish_all(s, products, layers, (const float4*)scratch, roots + (warp - WARPS) * 8 * TILES, warp - WARPS, lane, *s.at, target);
+    else if (warp == WARPS + 2)
+      fetch_all(products, shared(smem), shared(full), shared(room), lane);
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+  const int position = *s.at;
+  embed(s, warp, lane);
+  together();
+  if (threadIdx.x == 0) arrive(s, 0, 2);
+  u32 slot = 0, parity = 0;
+  int meeting = 0, turn = 0;
+  for (int product = 0; product < PRODUCTS; ++product) {
+    const Product p = products[product];
+    if (threadIdx.x == 0) await(s, meeting, target);
+    together();
+    const u16* xh = p.kind == OUT ? s.mixed_hi : p.kind == DOWN ? s.inner_hi : s.hi;
+    const u16* xl = p.kind == OUT ? s.mixed_lo : p.kind == DOWN ? s.inner_lo : s.lo;
+    uint4 vh[TILES][8], vl[TILES][8];
+    int have = -1, unit = (int)blockIdx.x - p.first;
+    if (unit < 0) unit += TW_BLOCKS;
+    // The part of the vectors that goes with a piece of the depth.
+    auto load = [&](int piece) {
+      if (piece == have) return;
+      have = piece;
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        const i64 at = (i64)(8 * i + g) * p.depth + piece * COLS + t * 8;
+        const bool there = 8 * i + g < TW_ROWS;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          vh[i][c] = there ? __ldcg((const uint4*)(xh + at + c * 32)) : make_uint4(0, 0, 0, 0);
+          vl[i][c] = there ? __ldcg((const uint4*)(xl + at + c * 32)) : make_uint4(0, 0, 0, 0);
+        }
+      }
+    };
+    if (unit < p.units && p.pieces() > warp) load(p.begin(unit) + warp);
+    for (; unit < p.units; unit += TW_BLOCKS) {
+      // Sums that wait for each other as little as there are registers for.
+      constexpr int CHAINS = TILES == 1 ? 2 : 1;
+      float ch[CHAINS][TILES][4] = {}, cl[CHAINS][TILES][4] = {};
+      const int end = p.begin(unit) + p.pieces();
+      for (int piece = p.begin(unit) + warp; piece - warp < end; piece += WARPS) {
+        wait_for(shared(full + slot), parity);
+        if (piece < end) {
+          const unsigned char* from = smem + slot * SLOT + g / 2 * PAIR + g % 2 * SECOND + warp * (2 * COLS) + t * 16;
+#pragma unroll
+          for (int c = 0; c < 8; ++c) {
+            // Eight neighbours of a line: which of them counts as which column is the same for lines and vectors.
+            const uint4 w = *(const uint4*)(from + c * 64), v = *(const uint4*)(from + 4 * PAIR + c * 64);
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+              multiply(ch[0][i], w.x, v.x, w.y, v.y, vh[i][c].x, vh[i][c].y);
+              multiply(cl[0][i], w.x, v.x, w.y, v.y, vl[i][c].x, vl[i][c].y);
+              multiply(ch[CHAINS - 1][i], w.z, v.z, w.w, v.w, vh[i][c].z, vh[i][c].w);
+              multiply(cl[CHAINS - 1][i], w.z, v.z, w.w, v.w, vl[i][c].z, vl[i][c].w);
+            }
+          }
+        }
+        __syncwarp();
+        if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared(room + slot)) : "memory");
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+        // What comes next is on its way while others are waited for.
+        if (piece + WARPS < end)
+          load(piece + WARPS);
+        else if (piece - warp + WARPS >= end && unit + TW_BLOCKS < p.units && p.pieces() > warp)
+          load(p.begin(unit + TW_BLOCKS) + warp);
+      }
+      const int which = turn++ & 1;
+      wait_at<ROOM>(which);
+      float4* sums = (float4*)scratch + which * TILES * THREADS;
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        float y[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          y[j] = ch[0][i][j] + cl[0][i][j];
+          if (CHAINS > 1) y[j] += ch[CHAINS - 1][i][j] + cl[CHAINS - 1][i][j];
+        }
+        sums[i * THREADS + threadIdx.x] = make_float4(y[0], y[1], y[2], y[3]);
+      }
+      arrive_at<FULL>(which);
+    }
     if (p.kind == HEAD) break;
-    meet(s, meeting++);
+    ++meeting;
     if (p.kind == QKV) {
-      attend(s, layer, scratch, last, position);
-      meet(s, meeting++);
+      if (threadIdx.x == 0) await(s, meeting, target);
+      together();
+      attend(s, layers[p.layer], scratch, last, position);
+      together();
+      ++meeting;
+      if (threadIdx.x == 0) arrive(s, meeting, 2);
     }
   }
+  // All have read it long ago.
+  if (blockIdx.x == 0 && threadIdx.x == 0) *launches += 1;
 }

@@ -16,12 +16,16 @@ use tilewright_target::Gpu;
 
 /// Sequences that such a step takes at most.
 pub(super) const MOST: i64 = 16;
-/// Threads of a block.
-const THREADS: u32 = 256;
+/// Threads of a block that multiply, and all.
+const THREADS: i64 = 256;
+const ALL_THREADS: u32 = 384;
 /// Columns of a slot. Depths are multiples of it.
 const COLS: i64 = 256;
-/// Bytes of all slots of a block: 8 warps, 3 slots, 8 pairs of lines with 64 bytes of padding each.
-const RING: i64 = 8 * 3 * 8 * (4 * COLS + 64);
+/// Slots of a block, and bytes of one: 8 pairs of lines of 2048 columns, with 64 bytes of padding each.
+const SLOTS: i64 = 3;
+const SLOT: i64 = 8 * (4 * WARPS * COLS + 64);
+/// Shared memory that a block may have, in bytes.
+const MOST_SMEM: i64 = 232_448;
 /// More positions than that are better read once for all heads that share them.
 const MOST_POSITIONS: i64 = 8192;
 /// Parts of a head at most.
@@ -214,7 +218,7 @@ impl Streamed {
         let zeros = [
             memory("parts that are there", batch * d.heads, DType::I32)?,
             memory("parts of the depth that are there", groups, DType::I32)?,
-            memory("meetings", 32 * (5 * count + 1), DType::I32)?,
+            memory("meetings", 32 * (5 * count + 2), DType::I32)?,
         ];
         let first = known.layers.first().and_then(|l| l.input_norm.first()).copied();
         let Some(first) = first else { return Ok(None) };
@@ -249,10 +253,14 @@ impl Streamed {
             ("TW_GAIN_F32", number(i64::from(types.1 == f32s))),
             ("TW_SPLIT", number(i64::from(split))),
         ];
-        // As the text lays it out: slots, sums or parts of attention, a barrier a slot, roots, a flag.
-        let threads = i64::from(THREADS);
-        let merged = threads / (d.width / 8) * (d.width + 2);
-        let smem = RING + 4 * (2 * threads * 4 * tiles).max(merged) + 8 * 3 * 8 + 32 * tiles + 16;
+        // As the text lays it out: slots, sums or parts of attention, both tables, two barriers a slot, roots twice, a flag.
+        let merged = THREADS / (d.width / 8) * (d.width + 2);
+        let scratch = 4 * (2 * THREADS * 4 * tiles).max(merged);
+        let tables = 48 * (products.len() as i64 + count);
+        let smem = SLOTS * SLOT + scratch + tables + 16 * SLOTS + 64 * tiles + 16;
+        if smem > MOST_SMEM {
+            return Ok(None);
+        }
         let smem = u32::try_from(smem).map_err(|_| Error::bug("shared memory of a step"))?;
         let instead_of = 0;
         Ok(Some(Streamed { definitions, products, layers, pointers, zeros, smem, instead_of }))
@@ -269,7 +277,11 @@ impl Streamed {
 
     /// For people.
     pub(super) fn schedule(&self) -> String {
-        format!("one launch, slots of 16 x {COLS}, {} KiB of shared memory", self.smem / 1024)
+        format!(
+            "one launch, slots of 16 x {}, {} KiB of shared memory",
+            WARPS * COLS,
+            self.smem / 1024
+        )
     }
 
     /// Regions that must be zero before the first launch.
@@ -327,13 +339,13 @@ impl Streamed {
         }
         let shape = LaunchShape {
             grid: [blocks, 1, 1],
-            block: [THREADS, 1, 1],
+            block: [ALL_THREADS, 1, 1],
             smem_bytes: self.smem,
             cooperative: true,
             ..LaunchShape::default()
         };
         let launch = function.prepare(&shape, &Args::new().bytes(&bytes))?;
-        if function.max_blocks_per_sm(THREADS, self.smem)? == 0 {
+        if function.max_blocks_per_sm(ALL_THREADS, self.smem)? == 0 {
             return Err(Error::unsupported("a block does not fit a multiprocessor"));
         }
         Ok(Launch { launch, _tables: tables })
