@@ -210,8 +210,8 @@ impl DeviceDecoder {
 
 fn launch_all(streamed: Option<&Launch>, kernels: &[BoundKernel], stream: &Stream) -> Result<()> {
     if let Some(streamed) = streamed {
-        // SAFETY: as below; `DeviceDecoder::streamed` has zeroed what must be zero.
-        unsafe { streamed.start(stream)? };
+        // SAFETY: as below; the launch owns its tables, and `DeviceDecoder::streamed` has zeroed what must be zero.
+        unsafe { streamed.prepared().launch(stream)? };
     }
     for kernel in kernels {
         // SAFETY: weights and state live as long as the decoder, which synchronises before it drops them;

@@ -284,7 +284,7 @@ impl Streamed {
         )
     }
 
-    /// Regions that must be zero before the first launch.
+    /// Regions that must be zero before the first launch. Launches keep what they need of them.
     pub(super) fn zeros(&self) -> [usize; 3] {
         self.zeros
     }
@@ -360,17 +360,10 @@ pub(super) struct Launch {
 }
 
 impl Launch {
-    /// Starts it.
-    ///
-    /// # Safety
-    /// The memory of all regions is alive until the stream is done, and nobody else uses it meanwhile; the regions of
-    /// [`Streamed::zeros`] are zero before the first launch.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub(super) unsafe fn start(&self, stream: &Stream) -> Result<()> {
-        // SAFETY: the caller's promise; the tables live as long as this value.
-        unsafe { self.launch.launch(stream) }
+    /// What is launched. It asks that the memory of all regions is alive until the stream is done, that nobody else uses it
+    /// meanwhile, and that the regions of [`Streamed::zeros`] were zero before the first launch.
+    pub(super) fn prepared(&self) -> &PreparedLaunch {
+        &self.launch
     }
 }
 
