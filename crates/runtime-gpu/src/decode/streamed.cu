@@ -13,7 +13,7 @@
 // order of the warps, parts of attention and of the depth in their order: results do not depend on who was first.
 //
 // Numbers of the model come as definitions: TW_ROWS sequences, TW_POSITIONS in the cache, TW_HIDDEN, TW_INNER, TW_LAYERS,
-// TW_HEADS, TW_KV_HEADS, TW_WIDTH of a head, TW_VOCABULARY, TW_PARTS of attention, TW_EPS, TW_SCALE (with log2 e),
+// TW_HEADS, TW_KV_HEADS, TW_WIDTH of a head, TW_VOCABULARY, TW_PARTS of attention, TW_TOGETHER heads of a block there, TW_EPS, TW_SCALE (with log2 e),
 // TW_GAIN_F32 (gains of norms are f32, else bfloat16), TW_SPLIT (products may be cut along the depth, so that a block reads few
 // of many vectors). TW_BLOCKS: of the launch, all of which run at once.
 
@@ -37,7 +37,7 @@ constexpr int TILES = (TW_ROWS + 7) / 8;
 constexpr int UNITS = TW_HIDDEN / 16, PRODUCTS = 4 * TW_LAYERS + 1;
 // Threads that share a position of the cache, and positions of a block at a time.
 constexpr int ALONG = TW_WIDTH / 8, GROUPS = THREADS / ALONG, MERGED = TW_WIDTH + 2;
-constexpr int SUMS = 2 * THREADS * 4 * TILES, MERGE = GROUPS * MERGED;
+constexpr int SUMS = 2 * THREADS * 4 * TILES, MERGE = TW_TOGETHER * WARPS * MERGED;
 constexpr int SCRATCH = SUMS > MERGE ? SUMS : MERGE;
 // All warps: those that multiply, two that finish, one that fetches, one that does nothing (registers go by four warps).
 constexpr int ALL = THREADS + 128;
@@ -197,115 +197,146 @@ TW_INLINE void await(const Step& s, int meeting, u32 target) {
   if (i == PATIENCE) __trap();
 }
 
-// Heads of queries, cut into parts of the cache; whoever is last with a head combines its parts.
+// Heads of queries that share keys, cut into parts of the cache; whoever is last with them combines their parts.
 TW_INLINE void attend(const Step& s, const Layer& layer, float* scratch, u32* last, int position) {
-  const int sub = threadIdx.x % ALONG, group = threadIdx.x / ALONG, d = threadIdx.x;
+  constexpr int SOME = TW_TOGETHER, SETS = TW_HEADS / SOME, DEEP = SOME > 1 ? 2 : 4;
+  const int sub = threadIdx.x % ALONG, group = threadIdx.x / ALONG, warp = threadIdx.x / 32;
   const int seen = position + 1, first = (int)max((i64)0, seen - layer.window);
   const int length = (seen - first + TW_PARTS - 1) / TW_PARTS;
-  for (int item = blockIdx.x; item < TW_ROWS * TW_HEADS * TW_PARTS; item += TW_BLOCKS) {
-    const int part = item % TW_PARTS, whole = item / TW_PARTS, head = whole % TW_HEADS, row = whole / TW_HEADS;
-    const int begin = first + part * length, end = min(seen, begin + length);
+  for (int item = blockIdx.x; item < TW_ROWS * SETS * TW_PARTS; item += TW_BLOCKS) {
+    const int part = item % TW_PARTS, set = item / TW_PARTS, row = set / SETS, head = set % SETS * SOME;
+    const int begin = first + part * length, end = min(seen, begin + length), whole = row * TW_HEADS + head;
     const i64 cache = ((i64)row * TW_KV_HEADS + head / (TW_HEADS / TW_KV_HEADS)) * TW_POSITIONS * TW_WIDTH + sub * 8;
-    float q[8], sum[8], most = NOTHING, all = 0;
+    float q[SOME][8], sum[SOME][8] = {}, most[SOME], all[SOME] = {};
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      const float4 v = __ldcg((const float4*)(s.q + whole * TW_WIDTH + sub * 8 + i));
-      q[i] = v.x * TW_SCALE, q[i + 1] = v.y * TW_SCALE, q[i + 2] = v.z * TW_SCALE, q[i + 3] = v.w * TW_SCALE;
+    for (int e = 0; e < SOME; ++e) {
+      most[e] = NOTHING;
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        const float4 v = __ldcg((const float4*)(s.q + (whole + e) * TW_WIDTH + sub * 8 + i));
+        q[e][i] = v.x * TW_SCALE, q[e][i + 1] = v.y * TW_SCALE, q[e][i + 2] = v.z * TW_SCALE, q[e][i + 3] = v.w * TW_SCALE;
+      }
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] = 0;
     // Every thread takes as many turns.
-    for (int at = begin; at < end; at += 4 * GROUPS) {
-      uint4 k[4], v[4];
+    for (int at = begin; at < end; at += DEEP * GROUPS) {
+      uint4 k[DEEP], v[DEEP];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < DEEP; ++j) {
         const int p = at + group + j * GROUPS;
         const i64 from = cache + (i64)p * TW_WIDTH;
         k[j] = p < end ? __ldcg((const uint4*)(layer.keys + from)) : make_uint4(0, 0, 0, 0);
         v[j] = p < end ? __ldcg((const uint4*)(layer.values + from)) : make_uint4(0, 0, 0, 0);
       }
-      float scores[4], top = most;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const u32 w[4] = {k[j].x, k[j].y, k[j].z, k[j].w};
-        float score = 0;
+      for (int e = 0; e < SOME; ++e) {
+        float scores[DEEP], top = most[e];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          score = fmaf(low(w[i]), q[2 * i], score);
-          score = fmaf(high(w[i]), q[2 * i + 1], score);
+        for (int j = 0; j < DEEP; ++j) {
+          const u32 w[4] = {k[j].x, k[j].y, k[j].z, k[j].w};
+          float score = 0;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            score = fmaf(low(w[i]), q[e][2 * i], score);
+            score = fmaf(high(w[i]), q[e][2 * i + 1], score);
+          }
+#pragma unroll
+          for (int o = 1; o < ALONG; o *= 2) score += __shfl_xor_sync(~0u, score, o);
+          scores[j] = at + group + j * GROUPS < end ? score : NOTHING;
+          top = fmaxf(top, scores[j]);
         }
+        // Of a group that has seen nothing yet all factors are zero.
+        const float base = top == NOTHING ? 0.0f : top, factor = exp2_of(most[e] - base);
+        most[e] = top;
+        all[e] *= factor;
 #pragma unroll
-        for (int o = 1; o < ALONG; o *= 2) score += __shfl_xor_sync(~0u, score, o);
-        scores[j] = at + group + j * GROUPS < end ? score : NOTHING;
-        top = fmaxf(top, scores[j]);
-      }
-      if (top == NOTHING) continue;
-      const float factor = exp2_of(most - top);
-      most = top;
-      all *= factor;
+        for (int i = 0; i < 8; ++i) sum[e][i] *= factor;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] *= factor;
+        for (int j = 0; j < DEEP; ++j) {
+          const u32 w[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+          const float weight = exp2_of(scores[j] - base);
+          all[e] += weight;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const u32 w[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
-        const float e = exp2_of(scores[j] - most);
-        all += e;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sum[2 * i] = fmaf(low(w[i]), e, sum[2 * i]);
-          sum[2 * i + 1] = fmaf(high(w[i]), e, sum[2 * i + 1]);
+          for (int i = 0; i < 4; ++i) {
+            sum[e][2 * i] = fmaf(low(w[i]), weight, sum[e][2 * i]);
+            sum[e][2 * i + 1] = fmaf(high(w[i]), weight, sum[e][2 * i + 1]);
+          }
         }
       }
     }
-    float* mine = scratch + group * MERGED;
+    // The groups of a warp, and then the warps.
 #pragma unroll
-    for (int i = 0; i < 8; ++i) mine[sub * 8 + i] = sum[i];
-    if (sub == 0) mine[TW_WIDTH] = most, mine[TW_WIDTH + 1] = all;
-    together();
-    float top = NOTHING, weight = 0, value = 0;
-    if (d < TW_WIDTH) {
-#pragma unroll 8
-      for (int g = 0; g < GROUPS; ++g) top = fmaxf(top, scratch[g * MERGED + TW_WIDTH]);
-#pragma unroll 8
-      for (int g = 0; g < GROUPS; ++g) {
-        const float here = scratch[g * MERGED + TW_WIDTH];
-        const float factor = here == NOTHING ? 0.0f : exp2_of(here - top);
-        weight = fmaf(scratch[g * MERGED + TW_WIDTH + 1], factor, weight);
-        value = fmaf(scratch[g * MERGED + d], factor, value);
+    for (int e = 0; e < SOME; ++e) {
+      float top = most[e];
+#pragma unroll
+      for (int o = ALONG; o < 32; o *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+      const float factor = exp2_of(most[e] - (top == NOTHING ? 0.0f : top));
+      all[e] *= factor;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[e][i] *= factor;
+#pragma unroll
+      for (int o = ALONG; o < 32; o *= 2) {
+        all[e] += __shfl_xor_sync(~0u, all[e], o);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[e][i] += __shfl_xor_sync(~0u, sum[e][i], o);
       }
+      float* mine = scratch + (e * WARPS + warp) * MERGED;
+      if (threadIdx.x % 32 < ALONG) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) mine[sub * 8 + i] = sum[e][i];
+        if (sub == 0) mine[TW_WIDTH] = top, mine[TW_WIDTH + 1] = all[e];
+      }
+    }
+    together();
+    for (int i = threadIdx.x; i < SOME * TW_WIDTH; i += THREADS) {
+      const int e = i / TW_WIDTH, d = i % TW_WIDTH;
+      const float* from = scratch + e * WARPS * MERGED;
+      float top = NOTHING, weight = 0, value = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) top = fmaxf(top, from[w * MERGED + TW_WIDTH]);
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        const float factor = exp2_of(from[w * MERGED + TW_WIDTH] - (top == NOTHING ? 0.0f : top));
+        weight = fmaf(from[w * MERGED + TW_WIDTH + 1], factor, weight);
+        value = fmaf(from[w * MERGED + d], factor, value);
+      }
+#if TW_PARTS > 1
+      const i64 at = (i64)(whole + e) * TW_PARTS + part;
+      __stcg(s.parts + at * TW_WIDTH + d, value);
+      if (d == 0) __stcg(s.maxima + at, top), __stcg(s.sums + at, weight);
+#else
+      split(value / weight, s.mixed_hi + whole * TW_WIDTH + i, s.mixed_lo + whole * TW_WIDTH + i);
+#endif
     }
 #if TW_PARTS > 1
-    if (d < TW_WIDTH) {
-      __stcg(s.parts + (i64)item * TW_WIDTH + d, value);
-      if (d == 0) __stcg(s.maxima + item, top), __stcg(s.sums + item, weight);
-    }
     __threadfence();
     together();
-    if (d == 0) {
-      const u32 before = atomicAdd(s.arrived + whole, 1);
+    if (threadIdx.x == 0) {
+      const u32 before = atomicAdd(s.arrived + set, 1);
       *last = before == TW_PARTS - 1;
-      if (before == TW_PARTS - 1) s.arrived[whole] = 0;
+      if (before == TW_PARTS - 1) s.arrived[set] = 0;
     }
     together();
-    if (*last == 0) continue;
-    __threadfence();
-    if (d < TW_WIDTH) {
-      float maxima[TW_PARTS];
-      top = NOTHING, weight = value = 0;
+    if (*last) {
+      __threadfence();
+      for (int i = threadIdx.x; i < SOME * TW_WIDTH; i += THREADS) {
+        const int d = i % TW_WIDTH;
+        const i64 at = (i64)(whole + i / TW_WIDTH) * TW_PARTS;
+        float maxima[TW_PARTS], top = NOTHING, weight = 0, value = 0;
 #pragma unroll
-      for (int i = 0; i < TW_PARTS; ++i) {
-        maxima[i] = __ldcg(s.maxima + whole * TW_PARTS + i);
-        top = fmaxf(top, maxima[i]);
-      }
+        for (int p = 0; p < TW_PARTS; ++p) {
+          maxima[p] = __ldcg(s.maxima + at + p);
+          top = fmaxf(top, maxima[p]);
+        }
 #pragma unroll
-      for (int i = 0; i < TW_PARTS; ++i) {
-        const float factor = maxima[i] == NOTHING ? 0.0f : exp2_of(maxima[i] - top);
-        weight = fmaf(__ldcg(s.sums + whole * TW_PARTS + i), factor, weight);
-        value = fmaf(__ldcg(s.parts + (i64)(whole * TW_PARTS + i) * TW_WIDTH + d), factor, value);
+        for (int p = 0; p < TW_PARTS; ++p) {
+          const float factor = exp2_of(maxima[p] - top);
+          weight = fmaf(__ldcg(s.sums + at + p), factor, weight);
+          value = fmaf(__ldcg(s.parts + (at + p) * TW_WIDTH + d), factor, value);
+        }
+        split(value / weight, s.mixed_hi + whole * TW_WIDTH + i, s.mixed_lo + whole * TW_WIDTH + i);
       }
     }
 #endif
-    if (d < TW_WIDTH) split(value / weight, s.mixed_hi + whole * TW_WIDTH + d, s.mixed_lo + whole * TW_WIDTH + d);
     together();
   }
 }

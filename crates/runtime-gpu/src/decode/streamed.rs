@@ -32,6 +32,8 @@ const MOST_POSITIONS: i64 = 8192;
 const MOST_PARTS: i64 = 16;
 /// From so many sequences on products are cut along the depth: a block reads few of their vectors then.
 const SPLIT_FROM: i64 = 4;
+/// From so many sequences on a block attends for several heads.
+const TOGETHER_FROM: i64 = 8;
 /// Pieces of the depth that the warps of a block have at a time.
 const WARPS: i64 = 8;
 /// Blocks that attention should have at least, if parts of heads make as many.
@@ -158,7 +160,14 @@ impl Streamed {
             return Ok(None);
         }
         let mut parts = 1;
-        while batch * d.heads * parts < ENOUGH && parts < MOST_PARTS {
+        // Heads that share keys and values, and read them together where there are enough of them.
+        let shared = d.heads / d.kv_heads;
+        let together = if batch < TOGETHER_FROM {
+            1
+        } else {
+            [4, 3, 2].into_iter().find(|n| shared % n == 0).unwrap_or(1)
+        };
+        while batch * d.heads / together * parts < ENOUGH && parts < MOST_PARTS {
             parts *= 2;
         }
         let (mut products, mut layers) = (Vec::new(), Vec::new());
@@ -248,13 +257,14 @@ impl Streamed {
             ("TW_WIDTH", number(d.width)),
             ("TW_VOCABULARY", number(d.vocabulary)),
             ("TW_PARTS", number(parts)),
+            ("TW_TOGETHER", number(together)),
             ("TW_EPS", float(d.eps)),
             ("TW_SCALE", float(scale)),
             ("TW_GAIN_F32", number(i64::from(types.1 == f32s))),
             ("TW_SPLIT", number(i64::from(split))),
         ];
         // As the text lays it out: slots, sums or parts of attention, both tables, two barriers a slot, roots twice, a flag.
-        let merged = THREADS / (d.width / 8) * (d.width + 2);
+        let merged = together * WARPS * (d.width + 2);
         let scratch = 4 * (2 * THREADS * 4 * tiles).max(merged);
         let tables = 48 * (products.len() as i64 + count);
         let smem = SLOTS * SLOT + scratch + tables + 16 * SLOTS + 64 * tiles + 16;
