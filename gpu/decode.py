@@ -146,6 +146,8 @@ def check_prompts(tw):
     window = dict(one, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=20)
     cases += [("one launch, biases", qwen, "bfloat16", 1, 50), ("one launch, a window of 20", window, "bfloat16", 2, 50)]
     wide = dict(one, num_key_value_heads=1, head_dim=128, intermediate_size=2560, num_hidden_layers=2, tie_word_embeddings=False)
+    deep = dict(one, intermediate_size=4096, num_hidden_layers=2)
+    cases += [("one launch, deep products", deep, "bfloat16", *case) for case in [(5, 20), (16, 20)]]
     cases += [("one launch, wide heads", wide, "bfloat16", *case) for case in [(1, 100), (3, 20), (16, 70)]]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
