@@ -141,14 +141,14 @@ def check_prompts(tw):
     cases = [(name, more, *case) for name, more in kinds.items() for case in [("bfloat16", 1, 150), ("float16", 1, 97), ("bfloat16", 3, 80)]]
     # Sizes with which a step is one launch.
     one = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=512, hidden_size=512, intermediate_size=1280)
-    cases += [("one launch", one, "bfloat16", *case) for case in [(1, 40), (1, 150), (2, 30), (5, 20), (8, 80), (16, 30)]]
+    cases += [("one launch", one, "bfloat16", *case) for case in [(2, 40), (2, 150), (5, 20), (8, 80), (16, 30)]]
     qwen = dict(one, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
     window = dict(one, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=20)
-    cases += [("one launch, biases", qwen, "bfloat16", 1, 50), ("one launch, a window of 20", window, "bfloat16", 2, 50)]
+    cases += [("one launch, biases", qwen, "bfloat16", 2, 50), ("one launch, a window of 20", window, "bfloat16", 2, 50)]
     wide = dict(one, num_key_value_heads=1, head_dim=128, intermediate_size=2560, num_hidden_layers=2, tie_word_embeddings=False)
     deep = dict(one, intermediate_size=4096, num_hidden_layers=2)
-    cases += [("one launch, deep products", deep, "bfloat16", *case) for case in [(5, 20), (16, 20)]]
-    cases += [("one launch, wide heads", wide, "bfloat16", *case) for case in [(1, 100), (3, 20), (16, 70)]]
+    cases += [("one launch, deep products", deep, "bfloat16", *case) for case in [(8, 20), (16, 20)]]
+    cases += [("one launch, wide heads", wide, "bfloat16", *case) for case in [(2, 100), (3, 20), (16, 70)]]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, more, dtype, batch, length in cases:
