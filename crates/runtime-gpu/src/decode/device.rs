@@ -6,6 +6,7 @@ use super::{DecodeMachine, DecodePlan, DecodeStep, Which};
 use std::sync::Arc;
 use tilewright_base::{Error, Kind, Result, ResultExt};
 use tilewright_cuda::{Buffer, GraphExec, Stream};
+use tilewright_kernels::decode::MOST_ROWS;
 use tilewright_launch::{BoundKernel, Loader, Operand};
 
 /// Starts of regions are multiples of this.
@@ -72,13 +73,6 @@ impl DeviceDecoder {
             }
             *place = (*place + region.bytes).next_multiple_of(ALIGNED);
         }
-        let skipped = plan.streamed.as_ref().map_or(0, |s| s.instead_of);
-        let steps = plan.token.iter().skip(skipped).chain(&plan.chunk);
-        let mut programs: Vec<_> = steps.map(|s| s.program.clone()).collect();
-        programs.sort_by_key(|p| Arc::as_ptr(p) as usize);
-        programs.dedup_by(|a, b| Arc::ptr_eq(a, b));
-        let programs: Vec<_> = programs.iter().map(|p| (**p).clone()).collect();
-        loader.load_all(&programs).into_iter().try_for_each(|r| r.map(drop))?;
         let empty = || Ready { streamed: None, kernels: Vec::new(), graph: None };
         let mut this = DeviceDecoder {
             plan: plan.clone(),
@@ -92,7 +86,22 @@ impl DeviceDecoder {
             prompt: None,
             warnings: Vec::new(),
         };
-        let streamed = this.streamed()?;
+        let streamed = match this.streamed() {
+            // A device on which not all blocks run at once, say.
+            Err(error) if error.kind() == Kind::Unsupported && plan.batch <= MOST_ROWS => {
+                this.warnings.push(format!("a step goes launch by launch: {error}"));
+                None
+            }
+            other => other?,
+        };
+        let instead_of = plan.streamed.as_ref().filter(|_| streamed.is_some());
+        let skipped = instead_of.map_or(0, |s| s.instead_of);
+        let steps = plan.token.iter().skip(skipped).chain(&plan.chunk);
+        let mut programs: Vec<_> = steps.map(|s| s.program.clone()).collect();
+        programs.sort_by_key(|p| Arc::as_ptr(p) as usize);
+        programs.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        let programs: Vec<_> = programs.iter().map(|p| (**p).clone()).collect();
+        this.loader.load_all(&programs).into_iter().try_for_each(|r| r.map(drop))?;
         this.token = this.ready(streamed, &plan.token[skipped..], graphs)?;
         this.chunk = this.ready(None, &plan.chunk, graphs)?;
         if let Some(prompt) = &plan.prompt {
@@ -167,7 +176,7 @@ impl DeviceDecoder {
     pub fn launches(&self) -> Vec<TimedLaunch> {
         let mut all = Vec::new();
         let mut steps = self.plan.token.as_slice();
-        if let Some(streamed) = &self.plan.streamed {
+        if let (Some(streamed), Some(_)) = (&self.plan.streamed, &self.token.streamed) {
             let (here, behind) = steps.split_at(streamed.instead_of);
             steps = behind;
             all.push(TimedLaunch {
