@@ -354,7 +354,7 @@ pub(crate) struct GenerateArgs {
     /// Seed of the random numbers
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Continue the prompt so many times side by side (up to 8 on a GPU)
+    /// Continue the prompt so many times side by side (up to 8 on a GPU, or 16, see the guide)
     #[arg(long, default_value_t = 1)]
     pub(crate) batch: usize,
     /// How matrices are kept: `stored` (as in the files), `f32`, or as integers with a scale for each group of the
@@ -383,6 +383,9 @@ pub(crate) struct GenerateArgs {
     /// Launch kernels one by one instead of as a recorded graph (GPU)
     #[arg(long)]
     pub(crate) no_graph: bool,
+    /// A kernel for every part of a step, also where one kernel could do most of it (GPU)
+    #[arg(long)]
+    pub(crate) many_kernels: bool,
 }
 
 #[derive(Debug, Args)]

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Decoder + batch, positions --DecodePlan--> regions of memory, launches of one step
-//!          --Decoding<DeviceDecoder>--> on a device, one recorded graph for every step
+//!          --Decoding<DeviceDecoder>--> on a device, one recorded graph for every step; most of a step is one launch where
+//!                                       [`Streamed`] takes the model
 //!          --Decoding<HostDecoder>----> in the device interpreter: the test that needs no GPU
 //! ```
 //!
@@ -14,11 +15,13 @@ mod device;
 mod host;
 mod plan;
 mod prompt;
+mod streamed;
 
-pub use device::DeviceDecoder;
+pub use device::{DeviceDecoder, TimedLaunch};
 pub use host::HostDecoder;
 pub use plan::{DecodeOptions, DecodePlan, DecodeStep, Region};
 pub use prompt::PromptPlan;
+pub use streamed::Streamed;
 
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};

@@ -417,6 +417,17 @@ impl GpuGeneratorPlan {
         Ok(GpuGeneratorPlan { plan, machine })
     }
 
+    /// The same with a launch for every part of a step, where one could do most of it.
+    ///
+    /// # Errors
+    /// Unsupported for more sequences than such launches take.
+    pub fn in_launches(mut self) -> Result<Self> {
+        if let Some(plan) = Arc::get_mut(&mut self.plan) {
+            plan.in_launches()?;
+        }
+        Ok(self)
+    }
+
     /// The plan.
     pub fn plan(&self) -> &DecodePlan {
         &self.plan
@@ -629,9 +640,10 @@ impl GpuGenerator<DeviceDecoder> {
         }
         self.decoding.move_to(position)?;
         let (weights, state) = self.decoding.machine().bytes();
+        let steps = self.decoding.machine().launches();
         let plan = self.decoding.plan();
         let mut launches: Vec<LaunchReport> = Vec::new();
-        for (i, step) in plan.token.iter().enumerate() {
+        for (i, step) in steps.iter().enumerate() {
             let time_us = median(each.iter().map(|t| t[i]).collect());
             let bytes = (step.weight_bytes + step.cache_bytes * position.unsigned_abs()) as f64;
             match launches.iter_mut().find(|l| l.label == step.label) {

@@ -185,7 +185,10 @@ fn on_gpu(args: &GenerateArgs, request: &Request, output: &Output) -> Result<Opt
     };
     let start = Instant::now();
     let dir = &args.model.model;
-    let plan = GpuGeneratorPlan::open(dir, device.machine().clone(), &options)?;
+    let mut plan = GpuGeneratorPlan::open(dir, device.machine().clone(), &options)?;
+    if args.many_kernels {
+        plan = plan.in_launches()?;
+    }
     let mut generator = plan.load(&device, !args.no_graph)?;
     let ready = start.elapsed().as_secs_f64();
     for warning in generator.decoding().machine().warnings() {

@@ -1,10 +1,12 @@
 //! [`DeviceDecoder`]: a plan on a device.
 
 use super::prompt::Prompt;
+use super::streamed::Launch;
 use super::{DecodeMachine, DecodePlan, DecodeStep, Which};
 use std::sync::Arc;
 use tilewright_base::{Error, Kind, Result, ResultExt};
 use tilewright_cuda::{Buffer, GraphExec, Stream};
+use tilewright_kernels::decode::MOST_ROWS;
 use tilewright_launch::{BoundKernel, Loader, Operand};
 
 /// Starts of regions are multiples of this.
@@ -12,8 +14,23 @@ const ALIGNED: usize = 256;
 
 /// Launches that are ready.
 struct Ready {
+    /// Before the others.
+    streamed: Option<Launch>,
     kernels: Vec<BoundKernel>,
     graph: Option<GraphExec>,
+}
+
+/// A launch of a step, as [`DeviceDecoder::launch_times_us`] times it.
+#[derive(Clone, Debug)]
+pub struct TimedLaunch {
+    /// What it does.
+    pub label: String,
+    /// Bytes of weights that it reads.
+    pub weight_bytes: u64,
+    /// Bytes of the cache that it reads for each position.
+    pub cache_bytes: u64,
+    /// Its schedule, for people.
+    pub schedule: String,
 }
 
 /// Weights and state on a device, with one recorded graph per kind of step.
@@ -56,13 +73,7 @@ impl DeviceDecoder {
             }
             *place = (*place + region.bytes).next_multiple_of(ALIGNED);
         }
-        let mut programs: Vec<_> =
-            plan.token.iter().chain(&plan.chunk).map(|s| s.program.clone()).collect();
-        programs.sort_by_key(|p| Arc::as_ptr(p) as usize);
-        programs.dedup_by(|a, b| Arc::ptr_eq(a, b));
-        let programs: Vec<_> = programs.iter().map(|p| (**p).clone()).collect();
-        loader.load_all(&programs).into_iter().try_for_each(|r| r.map(drop))?;
-        let empty = || Ready { kernels: Vec::new(), graph: None };
+        let empty = || Ready { streamed: None, kernels: Vec::new(), graph: None };
         let mut this = DeviceDecoder {
             plan: plan.clone(),
             loader,
@@ -75,8 +86,24 @@ impl DeviceDecoder {
             prompt: None,
             warnings: Vec::new(),
         };
-        this.token = this.ready(&plan.token, graphs)?;
-        this.chunk = this.ready(&plan.chunk, graphs)?;
+        let streamed = match this.streamed() {
+            // A device on which not all blocks run at once, say.
+            Err(error) if error.kind() == Kind::Unsupported && plan.batch <= MOST_ROWS => {
+                this.warnings.push(format!("a step goes launch by launch: {error}"));
+                None
+            }
+            other => other?,
+        };
+        let instead_of = plan.streamed.as_ref().filter(|_| streamed.is_some());
+        let skipped = instead_of.map_or(0, |s| s.instead_of);
+        let steps = plan.token.iter().skip(skipped).chain(&plan.chunk);
+        let mut programs: Vec<_> = steps.map(|s| s.program.clone()).collect();
+        programs.sort_by_key(|p| Arc::as_ptr(p) as usize);
+        programs.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        let programs: Vec<_> = programs.iter().map(|p| (**p).clone()).collect();
+        this.loader.load_all(&programs).into_iter().try_for_each(|r| r.map(drop))?;
+        this.token = this.ready(streamed, &plan.token[skipped..], graphs)?;
+        this.chunk = this.ready(None, &plan.chunk, graphs)?;
         if let Some(prompt) = &plan.prompt {
             let address = |region: usize| this.operand(region).address;
             this.prompt = Some(Prompt::new(&plan, prompt, this.loader.clone(), &address)?);
@@ -91,7 +118,24 @@ impl DeviceDecoder {
         Operand { address, bytes: r.bytes as u64 }
     }
 
-    fn ready(&mut self, steps: &[DecodeStep], graphs: bool) -> Result<Ready> {
+    /// The launch in which most of a step goes.
+    fn streamed(&self) -> Result<Option<Launch>> {
+        let Some(streamed) = &self.plan.streamed else { return Ok(None) };
+        for region in streamed.zeros() {
+            let zeros = vec![0; self.plan.regions[region].bytes];
+            self.state.write_at(&self.stream, self.starts[region], &zeros)?;
+        }
+        let address = |region: usize| self.operand(region).address;
+        let launch = streamed.prepare(&self.loader, &self.stream, &self.plan.regions, &address);
+        launch.context(|| "the launch of a step".into()).map(Some)
+    }
+
+    fn ready(
+        &mut self,
+        streamed: Option<Launch>,
+        steps: &[DecodeStep],
+        graphs: bool,
+    ) -> Result<Ready> {
         let mut kernels = Vec::new();
         for step in steps {
             let operands: Vec<Operand> = step.operands.iter().map(|&r| self.operand(r)).collect();
@@ -103,14 +147,14 @@ impl DeviceDecoder {
         if graphs && !kernels.is_empty() {
             let recorded = self
                 .stream
-                .capture(|stream| launch_all(&kernels, stream))
+                .capture(|stream| launch_all(streamed.as_ref(), &kernels, stream))
                 .and_then(|graph| graph.instantiate());
             match recorded {
                 Ok(recorded) => graph = Some(recorded),
                 Err(error) => self.warnings.push(format!("a step is not recorded: {error}")),
             }
         }
-        Ok(Ready { kernels, graph })
+        Ok(Ready { streamed, kernels, graph })
     }
 
     /// What did not go as planned.
@@ -128,7 +172,30 @@ impl DeviceDecoder {
         &self.stream
     }
 
-    /// Time of each launch of a step with the next token, in microseconds: from the end of the one before, with the device
+    /// The launches of a step with the next token.
+    pub fn launches(&self) -> Vec<TimedLaunch> {
+        let mut all = Vec::new();
+        let mut steps = self.plan.token.as_slice();
+        if let (Some(streamed), Some(_)) = (&self.plan.streamed, &self.token.streamed) {
+            let (here, behind) = steps.split_at(streamed.instead_of);
+            steps = behind;
+            all.push(TimedLaunch {
+                label: "streamed".into(),
+                weight_bytes: here.iter().map(|s| s.weight_bytes).sum(),
+                cache_bytes: here.iter().map(|s| s.cache_bytes).sum(),
+                schedule: streamed.schedule(),
+            });
+        }
+        all.extend(steps.iter().map(|s| TimedLaunch {
+            label: s.label.clone(),
+            weight_bytes: s.weight_bytes,
+            cache_bytes: s.cache_bytes,
+            schedule: s.schedule.clone(),
+        }));
+        all
+    }
+
+    /// Time of each of [`Self::launches`] with the next token, in microseconds: from the end of the one before, with the device
     /// kept busy so that launches do not show. The position moves on by two.
     ///
     /// # Errors
@@ -137,8 +204,12 @@ impl DeviceDecoder {
         // While the device is busy with this step, the host gets ahead of it.
         self.run(Which::Token)?;
         let mut marks = vec![self.stream.record()?];
+        if let Some(streamed) = &self.token.streamed {
+            launch_all(Some(streamed), &[], &self.stream)?;
+            marks.push(self.stream.record()?);
+        }
         for kernel in &self.token.kernels {
-            launch_all(std::slice::from_ref(kernel), &self.stream)?;
+            launch_all(None, std::slice::from_ref(kernel), &self.stream)?;
             marks.push(self.stream.record()?);
         }
         self.stream.synchronize()?;
@@ -146,7 +217,11 @@ impl DeviceDecoder {
     }
 }
 
-fn launch_all(kernels: &[BoundKernel], stream: &Stream) -> Result<()> {
+fn launch_all(streamed: Option<&Launch>, kernels: &[BoundKernel], stream: &Stream) -> Result<()> {
+    if let Some(streamed) = streamed {
+        // SAFETY: as below; the launch owns its tables, and `DeviceDecoder::streamed` has zeroed what must be zero.
+        unsafe { streamed.prepared().launch(stream)? };
+    }
     for kernel in kernels {
         // SAFETY: weights and state live as long as the decoder, which synchronises before it drops them;
         // nobody else uses them, and always in this stream.
@@ -188,7 +263,7 @@ impl DecodeMachine for DeviceDecoder {
         match &ready.graph {
             // SAFETY: as in `launch_all`; recordings are dropped with the memory that they name.
             Some(graph) => unsafe { graph.launch(&self.stream) },
-            None => launch_all(&ready.kernels, &self.stream),
+            None => launch_all(ready.streamed.as_ref(), &ready.kernels, &self.stream),
         }
     }
 }

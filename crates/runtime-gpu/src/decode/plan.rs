@@ -1,5 +1,6 @@
 //! [`DecodePlan`]: regions of memory and the launches of a step.
 
+use super::streamed::{self, Known, Streamed};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
@@ -17,7 +18,7 @@ use tilewright_target::Gpu;
 /// How a decoder is run.
 #[derive(Clone, Copy, Debug)]
 pub struct DecodeOptions {
-    /// Sequences, 1 to 8.
+    /// Sequences, 1 to 8, or 16 where a step is one launch.
     pub batch: i64,
     /// The longest sequence that there is memory for.
     pub positions: i64,
@@ -111,6 +112,8 @@ pub struct DecodePlan {
     pub chunk: Vec<DecodeStep>,
     /// A whole prompt, if the model has a plan for that.
     pub prompt: Option<super::PromptPlan>,
+    /// What devices launch instead of the first steps of `token`, if it takes the model.
+    pub streamed: Option<Streamed>,
     /// Keys and values of each layer.
     pub(super) caches: Vec<[usize; 2]>,
     /// Puts keys or values of a prompt into the cache.
@@ -125,29 +128,36 @@ pub struct DecodePlan {
 }
 
 /// Regions of one layer. Norms are a gain and perhaps a shift.
-struct Layer {
-    input_norm: Vec<usize>,
-    qkv: usize,
-    qkv_bias: Option<usize>,
+pub(super) struct Layer {
+    pub(super) input_norm: Vec<usize>,
+    pub(super) qkv: usize,
+    pub(super) qkv_bias: Option<usize>,
     head_norms: Option<usize>,
     /// Which of the kinds of attention.
     attention: usize,
-    o: usize,
+    pub(super) o: usize,
     o_bias: Option<usize>,
-    post_norm: Vec<usize>,
-    gate: Option<usize>,
-    up: usize,
+    pub(super) post_norm: Vec<usize>,
+    pub(super) gate: Option<usize>,
+    pub(super) up: usize,
     gate_bias: Option<usize>,
     up_bias: Option<usize>,
-    down: usize,
+    pub(super) down: usize,
     down_bias: Option<usize>,
-    keys: usize,
-    values: usize,
+    pub(super) keys: usize,
+    pub(super) values: usize,
 }
 
 /// The window and the factor of a layer's attention. A window as long as the memory leaves nothing out.
 fn attention_kind(layer: &DecoderLayer, positions: i64) -> (Option<i64>, f64) {
     (layer.window.filter(|w| *w < positions), layer.scale)
+}
+
+fn too_many(batch: i64) -> Error {
+    Error::unsupported(format!(
+        "{batch} sequences at a time: a step takes 1 to {MOST_ROWS}, or {} where it is one launch",
+        streamed::MOST
+    ))
 }
 
 /// What steps work on.
@@ -331,10 +341,8 @@ impl DecodePlan {
     /// The user's for sizes that the model or the machine does not have; our bugs.
     pub fn new(decoder: &Decoder, gpu: &Gpu, options: &DecodeOptions) -> Result<DecodePlan> {
         let (batch, positions) = (options.batch, options.positions);
-        if !(1..=MOST_ROWS).contains(&batch) {
-            return Err(Error::unsupported(format!(
-                "{batch} sequences at a time: a step takes 1 to {MOST_ROWS}"
-            )));
+        if !(1..=streamed::MOST).contains(&batch) {
+            return Err(too_many(batch));
         }
         if !(1..=decoder.most_tokens).contains(&positions) {
             return Err(Error::user(format!(
@@ -442,6 +450,30 @@ impl DecodePlan {
             mixed: b.memory("mixed", &[most_rows, heads, width], f32s)?,
             inner: b.memory("inner", &[most_rows, inner], f32s)?,
         };
+        let mut streamed = match norm.first() {
+            None => None,
+            Some(&gain) => {
+                let known = Known {
+                    layers: &layers,
+                    table,
+                    head,
+                    norm: gain,
+                    tables: [cos, sin],
+                    at,
+                    tokens,
+                    x: work.x[0],
+                    q: work.q,
+                    logits,
+                };
+                let mut memory =
+                    |name: &str, count: i64, dtype: DType| b.memory(name, &[count], dtype);
+                let types = (stored, norm_type);
+                Streamed::of(decoder, gpu, (batch, positions), types, &known, &mut memory)?
+            }
+        };
+        if streamed.is_none() && batch > MOST_ROWS {
+            return Err(too_many(batch));
+        }
         let Builder { regions, .. } = b;
 
         let act = activation(&decoder.act)?;
@@ -552,6 +584,9 @@ impl DecodePlan {
         };
         let operands = [vec![work.x[0]], norm, vec![head, logits]].concat();
         steps.launch("head", &|| last.scheduled(arch, sms), operands, 0)?;
+        if let Some(streamed) = &mut streamed {
+            streamed.instead_of = steps.out.len();
+        }
         match options.draw {
             None => {
                 let make = || pieces(batch, vocabulary, arch);
@@ -596,6 +631,7 @@ impl DecodePlan {
             token,
             chunk,
             prompt: None,
+            streamed,
             caches: layers.iter().map(|l| [l.keys, l.values]).collect(),
             keep: lower(&kept.kernel, &kept.schedule)?,
             at,
@@ -606,6 +642,21 @@ impl DecodePlan {
             knobs,
             random,
         })
+    }
+
+    /// Gives up [`Self::streamed`].
+    ///
+    /// # Errors
+    /// Unsupported for more sequences than the other launches take.
+    pub fn in_launches(&mut self) -> Result<()> {
+        if self.batch > MOST_ROWS {
+            return Err(Error::unsupported(format!(
+                "{} sequences in such launches: they take 1 to {MOST_ROWS}",
+                self.batch
+            )));
+        }
+        self.streamed = None;
+        Ok(())
     }
 
     /// Bytes of weights, and of the memory that steps change.
