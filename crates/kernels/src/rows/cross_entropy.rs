@@ -1,6 +1,6 @@
 //! Cross-entropy of rows of logits, alone or with its gradient.
 
-use super::program::{Begin, Units, along, exponential, func, lines, sizes, whole_or_pieces};
+use super::program::{Begin, Form, Units, along, exponential, func, lines, sizes, whole_or_pieces};
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
@@ -114,10 +114,7 @@ impl Builder {
         let args = vec![args[0].clone(), along(here, 1), n];
         self.map(args, shape, |f, a| {
             let x = f.cast(a[0], DType::F32);
-            let (inverse, cap) = (f.constant(1.0 / cap, DType::F32), f.constant(cap, DType::F32));
-            let bounded = f.op(Op::Mul, &[x, inverse]);
-            let bounded = f.op(Op::Tanh, &[bounded]);
-            let bounded = f.op(Op::Mul, &[bounded, cap]);
+            let bounded = bounded(f, x, cap);
             let inside = in_row(f, a[1], a[2], early);
             let outside = f.constant(f64::NEG_INFINITY, DType::F32);
             f.op(Op::Select, &[inside, bounded, outside])
@@ -157,6 +154,20 @@ impl Builder {
     /// Numbers of the columns from `col` on.
     fn columns(&mut self, col: &Dim) -> TileId {
         self.k.iota(DType::I32, 0, self.begin.at(col), vec![self.bn.clone()])
+    }
+
+    /// The target's logit in a tile of one row, read by itself; zero without such a column.
+    fn logit(&mut self, target: TileId) -> TileId {
+        let at = vec![self.row0.clone(), Dim::new(0)];
+        let one = vec![Dim::new(1), Dim::new(1)];
+        let raw = self.k.gather(self.x, 1, target, at, one);
+        let raw = self.k.reshape(raw, vec![self.bm.clone()]);
+        let cap = self.terms.cap;
+        let args = vec![self.k.plain(raw)];
+        self.map(args, vec![self.bm.clone()], |f, a| {
+            let x = f.cast(a[0], DType::F32);
+            if cap == 0.0 { x } else { bounded(f, x, cap) }
+        })
     }
 
     /// The target's logit, zero elsewhere.
@@ -274,6 +285,14 @@ impl Builder {
     }
 }
 
+/// `cap * tanh(x / cap)`
+fn bounded(f: &mut FuncBuilder, x: ExprId, cap: f64) -> ExprId {
+    let (inverse, cap) = (f.constant(1.0 / cap, DType::F32), f.constant(cap, DType::F32));
+    let x = f.op(Op::Mul, &[x, inverse]);
+    let x = f.op(Op::Tanh, &[x]);
+    f.op(Op::Mul, &[x, cap])
+}
+
 /// Whether a column lies in a row of `n`; columns below 0 are asked for where tiles begin before the row.
 fn in_row(f: &mut FuncBuilder, column: ExprId, n: ExprId, early: bool) -> ExprId {
     let below = f.op(Op::Lt, &[column, n]);
@@ -295,18 +314,20 @@ impl CrossEntropySpec {
     /// The tile program, with tile sizes `BM`, `BN`. With `whole`, `BN` must be at least `N`; without, rows are gone
     /// over in pieces three times.
     pub fn program(&self, name: &str, whole: bool) -> Kernel {
-        self.program_in_units(name, whole, Units::ROWS)
+        self.program_in_units(name, whole, Units::ROWS, false)
     }
 
-    /// The program whose tiles begin at units of memory.
-    fn program_in_units(&self, name: &str, whole: bool, units: Units) -> Kernel {
+    /// The program whose tiles begin at units of memory. With `single`, tiles have one row, and the target's logit is read by itself
+    /// instead of being picked out of the row.
+    fn program_in_units(&self, name: &str, whole: bool, units: Units, single: bool) -> Kernel {
         let CrossEntropySpec { dtype, form, terms } = *self;
         let smooth = terms.smoothing > 0.0;
         let (in_place, losses) =
             (form == CrossEntropyForm::InPlace, form == CrossEntropyForm::Losses);
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["M", "N", "ldx"]);
-        let (bm, bn) = (k.tile("BM"), k.tile("BN"));
+        let bm = if single { Dim::new(1) } else { k.tile("BM") };
+        let bn = k.tile("BN");
         let access = if in_place { Access::InOut } else { Access::In };
         let x = k.param("X", dtype, lines("M", "N", "ldx"), access);
         let rows = || Layout::row_major(&[Dim::sym("M")]);
@@ -339,14 +360,17 @@ impl CrossEntropySpec {
         // A target that wraps to a column is outside, and then its row counts nothing.
         let args = vec![b.k.plain(t)];
         let target = b.map(args, row.clone(), |f, a| f.cast(a[0], DType::I32));
+        let known = single.then(|| b.logit(target));
         let v = whole.then(|| b.logits(&zero));
         let (max, sum, logit, total, e) = match v {
             Some(v) => {
                 let max = b.k.reduce(ReduceKind::Max, v, 1, None);
                 let e = b.exponentials(v, max);
                 let sum = b.k.reduce(ReduceKind::Sum, e, 1, None);
-                let picked = b.picked(v, &zero, target);
-                let logit = b.k.reduce(ReduceKind::Sum, picked, 1, None);
+                let logit = known.unwrap_or_else(|| {
+                    let picked = b.picked(v, &zero, target);
+                    b.k.reduce(ReduceKind::Sum, picked, 1, None)
+                });
                 let total = smooth.then(|| {
                     let inside = b.inside(v, &zero);
                     b.k.reduce(ReduceKind::Sum, inside, 1, None)
@@ -355,20 +379,35 @@ impl CrossEntropySpec {
             }
             None => {
                 let [max] = b.over_pieces("piece1", [ReduceKind::Max], |_, v, _| [v]);
-                if smooth {
-                    let [sum, logit, total] =
-                        b.over_pieces("piece2", [ReduceKind::Sum; 3], |b, v, col| {
-                            let exponentials = b.exponentials(v, max);
-                            [exponentials, b.picked(v, col, target), b.inside(v, col)]
-                        });
-                    (max, sum, logit, Some(total), None)
-                } else {
-                    let [sum, logit] =
-                        b.over_pieces("piece2", [ReduceKind::Sum; 2], |b, v, col| {
+                let sums = ReduceKind::Sum;
+                let (sum, logit, total) = match (known, smooth) {
+                    (None, true) => {
+                        let [sum, logit, total] =
+                            b.over_pieces("piece2", [sums; 3], |b, v, col| {
+                                let exponentials = b.exponentials(v, max);
+                                [exponentials, b.picked(v, col, target), b.inside(v, col)]
+                            });
+                        (sum, logit, Some(total))
+                    }
+                    (None, false) => {
+                        let [sum, logit] = b.over_pieces("piece2", [sums; 2], |b, v, col| {
                             [b.exponentials(v, max), b.picked(v, col, target)]
                         });
-                    (max, sum, logit, None, None)
-                }
+                        (sum, logit, None)
+                    }
+                    (Some(logit), true) => {
+                        let [sum, total] = b.over_pieces("piece2", [sums; 2], |b, v, col| {
+                            [b.exponentials(v, max), b.inside(v, col)]
+                        });
+                        (sum, logit, Some(total))
+                    }
+                    (Some(logit), false) => {
+                        let [sum] =
+                            b.over_pieces("piece2", [sums], |b, v, _| [b.exponentials(v, max)]);
+                        (sum, logit, None)
+                    }
+                };
+                (max, sum, logit, total, None)
             }
         };
         let mean = total.map(|total| {
@@ -447,10 +486,15 @@ impl CrossEntropySpec {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
-        let (kernel, mut schedule) =
-            whole_or_pieces(arch, size, (self.dtype, &["ldx"]), |whole, units| {
-                self.program_in_units(name, whole, units)
-            })?;
+        let program = |whole, units| self.program_in_units(name, whole, units, false);
+        let picked = whole_or_pieces(arch, size, (self.dtype, &["ldx"]), program)?;
+        let Form { mut kernel, mut schedule, whole, units } = picked;
+        // The threads of a row meet before they write over its logits, except those of a single warp.
+        let meet = schedule.lines.lanes > 32 || self.form != CrossEntropyForm::InPlace;
+        if meet && schedule.tiles.get("BM") == Some(&1) {
+            kernel = self.program_in_units(name, whole, units, true);
+            schedule.tiles.remove("BM");
+        }
         // A row's largest, its sum and the logit at its target are exchanged within one warp together: registers that
         // the picker does not count.
         // So is what a cap needs: the hyperbolic tangent, and the bounded logits beside the exponentials.

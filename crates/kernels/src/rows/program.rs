@@ -483,12 +483,25 @@ impl RowSpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let program = |whole, units| self.program_in_units(name, whole, units);
-        whole_or_pieces(arch, size, (self.dtype, &["ldx", "ldy"]), program)
+        let form = whole_or_pieces(arch, size, (self.dtype, &["ldx", "ldy"]), program)?;
+        Ok((form.kernel, form.schedule))
     }
 }
 
 /// Elements of a row from which it is worth it to begin tiles at whole units of memory.
 const UNITS_FROM: i64 = i64::MAX;
+
+/// The form of a program that suits some sizes.
+pub(super) struct Form {
+    /// The program itself.
+    pub(super) kernel: Kernel,
+    /// Its schedule.
+    pub(super) schedule: GpuSchedule,
+    /// Rows are whole; else they are in pieces.
+    pub(super) whole: bool,
+    /// Where its tiles begin.
+    pub(super) units: Units,
+}
 
 /// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule. `program` makes one
 /// of whole rows or not, with tiles that begin at such units. Rows are of elements of a type,
@@ -498,10 +511,10 @@ pub(super) fn whole_or_pieces(
     size: &dyn Fn(&str) -> Option<i64>,
     (dtype, distances): (DType, &[&str]),
     program: impl Fn(bool, Units) -> Kernel,
-) -> Result<(Kernel, GpuSchedule)> {
+) -> Result<Form> {
     match in_units(arch, size, (dtype, distances), &program)? {
         Some(found) => Ok(found),
-        None => plain_form(arch, size, &|whole| program(whole, Units::ROWS)),
+        None => plain_form(arch, size, Units::ROWS, &program),
     }
 }
 
@@ -512,12 +525,13 @@ fn in_units(
     size: &dyn Fn(&str) -> Option<i64>,
     (dtype, distances): (DType, &[&str]),
     program: &dyn Fn(bool, Units) -> Kernel,
-) -> Result<Option<(Kernel, GpuSchedule)>> {
+) -> Result<Option<Form>> {
     let unit = i64::from(128 / dtype.bits());
     let first = distances.first().and_then(|d| size(d));
     let (Some(n), Some(distance)) = (size("N"), first) else { return Ok(None) };
     let whole = n % unit == 0 && distance % unit == 0;
-    if whole || n < UNITS_FROM || distances.iter().any(|d| size(d) != first) {
+    let from = std::env::var("TW_UNITS_FROM").ok().and_then(|v| v.parse().ok()).unwrap_or(UNITS_FROM);
+    if whole || n < from || distances.iter().any(|d| size(d) != first) {
         return Ok(None);
     }
     // Picked as for rows of whole units that are long enough wherever the row begins.
@@ -527,9 +541,10 @@ fn in_units(
         true => Some(long),
         false => size(name),
     };
-    let (kernel, mut schedule) = plain_form(arch, &wide, &|whole| program(whole, units))?;
+    let mut form = plain_form(arch, &wide, units, program)?;
+    let (kernel, schedule) = (&form.kernel, &mut form.schedule);
     let lines = &mut schedule.lines;
-    if schedule.tiles.get("BM") != Some(&1) {
+    if units.rest != 0 && schedule.tiles.get("BM") != Some(&1) {
         if lines.lanes < 32 {
             return Ok(None);
         }
@@ -543,33 +558,31 @@ fn in_units(
     let of_columns =
         |p: &Param| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N"));
     let vectors = kernel.params.iter().filter(|(_, p)| of_columns(p)).count();
-    // Two of them take as long as all of the row does otherwise.
-    if vectors > 1 && unit > 4 {
-        return Ok(None);
-    }
     if vectors > 0 && lines.kept == 0 {
         schedule.blocks_per_sm = (schedule.blocks_per_sm * 3 / 4).max(1);
     }
     schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
     schedule.sizes.insert("N".into(), n);
-    let works = tilewright_lower_gpu::lower(&kernel, &schedule).is_ok();
-    Ok(works.then_some((kernel, schedule)))
+    let works = tilewright_lower_gpu::lower(kernel, schedule).is_ok();
+    Ok(works.then_some(form))
 }
 
 fn plain_form(
     arch: Arch,
     size: &dyn Fn(&str) -> Option<i64>,
-    program: &dyn Fn(bool) -> Kernel,
-) -> Result<(Kernel, GpuSchedule)> {
-    let pieces = program(false);
+    units: Units,
+    program: &dyn Fn(bool, Units) -> Kernel,
+) -> Result<Form> {
+    let form = |kernel, schedule, whole| Form { kernel, schedule, whole, units };
+    let pieces = program(false, units);
     if let Some(schedule) = GpuSchedule::lines_kept(&pieces, arch, size)? {
-        return Ok((pieces, schedule));
+        return Ok(form(pieces, schedule, false));
     }
-    let whole = program(true);
+    let whole = program(true, units);
     if let Some(schedule) = GpuSchedule::lines_for(&whole, arch, size)? {
-        return Ok((whole, schedule));
+        return Ok(form(whole, schedule, true));
     }
     let schedule = GpuSchedule::lines_for(&pieces, arch, size)?
         .ok_or_else(|| Error::bug("a row in pieces has a schedule"))?;
-    Ok((pieces, schedule))
+    Ok(form(pieces, schedule, false))
 }
