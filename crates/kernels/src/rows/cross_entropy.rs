@@ -263,10 +263,9 @@ impl Builder {
         let shape = self.shape();
         let g = self.map(args, shape, |f, a| {
             let hit = f.op(Op::Eq, &[a[3], a[4]]);
-            let nothing = f.constant(0.0, DType::F32);
-            let off = f.op(Op::Select, &[hit, a[2], nothing]);
             let share = f.op(Op::Mul, &[a[0], a[1]]);
-            let mut g = f.op(Op::Sub, &[share, off]);
+            let less = f.op(Op::Sub, &[share, a[2]]);
+            let mut g = f.op(Op::Select, &[hit, less, share]);
             if smooth {
                 g = f.op(Op::Sub, &[g, a[5]]);
             }
