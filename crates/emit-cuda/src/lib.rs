@@ -13,6 +13,7 @@
 mod dims;
 mod fingerprint;
 mod funcs;
+mod hits;
 mod line_steps;
 mod lines;
 mod memory;

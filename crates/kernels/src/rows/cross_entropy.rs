@@ -1,6 +1,6 @@
 //! Cross-entropy of rows of logits, alone or with its gradient.
 
-use super::program::{Begin, Form, Units, along, exponential, func, lines, sizes, whole_or_pieces};
+use super::program::{Begin, Form, Lines, Units, along, exponential, func, lines, sizes, whole_or_pieces};
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
@@ -248,38 +248,37 @@ impl Builder {
     fn gradient(&mut self, [e, v]: [TileId; 2], col: &Dim, of_row: &OfRow) {
         let Some(into) = self.gradient else { return };
         let (here, dtype, terms) = (self.columns(col), self.dtype, self.terms);
-        let mut args = vec![
-            self.k.plain(e),
-            along(of_row.share, 0),
-            along(of_row.factor, 0),
-            along(here, 1),
-            along(of_row.target, 0),
-        ];
-        args.extend(of_row.rest.map(|rest| along(rest, 0)));
-        if terms.cap > 0.0 {
-            args.push(self.k.plain(v));
-        }
-        let smooth = of_row.rest.is_some();
+        let args = vec![self.k.plain(e), along(of_row.share, 0)];
         let shape = self.shape();
-        let g = self.map(args, shape, |f, a| {
-            let hit = f.op(Op::Eq, &[a[3], a[4]]);
-            let share = f.op(Op::Mul, &[a[0], a[1]]);
-            let less = f.op(Op::Sub, &[share, a[2]]);
-            let mut g = f.op(Op::Select, &[hit, less, share]);
-            if smooth {
-                g = f.op(Op::Sub, &[g, a[5]]);
-            }
-            if terms.cap > 0.0 {
-                let v = a[a.len() - 1];
-                let square = f.op(Op::Mul, &[v, v]);
-                let inverse = f.constant(1.0 / (terms.cap * terms.cap), DType::F32);
-                let lost = f.op(Op::Mul, &[square, inverse]);
-                let one = f.constant(1.0, DType::F32);
-                let slope = f.op(Op::Sub, &[one, lost]);
-                g = f.op(Op::Mul, &[g, slope]);
-            }
-            f.cast(g, dtype)
+        let g = self.map(args, shape.clone(), |f, a| f.op(Op::Mul, &[a[0], a[1]]));
+        // By itself, since it changes one column.
+        let row = [along(here, 1), along(of_row.target, 0), along(of_row.factor, 0)];
+        let args = std::iter::once(self.k.plain(g)).chain(row).collect();
+        let mut g = self.map(args, shape.clone(), |f, a| {
+            let hit = f.op(Op::Eq, &[a[1], a[2]]);
+            let less = f.op(Op::Sub, &[a[0], a[3]]);
+            f.op(Op::Select, &[hit, less, a[0]])
         });
+        if of_row.rest.is_some() || terms.cap > 0.0 || dtype != DType::F32 {
+            let mut args = vec![self.k.plain(g), self.k.plain(v)];
+            args.extend(of_row.rest.map(|rest| along(rest, 0)));
+            let smooth = of_row.rest.is_some();
+            g = self.map(args, shape, |f, a| {
+                let mut g = a[0];
+                if smooth {
+                    g = f.op(Op::Sub, &[g, a[2]]);
+                }
+                if terms.cap > 0.0 {
+                    let square = f.op(Op::Mul, &[a[1], a[1]]);
+                    let inverse = f.constant(1.0 / (terms.cap * terms.cap), DType::F32);
+                    let lost = f.op(Op::Mul, &[square, inverse]);
+                    let one = f.constant(1.0, DType::F32);
+                    let slope = f.op(Op::Sub, &[one, lost]);
+                    g = f.op(Op::Mul, &[g, slope]);
+                }
+                f.cast(g, dtype)
+            });
+        }
         self.k.store(into, vec![self.row0.clone(), self.begin.at(col)], g);
     }
 }
@@ -486,13 +485,18 @@ impl CrossEntropySpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let program = |whole, units| self.program_in_units(name, whole, units, false);
-        let picked = whole_or_pieces(arch, size, (self.dtype, &["ldx"]), program)?;
+        let rows = Lines { dtype: self.dtype, distances: &["ldx"], lanes: 64 };
+        let picked = whole_or_pieces(arch, size, &rows, program)?;
         let Form { mut kernel, mut schedule, whole, units } = picked;
+        let lines = schedule.lines;
+        let rows = schedule.tiles.get("BM").copied().unwrap_or(1);
         // The threads of a row meet before they write over its logits, except those of a single warp.
-        let meet = schedule.lines.lanes > 32 || self.form != CrossEntropyForm::InPlace;
-        if meet && schedule.tiles.get("BM") == Some(&1) {
+        let meet = lines.lanes > 32 || self.form != CrossEntropyForm::InPlace;
+        if meet && rows == i64::from(lines.threads / lines.lanes) && std::env::var("TW_SINGLE").is_err() {
             kernel = self.program_in_units(name, whole, units, true);
             schedule.tiles.remove("BM");
+            schedule.lines.threads = lines.lanes;
+            schedule.blocks_per_sm = (schedule.blocks_per_sm * rows as u32).min(32);
         }
         // A row's largest, its sum and the logit at its target are exchanged within one warp together: registers that
         // the picker does not count.

@@ -435,6 +435,10 @@ impl Rows<'_> {
     }
 }
 
+fn up(a: i64, b: i64) -> i64 {
+    (a + b - 1) / b
+}
+
 fn inverse() -> Func {
     func(&[DType::F32], |f, a| {
         let one = f.constant(1.0, DType::F32);
@@ -483,13 +487,24 @@ impl RowSpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let program = |whole, units| self.program_in_units(name, whole, units);
-        let form = whole_or_pieces(arch, size, (self.dtype, &["ldx", "ldy"]), program)?;
+        let rows = Lines { dtype: self.dtype, distances: &["ldx", "ldy"], lanes: 32 };
+        let form = whole_or_pieces(arch, size, &rows, program)?;
         Ok((form.kernel, form.schedule))
     }
 }
 
 /// Elements of a row from which it is worth it to begin tiles at whole units of memory.
 const UNITS_FROM: i64 = i64::MAX;
+
+/// The same for rows that registers hold.
+const WHOLE_FROM: i64 = 384;
+
+/// Elements that a thread should hold of such a row: warps with fewer wait more for each other.
+const TIGHT_LEAST: i64 = 16;
+
+/// Elements that a thread holds of such a row at most; and beside a vector along the columns.
+const TIGHT_MOST: i64 = 40;
+const TIGHT_MOST_BESIDE: i64 = 24;
 
 /// The form of a program that suits some sizes.
 pub(super) struct Form {
@@ -503,16 +518,25 @@ pub(super) struct Form {
     pub(super) units: Units,
 }
 
+/// What is known of the rows of a program.
+pub(super) struct Lines<'a> {
+    /// Type of the elements.
+    pub(super) dtype: DType,
+    /// The sizes that are distances between rows.
+    pub(super) distances: &'a [&'a str],
+    /// Threads that a row has at least where it begins anywhere.
+    pub(super) lanes: i64,
+}
+
 /// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule. `program` makes one
-/// of whole rows or not, with tiles that begin at such units. Rows are of elements of a type,
-/// and the named sizes are the distances between them.
+/// of whole rows or not, with tiles that begin at such units.
 pub(super) fn whole_or_pieces(
     arch: Arch,
     size: &dyn Fn(&str) -> Option<i64>,
-    (dtype, distances): (DType, &[&str]),
+    lines: &Lines<'_>,
     program: impl Fn(bool, Units) -> Kernel,
 ) -> Result<Form> {
-    match in_units(arch, size, (dtype, distances), &program)? {
+    match in_units(arch, size, lines, &program)? {
         Some(found) => Ok(found),
         None => plain_form(arch, size, Units::ROWS, &program),
     }
@@ -523,9 +547,10 @@ pub(super) fn whole_or_pieces(
 fn in_units(
     arch: Arch,
     size: &dyn Fn(&str) -> Option<i64>,
-    (dtype, distances): (DType, &[&str]),
+    of: &Lines<'_>,
     program: &dyn Fn(bool, Units) -> Kernel,
 ) -> Result<Option<Form>> {
+    let Lines { dtype, distances, lanes } = *of;
     let unit = i64::from(128 / dtype.bits());
     let first = distances.first().and_then(|d| size(d));
     let (Some(n), Some(distance)) = (size("N"), first) else { return Ok(None) };
@@ -543,28 +568,54 @@ fn in_units(
     };
     let mut form = plain_form(arch, &wide, units, program)?;
     let (kernel, schedule) = (&form.kernel, &mut form.schedule);
-    let lines = &mut schedule.lines;
-    if units.rest != 0 && schedule.tiles.get("BM") != Some(&1) {
-        if lines.lanes < 32 {
-            return Ok(None);
-        }
-        schedule.blocks_per_sm = (schedule.blocks_per_sm * lines.threads / lines.lanes).min(32);
-        lines.threads = lines.lanes;
-        schedule.tiles.insert("BM".into(), 1);
-    }
-    lines.ragged = true;
-    // What varies along columns alone is read element by element, late, and takes more registers.
-    lines.early = false;
     let of_columns =
         |p: &Param| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N"));
     let vectors = kernel.params.iter().filter(|(_, p)| of_columns(p)).count();
-    if vectors > 0 && lines.kept == 0 {
-        schedule.blocks_per_sm = (schedule.blocks_per_sm * 3 / 4).max(1);
+    let kept = schedule.lines.kept > 0;
+    let forced = std::env::var("TW_UNITS_FROM").is_ok();
+    if !kept && !forced && (vectors > 1 || n < WHOLE_FROM) {
+        return Ok(None);
     }
+    if form.whole && schedule.cluster == 1 && units.rest != 0 {
+        one_tight_row(schedule, (unit, up(n + unit - 1, unit)), lanes, vectors);
+    }
+    if units.rest != 0 && schedule.tiles.get("BM") != Some(&1) {
+        return Ok(None);
+    }
+    schedule.lines.ragged = true;
+    // What varies along columns alone comes late, and takes more registers.
+    schedule.lines.early = false;
     schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
     schedule.sizes.insert("N".into(), n);
     let works = tilewright_lower_gpu::lower(kernel, schedule).is_ok();
     Ok(works.then_some(form))
+}
+
+/// One row of at most so many units a block, by as many lanes as leave the fewest of the tile's units unused.
+fn one_tight_row(
+    schedule: &mut GpuSchedule,
+    (unit, span): (i64, i64),
+    least: i64,
+    vectors: usize,
+) {
+    let lines = &mut schedule.lines;
+    let rows = schedule.tiles.get("BM").copied().unwrap_or(1);
+    let before = schedule.tiles.get("BN").copied().unwrap_or(1) * rows / i64::from(lines.threads);
+    let most = if vectors > 0 { TIGHT_MOST_BESIDE } else { TIGHT_MOST };
+    let tight = (5..=9)
+        .map(|n| 1i64 << n)
+        .filter(|lanes| *lanes >= least)
+        .map(|lanes| (lanes * up(span, lanes), up(span, lanes) * unit, lanes))
+        .filter(|(_, each, _)| *each <= most)
+        .min_by_key(|(covered, each, _)| (*covered, *each < TIGHT_LEAST, *each));
+    let Some((covered, each, lanes)) = tight else { return };
+    // As much under way on a multiprocessor as before.
+    let threads = i64::from(schedule.blocks_per_sm * lines.threads) * before / each;
+    schedule.blocks_per_sm = (threads / lanes).clamp(1, 32) as u32;
+    lines.threads = lanes as u32;
+    lines.lanes = lanes as u32;
+    schedule.tiles.insert("BM".into(), 1);
+    schedule.tiles.insert("BN".into(), covered * unit);
 }
 
 fn plain_form(
