@@ -70,7 +70,11 @@ class Problem:
         getattr(self, "make_" + self.op)()
 
     def draw(self, rows, cols, ld, dtype):
-        return torch.randn(rows, ld, device="cuda").to(dtype)[:, :cols]
+        x = torch.randn(rows, ld, device="cuda").to(dtype)
+        # What lies between rows is no data.
+        if self.guarded:
+            x[:, cols:] = float("nan")
+        return x[:, :cols]
 
     def given(self, name, tensor):
         self.T[name] = tensor

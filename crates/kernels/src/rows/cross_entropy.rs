@@ -492,7 +492,9 @@ impl CrossEntropySpec {
         let rows = schedule.tiles.get("BM").copied().unwrap_or(1);
         // The threads of a row meet before they write over its logits, except those of a single warp.
         let meet = lines.lanes > 32 || self.form != CrossEntropyForm::InPlace;
-        if meet && rows == i64::from(lines.threads / lines.lanes) && std::env::var("TW_SINGLE").is_err() {
+        if meet
+            && lines.lanes >= 32
+            && rows == i64::from(lines.threads / lines.lanes) && std::env::var("TW_SINGLE").is_err() {
             kernel = self.program_in_units(name, whole, units, true);
             schedule.tiles.remove("BM");
             schedule.lines.threads = lines.lanes;

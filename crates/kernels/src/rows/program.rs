@@ -571,6 +571,25 @@ fn in_units(
     let of_columns =
         |p: &Param| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N"));
     let vectors = kernel.params.iter().filter(|(_, p)| of_columns(p)).count();
+    if let Some(lanes) = std::env::var("TW_KEPT").ok().and_then(|v| v.parse::<i64>().ok()) {
+        let pieces = program(false, units);
+        let mut schedule = GpuSchedule::lines_for(&pieces, arch, &wide)?.expect("pieces");
+        let piece = lanes * unit;
+        schedule.tiles.insert("BM".into(), 1);
+        schedule.tiles.insert("BN".into(), piece);
+        schedule.cluster = 1;
+        schedule.lines.kept = up(n + unit - 1, piece) as u32;
+        schedule.lines.threads = lanes as u32;
+        schedule.lines.lanes = lanes as u32;
+        schedule.lines.vector = unit as u32;
+        schedule.vector = unit as u32;
+        schedule.blocks_per_sm = (1536 / lanes).min(32) as u32;
+        schedule.lines.ragged = true;
+        schedule.lines.early = false;
+        schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
+        schedule.sizes.insert("N".into(), n);
+        return Ok(Some(Form { kernel: pieces, schedule, whole: false, units }));
+    }
     let kept = schedule.lines.kept > 0;
     let forced = std::env::var("TW_UNITS_FROM").is_ok();
     if !kept && !forced && (vectors > 1 || n < WHOLE_FROM) {
