@@ -224,6 +224,7 @@ template <typename T, int ROWS, int VECTOR> TW_INLINE u32 turned_at(int row, int
 // A tile into `scratch`, a unit of UNIT rows at a time.
 template <typename T, int ROWS, int COLS, int VECTOR, int THREADS> struct Turned {
   static constexpr int UNIT = 16 / (int)sizeof(T), TOTAL = ROWS * COLS / UNIT, EACH = (TOTAL + THREADS - 1) / THREADS;
+  static TW_INLINE bool has(int u) { return TOTAL % THREADS == 0 || index(u) < (u32)TOTAL; }
   static TW_INLINE u32 index(int u) { return (u32)(u * THREADS) + threadIdx.x; }
   static TW_INLINE int row(int u) { return (int)(index(u) % (u32)(ROWS / UNIT)) * UNIT; }
   static TW_INLINE int col(int u) { return (int)(index(u) / (u32)(ROWS / UNIT)); }
@@ -231,7 +232,7 @@ template <typename T, int ROWS, int COLS, int VECTOR, int THREADS> struct Turned
     __syncthreads();
 #pragma unroll
     for (int u = 0; u < EACH; ++u) {
-      if (index(u) < (u32)TOTAL) *reinterpret_cast<Run<T, UNIT>*>(scratch + turned_at<T, ROWS, VECTOR>(row(u), col(u))) = units[u];
+      if (has(u)) *reinterpret_cast<Run<T, UNIT>*>(scratch + turned_at<T, ROWS, VECTOR>(row(u), col(u))) = units[u];
     }
     __syncthreads();
   }
@@ -246,7 +247,7 @@ template <typename T, int ROWS, int COLS, int VECTOR, int THREADS> struct Turned
       for (int k = 0; k < UNIT; k += RUN) {
         bool inside;
         place(row(u) + k, col(u), inside);
-        const Run<T, RUN> run = load_run_if<T, RUN>(inside && index(u) < (u32)TOTAL, from + k, fill);
+        const Run<T, RUN> run = load_run_if<T, RUN>(inside && has(u), from + k, fill);
 #pragma unroll
         for (int m = 0; m < RUN; ++m) units[u].at[k + m] = run.at[m];
       }
