@@ -347,9 +347,19 @@ impl Choice {
         self.threads / self.lanes
     }
 
+    /// Elements of a row that a thread has. Of whole rows that are read in smaller accesses it has as few as there are.
+    fn of_row(&self, s: &Shape) -> i64 {
+        let most = self.runs_each * s.vector;
+        if !s.whole || s.reduces != Some(Direction::Col) || s.aligned >= s.vector {
+            return most;
+        }
+        let share = up(s.cols, self.cluster);
+        (up(share, self.lanes * s.aligned) * s.aligned).min(most)
+    }
+
     /// Tile sizes along rows and columns, of the whole cluster.
     fn tile(&self, s: &Shape) -> (i64, i64) {
-        let (rows, cols) = (self.lines() * self.rows_each, self.lanes * s.vector * self.runs_each);
+        let (rows, cols) = (self.lines() * self.rows_each, self.lanes * self.of_row(s));
         match s.reduces {
             Some(Direction::Row) => (rows * self.cluster, cols),
             Some(Direction::Col) => (rows, cols * self.cluster),
@@ -600,7 +610,8 @@ impl Picker<'_> {
     /// and addresses of single elements.
     fn registers(&self, choice: Choice, early: bool) -> i64 {
         let s = &self.s;
-        let each = choice.rows_each * choice.runs_each * s.vector;
+        let of_row = choice.of_row(s);
+        let each = choice.rows_each * of_row;
         if self.is_windows() {
             // Sums, and what is loaded for one of the taps: the compiler orders the loads.
             return 40 + each * 3;
@@ -609,7 +620,7 @@ impl Picker<'_> {
             return 12 + (each + 2) * s.planes.max(1);
         }
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
-        let single = each * planes + choice.runs_each * s.vector * s.vectors;
+        let single = each * planes + of_row * s.vectors;
         // Of few elements, addresses are worked out as they are needed.
         let few = s.aligned == 1 && s.whole && each <= KEEP / 2;
         let addresses = match s.aligned < s.vector {
