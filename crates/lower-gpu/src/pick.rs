@@ -350,6 +350,9 @@ impl Choice {
     /// Elements of a row that a thread has. Of whole rows that are read in smaller accesses it has as few as there are.
     fn of_row(&self, s: &Shape) -> i64 {
         let most = self.runs_each * s.vector;
+        if s.turns && s.aligned < s.vector {
+            return (most / 2).max(1);
+        }
         if !s.whole || s.reduces != Some(Direction::Col) || s.aligned >= s.vector {
             return most;
         }
@@ -583,9 +586,11 @@ impl Picker<'_> {
     fn map(&self) -> Choice {
         let (s, threads) = (&self.s, self.map_threads);
         if s.turns {
-            // Lines of 128 bytes both ways.
-            let lanes = power_of_two_from(self.runs).min(8);
-            let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, 4);
+            // Lines of 128 bytes both ways; where they begin anywhere, longer ones to write, a warp each.
+            let anywhere = s.aligned < s.vector;
+            let lanes = power_of_two_from(self.runs).min(if anywhere { 32 } else { 8 });
+            let most = if anywhere { 8 } else { 4 };
+            let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, most);
             return Choice { threads, lanes, rows_each, runs_each: 1, cluster: 1 };
         }
         // Lanes that waste little of the last run of blocks along a row.
@@ -624,7 +629,9 @@ impl Picker<'_> {
         // Of few elements, addresses are worked out as they are needed.
         let few = s.aligned == 1 && s.whole && each <= KEEP / 2;
         let addresses = match s.aligned < s.vector {
-            true if few => 24,
+            true if few => 8,
+            // One address serves what a unit has of a turned tile.
+            true if s.turns => 0,
             true => 48 + single,
             false => 0,
         };

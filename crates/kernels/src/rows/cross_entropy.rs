@@ -243,6 +243,33 @@ impl Builder {
         OfRow { share, factor, rest: Some(rest), target }
     }
 
+    /// The losses, from the logarithms of the sums, the targets' logits and whether rows count; with smoothed labels also
+    /// from the means of the logits.
+    fn loss(&mut self, row: [TileId; 3], mean: Option<TileId>) -> TileId {
+        let (terms, smooth) = (self.terms, mean.is_some());
+        let args = row.iter().chain(&mean).map(|x| self.k.plain(*x)).collect();
+        // Not a product: a row that does not count may have a loss that is no number.
+        self.map(args, vec![self.bm.clone()], |f, a| {
+            let mut picked = a[1];
+            if smooth {
+                let keep = f.constant(1.0 - terms.smoothing, DType::F32);
+                let rest = f.constant(terms.smoothing, DType::F32);
+                let (of_target, of_all) =
+                    (f.op(Op::Mul, &[picked, keep]), f.op(Op::Mul, &[a[3], rest]));
+                picked = f.op(Op::Add, &[of_target, of_all]);
+            }
+            let mut loss = f.op(Op::Sub, &[a[0], picked]);
+            if terms.z > 0.0 {
+                let (z, square) = (f.constant(terms.z, DType::F32), f.op(Op::Mul, &[a[0], a[0]]));
+                let more = f.op(Op::Mul, &[square, z]);
+                loss = f.op(Op::Add, &[loss, more]);
+            }
+            let nothing = f.constant(0.0, DType::F32);
+            let counts = f.op(Op::Gt, &[a[2], nothing]);
+            f.op(Op::Select, &[counts, loss, nothing])
+        })
+    }
+
     /// Writes the gradient from column `col` on: `e * share`, less `factor` at the target, and less `rest` everywhere where labels are
     /// smoothed; with a cap, times its slope at the bounded logits `v`.
     fn gradient(&mut self, [e, v]: [TileId; 2], col: &Dim, of_row: &OfRow) {
@@ -358,11 +385,12 @@ impl CrossEntropySpec {
         // A target that wraps to a column is outside, and then its row counts nothing.
         let args = vec![b.k.plain(t)];
         let target = b.map(args, row.clone(), |f, a| f.cast(a[0], DType::I32));
-        let known = single.then(|| b.logit(target));
         let v = whole.then(|| b.logits(&zero));
         let (max, sum, logit, total, e) = match v {
             Some(v) => {
                 let max = b.k.reduce(ReduceKind::Max, v, 1, None);
+                // Between two reductions: its address has come, and nothing is written yet.
+                let known = single.then(|| b.logit(target));
                 let e = b.exponentials(v, max);
                 let sum = b.k.reduce(ReduceKind::Sum, e, 1, None);
                 let logit = known.unwrap_or_else(|| {
@@ -377,6 +405,7 @@ impl CrossEntropySpec {
             }
             None => {
                 let [max] = b.over_pieces("piece1", [ReduceKind::Max], |_, v, _| [v]);
+                let known = single.then(|| b.logit(target));
                 let sums = ReduceKind::Sum;
                 let (sum, logit, total) = match (known, smooth) {
                     (None, true) => {
@@ -430,46 +459,28 @@ impl CrossEntropySpec {
             let log = f.op(Op::Log, &[a[0]]);
             f.op(Op::Add, &[log, a[1]])
         });
-        let args = [log, logit, counts].iter().chain(&mean).map(|x| b.k.plain(*x)).collect();
-        // Not a product: a row that does not count may have a loss that is no number.
-        let value = b.map(args, row.clone(), |f, a| {
-            let mut picked = a[1];
-            if smooth {
-                let keep = f.constant(1.0 - terms.smoothing, DType::F32);
-                let rest = f.constant(terms.smoothing, DType::F32);
-                let (of_target, of_all) =
-                    (f.op(Op::Mul, &[picked, keep]), f.op(Op::Mul, &[a[3], rest]));
-                picked = f.op(Op::Add, &[of_target, of_all]);
+        // The gradient first: losses wait for the logit.
+        if let Some(s) = s {
+            let args = vec![b.k.plain(counts), s];
+            let factor = b.map(args, row, |f, a| f.op(Op::Mul, &[a[0], a[1]]));
+            let of_row = b.of_row([factor, sum, log, target]);
+            match e {
+                Some(e) => b.gradient(e, &zero, &of_row),
+                None => {
+                    let pieces = b.begin.span.ceil_div(&b.bn);
+                    let (var, _) = b.k.begin_for("piece3", Dim::new(0), pieces, &[]);
+                    let col = var * &b.bn;
+                    let v = b.logits(&col);
+                    let e = b.exponentials(v, max);
+                    b.gradient([e, v], &col, &of_row);
+                    b.k.end_for(&[]);
+                }
             }
-            let mut loss = f.op(Op::Sub, &[a[0], picked]);
-            if terms.z > 0.0 {
-                let (z, square) = (f.constant(terms.z, DType::F32), f.op(Op::Mul, &[a[0], a[0]]));
-                let more = f.op(Op::Mul, &[square, z]);
-                loss = f.op(Op::Add, &[loss, more]);
-            }
-            let nothing = f.constant(0.0, DType::F32);
-            let counts = f.op(Op::Gt, &[a[2], nothing]);
-            f.op(Op::Select, &[counts, loss, nothing])
-        });
+        }
+        let value = b.loss([log, logit, counts], mean);
         b.k.store(loss, vec![row0.clone()], value);
         if let Some(logs) = logs {
             b.k.store(logs, vec![row0], log);
-        }
-        let Some(s) = s else { return b.k.finish() };
-        let args = vec![b.k.plain(counts), s];
-        let factor = b.map(args, row.clone(), |f, a| f.op(Op::Mul, &[a[0], a[1]]));
-        let of_row = b.of_row([factor, sum, log, target]);
-        match e {
-            Some(e) => b.gradient(e, &zero, &of_row),
-            None => {
-                let pieces = b.begin.span.ceil_div(&b.bn);
-                let (var, _) = b.k.begin_for("piece3", Dim::new(0), pieces, &[]);
-                let col = var * &b.bn;
-                let v = b.logits(&col);
-                let e = b.exponentials(v, max);
-                b.gradient([e, v], &col, &of_row);
-                b.k.end_for(&[]);
-            }
         }
         b.k.finish()
     }
@@ -485,7 +496,8 @@ impl CrossEntropySpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let program = |whole, units| self.program_in_units(name, whole, units, false);
-        let rows = Lines { dtype: self.dtype, distances: &["ldx"], lanes: 64 };
+        // Whole rows in registers are as soon done when they are read one by one: one block of two warps a row serves both.
+        let rows = Lines { dtype: self.dtype, distances: &["ldx"], whole_from: None };
         let picked = whole_or_pieces(arch, size, &rows, program)?;
         let Form { mut kernel, mut schedule, whole, units } = picked;
         let lines = schedule.lines;
@@ -494,7 +506,7 @@ impl CrossEntropySpec {
         let meet = lines.lanes > 32 || self.form != CrossEntropyForm::InPlace;
         if meet
             && lines.lanes >= 32
-            && rows == i64::from(lines.threads / lines.lanes) && std::env::var("TW_SINGLE").is_err() {
+            && rows == i64::from(lines.threads / lines.lanes) {
             kernel = self.program_in_units(name, whole, units, true);
             schedule.tiles.remove("BM");
             schedule.lines.threads = lines.lanes;

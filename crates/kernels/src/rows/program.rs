@@ -1,5 +1,6 @@
 //! Tile programs of softmax and normalisations.
 
+use std::ops::RangeInclusive;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
@@ -487,24 +488,32 @@ impl RowSpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let program = |whole, units| self.program_in_units(name, whole, units);
-        let rows = Lines { dtype: self.dtype, distances: &["ldx", "ldy"], lanes: 32 };
+        let short = self.dtype.bits() == 16;
+        let whole_from = match self.op {
+            RowOp::Softmax | RowOp::LogSoftmax if short && !self.residual => Some(WHOLE_FROM),
+            _ => None,
+        };
+        let rows = Lines { dtype: self.dtype, distances: &["ldx", "ldy"], whole_from };
         let form = whole_or_pieces(arch, size, &rows, program)?;
         Ok((form.kernel, form.schedule))
     }
 }
 
-/// Elements of a row from which it is worth it to begin tiles at whole units of memory.
-const UNITS_FROM: i64 = i64::MAX;
+/// Elements of a row from which tiles that begin at whole units of memory were faster, on an H200 (see `docs/src/facts.md`), where rows
+/// are held by registers: those that nothing but exponentials is made of, of 16 bits. Others of them are never: more of what
+/// they do is wasted on what a tile is too long, and vectors along their columns cost twice the accesses.
+const WHOLE_FROM: i64 = 500;
 
-/// The same for rows that registers hold.
-const WHOLE_FROM: i64 = 384;
+/// The same where shared memory keeps rows that are read in accesses of several elements otherwise, and where they are read one by
+/// one beside two vectors along the columns.
+const KEPT_WIDE_FROM: i64 = 16385;
+const KEPT_BESIDE_TWO_FROM: i64 = 4096;
 
-/// Elements that a thread should hold of such a row: warps with fewer wait more for each other.
-const TIGHT_LEAST: i64 = 16;
+/// Elements that a thread has of a piece of a row at least.
+const FINE_LEAST: i64 = 8;
 
-/// Elements that a thread holds of such a row at most; and beside a vector along the columns.
-const TIGHT_MOST: i64 = 40;
-const TIGHT_MOST_BESIDE: i64 = 24;
+/// Elements that a thread should hold of a whole row: warps with fewer wait more for each other, and more take its registers.
+const TIGHT: RangeInclusive<i64> = 16..=40;
 
 /// The form of a program that suits some sizes.
 pub(super) struct Form {
@@ -524,8 +533,8 @@ pub(super) struct Lines<'a> {
     pub(super) dtype: DType,
     /// The sizes that are distances between rows.
     pub(super) distances: &'a [&'a str],
-    /// Threads that a row has at least where it begins anywhere.
-    pub(super) lanes: i64,
+    /// Elements of rows in registers from which tiles begin at whole units of memory.
+    pub(super) whole_from: Option<i64>,
 }
 
 /// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule. `program` makes one
@@ -543,98 +552,88 @@ pub(super) fn whole_or_pieces(
 }
 
 /// The form for rows that begin or end within units of 16 bytes: one row a block, with tiles that begin where memory's
-/// units do, so that all but the first and the last access of a row are whole.
+/// units do, so that all but the first and the last access of a row are whole. None where other forms are sooner done.
 fn in_units(
     arch: Arch,
     size: &dyn Fn(&str) -> Option<i64>,
     of: &Lines<'_>,
     program: &dyn Fn(bool, Units) -> Kernel,
 ) -> Result<Option<Form>> {
-    let Lines { dtype, distances, lanes } = *of;
-    let unit = i64::from(128 / dtype.bits());
-    let first = distances.first().and_then(|d| size(d));
-    let (Some(n), Some(distance)) = (size("N"), first) else { return Ok(None) };
-    let whole = n % unit == 0 && distance % unit == 0;
-    let from = std::env::var("TW_UNITS_FROM").ok().and_then(|v| v.parse().ok()).unwrap_or(UNITS_FROM);
-    if whole || n < from || distances.iter().any(|d| size(d) != first) {
+    let unit = i64::from(128 / of.dtype.bits());
+    let far: Option<Vec<i64>> = of.distances.iter().map(|d| size(d)).collect();
+    let (Some(n), Some(far)) = (size("N"), far) else { return Ok(None) };
+    let rest = far.first().map_or(0, |d| d % unit);
+    if n % unit == 0 && rest == 0 || far.iter().any(|d| d % unit != rest) {
         return Ok(None);
     }
     // Picked as for rows of whole units that are long enough wherever the row begins.
-    let units = Units { unit, rest: distance % unit };
-    let long = (n + if units.rest == 0 { unit - 1 } else { 2 * (unit - 1) }) / unit * unit;
-    let wide = |name: &str| match name == "N" || distances.contains(&name) {
+    let units = Units { unit, rest };
+    let before = if rest == 0 { 0 } else { unit - 1 };
+    let long = up(n + before, unit) * unit;
+    let wide = |name: &str| match name == "N" || of.distances.contains(&name) {
         true => Some(long),
         false => size(name),
     };
     let mut form = plain_form(arch, &wide, units, program)?;
     let (kernel, schedule) = (&form.kernel, &mut form.schedule);
-    let of_columns =
+    let along_columns =
         |p: &Param| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N"));
-    let vectors = kernel.params.iter().filter(|(_, p)| of_columns(p)).count();
-    if let Some(lanes) = std::env::var("TW_KEPT").ok().and_then(|v| v.parse::<i64>().ok()) {
-        let pieces = program(false, units);
-        let mut schedule = GpuSchedule::lines_for(&pieces, arch, &wide)?.expect("pieces");
-        let piece = lanes * unit;
-        schedule.tiles.insert("BM".into(), 1);
-        schedule.tiles.insert("BN".into(), piece);
-        schedule.cluster = 1;
-        schedule.lines.kept = up(n + unit - 1, piece) as u32;
-        schedule.lines.threads = lanes as u32;
-        schedule.lines.lanes = lanes as u32;
-        schedule.lines.vector = unit as u32;
-        schedule.vector = unit as u32;
-        schedule.blocks_per_sm = (1536 / lanes).min(32) as u32;
-        schedule.lines.ragged = true;
-        schedule.lines.early = false;
-        schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
-        schedule.sizes.insert("N".into(), n);
-        return Ok(Some(Form { kernel: pieces, schedule, whole: false, units }));
-    }
-    let kept = schedule.lines.kept > 0;
-    let forced = std::env::var("TW_UNITS_FROM").is_ok();
-    if !kept && !forced && (vectors > 1 || n < WHOLE_FROM) {
+    let vectors = kernel.params.iter().filter(|(_, p)| along_columns(p)).count();
+    // What one access could take at most otherwise.
+    let one_by_one = (n | rest) % 2 != 0;
+    let gains = match (schedule.lines.kept > 0, one_by_one) {
+        (true, true) => vectors < 2 || n >= KEPT_BESIDE_TWO_FROM,
+        (true, false) => vectors == 0 && n >= KEPT_WIDE_FROM,
+        (false, true) => schedule.cluster == 1 && of.whole_from.is_some_and(|from| n >= from),
+        (false, false) => false,
+    };
+    if !gains {
         return Ok(None);
     }
-    if form.whole && schedule.cluster == 1 && units.rest != 0 {
-        one_tight_row(schedule, (unit, up(n + unit - 1, unit)), lanes, vectors);
-    }
-    if units.rest != 0 && schedule.tiles.get("BM") != Some(&1) {
-        return Ok(None);
+    match form.whole {
+        true => one_tight_row(schedule, unit, up(n + before, unit)),
+        false => finer_pieces(schedule, unit, n + before),
     }
     schedule.lines.ragged = true;
     // What varies along columns alone comes late, and takes more registers.
     schedule.lines.early = false;
-    schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
+    schedule.sizes = of.distances.iter().zip(far).map(|(d, far)| ((*d).into(), far)).collect();
     schedule.sizes.insert("N".into(), n);
-    let works = tilewright_lower_gpu::lower(kernel, schedule).is_ok();
+    let works = schedule.tiles.get("BM") == Some(&1)
+        && tilewright_lower_gpu::lower(kernel, schedule).is_ok();
     Ok(works.then_some(form))
 }
 
 /// One row of at most so many units a block, by as many lanes as leave the fewest of the tile's units unused.
-fn one_tight_row(
-    schedule: &mut GpuSchedule,
-    (unit, span): (i64, i64),
-    least: i64,
-    vectors: usize,
-) {
+fn one_tight_row(schedule: &mut GpuSchedule, unit: i64, span: i64) {
     let lines = &mut schedule.lines;
-    let rows = schedule.tiles.get("BM").copied().unwrap_or(1);
-    let before = schedule.tiles.get("BN").copied().unwrap_or(1) * rows / i64::from(lines.threads);
-    let most = if vectors > 0 { TIGHT_MOST_BESIDE } else { TIGHT_MOST };
+    let tile = |name: &str| schedule.tiles.get(name).copied().unwrap_or(1);
+    let before = tile("BM") * tile("BN") / i64::from(lines.threads);
     let tight = (5..=9)
-        .map(|n| 1i64 << n)
-        .filter(|lanes| *lanes >= least)
-        .map(|lanes| (lanes * up(span, lanes), up(span, lanes) * unit, lanes))
-        .filter(|(_, each, _)| *each <= most)
-        .min_by_key(|(covered, each, _)| (*covered, *each < TIGHT_LEAST, *each));
+        .map(|n| (1i64 << n, up(span, 1 << n)))
+        .map(|(lanes, each)| (lanes * each, each * unit, lanes))
+        .filter(|(_, each, _)| each <= TIGHT.end())
+        .min_by_key(|(covered, each, _)| (*covered, each < TIGHT.start(), *each));
     let Some((covered, each, lanes)) = tight else { return };
     // As much under way on a multiprocessor as before.
     let threads = i64::from(schedule.blocks_per_sm * lines.threads) * before / each;
     schedule.blocks_per_sm = (threads / lanes).clamp(1, 32) as u32;
-    lines.threads = lanes as u32;
-    lines.lanes = lanes as u32;
+    (lines.threads, lines.lanes) = (lanes as u32, lanes as u32);
     schedule.tiles.insert("BM".into(), 1);
     schedule.tiles.insert("BN".into(), covered * unit);
+}
+
+/// Pieces of half the length, and twice as many, while more than an eighth of the last one lies behind the row.
+fn finer_pieces(schedule: &mut GpuSchedule, unit: i64, span: i64) {
+    let threads = i64::from(schedule.lines.threads * schedule.cluster);
+    let Some(mut piece) = schedule.tiles.get("BN").copied() else { return };
+    let unused = |piece: i64| up(span, piece) * piece - span;
+    while unused(piece) * 8 > span && piece % (2 * unit.max(FINE_LEAST) * threads) == 0 {
+        piece /= 2;
+        let kept = i64::from(schedule.lines.kept * 2).min(up(span, piece));
+        schedule.lines.kept = kept as u32;
+    }
+    schedule.tiles.insert("BN".into(), piece);
 }
 
 fn plain_form(
