@@ -331,6 +331,14 @@ fn up(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
 }
 
+impl Shape {
+    /// A map that turns lines which begin anywhere.
+    fn turns_anywhere(&self) -> bool {
+        let plain = self.reduces.is_none() && !self.whole && !self.ordered;
+        self.turns && plain && self.aligned < self.vector
+    }
+}
+
 /// How threads share a tile, before tile sizes have their names.
 #[derive(Clone, Copy)]
 struct Choice {
@@ -350,7 +358,7 @@ impl Choice {
     /// Elements of a row that a thread has. Of whole rows that are read in smaller accesses it has as few as there are.
     fn of_row(&self, s: &Shape) -> i64 {
         let most = self.runs_each * s.vector;
-        if s.turns && s.aligned < s.vector {
+        if s.turns_anywhere() {
             return (most / 2).max(1);
         }
         if !s.whole || s.reduces != Some(Direction::Col) || s.aligned >= s.vector {
@@ -587,7 +595,7 @@ impl Picker<'_> {
         let (s, threads) = (&self.s, self.map_threads);
         if s.turns {
             // Lines of 128 bytes both ways; where they begin anywhere, longer ones to write, a warp each.
-            let anywhere = s.aligned < s.vector;
+            let anywhere = s.turns_anywhere();
             let lanes = power_of_two_from(self.runs).min(if anywhere { 32 } else { 8 });
             let most = if anywhere { 8 } else { 4 };
             let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, most);
@@ -631,7 +639,7 @@ impl Picker<'_> {
         let addresses = match s.aligned < s.vector {
             true if few => 8,
             // One address serves what a unit has of a turned tile.
-            true if s.turns => 0,
+            true if s.turns_anywhere() => 0,
             true => 48 + single,
             false => 0,
         };
