@@ -235,7 +235,8 @@ impl Printer<'_> {
         let line = matches!(p.layout.axes.as_slice(), [a] if a.stride.is(1));
         let begins = line && p.layout.offset.is(0) && access.rows.is_none();
         let unit = matches!(p.dtype.bits(), 16 | 32) && vector * p.dtype.bits() == 128;
-        let columns = frag.extent != Extent::PerRow && access.axes.0.is_none() && access.steps.1 == 1;
+        let columns =
+            frag.extent != Extent::PerRow && access.axes.0.is_none() && access.steps.1 == 1;
         (self.program.ragged && begins && unit && columns && access.vector == 1).then_some(vector)
     }
 

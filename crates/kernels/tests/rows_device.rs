@@ -446,7 +446,8 @@ fn cross_entropy_and_adamw_are_what_their_formulas_say() {
     let near = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b.abs() + 1e-6;
 
     // The second kernels read the target's logit by itself.
-    let (few, many) = ((5, 7, env(&[("M", 5), ("N", 7)])), (9, 1030, env(&[("M", 9), ("N", 1030)])));
+    let (few, many) =
+        ((5, 7, env(&[("M", 5), ("N", 7)])), (9, 1030, env(&[("M", 9), ("N", 1030)])));
     let forms = [CrossEntropyForm::InPlace, CrossEntropyForm::Beside, CrossEntropyForm::Losses];
     let whole = forms.map(|form| (form, CrossEntropyTerms::default(), true));
     let everything = forms.map(|form| [(form, EVERYTHING, true), (form, EVERYTHING, false)]);

@@ -1,6 +1,8 @@
 //! Cross-entropy of rows of logits, alone or with its gradient.
 
-use super::program::{Begin, Form, Lines, Units, along, exponential, func, lines, sizes, whole_or_pieces};
+use super::program::{
+    Begin, Form, Lines, Units, along, exponential, func, lines, sizes, whole_or_pieces,
+};
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
@@ -504,9 +506,7 @@ impl CrossEntropySpec {
         let rows = schedule.tiles.get("BM").copied().unwrap_or(1);
         // The threads of a row meet before they write over its logits, except those of a single warp.
         let meet = lines.lanes > 32 || self.form != CrossEntropyForm::InPlace;
-        if meet
-            && lines.lanes >= 32
-            && rows == i64::from(lines.threads / lines.lanes) {
+        if meet && lines.lanes >= 32 && rows == i64::from(lines.threads / lines.lanes) {
             kernel = self.program_in_units(name, whole, units, true);
             schedule.tiles.remove("BM");
             schedule.lines.threads = lines.lanes;
