@@ -305,7 +305,9 @@ impl Printer<'_> {
         {
             let (line, runs) = (format!("p_{}", self.program.params[access.param].name), "runs");
             self.line("{");
-            lets.iter().for_each(|text| self.line(&format!("  {text}")));
+            // All but the address of the first element.
+            let named = &lets[..lets.len().saturating_sub(1)];
+            named.iter().for_each(|text| self.line(&format!("  {text}")));
             self.line(&format!("  tw::TwoRuns<{ty}, {unit}> {runs}[{count} / {unit}];"));
             self.line("#pragma unroll");
             self.line(&format!("  for (int i = 0; i < {count}; i += {unit}) {{"));
