@@ -637,7 +637,9 @@ impl Picker<'_> {
         // Of few elements, addresses are worked out as they are needed.
         let few = s.aligned == 1 && s.whole && each <= KEEP / 2;
         let addresses = match s.aligned < s.vector {
-            true if few => 8,
+            // As compiled: LayerNorm fits where RMSNorm spills.
+            true if few && s.vectors > 1 => 8,
+            true if few => 24,
             // One address serves what a unit has of a turned tile.
             true if s.turns_anywhere() => 0,
             true => 48 + single,

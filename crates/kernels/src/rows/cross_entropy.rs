@@ -1,7 +1,8 @@
 //! Cross-entropy of rows of logits, alone or with its gradient.
 
 use super::program::{
-    Begin, Form, Lines, Units, along, exponential, func, lines, sizes, whole_or_pieces,
+    Begin, Form, Lines, Units, WIDE_WHOLE_FROM, along, exponential, func, lines, sizes,
+    whole_or_pieces,
 };
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
@@ -49,6 +50,9 @@ pub struct CrossEntropyTerms {
     /// What logits are bounded by, at least 0.
     pub cap: f64,
 }
+
+/// Elements of a row of 16 bits that registers hold from which its tiles may begin at whole units of memory.
+const WHOLE_FROM: i64 = 2049;
 
 /// What a cross-entropy writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -498,8 +502,10 @@ impl CrossEntropySpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let program = |whole, units| self.program_in_units(name, whole, units, false);
-        // Whole rows in registers are as soon done when they are read one by one: one block of two warps a row serves both.
-        let rows = Lines { dtype: self.dtype, distances: &["ldx"], whole_from: None };
+        // Shorter rows in registers are as soon done one element at a time, on an H200.
+        let from = if self.dtype.bits() == 16 { WHOLE_FROM } else { WIDE_WHOLE_FROM };
+        let (dtype, whole_from) = (self.dtype, Some(from));
+        let rows = Lines { dtype, distances: &["ldx"], whole_from, least: 4 };
         let picked = whole_or_pieces(arch, size, &rows, program)?;
         let Form { mut kernel, mut schedule, whole, units } = picked;
         let lines = schedule.lines;

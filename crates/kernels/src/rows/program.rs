@@ -488,28 +488,33 @@ impl RowSpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let program = |whole, units| self.program_in_units(name, whole, units);
-        let short = self.dtype.bits() == 16;
         let whole_from = match self.op {
-            RowOp::Softmax | RowOp::LogSoftmax if short && !self.residual => Some(WHOLE_FROM),
+            RowOp::Softmax | RowOp::LogSoftmax if !self.residual => {
+                Some(if self.dtype.bits() == 16 { WHOLE_FROM } else { WIDE_WHOLE_FROM })
+            }
             _ => None,
         };
-        let rows = Lines { dtype: self.dtype, distances: &["ldx", "ldy"], whole_from };
+        let (dtype, least) = (self.dtype, FINE_LEAST);
+        let rows = Lines { dtype, distances: &["ldx", "ldy"], whole_from, least };
         let form = whole_or_pieces(arch, size, &rows, program)?;
         Ok((form.kernel, form.schedule))
     }
 }
 
-/// Elements of a row from which tiles that begin at whole units of memory were faster, on an H200 (see `docs/src/facts.md`), where rows
-/// are held by registers: those that nothing but exponentials is made of, of 16 bits. Others of them are never: more of what
-/// they do is wasted on what a tile is too long, and vectors along their columns cost twice the accesses.
+/// Elements of a row of 16 bits from which tiles that begin at whole units of memory were faster, on an H200 (see `docs/src/facts.md`),
+/// where rows are held by registers and nothing but exponentials is made of them. Norms never were: vectors along their columns
+/// cost twice the accesses, and more of what they do is wasted on what a tile is too long.
 const WHOLE_FROM: i64 = 500;
 
-/// The same where shared memory keeps rows that are read in accesses of several elements otherwise, and where they are read one by
-/// one beside two vectors along the columns.
-const KEPT_WIDE_FROM: i64 = 16385;
-const KEPT_BESIDE_TWO_FROM: i64 = 4096;
+/// The same of wider elements.
+pub(super) const WIDE_WHOLE_FROM: i64 = 4097;
 
-/// Elements that a thread has of a piece of a row at least.
+/// The same where shared memory keeps rows that are read in accesses of several elements otherwise, and where they are read one by
+/// one beside vectors along the columns.
+const KEPT_WIDE_FROM: i64 = 16385;
+const KEPT_BESIDE_FROM: i64 = 4096;
+
+/// Elements that a thread has of a piece of a row at least, where little is done with them.
 const FINE_LEAST: i64 = 8;
 
 /// Elements that a thread should hold of a whole row: warps with fewer wait more for each other, and more take its registers.
@@ -535,6 +540,8 @@ pub(super) struct Lines<'a> {
     pub(super) distances: &'a [&'a str],
     /// Elements of rows in registers from which tiles begin at whole units of memory.
     pub(super) whole_from: Option<i64>,
+    /// Elements that a thread has of a piece of a row at least.
+    pub(super) least: i64,
 }
 
 /// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule. `program` makes one
@@ -582,7 +589,7 @@ fn in_units(
     // What one access could take at most otherwise.
     let one_by_one = (n | rest) % 2 != 0;
     let gains = match (schedule.lines.kept > 0, one_by_one) {
-        (true, true) => vectors < 2 || n >= KEPT_BESIDE_TWO_FROM,
+        (true, true) => vectors == 0 || n >= KEPT_BESIDE_FROM,
         (true, false) => vectors == 0 && n >= KEPT_WIDE_FROM,
         (false, true) => schedule.cluster == 1 && of.whole_from.is_some_and(|from| n >= from),
         (false, false) => false,
@@ -592,7 +599,7 @@ fn in_units(
     }
     match form.whole {
         true => one_tight_row(schedule, unit, up(n + before, unit)),
-        false => finer_pieces(schedule, unit, n + before),
+        false => finer_pieces(schedule, unit.max(of.least), n + before),
     }
     schedule.lines.ragged = true;
     // What varies along columns alone comes late, and takes more registers.
@@ -624,11 +631,11 @@ fn one_tight_row(schedule: &mut GpuSchedule, unit: i64, span: i64) {
 }
 
 /// Pieces of half the length, and twice as many, while more than an eighth of the last one lies behind the row.
-fn finer_pieces(schedule: &mut GpuSchedule, unit: i64, span: i64) {
+fn finer_pieces(schedule: &mut GpuSchedule, least: i64, span: i64) {
     let threads = i64::from(schedule.lines.threads * schedule.cluster);
     let Some(mut piece) = schedule.tiles.get("BN").copied() else { return };
     let unused = |piece: i64| up(span, piece) * piece - span;
-    while unused(piece) * 8 > span && piece % (2 * unit.max(FINE_LEAST) * threads) == 0 {
+    while unused(piece) * 8 > span && piece % (2 * least * threads) == 0 {
         piece /= 2;
         let kept = i64::from(schedule.lines.kept * 2).min(up(span, piece));
         schedule.lines.kept = kept as u32;
