@@ -20,6 +20,10 @@ using smem_t = u32;
 #ifndef TW_LOAD_CACHE
 #define TW_LOAD_CACHE ""
 #endif
+// As what threads are numbered in lines: with a sign or without.
+#ifndef TW_THREAD
+#define TW_THREAD int
+#endif
 
 // Element types as they lie in memory. Arithmetic happens in float.
 struct alignas(2) bf16 { u16 bits; };

@@ -76,11 +76,10 @@ template <int ROWS, int COLS, int TM, int TN, int BM, int BN> struct OuterSpread
 template <int ROWS, int COLS, int LANES, int VECTOR, int THREADS> struct LineSpread {
   static constexpr int LINES = THREADS / LANES, EACH = COLS / LANES, LANES_A_ROW = LANES, RUN = VECTOR;
   static constexpr int TILE = ROWS / LINES * EACH, PER_ROW = ROWS / LINES, PER_COL = EACH;
-  static TW_INLINE int me() { return (int)(threadIdx.x % (u32)THREADS); }
+  static TW_INLINE int me() { return (int)((TW_THREAD)threadIdx.x % (TW_THREAD)THREADS); }
   // Where register 0 is, and how far register i is from it: a constant, so that addresses are one base and offsets.
   static TW_INLINE int row0() { return me() / LANES; }
-  // Of few lanes, columns that the compiler knows not to be negative get an address each in some kernels, which spill then.
-  static TW_INLINE int col0() { return (LANES < 8 ? (int)threadIdx.x % LANES : me() % LANES) * VECTOR; }
+  static TW_INLINE int col0() { return me() % LANES * VECTOR; }
   static TW_INLINE constexpr int row_step(int i) { return i / EACH * LINES; }
   static TW_INLINE constexpr int col_step(int i) { return i % EACH / VECTOR * (LANES * VECTOR) + i % VECTOR; }
   static TW_INLINE int row(int i) { return row_step(i) + row0(); }
