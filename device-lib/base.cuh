@@ -20,6 +20,10 @@ using smem_t = u32;
 #ifndef TW_LOAD_CACHE
 #define TW_LOAD_CACHE ""
 #endif
+// As what threads are numbered in lines: with a sign or without.
+#ifndef TW_THREAD
+#define TW_THREAD int
+#endif
 
 // Element types as they lie in memory. Arithmetic happens in float.
 struct alignas(2) bf16 { u16 bits; };
@@ -266,6 +270,47 @@ template <typename T, int N> TW_INLINE void load_edge(RunWords<T, N>& r, const T
   for (int k = 0; k < N; ++k) {
     if (at + k >= 0 && at + k < extent) r.run.at[k] = p[k];
   }
+}
+// A run that begins anywhere in a line of `extent` elements: the two aligned runs that it lies in, of which each is read
+// where the line has all of it. The line begins at a multiple of a run.
+template <typename T, int N> struct TwoRuns {
+  RunWords<T, N> low, high;
+  int first, shift;
+  TW_INLINE TwoRuns() {}
+};
+template <typename T, int N, bool KEPT> TW_INLINE TwoRuns<T, N> load_two_runs(const T* line, int at, int extent, T fill) {
+  TwoRuns<T, N> r;
+  r.shift = at & (N - 1), r.first = at - r.shift;
+  const int next = r.first + N;
+  r.low = load_words_if<T, N, KEPT>(r.first >= 0 && next <= extent, line + r.first, fill);
+  r.high = load_words_if<T, N, KEPT>(r.shift != 0 && next >= 0 && next + N <= extent, line + next, fill);
+  return r;
+}
+// What the line has of a run that it ends within.
+template <typename T, int N> TW_INLINE void load_two_edges(TwoRuns<T, N>& r, const T* line, int extent) {
+  const int next = r.first + N;
+  if (r.first >= 0 && r.first < extent && next > extent) load_edge<T, N>(r.low, line + r.first, r.first, extent);
+  if (r.shift != 0 && next >= 0 && next < extent && next + N > extent) load_edge<T, N>(r.high, line + next, next, extent);
+}
+// The run itself: by two words, by one, by half of one, where the shift has that power of two.
+template <typename T, int N> TW_INLINE RunWords<T, N> between(const TwoRuns<T, N>& two) {
+  static_assert(sizeof(T) * N == 16 && (sizeof(T) == 2 || sizeof(T) == 4), "runs of 16 bytes");
+  constexpr int A_WORD = 4 / (int)sizeof(T);
+  u32 w[8];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) w[k] = two.low.words[k], w[4 + k] = two.high.words[k];
+  const bool by_two = (two.shift & 2 * A_WORD) != 0, by_one = (two.shift & A_WORD) != 0;
+#pragma unroll
+  for (int k = 0; k < 6; ++k) w[k] = by_two ? w[k + 2] : w[k];
+#pragma unroll
+  for (int k = 0; k < 5; ++k) w[k] = by_one ? w[k + 1] : w[k];
+  RunWords<T, N> r;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (A_WORD == 2) r.words[k] = __funnelshift_r(w[k], w[k + 1], (two.shift & 1) * 16);
+    else r.words[k] = w[k];
+  }
+  return r;
 }
 template <typename T, int N> TW_INLINE void store_edge(T* p, int at, int extent, const RunWords<T, N>& r) {
 #pragma unroll

@@ -76,7 +76,7 @@ template <int ROWS, int COLS, int TM, int TN, int BM, int BN> struct OuterSpread
 template <int ROWS, int COLS, int LANES, int VECTOR, int THREADS> struct LineSpread {
   static constexpr int LINES = THREADS / LANES, EACH = COLS / LANES, LANES_A_ROW = LANES, RUN = VECTOR;
   static constexpr int TILE = ROWS / LINES * EACH, PER_ROW = ROWS / LINES, PER_COL = EACH;
-  static TW_INLINE int me() { return (int)threadIdx.x % THREADS; }
+  static TW_INLINE int me() { return (int)((TW_THREAD)threadIdx.x % (TW_THREAD)THREADS); }
   // Where register 0 is, and how far register i is from it: a constant, so that addresses are one base and offsets.
   static TW_INLINE int row0() { return me() / LANES; }
   static TW_INLINE int col0() { return me() % LANES * VECTOR; }

@@ -47,7 +47,7 @@ template <int LANES, bool FIRST, typename T, typename F> TW_INLINE T across_row(
   } else {
     constexpr int WARPS = LANES / 32;
     x = across_lanes<32>(x, combine);
-    const int w = (int)threadIdx.x / 32;
+    const int w = (int)(threadIdx.x / 32u);
     if constexpr (!FIRST) __syncthreads();
     if (lane() == 0) scratch[w] = x;
     __syncthreads();
@@ -105,7 +105,7 @@ TW_INLINE i64 arg_row(const V (&x)[N], int j, int limit, Placed<V>* scratch) {
   }
   if constexpr (LANES > 32) {
     constexpr int WARPS = LANES / 32;
-    const int w = (int)threadIdx.x / 32;
+    const int w = (int)(threadIdx.x / 32u);
     __syncthreads();
     if (lane() == 0) scratch[w] = best;
     __syncthreads();
@@ -121,7 +121,7 @@ template <typename S, bool EXCLUSIVE, bool REVERSE, typename V, int N, typename 
 TW_INLINE void scan_rows(const V (&x)[N], V (&out)[N], V identity, V* scratch, F combine) {
   constexpr int LANES = S::LANES_A_ROW, INNER = LANES < 32 ? LANES : 32, WARPS = LANES / 32;
   constexpr int RUN = S::RUN, RUNS = S::EACH / RUN;
-  const int here = lane() % INNER, w = (int)threadIdx.x / 32;
+  const int here = lane() % INNER, w = (int)(threadIdx.x / 32u);
 #pragma unroll
   for (int j = 0; j < S::PER_ROW; ++j) {
     V carry = identity;
@@ -217,21 +217,22 @@ template <typename T, int VECTOR> TW_INLINE RunWords<T, VECTOR> recall_run(smem_
 template <typename T, int ROWS, int VECTOR> TW_INLINE u32 turned_at(int row, int col) {
   constexpr int UNIT = 16 / (int)sizeof(T), UNITS = ROWS / UNIT, SWAPS = UNITS < 8 ? UNITS : 8;
   static_assert(ROWS % UNIT == 0 && (UNITS & (UNITS - 1)) == 0, "lines of a power of two of units");
-  const int unit = (row / UNIT) ^ (col / VECTOR % SWAPS);
-  return (u32)(col * ROWS + unit * UNIT + row % UNIT) * (u32)sizeof(T);
+  const u32 r = (u32)row, c = (u32)col, unit = (r / UNIT) ^ (c / VECTOR % SWAPS);
+  return (c * ROWS + unit * UNIT + r % UNIT) * (u32)sizeof(T);
 }
 
 // A tile into `scratch`, a unit of UNIT rows at a time.
 template <typename T, int ROWS, int COLS, int VECTOR, int THREADS> struct Turned {
   static constexpr int UNIT = 16 / (int)sizeof(T), TOTAL = ROWS * COLS / UNIT, EACH = (TOTAL + THREADS - 1) / THREADS;
-  static TW_INLINE int index(int u) { return u * THREADS + (int)threadIdx.x; }
-  static TW_INLINE int row(int u) { return index(u) % (ROWS / UNIT) * UNIT; }
-  static TW_INLINE int col(int u) { return index(u) / (ROWS / UNIT); }
+  static TW_INLINE bool has(int u) { return TOTAL % THREADS == 0 || index(u) < (u32)TOTAL; }
+  static TW_INLINE u32 index(int u) { return (u32)(u * THREADS) + threadIdx.x; }
+  static TW_INLINE int row(int u) { return (int)(index(u) % (u32)(ROWS / UNIT)) * UNIT; }
+  static TW_INLINE int col(int u) { return (int)(index(u) / (u32)(ROWS / UNIT)); }
   static TW_INLINE void put(unsigned char* scratch, const Run<T, UNIT> (&units)[EACH]) {
     __syncthreads();
 #pragma unroll
     for (int u = 0; u < EACH; ++u) {
-      if (index(u) < TOTAL) *reinterpret_cast<Run<T, UNIT>*>(scratch + turned_at<T, ROWS, VECTOR>(row(u), col(u))) = units[u];
+      if (has(u)) *reinterpret_cast<Run<T, UNIT>*>(scratch + turned_at<T, ROWS, VECTOR>(row(u), col(u))) = units[u];
     }
     __syncthreads();
   }
@@ -240,11 +241,13 @@ template <typename T, int ROWS, int COLS, int VECTOR, int THREADS> struct Turned
     Run<T, UNIT> units[EACH];
 #pragma unroll
     for (int u = 0; u < EACH; ++u) {
+      bool first;
+      const T* const from = place(row(u), col(u), first);
 #pragma unroll
       for (int k = 0; k < UNIT; k += RUN) {
         bool inside;
-        const T* from = place(row(u) + k, col(u), inside);
-        const Run<T, RUN> run = load_run_if<T, RUN>(inside && index(u) < TOTAL, from, fill);
+        place(row(u) + k, col(u), inside);
+        const Run<T, RUN> run = load_run_if<T, RUN>(inside && has(u), from + k, fill);
 #pragma unroll
         for (int m = 0; m < RUN; ++m) units[u].at[k + m] = run.at[m];
       }

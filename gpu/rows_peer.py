@@ -70,7 +70,11 @@ class Problem:
         getattr(self, "make_" + self.op)()
 
     def draw(self, rows, cols, ld, dtype):
-        return torch.randn(rows, ld, device="cuda").to(dtype)[:, :cols]
+        x = torch.randn(rows, ld, device="cuda").to(dtype)
+        # What lies between rows is no data.
+        if self.guarded:
+            x[:, cols:] = float("nan")
+        return x[:, :cols]
 
     def given(self, name, tensor):
         self.T[name] = tensor
@@ -204,17 +208,26 @@ class Problem:
         targets = torch.randint(0, N, (M,), device="cuda")
         targets[::7] = -100
         self.given("T", targets)
-        scale = 1.0 / M
-        self.T["S"] = torch.full((1,), scale, device="cuda")
+        scale, form = 1.0 / M, self.keys.get("form", "inplace")
+        # The factor of each row's gradient.
+        rows = torch.rand(M, device="cuda") * scale if form == "beside" else torch.full((M,), scale, device="cuda")
+        self.T["S"] = rows if form == "beside" else rows[:1].clone()
 
         def gradient(x):
             g = F.softmax(x.double(), -1)
             g[torch.arange(M), targets.clamp_min(0)] -= 1
             g[targets < 0] = 0
-            return g * scale
+            return g * rows.double().view(M, 1)
 
-        x = self.inout("X", self.draw(M, N, N, t), gradient, s["ldx"])
+        if form == "inplace":
+            x = self.inout("X", self.draw(M, N, N, t), gradient, s["ldx"])
+        else:
+            x = self.given("X", self.draw(M, N, s["ldx"], t))
         before = x.double() if self.guarded else None
+        if form == "beside":
+            self.out("G", M, N, s["ldx"], t, lambda: gradient(before))
+        if form == "losses":
+            self.out("Z", 1, M, M, torch.float32, lambda: torch.logsumexp(before, -1).view(1, M))
         self.out("L", 1, M, M, torch.float32,
                  lambda: F.cross_entropy(before, targets, reduction="none", ignore_index=-100).view(1, M))
         # The peer's own tensors, with a gradient.

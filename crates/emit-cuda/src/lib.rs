@@ -13,6 +13,7 @@
 mod dims;
 mod fingerprint;
 mod funcs;
+mod hits;
 mod line_steps;
 mod lines;
 mod memory;
@@ -26,7 +27,7 @@ pub use fingerprint::fingerprint;
 
 use std::fmt::Write;
 use tilewright_base::{DType, Result};
-use tilewright_device::{MapId, Program};
+use tilewright_device::{Extent, LineStep, MapId, Program, Spread, Stmt};
 use tilewright_tile::ParamId;
 
 /// One argument of a kernel.
@@ -101,6 +102,25 @@ pub(crate) fn memory_type(dtype: DType) -> &'static str {
     }
 }
 
+/// Whether columns of threads in lines are worked out without a sign: where rows are reduced or tiles turned, that saves up to a fifth
+/// of all instructions. Other kernels then keep an address for every element that is read by itself.
+fn numbers_threads_without_sign(program: &Program) -> bool {
+    let mut found = false;
+    for role in &program.roles {
+        walk::visit(&role.body, &mut |stmt| {
+            found |= match stmt {
+                Stmt::Reduce { dst, src, .. } => {
+                    let lines = matches!(program.frags[src.frag].spread, Spread::Lines { .. });
+                    lines && program.frags[dst.frag].extent == Extent::PerRow
+                }
+                Stmt::Line(LineStep::Turn { .. }) => true,
+                _ => false,
+            };
+        });
+    }
+    found
+}
+
 /// Prints a verified program.
 ///
 /// # Errors
@@ -120,6 +140,9 @@ pub fn emit(program: &Program) -> Result<Source> {
     );
     if program.streams {
         let _ = writeln!(text, "#define TW_LOAD_CACHE \".L1::no_allocate\"");
+    }
+    if numbers_threads_without_sign(program) {
+        let _ = writeln!(text, "#define TW_THREAD unsigned");
     }
     for (name, _) in headers() {
         let _ = writeln!(text, "#include \"{name}\"");

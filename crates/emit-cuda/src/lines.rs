@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_device::{Extent, FragRef, ShelfRef, Stmt};
+use tilewright_device::{Extent, Frag, FragRef, ShelfRef, Spread, Stmt};
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::ParamId;
@@ -227,6 +227,19 @@ impl Printer<'_> {
         Ok(())
     }
 
+    /// The elements of 16 bytes, where a vector along columns is to be read by such units although the tile begins within one:
+    /// as the two units that each of its runs lies in.
+    fn shifted(&self, frag: &Frag, access: &Access<'_>) -> Option<u32> {
+        let Spread::Lines { vector, .. } = frag.spread else { return None };
+        let p = &self.program.params[access.param];
+        let line = matches!(p.layout.axes.as_slice(), [a] if a.stride.is(1));
+        let begins = line && p.layout.offset.is(0) && access.rows.is_none();
+        let unit = matches!(p.dtype.bits(), 16 | 32) && vector * p.dtype.bits() == 128;
+        let columns =
+            frag.extent != Extent::PerRow && access.axes.0.is_none() && access.steps.1 == 1;
+        (self.program.ragged && begins && unit && columns && access.vector == 1).then_some(vector)
+    }
+
     /// A load (with `fill`) or a store.
     pub(crate) fn global_lines(
         &mut self,
@@ -246,7 +259,7 @@ impl Printer<'_> {
         let vector = if frag.extent == Extent::PerRow { 1 } else { vector.max(1) };
         // Runs that lines begin or end within are few, and come after the others.
         let mut edges = None;
-        if let Some(along) = along.filter(|_| vector > 1) {
+        if let Some(along) = along.as_ref().filter(|_| vector > 1) {
             let (whole, edge) = along.tests(vector);
             (inside, edges) = (whole, Some((along, edge)));
         }
@@ -286,6 +299,39 @@ impl Printer<'_> {
         };
         let register = self.register(frag_ref, "i")?;
         let value = constant(fill, frag.dtype);
+        // A vector along the columns of lines that begin anywhere.
+        if let Some(unit) = self.shifted(&frag, access)
+            && let Some(Along { here, extent, .. }) = &along
+        {
+            let (line, runs) = (format!("p_{}", self.program.params[access.param].name), "runs");
+            self.line("{");
+            // All but the address of the first element.
+            let named = &lets[..lets.len().saturating_sub(1)];
+            named.iter().for_each(|text| self.line(&format!("  {text}")));
+            self.line(&format!("  tw::TwoRuns<{ty}, {unit}> {runs}[{count} / {unit}];"));
+            self.line("#pragma unroll");
+            self.line(&format!("  for (int i = 0; i < {count}; i += {unit}) {{"));
+            self.line(&format!(
+                "    {runs}[i / {unit}] = tw::load_two_runs<{ty}, {unit}, true>({line}, {here}, {extent}, tw::narrow_to<{ty}>::from({value}));"
+            ));
+            self.line("  }");
+            self.line("#pragma unroll");
+            self.line(&format!("  for (int i = 0; i < {count}; i += {unit}) {{"));
+            self.line(&format!(
+                "    tw::load_two_edges<{ty}, {unit}>({runs}[i / {unit}], {line}, {extent});"
+            ));
+            self.line(&format!(
+                "    const tw::RunWords<{ty}, {unit}> run = tw::between({runs}[i / {unit}]);"
+            ));
+            self.line("#pragma unroll");
+            self.line(&format!(
+                "    for (int k = 0; k < {unit}; ++k) {} = tw::widen_at(run, k);",
+                self.register(frag_ref, "i + k")?
+            ));
+            self.line("  }");
+            self.line("}");
+            return Ok(());
+        }
         // What does not depend on the rows of the tile, or on its place in the grid, is read again by other blocks.
         let everywhere = access.axes.0.is_none() && !self.follows_item(access.at);
         let kept = frag.extent == Extent::PerCol || everywhere;

@@ -7,6 +7,7 @@
 
 use crate::dims::Scope;
 use crate::funcs::Funcs;
+use crate::hits::columns;
 use crate::products::{Products, unread};
 use crate::walk::{names_of_integers, stmt_names, visit};
 use crate::{Argument, memory_type};
@@ -57,6 +58,8 @@ pub(crate) struct Printer<'a> {
     pub(crate) products: Products,
     /// Fragments whose maps are not printed.
     unread: BTreeSet<FragId>,
+    /// Fragments that hold numbers of columns.
+    pub(crate) columns: BTreeSet<FragId>,
 }
 
 const ANY: Range = Range { min: 0, max: i32::MAX as i64 };
@@ -131,6 +134,7 @@ impl<'a> Printer<'a> {
             frag_names,
             products: Products::default(),
             unread: unread(program),
+            columns: columns(program),
         };
         printer.unrounded = printer.find_unrounded();
         printer.packed = printer.find_packed();
@@ -901,6 +905,9 @@ impl<'a> Printer<'a> {
                 }
                 let register = self.register(dst, "i")?;
                 let value = call("i")?;
+                if self.one_column(dst, func, args, &value)? {
+                    return Ok(());
+                }
                 self.line("#pragma unroll");
                 self.line(&format!("for (int i = 0; i < {count}; ++i) {register} = {value};"));
             }

@@ -126,8 +126,13 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
             one(spec.kernel("kernel", arch, &size))
         }
         "crossentropy" => {
-            one(CrossEntropySpec::plain(dtype, CrossEntropyForm::InPlace)
-                .kernel("kernel", arch, &size))
+            let form = match keys.get("form").map(String::as_str) {
+                None | Some("inplace") => CrossEntropyForm::InPlace,
+                Some("beside") => CrossEntropyForm::Beside,
+                Some("losses") => CrossEntropyForm::Losses,
+                Some(form) => return Err(format!("unknown form {form}")),
+            };
+            one(CrossEntropySpec::plain(dtype, form).kernel("kernel", arch, &size))
         }
         "adamw" => {
             let copy = (dtype != DType::F32).then_some(dtype);

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
+use tilewright_expr::{Func, Op};
 use tilewright_interp::Mode;
 use tilewright_interp::device::{Options, check, run};
 use tilewright_kernels::gemm::{GemmSpec, Order};
@@ -15,7 +16,7 @@ use tilewright_kernels::rows::{
 };
 use tilewright_layout::{Dim, Env, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, lower};
-use tilewright_tile::{Access, Kernel, KernelBuilder, ReduceKind, Schedule, TopK};
+use tilewright_tile::{Access, Kernel, KernelBuilder, Operand, ReduceKind, Schedule, TopK};
 
 type Sizes = &'static [(&'static str, i64)];
 type Lookup<'a> = &'a dyn Fn(&str) -> Option<i64>;
@@ -374,7 +375,50 @@ fn scheduled_rows_compute_what_the_tile_program_says() {
     }
 }
 
-/// One element at a time, from the formulas in the specifications' documentation.
+/// A row that is written over after one of its elements was read by all its threads.
+fn read_before_written(meets: bool) -> Kernel {
+    let mut k = KernelBuilder::new("rows");
+    for name in ["M", "N"] {
+        k.symbol(Symbol { name: name.into(), range: Range { min: 1, max: 1 << 30 } });
+    }
+    let (bn, one) = (k.tile("BN"), Dim::new(1));
+    let (m, n) = (Dim::sym("M"), Dim::sym("N"));
+    let x = k.param("X", DType::F32, Layout::row_major(&[m.clone(), n]), Access::InOut);
+    let t = k.param("T", DType::I32, Layout::row_major(std::slice::from_ref(&m)), Access::In);
+    let row = k.grid("row", m);
+    let target = k.load(t, vec![row.clone()], vec![one.clone()]);
+    let at = vec![row, Dim::new(0)];
+    let picked = k.gather(x, 1, target, at.clone(), vec![one.clone(), one.clone()]);
+    let mut picked = k.reshape(picked, vec![one.clone()]);
+    let tile = k.load(x, at.clone(), vec![one.clone(), bn.clone()]);
+    let add = || Func::binary(Op::Add, DType::F32);
+    if meets {
+        let sum = k.reduce(ReduceKind::Sum, tile, 1, None);
+        let args = vec![k.plain(picked), k.plain(sum)];
+        picked = k.map(add(), args, vec![one.clone()]);
+    }
+    let args = vec![k.plain(tile), Operand { tile: picked, along: vec![0] }];
+    let tile = k.map(add(), args, vec![one, bn]);
+    k.store(x, at, tile);
+    k.finish()
+}
+
+#[test]
+fn threads_of_a_row_meet_where_warps_reduce_it() {
+    let sizes = env(&[("M", 2), ("N", 256)]);
+    for (meets, lanes, right) in [(true, 64, true), (true, 32, false), (false, 64, false)] {
+        let kernel = read_before_written(meets);
+        let mut schedule = GpuSchedule::lines_for(&kernel, Arch::Sm90a, &|s| sizes.get(s).copied())
+            .unwrap()
+            .expect("fits");
+        schedule.tiles.insert("BN".into(), 256);
+        (schedule.lines.threads, schedule.lines.lanes) = (lanes, lanes);
+        let program = lower(&kernel, &schedule).unwrap();
+        let ran = run(&program, &sizes, &mut buffers(&kernel, &sizes), &Options::default());
+        assert_eq!(ran.is_ok(), right, "{lanes} lanes, {meets}: {ran:?}");
+    }
+}
+
 #[test]
 fn sums_of_products_are_multiply_adds() {
     let sizes = env(&[("M", 4096), ("N", 4096)]);
@@ -389,6 +433,7 @@ fn sums_of_products_are_multiply_adds() {
     assert!(!text(RowOp::Softmax).contains("tw::fold_products<"));
 }
 
+/// One element at a time, from the formulas in the specifications' documentation.
 #[test]
 fn cross_entropy_and_adamw_are_what_their_formulas_say() {
     let run_tile = |kernel: &Kernel, schedule: &GpuSchedule, env: &Env, bytes: &mut [Vec<u8>]| {
@@ -400,23 +445,28 @@ fn cross_entropy_and_adamw_are_what_their_formulas_say() {
     };
     let near = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b.abs() + 1e-6;
 
-    let (m, n) = (5, 7);
-    let env = env(&[("M", 5), ("N", 7)]);
+    // The second kernels read the target's logit by itself.
+    let (few, many) =
+        ((5, 7, env(&[("M", 5), ("N", 7)])), (9, 1030, env(&[("M", 9), ("N", 1030)])));
     let forms = [CrossEntropyForm::InPlace, CrossEntropyForm::Beside, CrossEntropyForm::Losses];
     let whole = forms.map(|form| (form, CrossEntropyTerms::default(), true));
     let everything = forms.map(|form| [(form, EVERYTHING, true), (form, EVERYTHING, false)]);
-    for (form, terms, whole) in whole.into_iter().chain(everything.concat()) {
+    let each = whole.into_iter().chain(everything.concat());
+    let each = each.map(|case| (case, &few)).chain(whole.map(|case| (case, &many)));
+    for ((form, terms, whole), (m, n, env)) in each {
+        let (m, n) = (*m, *n);
         let spec = CrossEntropySpec { dtype: DType::F32, form, terms };
         let (mut kernel, mut schedule) =
             spec.kernel("entropy", Arch::Sm90a, &|s| env.get(s).copied()).unwrap();
+        assert_eq!(kernel.tiles.iter().any(|t| &**t == "BM"), n == 7);
         if !whole {
             // Three pieces, the last one not full.
             kernel = spec.program("entropy", false);
             schedule.tiles.insert("BN".into(), 3);
         }
-        let before = buffers(&kernel, &env);
+        let before = buffers(&kernel, env);
         let mut after = before.clone();
-        run_tile(&kernel, &schedule, &env, &mut after);
+        run_tile(&kernel, &schedule, env, &mut after);
         let named = |list: &[Vec<u8>], name: &str| {
             let at = kernel.params.iter().position(|(_, p)| &*p.name == name);
             at.map(|at| doubles(&list[at]))

@@ -331,6 +331,14 @@ fn up(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
 }
 
+impl Shape {
+    /// A map that turns lines which begin anywhere.
+    fn turns_anywhere(&self) -> bool {
+        let plain = self.reduces.is_none() && !self.whole && !self.ordered;
+        self.turns && plain && self.aligned < self.vector
+    }
+}
+
 /// How threads share a tile, before tile sizes have their names.
 #[derive(Clone, Copy)]
 struct Choice {
@@ -347,9 +355,22 @@ impl Choice {
         self.threads / self.lanes
     }
 
+    /// Elements of a row that a thread has. Of whole rows that are read in smaller accesses it has as few as there are.
+    fn of_row(&self, s: &Shape) -> i64 {
+        let most = self.runs_each * s.vector;
+        if s.turns_anywhere() {
+            return (most / 2).max(1);
+        }
+        if !s.whole || s.reduces != Some(Direction::Col) || s.aligned >= s.vector {
+            return most;
+        }
+        let share = up(s.cols, self.cluster);
+        (up(share, self.lanes * s.aligned) * s.aligned).min(most)
+    }
+
     /// Tile sizes along rows and columns, of the whole cluster.
     fn tile(&self, s: &Shape) -> (i64, i64) {
-        let (rows, cols) = (self.lines() * self.rows_each, self.lanes * s.vector * self.runs_each);
+        let (rows, cols) = (self.lines() * self.rows_each, self.lanes * self.of_row(s));
         match s.reduces {
             Some(Direction::Row) => (rows * self.cluster, cols),
             Some(Direction::Col) => (rows, cols * self.cluster),
@@ -573,9 +594,11 @@ impl Picker<'_> {
     fn map(&self) -> Choice {
         let (s, threads) = (&self.s, self.map_threads);
         if s.turns {
-            // Lines of 128 bytes both ways.
-            let lanes = power_of_two_from(self.runs).min(8);
-            let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, 4);
+            // Lines of 128 bytes both ways; where they begin anywhere, longer ones to write, a warp each.
+            let anywhere = s.turns_anywhere();
+            let lanes = power_of_two_from(self.runs).min(if anywhere { 32 } else { 8 });
+            let most = if anywhere { 8 } else { 4 };
+            let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, most);
             return Choice { threads, lanes, rows_each, runs_each: 1, cluster: 1 };
         }
         // Lanes that waste little of the last run of blocks along a row.
@@ -600,7 +623,8 @@ impl Picker<'_> {
     /// and addresses of single elements.
     fn registers(&self, choice: Choice, early: bool) -> i64 {
         let s = &self.s;
-        let each = choice.rows_each * choice.runs_each * s.vector;
+        let of_row = choice.of_row(s);
+        let each = choice.rows_each * of_row;
         if self.is_windows() {
             // Sums, and what is loaded for one of the taps: the compiler orders the loads.
             return 40 + each * 3;
@@ -609,11 +633,15 @@ impl Picker<'_> {
             return 12 + (each + 2) * s.planes.max(1);
         }
         let planes = if s.whole { s.planes.clamp(1, 2) } else { s.planes.max(1) };
-        let single = each * planes + choice.runs_each * s.vector * s.vectors;
+        let single = each * planes + of_row * s.vectors;
         // Of few elements, addresses are worked out as they are needed.
         let few = s.aligned == 1 && s.whole && each <= KEEP / 2;
         let addresses = match s.aligned < s.vector {
+            // As compiled: LayerNorm fits where RMSNorm spills.
+            true if few && s.vectors > 1 => 8,
             true if few => 24,
+            // One address serves what a unit has of a turned tile.
+            true if s.turns_anywhere() => 0,
             true => 48 + single,
             false => 0,
         };

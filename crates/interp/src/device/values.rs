@@ -275,6 +275,14 @@ impl<'p> Machine<'p, '_> {
                 if self.buffers.is_some() {
                     self.reduce(agent, view, dst, *kind, from, *accumulate);
                 }
+                // The warps of a row exchange what they have behind a barrier of the block (`across_row` in `lines.cuh`).
+                let by_row = self.program.frags[dst.frag].extent == Extent::PerRow;
+                let warps = matches!(self.program.frags[src.frag].spread, Spread::Lines { lanes, .. } if lanes > 32);
+                if by_row && warps {
+                    let clocks = &mut self.agents[agent].clocks;
+                    let all = clocks.together();
+                    clocks.meet(&all);
+                }
             }
             Stmt::Load { dst, param, at, axes, fill, .. } => {
                 let at = self.dims(agent, stmt, at)?;

@@ -1,6 +1,9 @@
 //! Cross-entropy of rows of logits, alone or with its gradient.
 
-use super::program::{Begin, Units, along, exponential, func, lines, sizes, whole_or_pieces};
+use super::program::{
+    Begin, Form, Lines, Units, WIDE_WHOLE_FROM, along, exponential, func, lines, sizes,
+    whole_or_pieces,
+};
 use tilewright_base::{DType, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
@@ -47,6 +50,9 @@ pub struct CrossEntropyTerms {
     /// What logits are bounded by, at least 0.
     pub cap: f64,
 }
+
+/// Elements of a row of 16 bits that registers hold from which its tiles may begin at whole units of memory.
+const WHOLE_FROM: i64 = 2049;
 
 /// What a cross-entropy writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -114,10 +120,7 @@ impl Builder {
         let args = vec![args[0].clone(), along(here, 1), n];
         self.map(args, shape, |f, a| {
             let x = f.cast(a[0], DType::F32);
-            let (inverse, cap) = (f.constant(1.0 / cap, DType::F32), f.constant(cap, DType::F32));
-            let bounded = f.op(Op::Mul, &[x, inverse]);
-            let bounded = f.op(Op::Tanh, &[bounded]);
-            let bounded = f.op(Op::Mul, &[bounded, cap]);
+            let bounded = bounded(f, x, cap);
             let inside = in_row(f, a[1], a[2], early);
             let outside = f.constant(f64::NEG_INFINITY, DType::F32);
             f.op(Op::Select, &[inside, bounded, outside])
@@ -157,6 +160,20 @@ impl Builder {
     /// Numbers of the columns from `col` on.
     fn columns(&mut self, col: &Dim) -> TileId {
         self.k.iota(DType::I32, 0, self.begin.at(col), vec![self.bn.clone()])
+    }
+
+    /// The target's logit in a tile of one row, read by itself; zero without such a column.
+    fn logit(&mut self, target: TileId) -> TileId {
+        let at = vec![self.row0.clone(), Dim::new(0)];
+        let one = vec![Dim::new(1), Dim::new(1)];
+        let raw = self.k.gather(self.x, 1, target, at, one);
+        let raw = self.k.reshape(raw, vec![self.bm.clone()]);
+        let cap = self.terms.cap;
+        let args = vec![self.k.plain(raw)];
+        self.map(args, vec![self.bm.clone()], |f, a| {
+            let x = f.cast(a[0], DType::F32);
+            if cap == 0.0 { x } else { bounded(f, x, cap) }
+        })
     }
 
     /// The target's logit, zero elsewhere.
@@ -232,46 +249,79 @@ impl Builder {
         OfRow { share, factor, rest: Some(rest), target }
     }
 
+    /// The losses, from the logarithms of the sums, the targets' logits and whether rows count; with smoothed labels also
+    /// from the means of the logits.
+    fn loss(&mut self, row: [TileId; 3], mean: Option<TileId>) -> TileId {
+        let (terms, smooth) = (self.terms, mean.is_some());
+        let args = row.iter().chain(&mean).map(|x| self.k.plain(*x)).collect();
+        // Not a product: a row that does not count may have a loss that is no number.
+        self.map(args, vec![self.bm.clone()], |f, a| {
+            let mut picked = a[1];
+            if smooth {
+                let keep = f.constant(1.0 - terms.smoothing, DType::F32);
+                let rest = f.constant(terms.smoothing, DType::F32);
+                let (of_target, of_all) =
+                    (f.op(Op::Mul, &[picked, keep]), f.op(Op::Mul, &[a[3], rest]));
+                picked = f.op(Op::Add, &[of_target, of_all]);
+            }
+            let mut loss = f.op(Op::Sub, &[a[0], picked]);
+            if terms.z > 0.0 {
+                let (z, square) = (f.constant(terms.z, DType::F32), f.op(Op::Mul, &[a[0], a[0]]));
+                let more = f.op(Op::Mul, &[square, z]);
+                loss = f.op(Op::Add, &[loss, more]);
+            }
+            let nothing = f.constant(0.0, DType::F32);
+            let counts = f.op(Op::Gt, &[a[2], nothing]);
+            f.op(Op::Select, &[counts, loss, nothing])
+        })
+    }
+
     /// Writes the gradient from column `col` on: `e * share`, less `factor` at the target, and less `rest` everywhere where labels are
     /// smoothed; with a cap, times its slope at the bounded logits `v`.
     fn gradient(&mut self, [e, v]: [TileId; 2], col: &Dim, of_row: &OfRow) {
         let Some(into) = self.gradient else { return };
         let (here, dtype, terms) = (self.columns(col), self.dtype, self.terms);
-        let mut args = vec![
-            self.k.plain(e),
-            along(of_row.share, 0),
-            along(of_row.factor, 0),
-            along(here, 1),
-            along(of_row.target, 0),
-        ];
-        args.extend(of_row.rest.map(|rest| along(rest, 0)));
-        if terms.cap > 0.0 {
-            args.push(self.k.plain(v));
-        }
-        let smooth = of_row.rest.is_some();
+        let args = vec![self.k.plain(e), along(of_row.share, 0)];
         let shape = self.shape();
-        let g = self.map(args, shape, |f, a| {
-            let hit = f.op(Op::Eq, &[a[3], a[4]]);
-            let nothing = f.constant(0.0, DType::F32);
-            let off = f.op(Op::Select, &[hit, a[2], nothing]);
-            let share = f.op(Op::Mul, &[a[0], a[1]]);
-            let mut g = f.op(Op::Sub, &[share, off]);
-            if smooth {
-                g = f.op(Op::Sub, &[g, a[5]]);
-            }
-            if terms.cap > 0.0 {
-                let v = a[a.len() - 1];
-                let square = f.op(Op::Mul, &[v, v]);
-                let inverse = f.constant(1.0 / (terms.cap * terms.cap), DType::F32);
-                let lost = f.op(Op::Mul, &[square, inverse]);
-                let one = f.constant(1.0, DType::F32);
-                let slope = f.op(Op::Sub, &[one, lost]);
-                g = f.op(Op::Mul, &[g, slope]);
-            }
-            f.cast(g, dtype)
+        let g = self.map(args, shape.clone(), |f, a| f.op(Op::Mul, &[a[0], a[1]]));
+        // By itself, since it changes one column.
+        let row = [along(here, 1), along(of_row.target, 0), along(of_row.factor, 0)];
+        let args = std::iter::once(self.k.plain(g)).chain(row).collect();
+        let mut g = self.map(args, shape.clone(), |f, a| {
+            let hit = f.op(Op::Eq, &[a[1], a[2]]);
+            let less = f.op(Op::Sub, &[a[0], a[3]]);
+            f.op(Op::Select, &[hit, less, a[0]])
         });
+        if of_row.rest.is_some() || terms.cap > 0.0 || dtype != DType::F32 {
+            let mut args = vec![self.k.plain(g), self.k.plain(v)];
+            args.extend(of_row.rest.map(|rest| along(rest, 0)));
+            let smooth = of_row.rest.is_some();
+            g = self.map(args, shape, |f, a| {
+                let mut g = a[0];
+                if smooth {
+                    g = f.op(Op::Sub, &[g, a[2]]);
+                }
+                if terms.cap > 0.0 {
+                    let square = f.op(Op::Mul, &[a[1], a[1]]);
+                    let inverse = f.constant(1.0 / (terms.cap * terms.cap), DType::F32);
+                    let lost = f.op(Op::Mul, &[square, inverse]);
+                    let one = f.constant(1.0, DType::F32);
+                    let slope = f.op(Op::Sub, &[one, lost]);
+                    g = f.op(Op::Mul, &[g, slope]);
+                }
+                f.cast(g, dtype)
+            });
+        }
         self.k.store(into, vec![self.row0.clone(), self.begin.at(col)], g);
     }
+}
+
+/// `cap * tanh(x / cap)`
+fn bounded(f: &mut FuncBuilder, x: ExprId, cap: f64) -> ExprId {
+    let (inverse, cap) = (f.constant(1.0 / cap, DType::F32), f.constant(cap, DType::F32));
+    let x = f.op(Op::Mul, &[x, inverse]);
+    let x = f.op(Op::Tanh, &[x]);
+    f.op(Op::Mul, &[x, cap])
 }
 
 /// Whether a column lies in a row of `n`; columns below 0 are asked for where tiles begin before the row.
@@ -295,18 +345,20 @@ impl CrossEntropySpec {
     /// The tile program, with tile sizes `BM`, `BN`. With `whole`, `BN` must be at least `N`; without, rows are gone
     /// over in pieces three times.
     pub fn program(&self, name: &str, whole: bool) -> Kernel {
-        self.program_in_units(name, whole, Units::ROWS)
+        self.program_in_units(name, whole, Units::ROWS, false)
     }
 
-    /// The program whose tiles begin at units of memory.
-    fn program_in_units(&self, name: &str, whole: bool, units: Units) -> Kernel {
+    /// The program whose tiles begin at units of memory. With `single`, tiles have one row, and the target's logit is read by itself
+    /// instead of being picked out of the row.
+    fn program_in_units(&self, name: &str, whole: bool, units: Units, single: bool) -> Kernel {
         let CrossEntropySpec { dtype, form, terms } = *self;
         let smooth = terms.smoothing > 0.0;
         let (in_place, losses) =
             (form == CrossEntropyForm::InPlace, form == CrossEntropyForm::Losses);
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["M", "N", "ldx"]);
-        let (bm, bn) = (k.tile("BM"), k.tile("BN"));
+        let bm = if single { Dim::new(1) } else { k.tile("BM") };
+        let bn = k.tile("BN");
         let access = if in_place { Access::InOut } else { Access::In };
         let x = k.param("X", dtype, lines("M", "N", "ldx"), access);
         let rows = || Layout::row_major(&[Dim::sym("M")]);
@@ -343,10 +395,14 @@ impl CrossEntropySpec {
         let (max, sum, logit, total, e) = match v {
             Some(v) => {
                 let max = b.k.reduce(ReduceKind::Max, v, 1, None);
+                // Between two reductions: its address has come, and nothing is written yet.
+                let known = single.then(|| b.logit(target));
                 let e = b.exponentials(v, max);
                 let sum = b.k.reduce(ReduceKind::Sum, e, 1, None);
-                let picked = b.picked(v, &zero, target);
-                let logit = b.k.reduce(ReduceKind::Sum, picked, 1, None);
+                let logit = known.unwrap_or_else(|| {
+                    let picked = b.picked(v, &zero, target);
+                    b.k.reduce(ReduceKind::Sum, picked, 1, None)
+                });
                 let total = smooth.then(|| {
                     let inside = b.inside(v, &zero);
                     b.k.reduce(ReduceKind::Sum, inside, 1, None)
@@ -355,20 +411,36 @@ impl CrossEntropySpec {
             }
             None => {
                 let [max] = b.over_pieces("piece1", [ReduceKind::Max], |_, v, _| [v]);
-                if smooth {
-                    let [sum, logit, total] =
-                        b.over_pieces("piece2", [ReduceKind::Sum; 3], |b, v, col| {
-                            let exponentials = b.exponentials(v, max);
-                            [exponentials, b.picked(v, col, target), b.inside(v, col)]
-                        });
-                    (max, sum, logit, Some(total), None)
-                } else {
-                    let [sum, logit] =
-                        b.over_pieces("piece2", [ReduceKind::Sum; 2], |b, v, col| {
+                let known = single.then(|| b.logit(target));
+                let sums = ReduceKind::Sum;
+                let (sum, logit, total) = match (known, smooth) {
+                    (None, true) => {
+                        let [sum, logit, total] =
+                            b.over_pieces("piece2", [sums; 3], |b, v, col| {
+                                let exponentials = b.exponentials(v, max);
+                                [exponentials, b.picked(v, col, target), b.inside(v, col)]
+                            });
+                        (sum, logit, Some(total))
+                    }
+                    (None, false) => {
+                        let [sum, logit] = b.over_pieces("piece2", [sums; 2], |b, v, col| {
                             [b.exponentials(v, max), b.picked(v, col, target)]
                         });
-                    (max, sum, logit, None, None)
-                }
+                        (sum, logit, None)
+                    }
+                    (Some(logit), true) => {
+                        let [sum, total] = b.over_pieces("piece2", [sums; 2], |b, v, col| {
+                            [b.exponentials(v, max), b.inside(v, col)]
+                        });
+                        (sum, logit, Some(total))
+                    }
+                    (Some(logit), false) => {
+                        let [sum] =
+                            b.over_pieces("piece2", [sums], |b, v, _| [b.exponentials(v, max)]);
+                        (sum, logit, None)
+                    }
+                };
+                (max, sum, logit, total, None)
             }
         };
         let mean = total.map(|total| {
@@ -393,46 +465,28 @@ impl CrossEntropySpec {
             let log = f.op(Op::Log, &[a[0]]);
             f.op(Op::Add, &[log, a[1]])
         });
-        let args = [log, logit, counts].iter().chain(&mean).map(|x| b.k.plain(*x)).collect();
-        // Not a product: a row that does not count may have a loss that is no number.
-        let value = b.map(args, row.clone(), |f, a| {
-            let mut picked = a[1];
-            if smooth {
-                let keep = f.constant(1.0 - terms.smoothing, DType::F32);
-                let rest = f.constant(terms.smoothing, DType::F32);
-                let (of_target, of_all) =
-                    (f.op(Op::Mul, &[picked, keep]), f.op(Op::Mul, &[a[3], rest]));
-                picked = f.op(Op::Add, &[of_target, of_all]);
+        // The gradient first: losses wait for the logit.
+        if let Some(s) = s {
+            let args = vec![b.k.plain(counts), s];
+            let factor = b.map(args, row, |f, a| f.op(Op::Mul, &[a[0], a[1]]));
+            let of_row = b.of_row([factor, sum, log, target]);
+            match e {
+                Some(e) => b.gradient(e, &zero, &of_row),
+                None => {
+                    let pieces = b.begin.span.ceil_div(&b.bn);
+                    let (var, _) = b.k.begin_for("piece3", Dim::new(0), pieces, &[]);
+                    let col = var * &b.bn;
+                    let v = b.logits(&col);
+                    let e = b.exponentials(v, max);
+                    b.gradient([e, v], &col, &of_row);
+                    b.k.end_for(&[]);
+                }
             }
-            let mut loss = f.op(Op::Sub, &[a[0], picked]);
-            if terms.z > 0.0 {
-                let (z, square) = (f.constant(terms.z, DType::F32), f.op(Op::Mul, &[a[0], a[0]]));
-                let more = f.op(Op::Mul, &[square, z]);
-                loss = f.op(Op::Add, &[loss, more]);
-            }
-            let nothing = f.constant(0.0, DType::F32);
-            let counts = f.op(Op::Gt, &[a[2], nothing]);
-            f.op(Op::Select, &[counts, loss, nothing])
-        });
+        }
+        let value = b.loss([log, logit, counts], mean);
         b.k.store(loss, vec![row0.clone()], value);
         if let Some(logs) = logs {
             b.k.store(logs, vec![row0], log);
-        }
-        let Some(s) = s else { return b.k.finish() };
-        let args = vec![b.k.plain(counts), s];
-        let factor = b.map(args, row.clone(), |f, a| f.op(Op::Mul, &[a[0], a[1]]));
-        let of_row = b.of_row([factor, sum, log, target]);
-        match e {
-            Some(e) => b.gradient(e, &zero, &of_row),
-            None => {
-                let pieces = b.begin.span.ceil_div(&b.bn);
-                let (var, _) = b.k.begin_for("piece3", Dim::new(0), pieces, &[]);
-                let col = var * &b.bn;
-                let v = b.logits(&col);
-                let e = b.exponentials(v, max);
-                b.gradient([e, v], &col, &of_row);
-                b.k.end_for(&[]);
-            }
         }
         b.k.finish()
     }
@@ -447,10 +501,23 @@ impl CrossEntropySpec {
         arch: Arch,
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
-        let (kernel, mut schedule) =
-            whole_or_pieces(arch, size, (self.dtype, &["ldx"]), |whole, units| {
-                self.program_in_units(name, whole, units)
-            })?;
+        let program = |whole, units| self.program_in_units(name, whole, units, false);
+        // Shorter rows in registers are as soon done one element at a time, on an H200.
+        let from = if self.dtype.bits() == 16 { WHOLE_FROM } else { WIDE_WHOLE_FROM };
+        let (dtype, whole_from) = (self.dtype, Some(from));
+        let rows = Lines { dtype, distances: &["ldx"], whole_from, least: 4 };
+        let picked = whole_or_pieces(arch, size, &rows, program)?;
+        let Form { mut kernel, mut schedule, whole, units } = picked;
+        let lines = schedule.lines;
+        let rows = schedule.tiles.get("BM").copied().unwrap_or(1);
+        // The threads of a row meet before they write over its logits, except those of a single warp.
+        let meet = lines.lanes > 32 || self.form != CrossEntropyForm::InPlace;
+        if meet && lines.lanes >= 32 && rows == i64::from(lines.threads / lines.lanes) {
+            kernel = self.program_in_units(name, whole, units, true);
+            schedule.tiles.remove("BM");
+            schedule.lines.threads = lines.lanes;
+            schedule.blocks_per_sm = (schedule.blocks_per_sm * rows as u32).min(32);
+        }
         // A row's largest, its sum and the logit at its target are exchanged within one warp together: registers that
         // the picker does not count.
         // So is what a cap needs: the hyperbolic tangent, and the bounded logits beside the exponentials.

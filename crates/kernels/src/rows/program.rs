@@ -1,5 +1,6 @@
 //! Tile programs of softmax and normalisations.
 
+use std::ops::RangeInclusive;
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
@@ -435,6 +436,10 @@ impl Rows<'_> {
     }
 }
 
+fn up(a: i64, b: i64) -> i64 {
+    (a + b - 1) / b
+}
+
 fn inverse() -> Func {
     func(&[DType::F32], |f, a| {
         let one = f.constant(1.0, DType::F32);
@@ -483,93 +488,177 @@ impl RowSpec {
         size: &dyn Fn(&str) -> Option<i64>,
     ) -> Result<(Kernel, GpuSchedule)> {
         let program = |whole, units| self.program_in_units(name, whole, units);
-        whole_or_pieces(arch, size, (self.dtype, &["ldx", "ldy"]), program)
+        let whole_from = match self.op {
+            RowOp::Softmax | RowOp::LogSoftmax if !self.residual => {
+                Some(if self.dtype.bits() == 16 { WHOLE_FROM } else { WIDE_WHOLE_FROM })
+            }
+            _ => None,
+        };
+        let (dtype, least) = (self.dtype, FINE_LEAST);
+        let rows = Lines { dtype, distances: &["ldx", "ldy"], whole_from, least };
+        let form = whole_or_pieces(arch, size, &rows, program)?;
+        Ok((form.kernel, form.schedule))
     }
 }
 
-/// Elements of a row from which it is worth it to begin tiles at whole units of memory.
-const UNITS_FROM: i64 = i64::MAX;
+/// Elements of a row of 16 bits from which tiles that begin at whole units of memory were faster, on an H200 (see `docs/src/facts.md`),
+/// where rows are held by registers and nothing but exponentials is made of them. Norms never were: vectors along their columns
+/// cost twice the accesses, and more of what they do is wasted on what a tile is too long.
+const WHOLE_FROM: i64 = 500;
+
+/// The same of wider elements.
+pub(super) const WIDE_WHOLE_FROM: i64 = 4097;
+
+/// The same where shared memory keeps rows that are read in accesses of several elements otherwise, and where they are read one by
+/// one beside vectors along the columns.
+const KEPT_WIDE_FROM: i64 = 16385;
+const KEPT_BESIDE_FROM: i64 = 4096;
+
+/// Elements that a thread has of a piece of a row at least, where little is done with them.
+const FINE_LEAST: i64 = 8;
+
+/// Elements that a thread should hold of a whole row: warps with fewer wait more for each other, and more take its registers.
+const TIGHT: RangeInclusive<i64> = 16..=40;
+
+/// The form of a program that suits some sizes.
+pub(super) struct Form {
+    /// The program itself.
+    pub(super) kernel: Kernel,
+    /// Its schedule.
+    pub(super) schedule: GpuSchedule,
+    /// Rows are whole; else they are in pieces.
+    pub(super) whole: bool,
+    /// Where its tiles begin.
+    pub(super) units: Units,
+}
+
+/// What is known of the rows of a program.
+pub(super) struct Lines<'a> {
+    /// Type of the elements.
+    pub(super) dtype: DType,
+    /// The sizes that are distances between rows.
+    pub(super) distances: &'a [&'a str],
+    /// Elements of rows in registers from which tiles begin at whole units of memory.
+    pub(super) whole_from: Option<i64>,
+    /// Elements that a thread has of a piece of a row at least.
+    pub(super) least: i64,
+}
 
 /// The form of a program, of whole rows or of rows in pieces, that suits these sizes, and its schedule. `program` makes one
-/// of whole rows or not, with tiles that begin at such units. Rows are of elements of a type,
-/// and the named sizes are the distances between them.
+/// of whole rows or not, with tiles that begin at such units.
 pub(super) fn whole_or_pieces(
     arch: Arch,
     size: &dyn Fn(&str) -> Option<i64>,
-    (dtype, distances): (DType, &[&str]),
+    lines: &Lines<'_>,
     program: impl Fn(bool, Units) -> Kernel,
-) -> Result<(Kernel, GpuSchedule)> {
-    match in_units(arch, size, (dtype, distances), &program)? {
+) -> Result<Form> {
+    match in_units(arch, size, lines, &program)? {
         Some(found) => Ok(found),
-        None => plain_form(arch, size, &|whole| program(whole, Units::ROWS)),
+        None => plain_form(arch, size, Units::ROWS, &program),
     }
 }
 
 /// The form for rows that begin or end within units of 16 bytes: one row a block, with tiles that begin where memory's
-/// units do, so that all but the first and the last access of a row are whole.
+/// units do, so that all but the first and the last access of a row are whole. None where other forms are sooner done.
 fn in_units(
     arch: Arch,
     size: &dyn Fn(&str) -> Option<i64>,
-    (dtype, distances): (DType, &[&str]),
+    of: &Lines<'_>,
     program: &dyn Fn(bool, Units) -> Kernel,
-) -> Result<Option<(Kernel, GpuSchedule)>> {
-    let unit = i64::from(128 / dtype.bits());
-    let first = distances.first().and_then(|d| size(d));
-    let (Some(n), Some(distance)) = (size("N"), first) else { return Ok(None) };
-    let whole = n % unit == 0 && distance % unit == 0;
-    if whole || n < UNITS_FROM || distances.iter().any(|d| size(d) != first) {
+) -> Result<Option<Form>> {
+    let unit = i64::from(128 / of.dtype.bits());
+    let far: Option<Vec<i64>> = of.distances.iter().map(|d| size(d)).collect();
+    let (Some(n), Some(far)) = (size("N"), far) else { return Ok(None) };
+    let rest = far.first().map_or(0, |d| d % unit);
+    if n % unit == 0 && rest == 0 || far.iter().any(|d| d % unit != rest) {
         return Ok(None);
     }
     // Picked as for rows of whole units that are long enough wherever the row begins.
-    let units = Units { unit, rest: distance % unit };
-    let long = (n + if units.rest == 0 { unit - 1 } else { 2 * (unit - 1) }) / unit * unit;
-    let wide = |name: &str| match name == "N" || distances.contains(&name) {
+    let units = Units { unit, rest };
+    let before = if rest == 0 { 0 } else { unit - 1 };
+    let long = up(n + before, unit) * unit;
+    let wide = |name: &str| match name == "N" || of.distances.contains(&name) {
         true => Some(long),
         false => size(name),
     };
-    let (kernel, mut schedule) = plain_form(arch, &wide, &|whole| program(whole, units))?;
-    let lines = &mut schedule.lines;
-    if schedule.tiles.get("BM") != Some(&1) {
-        if lines.lanes < 32 {
-            return Ok(None);
-        }
-        schedule.blocks_per_sm = (schedule.blocks_per_sm * lines.threads / lines.lanes).min(32);
-        lines.threads = lines.lanes;
-        schedule.tiles.insert("BM".into(), 1);
-    }
-    lines.ragged = true;
-    // What varies along columns alone is read element by element, late, and takes more registers.
-    lines.early = false;
-    let of_columns =
+    let mut form = plain_form(arch, &wide, units, program)?;
+    let (kernel, schedule) = (&form.kernel, &mut form.schedule);
+    let along_columns =
         |p: &Param| matches!(p.layout.axes.as_slice(), [a] if a.extent == Dim::sym("N"));
-    let vectors = kernel.params.iter().filter(|(_, p)| of_columns(p)).count();
-    // Two of them take as long as all of the row does otherwise.
-    if vectors > 1 && unit > 4 {
+    let vectors = kernel.params.iter().filter(|(_, p)| along_columns(p)).count();
+    // What one access could take at most otherwise.
+    let one_by_one = (n | rest) % 2 != 0;
+    let gains = match (schedule.lines.kept > 0, one_by_one) {
+        (true, true) => vectors == 0 || n >= KEPT_BESIDE_FROM,
+        (true, false) => vectors == 0 && n >= KEPT_WIDE_FROM,
+        (false, true) => schedule.cluster == 1 && of.whole_from.is_some_and(|from| n >= from),
+        (false, false) => false,
+    };
+    if !gains {
         return Ok(None);
     }
-    if vectors > 0 && lines.kept == 0 {
-        schedule.blocks_per_sm = (schedule.blocks_per_sm * 3 / 4).max(1);
+    match form.whole {
+        true => one_tight_row(schedule, unit, up(n + before, unit)),
+        false => finer_pieces(schedule, unit.max(of.least), n + before),
     }
-    schedule.sizes = distances.iter().map(|d| ((*d).into(), distance)).collect();
+    schedule.lines.ragged = true;
+    // What varies along columns alone comes late, and takes more registers.
+    schedule.lines.early = false;
+    schedule.sizes = of.distances.iter().zip(far).map(|(d, far)| ((*d).into(), far)).collect();
     schedule.sizes.insert("N".into(), n);
-    let works = tilewright_lower_gpu::lower(&kernel, &schedule).is_ok();
-    Ok(works.then_some((kernel, schedule)))
+    let works = schedule.tiles.get("BM") == Some(&1)
+        && tilewright_lower_gpu::lower(kernel, schedule).is_ok();
+    Ok(works.then_some(form))
+}
+
+/// One row of at most so many units a block, by as many lanes as leave the fewest of the tile's units unused.
+fn one_tight_row(schedule: &mut GpuSchedule, unit: i64, span: i64) {
+    let lines = &mut schedule.lines;
+    let tile = |name: &str| schedule.tiles.get(name).copied().unwrap_or(1);
+    let before = tile("BM") * tile("BN") / i64::from(lines.threads);
+    let tight = (5..=9)
+        .map(|n| (1i64 << n, up(span, 1 << n)))
+        .map(|(lanes, each)| (lanes * each, each * unit, lanes))
+        .filter(|(_, each, _)| each <= TIGHT.end())
+        .min_by_key(|(covered, each, _)| (*covered, each < TIGHT.start(), *each));
+    let Some((covered, each, lanes)) = tight else { return };
+    // As much under way on a multiprocessor as before.
+    let threads = i64::from(schedule.blocks_per_sm * lines.threads) * before / each;
+    schedule.blocks_per_sm = (threads / lanes).clamp(1, 32) as u32;
+    (lines.threads, lines.lanes) = (lanes as u32, lanes as u32);
+    schedule.tiles.insert("BM".into(), 1);
+    schedule.tiles.insert("BN".into(), covered * unit);
+}
+
+/// Pieces of half the length, and twice as many, while more than an eighth of the last one lies behind the row.
+fn finer_pieces(schedule: &mut GpuSchedule, least: i64, span: i64) {
+    let threads = i64::from(schedule.lines.threads * schedule.cluster);
+    let Some(mut piece) = schedule.tiles.get("BN").copied() else { return };
+    let unused = |piece: i64| up(span, piece) * piece - span;
+    while unused(piece) * 8 > span && piece % (2 * least * threads) == 0 {
+        piece /= 2;
+        let kept = i64::from(schedule.lines.kept * 2).min(up(span, piece));
+        schedule.lines.kept = kept as u32;
+    }
+    schedule.tiles.insert("BN".into(), piece);
 }
 
 fn plain_form(
     arch: Arch,
     size: &dyn Fn(&str) -> Option<i64>,
-    program: &dyn Fn(bool) -> Kernel,
-) -> Result<(Kernel, GpuSchedule)> {
-    let pieces = program(false);
+    units: Units,
+    program: &dyn Fn(bool, Units) -> Kernel,
+) -> Result<Form> {
+    let form = |kernel, schedule, whole| Form { kernel, schedule, whole, units };
+    let pieces = program(false, units);
     if let Some(schedule) = GpuSchedule::lines_kept(&pieces, arch, size)? {
-        return Ok((pieces, schedule));
+        return Ok(form(pieces, schedule, false));
     }
-    let whole = program(true);
+    let whole = program(true, units);
     if let Some(schedule) = GpuSchedule::lines_for(&whole, arch, size)? {
-        return Ok((whole, schedule));
+        return Ok(form(whole, schedule, true));
     }
     let schedule = GpuSchedule::lines_for(&pieces, arch, size)?
         .ok_or_else(|| Error::bug("a row in pieces has a schedule"))?;
-    Ok((pieces, schedule))
+    Ok(form(pieces, schedule, false))
 }
