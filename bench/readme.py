@@ -25,6 +25,7 @@ GPU_GRAPH = IMAGES / "gpu-gemm.svg"
 MODELS_GRAPH = IMAGES / "gpu-models.svg"
 
 TITLES = {
+    "sgemm512": "SGEMM 512 x 512 x 512",
     "sgemm1024": "SGEMM 1024 x 1024 x 1024",
     "softmax4096": "Softmax 4096 x 4096",
     "layernorm4096": "LayerNorm 4096 x 4096",
@@ -37,6 +38,7 @@ TITLES = {
     "bert_base_384": "BERT-base, 384 tokens",
     "gpt2": "GPT-2, 512 tokens",
     "sgemm2048": "SGEMM 2048 x 2048 x 2048",
+    "sgemm4096": "SGEMM 4096 x 4096 x 4096",
 }
 
 
