@@ -14,7 +14,7 @@
 //! rounding gets it).
 
 use crate::edit::retype;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use tilewright_base::{DType, Result};
 use tilewright_expr::{ExprId, Func, FuncBuilder, Node as ExprNode, Op as ExprOp};
 use tilewright_graph::{Graph, Node, NodeId, Op, ValueId};
@@ -24,18 +24,12 @@ use tilewright_graph::{Graph, Node, NodeId, Op, ValueId};
 /// # Errors
 /// Bugs only.
 pub fn round_late(graph: &mut Graph) -> Result<bool> {
-    let mut readers: BTreeMap<ValueId, Vec<NodeId>> = BTreeMap::new();
-    for (id, node) in graph.live() {
-        for v in &node.inputs {
-            readers.entry(*v).or_default().push(id);
-        }
-    }
-    let none = Vec::new();
+    let users = graph.users();
     let mut late: BTreeSet<ValueId> = graph
         .live()
         .filter_map(|(_, node)| {
             let (Op::Map(func), [v]) = (&node.op, &node.outputs[..]) else { return None };
-            let read = readers.get(v).unwrap_or(&none);
+            let read = &users[*v];
             let stays = graph.is_output(*v) || node.inputs.iter().any(|&v| is_product(graph, v));
             let fits = !stays && is_rounded(func) && !read.is_empty();
             (fits && read.iter().all(|&r| widens(graph, r, *v))).then_some(*v)

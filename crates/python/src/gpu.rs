@@ -118,7 +118,7 @@ impl GpuProgram {
         match &self.made {
             Made::Planned(planned) => Ok(planned),
             Made::Kept(_) => Err(PyNotImplementedError::new_err(
-                "the plan of a program that was read from the cache",
+                "a program that was read from the cache has no plan: compile it without the cache to see its steps",
             )),
         }
     }
