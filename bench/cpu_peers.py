@@ -7,9 +7,9 @@ compared before anything is timed, and a model whose outputs disagree has no spe
 
 With `--torch` there is a third arm: `torch.compile` of the module that the file was exported from, with its weights
 as constants (`freezing`), or `torch.mm` for a plain product, or the function of PyTorch for a kernel over rows. Those have
-a fourth arm: a copy of their input.
+a fourth arm: a copy of their input. With `--backend` models have another one: `torch.compile` of the module with `backend="tilewright"`.
 
-Usage:  python bench/cpu_peers.py [--threads 2] [--seconds 8] [--torch] [--models DIR] [--out FILE] [NAME ...]
+Usage:  python bench/cpu_peers.py [--threads 2] [--seconds 8] [--torch] [--backend] [--models DIR] [--out FILE] [NAME ...]
 Models come from `bench/export_models.py`. Without the `tilewright` module (`make bench` builds it) only
 ONNX Runtime is measured, and no ratio is written.
 """
@@ -81,7 +81,7 @@ class Torch:
 
     name = "torch"
 
-    def __init__(self, name: str, outputs, threads: int):
+    def __init__(self, name: str, outputs, threads: int, backend="inductor"):
         import torch
 
         self.torch, self.outputs = torch, outputs
@@ -96,12 +96,24 @@ class Torch:
 
         torch._inductor.config.freezing = True
         net = network(name)
-        self.names, self.call = net.input_names, torch.compile(net.module.eval())
+        self.names, self.call = net.input_names, torch.compile(net.module.eval(), backend=backend)
 
     def run(self, feeds):
         with self.torch.no_grad():
             result = self.call(*(self.torch.from_numpy(feeds[name]) for name in self.names))
         return {self.outputs[0]: result.numpy()}
+
+
+class Backend(Torch):
+    """The same module under `torch.compile` with this project's backend, which takes as many threads as PyTorch has."""
+
+    name = "backend"
+
+    def __init__(self, name: str, outputs, threads: int):
+        # By its function: the name is known once a wheel is installed.
+        from tilewright.pytorch.backend import tilewright_backend
+
+        super().__init__(name, outputs, threads, tilewright_backend)
 
 
 class Copy:
@@ -209,7 +221,7 @@ def quartiles(values) -> list[float]:
     return [float(f"{v:.4g}") for v in (first, median, third)]
 
 
-def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float, with_torch: bool) -> dict:
+def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float, with_torch: bool, with_backend: bool) -> dict:
     start = time.perf_counter()
     peer = Peer(path, threads)
     feeds = model_inputs(peer.inputs)
@@ -233,13 +245,16 @@ def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float,
                 arms.append(ours)
             else:
                 row["error"] = f"outputs differ by {row['relative_difference']} of the largest value"
-    if with_torch and (name in PRODUCTS or name in ROWS or name.partition("_batch")[0] in NETWORKS):
-        third = Torch(name, peer.outputs, threads)
-        difference = disagreement(third.run(feeds), expected)
+    compiled = name.partition("_batch")[0] in NETWORKS
+    kinds = [Torch] if with_torch and (name in PRODUCTS or name in ROWS or compiled) else []
+    kinds += [Backend] if with_backend and compiled else []
+    for kind in kinds:
+        other = kind(name, peer.outputs, threads)
+        difference = disagreement(other.run(feeds), expected)
         if difference <= TOLERANCE:
-            arms.append(third)
+            arms.append(other)
         else:
-            row["torch_error"] = f"outputs differ by {difference} of the largest value"
+            row[f"{kind.name}_error"] = f"outputs differ by {difference} of the largest value"
     if with_torch and name in ROWS:
         arms.append(Copy(threads))
     for arm in arms:
@@ -253,6 +268,8 @@ def measure(name: str, path: pathlib.Path, module, threads: int, seconds: float,
     for key, other in pairs:
         if "tilewright" in by_name and other in by_name:
             row[key] = quartiles([b / a for a, b in zip(by_name[other], by_name["tilewright"])])
+    if "backend" in by_name and "torch" in by_name:
+        row["backend_torch_ratio"] = quartiles([b / a for a, b in zip(by_name["torch"], by_name["backend"])])
     return row
 
 
@@ -299,6 +316,7 @@ def command_text(arguments) -> str:
         inside = models.is_relative_to(ROOT)
         words.append(f"--models {models.relative_to(ROOT).as_posix() if inside else 'DIR'}")
     words += ["--torch"] if arguments.torch else []
+    words += ["--backend"] if arguments.backend else []
     words += ["--tw target/release/tw"] if arguments.tw else []
     return " ".join(words + arguments.names)
 
@@ -310,6 +328,10 @@ def text_row(row: dict) -> str:
     ratio = "" if "latency_ratio" not in row else "  ratio {1:.3f} ({0:.3f} .. {2:.3f})".format(*row["latency_ratio"])
     if "torch_latency_ratio" in row:
         ratio += f"  torch {cell('torch_ms')} ms  ratio {row['torch_latency_ratio'][1]:.3f}"
+    if "backend_ms" in row:
+        ratio += f"  backend {cell('backend_ms')} ms"
+    if "backend_torch_ratio" in row:
+        ratio += f"  of torch {row['backend_torch_ratio'][1]:.3f}"
     if "copy_latency_ratio" in row:
         ratio += f"  copy {cell('copy_ms')} ms  ratio {row['copy_latency_ratio'][1]:.3f}"
     error = f"  {row['error'].splitlines()[0]}" if row.get("error") else ""
@@ -324,6 +346,7 @@ def main() -> int:
     parser.add_argument("--models", type=pathlib.Path, default=ROOT / "bench" / "models")
     parser.add_argument("--out", type=pathlib.Path, help="the record (default: records/cpu-peers-DATE-COMMIT.json)")
     parser.add_argument("--torch", action="store_true", help="measure torch.compile, too")
+    parser.add_argument("--backend", action="store_true", help="measure torch.compile with the backend tilewright, too")
     parser.add_argument("--tw", type=pathlib.Path, help="measure this `tw` instead of the Python module")
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
@@ -345,7 +368,7 @@ def main() -> int:
         if not path.exists():
             print(f"{name}: {path} is missing (python bench/export_models.py {name})", file=sys.stderr)
             continue
-        rows.append(measure(name, path, module, arguments.threads, arguments.seconds, arguments.torch))
+        rows.append(measure(name, path, module, arguments.threads, arguments.seconds, arguments.torch, arguments.backend))
         print(text_row(rows[-1]), flush=True)
     if not rows:
         return 1
@@ -362,11 +385,11 @@ def main() -> int:
         "seed": SEED,
         "versions": {
             "onnxruntime": onnxruntime.__version__,
-            **({"torch": sys.modules["torch"].__version__} if arguments.torch else {}),
+            **({"torch": sys.modules["torch"].__version__} if arguments.torch or arguments.backend else {}),
             "numpy": np.__version__,
             "tilewright": getattr(module, "__version__", None) if module else None,
         },
-        "columns": "*_ms, latency_ratio (tilewright / onnxruntime), torch_latency_ratio and copy_latency_ratio are [first quartile, median, third quartile]",
+        "columns": "*_ms, latency_ratio (tilewright / onnxruntime), torch_latency_ratio and copy_latency_ratio, and backend_torch_ratio (torch.compile with our backend / with Inductor) are [first quartile, median, third quartile]",
         "rows": rows,
     }
     if not arguments.no_record:
