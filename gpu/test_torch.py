@@ -11,7 +11,9 @@ import argparse
 import copy
 import io
 import math
+import os
 import pathlib
+import subprocess
 import sys
 import time
 import traceback
@@ -369,6 +371,40 @@ def copies_of_models_and_threads():
     assert not wrong
 
 
+def kernels_are_compiled_beside_the_rest():
+    """Backward graphs are planned before they run, a capture beside the compilation of their kernels holds, and so does an early end."""
+    if DEVICE.type != "cuda":
+        return "on GPUs only"
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 160), torch.nn.GELU(), torch.nn.LayerNorm(160), torch.nn.Linear(160, 96)).to(DEVICE)
+    x = torch.randn(37, 96, device=DEVICE)
+    # Nothing that an earlier run kept.
+    ours = compiled(model, options={"cache": False})
+    held = ours(x)
+    y = torch.randn(1 << 20, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z = y * 2
+    graph.replay()
+    assert torch.equal(z, y * 2)
+    held.square().mean().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    model(x).square().mean().backward()
+    for a, b in zip(found, model.parameters()):
+        torch.testing.assert_close(a, b.grad, rtol=1e-3, atol=1e-6)
+    program = """
+import torch
+from tilewright.pytorch.backend import tilewright_backend
+m = torch.nn.Sequential(torch.nn.Linear(96, 224), torch.nn.GELU(), torch.nn.LayerNorm(224)).cuda()
+print(float(torch.compile(m, backend=tilewright_backend, options={"cache": False})(torch.randn(41, 96, device="cuda")).sum()) < 1e9)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "True"), ended.stderr[-2000:]
+    return ""
+
+
 CASES = [
     explain_names_kernels_and_ceilings,
     verify_finds_no_fault_and_names_one,
@@ -385,6 +421,7 @@ CASES = [
     odd_tensors_in_the_pack,
     many_sizes_one_plan,
     copies_of_models_and_threads,
+    kernels_are_compiled_beside_the_rest,
 ]
 
 

@@ -105,8 +105,7 @@ impl Loader {
     /// As [`Loader::load`], which will say the same.
     pub fn compile(&self, program: &Program) -> Result<()> {
         let lock = || self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if lock().contains_key(program) || known().contains_key(program) {
+        if self.is_compiled(program) {
             return Ok(());
         }
         let source = emit(program)?;
@@ -114,6 +113,42 @@ impl Loader {
         let outcome = compiled.as_ref().map(|_| ()).map_err(Clone::clone);
         lock().insert(program.clone(), compiled);
         outcome
+    }
+
+    fn is_compiled(&self, program: &Program) -> bool {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).contains_key(program)
+            || self.ahead.lock().unwrap_or_else(PoisonError::into_inner).contains_key(program)
+    }
+
+    /// Compiles programs on all processors and keeps the results for [`Loader::load_all`], as [`Loader::compile`] does. What
+    /// does not compile is said there.
+    pub fn compile_all(&self, programs: &[Program]) {
+        // Programs that are to be spoiled are, when they are loaded.
+        if self.to_fail.load(Ordering::Relaxed) > 0 {
+            return;
+        }
+        let mut fresh: Vec<(&Program, Source)> = Vec::new();
+        for program in programs {
+            if self.is_compiled(program) {
+                continue;
+            }
+            if !fresh.iter().any(|(p, _)| *p == program)
+                && let Ok(source) = emit(program)
+            {
+                fresh.push((program, source));
+            }
+        }
+        let requests: Vec<CompileRequest> =
+            fresh.iter().map(|(program, source)| request(program, source, self.target)).collect();
+        let compiled = self.nvrtc.compile_all(&requests, processors());
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        for ((program, _), compiled) in fresh.into_iter().zip(compiled) {
+            // Somebody else may have loaded it meanwhile.
+            if !known.contains_key(program) {
+                ahead.insert(program.clone(), compiled);
+            }
+        }
     }
 
     /// Loads programs, compiling on all processors. Result `i` belongs to program `i`.
@@ -139,8 +174,7 @@ impl Loader {
                 source.as_ref().ok().map(|s| request(program, s, self.target))
             })
             .collect();
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut compiled = self.nvrtc.compile_all(&requests, threads).into_iter();
+        let mut compiled = self.nvrtc.compile_all(&requests, processors()).into_iter();
         for ((program, source), ahead) in fresh.into_iter().zip(&mut ahead) {
             let loaded = source.and_then(|source| {
                 let compiled = ahead.take().or_else(|| compiled.next());
@@ -203,6 +237,10 @@ impl fmt::Debug for Loader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Loader({:?})", self.gpu)
     }
+}
+
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// What the compiler is asked for: the program's text, the device library, and how arithmetic is meant.

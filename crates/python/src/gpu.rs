@@ -8,7 +8,7 @@ use crate::python_error;
 use pyo3::exceptions::{PyNotImplementedError, PyValueError};
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use tilewright::gpu::{Direct, GpuCompiler, GpuDevice, GpuModel, GpuPlan, Kept, KeptFolder};
 use tilewright::{Error, Precision, Result};
 use tilewright_graph::Graph;
@@ -50,7 +50,7 @@ pub(crate) struct GpuProgram {
 /// Where a program comes from.
 enum Made {
     /// This process.
-    Planned(Box<Planned>),
+    Planned(Arc<Planned>),
     /// Another one.
     Kept(Box<Kept>),
 }
@@ -61,6 +61,60 @@ struct Planned {
     operators: usize,
     /// The place in the cache that waits for it.
     keep: Mutex<Option<(KeptFolder, String)>>,
+    ahead: Ahead,
+}
+
+/// A compilation of kernels beside other work: how many of them run, and a bell for when one ends.
+#[derive(Default)]
+struct Ahead {
+    running: Mutex<usize>,
+    ended: Condvar,
+}
+
+/// All compilations of this process. A child that was forked off has the number, but not the threads.
+static RUNNING: Mutex<(u32, usize)> = Mutex::new((0, 0));
+static NONE_RUNS: Condvar = Condvar::new();
+
+impl Ahead {
+    fn wait(&self) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        while *running > 0 {
+            running = self.ended.wait(running).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Counts a compilation while it runs, also where it panics.
+struct Counted(Arc<Planned>);
+
+impl Counted {
+    fn new(planned: &Arc<Planned>) -> Counted {
+        let mut all = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = std::process::id();
+        *all = (here, if all.0 == here { all.1 } else { 0 } + 1);
+        *planned.ahead.running.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Counted(planned.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        *self.0.ahead.running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.ahead.ended.notify_all();
+        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).1 -= 1;
+        NONE_RUNS.notify_all();
+    }
+}
+
+/// Returns when no kernels are compiled beside other work any more ([`GpuProgram::compile_ahead`]): before a process unloads the compiler.
+#[pyfunction]
+pub(crate) fn wait_for_compilers(py: Python<'_>) {
+    py.detach(|| {
+        let mut all = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        while all.0 == std::process::id() && all.1 > 0 {
+            all = NONE_RUNS.wait(all).unwrap_or_else(PoisonError::into_inner);
+        }
+    });
 }
 
 /// Where runs of a device are kept under a name, and the whole name: with all that they depend on beside the graph.
@@ -110,7 +164,8 @@ impl GpuProgram {
         let direct = device.direct(&planned)?;
         let keep = keep.filter(|_| cache && planned.plan().symbols.is_empty());
         let keep = Mutex::new(keep.and_then(|keep| place(&device, precision, keep)));
-        let made = Made::Planned(Box::new(Planned { planned, direct, operators, keep }));
+        let ahead = Ahead::default();
+        let made = Made::Planned(Arc::new(Planned { planned, direct, operators, keep, ahead }));
         Ok(GpuProgram { made, device })
     }
 
@@ -231,6 +286,19 @@ impl GpuProgram {
         Ok(self.planned()?.planned.graph().to_string())
     }
 
+    /// Begins to compile the kernels for these values of `symbols` in a thread of its own, for which `fit` waits. The thread asks the device
+    /// for nothing.
+    fn compile_ahead(&self, sizes: Vec<i64>) -> PyResult<()> {
+        self.env(&sizes)?;
+        let Made::Planned(planned) = &self.made else { return Ok(()) };
+        let counted = Counted::new(planned);
+        // What goes wrong here goes wrong in `fit` again, which says it; without a thread, `fit` does all.
+        let _ = std::thread::Builder::new().name("tilewright-ahead".to_owned()).spawn(move || {
+            let _ = counted.0.direct.compile_ahead(&sizes);
+        });
+        Ok(())
+    }
+
     /// Shapes of the outputs for these values of `symbols`, and the bytes of scratch memory that a run takes. The first time
     /// kernels are chosen and compiled, which is refused in a stream that is being recorded.
     fn fit(
@@ -254,6 +322,7 @@ impl GpuProgram {
                 )
                 .with_hint("run once before the recording begins"));
             }
+            planned.ahead.wait();
             let fitted = direct.fit(&sizes)?;
             let keep = planned.keep.lock().unwrap_or_else(PoisonError::into_inner).take();
             // What cannot be written is worked out again.

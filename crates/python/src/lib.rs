@@ -45,6 +45,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<builder::Builder>()?;
     module.add_class::<gpu::GpuProgram>()?;
     module.add_function(wrap_pyfunction!(gpu::restore_gpu, module)?)?;
+    module.add_function(wrap_pyfunction!(gpu::wait_for_compilers, module)?)?;
     module.add_function(wrap_pyfunction!(xla_handlers, module)?)?;
     operators::add(module)
 }

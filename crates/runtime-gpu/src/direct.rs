@@ -10,7 +10,7 @@
 //! Fitted --replay(addresses, stream)--> the same; where addresses come back, one call for all (`recordings`)
 //! ```
 
-use crate::bind::{BoundStep, Place as In, Slot, bind_at};
+use crate::bind::{Bound, BoundStep, Place as In, Slot, bind_at};
 use crate::choose::{Chooser, Launch, Source};
 use crate::constants::{Constants, Known};
 use crate::product::ALIGNED;
@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tilewright_base::{Error, Result};
 use tilewright_cuda::{Buffer, Event, Stream};
 use tilewright_data::Tensor;
+use tilewright_device::Program;
 use tilewright_launch::{BoundKernel, Loader, Operand, first_that_works};
 use tilewright_layout::Env;
 use tilewright_plan::bind::concrete;
@@ -191,12 +192,24 @@ impl Direct {
         Ok(env)
     }
 
+    /// Compiles what [`Direct::fit`] will try first for these values of the plan's symbols. The device is asked for nothing, so that this may
+    /// run beside any work of others, the recording of a graph included.
+    ///
+    /// # Errors
+    /// As [`Direct::fit`], which says what does not compile.
+    pub fn compile_ahead(&self, sizes: &[i64]) -> Result<()> {
+        let bound = self.bound(&self.env(sizes)?)?;
+        self.loader.compile_all(&tried_first(&bound));
+        Ok(())
+    }
+
+    fn bound(&self, env: &Env) -> Result<Bound> {
+        let mut chooser = self.chooser.lock().unwrap_or_else(PoisonError::into_inner);
+        bind_at(&self.plan, env, In::Caller, self.constants.once(), &mut chooser)
+    }
+
     fn fit_new(&self, sizes: &[i64]) -> Result<Fitted> {
-        let env = self.env(sizes)?;
-        let bound = {
-            let mut chooser = self.chooser.lock().unwrap_or_else(PoisonError::into_inner);
-            bind_at(&self.plan, &env, In::Caller, self.constants.once(), &mut chooser)?
-        };
+        let bound = self.bound(&self.env(sizes)?)?;
         if let Some((_, reason)) = bound.host_steps(&self.plan).into_iter().next() {
             return Err(Error::unsupported(format!("no kernel for the device: {reason}")));
         }
@@ -218,17 +231,8 @@ impl Direct {
             }
         };
         let (mut steps, mut schedules) = (Vec::new(), Vec::new());
-        // What is tried first is compiled on all processors; below it is only looked up.
-        let mut first: Vec<tilewright_device::Program> = Vec::new();
-        for step in &bound.steps {
-            let BoundStep::Device { choice, .. } = step else { continue };
-            for launch in choice.ways.iter().take(1).flat_map(|way| &way.launches) {
-                if !first.contains(&launch.program) {
-                    first.push((*launch.program).clone());
-                }
-            }
-        }
-        drop(self.loader.load_all(&first));
+        // Compiled on all processors; below it is only looked up.
+        drop(self.loader.load_all(&tried_first(&bound)));
         for (step, bound) in bound.steps.iter().enumerate() {
             let BoundStep::Device { args, choice, .. } = bound else { continue };
             let load = |launch: &Launch| {
@@ -271,6 +275,20 @@ impl Direct {
     pub(crate) fn loader(&self) -> &Loader {
         &self.loader
     }
+}
+
+/// The programs of each step's first choice.
+fn tried_first(bound: &Bound) -> Vec<Program> {
+    let mut first: Vec<Program> = Vec::new();
+    for step in &bound.steps {
+        let BoundStep::Device { choice, .. } = step else { continue };
+        for launch in choice.ways.iter().take(1).flat_map(|way| &way.launches) {
+            if !first.contains(&launch.program) {
+                first.push((*launch.program).clone());
+            }
+        }
+    }
+    first
 }
 
 impl Fitted {

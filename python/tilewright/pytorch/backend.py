@@ -235,6 +235,8 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     compiled = Compiled(kind, module, groups, division.reasons)
     for observe in OBSERVERS:
         observe(compiled)
+    for group in groups:
+        group.begin()
     return compiled
 
 

@@ -4,7 +4,8 @@ Tensors go in and come out as addresses: nothing is copied, except inputs whose 
 than the graph was compiled for (they are made contiguous first). Results lie in memory that PyTorch allocates, in
 the order of axes that PyTorch would give them.
 
-A group is compiled when it first runs. Parameters that do not change (inference) are then known data: folded,
+A group is compiled when it first runs; on a GPU, one whose sizes are known and that has no parameters as known data is planned as soon as
+its graph is there (`begin`), and its kernels are compiled beside what PyTorch still does with the graph and with the one of the backward pass. Parameters that do not change (inference) are then known data: folded,
 packed for the kernels. Their addresses and version counters are looked at before each run; when one has changed,
 the group is compiled again with the new values (its kernels come out of the cache), and after `REFREEZES_MAX` times
 once more with all parameters as inputs.
@@ -16,6 +17,7 @@ that was written down for another process (`cached`) is neither written as a gra
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import operator
@@ -41,6 +43,9 @@ log = logging.getLogger("tilewright")
 
 # Programs on GPUs by what they compute; they go with the groups that hold them.
 PROGRAMS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+# The compiler's library must not be unloaded while it works.
+atexit.register(_native.wait_for_compilers)
 
 # What tells apart two texts of the same graph: names, and where nodes come from.
 _NAMES = re.compile(r'"[^"]*": |  # .*|^graph @.*$', re.MULTILINE)
@@ -173,6 +178,14 @@ class Group(torch.nn.Module):
         return [torch.empty(s, dtype=d, device=self.device) for s, d in zip(shapes, self.dtypes)], scratch_bytes
 
     # ---- compiling -----------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Plans, and begins to compile kernels, where that needs no arguments."""
+        if self.on_cpu or self.frozen or self.symbols:
+            return
+        self._compile(())
+        if self.program is not None:
+            self.program.compile_ahead([])
 
     def _compile(self, args) -> None:
         start = time.perf_counter()
