@@ -56,6 +56,9 @@ pub(crate) struct Product {
     pub(crate) dtype: DType,
     /// The right operand holds codes: scales for each group of the depth.
     pub(crate) scaled: Option<Scaled>,
+    /// An axis of the result that shall be the first of the grid, alone: images, so that steps can go image by image.
+    /// On a CPU.
+    pub(crate) first: Option<usize>,
 }
 
 impl Product {
@@ -70,6 +73,7 @@ impl Product {
             operands: self.operands,
             dtype: self.dtype,
             scaled: None,
+            first: self.first,
         }
     }
 
@@ -231,6 +235,7 @@ impl Lowering<'_> {
             operands,
             dtype: *dtype,
             scaled: None,
+            first: None,
         };
         let (name, note) = (self.kernel_name(group), self.note(group));
         self.product_kernel(name, &product, &dag, note)
@@ -405,6 +410,7 @@ impl Lowering<'_> {
             Some(c) => c.varies(a),
             None => !is_broadcast(&sides[i].layout.axes[a]),
         };
+        let first = product.first.filter(|_| !self.on_gpu());
         let of = |in_l: bool, in_r: bool| -> Vec<usize> {
             let wanted = |&&a: &&usize| {
                 // A letter of extent 1 everywhere is an M letter.
@@ -412,7 +418,8 @@ impl Lowering<'_> {
                 let (l, r) = if !l && !r { (true, false) } else { (l, r) };
                 (l, r) == (in_l, in_r)
             };
-            result.iter().filter(wanted).copied().collect()
+            let others = result.iter().filter(|a| Some(**a) != first);
+            others.filter(wanted).copied().collect()
         };
         let solo = |_: usize| false;
         let store = &dag.stores[0].layout;
@@ -425,7 +432,8 @@ impl Lowering<'_> {
         let n_tile = n.pop().unwrap_or(vec![rank + 1]);
         let k_tile = ks.pop().unwrap_or_default();
         // Canonical axes: grid axes, the tile, the sums.
-        let mut canon: Vec<Vec<usize>> = batch;
+        let mut canon: Vec<Vec<usize>> = first.map(|a| vec![a]).into_iter().collect();
+        canon.extend(batch);
         canon.extend(m);
         canon.extend(n);
         let units = canon.len();

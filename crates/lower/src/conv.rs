@@ -38,6 +38,9 @@ use tilewright_layout::{Axis, Dim, Layout, numel};
 use tilewright_plan::{Form, Note};
 use tilewright_tile::{Bound, CpuKnobs, Operand, TileType};
 
+/// Rows of an image's product from which on its blocks need none of the next image's.
+const IMAGE_ROWS: i64 = 128;
+
 /// Up to this many input channels all taps are one sum.
 const FEW_CHANNELS: i64 = 8;
 
@@ -179,6 +182,9 @@ impl Lowering<'_> {
             false => panel_for(self.target, outputs),
         };
         let wp = self.conv_weights(w, width, true, operands)?;
+        // Images that fill blocks stay apart.
+        let pixels = numel(&group.shape[2..]).as_const().unwrap_or(0);
+        let many_images = pixels >= IMAGE_ROWS && group.shape[0].as_const().is_some_and(|n| n > 1);
         let channels = graph.shape(w)[1].clone();
         // The space: the result's axes, then the input channels.
         let mut space = group.shape.clone();
@@ -221,6 +227,7 @@ impl Lowering<'_> {
             dtype,
             space,
             scaled: None,
+            first: many_images.then_some(0),
         };
         self.product_kernel(name, &product, dag, note)
     }

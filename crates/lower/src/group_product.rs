@@ -227,6 +227,7 @@ impl Lowering<'_> {
             },
             dtype: graph.dtype(node.outputs[0]),
             scaled: Some(Scaled { group: size, factors, own, together, acc }),
+            first: None,
         };
         let dag = self.dag(group)?;
         let (name, note) = (self.kernel_name(group), self.note(group));

@@ -28,6 +28,7 @@ mod gather;
 mod gpu;
 mod greedy;
 mod group_product;
+mod image_runs;
 mod lowering;
 mod map;
 mod moves;

@@ -115,6 +115,9 @@ pub fn lower_with(
             fusion.views.extend(said);
         }
     }
+    if low.device == Device::Cpu {
+        low.plan.image_runs = crate::image_runs::image_runs(&low.plan, target);
+    }
     if cfg!(debug_assertions) {
         verify_plan(&low.plan)?;
     }

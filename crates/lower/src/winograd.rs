@@ -82,11 +82,24 @@ impl Form {
     }
 
     /// Whether this form is faster than the definition for a result of `[n, o, h, w]` from `c` channels, on a machine with a
-    /// last-level cache of so many bytes: what goes through memory between the kernels takes half of it at most.
+    /// last-level cache of so many bytes: what goes through memory between the kernels takes half of it at most, of all images
+    /// or, in steps that go image by image, of one. Such steps take no more weights than a quarter of it.
     ///
     /// Sums have another order here. So this depends on sizes and caches only, not on measured rates or on the number of
     /// threads, and results do not either.
-    fn pays(&self, l3_bytes: i64, [n, o, h, w, c]: [i64; 5]) -> bool {
+    fn pays(&self, l3_bytes: i64, [n, o, h, w, c]: [i64; 5]) -> Option<Images> {
+        let weights = 4 * self.points() * self.points() * c * o;
+        if self.pays_at_once(l3_bytes, [n, o, h, w, c]) {
+            Some(Images::Together)
+        } else if n > 1 && 4 * weights <= l3_bytes && self.pays_at_once(l3_bytes, [1, o, h, w, c]) {
+            Some(Images::Apart)
+        } else {
+            None
+        }
+    }
+
+    /// As above, of so many images together.
+    fn pays_at_once(&self, l3_bytes: i64, [n, o, h, w, c]: [i64; 5]) -> bool {
         let m = self.outputs();
         let tiles = n * (h / m) * (w / m);
         let between = self.points() * self.points() * tiles * (c + o) * 4;
@@ -193,9 +206,19 @@ fn transform(
     k.b.map(map, args, shape.to_vec())
 }
 
+/// How images lie in transformed tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Images {
+    /// Each of the products is over the tiles of all images.
+    Together,
+    /// One image's products lie behind another's: the kernels go image by image.
+    Apart,
+}
+
 /// A convolution in Winograd's form.
 pub(crate) struct Winograd {
     form: &'static Form,
+    images: Images,
     /// Images, output channels, height, width, input channels.
     sizes: [i64; 5],
     /// Channels of a block of the data, and of the result.
@@ -223,8 +246,11 @@ impl Lowering<'_> {
         let (o, c) = (conv.w[0], conv.w[1]);
         let sizes = [n, o, height, width, c];
         let even = |f: &Form| height % f.outputs() == 0 && width % f.outputs() == 0;
-        let pays = |f: &&Form| even(f) && f.pays(self.target.l3_bytes, sizes);
-        let Some(form) = FORMS.into_iter().find(pays) else { return Ok(None) };
+        let pays = |f: &'static Form| {
+            let images = f.pays(self.target.l3_bytes, sizes).filter(|_| even(f))?;
+            Some((f, images))
+        };
+        let Some((form, images)) = FORMS.into_iter().find_map(pays) else { return Ok(None) };
         // Whole vectors of channels on both sides, and an epilogue that can be split.
         let place = self.place(x)?;
         let data = block_of(&[&place.layout], &[1]);
@@ -239,12 +265,19 @@ impl Lowering<'_> {
         });
         let split = dag.layouts().iter().all(|l| l.axes[2..].iter().all(|a| a.block.is_none()));
         let good = whole && f32_data && simple && split;
-        Ok(good.then_some(Winograd { form, sizes, blocks: [data, result] }))
+        Ok(good.then_some(Winograd { form, images, sizes, blocks: [data, result] }))
     }
 
-    /// Memory for one transformed tensor.
-    fn transformed(&mut self, name: &str, shape: &[Dim]) -> Place {
-        let layout = Layout::row_major(shape);
+    /// Memory for one transformed tensor: points, images, tiles down and across, channels.
+    fn transformed(&mut self, name: &str, shape: &[Dim], images: Images) -> Place {
+        let layout = match images {
+            Images::Together => Layout::row_major(shape),
+            Images::Apart => {
+                let mut of_image = shape.to_vec();
+                of_image.swap(0, 1);
+                Layout::row_major(&of_image).permute(&[1, 0, 2, 3, 4])
+            }
+        };
         let buffer = self.plan.buffers.push(Buffer {
             name: name.to_string(),
             value: None,
@@ -273,8 +306,8 @@ impl Lowering<'_> {
             [&[points.clone()][..], &tiles, &[Dim::new(channels)]].concat()
         };
         let base = self.value_name(conv.node.inputs[0]);
-        let data = self.transformed(&format!("{base} transformed"), &shape(c));
-        let sums = self.transformed(&format!("{name} transformed"), &shape(o));
+        let data = self.transformed(&format!("{base} transformed"), &shape(c), how.images);
+        let sums = self.transformed(&format!("{name} transformed"), &shape(o), how.images);
         let step = |label: &str, anchor: &str, elements: i64| Note {
             label: label.to_string(),
             anchor: anchor.to_string(),
@@ -382,6 +415,7 @@ impl Lowering<'_> {
             dtype: DType::F32,
             space,
             scaled: None,
+            first: (how.images == Images::Apart).then_some(1),
         };
         let mut dag = Dag::default();
         let node = dag.push(DagOp::Anchor, vec![], vec![true; 5], DType::F32);
@@ -561,8 +595,14 @@ mod tests {
     #[test]
     fn it_pays_where_sums_are_long_and_weights_are_few() {
         let pays = |sizes| TWO.pays(32 << 20, sizes);
-        assert!(pays([1, 64, 56, 56, 64]) && pays([1, 256, 14, 14, 256]));
-        assert!(!pays([8, 64, 56, 56, 64]), "more than the cache holds");
-        assert!(!pays([1, 16, 112, 112, 16]) && !pays([1, 512, 8, 8, 512]));
+        for [o, side] in [[64, 56], [256, 14]] {
+            assert_eq!(pays([1, o, side, side, o]), Some(Images::Together));
+        }
+        assert_eq!(pays([8, 256, 14, 14, 256]), Some(Images::Together));
+        assert_eq!(pays([8, 64, 56, 56, 64]), Some(Images::Apart), "more than the cache holds");
+        assert_eq!(pays([1, 256, 56, 56, 256]), None, "more of one image than the cache holds");
+        assert_eq!(pays([8, 512, 28, 28, 512]), None, "weights that stay in no cache");
+        assert_eq!(pays([1, 16, 112, 112, 16]), None);
+        assert_eq!(pays([1, 512, 8, 8, 512]), None);
     }
 }

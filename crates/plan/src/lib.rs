@@ -216,6 +216,20 @@ pub struct State {
     pub valid: Vec<Dim>,
 }
 
+/// Steps in a row that may run for one image after the other, each with all blocks of one value of its first grid index, instead
+/// of one after the other: the blocks of an image touch, of what the run writes, this image only. For a processor, whose
+/// caches then keep what lies between the steps; whoever does not follow gets the same results.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageRun {
+    /// Numbers of the steps. All are launches.
+    pub steps: std::ops::Range<usize>,
+    /// Images: the extent of the first grid axis of each kernel.
+    pub images: i64,
+    /// Buffers of the arena that no other steps touch, with the elements between the beginnings of neighbouring images. What
+    /// kernels touch of an image lies between its beginning and the next.
+    pub inner: Vec<(BufferId, i64)>,
+}
+
 /// Ordered kernels over buffers.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
@@ -237,4 +251,6 @@ pub struct Plan {
     pub outputs: Vec<(String, DType, Vec<Dim>)>,
     /// Memory that is kept from run to run.
     pub states: Vec<State>,
+    /// Steps that may run image by image, in order.
+    pub image_runs: Vec<ImageRun>,
 }

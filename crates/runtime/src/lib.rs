@@ -9,6 +9,8 @@ mod array;
 mod clock;
 mod constants;
 mod float_mode;
+mod images;
+mod in_place;
 mod machine;
 mod memory;
 mod pack;

@@ -3,20 +3,23 @@
 use crate::clock::Watch;
 use crate::constants::{Constant, constants};
 use crate::float_mode::FloatMode;
+use crate::images::{BoundRun, Inside, run_images};
+use crate::in_place::{join_in_place, shareable};
 use crate::memory::AlignedBuffer;
 use crate::pack::unpack;
 use crate::pool::Pool;
 use crate::states::Kept;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 use tilewright_base::{DType, Error, Result, ResultExt};
 use tilewright_data::{Bytes, Tensor, check_memory, element_count};
 use tilewright_jit::Library;
 use tilewright_layout::{Dim, Env};
-use tilewright_plan::arena::{ArenaPlan, Live, plan_arena};
+use tilewright_plan::arena::{ArenaPlan, Live};
 use tilewright_plan::bind::{bind_shape, bind_symbols, concrete, eval_all, has_unbacked};
 use tilewright_plan::{Buffer, BufferId, HostCall, KernelId, Plan, Step, Storage};
-use tilewright_tile::{Access, Kernel, ParamId, Schedule, may_overwrite};
+use tilewright_tile::{Kernel, ParamId, Schedule};
 
 /// A compiled kernel: `(buffers, sizes, first block, one past the last block, scratch)`.
 ///
@@ -137,6 +140,10 @@ impl Executable {
         &self.code
     }
 
+    pub(crate) fn code_of(&self, kernel: KernelId) -> &Code {
+        &self.code[kernel.index()]
+    }
+
     /// With `false`, every intermediate has memory of its own, also where a kernel could write its
     /// result over an operand that nobody reads again.
     pub fn with_in_place(self, in_place: bool) -> Executable {
@@ -154,15 +161,6 @@ impl Executable {
     }
 }
 
-/// Operands and results of a kernel that may share memory.
-fn shareable(kernel: &Kernel) -> Vec<(ParamId, ParamId)> {
-    let of = |access| kernel.params.iter().filter(move |(_, p)| p.access == access);
-    of(Access::Out)
-        .flat_map(|(to, _)| of(Access::In).map(move |(from, _)| (from, to)))
-        .filter(|&(from, to)| may_overwrite(kernel, from, to))
-        .collect()
-}
-
 /// Where an argument lies.
 #[derive(Clone, Copy, Debug)]
 enum Slot {
@@ -173,14 +171,16 @@ enum Slot {
     State(usize),
 }
 
-enum BoundStep {
+pub(crate) enum BoundStep {
     Launch { kernel: KernelId, args: Vec<BufferId>, sizes: Vec<i64>, blocks: i64 },
     Host { step: usize },
 }
 
 /// A plan with all sizes known.
-struct Bound {
+pub(crate) struct Bound {
     key: Vec<i64>,
+    /// Whether runs of steps go image by image.
+    by_image: bool,
     env: Env,
     slots: Vec<Slot>,
     /// Concrete shape and bytes of each buffer.
@@ -188,7 +188,8 @@ struct Bound {
     arena: ArenaPlan,
     /// Size of the arena if no result lay over an operand.
     apart_bytes: usize,
-    steps: Vec<BoundStep>,
+    pub(crate) steps: Vec<BoundStep>,
+    runs: Vec<BoundRun>,
     output_shapes: Vec<Vec<usize>>,
 }
 
@@ -282,7 +283,7 @@ impl Session {
         if has_unbacked(&self.exe.plan, &env) {
             return self.run_dynamic(inputs, env, times);
         }
-        let at = self.bind(&env)?;
+        let at = self.bind(&env, true)?;
         let mut outputs = Vec::with_capacity(self.exe.plan.outputs.len());
         for ((_, dtype, _), shape) in
             self.exe.plan.outputs.iter().zip(&self.bound[at].output_shapes)
@@ -305,7 +306,7 @@ impl Session {
         if has_unbacked(&self.exe.plan, &env) {
             return Err(Error::unsupported("observing a model whose sizes depend on its data"));
         }
-        let at = self.bind(&env)?;
+        let at = self.bind(&env, false)?;
         let mut outputs = Vec::new();
         for ((_, dtype, _), shape) in
             self.exe.plan.outputs.iter().zip(&self.bound[at].output_shapes)
@@ -360,7 +361,7 @@ impl Session {
             outputs.clone_from_slice(&results);
             return Ok(());
         }
-        let at = self.bind(&env)?;
+        let at = self.bind(&env, true)?;
         let expected = &self.bound[at].output_shapes;
         let fits = outputs.len() == expected.len()
             && outputs.iter().zip(expected).zip(&self.exe.plan.outputs).all(
@@ -442,7 +443,7 @@ impl Session {
         if counts != (plan.symbols.len(), plan.inputs.len(), plan.outputs.len()) {
             return Err(Error::bug(format!("{counts:?} sizes, inputs and outputs for a plan")));
         }
-        let at = match self.bound.iter().position(|b| b.key == sizes) {
+        let at = match self.bound.iter().position(|b| b.by_image && b.key == sizes) {
             Some(at) => at,
             None => {
                 let names = plan.symbols.iter().map(|s| s.name.clone());
@@ -456,19 +457,29 @@ impl Session {
         if bound.steps.iter().any(|s| matches!(s, BoundStep::Host { .. })) {
             return Err(Error::unsupported("a step of the interpreter on bare addresses"));
         }
-        for step in &bound.steps {
-            let BoundStep::Launch { kernel, args, sizes, blocks } = step else { continue };
+        let address = |arg: &BufferId| match bound.slots[arg.index()] {
+            Slot::Input(i) => inputs[i] as *mut u8,
+            Slot::Output(i) => outputs[i] as *mut u8,
+            // SAFETY: the arena plan keeps each offset plus size inside the arena.
+            Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
+            Slot::Fixed(address) => address as *mut u8,
+            Slot::State(i) => states[i].memory.as_ptr(),
+        };
+        let mut next = 0;
+        while let Some(step) = bound.steps.get(next) {
             pointers.clear();
-            pointers.extend(args.iter().map(|arg| match bound.slots[arg.index()] {
-                Slot::Input(i) => inputs[i] as *mut u8,
-                Slot::Output(i) => outputs[i] as *mut u8,
-                // SAFETY: the arena plan keeps each offset plus size inside the arena.
-                Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
-                Slot::Fixed(address) => address as *mut u8,
-                Slot::State(i) => states[i].memory.as_ptr(),
-            }));
+            if let Some(run) = bound.run_at(next) {
+                pointers
+                    .extend(bound.steps[run.steps.clone()].iter().flat_map(args_of).map(address));
+                run_images(exe, bound, run, pointers, scratch, [alone, false]);
+                next = run.steps.end;
+                continue;
+            }
+            next += 1;
+            let BoundStep::Launch { kernel, args, sizes, blocks } = step else { continue };
+            pointers.extend(args.iter().map(address));
             let pool = if alone { None } else { Some(&*exe.pool) };
-            launch(&exe.code[kernel.index()], pointers, sizes, *blocks, scratch, pool);
+            launch(exe.code_of(*kernel), pointers, sizes, 0..*blocks, scratch, pool);
         }
         Ok(())
     }
@@ -486,7 +497,7 @@ impl Session {
                 )));
             }
         }
-        self.bind(env)
+        self.bind(env, true)
     }
 
     /// Memory that running with these inputs takes.
@@ -503,7 +514,7 @@ impl Session {
             }
         }
         if !has_unbacked(&self.exe.plan, &env) {
-            let at = self.bind(&env)?;
+            let at = self.bind(&env, true)?;
             report.arena_bytes = self.bound[at].arena.bytes;
             report.apart_bytes = self.bound[at].apart_bytes;
             report.naive_bytes = self.bound[at].arena.naive_bytes;
@@ -511,10 +522,12 @@ impl Session {
         Ok(report)
     }
 
-    /// Finds or makes the binding for these sizes; returns its position in `self.bound`.
-    fn bind(&mut self, env: &Env) -> Result<usize> {
+    /// Finds or makes the binding for these sizes, with or without runs image by image; returns its position in
+    /// `self.bound`.
+    fn bind(&mut self, env: &Env, by_image: bool) -> Result<usize> {
         let matches = |b: &Bound| {
-            b.key.len() == self.exe.plan.symbols.len()
+            b.by_image == by_image
+                && b.key.len() == self.exe.plan.symbols.len()
                 && self
                     .exe
                     .plan
@@ -526,7 +539,7 @@ impl Session {
         if let Some(at) = self.bound.iter().position(matches) {
             return Ok(at);
         }
-        let bound = bind_plan(&self.exe, env)?;
+        let bound = bind_plan(&self.exe, env, by_image)?;
         if bound.arena.bytes > self.arena.len() {
             self.arena =
                 AlignedBuffer::new(bound.arena.bytes, "the arena of intermediate results")?;
@@ -555,29 +568,36 @@ impl Session {
         self.check_states(&self.bound[at].env)?;
         let Session { exe, arena, scratch, bound, pointers, states } = self;
         let bound = &bound[at];
-        for (number, step) in bound.steps.iter().enumerate() {
+        let mut number = 0;
+        while let Some(step) = bound.steps.get(number) {
             let start = times.is_some().then(|| Watch::start(exe.pool.threads()));
+            let run = bound.run_at(number);
+            let steps = run.map_or(std::slice::from_ref(step), |r| &bound.steps[r.steps.clone()]);
+            pointers.clear();
+            for arg in steps.iter().flat_map(args_of) {
+                pointers.push(match bound.slots[arg.index()] {
+                    Slot::Input(i) => inputs[i].bytes().as_ptr().cast_mut(),
+                    Slot::Output(i) => outputs[i].bytes_mut().as_mut_ptr(),
+                    // SAFETY: the arena plan keeps each offset plus size inside the arena.
+                    Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
+                    Slot::Fixed(address) => address as *mut u8,
+                    Slot::State(i) => states[i].memory.as_ptr(),
+                });
+            }
+            if let Some(run) = run {
+                let timed = times.is_some();
+                let spent = run_images(exe, bound, run, pointers, scratch, [false, timed]);
+                if let Some(times) = times.as_deref_mut() {
+                    let steps = run.steps.clone().zip(spent);
+                    times.extend(steps.map(|(step, time)| StepTime { step, time }));
+                }
+                number = run.steps.end;
+                continue;
+            }
             match step {
-                BoundStep::Launch { kernel, args, sizes, blocks } => {
-                    pointers.clear();
-                    for arg in args {
-                        pointers.push(match bound.slots[arg.index()] {
-                            Slot::Input(i) => inputs[i].bytes().as_ptr().cast_mut(),
-                            Slot::Output(i) => outputs[i].bytes_mut().as_mut_ptr(),
-                            // SAFETY: the arena plan keeps each offset plus size inside the arena.
-                            Slot::Arena(offset) => unsafe { arena.as_ptr().add(offset) },
-                            Slot::Fixed(address) => address as *mut u8,
-                            Slot::State(i) => states[i].memory.as_ptr(),
-                        });
-                    }
-                    launch(
-                        &exe.code[kernel.index()],
-                        pointers,
-                        sizes,
-                        *blocks,
-                        scratch,
-                        Some(&exe.pool),
-                    );
+                BoundStep::Launch { kernel, sizes, blocks, .. } => {
+                    let pool = Some(&*exe.pool);
+                    launch(exe.code_of(*kernel), pointers, sizes, 0..*blocks, scratch, pool);
                 }
                 BoundStep::Host { step } => {
                     host_step(exe, bound, *step, inputs, outputs, arena)?;
@@ -589,6 +609,7 @@ impl Session {
             if let Some(after) = &mut after {
                 after(number, bound, arena, outputs);
             }
+            number += 1;
         }
         Ok(())
     }
@@ -661,14 +682,8 @@ impl Session {
                             },
                         );
                     }
-                    launch(
-                        &exe.code[kernel.index()],
-                        &pointers,
-                        &values,
-                        blocks,
-                        &self.scratch,
-                        Some(&exe.pool),
-                    );
+                    let (code, pool) = (exe.code_of(*kernel), Some(&*exe.pool));
+                    launch(code, &pointers, &values, 0..blocks, &self.scratch, pool);
                 }
             }
             if let (Some(times), Some(start)) = (times.as_deref_mut(), start) {
@@ -694,34 +709,68 @@ impl Session {
 /// Called after each step with what it may have written.
 type AfterStep<'a> = &'a mut dyn FnMut(usize, &Bound, &AlignedBuffer, &[Tensor]);
 
-fn launch(
+/// The arguments of a step that is a launch.
+fn args_of(step: &BoundStep) -> &[BufferId] {
+    match step {
+        BoundStep::Launch { args, .. } => args,
+        BoundStep::Host { .. } => &[],
+    }
+}
+
+impl Bound {
+    /// The run of steps that begins with this one.
+    fn run_at(&self, step: usize) -> Option<&BoundRun> {
+        self.runs.iter().find(|run| run.steps.start == step)
+    }
+}
+
+/// Runs blocks of a kernel on this thread.
+pub(crate) fn call(
     code: &Code,
     pointers: &[*mut u8],
     sizes: &[i64],
-    blocks: i64,
+    blocks: Range<i64>,
+    scratch: &AlignedBuffer,
+) {
+    let mode = code.mode.enter();
+    // SAFETY: `Code::from_library` sees to it that the entry follows `KernelFn` and stays inside its
+    // buffers and scratch; every pointer refers to a buffer of at least its layout's size
+    // (checked for inputs and outputs by `bind_symbols` and `run_into`, by construction for
+    // the arena and constants), or is moved so that what these blocks touch of it lies in the arena (`run_images`);
+    // each worker has scratch of its own.
+    unsafe {
+        let (pointers, sizes) = (pointers.as_ptr(), sizes.as_ptr());
+        (code.entry)(pointers, sizes, blocks.start, blocks.end, scratch.as_ptr());
+    }
+    drop(mode);
+}
+
+pub(crate) fn launch(
+    code: &Code,
+    pointers: &[*mut u8],
+    sizes: &[i64],
+    blocks: Range<i64>,
     scratch: &[AlignedBuffer],
     pool: Option<&Pool>,
 ) {
     /// Raw addresses that worker threads may use.
-    struct Addresses(*const *mut u8);
+    struct Addresses<'a>(&'a [*mut u8]);
     // SAFETY: the table outlives the parallel region, and blocks touch disjoint outputs.
-    unsafe impl Sync for Addresses {}
-    let addresses = Addresses(pointers.as_ptr());
-    let addresses = &addresses;
-    let share = |first, last, worker: usize| {
-        let mode = code.mode.enter();
-        // SAFETY: `Code::from_library` sees to it that the entry follows `KernelFn` and stays inside its
-        // buffers and scratch; every pointer refers to a buffer of at least its layout's size
-        // (checked for inputs and outputs by `bind_symbols` and `run_into`, by construction for
-        // the arena and constants); each worker has scratch of its own.
-        unsafe {
-            (code.entry)(addresses.0, sizes.as_ptr(), first, last, scratch[worker].as_ptr());
+    unsafe impl Sync for Addresses<'_> {}
+    impl Addresses<'_> {
+        fn table(&self) -> &[*mut u8] {
+            self.0
         }
-        drop(mode);
+    }
+    let addresses = Addresses(pointers);
+    let share = |first, last, worker: usize| {
+        let blocks = blocks.start + first..blocks.start + last;
+        call(code, addresses.table(), sizes, blocks, &scratch[worker]);
     };
+    let count = blocks.end - blocks.start;
     match pool {
-        Some(pool) => pool.run(blocks, &share),
-        None if blocks > 0 => share(0, blocks, 0),
+        Some(pool) => pool.run(count, &share),
+        None if count > 0 => share(0, count, 0),
         None => {}
     }
 }
@@ -836,17 +885,19 @@ fn grid_blocks(plan: &Plan, kernel: KernelId, sizes: &[i64]) -> Result<i64> {
     })
 }
 
-fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
+fn bind_plan(exe: &Executable, env: &Env, by_image: bool) -> Result<Bound> {
     let plan = &exe.plan;
+    let inside = Inside::new(plan, exe.pool.threads(), by_image);
     let mut shapes = Vec::with_capacity(plan.buffers.len());
     let mut lives: Vec<Live> = Vec::new();
     let mut live_of: Vec<Option<usize>> = vec![None; plan.buffers.len()];
     for (id, buffer) in plan.buffers.iter() {
         let shape = concrete(&buffer.layout.shape(), env)?;
         if matches!(buffer.storage, Storage::Arena) {
-            let elements = match shape.contains(&0) {
-                true => 0,
-                false => concrete(&[buffer.layout.alloc_elements()], env)?[0],
+            let elements = match inside.elements(id) {
+                _ if shape.contains(&0) => 0,
+                Some(of_image) => usize::try_from(of_image).unwrap_or(usize::MAX),
+                None => concrete(&[buffer.layout.alloc_elements()], env)?[0],
             };
             let bytes = buffer.dtype.bytes_for(elements).filter(|&b| b < isize::MAX as usize / 2);
             let bytes = bytes.ok_or_else(|| {
@@ -890,16 +941,22 @@ fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
     for live in &mut lives {
         live.first = live.first.min(live.last);
     }
-    let apart = plan_arena(&lives);
+    for (id, live) in plan.buffers.ids().zip(&live_of) {
+        if let Some(live) = *live {
+            lives[live] = inside.widened(id, lives[live]);
+        }
+    }
+    let (apart, mut parts) = inside.places(&lives, &live_of);
     let naive_bytes = apart.naive_bytes;
     let apart_bytes = apart.bytes;
     let mut arena = apart;
     if exe.in_place {
         // Sharing is a wish of each kernel alone; the arena as a whole may be better off without.
-        let (joined, joined_of) = join_in_place(exe, &steps, &lives, &live_of);
-        let shared = plan_arena(&joined);
+        let (joined, joined_of) = join_in_place(&exe.shareable, &steps, &inside, &lives, &live_of);
+        let (shared, shared_parts) = inside.places(&joined, &joined_of);
         if shared.bytes < arena.bytes {
             (arena, live_of) = (ArenaPlan { naive_bytes, ..shared }, joined_of);
+            parts = shared_parts;
         }
     }
     let mut output_shapes = vec![Vec::new(); plan.outputs.len()];
@@ -921,42 +978,6 @@ fn bind_plan(exe: &Executable, env: &Env) -> Result<Bound> {
         });
     }
     let key = plan.symbols.iter().map(|s| env.get(&s.name).copied().unwrap_or(0)).collect();
-    Ok(Bound { key, env: env.clone(), slots, shapes, arena, apart_bytes, steps, output_shapes })
-}
-
-/// Lives in which a result and the operand that it may overwrite are one, and each buffer's life.
-///
-/// That is so where the step is the operand's last reader and the result's first writer, and each
-/// of the two is one argument only.
-fn join_in_place(
-    exe: &Executable,
-    steps: &[BoundStep],
-    lives: &[Live],
-    live_of: &[Option<usize>],
-) -> (Vec<Live>, Vec<Option<usize>>) {
-    let (mut joined, mut joined_of) = (lives.to_vec(), live_of.to_vec());
-    for (number, step) in steps.iter().enumerate() {
-        let BoundStep::Launch { kernel, args, .. } = step else { continue };
-        let mut given_up: Vec<BufferId> = Vec::new();
-        for &(from, to) in &exe.shareable[kernel.index()] {
-            let (from, to) = (args[from.index()], args[to.index()]);
-            let (Some(old), Some(new)) = (live_of[from.index()], live_of[to.index()]) else {
-                continue;
-            };
-            let once = |b: BufferId| args.iter().filter(|&&a| a == b).count() == 1;
-            let apart = joined_of[to.index()] == Some(new) && !given_up.contains(&from);
-            let now = lives[old].last == number && lives[new].first == number;
-            if !apart || !now || !once(from) || !once(to) {
-                continue;
-            }
-            given_up.push(from);
-            let Some(home) = joined_of[from.index()] else { continue };
-            joined[home].bytes = joined[home].bytes.max(lives[new].bytes);
-            joined[home].last = lives[new].last;
-            joined_of[to.index()] = Some(home);
-            // Nobody has this life any more.
-            joined[new].bytes = 0;
-        }
-    }
-    (joined, joined_of)
+    let (env, runs) = (env.clone(), inside.bound(plan, &steps, &parts));
+    Ok(Bound { key, by_image, env, slots, shapes, arena, apart_bytes, steps, runs, output_shapes })
 }

@@ -45,13 +45,10 @@ fn check(graph: &Graph, inputs: &[Tensor]) {
     }
 }
 
-/// As in EfficientNet: an expansion, a depthwise convolution, squeeze and excitation, a projection to few channels with its
-/// residual, then a 3x3 convolution and a classifier.
-fn convolutions() -> Result<Graph> {
-    let mut b = GraphBuilder::new("convolutions");
-    let mut x = b.input("x", TensorType::new(DType::F32, dims(&[1, 16, 30, 30])));
+/// Convolutions with a bias, each with weights of its own; groups and whether `x * sigmoid(x)` follows.
+fn layers() -> impl FnMut(&mut GraphBuilder, ValueId, [usize; 4], i64, bool) -> Result<ValueId> {
     let mut seed = 0;
-    let mut layer = |b: &mut GraphBuilder, x: ValueId, w: [usize; 4], groups: i64, act: bool| {
+    move |b, x, w, groups, act| {
         seed += 1;
         let scale = 1.5 / ((w[1] * w[2] * w[3]) as f64).sqrt();
         let weights = data::tensor(DType::F32, &w, scale, &mut data::Rng::new(seed));
@@ -70,7 +67,15 @@ fn convolutions() -> Result<Graph> {
         let bias = b.constant(format!("b{seed}"), numbers(&[1, w[0], 1, 1], seed + 50));
         let y = b.binary(ExprOp::Add, y, bias)?;
         if act { b.map_text("{ x -> x * sigmoid(x) }", &[y]) } else { Ok(y) }
-    };
+    }
+}
+
+/// As in EfficientNet: an expansion, a depthwise convolution, squeeze and excitation, a projection to few channels with its
+/// residual, then a 3x3 convolution and a classifier.
+fn convolutions() -> Result<Graph> {
+    let mut b = GraphBuilder::new("convolutions");
+    let mut x = b.input("x", TensorType::new(DType::F32, dims(&[1, 16, 30, 30])));
+    let mut layer = layers();
     for _ in 0..2 {
         let wide = layer(&mut b, x, [48, 16, 1, 1], 1, true)?;
         let wide = layer(&mut b, wide, [48, 1, 3, 3], 48, true)?;
@@ -92,6 +97,23 @@ fn convolutions() -> Result<Graph> {
     Ok(b.finish())
 }
 
+/// Several images through convolutions of all kinds, a 3x3 one with more transformed data than caches hold among them.
+fn images(count: usize) -> Result<Graph> {
+    let mut b = GraphBuilder::new("images");
+    let x = b.input("x", TensorType::new(DType::F32, dims(&[count, 16, 56, 56])));
+    let mut layer = layers();
+    let x = layer(&mut b, x, [16, 16, 1, 1], 1, true)?;
+    let wide = layer(&mut b, x, [64, 16, 1, 1], 1, true)?;
+    let inner = layer(&mut b, wide, [64, 64, 3, 3], 1, true)?;
+    let added = b.binary(ExprOp::Add, wide, inner)?;
+    let deep = layer(&mut b, added, [64, 1, 5, 5], 64, true)?;
+    let deep = layer(&mut b, deep, [40, 64, 1, 1], 1, false)?;
+    let sum = b.reduce(ReduceKind::Sum, deep, &[2, 3], false)?;
+    b.output("deep", deep);
+    b.output("sum", sum);
+    Ok(b.finish())
+}
+
 /// Products deep enough for several steps, with what follows them, rows, and a sum of everything.
 fn products() -> Result<Graph> {
     let mut b = GraphBuilder::new("products");
@@ -110,6 +132,44 @@ fn products() -> Result<Graph> {
     b.output("sum", sum);
     b.output("columns", columns);
     Ok(b.finish())
+}
+
+/// Steps that go image by image give what they give one after the other, and take less memory: with images left over after
+/// each thread had as many, with as many images as threads and with fewer.
+#[test]
+fn images_one_after_the_other_are_images_at_once() {
+    for count in [2, 3, 5] {
+        let graph = images(count).unwrap();
+        let inputs = [numbers(&[count, 16, 56, 56], 8)];
+        check(&graph, &inputs);
+        for threads in [1, 2, 4] {
+            let Ok(cpu) = Cpu::detect(threads) else { return };
+            let cpu = Cpu { l2_bytes: 1 << 20, l3_bytes: 32 << 20, ..cpu };
+            let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+            let compiled = Compiler::for_cpu(cpu, Some(cache));
+            let compiled = compiled.compile_observed(graph.clone(), &mut |_| {}).unwrap();
+            let runs = &compiled.plan().image_runs;
+            assert!(!runs.is_empty(), "{count} images on {threads} threads");
+            assert!(runs.iter().all(|r| r.images == count as i64 && !r.inner.is_empty()));
+            let mut session = compiled.session().unwrap();
+            let together = session.run_observed(&inputs, &mut |_, _, _| {}).unwrap();
+            let memory = session.memory(&inputs).unwrap();
+            // Twice: the second run finds the arena full of the first one's values.
+            session.run(&inputs).unwrap();
+            for (a, b) in together.iter().zip(&session.run(&inputs).unwrap()) {
+                assert!(a.bytes() == b.bytes(), "{count} images on {threads} threads");
+            }
+            let mut times = Vec::new();
+            session.run_timed(&inputs, &mut times).unwrap();
+            let steps: Vec<usize> = times.iter().map(|t| t.step).collect();
+            assert_eq!(steps, (0..compiled.plan().steps.len()).collect::<Vec<_>>());
+            if count == 5 && threads < 4 {
+                // Less than both transformed tensors of all images.
+                let transformed = 5 * 2 * 16 * 28 * 28 * 64 * 4;
+                assert!(memory.arena_bytes < transformed, "{memory:?}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -229,6 +229,7 @@ impl Lowering<'_> {
             dtype,
             space,
             scaled: None,
+            first: None,
         };
         // The result's channels in two axes: parts and those of one part.
         let mut dag = dag.clone();

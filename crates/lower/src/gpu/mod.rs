@@ -547,6 +547,7 @@ impl Lowering<'_> {
             dtype,
             space,
             scaled: None,
+            first: None,
         };
         self.product_packed(&name, &product, dag, note, Tried::default())
     }
@@ -645,6 +646,7 @@ impl Lowering<'_> {
             dtype,
             space,
             scaled: None,
+            first: None,
         };
         // The result's channels in two axes: groups and those of one group.
         let mut dag = dag.clone();
