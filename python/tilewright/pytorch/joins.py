@@ -1,7 +1,7 @@
 """Gradients of slices that fill a tensor: written side by side instead of added to zeros.
 
-AOTAutograd writes the gradient of `x[:, :n]` as zeros with a part written over. Where such parts fill an axis and are added (the halves
-that rotary embeddings turn), they are a concatenation: no zeros, no sums.
+AOTAutograd writes the gradients of `x[:, :n]` and `x[:, i]` as zeros with a part written over. Where such parts fill an axis and are added (the
+halves that rotary embeddings turn; queries, keys and values of one product), they are a concatenation: no zeros, no sums.
 """
 
 from __future__ import annotations
@@ -14,22 +14,46 @@ from torch import fx
 aten = torch.ops.aten
 
 
+# The operators that write over a part, and the names of their arguments.
+WRITERS = {
+    aten.slice_scatter.default: ("base", "part", "dim", "start", "end", "step"),
+    aten.select_scatter.default: ("base", "part", "dim", "index"),
+}
+
+
 def part(node) -> tuple | None:
-    """Of zeros with a part written over: the axis, where the part begins and ends, and the part."""
-    if not isinstance(node, fx.Node) or node.target is not aten.slice_scatter.default or len(node.users) != 1:
+    """Of zeros with a part written over: the axis, where the part begins and ends, and the part (without the axis, where it is one of
+    its positions)."""
+    if not isinstance(node, fx.Node) or node.target not in WRITERS or len(node.users) != 1:
         return None
-    names = ("base", "part", "dim", "start", "end", "step")
-    given = {"dim": 0, "start": None, "end": None, "step": 1, **dict(zip(names, node.args)), **node.kwargs}
+    given = {"dim": 0, "start": None, "end": None, "step": 1, **dict(zip(WRITERS[node.target], node.args)), **node.kwargs}
     base, held = given["base"], node.meta["val"]
     dim = given["dim"] % held.dim()
     size = held.shape[dim]
     start, end = given["start"] or 0, given["end"]
+    if "index" in given and isinstance(size, int) and isinstance(given["index"], int):
+        start = given["index"] % size
+        end = start + 1
     zeros = isinstance(base, fx.Node) and base.target is aten.full.default and base.args[1] == 0
     if not zeros or given["step"] != 1 or not all(isinstance(n, int) for n in (size, start)) or not isinstance(end, (int, type(None))):
         return None
     end = size if end is None or end > size else end
     whole = given["part"].meta["val"].dtype == held.dtype and 0 <= start < end
     return (dim, start, end, given["part"]) if whole else None
+
+
+def joined(graph: fx.Graph, parts: list[tuple], meta: dict) -> fx.Node:
+    """The concatenation of parts that fill an axis, in order."""
+    dim, given = parts[0][0], []
+    for _, _, _, value in parts:
+        if value.meta["val"].dim() < meta["val"].dim():
+            at = graph.call_function(aten.unsqueeze.default, (value, dim))
+            at.meta = {**value.meta, "val": value.meta["val"].unsqueeze(dim)}
+            value = at
+        given.append(value)
+    total = graph.call_function(aten.cat.default, (given, dim))
+    total.meta = dict(meta)
+    return total
 
 
 def leaves(node: fx.Node) -> list:
@@ -64,12 +88,11 @@ def join_parts(gm: fx.GraphModule) -> None:
         ordered = sorted(parts.items(), key=operator.itemgetter(1, 1)) if len({p[0] for p in parts.values()}) == 1 else []
         ends = [0, *(p[2] for _, p in ordered)]
         dim = ordered[0][1][0] if ordered else 0
-        fills = len(ordered) > 1 and [p[1] for _, p in ordered] == ends[:-1] and ends[-1] == node.meta["val"].shape[dim]
+        fills = 1 < len(ordered) and len(set(added)) == len(added) and [p[1] for _, p in ordered] == ends[:-1] and ends[-1] == node.meta["val"].shape[dim]
         if not fills:
             continue
         with graph.inserting_before(node):
-            total = graph.call_function(aten.cat.default, ([p[3] for _, p in ordered], dim))
-            total.meta = dict(node.meta)
+            total = joined(graph, [p for _, p in ordered], node.meta)
             for leaf in added:
                 if leaf not in parts:
                     total = graph.call_function(aten.add.Tensor, (leaf, total))
