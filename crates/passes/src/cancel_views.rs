@@ -26,6 +26,7 @@
 //! | `concat (permute p a), (permute p b)` | `permute p (concat a, b)` | |
 //! | `reshape (permute (reshape a))` | `reshape (permute (reshape a))` | axes that the first merges and the second splits stay apart (`unmerge.rs`) |
 //! | `permute p (expand a)` | `expand (permute p a)` | same rank |
+//! | `permute (reshape (permute a))` | `reshape a` | the second permute undoes the first, axes that the reshape joins stay together |
 //!
 //! Each rule needs the view to be read only here, except where nothing is duplicated. All are exact
 //! (the order of a reduction's sum is not part of its meaning).
@@ -401,6 +402,16 @@ fn permute(ed: &mut Editor<'_>, perm: &[usize], x: ValueId) -> Result<Option<Val
             let shape = permuted(shape, perm);
             let moved = ed.permute(node.inputs[0], perm)?;
             Ok(Some(ed.expand(moved, &shape)?))
+        }
+        Op::Reshape(to) => {
+            let Some((first, source)) = as_permute(ed, node.inputs[0]) else { return Ok(None) };
+            let groups = joined_axes(ed.graph.shape(node.inputs[0]), to);
+            let Some(groups) = groups else { return Ok(None) };
+            let starts: Vec<usize> =
+                groups.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
+            let apart = perm.iter().flat_map(|&p| starts[p]..starts[p] + groups[p]);
+            let undone = apart.enumerate().all(|(place, axis)| first[axis] == place);
+            undone.then(|| ed.reshape(source, &permuted(to, perm))).transpose()
         }
         _ => Ok(None),
     }

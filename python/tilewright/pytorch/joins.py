@@ -6,13 +6,21 @@ halves that rotary embeddings turn; queries, keys and values of one product), th
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 
+
+VIEWS = {aten.view.default, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+
+# Views between a join and its reader, and axes, at most.
+MOST_VIEWS, MOST_AXES = 8, 6
 
 # The operators that write over a part, and the names of their arguments.
 WRITERS = {
@@ -42,18 +50,69 @@ def part(node) -> tuple | None:
     return (dim, start, end, given["part"]) if whole else None
 
 
-def joined(graph: fx.Graph, parts: list[tuple], meta: dict) -> fx.Node:
-    """The concatenation of parts that fill an axis, in order."""
-    dim, given = parts[0][0], []
-    for _, _, _, value in parts:
-        if value.meta["val"].dim() < meta["val"].dim():
-            at = graph.call_function(aten.unsqueeze.default, (value, dim))
-            at.meta = {**value.meta, "val": value.meta["val"].unsqueeze(dim)}
-            value = at
-        given.append(value)
-    total = graph.call_function(aten.cat.default, (given, dim))
-    total.meta = dict(meta)
-    return total
+def joined(graph: fx.Graph, parts: list[tuple], node: fx.Node) -> fx.Node:
+    """The concatenation of parts that fill an axis of what `node` makes, in order."""
+    dim, held, values = parts[0][0], node.meta["val"], [p[3] for p in parts]
+
+    def call(target, first, *args, like: fx.Node) -> fx.Node:
+        new = graph.call_function(target, (first, *args))
+        given = [v.meta["val"] for v in first] if isinstance(first, list) else first.meta["val"]
+        new.meta = {**like.meta, "val": target(given, *args)}
+        return new
+
+    with held.fake_mode:
+        if values[0].meta["val"].dim() == held.dim():
+            return call(aten.cat.default, values, dim, like=node)
+        # Whole positions of an axis: in memory they stand where the product that reads them wants them.
+        order, copies = wanted_order(node)
+        at, rest = order.index(dim), [axis - (axis > dim) for axis in order if axis != dim]
+        if at == len(rest):
+            return call(aten.cat.default, [call(aten.unsqueeze.default, v, dim, like=v) for v in values], dim, like=node)
+        turned = [v if rest == sorted(rest) else call(aten.permute.default, v, rest, like=v) for v in values]
+        whole = call(aten.cat.default, turned, at, like=node)
+        for copy in copies:
+            copy.replace_all_uses_with(call(aten.view.default, whole, list(copy.meta["val"].shape), like=copy))
+        whole = call(aten.view.default, whole, [held.shape[axis] for axis in order], like=node)
+        return call(aten.permute.default, whole, [order.index(axis) for axis in range(len(order))], like=node)
+
+
+def wanted_order(node: fx.Node) -> tuple[list[int], list[fx.Node]]:
+    """The order of axes in memory in which a product can read what views make of a tensor, without a copy, and the copies that are needless then;
+    else the axes as they are."""
+    rank = node.meta["val"].dim()
+    plain = list(range(rank))
+    paths, ends = [[node]], []
+    while paths:
+        path = paths.pop()
+        for user in path[-1].users:
+            if user.target in VIEWS and len(path) < MOST_VIEWS:
+                paths.append([*path, user])
+            elif user.target is aten.clone.default and _multiplied(user):
+                ends.append((path[1:], user))
+    for order in itertools.permutations(plain) if rank <= MOST_AXES else ():
+        needless = [copy for path, copy in ends if _contiguous(node, order, path)]
+        if needless:
+            return list(order), needless
+    return plain, []
+
+
+def _contiguous(node: fx.Node, order: tuple[int, ...], path: list[fx.Node]) -> bool:
+    """Whether views of a tensor whose axes lie in that order in memory end in one that is contiguous."""
+    with _disable_current_modes():
+        value = torch.empty([node.meta["val"].shape[axis] for axis in order], device="meta")
+        value = value.permute([order.index(axis) for axis in range(len(order))])
+        for view in path:
+            try:
+                value = view.target(value, *view.args[1:], **view.kwargs)
+            except RuntimeError:
+                # No view of a tensor in that order.
+                return False
+    return value.is_contiguous()
+
+
+def _multiplied(node: fx.Node) -> bool:
+    """Whether views of a tensor are a product's operand."""
+    return any(u.target in PRODUCTS or u.target in VIEWS and _multiplied(u) for u in node.users)
 
 
 def leaves(node: fx.Node) -> list:
@@ -92,7 +151,7 @@ def join_parts(gm: fx.GraphModule) -> None:
         if not fills:
             continue
         with graph.inserting_before(node):
-            total = joined(graph, [p for _, p in ordered], node.meta)
+            total = joined(graph, [p for _, p in ordered], node)
             for leaf in added:
                 if leaf not in parts:
                     total = graph.call_function(aten.add.Tensor, (leaf, total))

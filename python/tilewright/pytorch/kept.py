@@ -29,7 +29,38 @@ def partition(joint: fx.GraphModule, joint_inputs, **options):
     rows.in_order(joint)
     not_kept(joint.graph)
     with torch._functorch.config.patch(recompute_views=True):
-        return min_cut_rematerialization_partition(joint, joint_inputs, **options)
+        forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **options)
+    as_read(forward, backward, options["num_fwd_outputs"])
+    return forward, backward
+
+
+def as_read(forward: fx.GraphModule, backward: fx.GraphModule, results: int) -> None:
+    """Keeps what the backward graph reads in another shape only in that shape."""
+    arguments = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
+    (output,) = forward.graph.find_nodes(op="output")
+    given = list(output.args[0])
+    for place in range(results, len(given)):
+        node = given[place]
+        argument = arguments.get(node.name) if isinstance(node, fx.Node) and node.op != "placeholder" else None
+        views = [] if argument is None else list(argument.users)
+        if not views or any(v.target is not aten.view.default or v.args[1] != views[0].args[1] for v in views):
+            continue
+        shape, held = views[0].args[1], views[0].meta["val"]
+        if not all(isinstance(n, int) for n in (*shape, *held.shape)) or not argument.meta["val"].is_contiguous():
+            continue
+        same = (u for u in node.users if u.target is aten.view.default and tuple(u.meta["val"].shape) == tuple(held.shape))
+        given[place] = next(same, None)
+        if given[place] is None:
+            with forward.graph.inserting_before(output):
+                given[place] = forward.graph.call_function(aten.view.default, (node, list(held.shape)))
+            given[place].meta = {**node.meta, "val": held}
+        argument.meta = {**argument.meta, **{key: views[0].meta[key] for key in ("val", "tensor_meta") if key in views[0].meta}}
+        for view in views:
+            view.replace_all_uses_with(argument)
+            backward.graph.erase_node(view)
+    output.args = (type(output.args[0])(given), *output.args[1:])
+    forward.recompile()
+    backward.recompile()
 
 
 def slices(gm: fx.GraphModule) -> None:

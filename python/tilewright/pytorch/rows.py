@@ -153,8 +153,12 @@ def _turn(graph: fx.Graph, matrix: Matrix, made: set[fx.Node]) -> None:
         made.add(new)
         return new
 
+    places = [*order, *range(rows, rank)]
+    while source.target is aten.permute.default:
+        places = [source.args[1][axis] % rank for axis in places]
+        source = source.args[0]
     with graph.inserting_before(node), source.meta["val"].fake_mode:
-        turned = call(aten.permute.default, source, [*order, *range(rows, rank)], like=node)
+        turned = source if places == sorted(places) else call(aten.permute.default, source, places, like=node)
         if not turned.meta["val"].is_contiguous():
             turned = call(aten.clone.default, turned, like=node, memory_format=torch.contiguous_format)
         turned = call(aten.view.default, turned, list(node.meta["val"].shape), like=node)
