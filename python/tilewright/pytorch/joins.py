@@ -104,7 +104,7 @@ def _contiguous(node: fx.Node, order: tuple[int, ...], path: list[fx.Node]) -> b
         for view in path:
             try:
                 value = view.target(value, *view.args[1:], **view.kwargs)
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 # No view of a tensor in that order.
                 return False
     return value.is_contiguous()

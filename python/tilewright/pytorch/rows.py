@@ -185,7 +185,7 @@ def _strides(graph: fx.Graph, made: set[fx.Node]) -> None:
         with mode:
             try:
                 value = _value(node)
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 # A view that needed the other order.
                 first = node.args[0]
                 with graph.inserting_before(node):
