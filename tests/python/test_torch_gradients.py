@@ -148,6 +148,73 @@ def losses_of_classes():
     assert backward and not any(n.target is torch.ops.aten.sum.dim_IntList for n in backward), backward
 
 
+def kept_by(function, *tensors):
+    """The operators whose results the forward graph returns, and those of the backward graph, of a function whose gradients are right."""
+    ours_alone(function, *tensors)
+    mine = [t.clone().requires_grad_() for t in tensors]
+    with graphs() as found:
+        compiled(function)(*mine).sum().backward()
+    forward = {n.target for g in found if g.kind == "forward" for group in g.groups for n in group.outputs}
+    backward = [n.target for g in found if g.kind == "backward" for group in g.groups for n in group.nodes]
+    assert forward and backward
+    return forward, backward
+
+
+def queries_keys_and_values_of_one_product():
+    """They are kept as the product, not as three copies, and their gradients are written side by side."""
+    torch.manual_seed(6)
+    aten = torch.ops.aten
+    x, inner, outer = torch.randn(3, 10, 16), torch.randn(48, 16) / 4, torch.randn(16, 16) / 4
+
+    def batch_first(x, inner, bias, outer, out_bias):
+        # As `MultiheadAttention` with the batch first: positions come before samples inside of it.
+        rows = F.layer_norm(x, (16,)).transpose(0, 1)
+        options = {"need_weights": False}
+        y = F.multi_head_attention_forward(
+            rows, rows, rows, 16, 4, inner, bias, None, None, False, 0.0, outer, out_bias, **options
+        )[0]
+        return F.layer_norm(x + y.transpose(0, 1), (16,))
+
+    def split(x, inner, bias, outer, out_bias):
+        parts = (x @ inner.T + bias).split(16, dim=2)
+        q, k, v = (p.view(3, 10, 4, 4).transpose(1, 2) for p in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(3, 10, 16)
+        return x + y @ outer.T + out_bias
+
+    for function in (batch_first, split):
+        forward, backward = kept_by(function, x, inner, torch.randn(48), outer, torch.randn(16))
+        assert not forward & {aten.clone.default, aten.select.int, aten.slice.Tensor}, forward
+        assert aten.cat.default in backward and aten.select_scatter.default not in backward, backward
+
+
+def rows_of_products_stand_as_they_lie():
+    """Products of turned tensors, with and without a bias, their gradients, and results that keep the strides that eager ones have."""
+    torch.manual_seed(7)
+    x, w, b = torch.randn(4, 6, 8), torch.randn(12, 8), torch.randn(12)
+
+    def turned(x, w, b):
+        return F.linear(x.transpose(0, 1).contiguous(), w, b).relu()
+
+    def twice(x, w, b):
+        y = F.linear(x.transpose(0, 1).contiguous(), w).transpose(0, 1)
+        return F.linear((y + b).transpose(0, 1).contiguous(), w.T.contiguous()).sum(0)
+
+    def heads(x, w, b):
+        parts = F.linear(x, w, b).view(4, 6, 3, 4).permute(2, 1, 0, 3)
+        return F.linear(parts.reshape(18, 16), torch.cat([w.T, w.T])[:, :5].T) * b[:5]
+
+    for function in (turned, twice, heads):
+        ours_alone(function, x, w, b)
+        mine = [t.clone().requires_grad_() for t in (x, w, b)]
+        ours, want = compiled(function)(*mine), function(*mine)
+        assert ours.stride() == want.stride(), (ours.stride(), want.stride())
+    found = []
+    with graphs() as seen:
+        compiled(lambda *given: turned(*given).square().mean())(*(t.clone().requires_grad_() for t in (x, w, b))).backward()
+        found += seen
+    assert not any(n.target is torch.ops.aten.clone.default for g in found for group in g.groups for n in group.nodes)
+
+
 if __name__ == "__main__":
     run_all(
         (
@@ -158,5 +225,7 @@ if __name__ == "__main__":
             embeddings_with_and_without_padding,
             attention_that_pytorch_has_taken_apart,
             losses_of_classes,
+            queries_keys_and_values_of_one_product,
+            rows_of_products_stand_as_they_lie,
         )
     )

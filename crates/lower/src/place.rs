@@ -266,12 +266,19 @@ impl Lowering<'_> {
             if !matches!(node.op, Op::Reshape(_) | Op::Permute(_)) || !graph.is_output(seen) {
                 continue;
             }
-            let there = Layout::row_major(graph.shape(seen));
-            let Some(layout) = unview(&node.op, &there, graph.shape(v)) else { continue };
-            let lines = layout.axes.last().zip(plain.axes.last()).is_some_and(|(a, b)| a == b);
-            if layout != plain && (matches!(node.op, Op::Reshape(_)) || !lines) {
-                continue;
-            }
+            let layout = match node.op {
+                // Row-major in any shape (strides of single elements apart).
+                Op::Reshape(_) => plain.clone(),
+                _ => {
+                    let there = Layout::row_major(graph.shape(seen));
+                    let Some(layout) = unview(&node.op, &there, graph.shape(v)) else { continue };
+                    let lines = |l: &Layout| l.axes.last().cloned();
+                    if layout != plain && lines(&layout) != lines(&plain) {
+                        continue;
+                    }
+                    layout
+                }
+            };
             if let Some(place) = self.target_of(seen)? {
                 self.places.insert(seen, place.clone());
                 return Ok(Some(Place { buffer: place.buffer, layout }));

@@ -22,9 +22,11 @@
 //! | `reduce`, `softmax`, `scan`, `arg` of `permute` | `permute` of it | axes renamed |
 //! | `layer_norm (permute p a)` | `permute p (..)` | p keeps the normalised axes in place |
 //! | `softmax`, `layer_norm` of `reshape` | `reshape` of it | the reshape keeps the axes from the first touched one on |
+//! | `reduce (reshape a)` | `reshape (reduce a)` | the reshape joins axes |
 //! | `concat (permute p a), (permute p b)` | `permute p (concat a, b)` | |
 //! | `reshape (permute (reshape a))` | `reshape (permute (reshape a))` | axes that the first merges and the second splits stay apart (`unmerge.rs`) |
 //! | `permute p (expand a)` | `expand (permute p a)` | same rank |
+//! | `permute (reshape (permute a))` | `reshape a` | the second permute undoes the first, axes that the reshape joins stay together |
 //!
 //! Each rule needs the view to be read only here, except where nothing is duplicated. All are exact
 //! (the order of a reduction's sum is not part of its meaning).
@@ -63,6 +65,9 @@ fn rule(ed: &mut Editor<'_>, id: NodeId) -> Rewritten {
         | Op::RmsNorm { .. } => {
             let Some(out) = out else { return Ok(None) };
             if let Some(v) = along_axes_of_permute(ed, &node.op, &node.inputs)? {
+                return Ok(Some(vec![v]));
+            }
+            if let Some(v) = reduced_reshape(ed, &node.op, &node.inputs, out)? {
                 return Ok(Some(vec![v]));
             }
             one(rows_of_reshape(ed, &node.op, &node.inputs, out)?)
@@ -398,6 +403,16 @@ fn permute(ed: &mut Editor<'_>, perm: &[usize], x: ValueId) -> Result<Option<Val
             let moved = ed.permute(node.inputs[0], perm)?;
             Ok(Some(ed.expand(moved, &shape)?))
         }
+        Op::Reshape(to) => {
+            let Some((first, source)) = as_permute(ed, node.inputs[0]) else { return Ok(None) };
+            let groups = joined_axes(ed.graph.shape(node.inputs[0]), to);
+            let Some(groups) = groups else { return Ok(None) };
+            let starts: Vec<usize> =
+                groups.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
+            let apart = perm.iter().flat_map(|&p| starts[p]..starts[p] + groups[p]);
+            let undone = apart.enumerate().all(|(place, axis)| first[axis] == place);
+            undone.then(|| ed.reshape(source, &permuted(to, perm))).transpose()
+        }
         _ => Ok(None),
     }
 }
@@ -484,6 +499,33 @@ fn rows_of_reshape(
     let mut operands = inputs.to_vec();
     operands[0] = source;
     let result = ed.op(inner, &operands)?;
+    let shape = ed.graph.shape(out).to_vec();
+    Ok(Some(ed.reshape(result, &shape)?))
+}
+
+/// A reduction over axes that a reshape joins: over those that it joins.
+fn reduced_reshape(
+    ed: &mut Editor<'_>,
+    op: &Op,
+    inputs: &[ValueId],
+    out: ValueId,
+) -> Result<Option<ValueId>> {
+    let Op::Reduce { kind, axes, keep } = op else { return Ok(None) };
+    let Some(source) = as_reshape(ed, inputs[0]) else { return Ok(None) };
+    if !ed.only_here(inputs[0]) {
+        return Ok(None);
+    }
+    let groups = joined_axes(ed.graph.shape(source), ed.graph.shape(inputs[0]));
+    let Some(groups) = groups else { return Ok(None) };
+    let mut inner = Vec::with_capacity(ed.graph.shape(source).len());
+    let mut at = 0;
+    for (axis, count) in groups.into_iter().enumerate() {
+        if axes.contains(&axis) {
+            inner.extend(at..at + count);
+        }
+        at += count;
+    }
+    let result = ed.op(Op::Reduce { kind: *kind, axes: inner, keep: *keep }, &[source])?;
     let shape = ed.graph.shape(out).to_vec();
     Ok(Some(ed.reshape(result, &shape)?))
 }

@@ -4,7 +4,7 @@
 //! cargo run --release --example gpu_plan -- MODEL PRECISION [SYMBOL=N]...
 //! ```
 //!
-//! With `TEXT=1` in the environment also the text of each kernel.
+//! With `TEXT=1` in the environment also the text of each kernel, with `FUSION=1` the graph after its passes and what the planner of groups considered.
 
 use tilewright::gpu::GpuCompiler;
 use tilewright::{Model, Result};
@@ -27,6 +27,9 @@ fn main() -> Result<()> {
         sizes.insert(name.into(), value.parse().map_err(|_| usage())?);
     }
     let planned = compiler.plan(model.graph)?;
+    if std::env::var_os("FUSION").is_some() {
+        print!("{}{}", planned.graph(), planned.fusion());
+    }
     let plan = planned.plan();
     let bound = bind(plan, &sizes, &mut Chooser::new(Gpu::h200()))?;
     for (step, planned) in bound.steps.iter().zip(&plan.steps) {

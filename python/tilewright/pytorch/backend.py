@@ -25,9 +25,8 @@ import torch
 from torch import fx
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from . import attentions, cached, graphs, joins, losses, norms, randoms, scalars
+from . import attentions, cached, graphs, joins, kept, losses, norms, randoms, scalars
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -60,6 +59,7 @@ KEPT = [
     aten.addmv,
     aten.baddbmm,
     aten.stack,
+    aten.select_scatter,
     aten.masked_fill,
     aten.clamp_min,
     aten.clamp_max,
@@ -362,7 +362,7 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
         bw_compiler=form(backward),
         inference_compiler=form(inference),
         decompositions=Decompositions(settings.eager_random, trains),
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=kept.partition,
     )
     attentions.prepare(gm, trains)
     with attentions.in_parts(trains, settings.device), cached.keeping(gm, (settings, mode, trains)) if keeps else nullcontext():

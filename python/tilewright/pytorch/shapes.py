@@ -298,9 +298,10 @@ def select_scatter(w, node, a, source, dim, index):
     if not isinstance(a.shape[axis], int) or not isinstance(index, int):
         raise Unsupported("writing to a symbolic index")
     shape = [1 if i == axis else s for i, s in enumerate(a.shape)]
-    piece = w.reshape(source, shape)
-    index = axis_of(index, a.shape[axis])
-    return slice_scatter(w, node, a, Value(piece.number, piece.dtype, tuple(shape)), axis, index)
+    piece = w.cast(w.reshape(source, shape), a.dtype)
+    along = ",".join(str(a.shape[axis]) if i == axis else "1" for i in range(a.rank))
+    at = w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{along}]")
+    return w.map(f"where({{a}} == {axis_of(index, a.shape[axis])}, {{b}}, {{c}})", at, piece, a, dtype=a.dtype)
 
 
 @rule(aten.constant_pad_nd.default)
