@@ -6,6 +6,8 @@ program writes are arguments, and written back after each call.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
@@ -17,8 +19,10 @@ class CompiledProgram:
     """A compiled exported program; called like the exported module."""
 
     def __init__(self, program: torch.export.ExportedProgram, options: dict | None):
+        if isinstance(program, (str, os.PathLike)):
+            program = torch.export.load(os.fspath(program))
         if not isinstance(program, torch.export.ExportedProgram):
-            raise TypeError(f"compile takes what torch.export.export gives, not {type(program).__name__}")
+            raise TypeError(f"compile takes what torch.export.export gives or a .pt2 file, not {type(program).__name__}")
         state = [*program.state_dict.values(), *program.constants.values()]
         settings = backend.Settings.of(options, state)
         program = program.run_decompositions(backend.decompositions(eager_random=True))
