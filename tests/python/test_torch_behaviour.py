@@ -512,7 +512,7 @@ def options_that_are_none_are_refused():
         ({"device": "cuda:77"}, "GPU"),
     ):
         try:
-            torch.compile(model, backend="tilewright", options=options)(torch.randn(2, 4))
+            compiled(model, options=options)(torch.randn(2, 4))
         except Exception as error:  # noqa: BLE001  (Dynamo's, around ours)
             assert word in str(error), (options, error)
         else:

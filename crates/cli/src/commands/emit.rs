@@ -136,7 +136,7 @@ fn write(modules: &[Emitted], folder: Option<&Path>, output: &Output) -> Result<
             name = format!("{}_{number}.py", module.name);
         }
         let file = folder.join(name);
-        std::fs::write(&file, &module.python).map_err(|e| cannot(&file, e))?;
+        crate::npy::write_whole(&file, module.python.as_bytes())?;
         text += &format!("{}\n", file.display());
     }
     output.result(&text, &json);
