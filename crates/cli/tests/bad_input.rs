@@ -362,6 +362,16 @@ fn counts_and_times_that_are_none() {
     }
 }
 
+#[test]
+fn kernels_that_a_model_does_not_have() {
+    for what in [&["--stage", "tile"][..], &["--stage", "asm"], &["--emit", "triton"]] {
+        let said = tw(&[&["inspect", &digits(), "--kernel", "frob"], what].concat());
+        said.fails(2, &["`frob`", "softmax"]);
+    }
+    tw(&["inspect", &digits(), "--kernel", "softmax", "--stage", "asm"]).succeeds();
+    tw(&["edges", "--device", "cpu"]).fails(2, &["runs on a GPU"]);
+}
+
 /// A pipe or a device that is named as an output is written to, not replaced by a file.
 #[test]
 fn outputs_that_are_no_files_stay_what_they_are() {
