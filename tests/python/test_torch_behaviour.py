@@ -497,6 +497,15 @@ def exported_programs_and_files_are_callables():
         file = pathlib.Path(folder, "model.pt2")
         torch.export.save(torch.export.export(model, (x,)), file)
         torch.testing.assert_close(tilewright.compile(file)(x), model(x), rtol=1e-5, atol=1e-5)
+        short = pathlib.Path(folder, "short.pt2")
+        short.write_bytes(file.read_bytes()[:1000])
+        for name, kind, words in ((short, ValueError, "damaged"), ("/nowhere.pt2", FileNotFoundError, "/nowhere.pt2")):
+            try:
+                tilewright.compile(name)
+            except kind as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError(f"{name} was taken")
 
 
 def options_that_are_none_are_refused():
