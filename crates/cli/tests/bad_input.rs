@@ -363,6 +363,18 @@ fn counts_and_times_that_are_none() {
 }
 
 #[test]
+fn random_weights_that_no_memory_holds() {
+    let temp = Temp::new();
+    let bert = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/hf/bert/config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(bert).unwrap()).unwrap();
+    config["hidden_size"] = 16_777_216.into();
+    temp.file("config.json", config.to_string());
+    let said = tw(&["run", temp.0.to_str().unwrap(), "--random-weights", "1"]);
+    said.fails(2, &["out of memory", "has no room"]);
+}
+
+#[test]
 fn kernels_that_a_model_does_not_have() {
     for what in [&["--stage", "tile"][..], &["--stage", "asm"], &["--emit", "triton"]] {
         let said = tw(&[&["inspect", &digits(), "--kernel", "frob"], what].concat());
