@@ -64,7 +64,8 @@ class Model:
     def __call__(self, *args: Any, **named: Any) -> Any:
         """Run on arrays or PyTorch tensors, in the order of `inputs` or by name.
 
-        Gives one result, or a tuple in the order of `outputs`: tensors if a tensor was given, else arrays.
+        Gives one result, or a tuple in the order of `outputs`: tensors if a tensor was given, on its device, else arrays. Tensors of
+        a GPU are copied to the host and back; `torch.compile` and `tilewright.compile` run where they lie.
         """
         if len(args) > len(self.inputs):
             raise ValueError(f"{len(args)} inputs are given; the model takes {self.inputs}")
@@ -73,13 +74,22 @@ class Model:
         if twice:
             raise ValueError(f"inputs given twice: {twice}")
         feeds.update(named)
-        tensors = any(hasattr(value, "detach") for value in feeds.values())
-        arrays = {k: v.detach().numpy() if hasattr(v, "detach") else v for k, v in feeds.items()}
-        results = tuple(self.run(arrays).values())
+        tensors = {name: value for name, value in feeds.items() if hasattr(value, "detach")}
+        results = tuple(self.run({**feeds, **{k: _array(k, v) for k, v in tensors.items()}}).values())
         if tensors:
             torch = _torch("results as tensors")
-            results = tuple(map(torch.from_numpy, results))
+            device = next(iter(tensors.values())).device
+            results = tuple(torch.from_numpy(result).to(device) for result in results)
         return results[0] if len(results) == 1 else results
+
+
+def _array(name: str, tensor: "torch.Tensor") -> np.ndarray:
+    try:
+        return tensor.detach().cpu().numpy()
+    except (TypeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"input {name!r} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}, which NumPy has no array for"
+        ) from error
 
 
 def load(
@@ -88,10 +98,15 @@ def load(
     """Read and compile a .onnx file, a Hugging Face directory or a .tw graph text.
 
     `threads` of 0 uses all; `cache` keeps compiled kernels on disk. `device` is "cpu", "cuda" or "cuda:1"; inputs and outputs are
-    NumPy arrays on any of them. `precision` is "f32" or "bf16", on a GPU also "tf32" and "f16". Raises ValueError for a bad file,
+    arrays of the host on any of them. `precision` is "f32" or "bf16", on a GPU also "tf32" and "f16". Raises ValueError for a bad file,
     NotImplementedError for an unsupported model, or where there is no such device.
     """
-    return Model(_native.load(os.fspath(path), threads, cache, device, precision))
+    path = os.fsdecode(path)
+    if not 0 <= threads <= 1024:
+        raise ValueError(f"threads={threads}: a number from 0 (all) to 1024")
+    if path.endswith(".pt2"):
+        raise ValueError(f"{path} is a program of torch.export: tilewright.compile({path!r}) takes it")
+    return Model(_native.load(path, threads, cache, device, precision))
 
 
 def explain(model: Any, *inputs: Any, options: dict | None = None, runs: int = 5, **named: Any) -> "Explanation":
@@ -122,8 +137,11 @@ def verify(
     return run(model, inputs, named, options, gradients)
 
 
-def compile(program: "torch.export.ExportedProgram", options: dict | None = None) -> "CompiledProgram":
-    """Compile what `torch.export.export` gives. The result is called like the exported module."""
+def compile(
+    program: "torch.export.ExportedProgram | str | os.PathLike", options: dict | None = None
+) -> "CompiledProgram":
+    """Compile what `torch.export.export` gives, or a .pt2 file that `torch.export.save` wrote. The result is called like the exported
+    module."""
     _torch("compile")
     from .pytorch.exported import compile_exported as run
 
@@ -146,7 +164,7 @@ def _torch(what: str) -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            f"tilewright.{what} needs PyTorch 2.11 or later, which is not installed here: pip install torch"
+            f"tilewright.{what} needs PyTorch 2.10 or later, which is not installed here: pip install torch"
             if not what.startswith("results")
             else f"{what} need PyTorch, which is not installed here: pip install torch"
         ) from error

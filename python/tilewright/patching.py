@@ -52,6 +52,8 @@ def patch(model: torch.nn.Module, norms=True, activations=True, rotary=True, los
 
     Rotary embeddings are functions that all models of a kind share: they change for all of them.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"patch takes a module, not {type(model).__name__}")
     done = Patch()
     for name, module in model.named_modules():
         name = name or "model"
@@ -162,7 +164,7 @@ def _rotary(done: Patch, model: torch.nn.Module) -> None:
             continue
         source.apply_rotary_pos_emb = rotations.apply_rotary_pos_emb
         done._back.append(lambda source=source, known=known: setattr(source, "apply_rotary_pos_emb", known))
-        done.changes.append(f"{name}.apply_rotary_pos_emb: is tilewright.ops.rotary")
+        done.changes.append(f"{name}.apply_rotary_pos_emb: rotary embedding is tilewright.ops.rotary")
 
 
 def _causal_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):
@@ -196,7 +198,7 @@ def _loss(done: Patch, model: Any) -> None:
             model.loss_function = before
 
     done._back.append(back)
-    done.changes.append("loss_function: is tilewright.ops.cross_entropy")
+    done.changes.append("loss_function: the loss is tilewright.ops.cross_entropy")
 
 
 def register_attention() -> None:
@@ -218,4 +220,4 @@ def _attention(done: Patch, model: Any) -> None:
     except ValueError:
         return
     done._back.append(lambda: model.set_attn_implementation(before))
-    done.changes.append("attention: is tilewright.ops.attention")
+    done.changes.append("attention: attention is tilewright.ops.attention")

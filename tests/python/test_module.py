@@ -71,6 +71,19 @@ def devices_are_named_or_refused(tilewright) -> None:
             assert words in str(e), e
         else:
             raise AssertionError(f"{device} {precision} is not refused")
+    for path, threads, words in [
+        (DIGITS / "digits.onnx", -1, "threads=-1"),
+        (DIGITS / "digits.onnx", 1 << 40, "threads="),
+        ("model.pt2", 1, "tilewright.compile('model.pt2')"),
+        (b"/nowhere/\xff.onnx", 1, "/nowhere/"),
+        ("", 1, ""),
+    ]:
+        try:
+            tilewright.load(path, threads=threads)
+        except ValueError as e:
+            assert words in str(e), e
+        else:
+            raise AssertionError(f"{path!r} on {threads} threads is not refused")
     # Where there is a GPU, it gives the same.
     try:
         model = tilewright.load(DIGITS / "digits.onnx", device="cuda")

@@ -1,6 +1,7 @@
 """What the PyTorch backend does beside computing: fallbacks, random numbers, writes, bad inputs, weights that change."""
 
 import pathlib
+import tempfile
 
 import numpy as np
 from torch_models import ROOT, compiled, first, graphs, made, run_all, tilewright, torch
@@ -485,6 +486,46 @@ def exported_programs_and_files_are_callables():
     result = loaded(torch.from_numpy(images))
     assert isinstance(result, torch.Tensor)
     np.testing.assert_array_equal(result.numpy(), loaded(images))
+    for wrong in (torch.from_numpy(images).bfloat16(), torch.from_numpy(images).to("meta"), torch.from_numpy(images).to_sparse()):
+        try:
+            loaded(wrong)
+        except ValueError as error:
+            assert "'image'" in str(error) and str(wrong.dtype) in str(error), error
+        else:
+            raise AssertionError(f"took {wrong.dtype} on {wrong.device}")
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        file = pathlib.Path(folder, "model.pt2")
+        torch.export.save(torch.export.export(model, (x,)), file)
+        torch.testing.assert_close(tilewright.compile(file)(x), model(x), rtol=1e-5, atol=1e-5)
+        short = pathlib.Path(folder, "short.pt2")
+        short.write_bytes(file.read_bytes()[:1000])
+        for name, kind, words in ((short, ValueError, "damaged"), ("/nowhere.pt2", FileNotFoundError, "/nowhere.pt2")):
+            try:
+                tilewright.compile(name)
+            except kind as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError(f"{name} was taken")
+
+
+def options_that_are_none_are_refused():
+    model = torch.nn.Linear(4, 4)
+    for options, word in (
+        ({"threadz": 1}, "threadz"),
+        ({"threads": -1}, "threads=-1"),
+        ({"threads": "two"}, "threads='two'"),
+        ({"threads": 1 << 40}, "threads="),
+        ({"precision": "f31"}, "f31"),
+        ({"cache": "no"}, "cache='no'"),
+        ({"freeze": 3}, "freeze=3"),
+        ({"device": "cuda:77"}, "GPU"),
+    ):
+        try:
+            compiled(model, options=options)(torch.randn(2, 4))
+        except Exception as error:  # noqa: BLE001  (Dynamo's, around ours)
+            assert word in str(error), (options, error)
+        else:
+            raise AssertionError(f"{options} were taken")
 
 
 if __name__ == "__main__":
@@ -511,5 +552,6 @@ if __name__ == "__main__":
             other_types_and_devices,
             elementwise_rules_agree_with_eager,
             exported_programs_and_files_are_callables,
+            options_that_are_none_are_refused,
         )
     )

@@ -82,6 +82,23 @@ def pages_say_what_text_says():
     assert "% of" in str(found) and "<script" not in page
 
 
+def what_cannot_be_checked_is_refused():
+    x = torch.randn(2, 4)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    for call, kind, words in (
+        (lambda: tilewright.verify(model.train(), x), ValueError, "model.eval()"),
+        (lambda: tilewright.verify(torch.sin, x), TypeError, "verify takes"),
+        (lambda: tilewright.explain(None, x), TypeError, "explain takes"),
+    ):
+        try:
+            call()
+        except kind as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{words}: nothing was raised")
+    assert tilewright.verify(model.eval(), x)
+
+
 def verify_names_the_group_and_checks_training():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
@@ -114,6 +131,7 @@ if __name__ == "__main__":
             a_value_in_several_shapes_is_kept_once,
             integers_divided_by_zero_raise_as_in_eager,
             pages_say_what_text_says,
+            what_cannot_be_checked_is_refused,
             verify_names_the_group_and_checks_training,
         )
     )

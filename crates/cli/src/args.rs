@@ -6,7 +6,7 @@ use tilewright_tune::command::{ProductArgs, TuneOptions};
 
 /// Compiles models and formulas to fast, verified kernels.
 #[derive(Debug, Parser)]
-#[command(name = "tw", version, about, max_term_width = 100)]
+#[command(name = "tw", version, max_term_width = 100)]
 pub(crate) struct Cli {
     /// Print results (and errors) as JSON
     #[arg(long, global = true)]
@@ -25,7 +25,7 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Continue a text with a language model, token by token
     Generate(GenerateArgs),
-    /// Find the fastest schedule on this machine's GPU by measuring, and keep it
+    /// Search for faster schedules by measuring, of a model on this processor or a product on a GPU, and keep them
     Tune(TuneArgs),
     /// Show what each kernel does, costs and reaches, and how memory is used
     Explain(ExplainArgs),
@@ -69,6 +69,18 @@ pub(crate) enum ExprStage {
     Derivative,
 }
 
+/// A time in seconds.
+fn seconds(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number of seconds".to_string())?;
+    (number >= 0.0).then_some(number).ok_or_else(|| "not a number of seconds".to_string())
+}
+
+/// A count of what there must be one of.
+fn at_least_one(text: &str) -> Result<usize, String> {
+    let number: usize = text.parse().map_err(|_| "not a count".to_string())?;
+    (number > 0).then_some(number).ok_or_else(|| "at least 1 is needed".to_string())
+}
+
 /// Stands for the model where none was given.
 pub(crate) const NO_MODEL: &str = "-";
 
@@ -98,7 +110,7 @@ pub(crate) struct ExprArgs {
     #[arg(long)]
     pub(crate) fast: bool,
     /// Measure over arrays of N elements, against one temporary array per operation
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) bench: Option<usize>,
     /// Threads to use; 0 for all
     #[arg(long, default_value_t = 0)]
@@ -212,7 +224,7 @@ pub(crate) struct BenchArgs {
     #[command(flatten)]
     pub(crate) inputs: InputArgs,
     /// Runs to time
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = at_least_one)]
     pub(crate) runs: usize,
     /// Runs before the clock starts
     #[arg(long, default_value_t = 5)]
@@ -221,7 +233,7 @@ pub(crate) struct BenchArgs {
     #[arg(long)]
     pub(crate) no_graph: bool,
     /// Stop after this many seconds
-    #[arg(long, default_value_t = 20.0)]
+    #[arg(long, default_value_t = 20.0, value_parser = seconds)]
     pub(crate) seconds: f64,
     /// Print a line once ready, and then a result for every line of standard input, so that another program can be
     /// measured in turns (GPUs only)
@@ -239,7 +251,7 @@ pub(crate) struct ExplainArgs {
     #[arg(long, default_value_t = 20)]
     pub(crate) top: usize,
     /// Runs to time each kernel
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = at_least_one)]
     pub(crate) runs: usize,
     /// Also list the fusion groups and why each node joined
     #[arg(long)]
@@ -319,7 +331,7 @@ pub(crate) struct EmbedArgs {
     #[arg(long, default_value_t = 3)]
     pub(crate) top: usize,
     /// Sentences per run
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = at_least_one)]
     pub(crate) batch: usize,
     /// Write the embeddings as a NumPy file
     #[arg(long, value_name = "FILE.npy")]
@@ -355,7 +367,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Continue the prompt so many times side by side (up to 8 on a GPU, or 16, see the guide)
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = at_least_one)]
     pub(crate) batch: usize,
     /// How matrices are kept: `stored` (as in the files), `f32`, or as integers with a scale for each group of the
     /// depth: `int8`, `int4` (CPU)
@@ -412,7 +424,7 @@ pub(crate) struct TuneModelArgs {
     #[command(flatten)]
     pub(crate) inputs: InputArgs,
     /// Begin no round after so many seconds
-    #[arg(long, default_value_t = 60.0)]
+    #[arg(long, default_value_t = 60.0, value_parser = seconds)]
     pub(crate) seconds: f64,
     /// Candidates of a kernel at most
     #[arg(long, default_value_t = 32)]

@@ -90,9 +90,16 @@ pub(crate) fn write(path: &Path, tensor: &Tensor) -> Result<()> {
     write_whole(path, &file)
 }
 
-/// Writes beside the target and renames, so that nobody sees half a file.
+/// Writes beside the target and renames, so that nobody sees half a file. A link stays one, and what is no file (a pipe, a
+/// device such as `/dev/stdout`) is written to and not replaced.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |e: std::io::Error| Error::user(format!("cannot write {}: {e}", path.display()));
+    if std::fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        let opened = std::fs::OpenOptions::new().write(true).open(path);
+        return opened.and_then(|mut f| f.write_all(bytes)).map_err(failed);
+    }
+    let linked = std::fs::canonicalize(path);
+    let path = linked.as_deref().unwrap_or(path);
     let mut temp = path.as_os_str().to_owned();
     temp.push(format!(".tmp{}", std::process::id()));
     let result = std::fs::File::create(&temp)
@@ -121,5 +128,18 @@ mod tests {
         std::fs::write(&path, b"not numpy").unwrap();
         assert!(read(&path).is_err());
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn links_stay_links() {
+        let folder = std::env::temp_dir().join(format!("tilewright-links-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let (file, link) = (folder.join("file"), folder.join("link"));
+        std::fs::write(&file, "old").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        write_whole(&link, b"new").unwrap();
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(std::fs::read(&file).unwrap(), b"new");
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -345,6 +345,65 @@ fn more_threads_than_there_can_be() {
 }
 
 #[test]
+fn counts_and_times_that_are_none() {
+    let model = digits();
+    for value in ["nan", "-1", "soon"] {
+        let flag = format!("--seconds={value}");
+        tw(&["bench", &model, &flag]).fails(2, &["--seconds", "not a number of seconds"]);
+        tw(&["tune", "model", &model, &flag]).fails(2, &["--seconds", "not a number of seconds"]);
+    }
+    tw(&["bench", &model, "--seconds", "inf", "--runs", "1"]).succeeds();
+    for args in [
+        &["bench", &model, "--runs", "0"][..],
+        &["explain", &model, "--runs", "0"],
+        &["expr", "x + 1", "--bench", "0"],
+    ] {
+        tw(args).fails(2, &["at least 1"]);
+    }
+}
+
+#[test]
+fn random_weights_that_no_memory_holds() {
+    let temp = Temp::new();
+    let bert = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/hf/bert/config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(bert).unwrap()).unwrap();
+    config["hidden_size"] = 16_777_216.into();
+    temp.file("config.json", config.to_string());
+    let said = tw(&["run", temp.0.to_str().unwrap(), "--random-weights", "1"]);
+    said.fails(2, &["out of memory", "has no room"]);
+}
+
+#[test]
+fn kernels_that_a_model_does_not_have() {
+    for what in [&["--stage", "tile"][..], &["--stage", "asm"], &["--emit", "triton"]] {
+        let said = tw(&[&["inspect", &digits(), "--kernel", "frob"], what].concat());
+        said.fails(2, &["`frob`", "softmax"]);
+    }
+    tw(&["inspect", &digits(), "--kernel", "softmax", "--stage", "asm"]).succeeds();
+    tw(&["edges", "--device", "cpu"]).fails(2, &["runs on a GPU"]);
+}
+
+/// A pipe or a device that is named as an output is written to, not replaced by a file.
+#[test]
+fn outputs_that_are_no_files_stay_what_they_are() {
+    let temp = Temp::new();
+    let said = tw(&["explain", &digits(), "--runs", "1", "--html", "/dev/stdout"]);
+    said.succeeds();
+    assert!(said.stdout.contains("</html>"), "{}", said.stdout);
+    let pipe = temp.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let reader = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || std::fs::read(pipe).unwrap()
+    });
+    tw(&["explain", &digits(), "--runs", "1", "--html", &pipe]).succeeds();
+    assert!(String::from_utf8(reader.join().unwrap()).unwrap().contains("</html>"));
+    let kind = std::fs::metadata(&pipe).unwrap().file_type();
+    assert!(std::os::unix::fs::FileTypeExt::is_fifo(&kind));
+}
+
+#[test]
 fn empty_tensors() {
     let temp = Temp::new();
     let model = temp.file("model.onnx", add_model(&[1.0; 4]));

@@ -74,6 +74,9 @@ fn what_cannot_be_generated_is_said_in_words() {
     };
     let (llama, bert) = (llama(), llama().replace("llama", "bert"));
     fails(2, "nothing to continue", &[&llama]);
+    fails(2, "at least 1", &[&llama, "--tokens", "1", "--batch", "0"]);
+    fails(2, "--batch 9000000000000", &[&llama, "--tokens", "1", "--batch", "9000000000000"]);
+    fails(2, "--max-length", &[&llama, "--tokens", "1", "--max-tokens", "18446744073709551615"]);
     fails(2, "not the number of a token", &[&llama, "--tokens", "1,x"]);
     fails(2, "token 24", &[&llama, "--tokens", "1,24", "--max-tokens", "4"]);
     fails(2, "--temperature", &[&llama, "--tokens", "1", "--top-k", "3"]);
@@ -82,7 +85,7 @@ fn what_cannot_be_generated_is_said_in_words() {
     fails(2, "11 tokens", &[&[llama.as_str()], &long[..]].concat());
     // The model itself knows 32 positions.
     fails(2, "40 tokens", &[&llama, "--tokens", "1", "--max-tokens", "40"]);
-    fails(3, "cache", &[&bert, "--tokens", "1"]);
+    fails(3, "generates no text", &[&bert, "--tokens", "1"]);
 }
 
 #[test]

@@ -61,6 +61,15 @@ fn round_trip(text: &str) -> String {
 }
 
 #[test]
+fn the_graph_of_the_book_is_one() {
+    let page = include_str!("../../../docs/src/languages.md");
+    let start = page.find("graph @").unwrap();
+    let text = page[start..].split("```").next().unwrap();
+    let graph = Graph::parse_with("<book>", text, Constants::Zeros).unwrap();
+    verify(&graph).unwrap();
+}
+
+#[test]
 fn printed_text_is_what_was_read() {
     let text = EVERYTHING.replace(
         "%21: f32[2,4,9,9] = attention score=f32 { s, m -> s * 0.125 + m } causal %1, %1, %1, %22",

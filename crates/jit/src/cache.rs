@@ -4,9 +4,8 @@
 //! <cache>/kernels/<2 digits>/<key>/kernel.ll     the text
 //!                                  kernel.o      the object file
 //!                                  config.json   what it was compiled for, and a checksum
+//! <cache>/origins/<2 digits>/<origin>.json       which entry holds the code of something that was printed before
 //! ```
-//!
-//! <cache>/origins/<2 digits>/<origin>.json                    which entry holds the code of something that was printed before
 //!
 //! An entry is written into a temporary folder and renamed, so that it exists whole or not at all.
 //! An entry that does not fit its checksum is as good as none and is written again.
@@ -82,7 +81,8 @@ impl Cache {
     pub(crate) fn known(&self, origin: &str) -> Option<Known> {
         let text = fs::read(self.origin_file(origin)).ok()?;
         let known: Known = serde_json::from_slice(&text).ok()?;
-        (known.digest() == known.sha256).then_some(known)
+        let is_key = known.key.len() > 2 && known.key.bytes().all(|b| b.is_ascii_hexdigit());
+        (known.digest() == known.sha256 && is_key).then_some(known)
     }
 
     /// Stores what is known of an origin.
@@ -91,8 +91,10 @@ impl Cache {
         let folder = file.parent().unwrap_or(&self.origins);
         fs::create_dir_all(folder)?;
         let temp = folder.join(unique());
-        fs::write(&temp, serde_json::to_vec_pretty(known)?)?;
-        fs::rename(&temp, &file).inspect_err(|_| drop(fs::remove_file(&temp)))
+        let text = serde_json::to_vec_pretty(known)?;
+        let written = fs::write(&temp, text).and_then(|()| fs::rename(&temp, &file));
+        // On a full disk half of it is there.
+        written.inspect_err(|_| drop(fs::remove_file(&temp)))
     }
 
     fn origin_file(&self, origin: &str) -> PathBuf {

@@ -78,7 +78,7 @@ fn rule(ed: &mut Editor<'_>, id: NodeId) -> Rewritten {
     }
 }
 
-/// The permutation and its operand, when `v` is a permute read only here.
+/// The permutation and its operand, when `v` is a permute, whoever reads it.
 fn as_permute(ed: &Editor<'_>, v: ValueId) -> Option<(Vec<usize>, ValueId)> {
     match ed.node_of(v) {
         Some(node) => match &node.op {

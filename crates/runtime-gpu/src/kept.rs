@@ -80,8 +80,9 @@ impl Direct {
                     other => other,
                 };
                 let places: Vec<Place> = places.iter().map(relative).collect();
+                // Constants that others hold may lie right behind.
                 let inside =
-                    |p: &Place| !matches!(p, Place::Fixed(at) if *at > constant_bytes as u64);
+                    |p: &Place| !matches!(p, Place::Fixed(at) if *at >= constant_bytes as u64);
                 if !places.iter().all(inside) {
                     return false;
                 }
@@ -161,7 +162,7 @@ impl Kept {
         for Step { step, kernel, places } in &head.steps {
             let kernel = BoundKernel::restore(kernel, &modules)?;
             let absolute = |place: &Place| match *place {
-                Place::Fixed(offset) => Place::Fixed(memory.address() + offset),
+                Place::Fixed(offset) => Place::Fixed(memory.address().wrapping_add(offset)),
                 other => other,
             };
             let places: Vec<Place> = places.iter().map(absolute).collect();

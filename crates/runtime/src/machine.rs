@@ -44,6 +44,7 @@ pub fn measure(cpu: &Cpu, pool: &Pool) -> Result<Ceilings> {
     let copy = best(4, || copy_rate(&from, &mut to, pool));
     let cached = cpu.l2_bytes / 2;
     let l2 = best(4, || read_rate(&from, cached, 64, &one));
+    let l3 = best(4, || read_rate(&from, (cpu.l3_bytes / 2).min(bytes), 4, pool));
     Ok(Ceilings {
         measured: true,
         f32_flops_per_s_1_thread: f32_1,
@@ -51,6 +52,7 @@ pub fn measure(cpu: &Cpu, pool: &Pool) -> Result<Ceilings> {
         memory_read_bytes_per_s: read,
         memory_copy_bytes_per_s: copy,
         l2_read_bytes_per_s: l2,
+        l3_read_bytes_per_s: l3,
         launch_s: launch_seconds(pool),
         bf16_flops_per_s: bf16,
         int8_ops_per_s: int8,

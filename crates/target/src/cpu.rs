@@ -61,6 +61,10 @@ pub struct Ceilings {
     pub memory_copy_bytes_per_s: f64,
     /// Reading an array that fits the second-level cache, one thread, in bytes/s.
     pub l2_read_bytes_per_s: f64,
+    /// Reading an array of half the last-level cache, all threads, in bytes/s; 0 where it was not measured. For people: plans
+    /// do not depend on it.
+    #[serde(default)]
+    pub l3_read_bytes_per_s: f64,
     /// Starting a kernel on all threads and waiting for its end, in seconds.
     pub launch_s: f64,
     /// `bf16` products with sums in `f32` (AVX512-BF16), all threads, in FLOP/s; 0 where there are
@@ -144,6 +148,7 @@ impl Cpu {
                 memory_read_bytes_per_s: 12e9,
                 memory_copy_bytes_per_s: 12e9,
                 l2_read_bytes_per_s: 60e9,
+                l3_read_bytes_per_s: 0.0,
                 launch_s: 2e-6,
                 bf16_flops_per_s: 0.0,
                 int8_ops_per_s: 0.0,

@@ -12,7 +12,7 @@
 //!   %acc = for k in 0..ceil(K/BK) carry(%c = %zero) {
 //!     %a = load %A[pm*BM, k*BK] : bf16[BM,BK]
 //!     %b = load %B[k*BK, pn*BN] : bf16[BK,BN]
-//!     %d = mma %c, %a, %b limit K - k*BK
+//!     %d = mma %c, %a, %b limit K - k*BK : f32[BM,BN]
 //!     yield %d
 //!   }
 //!   %v = load %bias[pn*BN] : bf16[BN]

@@ -32,6 +32,15 @@ fn comes_back(kernel: &Kernel) {
 }
 
 #[test]
+fn the_kernel_of_the_book_is_one() {
+    let page = include_str!("../../../docs/src/languages.md");
+    let start = page.find("kernel @").unwrap();
+    let kernel = parse(page[start..].split("```").next().unwrap());
+    verify(&kernel).unwrap_or_else(|e| panic!("{e:?}\n{kernel}"));
+    comes_back(&kernel);
+}
+
+#[test]
 fn written_kernels_are_well_formed_and_come_back() {
     for text in KERNELS {
         let kernel = parse(text);

@@ -97,6 +97,7 @@ impl Records {
         std::fs::create_dir_all(&self.folder)
             .and_then(|()| std::fs::write(&temp, text))
             .and_then(|()| std::fs::rename(&temp, &path))
+            .inspect_err(|_| drop(std::fs::remove_file(&temp)))
             .map_err(|e| Error::user(format!("`{}` cannot be written: {e}", path.display())))
     }
 

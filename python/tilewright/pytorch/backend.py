@@ -79,6 +79,11 @@ KEPT = [
 ]
 
 
+PRECISIONS = ("f32", "tf32", "f16", "bf16")
+# As many as a pool of ours has at most.
+THREADS_MAX = 1024
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a user may choose."""
@@ -90,6 +95,16 @@ class Settings:
     device: torch.device | str | None = None
     eager_random: bool = False
 
+    def check(self) -> None:
+        """What is no setting at all is refused here; later it would only leave groups to PyTorch."""
+        if not isinstance(self.threads, int) or not 0 <= self.threads <= THREADS_MAX:
+            raise ValueError(f"threads={self.threads!r}: a number from 0 (as many as PyTorch has) to {THREADS_MAX}")
+        if self.precision not in (None, *PRECISIONS):
+            raise ValueError(f"precision={self.precision!r}: one of {', '.join(PRECISIONS)}")
+        for name in ("cache", "freeze", "eager_random"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: True or False")
+
     @staticmethod
     def of(options, examples=()) -> "Settings":
         """From the dictionary that `torch.compile` takes, and the arguments."""
@@ -98,6 +113,7 @@ class Settings:
         if unknown:
             raise ValueError(f"unknown options {unknown}; tilewright takes {sorted(known)}")
         settings = Settings(**(options or {}))
+        settings.check()
         if settings.device is None:
             on_gpu = (t.device for t in examples if isinstance(t, torch.Tensor) and t.device.type == "cuda")
             device = next(on_gpu, torch.device("cpu"))
@@ -108,6 +124,8 @@ class Settings:
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 raise ValueError("the options ask for a GPU, and PyTorch finds none")
+            if (device.index or 0) >= torch.cuda.device_count():
+                raise ValueError(f"the options ask for GPU {device.index}, and PyTorch finds {torch.cuda.device_count()}")
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         precision = settings.precision
         if precision is None:

@@ -64,6 +64,12 @@ def verify(model, inputs, named, options, gradients: bool = False) -> Verificati
     """See `tilewright.verify`."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"verify takes a torch.nn.Module, whose float64 copy it runs, not {type(model).__name__}")
+    draws = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.training and m.p > 0]
+    if draws and not (options or {}).get("eager_random"):
+        raise ValueError(
+            f"dropout ({', '.join(draws[:3])}{', ...' if draws[3:] else ''}) drops other elements in each of the runs: "
+            "call model.eval(), or set its p to 0"
+        )
     state, on_gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     runs, groups = [], []
 

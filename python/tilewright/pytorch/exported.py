@@ -6,6 +6,9 @@ program writes are arguments, and written back after each call.
 
 from __future__ import annotations
 
+import os
+import zipfile
+
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
@@ -17,8 +20,10 @@ class CompiledProgram:
     """A compiled exported program; called like the exported module."""
 
     def __init__(self, program: torch.export.ExportedProgram, options: dict | None):
+        if isinstance(program, (str, os.PathLike)):
+            program = _loaded(os.fspath(program))
         if not isinstance(program, torch.export.ExportedProgram):
-            raise TypeError(f"compile takes what torch.export.export gives, not {type(program).__name__}")
+            raise TypeError(f"compile takes what torch.export.export gives or a .pt2 file, not {type(program).__name__}")
         state = [*program.state_dict.values(), *program.constants.values()]
         settings = backend.Settings.of(options, state)
         program = program.run_decompositions(backend.decompositions(eager_random=True))
@@ -61,6 +66,14 @@ class CompiledProgram:
     def _user_placeholders(self):
         nodes = self._program.graph.find_nodes(op="placeholder")
         return [n for n, s in zip(nodes, self._inputs) if s.kind is InputKind.USER_INPUT]
+
+
+def _loaded(path: str) -> torch.export.ExportedProgram:
+    """PyTorch says what is wrong with a file in many lines; what is no such file at all is said here."""
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{path} is not a file of torch.export.save, or a damaged one")
+    return torch.export.load(path)
 
 
 def _bounds(program) -> dict[str, tuple[int, int | None]]:

@@ -211,6 +211,8 @@ def _now(device: torch.device) -> float:
 
 def explain(model, inputs, named, options, runs: int) -> Explanation:
     """See `tilewright.explain`."""
+    if not callable(model):
+        raise TypeError(f"explain takes a module or a function, not {type(model).__name__}")
     seen: list[backend.Compiled] = []
     samples: dict[int, list[_Profile]] = {}
 

@@ -19,6 +19,9 @@ const LARGE: (i64, i64) = (65537, 32768);
 
 pub(crate) fn run(args: &EdgesArgs, output: &Output) -> Result<()> {
     let folder = args.cache.cache.clone().or_else(tilewright::cache_dir);
+    if args.device == "cpu" {
+        return Err(Error::user("`tw edges` runs on a GPU").with_hint("--device cuda"));
+    }
     let device = GpuDevice::open(ordinal(&args.device)?, folder.as_deref())?;
     let precisions = args.precisions.iter().map(|p| p.parse().map_err(Error::user));
     let precisions = precisions.collect::<Result<Vec<Precision>>>()?;

@@ -92,11 +92,12 @@ fn of_model(args: &InspectArgs, sizes: &Sizes) -> Result<Vec<(Arc<Kernel>, Sched
     }
     let compiler = compiler(&args.model)?;
     let model = super::open(&args.model)?;
-    let mut kernels = Vec::new();
+    let (mut kernels, mut names) = (Vec::new(), Vec::new());
     compiler.compile_observed(model.graph, &mut |stage| {
         let Stage::Plan(plan) = stage else { return };
         for (_, planned) in plan.kernels.iter() {
             let name = &planned.kernel.name;
+            names.push(name.clone());
             if args.kernel.as_deref().is_some_and(|part| !name.contains(part)) {
                 continue;
             }
@@ -107,6 +108,9 @@ fn of_model(args: &InspectArgs, sizes: &Sizes) -> Result<Vec<(Arc<Kernel>, Sched
             kernels.push((planned.kernel.clone(), schedule));
         }
     })?;
+    if kernels.is_empty() && !names.is_empty() {
+        return Err(super::inspect::no_kernel(args, &names));
+    }
     Ok(kernels)
 }
 
@@ -136,7 +140,7 @@ fn write(modules: &[Emitted], folder: Option<&Path>, output: &Output) -> Result<
             name = format!("{}_{number}.py", module.name);
         }
         let file = folder.join(name);
-        std::fs::write(&file, &module.python).map_err(|e| cannot(&file, e))?;
+        crate::npy::write_whole(&file, module.python.as_bytes())?;
         text += &format!("{}\n", file.display());
     }
     output.result(&text, &json);

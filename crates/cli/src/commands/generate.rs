@@ -16,6 +16,9 @@ use tilewright::verify::Report;
 use tilewright::{DType, Result};
 use tilewright_base::Error;
 
+/// More sequences side by side are a mistake.
+const MOST_SEQUENCES: usize = 1 << 20;
+
 pub(crate) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
     let prompts = prompts(args)?;
     let request = Request {
@@ -48,7 +51,10 @@ fn prompts(args: &GenerateArgs) -> Result<Vec<Vec<i64>>> {
                 .with_hint("give --prompt TEXT, or --tokens 1,2,3"));
         }
     };
-    Ok(vec![one; args.batch.max(1)])
+    if args.batch > MOST_SEQUENCES {
+        return Err(Error::user(format!("--batch {}: at most {MOST_SEQUENCES}", args.batch)));
+    }
+    Ok(vec![one; args.batch])
 }
 
 fn encoded(args: &GenerateArgs, text: &str) -> Result<Vec<i64>> {
@@ -83,7 +89,7 @@ fn sampling(args: &GenerateArgs) -> Result<Option<Sampling>> {
 
 /// Positions for which there is memory: what is asked for, or prompt and new tokens.
 fn max_length(args: &GenerateArgs, request: &Request) -> i64 {
-    let needed = request.prompts[0].len() + request.count;
+    let needed = request.prompts[0].len().saturating_add(request.count);
     args.max_length.unwrap_or_else(|| i64::try_from(needed).unwrap_or(i64::MAX))
 }
 
@@ -147,7 +153,10 @@ fn on_cpu(args: &GenerateArgs, request: &Request, output: &Output) -> Result<Opt
     let middle = request.prompts[0].len() + generated.steps / 2;
     let step = generator.step_bytes(request.prompts.len(), middle);
     let floor = step.bytes / step.bytes_per_s;
-    let took = generated.rest.as_secs_f64() / generated.steps.max(1) as f64;
+    if generated.steps == 0 {
+        return Ok(Some(generated));
+    }
+    let took = generated.rest.as_secs_f64() / generated.steps as f64;
     say(&format!(
         "a step reads {:.1} MB, which takes {} at the {:.1} GB/s that {}: {:.0}% of that rate reached",
         step.bytes * 1e-6,
@@ -177,7 +186,7 @@ fn on_gpu(args: &GenerateArgs, request: &Request, output: &Output) -> Result<Opt
         _ => None,
     };
     let options = GpuGeneratorOptions {
-        batch: i64::try_from(args.batch.max(1)).unwrap_or(i64::MAX),
+        batch: i64::try_from(args.batch).unwrap_or(i64::MAX),
         max_length: max_length(args, request),
         stored,
         sampling: request.sampling,
@@ -250,17 +259,15 @@ fn report(
     let (prompt, rest) = (generated.prompt.as_secs_f64(), generated.rest.as_secs_f64());
     let step = rest / generated.steps.max(1) as f64;
     let batch = generated.tokens.len();
-    let _ = writeln!(
-        text,
-        "{} tokens of prompt in {}, then {:.1} tokens/s ({} a step of {batch})",
-        request.prompts[0].len(),
-        time_text(prompt),
-        batch as f64 / step.max(1e-12),
-        time_text(step),
-    );
+    let rate = (generated.steps > 0).then(|| batch as f64 / step.max(1e-12));
+    let _ = write!(text, "{} tokens of prompt in {}", request.prompts[0].len(), time_text(prompt));
+    if let Some(rate) = rate {
+        let _ = write!(text, ", then {rate:.1} tokens/s ({} a step of {batch})", time_text(step));
+    }
+    text.push('\n');
     let value = json!({
         "tokens": generated.tokens, "prompt_s": prompt, "step_ms": step * 1e3,
-        "steps": generated.steps, "tokens_per_s": batch as f64 / step.max(1e-12),
+        "steps": generated.steps, "tokens_per_s": rate,
     });
     output.result(&text, &value);
     Ok(())

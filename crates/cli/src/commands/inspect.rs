@@ -49,10 +49,15 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     let mut sources: Vec<Source> = Vec::new();
     // A pass of a repeated group runs several times: the last state counts.
     let mut graph_text = String::new();
+    let mut names = Vec::new();
     let compiled = compiler.compile_observed(model.graph.clone(), &mut |stage| match stage {
         Stage::Graph(name, graph) if Some(name) == wanted => graph_text = graph.to_string(),
         Stage::Fusion(fusion) if wanted == Some("fusion") => text += &fusion.to_string(),
+        Stage::Plan(plan) if matches!(wanted, Some("llvm" | "asm")) => {
+            names.extend(plan.kernels.iter().map(|(_, k)| k.kernel.name.clone()));
+        }
         Stage::Plan(plan) if wanted == Some("tile") => {
+            names.extend(plan.kernels.iter().map(|(_, k)| k.kernel.name.clone()));
             for (id, planned) in plan.kernels.iter().filter(|(_, k)| chosen(&k.kernel.name)) {
                 // Writing to a string cannot fail.
                 let tiles: Vec<String> =
@@ -70,6 +75,9 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
         },
         _ => {}
     })?;
+    if !names.is_empty() && !names.iter().any(|name| chosen(name)) {
+        return Err(no_kernel(args, &names));
+    }
     text += &graph_text;
     if !sources.is_empty() {
         let jit = Jit::new(Options::default())?;
@@ -89,6 +97,16 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     }
     output.result(&text, &json!({"text": text, "stages": times}));
     Ok(())
+}
+
+/// `--kernel` means none of these.
+pub(super) fn no_kernel(args: &InspectArgs, names: &[String]) -> Error {
+    let mut names = names.to_vec();
+    names.sort_unstable();
+    names.dedup();
+    let part = args.kernel.as_deref().unwrap_or_default();
+    Error::user(format!("no kernel has `{part}` in its name"))
+        .with_hint(format!("the kernels are: {}", names.join(", ")))
 }
 
 fn list(output: &Output) -> Result<()> {

@@ -15,7 +15,7 @@ pub(crate) fn run(args: &MachineArgs, output: &Output) -> Result<()> {
     let _ = write!(
         text,
         "{}\n  threads          {}\n  vector           {} bits\n  caches           L1 {} KiB, L2 {} KiB, L3 {} KiB\n  features         {}\n\
-         measured ceilings\n  f32 multiply-add {:.0} GFLOP/s on 1 thread, {:.0} on {}\n  memory           {:.1} GB/s read, {:.1} GB/s copy\n  L2               {:.0} GB/s on 1 thread\n  kernel launch    {:.2} us, {:.1} us when threads sleep",
+         measured ceilings\n  f32 multiply-add {:.0} GFLOP/s on 1 thread, {:.0} on {}\n  memory           {:.1} GB/s read, {:.1} GB/s copy\n  L3               {}\n  L2               {:.0} GB/s on 1 thread\n  kernel launch    {:.2} us, {:.1} us when threads sleep",
         cpu.name,
         cpu.threads,
         cpu.vector_bits,
@@ -28,6 +28,10 @@ pub(crate) fn run(args: &MachineArgs, output: &Output) -> Result<()> {
         cpu.threads,
         c.memory_read_bytes_per_s * giga,
         c.memory_copy_bytes_per_s * giga,
+        match c.l3_read_bytes_per_s {
+            rate if rate > 0.0 => format!("{:.0} GB/s on {}", rate * giga, cpu.threads),
+            _ => "not measured (--measure)".to_string(),
+        },
         c.l2_read_bytes_per_s * giga,
         c.launch_s * 1e6,
         c.wake_s * 1e6,

@@ -122,6 +122,9 @@ impl Net {
         let notes = self.problems.iter().chain(&self.unsupported).cloned();
         let error = match self.problems.is_empty() {
             true => Error::unsupported("weights are stored in types that are not supported"),
+            false if self.weights.are_random() => {
+                Error::user("out of memory: random weights as large as config.json says")
+            }
             false => Error::user("the weights do not fit config.json"),
         };
         let error = notes.fold(error, Error::with_note);
@@ -163,7 +166,8 @@ impl Net {
                 if let Some(dtype) = self.weights.foreign(name) {
                     self.unsupported.push(format!("tensor `{name}` is stored as {dtype}"));
                 } else {
-                    self.problem(format!("tensor `{name}` of shape {shape:?} is missing"))?;
+                    let what = if self.weights.are_random() { "has no room" } else { "is missing" };
+                    self.problem(format!("tensor `{name}` of shape {shape:?} {what}"))?;
                 }
                 self.stand_in(name, shape)
             }

@@ -362,7 +362,9 @@ fn build(
     let mut summary = (family.build)(&mut config, &mut net, task, options)?;
     net.check()?;
     if options.cache && !net.remembers() {
-        return Err(Error::unsupported(format!("{architecture} with a cache of keys and values")));
+        return Err(Error::unsupported(format!(
+            "{architecture} generates no text: it keeps no keys and values"
+        )));
     }
     let parameters = net.weights.used().map(|t| t.len() as u64).sum();
     let weight_bytes = net.weights.used().map(|t| t.bytes().len() as u64).sum();

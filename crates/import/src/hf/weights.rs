@@ -91,6 +91,11 @@ impl Weights {
         Weights { random: Some(RandomWeights::new(seed, dtype)), ..Weights::default() }
     }
 
+    /// Whether they are made, so that what is not there had no memory.
+    pub(crate) fn are_random(&self) -> bool {
+        self.random.is_some()
+    }
+
     /// The tensor of this name and shape.
     ///
     /// # Errors
