@@ -11,15 +11,17 @@
 //! The host only starts steps, and now and then reads which tokens came out. Nothing depends on the position but what
 //! kernels read from memory, so one plan and one graph serve all positions up to the declared number.
 
+mod attend;
 mod device;
 mod host;
 mod plan;
 mod prompt;
 mod streamed;
 
+pub use attend::Attend;
 pub use device::{DeviceDecoder, TimedLaunch};
 pub use host::HostDecoder;
-pub use plan::{DecodeOptions, DecodePlan, DecodeStep, Region};
+pub use plan::{AttentionOf, DecodeOptions, DecodePlan, DecodeStep, Region};
 pub use prompt::PromptPlan;
 pub use streamed::Streamed;
 

@@ -1,22 +1,30 @@
 //! [`DeviceDecoder`]: a plan on a device.
 
+use super::attend::Attend;
 use super::prompt::Prompt;
 use super::streamed::Launch;
 use super::{DecodeMachine, DecodePlan, DecodeStep, Which};
 use std::sync::Arc;
 use tilewright_base::{Error, Kind, Result, ResultExt};
-use tilewright_cuda::{Buffer, GraphExec, Stream};
+use tilewright_cuda::{Buffer, GraphExec, PreparedLaunch, Stream};
 use tilewright_kernels::decode::MOST_ROWS;
 use tilewright_launch::{BoundKernel, Loader, Operand};
 
 /// Starts of regions are multiples of this.
 const ALIGNED: usize = 256;
 
+/// One launch that is ready.
+enum ReadyStep {
+    Bound(BoundKernel),
+    /// Attention, which stands in for two steps.
+    Attend(PreparedLaunch),
+}
+
 /// Launches that are ready.
 struct Ready {
     /// Before the others.
     streamed: Option<Launch>,
-    kernels: Vec<BoundKernel>,
+    kernels: Vec<ReadyStep>,
     graph: Option<GraphExec>,
 }
 
@@ -102,8 +110,8 @@ impl DeviceDecoder {
         programs.dedup_by(|a, b| Arc::ptr_eq(a, b));
         let programs: Vec<_> = programs.iter().map(|p| (**p).clone()).collect();
         this.loader.load_all(&programs).into_iter().try_for_each(|r| r.map(drop))?;
-        this.token = this.ready(streamed, &plan.token[skipped..], graphs)?;
-        this.chunk = this.ready(None, &plan.chunk, graphs)?;
+        this.token = this.ready((streamed, plan.attend.as_ref()), &plan.token[skipped..], graphs)?;
+        this.chunk = this.ready((None, None), &plan.chunk, graphs)?;
         if let Some(prompt) = &plan.prompt {
             let address = |region: usize| this.operand(region).address;
             this.prompt = Some(Prompt::new(&plan, prompt, this.loader.clone(), &address)?);
@@ -132,16 +140,26 @@ impl DeviceDecoder {
 
     fn ready(
         &mut self,
-        streamed: Option<Launch>,
+        (streamed, attend): (Option<Launch>, Option<&Attend>),
         steps: &[DecodeStep],
         graphs: bool,
     ) -> Result<Ready> {
         let mut kernels = Vec::new();
-        for step in steps {
+        let attend = attend.map(|a| Ok((a, a.function(&self.loader)?))).transpose();
+        let attend = attend.context(|| "attention of a step".into())?;
+        let mut steps = steps.iter();
+        while let Some(step) = steps.next() {
+            if let (Some((attend, function)), Some(of)) = (&attend, &step.attention) {
+                let address = |region: usize| self.operand(region).address;
+                let launch = attend.prepare(function, (step, of), &address);
+                kernels.push(ReadyStep::Attend(launch.context(|| step.label.clone())?));
+                steps.next();
+                continue;
+            }
             let operands: Vec<Operand> = step.operands.iter().map(|&r| self.operand(r)).collect();
             let kernel = self.loader.load(&step.program)?;
             let bound = kernel.bind(&step.sizes, &operands);
-            kernels.push(bound.context(|| format!("binding {}", step.label))?);
+            kernels.push(ReadyStep::Bound(bound.context(|| format!("binding {}", step.label))?));
         }
         let mut graph = None;
         if graphs && !kernels.is_empty() {
@@ -186,12 +204,20 @@ impl DeviceDecoder {
                 schedule: streamed.schedule(),
             });
         }
-        all.extend(steps.iter().map(|s| TimedLaunch {
-            label: s.label.clone(),
-            weight_bytes: s.weight_bytes,
-            cache_bytes: s.cache_bytes,
-            schedule: s.schedule.clone(),
-        }));
+        let mut steps = steps.iter();
+        while let Some(s) = steps.next() {
+            let mut schedule = s.schedule.clone();
+            if let (Some(attend), Some(_)) = (&self.plan.attend, &s.attention) {
+                schedule = attend.schedule();
+                steps.next();
+            }
+            all.push(TimedLaunch {
+                label: s.label.clone(),
+                weight_bytes: s.weight_bytes,
+                cache_bytes: s.cache_bytes,
+                schedule,
+            });
+        }
         all
     }
 
@@ -217,7 +243,7 @@ impl DeviceDecoder {
     }
 }
 
-fn launch_all(streamed: Option<&Launch>, kernels: &[BoundKernel], stream: &Stream) -> Result<()> {
+fn launch_all(streamed: Option<&Launch>, kernels: &[ReadyStep], stream: &Stream) -> Result<()> {
     if let Some(streamed) = streamed {
         // SAFETY: as below; the launch owns its tables, and `DeviceDecoder::streamed` has zeroed what must be zero.
         unsafe { streamed.prepared().launch(stream)? };
@@ -225,7 +251,10 @@ fn launch_all(streamed: Option<&Launch>, kernels: &[BoundKernel], stream: &Strea
     for kernel in kernels {
         // SAFETY: weights and state live as long as the decoder, which synchronises before it drops them;
         // nobody else uses them, and always in this stream.
-        unsafe { kernel.launch(stream)? };
+        match kernel {
+            ReadyStep::Bound(kernel) => unsafe { kernel.launch(stream)? },
+            ReadyStep::Attend(launch) => unsafe { launch.launch(stream)? },
+        }
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! [`DecodePlan`]: regions of memory and the launches of a step.
 
+use super::attend::Attend;
 use super::streamed::{self, Known, Streamed};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -91,6 +92,19 @@ pub struct DecodeStep {
     pub cache_bytes: u64,
     /// Its schedule, for people.
     pub schedule: String,
+    /// Of attention, whose parts the next launch combines.
+    pub attention: Option<AttentionOf>,
+}
+
+/// What the operands of a step's attention do not say.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionOf {
+    /// The region to which the combined parts go.
+    pub mixed: usize,
+    /// Positions that a token sees, its own included; all when it is none.
+    pub window: Option<i64>,
+    /// Factor of the scores.
+    pub scale: f64,
 }
 
 /// Memory and launches of a step.
@@ -114,6 +128,8 @@ pub struct DecodePlan {
     pub prompt: Option<super::PromptPlan>,
     /// What devices launch instead of the first steps of `token`, if it takes the model.
     pub streamed: Option<Streamed>,
+    /// What devices launch in `token` instead of attention and what combines its parts, if it takes the model.
+    pub attend: Option<Attend>,
     /// Keys and values of each layer.
     pub(super) caches: Vec<[usize; 2]>,
     /// Puts keys or values of a prompt into the cache.
@@ -329,6 +345,7 @@ impl Steps<'_> {
             weight_bytes,
             cache_bytes: cache_bytes.unsigned_abs(),
             schedule,
+            attention: None,
         });
         Ok(())
     }
@@ -526,6 +543,10 @@ impl DecodePlan {
                 let [p, m, s] = work.parts;
                 let operands = vec![work.q, l.keys, l.values, p, m, s];
                 steps.launch(&label("attention"), &|| attention.partial(arch), operands, cache)?;
+                if let Some(step) = steps.out.last_mut() {
+                    let (window, scale) = kinds[l.attention];
+                    step.attention = Some(AttentionOf { mixed: work.mixed, window, scale });
+                }
                 let operands = vec![p, m, s, work.mixed];
                 steps.launch(&label("combine"), &|| attention.combine(arch), operands, 0)?;
                 let residual = Ending::Plain { residual: true };
@@ -632,6 +653,7 @@ impl DecodePlan {
             chunk,
             prompt: None,
             streamed,
+            attend: Attend::of(decoder, gpu, (batch, positions), stored),
             caches: layers.iter().map(|l| [l.keys, l.values]).collect(),
             keep: lower(&kept.kernel, &kept.schedule)?,
             at,
