@@ -109,17 +109,19 @@ def load(
     return Model(_native.load(path, threads, cache, device, precision))
 
 
-def explain(model: Any, *inputs: Any, options: dict | None = None, runs: int = 5, **named: Any) -> "Explanation":
+def explain(
+    model: Any, *inputs: Any, options: dict | None = None, runs: int = 5, gradients: bool = False, **named: Any
+) -> "Explanation":
     """Compile `model` with the backend, run it on these inputs, and say what happened.
 
     The result prints as a report: graph breaks, operators left to PyTorch with the reason, fused groups with their kernels, the share of
     time of each, and what part of the machine's ceiling each kernel reaches. `html(path)` of it writes a page. `options` are the
-    backend's.
+    backend's. With `gradients`, it is a training step: the gradients of the mean of the results' squares are part of it.
     """
     _torch("explain")
     from .pytorch.report import explain as run
 
-    return run(model, inputs, named, options, runs)
+    return run(model, inputs, named, options, runs, gradients)
 
 
 def verify(

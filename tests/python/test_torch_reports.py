@@ -82,6 +82,26 @@ def pages_say_what_text_says():
     assert "% of" in str(found) and "<script" not in page
 
 
+def training_steps_are_explained():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.LayerNorm(64), torch.nn.Linear(64, 8))
+    model[0].weight.grad = kept = torch.ones(64, 32)
+    x = torch.randn(16, 32, requires_grad=True)
+    found = tilewright.explain(model, x, gradients=True)
+    assert x.grad is None
+    names = [g.name for g in found.groups]
+    assert any(n.startswith("forward") for n in names) and any(n.startswith("backward") for n in names), names
+    backward = next(g for g in found.groups if g.name.startswith("backward"))
+    assert backward.steps and backward.seconds > 0 and all(s.least > 0 and s.seconds > 0 for s in backward.steps), str(found)
+    assert "backward" in found.html() and "backward" not in str(tilewright.explain(model, x))
+    assert model[0].weight.grad is kept and torch.equal(kept, torch.ones(64, 32)) and model[3].weight.grad is None
+    try:
+        tilewright.explain(torch.nn.ReLU(), x.detach(), gradients=True)
+    except ValueError as error:
+        assert "gradient" in str(error)
+    else:
+        raise AssertionError("a model without gradients was explained")
+
+
 def what_cannot_be_checked_is_refused():
     x = torch.randn(2, 4)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
@@ -131,6 +151,7 @@ if __name__ == "__main__":
             a_value_in_several_shapes_is_kept_once,
             integers_divided_by_zero_raise_as_in_eager,
             pages_say_what_text_says,
+            training_steps_are_explained,
             what_cannot_be_checked_is_refused,
             verify_names_the_group_and_checks_training,
         )

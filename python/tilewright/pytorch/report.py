@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from . import backend
 from .group import Group
@@ -209,7 +210,24 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def explain(model, inputs, named, options, runs: int) -> Explanation:
+def _backward(model, inputs, results) -> None:
+    """The gradients of the mean of the results' squares, which are not kept."""
+    found = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not found:
+        raise ValueError("no result of this model has a gradient")
+    leaves = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    leaves += [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.is_leaf and t.requires_grad]
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        sum(t.float().square().mean() for t in found).backward()
+    finally:
+        for leaf, grad in zip(leaves, before):
+            leaf.grad = grad
+
+
+def explain(model, inputs, named, options, runs: int, gradients: bool = False) -> Explanation:
     """See `tilewright.explain`."""
     if not callable(model):
         raise TypeError(f"explain takes a module or a function, not {type(model).__name__}")
@@ -238,7 +256,9 @@ def explain(model, inputs, named, options, runs: int) -> Explanation:
     try:
         compiled = torch.compile(model, backend=backend.tilewright_backend, options=options)
         for _ in range(max(runs, 1) + 1):
-            compiled(*inputs, **named)
+            results = compiled(*inputs, **named)
+            if gradients:
+                _backward(model, (inputs, named), results)
         breaks = dict(torch._dynamo.utils.counters["graph_break"])
     finally:
         backend.OBSERVERS.remove(observe)
