@@ -119,6 +119,13 @@ def not_kept(graph: fx.Graph) -> None:
         views = (u for u in node.users if u.target in ONE_VIEW or u.target is aten.clone.default)
         if node not in backward and (any(u in backward for u in node.users if u.op != "output") or any(v in read for v in views)):
             read.add(node)
-            if node.target is aten.clone.default:
+            if node.target is aten.clone.default and not _of_argument(node):
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
+
+
+def _of_argument(node: fx.Node) -> bool:
+    """Whether a copy is one of an argument's elements, which may be written to before the backward graph runs."""
+    while node.target in ONE_VIEW or node.target is aten.clone.default:
+        node = node.args[0]
+    return node.op == "placeholder"
