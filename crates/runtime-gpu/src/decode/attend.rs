@@ -2,7 +2,7 @@
 //!
 //! In a [`super::DecodePlan`] two launches do it: parts of the positions, and what combines them. Here the blocks that have the parts
 //! of a head are a cluster, and combine them in shared memory; and what earlier steps left in the cache is read while the product
-//! before still runs.
+//! before still runs. That is sound because the first launch of a step (`embed`) never starts early: all of the step before is done then.
 
 use super::written::{Argument, Written, counts, number};
 use tilewright_base::{DType, Error, Result};

@@ -258,10 +258,11 @@ fn launch_all(streamed: Option<&Launch>, kernels: &[ReadyStep], stream: &Stream)
         unsafe { streamed.prepared().launch(stream)? };
     }
     for kernel in kernels {
-        // SAFETY: weights and state live as long as the decoder, which synchronises before it drops them;
-        // nobody else uses them, and always in this stream.
         match kernel {
+            // SAFETY: weights and state live as long as the decoder, which synchronises before it drops them;
+            // nobody else uses them, and always in this stream.
             ReadyStep::Bound(kernel) => unsafe { kernel.launch(stream)? },
+            // SAFETY: as above; its arguments are places of the plan's regions, which have the sizes that it was defined with.
             ReadyStep::Written(launch) => unsafe { launch.launch(stream)? },
         }
     }

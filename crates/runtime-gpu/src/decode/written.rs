@@ -9,7 +9,7 @@ use tilewright_launch::Loader;
 
 /// What a launch passes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Argument {
+pub(super) enum Argument {
     /// The address of a region.
     Region(usize),
     /// A 64-bit integer.
