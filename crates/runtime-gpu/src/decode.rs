@@ -17,13 +17,14 @@ mod host;
 mod plan;
 mod prompt;
 mod streamed;
+mod written;
 
-pub use attend::Attend;
 pub use device::{DeviceDecoder, TimedLaunch};
 pub use host::HostDecoder;
-pub use plan::{AttentionOf, DecodeOptions, DecodePlan, DecodeStep, Region};
+pub use plan::{DecodeOptions, DecodePlan, DecodeStep, Region};
 pub use prompt::PromptPlan;
 pub use streamed::Streamed;
+pub use written::Written;
 
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};

@@ -124,6 +124,13 @@ impl VectorProduct {
     /// (`crates/runtime-gpu/examples/decode_forms.rs`).
     pub fn form(&self, sms: i64) -> Form {
         let lanes = 32;
+        // Short products are over before much has been asked for: of one vector most of their weights come to shared memory while
+        // attention, or the layer before, still runs.
+        let short = self.depth <= 2048 && self.lines < 4 * self.depth && self.rows.count() == 1;
+        let fetched = match &self.ending {
+            Ending::Rotary { .. } | Ending::Plain { .. } if short => 3,
+            _ => 0,
+        };
         let (threads, mut each, mut runs) = match &self.ending {
             Ending::Rotary { .. } => (128, 2, 2),
             Ending::Gated(_) => (if self.depth <= 2048 { 256 } else { 128 }, 2, 1),
@@ -145,7 +152,7 @@ impl VectorProduct {
         while each > 1 && sums(each, runs) > MOST_SUMS {
             each /= 2;
         }
-        Form { threads, lanes, each, runs, blocks: 1, ahead: true, fetched: 0 }
+        Form { threads, lanes, each, runs, blocks: 1, ahead: true, fetched }
     }
 
     /// The kernel in the form that suits the machine.

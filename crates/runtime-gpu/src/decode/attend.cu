@@ -24,17 +24,6 @@ constexpr int MERGED = TW_WIDTH + 2;
 constexpr int OWN = SOME * TW_WIDTH / TW_PARTS;
 #define NOTHING __int_as_float((int)0xff800000)
 
-struct Attend {
-  const float* q;
-  const u16 *keys, *values;
-  float* mixed;
-  const int* at;
-  // Positions that a token sees, its own included.
-  i64 window;
-  // With log2 e.
-  float scale;
-};
-
 #if TW_HALF
 TW_INLINE float low(u32 pair) {
   float x;
@@ -53,27 +42,50 @@ TW_INLINE float exp2_of(float x) {
 }
 // What a maximum is taken off: of nothing, all factors are zero.
 TW_INLINE float base_of(float most) { return most == NOTHING ? 0.0f : most; }
-// PTX ISA, "mapa" and "st": to the same place in shared memory of another block of the cluster.
-TW_INLINE void give(const float* place, int block, float value) {
+TW_INLINE u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// PTX ISA, "mapa" and "st.async": to the same place in shared memory of another block of the cluster, whose barrier counts bytes.
+TW_INLINE void give(u32 place, u32 barrier, int block, float value, float most, float weight) {
   asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2;}" ::"r"(
-          (u32)__cvta_generic_to_shared(place)),
-      "r"(block), "f"(value)
+      "{.reg .b32 there, bar; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 bar, %1, %2;"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %5}, [bar];}" ::"r"(place),
+      "r"(barrier), "r"(block), "f"(value), "f"(most), "f"(weight)
       : "memory");
 }
+// Waits are bounded, at minutes: a fault ends the launch and not the machine.
+TW_INLINE void wait_for(u32 barrier) {
+#pragma unroll 1
+  for (u32 i = 0; i < 1u << 28; ++i) {
+    u32 done;
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(barrier)
+        : "memory");
+    if (done) return;
+  }
+  __trap();
+}
 
-extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const Attend s) {
+// A token sees `window` positions, its own included; `scale` comes with log2 e.
+extern "C" __global__ void __launch_bounds__(THREADS)
+decode_attend(const float* queries, const u16* keys, const u16* values, float* mixed, const int* live_at, i64 window, float scale) {
   __shared__ float warps[SOME][WARPS][MERGED];
-  // Of every block: value, maximum and sum for the numbers that this block finishes.
-  __shared__ float parts[3][TW_PARTS][OWN];
+  // Of every block: value, maximum and sum for the numbers that this block finishes; and what counts their bytes.
+  __shared__ float4 parts[TW_PARTS][OWN];
+  __shared__ __align__(8) unsigned long long all_parts;
   // PTX ISA, "griddepcontrol": the next kernel may start, and asks for its weights.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared(&all_parts)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(&all_parts)), "n"(TW_PARTS * OWN * 16) : "memory");
+  }
   // PTX ISA, "barrier.cluster": nobody writes to a block that has not begun.
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   const int part = blockIdx.x % TW_PARTS, set = blockIdx.x / TW_PARTS % SETS, row = blockIdx.x / TW_PARTS / SETS;
   const int head = set * SOME, sub = threadIdx.x % ALONG, group = threadIdx.x / ALONG, warp = threadIdx.x / 32;
   const i64 cache = ((i64)row * TW_KV_HEADS + head / (TW_HEADS / TW_KV_HEADS)) * TW_POSITIONS * TW_WIDTH + sub * 8;
-  const int position = *s.at, seen = position + 1, first = (int)max((i64)0, seen - s.window);
+  const int position = *live_at, seen = position + 1, first = (int)max((i64)0, seen - window);
   const int length = (seen - first + TW_PARTS - 1) / TW_PARTS;
   const int begin = first + part * length, end = min(seen, begin + length);
 
@@ -83,8 +95,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const Attend
     for (int j = 0; j < DEEP; ++j) {
       const int p = at + group + j * GROUPS;
       if (from <= p && p < to) {
-        k[j] = __ldcg((const uint4*)(s.keys + cache + (i64)p * TW_WIDTH));
-        v[j] = __ldcg((const uint4*)(s.values + cache + (i64)p * TW_WIDTH));
+        k[j] = __ldcg((const uint4*)(keys + cache + (i64)p * TW_WIDTH));
+        v[j] = __ldcg((const uint4*)(values + cache + (i64)p * TW_WIDTH));
       }
     }
   };
@@ -99,8 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const Attend
     most[e] = NOTHING;
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
-      const float4 x = __ldcg((const float4*)(s.q + ((i64)row * TW_HEADS + head + e) * TW_WIDTH + sub * 8 + i));
-      q[e][i] = x.x * s.scale, q[e][i + 1] = x.y * s.scale, q[e][i + 2] = x.z * s.scale, q[e][i + 3] = x.w * s.scale;
+      const float4 x = __ldcg((const float4*)(queries + ((i64)row * TW_HEADS + head + e) * TW_WIDTH + sub * 8 + i));
+      q[e][i] = x.x * scale, q[e][i + 1] = x.y * scale, q[e][i + 2] = x.z * scale, q[e][i + 3] = x.w * scale;
     }
   }
   // Every thread takes as many turns.
@@ -121,9 +133,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const Attend
         scores[j] = even + odd;
       }
 #pragma unroll
-      for (int o = 1; o < ALONG; o *= 2) {
+      for (int j = 0; j < DEEP; ++j) {
 #pragma unroll
-        for (int j = 0; j < DEEP; ++j) scores[j] += __shfl_xor_sync(~0u, scores[j], o);
+        for (int o = 1; o < ALONG; o *= 2) scores[j] += __shfl_xor_sync(~0u, scores[j], o);
       }
 #pragma unroll
       for (int j = 0; j < DEEP; ++j) {
@@ -184,22 +196,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_attend(const Attend
       weight = fmaf(warps[e][w][TW_WIDTH + 1], factor, weight);
       value = fmaf(warps[e][w][d], factor, value);
     }
-    give(&parts[0][part][i % OWN], i / OWN, value);
-    give(&parts[1][part][i % OWN], i / OWN, top);
-    give(&parts[2][part][i % OWN], i / OWN, weight);
+    give(shared(&parts[part][i % OWN]), shared(&all_parts), i / OWN, value, top, weight);
   }
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   for (int i = threadIdx.x; i < OWN; i += THREADS) {
+    wait_for(shared(&all_parts));
     float top = NOTHING, weight = 0, value = 0;
 #pragma unroll
-    for (int p = 0; p < TW_PARTS; ++p) top = fmaxf(top, parts[1][p][i]);
+    for (int p = 0; p < TW_PARTS; ++p) top = fmaxf(top, parts[p][i].y);
 #pragma unroll
     for (int p = 0; p < TW_PARTS; ++p) {
-      const float factor = exp2_of(parts[1][p][i] - base_of(top));
-      weight = fmaf(parts[2][p][i], factor, weight);
-      value = fmaf(parts[0][p][i], factor, value);
+      const float4 x = parts[p][i];
+      const float factor = exp2_of(x.y - base_of(top));
+      weight = fmaf(x.z, factor, weight);
+      value = fmaf(x.x, factor, value);
     }
-    __stcg(s.mixed + ((i64)row * TW_HEADS + head) * TW_WIDTH + part * OWN + i, value / weight);
+    __stcg(mixed + ((i64)row * TW_HEADS + head) * TW_WIDTH + part * OWN + i, value / weight);
   }
 }

@@ -1,12 +1,12 @@
 //! [`DeviceDecoder`]: a plan on a device.
 
-use super::attend::Attend;
 use super::prompt::Prompt;
 use super::streamed::Launch;
+use super::written::Written;
 use super::{DecodeMachine, DecodePlan, DecodeStep, Which};
 use std::sync::Arc;
 use tilewright_base::{Error, Kind, Result, ResultExt};
-use tilewright_cuda::{Buffer, GraphExec, PreparedLaunch, Stream};
+use tilewright_cuda::{Buffer, Function, GraphExec, PreparedLaunch, Stream};
 use tilewright_kernels::decode::MOST_ROWS;
 use tilewright_launch::{BoundKernel, Loader, Operand};
 
@@ -16,8 +16,7 @@ const ALIGNED: usize = 256;
 /// One launch that is ready.
 enum ReadyStep {
     Bound(BoundKernel),
-    /// Attention, which stands in for two steps.
-    Attend(PreparedLaunch),
+    Written(PreparedLaunch),
 }
 
 /// Launches that are ready.
@@ -104,14 +103,15 @@ impl DeviceDecoder {
         };
         let instead_of = plan.streamed.as_ref().filter(|_| streamed.is_some());
         let skipped = instead_of.map_or(0, |s| s.instead_of);
-        let steps = plan.token.iter().skip(skipped).chain(&plan.chunk);
-        let mut programs: Vec<_> = steps.map(|s| s.program.clone()).collect();
+        let steps = launched(&plan.token[skipped..]).chain(launched(&plan.chunk));
+        let lowered = steps.filter(|(_, written)| written.is_none());
+        let mut programs: Vec<_> = lowered.map(|(s, _)| s.program.clone()).collect();
         programs.sort_by_key(|p| Arc::as_ptr(p) as usize);
         programs.dedup_by(|a, b| Arc::ptr_eq(a, b));
         let programs: Vec<_> = programs.iter().map(|p| (**p).clone()).collect();
         this.loader.load_all(&programs).into_iter().try_for_each(|r| r.map(drop))?;
-        this.token = this.ready((streamed, plan.attend.as_ref()), &plan.token[skipped..], graphs)?;
-        this.chunk = this.ready((None, None), &plan.chunk, graphs)?;
+        this.token = this.ready(streamed, &plan.token[skipped..], graphs)?;
+        this.chunk = this.ready(None, &plan.chunk, graphs)?;
         if let Some(prompt) = &plan.prompt {
             let address = |region: usize| this.operand(region).address;
             this.prompt = Some(Prompt::new(&plan, prompt, this.loader.clone(), &address)?);
@@ -140,20 +140,27 @@ impl DeviceDecoder {
 
     fn ready(
         &mut self,
-        (streamed, attend): (Option<Launch>, Option<&Attend>),
+        streamed: Option<Launch>,
         steps: &[DecodeStep],
         graphs: bool,
     ) -> Result<Ready> {
         let mut kernels = Vec::new();
-        let attend = attend.map(|a| Ok((a, a.function(&self.loader)?))).transpose();
-        let attend = attend.context(|| "attention of a step".into())?;
-        let mut steps = steps.iter();
-        while let Some(step) = steps.next() {
-            if let (Some((attend, function)), Some(of)) = (&attend, &step.attention) {
-                let address = |region: usize| self.operand(region).address;
-                let launch = attend.prepare(function, (step, of), &address);
-                kernels.push(ReadyStep::Attend(launch.context(|| step.label.clone())?));
-                steps.next();
+        let mut known: Vec<(&Written, Function)> = Vec::new();
+        let address = |region: usize| self.operand(region).address;
+        for (step, written) in launched(steps) {
+            if let Some(written) = written {
+                let found = known.iter().find(|(w, _)| w.same_kernel(written));
+                let function = match found {
+                    Some((_, function)) => function.clone(),
+                    None => {
+                        let function = written.function(&self.loader);
+                        let function = function.context(|| step.label.clone())?;
+                        known.push((written, function.clone()));
+                        function
+                    }
+                };
+                let launch = written.prepare(&function, &address);
+                kernels.push(ReadyStep::Written(launch.context(|| step.label.clone())?));
                 continue;
             }
             let operands: Vec<Operand> = step.operands.iter().map(|&r| self.operand(r)).collect();
@@ -204,20 +211,12 @@ impl DeviceDecoder {
                 schedule: streamed.schedule(),
             });
         }
-        let mut steps = steps.iter();
-        while let Some(s) = steps.next() {
-            let mut schedule = s.schedule.clone();
-            if let (Some(attend), Some(_)) = (&self.plan.attend, &s.attention) {
-                schedule = attend.schedule();
-                steps.next();
-            }
-            all.push(TimedLaunch {
-                label: s.label.clone(),
-                weight_bytes: s.weight_bytes,
-                cache_bytes: s.cache_bytes,
-                schedule,
-            });
-        }
+        all.extend(launched(steps).map(|(s, written)| TimedLaunch {
+            label: s.label.clone(),
+            weight_bytes: s.weight_bytes,
+            cache_bytes: s.cache_bytes,
+            schedule: written.map_or(&s.schedule, |w| &w.schedule).clone(),
+        }));
         all
     }
 
@@ -243,17 +242,28 @@ impl DeviceDecoder {
     }
 }
 
+/// What is launched for these steps: each, or what stands in for it and perhaps for those behind it.
+fn launched(steps: &[DecodeStep]) -> impl Iterator<Item = (&DecodeStep, Option<&Written>)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let step = steps.get(at)?;
+        at += step.written.as_ref().map_or(1, |w| w.stands_for);
+        Some((step, step.written.as_ref()))
+    })
+}
+
 fn launch_all(streamed: Option<&Launch>, kernels: &[ReadyStep], stream: &Stream) -> Result<()> {
     if let Some(streamed) = streamed {
         // SAFETY: as below; the launch owns its tables, and `DeviceDecoder::streamed` has zeroed what must be zero.
         unsafe { streamed.prepared().launch(stream)? };
     }
     for kernel in kernels {
-        // SAFETY: weights and state live as long as the decoder, which synchronises before it drops them;
-        // nobody else uses them, and always in this stream.
         match kernel {
+            // SAFETY: weights and state live as long as the decoder, which synchronises before it drops them;
+            // nobody else uses them, and always in this stream.
             ReadyStep::Bound(kernel) => unsafe { kernel.launch(stream)? },
-            ReadyStep::Attend(launch) => unsafe { launch.launch(stream)? },
+            // SAFETY: as above; its arguments are places of the plan's regions, which have the sizes that it was defined with.
+            ReadyStep::Written(launch) => unsafe { launch.launch(stream)? },
         }
     }
     Ok(())

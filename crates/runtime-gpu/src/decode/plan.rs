@@ -1,7 +1,8 @@
 //! [`DecodePlan`]: regions of memory and the launches of a step.
 
-use super::attend::Attend;
+use super::attend::attend;
 use super::streamed::{self, Known, Streamed};
+use super::written::Written;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Result};
@@ -92,19 +93,8 @@ pub struct DecodeStep {
     pub cache_bytes: u64,
     /// Its schedule, for people.
     pub schedule: String,
-    /// Of attention, whose parts the next launch combines.
-    pub attention: Option<AttentionOf>,
-}
-
-/// What the operands of a step's attention do not say.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AttentionOf {
-    /// The region to which the combined parts go.
-    pub mixed: usize,
-    /// Positions that a token sees, its own included; all when it is none.
-    pub window: Option<i64>,
-    /// Factor of the scores.
-    pub scale: f64,
+    /// What devices launch instead, perhaps instead of the next step, too.
+    pub written: Option<Written>,
 }
 
 /// Memory and launches of a step.
@@ -128,8 +118,6 @@ pub struct DecodePlan {
     pub prompt: Option<super::PromptPlan>,
     /// What devices launch instead of the first steps of `token`, if it takes the model.
     pub streamed: Option<Streamed>,
-    /// What devices launch in `token` instead of attention and what combines its parts, if it takes the model.
-    pub attend: Option<Attend>,
     /// Keys and values of each layer.
     pub(super) caches: Vec<[usize; 2]>,
     /// Puts keys or values of a prompt into the cache.
@@ -345,7 +333,7 @@ impl Steps<'_> {
             weight_bytes,
             cache_bytes: cache_bytes.unsigned_abs(),
             schedule,
-            attention: None,
+            written: None,
         });
         Ok(())
     }
@@ -544,8 +532,7 @@ impl DecodePlan {
                 let operands = vec![work.q, l.keys, l.values, p, m, s];
                 steps.launch(&label("attention"), &|| attention.partial(arch), operands, cache)?;
                 if let Some(step) = steps.out.last_mut() {
-                    let (window, scale) = kinds[l.attention];
-                    step.attention = Some(AttentionOf { mixed: work.mixed, window, scale });
+                    step.written = attend(&attention, gpu, &step.operands, work.mixed)?;
                 }
                 let operands = vec![p, m, s, work.mixed];
                 steps.launch(&label("combine"), &|| attention.combine(arch), operands, 0)?;
@@ -653,7 +640,6 @@ impl DecodePlan {
             chunk,
             prompt: None,
             streamed,
-            attend: Attend::of(decoder, gpu, (batch, positions), stored),
             caches: layers.iter().map(|l| [l.keys, l.values]).collect(),
             keep: lower(&kept.kernel, &kept.schedule)?,
             at,

@@ -476,6 +476,29 @@ mod tests {
     }
 
     #[test]
+    fn attention_by_hand_stands_in_for_two_steps_behind_a_first_one_that_waits_for_all() {
+        let plan = plan(&decoder(), 1, 64).unwrap();
+        let waits = |i: usize| {
+            let mut all = plan.token[i].program.roles.iter().flat_map(|r| &r.body);
+            all.any(|s| matches!(s, tilewright_device::Stmt::GridWait))
+        };
+        // Attention reads what earlier steps wrote before its turn.
+        assert!(!waits(0) && waits(1));
+        let labels: Vec<&str> = plan.token.iter().map(|s| &*s.label).collect();
+        let by_hand = |i: &usize| plan.token[*i].written.is_some();
+        let by_hand: Vec<usize> = (0..labels.len()).filter(by_hand).collect();
+        assert_eq!(by_hand.len(), 2);
+        for i in by_hand {
+            assert_eq!(labels[i..i + 2], ["attention", "combine"]);
+            let launch = plan.token[i].written.as_ref().unwrap();
+            assert_eq!(launch.stands_for, 2);
+            let mixed = plan.token[i + 1].operands[3];
+            assert_eq!(launch.arguments[3], super::super::written::Argument::Region(mixed));
+        }
+        assert!(plan.chunk.iter().all(|s| s.written.is_none()));
+    }
+
+    #[test]
     fn other_decoders_keep_to_launches() {
         let takes = |change: &dyn Fn(&mut Decoder), batch, positions| {
             let mut d = decoder();
