@@ -19,6 +19,7 @@ mod lines;
 mod memory;
 mod products;
 mod reduce;
+mod row_sums;
 mod stmts;
 mod tensor_cores;
 mod walk;
