@@ -80,7 +80,6 @@ template <int ROWS, int COLS, int LANES, int VECTOR, int THREADS> struct LineSpr
   // Where register 0 is, and how far register i is from it: a constant, so that addresses are one base and offsets.
   static TW_INLINE int row0() { return me() / LANES; }
   static TW_INLINE int col0() { return me() % LANES * VECTOR; }
-  static constexpr int LAST_COL0 = (LANES - 1) * VECTOR;
   static TW_INLINE constexpr int row_step(int i) { return i / EACH * LINES; }
   static TW_INLINE constexpr int col_step(int i) { return i % EACH / VECTOR * (LANES * VECTOR) + i % VECTOR; }
   static TW_INLINE int row(int i) { return row_step(i) + row0(); }

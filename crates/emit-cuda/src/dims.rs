@@ -8,17 +8,9 @@ use tilewright_layout::{Atom, Dim, Range};
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Scope {
     names: BTreeMap<Arc<str>, (String, Range)>,
-    /// Remainders by powers of two are taken by their bits, so that the compiler sees what they may be: it does not know that
-    /// sizes and counts are not negative, and of `%` it thinks that the result may be.
-    masks: bool,
 }
 
 impl Scope {
-    /// No names yet; whether remainders are taken by bits.
-    pub(crate) fn new(masks: bool) -> Scope {
-        Scope { names: BTreeMap::new(), masks }
-    }
-
     /// Binds a symbol.
     pub(crate) fn bind(&mut self, name: &Arc<str>, text: String, range: Range) {
         self.names.insert(name.clone(), (text, range));
@@ -77,12 +69,6 @@ impl Scope {
             Atom::FloorDiv(a, b) | Atom::Mod(a, b) => {
                 let (x, y) = (self.print(a, wide), self.print(b, wide));
                 let division = matches!(atom, Atom::FloorDiv(..));
-                if let (false, true, Some(n)) = (division, self.masks, b.as_const())
-                    && n > 0
-                    && n & (n - 1) == 0
-                {
-                    return format!("({x} & {})", n - 1);
-                }
                 if self.bounds(a).min >= 0 {
                     format!("({x} {} {y})", if division { "/" } else { "%" })
                 } else {

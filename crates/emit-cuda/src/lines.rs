@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tilewright_base::{Error, Result};
 use tilewright_device::{Extent, Frag, FragRef, ShelfRef, Spread, Stmt};
 use tilewright_expr::Value;
-use tilewright_layout::{Dim, Range};
+use tilewright_layout::Dim;
 use tilewright_tile::ParamId;
 
 /// Where the elements of a fragment lie in a tensor.
@@ -44,27 +44,13 @@ struct Along {
     others: String,
     here: String,
     extent: String,
-    /// What the column of register 0 of the first thread is at least and at most.
-    range: Range,
 }
 
 impl Along {
     /// That all of a run is there, and that some of it is.
     fn tests(&self, vector: u32) -> (String, String) {
-        let Along { others, here, extent, range } = self;
-        let (mut begun, mut there) =
-            (format!("{here} >= 0"), format!("{here} + {vector} <= {extent}"));
-        // Most registers are between the ends of a line whoever asks: constants, and no test is left.
-        if range.min > i64::from(i32::MIN) {
-            begun = format!("(spread_t::col_step(i) >= {} || {begun})", -range.min);
-        }
-        if range.max < i64::from(i32::MAX) {
-            let most = range.max + i64::from(vector);
-            there = format!(
-                "(spread_t::col_step(i) + spread_t::LAST_COL0 + {most} <= {extent} || {there})"
-            );
-        }
-        let whole = format!("{begun} && {there}");
+        let Along { others, here, extent } = self;
+        let whole = format!("{here} >= 0 && {here} + {vector} <= {extent}");
         let edge = format!("{others} && {here} > -{vector} && {here} < {extent} && !({whole})");
         (format!("{others} && {whole}"), edge)
     }
@@ -76,30 +62,6 @@ fn times(text: &str, step: i64) -> String {
 }
 
 impl Printer<'_> {
-    /// What the compiler does not see of columns that are numbers: where those of register `i` are at least and at most.
-    pub(crate) fn columns_are_between(&mut self, register: &str, frag: &FragRef, start: &Dim) {
-        let of = &self.program.frags[frag.frag];
-        let lines = matches!(of.spread, Spread::Lines { .. }) && of.extent != Extent::PerRow;
-        let range = self.scope.bounds(start);
-        let known = range.min > i64::from(i32::MIN) && range.max < i64::from(i32::MAX);
-        if !(self.program.ragged && lines && known) {
-            return;
-        }
-        let spread = Self::spread(of, self.cols(frag));
-        let count = Self::count(of, self.cols(frag));
-        self.line("#pragma unroll");
-        self.line(&format!("for (int i = 0; i < {count}; ++i) {{"));
-        self.line(&format!(
-            "  __builtin_assume({register} >= {spread}::col_step(i) + {});",
-            range.min
-        ));
-        self.line(&format!(
-            "  __builtin_assume({register} <= {spread}::col_step(i) + {spread}::LAST_COL0 + {});",
-            range.max
-        ));
-        self.line("}");
-    }
-
     /// Whether coordinates depend on the item of the grid: on what the program names once.
     fn follows_item(&self, at: &[Dim]) -> bool {
         let mut symbols = BTreeSet::new();
@@ -180,7 +142,7 @@ impl Printer<'_> {
             }
             let extent = self.scope.text(&a.extent);
             if self.program.ragged && axes.1 == Some(axis) && part.is_some() && a.stride.is(1) {
-                along = Some((here.clone(), extent.clone(), self.scope.bounds(coordinate)));
+                along = Some((here.clone(), extent.clone()));
             }
             let mut tests = vec![format!("{here} < {extent}")];
             if self.scope.bounds(coordinate).min < 0 {
@@ -198,8 +160,7 @@ impl Printer<'_> {
             true => "true".to_owned(),
             false => tests.join(" && "),
         };
-        let along = along
-            .map(|(here, extent, range)| Along { others: all(&inside), here, extent, range });
+        let along = along.map(|(here, extent)| Along { others: all(&inside), here, extent });
         inside.extend(of_columns);
         Ok(Place { lets, inside: all(&inside), along, pointer: format!("first_at{offset}") })
     }

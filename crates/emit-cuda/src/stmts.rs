@@ -94,7 +94,7 @@ impl<'a> Printer<'a> {
                 start
             })
             .collect();
-        let mut scope = Scope::new(program.ragged);
+        let mut scope = Scope::default();
         for symbol in &program.symbols {
             let range = Range { min: symbol.range.min, max: symbol.range.max };
             scope.bind(&symbol.name, symbol.name.to_string(), range);
@@ -932,15 +932,12 @@ impl<'a> Printer<'a> {
                     (Extent::PerCol, 1) => format!(" + {spread}::col_of(i)"),
                     _ => String::new(),
                 };
-                let text = self.scope.text(start);
+                let start = self.scope.text(start);
                 let held = memory_type(frag.dtype);
                 self.line("#pragma unroll");
                 self.line(&format!(
-                    "for (int i = 0; i < {count}; ++i) {register} = (tw::value<{held}>)({text}{at});"
+                    "for (int i = 0; i < {count}; ++i) {register} = (tw::value<{held}>)({start}{at});"
                 ));
-                if *axis == 1 {
-                    self.columns_are_between(&register, dst, start);
-                }
             }
             Stmt::Reduce { dst, kind, src, accumulate } => {
                 self.reduce(dst, *kind, src, *accumulate)?

@@ -69,11 +69,6 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
     let pieces = number("pieces")? == Some(1);
     let row = |op| {
         let spec = RowSpec { op, dtype, residual };
-        if let Some(fetched) = number("turned").ok().flatten() {
-            let form = |key: &str, or: u32| i64::from(number(key).ok().flatten().unwrap_or(or));
-            let knobs = (form("lanes", 32), form("blocks", 8), fetched);
-            return spec.turned("kernel", arch, &size, knobs);
-        }
         if number("whole").ok().flatten() == Some(1) {
             let kernel = spec.program("kernel", true);
             let schedule = GpuSchedule::lines_for(&kernel, arch, &size)?;
@@ -233,7 +228,7 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
                 "pin" => {
                     schedule.sizes.insert("N".into(), sizes["N"]);
                 }
-                "deep" | "each" | "runs" | "vectors" | "turned" | "parts" => {}
+                "deep" | "each" | "runs" | "vectors" | "parts" => {}
                 _ => return Err(format!("unknown key {key}")),
             }
         }

@@ -20,6 +20,8 @@ const IN_FLIGHT: i64 = 4;
 const BLOCKS: i64 = 264;
 /// Elements of one row that a thread keeps.
 const KEEP: i64 = 32;
+/// The same of rows that fit their tile better so.
+const TIGHT_EACH: i64 = 40;
 /// Bytes under way on a multiprocessor that memory needs to be busy.
 const ENOUGH_BYTES: i64 = 64 << 10;
 /// Operations of a map that 32 registers have room for.
@@ -467,7 +469,24 @@ impl Picker<'_> {
         let threads = lanes.max(64);
         let wide = self.spread_rows(Choice { threads, lanes, rows_each: 1, runs_each, cluster });
         let better = halves || self.under_way(wide) >= self.under_way(choice);
-        Some(if better { wide } else { choice })
+        let found = if better { wide } else { choice };
+        Some(self.tight(found).unwrap_or(found))
+    }
+
+    /// Rows of whole units in tiles that are hardly longer than they are, where those of a choice are longer by more than an
+    /// eighth: what lies behind a row takes registers and instructions as its elements do.
+    fn tight(&self, than: Choice) -> Option<Choice> {
+        let s = &self.s;
+        let loose = than.lanes * than.runs_each * 8 > self.runs * 9;
+        if !loose || s.aligned < s.vector || than.cluster > 1 {
+            return None;
+        }
+        let most = TIGHT_EACH / s.vector;
+        let forms = (5..=8).map(|n| 1i64 << n).map(|lanes| (up(self.runs, lanes), lanes));
+        let (runs_each, lanes) = forms
+            .filter(|(each, lanes)| *each <= most && each * lanes < than.runs_each * than.lanes)
+            .min_by_key(|(each, lanes)| (each * lanes, *each))?;
+        Some(Choice { threads: lanes.max(64), lanes, rows_each: 1, runs_each, cluster: 1 })
     }
 
     /// Bytes of whole rows that the blocks of a multiprocessor have under way, up to what memory needs.
@@ -848,9 +867,11 @@ impl Picker<'_> {
             };
             schedule.tiles.insert(name.clone(), extent);
         }
-        // Where a tile is as long as the rows, nothing lies behind them: no element is asked whether it does.
+        // Where a tile is as long as the rows, nothing lies behind them: no element is asked whether it does. Of those that are read one
+        // by one, only the last ones are asked when the length is a number: a third fewer instructions.
         if s.whole && s.reduces == Some(Direction::Col) {
-            let full = s.col_sizes.iter().filter(|(_, extent)| **extent == cols);
+            let single = schedule.vector == 1 && s.vector > 1 && choice.cluster == 1;
+            let full = s.col_sizes.iter().filter(|(_, extent)| **extent == cols || single);
             schedule.sizes = full.map(|(name, extent)| (name.clone(), *extent)).collect();
         }
         schedule

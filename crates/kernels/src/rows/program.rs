@@ -108,8 +108,6 @@ struct Rows<'a> {
     row0: Dim,
     begin: Begin,
     loops: usize,
-    /// Vectors along the columns that all turns have in common.
-    common: Option<Vec<TileId>>,
 }
 
 /// Units of memory that tiles begin with, in elements, and by how many elements more than whole units rows lie apart. A
@@ -423,23 +421,15 @@ impl Rows<'_> {
         }
     }
 
-    /// Scale and shift from column `col` on, those that there are.
-    fn vectors(&mut self, col: &Dim) -> Vec<TileId> {
-        let params = [self.scale, self.shift].into_iter().flatten();
-        let bn = &self.bn;
-        params.map(|p| self.k.load(p, vec![col.clone()], vec![bn.clone()])).collect()
-    }
-
     /// Stores `last(x, stats..., scale, shift)` from column `col` on.
     fn finish_piece(&mut self, last: &Func, x: TileId, stats: &[TileId], col: &Dim) {
         let col = self.begin.at(col);
         let mut args = vec![self.k.plain(x)];
         args.extend(stats.iter().map(|s| along(*s, 0)));
-        let vectors = match &self.common {
-            Some(common) => common.clone(),
-            None => self.vectors(&col),
-        };
-        args.extend(vectors.into_iter().map(|v| along(v, 1)));
+        for p in [self.scale, self.shift].into_iter().flatten() {
+            let v = self.k.load(p, vec![col.clone()], vec![self.bn.clone()]);
+            args.push(along(v, 1));
+        }
         let shape = self.shape();
         let y = self.k.map(last.clone(), args, shape);
         self.k.store(self.y, vec![self.row0.clone(), col], y);
@@ -465,10 +455,6 @@ impl RowSpec {
 
     /// The program whose tiles begin at units of memory; `ldx` and `ldy` are the same then.
     fn program_in_units(&self, name: &str, whole: bool, units: Units) -> Kernel {
-        self.program_of(name, whole, units, false)
-    }
-
-    fn program_of(&self, name: &str, whole: bool, units: Units, in_turns: bool) -> Kernel {
         let mut k = KernelBuilder::new(name);
         sizes(&mut k, &["M", "N", "ldx", "ldy"]);
         let (bm, bn) = (k.tile("BM"), k.tile("BN"));
@@ -482,92 +468,13 @@ impl RowSpec {
         let h =
             self.residual.then(|| k.param("H", self.dtype, lines("M", "N", "ldx"), Access::Out));
         let y = k.param("Y", self.dtype, lines("M", "N", "ldy"), Access::Out);
-        let common = None;
-        if in_turns {
-            // All rows of a block begin equally far behind a unit, for `BP` is a multiple of it.
-            let bp = k.tile("BP");
-            let part = k.grid("part", bp.clone());
-            let begin = Begin::new(&part, units);
-            let mut rows = Rows {
-                spec: self,
-                k,
-                x,
-                r,
-                h,
-                y,
-                scale,
-                shift,
-                bm: bm.clone(),
-                bn,
-                row0: Dim::new(0),
-                begin,
-                loops: 0,
-                common,
-            };
-            let first = rows.begin.at(&Dim::new(0));
-            rows.common = Some(rows.vectors(&first));
-            let turns = Dim::sym("M").ceil_div(&(&bp * &bm));
-            let (turn, _) = rows.k.begin_for("turn", Dim::new(0), turns, &[]);
-            rows.row0 = (turn * &bp + part) * &bm;
-            rows.body(true);
-            rows.k.end_for(&[]);
-            return rows.k.finish();
-        }
         let pm = k.grid("pm", Dim::sym("M").ceil_div(&bm));
         let row0 = pm * &bm;
         let begin = Begin::new(&row0, units);
         let mut rows =
-            Rows { spec: self, k, x, r, h, y, scale, shift, bm, bn, row0, begin, loops: 0, common };
+            Rows { spec: self, k, x, r, h, y, scale, shift, bm, bn, row0, begin, loops: 0 };
         rows.body(whole);
         rows.k.finish()
-    }
-
-    /// Experiment.
-    pub fn turned(
-        &self,
-        name: &str,
-        arch: Arch,
-        size: &dyn Fn(&str) -> Option<i64>,
-        (lanes, blocks, fetched): (i64, i64, u32),
-    ) -> Result<(Kernel, GpuSchedule)> {
-        let need =
-            |name: &str| size(name).ok_or_else(|| Error::bug(format!("{name} has no value")));
-        let (n, ld) = (need("N")?, need("ldx")?);
-        let unit = i64::from(128 / self.dtype.bits());
-        let rest = ld % unit;
-        let ragged = n % unit != 0 || rest != 0;
-        let before = if rest == 0 { 0 } else { unit - 1 };
-        let units = if ragged { Units { unit, rest } } else { Units::ROWS };
-        let kernel = self.program_of(name, true, units, true);
-        let each = up(up(n + before, unit), lanes) * unit;
-        let cols = each * lanes;
-        let threads = if ragged { lanes } else { lanes.max(64) };
-        let bm = threads / lanes;
-        let parts = (132 * blocks) / unit * unit;
-        let mut schedule = GpuSchedule::hopper(&[("BM", bm), ("BN", cols), ("BP", parts)]);
-        schedule.arch = arch;
-        schedule.persistent = false;
-        schedule.vector = unit as u32;
-        schedule.blocks_per_sm = blocks as u32;
-        schedule.lines = tilewright_lower_gpu::LinesKnobs {
-            threads: threads as u32,
-            lanes: lanes as u32,
-            vector: unit as u32,
-            early: true,
-            ahead: false,
-            kept: 0,
-            fetched,
-            streams: false,
-            ragged,
-        };
-        if ragged {
-            schedule.sizes.insert("ldx".into(), ld);
-            schedule.sizes.insert("ldy".into(), need("ldy")?);
-        }
-        if ragged || cols == n {
-            schedule.sizes.insert("N".into(), n);
-        }
-        Ok((kernel, schedule))
     }
 
     /// The program and schedule for these sizes.
