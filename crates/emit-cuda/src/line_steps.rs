@@ -117,7 +117,9 @@ impl Printer<'_> {
         self.line(&format!(
             "    tw::value<{held}> x = tw::fold_column<{spread}>({from}, j, combine);"
         ));
-        self.line(&format!("    x = tw::across_column<{lanes}, {threads}>(x, {scratch}, combine);"));
+        self.line(&format!(
+            "    x = tw::across_column<{lanes}, {threads}>(x, {scratch}, combine);"
+        ));
         self.line(&put(&to, accumulate));
         self.line("  }");
         self.line("}");

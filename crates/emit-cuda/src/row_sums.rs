@@ -64,8 +64,8 @@ impl Around {
         let (mut groups, mut at) = (0, 0);
         while at < body.len() {
             let n = together(program, &body[at..]);
-            let meets = n > 0
-                && row_sum(program, &body[at]).is_some_and(|(_, lanes, _)| lanes > 32);
+            let meets =
+                n > 0 && row_sum(program, &body[at]).is_some_and(|(_, lanes, _)| lanes > 32);
             groups += usize::from(meets);
             at += n.max(1);
         }
@@ -76,8 +76,7 @@ impl Around {
 impl Printer<'_> {
     /// What a thread has of its row `j`, as a statement that declares `x`.
     fn folded(&self, sum: &RowSum<'_>, spread: &str, held: &str) -> String {
-        let products =
-            self.products.of(sum.src.frag).filter(|_| sum.kind == ReduceKind::Sum);
+        let products = self.products.of(sum.src.frag).filter(|_| sum.kind == ReduceKind::Sum);
         let Some([a, b]) = products else {
             let from = self.frag_name(sum.src.frag);
             return format!("tw::value<{held}> x = tw::fold_row<{spread}>({from}, j, combine);");
@@ -90,11 +89,7 @@ impl Printer<'_> {
             };
             format!("[&](int k) {{ return {}[{at}]; }}", self.frag_name(f))
         };
-        format!(
-            "float x = tw::fold_products<{spread}::EACH>({}, {});",
-            factor(a),
-            factor(b)
-        )
+        format!("float x = tw::fold_products<{spread}::EACH>({}, {});", factor(a), factor(b))
     }
 
     /// Prints steps, reductions of rows that meet together as one.

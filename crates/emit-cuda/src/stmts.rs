@@ -6,10 +6,10 @@
 //! adds `_` to one-letter names.
 
 use crate::dims::Scope;
-use crate::row_sums::Around;
 use crate::funcs::Funcs;
 use crate::hits::columns;
 use crate::products::{Products, unread};
+use crate::row_sums::Around;
 use crate::walk::{names_of_integers, stmt_names, visit};
 use crate::{Argument, memory_type};
 use std::collections::{BTreeMap, BTreeSet};
@@ -697,10 +697,8 @@ impl<'a> Printer<'a> {
                 self.line("#pragma unroll 1");
                 self.loops += 1;
                 let turn = (self.loops == 1 && step.is(1)).then(|| var.clone());
-                let outer = std::mem::replace(
-                    &mut self.around,
-                    Around::of(self.program, body, turn),
-                );
+                let outer =
+                    std::mem::replace(&mut self.around, Around::of(self.program, body, turn));
                 let done = self.braced(
                     &format!("for (int {var} = {lo_text}; {var} < {hi_text}; {next})"),
                     body,
