@@ -39,21 +39,21 @@ template <int COUNT, typename A, typename B> TW_INLINE float fold_products(A a, 
   return in_chains<CHAINS>([&](int k) { return c[k]; }, [](float x, float y) { return x + y; });
 }
 
-// What the warps of a block have for rows of several of them: all meet, and find it in `scratch`, 32 places for each value.
-// BEFORE: somebody may still read there.
-template <bool BEFORE, typename T, int COUNT> TW_INLINE void meet_with(const T (&warp)[COUNT], T* scratch) {
-  if constexpr (BEFORE) __syncthreads();
-  if (lane() == 0) {
-#pragma unroll
-    for (int k = 0; k < COUNT; ++k) scratch[k * 32 + (int)(threadIdx.x / 32u)] = warp[k];
+// Combines a row's values over its LANES threads. Rows of several warps go through `scratch` (one element a warp);
+// FIRST: nobody has used it before.
+template <int LANES, bool FIRST, typename T, typename F> TW_INLINE T across_row(T x, T* scratch, F combine) {
+  if constexpr (LANES <= 32) {
+    return across_lanes<LANES>(x, combine);
+  } else {
+    constexpr int WARPS = LANES / 32;
+    x = across_lanes<32>(x, combine);
+    const int w = (int)(threadIdx.x / 32u);
+    if constexpr (!FIRST) __syncthreads();
+    if (lane() == 0) scratch[w] = x;
+    __syncthreads();
+    const T* row = scratch + w / WARPS * WARPS;
+    return in_chains<WARPS>([&](int k) { return row[k]; }, combine);
   }
-  __syncthreads();
-}
-// The warps' values of this thread's row of LANES threads combined.
-template <int LANES, typename T, typename F> TW_INLINE T of_warps(const T* scratch, F combine) {
-  constexpr int WARPS = LANES / 32;
-  const T* row = scratch + (int)(threadIdx.x / 32u) / WARPS * WARPS;
-  return in_chains<WARPS>([&](int k) { return row[k]; }, combine);
 }
 
 // Combines a column's values over the threads that hold it: those with the same place along the row.

@@ -19,7 +19,6 @@ mod lines;
 mod memory;
 mod products;
 mod reduce;
-mod row_sums;
 mod stmts;
 mod tensor_cores;
 mod walk;

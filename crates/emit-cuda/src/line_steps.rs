@@ -10,20 +10,12 @@ use crate::reduce::combination;
 use crate::stmts::{Printer, constant};
 use crate::walk::visit;
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::{Extent, FragRef, LineStep, Spread, Stmt};
+use tilewright_device::{Extent, FragId, FragRef, LineStep, Spread, Stmt};
 use tilewright_layout::Dim;
 use tilewright_tile::{ParamId, ReduceKind};
 
 /// Shared memory that a kernel may declare without asking for more.
 const STATIC_SMEM_BYTES: u32 = 48 << 10;
-
-/// Keeps `x` as the result of line `j`.
-pub(crate) fn put(to: &str, accumulate: bool) -> String {
-    match accumulate {
-        true => format!("    {to}[j] = combine({to}[j], x);"),
-        false => format!("    {to}[j] = x;"),
-    }
-}
 
 impl Printer<'_> {
     /// What line steps share, declared where the kernel starts.
@@ -84,14 +76,14 @@ impl Printer<'_> {
         Ok(())
     }
 
-    pub(crate) fn combine_line(&mut self, held: &str, combine: &str) {
+    fn combine_line(&mut self, held: &str, combine: &str) {
         self.line(&format!(
             "  const auto combine = [](tw::value<{held}> x, tw::value<{held}> y) -> tw::value<{held}> {{ return {combine}; }};"
         ));
     }
 
-    /// A reduction of a tile to one value per column.
-    pub(crate) fn reduce_columns(
+    /// A reduction of a tile to one value per row, or per column.
+    pub(crate) fn reduce_lines(
         &mut self,
         dst: &FragRef,
         src: &FragRef,
@@ -99,28 +91,65 @@ impl Printer<'_> {
         kind: ReduceKind,
         accumulate: bool,
     ) -> Result<()> {
+        let combine = combination(kind);
         let (d, s) = (&self.program.frags[dst.frag], &self.program.frags[src.frag]);
-        if d.extent != Extent::PerCol {
-            return Err(Error::bug("a reduction to a tile"));
-        }
         let (spread, held) = (Self::spread(s, s.cols), memory_type(d.dtype));
+        let by_row = match d.extent {
+            Extent::PerRow => true,
+            Extent::PerCol => false,
+            Extent::Tile => return Err(Error::bug("a reduction to a tile")),
+        };
         let (to, from) = (self.frag_name(dst.frag), self.frag_name(src.frag));
-        let several = threads / lanes.max(32) > 1;
+        let each = d.rows / (threads / lanes);
         self.line("{");
-        if several {
-            self.line(&format!("  __shared__ tw::value<{held}> scratch[{threads}];"));
-        }
-        let scratch = if several { "scratch" } else { "(decltype(x)*)nullptr" };
-        self.combine_line(held, combination(kind));
+        let (count, across) = if by_row {
+            if lanes > 32 {
+                self.line(&format!("  __shared__ tw::value<{held}> scratch[32];"));
+            }
+            let first = self.loops == 0 && each == 1;
+            let scratch = if lanes > 32 { "scratch" } else { "(decltype(x)*)nullptr" };
+            let across = format!("tw::across_row<{lanes}, {first}>(x, {scratch}, combine)");
+            ("PER_ROW", across)
+        } else {
+            let several = threads / lanes.max(32) > 1;
+            if several {
+                self.line(&format!("  __shared__ tw::value<{held}> scratch[{threads}];"));
+            }
+            let scratch = if several { "scratch" } else { "(decltype(x)*)nullptr" };
+            let across = format!("tw::across_column<{lanes}, {threads}>(x, {scratch}, combine)");
+            ("PER_COL", across)
+        };
+        let fold = if by_row { "fold_row" } else { "fold_column" };
+        self.combine_line(held, combine);
         self.line("#pragma unroll");
-        self.line(&format!("  for (int j = 0; j < {spread}::PER_COL; ++j) {{"));
-        self.line(&format!(
-            "    tw::value<{held}> x = tw::fold_column<{spread}>({from}, j, combine);"
-        ));
-        self.line(&format!(
-            "    x = tw::across_column<{lanes}, {threads}>(x, {scratch}, combine);"
-        ));
-        self.line(&put(&to, accumulate));
+        self.line(&format!("  for (int j = 0; j < {spread}::{count}; ++j) {{"));
+        let products = self.products.of(src.frag).filter(|_| by_row && kind == ReduceKind::Sum);
+        match products {
+            Some([a, b]) => {
+                let factor = |f: FragId| {
+                    let at = match self.program.frags[f].extent {
+                        Extent::Tile => format!("j * {spread}::EACH + k"),
+                        Extent::PerCol => "k".to_owned(),
+                        Extent::PerRow => "j".to_owned(),
+                    };
+                    format!("[&](int k) {{ return {}[{at}]; }}", self.frag_name(f))
+                };
+                let text = format!(
+                    "    float x = tw::fold_products<{spread}::EACH>({}, {});",
+                    factor(a),
+                    factor(b)
+                );
+                self.line(&text);
+            }
+            None => self.line(&format!(
+                "    tw::value<{held}> x = tw::{fold}<{spread}>({from}, j, combine);"
+            )),
+        }
+        self.line(&format!("    x = {across};"));
+        match accumulate {
+            true => self.line(&format!("    {to}[j] = combine({to}[j], x);")),
+            false => self.line(&format!("    {to}[j] = x;")),
+        }
         self.line("  }");
         self.line("}");
         Ok(())

@@ -22,7 +22,7 @@ impl Printer<'_> {
         let combine = combination(kind);
         self.needs_helpers();
         if let Spread::Lines { lanes, threads, .. } = s.spread {
-            return self.reduce_columns(dst, src, (lanes, threads), kind, accumulate);
+            return self.reduce_lines(dst, src, (lanes, threads), kind, accumulate);
         }
         if d.extent != Extent::PerRow || s.extent != Extent::Tile {
             return Err(Error::unsupported("reduction over rows of a fragment"));

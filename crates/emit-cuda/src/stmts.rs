@@ -9,7 +9,6 @@ use crate::dims::Scope;
 use crate::funcs::Funcs;
 use crate::hits::columns;
 use crate::products::{Products, unread};
-use crate::row_sums::Around;
 use crate::walk::{names_of_integers, stmt_names, visit};
 use crate::{Argument, memory_type};
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,7 +28,6 @@ use tilewright_tile::{Compare, ParamId};
 pub(crate) struct Printer<'a> {
     pub(crate) program: &'a Program,
     pub(crate) scope: Scope,
-    pub(crate) around: Around,
     funcs: Funcs,
     defines: BTreeSet<String>,
     pub(crate) pointers: BTreeSet<ParamId>,
@@ -128,7 +126,6 @@ impl<'a> Printer<'a> {
             indent: 1,
             role: None,
             loops: 0,
-            around: Around::default(),
             exchanges: 0,
             once: false,
             smem_offsets,
@@ -569,7 +566,9 @@ impl<'a> Printer<'a> {
 
     fn block(&mut self, stmts: &[Stmt]) -> Result<()> {
         let saved = self.scope.clone();
-        self.steps(stmts)?;
+        for stmt in stmts {
+            self.stmt(stmt)?;
+        }
         self.scope = saved;
         Ok(())
     }
@@ -666,7 +665,7 @@ impl<'a> Printer<'a> {
         }
     }
 
-    pub(crate) fn stmt(&mut self, stmt: &Stmt) -> Result<()> {
+    fn stmt(&mut self, stmt: &Stmt) -> Result<()> {
         self.products.before(stmt);
         if !matches!(stmt, Stmt::Map { dst, .. } if self.unread.contains(&dst.frag)) {
             self.print_stmt(stmt)?;
@@ -696,15 +695,11 @@ impl<'a> Printer<'a> {
                     if step.is(1) { format!("++{var}") } else { format!("{var} += {step_text}") };
                 self.line("#pragma unroll 1");
                 self.loops += 1;
-                let turn = (self.loops == 1 && step.is(1)).then(|| var.clone());
-                let outer =
-                    std::mem::replace(&mut self.around, Around::of(self.program, body, turn));
                 let done = self.braced(
                     &format!("for (int {var} = {lo_text}; {var} < {hi_text}; {next})"),
                     body,
                 );
                 self.loops -= 1;
-                self.around = outer;
                 done?;
                 self.scope = saved;
             }
@@ -717,12 +712,10 @@ impl<'a> Printer<'a> {
             }
             Stmt::If { cond, then, otherwise } => {
                 let cond = self.cond(cond);
-                let around = std::mem::take(&mut self.around);
                 self.braced(&format!("if ({cond})"), then)?;
                 if !otherwise.is_empty() {
                     self.braced("else", otherwise)?;
                 }
-                self.around = around;
             }
             Stmt::Once(body) if self.once || self.role.is_some_and(|r| r.single_thread) => {
                 self.block(body)?;

@@ -71,7 +71,7 @@ fn cases() -> Vec<Case> {
         (rms, DType::F32, false, &[("M", 1), ("N", 33003)]),
         // Tiles that are no power of two, in a warp and in several.
         (norm, DType::BF16, false, &[("M", 5), ("N", 1280)]),
-        (RowOp::Softmax, DType::BF16, false, &[("M", 3), ("N", 2304)]),
+        (norm, DType::F16, true, &[("M", 3), ("N", 2304)]),
         // Rows of which several warps read one element at a time.
         (norm, DType::BF16, false, &[("M", 9), ("N", 1023)]),
         // Rows that begin and end within units of 16 bytes.
@@ -438,57 +438,28 @@ fn sums_of_products_are_multiply_adds() {
     assert!(!text(RowOp::Softmax).contains("tw::fold_products<"));
 }
 
-/// Sums of a row that do not wait for each other have one meeting of its warps, and nobody meets before it.
-#[test]
-fn sums_side_by_side_meet_once() {
-    let sizes = env(&[("M", 16384), ("N", 4096), ("ld", 4096)]);
-    let size = |name: &str| sizes.get(name).copied();
-    let text = |kernel: &Kernel, schedule: &GpuSchedule| {
-        tilewright_emit_cuda::emit(&lower(kernel, schedule).unwrap()).unwrap().text
-    };
-    let meetings = |text: &str| {
-        let of = |before: &str| text.matches(&format!("tw::meet_with<{before}>(")).count();
-        (of("false"), of("true"), text.matches(" places[2][").count())
-    };
-    let backward = |op| {
-        let spec = NormBackwardSpec { op, dtype: DType::BF16, added: false };
-        let plan = spec.plan(Arch::Sm90a, &size).unwrap();
-        meetings(&text(&plan.parts.0, &plan.parts.1))
-    };
-    // The mean of the row and that of the gradient, then the variance and the slope.
-    assert_eq!(backward(RowOp::LayerNorm { eps: 1e-5 }), (2, 0, 0));
-    // A loop with a single meeting has two places for it.
-    assert_eq!(backward(RowOp::RmsNorm { eps: 1e-6 }), (1, 0, 1));
-    let forward = |op| {
-        let spec = RowSpec { op, dtype: DType::BF16, residual: false };
-        let (kernel, mut schedule) = spec.kernel("rows", Arch::Sm90a, &size).unwrap();
-        let once = meetings(&text(&kernel, &schedule));
-        schedule.persistent = true;
-        (once, meetings(&text(&kernel, &schedule)))
-    };
-    // Outside loops nobody has read before; items of a persistent grid come again, and one sum in such a loop waits.
-    assert_eq!(forward(RowOp::LayerNorm { eps: 1e-5 }), ((2, 0, 0), (2, 0, 0)));
-    assert_eq!(forward(RowOp::RmsNorm { eps: 1e-6 }), ((1, 0, 0), (0, 1, 0)));
-}
-
 /// Rows that fill no tile of a power of two have one that fits, and a length that is a number where elements come one by one.
 #[test]
 fn tiles_are_hardly_longer_than_rows() {
-    let picked = |op, n: i64| {
+    let picked = |op, dtype, n: i64| {
         let size = |name: &str| match name {
             "M" => Some(16384),
             _ => Some(n),
         };
-        let spec = RowSpec { op, dtype: DType::BF16, residual: false };
+        let spec = RowSpec { op, dtype, residual: false };
         let (_, schedule) = spec.kernel("rows", Arch::Sm90a, &size).unwrap();
-        (schedule.tiles["BN"], schedule.lines.lanes, schedule.sizes.contains_key("N"))
+        let numbers = schedule.sizes.contains_key("N");
+        (schedule.tiles["BN"], schedule.lines.lanes, schedule.blocks_per_sm, numbers)
     };
-    let norm = RowOp::LayerNorm { eps: 1e-5 };
-    assert_eq!(picked(norm, 1280), (1280, 32, true));
-    assert_eq!(picked(norm, 1536), (1536, 64, true));
-    // Nothing to gain.
-    assert_eq!(picked(norm, 2048), (2048, 128, true));
-    assert_eq!(picked(norm, 1023), (1024, 64, true));
+    let (norm, rms) = (RowOp::LayerNorm { eps: 1e-5 }, RowOp::RmsNorm { eps: 1e-6 });
+    assert_eq!(picked(norm, DType::BF16, 1280), (1280, 32, 10, true));
+    assert_eq!(picked(norm, DType::BF16, 1536), (1536, 64, 14, true));
+    assert_eq!(picked(norm, DType::BF16, 2304), (2560, 64, 11, false));
+    assert_eq!(picked(norm, DType::BF16, 1023), (1024, 64, 16, true));
+    // Nothing lies behind the row; a single vector; wide elements.
+    assert_eq!(picked(norm, DType::BF16, 2048), (2048, 128, 10, true));
+    assert_eq!(picked(rms, DType::BF16, 1280), (2048, 128, 12, false));
+    assert_eq!(picked(norm, DType::F32, 1023), (1024, 64, 3, false));
 }
 
 /// One element at a time, from the formulas in the specifications' documentation.

@@ -275,7 +275,7 @@ impl<'p> Machine<'p, '_> {
                 if self.buffers.is_some() {
                     self.reduce(agent, view, dst, *kind, from, *accumulate);
                 }
-                // The warps of a row exchange what they have behind a barrier of the block (`meet_with` in `lines.cuh`).
+                // The warps of a row exchange what they have behind a barrier of the block (`across_row` in `lines.cuh`).
                 let by_row = self.program.frags[dst.frag].extent == Extent::PerRow;
                 let warps = matches!(self.program.frags[src.frag].spread, Spread::Lines { lanes, .. } if lanes > 32);
                 if by_row && warps {

@@ -148,23 +148,19 @@ impl NormBackwardSpec {
         let product = |f: &mut FuncBuilder, a: &[ExprId]| f.op(Op::Mul, &[a[0], a[1]]);
         let args = vec![k.plain(dy), along(w, 1)];
         let g = map(&mut k, &plane, args, &product);
-        let mean = |k: &mut KernelBuilder, sum: TileId| {
+        let mean = |k: &mut KernelBuilder, of: TileId, limit: Option<Dim>| {
+            let sum = k.reduce(ReduceKind::Sum, of, 1, limit);
             let args = vec![k.plain(sum), scalar(inverse_n)];
             map(k, &row, args, &product)
         };
-        let sum = |k: &mut KernelBuilder, of: TileId, limit: Option<Dim>| {
-            k.reduce(ReduceKind::Sum, of, 1, limit)
-        };
-        // Sums stand side by side where they can: the threads of a row then meet once for all of them.
         // The row less its mean. What lies behind the row counts for the variance only.
-        let (d, limit, level) = match centred {
-            false => (x, None, None),
+        let (d, limit) = match centred {
+            false => (x, None),
             true => {
-                let sums = [x, g].map(|t| sum(&mut k, t, None));
-                let [m, level] = sums.map(|s| mean(&mut k, s));
+                let m = mean(&mut k, x, None);
                 let args = vec![k.plain(x), along(m, 0)];
                 let less = |f: &mut FuncBuilder, a: &[ExprId]| f.op(Op::Sub, &[a[0], a[1]]);
-                (map(&mut k, &plane, args, &less), Some(n), Some(level))
+                (map(&mut k, &plane, args, &less), Some(n))
             }
         };
         let args = vec![k.plain(d), k.plain(d)];
@@ -172,10 +168,11 @@ impl NormBackwardSpec {
         // Of this come the gradient of the scale and the slope, in a multiply-add each.
         let args = vec![k.plain(dy), k.plain(d)];
         let both = map(&mut k, &plane, args, &product);
+        let var = mean(&mut k, square, limit);
         let args = vec![k.plain(both), along(w, 1)];
         let sloped = map(&mut k, &plane, args, &product);
-        let sums = [(square, limit), (sloped, None)].map(|(t, limit)| sum(&mut k, t, limit));
-        let [var, slope] = sums.map(|s| mean(&mut k, s));
+        let slope = mean(&mut k, sloped, None);
+        let level = centred.then(|| mean(&mut k, g, None));
         let args = vec![k.plain(var)];
         let r = map(&mut k, &row, args, &|f, a| {
             let eps = f.constant(eps, DType::F32);
