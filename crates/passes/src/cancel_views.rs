@@ -22,7 +22,6 @@
 //! | `reduce`, `softmax`, `scan`, `arg` of `permute` | `permute` of it | axes renamed |
 //! | `layer_norm (permute p a)` | `permute p (..)` | p keeps the normalised axes in place |
 //! | `softmax`, `layer_norm` of `reshape` | `reshape` of it | the reshape keeps the axes from the first touched one on |
-//! | `reduce (reshape a)` | `reshape (reduce a)` | the reshape joins axes |
 //! | `concat (permute p a), (permute p b)` | `permute p (concat a, b)` | |
 //! | `reshape (permute (reshape a))` | `reshape (permute (reshape a))` | axes that the first merges and the second splits stay apart (`unmerge.rs`) |
 //! | `permute p (expand a)` | `expand (permute p a)` | same rank |
@@ -65,9 +64,6 @@ fn rule(ed: &mut Editor<'_>, id: NodeId) -> Rewritten {
         | Op::RmsNorm { .. } => {
             let Some(out) = out else { return Ok(None) };
             if let Some(v) = along_axes_of_permute(ed, &node.op, &node.inputs)? {
-                return Ok(Some(vec![v]));
-            }
-            if let Some(v) = reduced_reshape(ed, &node.op, &node.inputs, out)? {
                 return Ok(Some(vec![v]));
             }
             one(rows_of_reshape(ed, &node.op, &node.inputs, out)?)
@@ -499,33 +495,6 @@ fn rows_of_reshape(
     let mut operands = inputs.to_vec();
     operands[0] = source;
     let result = ed.op(inner, &operands)?;
-    let shape = ed.graph.shape(out).to_vec();
-    Ok(Some(ed.reshape(result, &shape)?))
-}
-
-/// A reduction over axes that a reshape joins: over those that it joins.
-fn reduced_reshape(
-    ed: &mut Editor<'_>,
-    op: &Op,
-    inputs: &[ValueId],
-    out: ValueId,
-) -> Result<Option<ValueId>> {
-    let Op::Reduce { kind, axes, keep } = op else { return Ok(None) };
-    let Some(source) = as_reshape(ed, inputs[0]) else { return Ok(None) };
-    if !ed.only_here(inputs[0]) {
-        return Ok(None);
-    }
-    let groups = joined_axes(ed.graph.shape(source), ed.graph.shape(inputs[0]));
-    let Some(groups) = groups else { return Ok(None) };
-    let mut inner = Vec::with_capacity(ed.graph.shape(source).len());
-    let mut at = 0;
-    for (axis, count) in groups.into_iter().enumerate() {
-        if axes.contains(&axis) {
-            inner.extend(at..at + count);
-        }
-        at += count;
-    }
-    let result = ed.op(Op::Reduce { kind: *kind, axes: inner, keep: *keep }, &[source])?;
     let shape = ed.graph.shape(out).to_vec();
     Ok(Some(ed.reshape(result, &shape)?))
 }

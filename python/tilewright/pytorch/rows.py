@@ -157,12 +157,17 @@ def _turn(graph: fx.Graph, matrix: Matrix, made: set[fx.Node]) -> None:
     while source.target is aten.permute.default:
         places = [source.args[1][axis] % rank for axis in places]
         source = source.args[0]
-    with graph.inserting_before(node), source.meta["val"].fake_mode:
+    with graph.inserting_before(matrix.copy), source.meta["val"].fake_mode:
         turned = source if places == sorted(places) else call(aten.permute.default, source, places, like=node)
         if not turned.meta["val"].is_contiguous():
             turned = call(aten.clone.default, turned, like=node, memory_format=torch.contiguous_format)
         turned = call(aten.view.default, turned, list(node.meta["val"].shape), like=node)
     node.replace_all_uses_with(turned)
+    for total in _sums(matrix):
+        with graph.inserting_before(total), turned.meta["val"].fake_mode:
+            flat = call(aten.sum.dim_IntList, turned, [0], True, like=total)
+            flat = call(aten.view.default, flat, list(total.meta["val"].shape), like=total)
+        total.replace_all_uses_with(flat)
     for product in products:
         for view in list(product.users):
             rest = list(view.meta["val"].shape[rows:])
@@ -170,6 +175,15 @@ def _turn(graph: fx.Graph, matrix: Matrix, made: set[fx.Node]) -> None:
                 as_lies = call(aten.view.default, product, [*(matrix.sizes[axis] for axis in order), *rest], like=view)
                 back = call(aten.permute.default, as_lies, [*inverse, *range(rows, rows + len(rest))], like=view)
             view.replace_all_uses_with(back)
+
+
+def _sums(matrix: Matrix) -> list[fx.Node]:
+    """Sums over all rows that are taken of the matrix in its other shapes."""
+    rows, width = list(range(len(matrix.sizes))), matrix.node.meta["val"].shape[1]
+    views = [v for v in matrix.copy.users if v.target is aten.view.default and tuple(v.meta["val"].shape) == (*matrix.sizes, width)]
+    sums = (u for v in views for u in v.users if u.target is aten.sum.dim_IntList)
+    plain = (u for u in sums if not u.kwargs and u.meta["val"].dtype == matrix.node.meta["val"].dtype)
+    return [u for u in plain if [axis % (len(rows) + 1) for axis in u.args[1]] == rows]
 
 
 def _strides(graph: fx.Graph, made: set[fx.Node]) -> None:
