@@ -17,7 +17,7 @@ using i64 = long long;
 
 constexpr int THREADS = TW_THREADS, WARPS = THREADS / 32, SOME = TW_TOGETHER, SETS = TW_HEADS / SOME;
 // Threads that share a position, positions of a block at a time, and how many of them a thread has under way.
-constexpr int ALONG = TW_WIDTH / 8, GROUPS = THREADS / ALONG, DEEP = 4;
+constexpr int ALONG = TW_WIDTH / 8, GROUPS = THREADS / ALONG, DEEP = 3;
 // Of a warp: sums, their maximum, what exponentials add up to.
 constexpr int MERGED = TW_WIDTH + 2;
 // Numbers that a block finishes.
