@@ -6,12 +6,13 @@
 //! while the next tile is multiplied.
 //!
 //! Sums over rows leave in parts of [`PART_COLUMNS`] columns, each by the block that holds them, and come as a vector along rows
-//! that is added up before the chunks (`row_sums.rs`).
+//! that is added up before the chunks (`row_sums.rs`). Heads turn before the chunks, too (`turn.rs`).
 
 use crate::hopper::{Builder, CONSUMER, STORE_BARRIER};
 use crate::row_sums;
 use crate::schedule::{Mode, StoreKind};
 use crate::streams::{Defs, definitions, extents};
+use crate::turn;
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
@@ -79,10 +80,11 @@ pub(crate) fn stream_residual(
         tilewright_tile::Stmt::Store { param, .. } => Some(b.kernel.params[*param].dtype),
         _ => None,
     });
-    let summed = row_sums::summed(after);
+    let mut other = row_sums::summed(after);
+    other.extend(turn::tables(b.kernel, &definitions(after)));
     let loads = after.iter().find_map(|s| match s {
         tilewright_tile::Stmt::Let(id, TileOp::Load { param, index, steps, fill })
-            if !summed.contains(id) =>
+            if !other.contains(id) =>
         {
             let shape = extents(b.kernel, *id).ok()?;
             let long = shape.iter().filter(|e| **e != 1).count() == 2 && index.len() >= 2;
@@ -282,6 +284,13 @@ pub(crate) fn store_results(
     for (param, index, value) in vectors {
         e.store_rows(param, index, value)?;
     }
+    for (_, _, value) in &stores {
+        if let Some(turn) = turn::found(e.b.kernel, &e.defs, *value) {
+            let turned = e.turn(&turn, tile_cols)?;
+            e.results.insert(*value, turned);
+        }
+    }
+    let turned = std::mem::take(&mut e.steps);
     let barrier = Dim::sym(CONSUMER) + &Dim::new(STORE_BARRIER);
     let sync = Stmt::NamedSync { id: barrier, threads: 128 };
     for (i, (param, index, value)) in stores.iter().enumerate() {
@@ -378,6 +387,7 @@ pub(crate) fn store_results(
     let (once, steps) = (e.once, e.steps);
     let mut stmts = once;
     stmts.extend(b.streamed.as_ref().map(|s| s.wait(b)));
+    stmts.extend(turned);
     if at_once {
         stmts.push(Stmt::Once(vec![Stmt::TmaWait { pending: 0, reads_only: true }]));
         stmts.push(sync.clone());
@@ -435,11 +445,13 @@ fn loads_tile(kernel: &Kernel, after: &[tilewright_tile::Stmt]) -> bool {
     let long = |tile: TileId| {
         extents(kernel, tile).is_ok_and(|shape| shape.iter().filter(|e| **e != 1).count() > 1)
     };
-    let summed = row_sums::summed(after);
+    let defs = definitions(after);
+    let (summed, tables) = (row_sums::summed(after), turn::tables(kernel, &defs));
     let loads = |(id, op): (&TileId, &&TileOp)| {
-        matches!(op, TileOp::Load { .. }) && long(*id) && !summed.contains(id)
+        let other = summed.contains(id) || tables.contains(id);
+        matches!(op, TileOp::Load { .. }) && long(*id) && !other
     };
-    definitions(after).iter().any(loads)
+    defs.iter().any(loads)
 }
 
 /// A buffer for one chunk and the spread in which it leaves: vectors along the contiguous axis, lines
@@ -586,6 +598,13 @@ pub(crate) struct Evaluator<'b, 'k> {
     pub(crate) steps: Vec<Stmt>,
 }
 
+/// The columns that an evaluator was at, and what it knew of them.
+pub(crate) struct Columns {
+    chunk: u32,
+    column: Dim,
+    done: BTreeMap<(TileId, bool), FragRef>,
+}
+
 pub(crate) fn whole(frag: FragId) -> FragRef {
     FragRef { frag, col: Dim::new(0), cols: None }
 }
@@ -610,6 +629,20 @@ impl<'b, 'k> Evaluator<'b, 'k> {
             once: Vec::new(),
             steps: Vec::new(),
         }
+    }
+
+    /// Goes on with other columns; returns what [`Evaluator::restore`] takes.
+    pub(crate) fn narrow(&mut self, column: Dim, chunk: u32) -> Columns {
+        Columns {
+            chunk: std::mem::replace(&mut self.chunk, chunk),
+            column: std::mem::replace(&mut self.column, column),
+            done: std::mem::take(&mut self.columns_done),
+        }
+    }
+
+    /// Goes back to the columns of before.
+    pub(crate) fn restore(&mut self, old: Columns) {
+        (self.chunk, self.column, self.columns_done) = (old.chunk, old.column, old.done);
     }
 
     /// Stores a tile of one value per row.

@@ -31,6 +31,7 @@ mod shelf;
 mod specialise;
 mod split;
 mod streams;
+mod turn;
 
 pub use epilogue::{PART_COLUMNS, residual_span};
 pub use schedule::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind};

@@ -24,6 +24,7 @@ mod program;
 mod record;
 mod space;
 mod statistics;
+mod turn;
 mod vector;
 
 pub use computed::{Computed, plan_computed};
@@ -38,3 +39,4 @@ pub use record::{
 };
 pub use space::space;
 pub use statistics::{PART, RowSums, Statistics};
+pub use turn::Turned;
