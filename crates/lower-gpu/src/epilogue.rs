@@ -6,7 +6,7 @@
 //! while the next tile is multiplied.
 //!
 //! Sums over rows leave in parts of [`PART_COLUMNS`] columns, each by the block that holds them, and come as a vector along rows
-//! that is added up before the chunks (`row_sums.rs`). Heads turn before the chunks, too (`turn.rs`).
+//! that is added up before the chunks (`row_sums.rs`). Heads that turn are `turn.rs`'s.
 
 use crate::hopper::{Builder, CONSUMER, STORE_BARRIER};
 use crate::row_sums;
@@ -284,18 +284,23 @@ pub(crate) fn store_results(
     for (param, index, value) in vectors {
         e.store_rows(param, index, value)?;
     }
-    for (_, _, value) in &stores {
-        if let Some(turn) = turn::found(e.b.kernel, &e.defs, *value) {
-            let turned = e.turn(&turn, tile_cols)?;
-            e.results.insert(*value, turned);
-        }
-    }
-    let turned = std::mem::take(&mut e.steps);
     let barrier = Dim::sym(CONSUMER) + &Dim::new(STORE_BARRIER);
     let sync = Stmt::NamedSync { id: barrier, threads: 128 };
     for (i, (param, index, value)) in stores.iter().enumerate() {
         let (tile, axes) = e.store_view(*param, *value)?;
-        let frag = e.tile(tile)?;
+        let turn = turn::found(e.b.kernel, &e.defs, tile).filter(|_| by_tma);
+        let frag = match &turn {
+            Some(_) => None,
+            None => Some(e.tile(tile)?),
+        };
+        let stage = |e: &mut Evaluator<'_, '_>, to: SmemTile| match (&turn, &frag) {
+            (Some(turn), _) => e.turn(turn, &to),
+            (None, Some(frag)) => {
+                e.steps.push(Stmt::ToSmem { to, src: frag.clone() });
+                Ok(())
+            }
+            (None, None) => Err(Error::bug("a tile to stage that is not there")),
+        };
         let mut at = index.clone();
         at[axes.0] = at[axes.0].clone() + &e.b.row0();
         at[axes.1] = at[axes.1].clone() + &e.column;
@@ -303,17 +308,15 @@ pub(crate) fn store_results(
             let s: &Staging = &staging[i];
             let rows = e.b.rows;
             if at_once {
-                e.steps.push(Stmt::ToSmem {
-                    to: SmemTile {
-                        smem: s.smem,
-                        slot: Slot::At(Dim::sym("chunk")),
-                        row: e.b.staging_row0(),
-                        col: Dim::new(0),
-                        rows,
-                        cols: chunk,
-                    },
-                    src: frag,
-                });
+                let to = SmemTile {
+                    smem: s.smem,
+                    slot: Slot::At(Dim::sym("chunk")),
+                    row: e.b.staging_row0(),
+                    col: Dim::new(0),
+                    rows,
+                    cols: chunk,
+                };
+                stage(&mut e, to)?;
                 for at_chunk in 0..chunks {
                     let number = |d: &Dim| {
                         let chunk =
@@ -331,24 +334,22 @@ pub(crate) fn store_results(
             let pending = e.b.schedule.store_slots.max(1) - 1;
             e.steps.push(Stmt::Once(vec![Stmt::TmaWait { pending, reads_only: true }]));
             e.steps.push(sync.clone());
-            e.steps.push(Stmt::ToSmem {
-                to: SmemTile {
-                    smem: s.smem,
-                    slot: slot.clone(),
-                    row: e.b.staging_row0(),
-                    col: Dim::new(0),
-                    rows,
-                    cols: chunk,
-                },
-                src: frag,
-            });
+            let to = SmemTile {
+                smem: s.smem,
+                slot: slot.clone(),
+                row: e.b.staging_row0(),
+                col: Dim::new(0),
+                rows,
+                cols: chunk,
+            };
+            stage(&mut e, to)?;
             e.steps.push(Stmt::FenceAsync);
             e.steps.push(sync.clone());
             let mut store = s.stores(e.b, &at, axes.0, &slot, chunk);
             store.push(Stmt::TmaCommit);
             e.steps.push(Stmt::Once(store));
             e.steps.push(Stmt::Advance { ring: s.ring, by: Dim::new(1) });
-        } else if let Some((smem, line)) = lines[i] {
+        } else if let (Some((smem, line)), Some(frag)) = (lines[i], frag.clone()) {
             let tile = SmemTile {
                 smem,
                 slot: Slot::At(Dim::new(0)),
@@ -370,7 +371,7 @@ pub(crate) fn store_results(
                 src: whole(line),
                 vector,
             });
-        } else {
+        } else if let Some(frag) = frag {
             let vector = vector_along(e.b, *param, axes.1);
             e.steps.push(Stmt::Store {
                 param: *param,
@@ -387,7 +388,6 @@ pub(crate) fn store_results(
     let (once, steps) = (e.once, e.steps);
     let mut stmts = once;
     stmts.extend(b.streamed.as_ref().map(|s| s.wait(b)));
-    stmts.extend(turned);
     if at_once {
         stmts.push(Stmt::Once(vec![Stmt::TmaWait { pending: 0, reads_only: true }]));
         stmts.push(sync.clone());
@@ -589,7 +589,7 @@ pub(crate) struct Evaluator<'b, 'k> {
     pub(crate) defs: Defs<'b>,
     results: BTreeMap<TileId, FragId>,
     pub(crate) chunk: u32,
-    column: Dim,
+    pub(crate) column: Dim,
     rows_done: BTreeMap<TileId, FragRef>,
     columns_done: BTreeMap<(TileId, bool), FragRef>,
     /// What depends on rows only.

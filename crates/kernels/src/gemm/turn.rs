@@ -20,6 +20,8 @@ use tilewright_tile::{Access, Kernel, KernelBuilder, ParamId, TileId, Turn};
 
 /// Tile size of a program that turns heads: heads in a tile.
 pub(super) const TILE_HEADS: &str = "BH";
+/// Bytes of a line of the chunks in which a tile leaves: heads do not go across.
+const CHUNK_BYTES: i64 = 128;
 /// Size symbol: lines of the tables.
 pub(super) const TABLE_LINES: &str = "T";
 
@@ -48,7 +50,8 @@ impl Turned {
 
     /// Whether tiles of so many rows and columns are whole heads, with tables that do not begin again within.
     pub(super) fn fits(&self, problem: &Problem, (bm, bn): (i64, i64)) -> bool {
-        bn % self.width == 0 && (self.rows >= problem.m || self.rows % bm == 0)
+        let whole = self.width % 32 == 0 && self.width * problem.result_bytes() <= CHUNK_BYTES;
+        whole && bn % self.width == 0 && (self.rows >= problem.m || self.rows % bm == 0)
     }
 
     /// Declares the tables.

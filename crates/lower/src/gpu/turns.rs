@@ -24,6 +24,9 @@ use tilewright_layout::{Dim, Layout, numel};
 use tilewright_plan::{BufferId, Form, PlanKernel, Product, Step, Storage, Turned, Vector};
 use tilewright_tile::{Access, Param, ParamId, Stmt, TileInfo, TileOp, TileType, Turn};
 
+/// Bytes of a line of the chunks in which tiles of products leave: heads that turn do not go across.
+const CHUNK_BYTES: i64 = 128;
+
 /// Halves of heads that a group computes from both halves and tables.
 struct Halves {
     /// The new halves.
@@ -206,7 +209,8 @@ fn turned(
     let whole = extents(&rows) == p.m
         && count * 2 * half == columns
         && n % (2 * half) == 0
-        && half % 8 == 0
+        && half % 16 == 0
+        && 2 * half * p.c.dtype.size() as i64 <= CHUNK_BYTES
         && lies(&one.layout, 0)
         && lies(&two.layout, half);
     if !whole {
