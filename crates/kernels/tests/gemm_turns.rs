@@ -40,7 +40,12 @@ fn fill(dtype: DType, elements: usize, salt: usize) -> Vec<u8> {
 }
 
 /// A product whose first `heads` of lines of `all` heads turn, by tables of `rows` lines.
-fn problem(m: i64, k: i64, operand: DType, (width, heads, all, rows): (i64, i64, i64, i64)) -> Problem {
+fn problem(
+    m: i64,
+    k: i64,
+    operand: DType,
+    (width, heads, all, rows): (i64, i64, i64, i64),
+) -> Problem {
     let precision = if operand == DType::F32 { Precision::Tf32 } else { Precision::F32 };
     let (table, n) = (operand, all * width);
     let halves = [false, true].map(|second| half(operand, table, second));

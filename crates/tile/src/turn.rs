@@ -110,8 +110,7 @@ impl Turn {
         let TileOp::Iota { axis: 0, start: zero } = def(side.tile)? else { return None };
         let (halves, tables) = given.split_at_checked(2)?;
         for (second, half) in [false, true].into_iter().zip(halves) {
-            let TileOp::Reduce { kind: ReduceKind::Sum, x, axis: 2, limit: None } =
-                def(half.tile)?
+            let TileOp::Reduce { kind: ReduceKind::Sum, x, axis: 2, limit: None } = def(half.tile)?
             else {
                 return None;
             };

@@ -18,11 +18,11 @@ use crate::lowering::Lowering;
 use crate::place::Place;
 use crate::views::is_broadcast;
 use tilewright_base::{DType, Result};
-use tilewright_expr::FuncBuilder;
+use tilewright_expr::{Func, FuncBuilder, Op as ExprOp};
 use tilewright_graph::{Graph, NodeId, Op, ValueId};
 use tilewright_layout::{Dim, Layout, numel};
 use tilewright_plan::{BufferId, Form, PlanKernel, Product, Step, Storage, Turned, Vector};
-use tilewright_tile::{Access, Param, ParamId, Stmt, TileInfo, TileOp, TileType, Turn};
+use tilewright_tile::{Access, Operand, Param, ParamId, Stmt, TileInfo, TileOp, TileType, Turn};
 
 /// Bytes of a line of the chunks in which tiles of products leave: heads that turn do not go across.
 const CHUNK_BYTES: i64 = 128;
@@ -67,7 +67,8 @@ impl Lowering<'_> {
         let whole = graph.nodes[*user].outputs[0];
         let last = graph.shape(whole).len() == axis + 1;
         let of_group = |v: ValueId| {
-            graph.producer(v).is_some_and(|n| group.nodes.contains(&n)) && self.only_used(v, &[*user])
+            graph.producer(v).is_some_and(|n| group.nodes.contains(&n))
+                && self.only_used(v, &[*user])
         };
         let both = low != high && of_group(low) && of_group(high);
         if !(last && both && is_map(first) && is_map(second)) || graph.is_output(whole) {
@@ -205,7 +206,8 @@ fn turned(
             && strides(layout, last).is(1)
             && heads.iter().all(|&a| strides(layout, a).is(2 * half))
     };
-    let extents = |axes: &[usize]| numel(&axes.iter().map(|&a| shape[a].clone()).collect::<Vec<_>>());
+    let extents =
+        |axes: &[usize]| numel(&axes.iter().map(|&a| shape[a].clone()).collect::<Vec<_>>());
     let whole = extents(&rows) == p.m
         && count * 2 * half == columns
         && n % (2 * half) == 0
@@ -287,13 +289,8 @@ fn turned(
         dtype: ext.dtype,
         offset: ext.layout.offset.clone(),
     });
-    let turned = Turned {
-        width: 2 * half,
-        heads: count,
-        halves,
-        tables: vectors.collect(),
-        rows: lines?,
-    };
+    let turned =
+        Turned { width: 2 * half, heads: count, halves, tables: vectors.collect(), rows: lines? };
     let buffers = tables.iter().map(|(_, ext)| ext.buffer).collect();
     (types && !tables.is_empty()).then_some((turned, buffers))
 }
@@ -364,9 +361,19 @@ fn turning(low: &Lowering<'_>, maker: usize, turned: Turned) -> Result<Option<Pl
         id
     };
     let fill = crate::block::zero(DType::F32);
-    let at = vec![index[0].modulo(&lines), Dim::new(0)];
+    // Tables begin again within a tile where its rows are of several sequences.
+    let number = |extent: &Dim| TileType::new(DType::I64, [extent.clone()]);
+    let count = |start: &Dim| TileOp::Iota { axis: 0, start: start.clone() };
+    let along = |tile| Operand { tile, along: vec![0] };
+    let args = vec![
+        along(emit(count(&index[0]), number(&rows))),
+        along(emit(count(&lines), number(&Dim::new(1)))),
+    ];
+    let func = Func::binary(ExprOp::Rem, DType::I64);
+    let line = emit(TileOp::Map { func, args }, number(&rows));
     let loads = tables.iter().zip(&turned.tables).map(|(param, table)| {
-        let op = TileOp::Load { param: *param, index: at.clone(), steps: vec![1, 1], fill };
+        let index = vec![Dim::new(0), Dim::new(0)];
+        let op = TileOp::Gather { param: *param, axis: 0, rows: line, index, fill };
         emit(op, TileType::new(table.dtype, [rows.clone(), half.clone()]))
     });
     let tables = loads.collect();
