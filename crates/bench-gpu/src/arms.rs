@@ -161,9 +161,7 @@ impl Ours {
                     Place::Cols => extra(0, 0),
                     Place::Rows => extra(1, 0),
                     Place::Residual => extra(2, case.c.offset),
-                    Place::Depth(_) | Place::Parts | Place::Table(_) => {
-                        Err(Error::bug("a plain product"))
-                    }
+                    Place::Depth(_) | Place::Parts => Err(Error::bug("a plain product")),
                 })
                 .collect::<Result<Vec<_>>>()?;
             kernel.bind(&step.sizes, &operands)
@@ -314,11 +312,9 @@ impl<'a> Peer<'a> {
             Place::Rows => extra(1),
             Place::Residual => extra(2),
             Place::Cols2 => extra(3),
-            Place::B
-            | Place::Depth(_)
-            | Place::Parts
-            | Place::Table(_)
-            | Place::Workspace { .. } => Err(Error::bug("an ending of products")),
+            Place::B | Place::Depth(_) | Place::Parts | Place::Workspace { .. } => {
+                Err(Error::bug("an ending of products"))
+            }
         };
         let operands = step.operands.iter().map(operand).collect::<Result<Vec<_>>>()?;
         let bound = kernel.bind(&step.sizes, &operands)?;

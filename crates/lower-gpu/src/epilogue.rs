@@ -6,13 +6,12 @@
 //! while the next tile is multiplied.
 //!
 //! Sums over rows leave in parts of [`PART_COLUMNS`] columns, each by the block that holds them, and come as a vector along rows
-//! that is added up before the chunks (`row_sums.rs`). Heads that turn are `turn.rs`'s.
+//! that is added up before the chunks (`row_sums.rs`).
 
 use crate::hopper::{Builder, CONSUMER, STORE_BARRIER};
 use crate::row_sums;
 use crate::schedule::{Mode, StoreKind};
 use crate::streams::{Defs, definitions, extents};
-use crate::turn;
 use std::collections::BTreeMap;
 use tilewright_base::{DType, Error, IdVec, Result};
 use tilewright_device::{
@@ -80,11 +79,10 @@ pub(crate) fn stream_residual(
         tilewright_tile::Stmt::Store { param, .. } => Some(b.kernel.params[*param].dtype),
         _ => None,
     });
-    let mut other = row_sums::summed(after);
-    other.extend(turn::tables(b.kernel, &definitions(after)));
+    let summed = row_sums::summed(after);
     let loads = after.iter().find_map(|s| match s {
         tilewright_tile::Stmt::Let(id, TileOp::Load { param, index, steps, fill })
-            if !other.contains(id) =>
+            if !summed.contains(id) =>
         {
             let shape = extents(b.kernel, *id).ok()?;
             let long = shape.iter().filter(|e| **e != 1).count() == 2 && index.len() >= 2;
@@ -288,19 +286,7 @@ pub(crate) fn store_results(
     let sync = Stmt::NamedSync { id: barrier, threads: 128 };
     for (i, (param, index, value)) in stores.iter().enumerate() {
         let (tile, axes) = e.store_view(*param, *value)?;
-        let turn = turn::found(e.b.kernel, &e.defs, tile).filter(|_| by_tma);
-        let frag = match &turn {
-            Some(_) => None,
-            None => Some(e.tile(tile)?),
-        };
-        let stage = |e: &mut Evaluator<'_, '_>, to: SmemTile| match (&turn, &frag) {
-            (Some(turn), _) => e.turn(turn, &to),
-            (None, Some(frag)) => {
-                e.steps.push(Stmt::ToSmem { to, src: frag.clone() });
-                Ok(())
-            }
-            (None, None) => Err(Error::bug("a tile to stage that is not there")),
-        };
+        let frag = e.tile(tile)?;
         let mut at = index.clone();
         at[axes.0] = at[axes.0].clone() + &e.b.row0();
         at[axes.1] = at[axes.1].clone() + &e.column;
@@ -308,15 +294,17 @@ pub(crate) fn store_results(
             let s: &Staging = &staging[i];
             let rows = e.b.rows;
             if at_once {
-                let to = SmemTile {
-                    smem: s.smem,
-                    slot: Slot::At(Dim::sym("chunk")),
-                    row: e.b.staging_row0(),
-                    col: Dim::new(0),
-                    rows,
-                    cols: chunk,
-                };
-                stage(&mut e, to)?;
+                e.steps.push(Stmt::ToSmem {
+                    to: SmemTile {
+                        smem: s.smem,
+                        slot: Slot::At(Dim::sym("chunk")),
+                        row: e.b.staging_row0(),
+                        col: Dim::new(0),
+                        rows,
+                        cols: chunk,
+                    },
+                    src: frag,
+                });
                 for at_chunk in 0..chunks {
                     let number = |d: &Dim| {
                         let chunk =
@@ -334,22 +322,24 @@ pub(crate) fn store_results(
             let pending = e.b.schedule.store_slots.max(1) - 1;
             e.steps.push(Stmt::Once(vec![Stmt::TmaWait { pending, reads_only: true }]));
             e.steps.push(sync.clone());
-            let to = SmemTile {
-                smem: s.smem,
-                slot: slot.clone(),
-                row: e.b.staging_row0(),
-                col: Dim::new(0),
-                rows,
-                cols: chunk,
-            };
-            stage(&mut e, to)?;
+            e.steps.push(Stmt::ToSmem {
+                to: SmemTile {
+                    smem: s.smem,
+                    slot: slot.clone(),
+                    row: e.b.staging_row0(),
+                    col: Dim::new(0),
+                    rows,
+                    cols: chunk,
+                },
+                src: frag,
+            });
             e.steps.push(Stmt::FenceAsync);
             e.steps.push(sync.clone());
             let mut store = s.stores(e.b, &at, axes.0, &slot, chunk);
             store.push(Stmt::TmaCommit);
             e.steps.push(Stmt::Once(store));
             e.steps.push(Stmt::Advance { ring: s.ring, by: Dim::new(1) });
-        } else if let (Some((smem, line)), Some(frag)) = (lines[i], frag.clone()) {
+        } else if let Some((smem, line)) = lines[i] {
             let tile = SmemTile {
                 smem,
                 slot: Slot::At(Dim::new(0)),
@@ -371,7 +361,7 @@ pub(crate) fn store_results(
                 src: whole(line),
                 vector,
             });
-        } else if let Some(frag) = frag {
+        } else {
             let vector = vector_along(e.b, *param, axes.1);
             e.steps.push(Stmt::Store {
                 param: *param,
@@ -445,13 +435,11 @@ fn loads_tile(kernel: &Kernel, after: &[tilewright_tile::Stmt]) -> bool {
     let long = |tile: TileId| {
         extents(kernel, tile).is_ok_and(|shape| shape.iter().filter(|e| **e != 1).count() > 1)
     };
-    let defs = definitions(after);
-    let (summed, tables) = (row_sums::summed(after), turn::tables(kernel, &defs));
+    let summed = row_sums::summed(after);
     let loads = |(id, op): (&TileId, &&TileOp)| {
-        let other = summed.contains(id) || tables.contains(id);
-        matches!(op, TileOp::Load { .. }) && long(*id) && !other
+        matches!(op, TileOp::Load { .. }) && long(*id) && !summed.contains(id)
     };
-    defs.iter().any(loads)
+    definitions(after).iter().any(loads)
 }
 
 /// A buffer for one chunk and the spread in which it leaves: vectors along the contiguous axis, lines
@@ -589,20 +577,13 @@ pub(crate) struct Evaluator<'b, 'k> {
     pub(crate) defs: Defs<'b>,
     results: BTreeMap<TileId, FragId>,
     pub(crate) chunk: u32,
-    pub(crate) column: Dim,
+    column: Dim,
     rows_done: BTreeMap<TileId, FragRef>,
     columns_done: BTreeMap<(TileId, bool), FragRef>,
     /// What depends on rows only.
     pub(crate) once: Vec<Stmt>,
     /// What is computed for the chunk.
     pub(crate) steps: Vec<Stmt>,
-}
-
-/// The columns that an evaluator was at, and what it knew of them.
-pub(crate) struct Columns {
-    chunk: u32,
-    column: Dim,
-    done: BTreeMap<(TileId, bool), FragRef>,
 }
 
 pub(crate) fn whole(frag: FragId) -> FragRef {
@@ -629,20 +610,6 @@ impl<'b, 'k> Evaluator<'b, 'k> {
             once: Vec::new(),
             steps: Vec::new(),
         }
-    }
-
-    /// Goes on with other columns; returns what [`Evaluator::restore`] takes.
-    pub(crate) fn narrow(&mut self, column: Dim, chunk: u32) -> Columns {
-        Columns {
-            chunk: std::mem::replace(&mut self.chunk, chunk),
-            column: std::mem::replace(&mut self.column, column),
-            done: std::mem::take(&mut self.columns_done),
-        }
-    }
-
-    /// Goes back to the columns of before.
-    pub(crate) fn restore(&mut self, old: Columns) {
-        (self.chunk, self.column, self.columns_done) = (old.chunk, old.column, old.done);
     }
 
     /// Stores a tile of one value per row.

@@ -31,7 +31,6 @@ mod shelf;
 mod specialise;
 mod split;
 mod streams;
-mod turn;
 
 pub use epilogue::{PART_COLUMNS, residual_span};
 pub use schedule::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind};

@@ -37,8 +37,6 @@ pub(crate) struct Lowering<'a> {
     pub(crate) views: Vec<String>,
     /// On a GPU: kernels that sum over rows.
     pub(crate) row_sums: Vec<crate::gpu::RowSum>,
-    /// On a GPU: products turn heads before they store them.
-    pub(crate) turns: bool,
     /// Model outputs that some step writes.
     pub(crate) written: BTreeSet<usize>,
 }
@@ -91,7 +89,6 @@ pub fn lower_with(
         views: Vec::new(),
         written: BTreeSet::new(),
         row_sums: Vec::new(),
-        turns: options.device == Device::Gpu && options.statistics,
     };
     if let Some(capacity) = options.states.as_ref().filter(|_| options.device == Device::Cpu) {
         low.keep_states(capacity)?;

@@ -23,9 +23,6 @@ pub(crate) fn extent(shape: &[Dim], canon: &[usize]) -> Dim {
 
 impl Lowering<'_> {
     pub(crate) fn map_group(&mut self, group: &Group) -> Result<()> {
-        if self.turned_behind(group)? {
-            return Ok(());
-        }
         let dag = self.dag(group)?;
         let (name, note) = (self.kernel_name(group), self.note(group));
         self.map_kernel(name, &dag, &group.shape, note)

@@ -23,8 +23,8 @@ pub use attention::{Attention, Heads};
 pub use decoder::{Decoder, DecoderLayer, DecoderNorm};
 pub use library::{AttentionBackward, LayerNormBackward, Library};
 pub use product::{
-    Depth, LeftSums, Matrix, PART_COLUMNS, Product, Prologue, Repeat, RowSums, Second, Turned,
-    Vector, Windows,
+    Depth, LeftSums, Matrix, PART_COLUMNS, Product, Prologue, Repeat, RowSums, Second, Vector,
+    Windows,
 };
 
 use std::sync::Arc;

@@ -117,25 +117,6 @@ pub struct LeftSums {
     pub func: Func,
 }
 
-/// Heads of `C` that turn: the halves of each are mixed with each other and with tables, as rotary positions are.
-///
-/// ```text
-/// C[m, h * width + i], C[m, h * width + width / 2 + i] = f, g (both as the epilogue leaves them, tables[m % rows, i])    h < heads
-/// ```
-#[derive(Clone, Debug, PartialEq)]
-pub struct Turned {
-    /// Columns of a head; even.
-    pub width: i64,
-    /// How many turn: the first ones of a line. The others stay.
-    pub heads: i64,
-    /// From elements of `C` in both halves, and of each table, to the new ones.
-    pub halves: [Func; 2],
-    /// `[rows, width / 2]` each, dense.
-    pub tables: Vec<Vector>,
-    /// Lines of the tables, which begin again where `C` has more.
-    pub rows: Dim,
-}
-
 /// A matrix product, batched and strided, with what happens to its sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Product {
@@ -176,6 +157,4 @@ pub struct Product {
     pub second: Option<Second>,
     /// Sums over rows of `C`.
     pub leaves: Option<LeftSums>,
-    /// Heads of `C` that turn before they are stored; not with sums over rows.
-    pub turns: Option<Turned>,
 }

@@ -72,23 +72,13 @@ pub(crate) fn alignment(offsets: impl IntoIterator<Item = i64>) -> i64 {
 // The library's parts are the plan's.
 const _: () = assert!(gemm::PART == tilewright_plan::PART_COLUMNS);
 
-/// What a product has to do with sums over rows, and the heads that it turns.
-fn statistics(product: &Product, sizes: &Env) -> Result<Statistics> {
+/// What a product has to do with sums over rows.
+fn statistics(product: &Product) -> Statistics {
     let sums = |s: &tilewright_plan::RowSums| RowSums { parts: s.parts, func: s.func.clone() };
-    let turns = product.turns.as_ref().map(|t| {
-        Ok(gemm::Turned {
-            width: t.width,
-            heads: t.heads,
-            halves: t.halves.clone(),
-            tables: t.tables.iter().map(|v| v.dtype).collect(),
-            rows: number(&t.rows, sizes)?,
-        })
-    });
-    Ok(Statistics {
+    Statistics {
         reads: product.row_sums.as_ref().map(sums),
         leaves: product.leaves.as_ref().map(|l| l.func.clone()),
-        turns: turns.transpose()?,
-    })
+    }
 }
 
 /// Ways to compute a product of these sizes, best first, at most `most`.
@@ -131,12 +121,6 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
     // Vectors and the residual count as aligned as the result.
     let mut extras = Vec::new();
     let second_cols = product.second.as_ref().map_or(&None, |s| &s.cols);
-    let mut tables = Vec::new();
-    for table in product.turns.iter().flat_map(|t| &t.tables) {
-        let offset = number(&table.offset, sizes)? * table.dtype.size() as i64;
-        align[2] = align[2].min(alignment([offset]));
-        tables.push(Source::Param { param: table.param, offset: offset as u64 });
-    }
     for vector in [&product.cols, &product.rows, &product.residual, second_cols] {
         let offset = match vector {
             Some(v) => {
@@ -190,7 +174,7 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
             pair: if product.second.is_some() { Pair::Right } else { Pair::None },
         },
         images,
-        statistics: statistics(product, sizes)?,
+        statistics: statistics(product),
     };
     if !problem.statistics.is_empty() && (starts.len() > 1 || product.prologue.is_some()) {
         return Err(Error::unsupported("sums over rows of repeated products"));
@@ -270,10 +254,6 @@ pub(crate) fn ways(product: &Product, sizes: &Env, gpu: &Gpu, most: usize) -> Re
                                 left.ok_or_else(|| Error::bug("sums that nobody asked for"))?;
                             Ok(Source::Param { param: left.param, offset: 0 })
                         }
-                        Place::Table(i) => tables
-                            .get(*i)
-                            .cloned()
-                            .ok_or_else(|| Error::bug("a table that is not there")),
                         Place::Residual => vector(&product.residual, 2, start[2]),
                         Place::Depth(i) => vectors
                             .get(*i)

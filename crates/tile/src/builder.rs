@@ -252,12 +252,6 @@ impl KernelBuilder {
         self.emit(TileType::new(dtype, shape), TileOp::Random { seed, start })
     }
 
-    /// Turns the heads of a tile of so many rows and heads.
-    pub fn turn(&mut self, turn: &crate::Turn, rows: &Dim, heads: &Dim) -> TileId {
-        let dtype = self.ty(turn.tile).dtype;
-        turn.build((rows, heads), dtype, &mut |op, ty| self.emit(ty, op))
-    }
-
     /// Stores a tile.
     pub fn store(&mut self, param: ParamId, index: Vec<Dim>, value: TileId) {
         assert_eq!(index.len(), self.ty(value).shape.len(), "store rank");

@@ -31,7 +31,6 @@ mod rename;
 mod schedule;
 mod substitute;
 mod top_k;
-mod turn;
 mod verify;
 
 pub use builder::KernelBuilder;
@@ -44,5 +43,4 @@ pub use rename::Names;
 pub use schedule::{CpuKnobs, MatrixUnit, Schedule};
 pub use substitute::{substitute, substitute_block};
 pub use top_k::TopK;
-pub use turn::Turn;
 pub use verify::{verify, verify_schedule};

@@ -24,7 +24,6 @@ mod program;
 mod record;
 mod space;
 mod statistics;
-mod turn;
 mod vector;
 
 pub use computed::{Computed, plan_computed};
@@ -39,4 +38,3 @@ pub use record::{
 };
 pub use space::space;
 pub use statistics::{PART, RowSums, Statistics};
-pub use turn::Turned;

@@ -6,7 +6,6 @@ use crate::gemm::problem::{Images, Precision, Problem};
 use crate::gemm::program::{GemmSpec, Math, Order, Pair, Slot, copy_program, depth_stride};
 use crate::gemm::space::{RASTERS, each_schedule, multiply_add_space};
 use crate::gemm::statistics;
-use crate::gemm::turn::{TABLE_LINES, Turned};
 use crate::gemm::vector;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, Kind, Result};
@@ -39,8 +38,6 @@ pub enum Place {
     C,
     /// Sums over rows that are left beside it.
     Parts,
-    /// A table by which heads turn, by its number.
-    Table(usize),
     /// Part of the workspace.
     Workspace {
         /// First byte, a multiple of 256.
@@ -509,8 +506,7 @@ impl<'a> Scored<'a> {
             column_major: o.spec.c == Order::Col,
             residual_bytes: o.spec.epilogue.residual.map_or(0, |t| i64::from(t.bits()) / 8),
             epilogue_instructions: instructions(&o.spec.epilogue.func)
-                + o.spec.statistics.leaves.as_ref().map_or(0, instructions)
-                + o.spec.statistics.turns.as_ref().map_or(0, Turned::instructions),
+                + o.spec.statistics.leaves.as_ref().map_or(0, instructions),
         };
         Scored { problem: p, gpu, o, spec, copies_us, shape }
     }
@@ -731,7 +727,6 @@ pub(super) fn extras(spec: &GemmSpec, swapped: bool) -> Vec<Place> {
         Slot::Residual => Some(Place::Residual),
     };
     out.extend(e.slots().into_iter().filter_map(place));
-    out.extend(spec.statistics.turns.iter().flat_map(|t| (0..t.tables.len()).map(Place::Table)));
     out.push(Place::C);
     out.extend(spec.statistics.leaves.as_ref().map(|_| Place::Parts));
     out
@@ -805,7 +800,6 @@ fn build(p: &Problem, o: &Oriented, choice: Choice) -> Result<Candidate> {
             }
         }
         operands.extend(extras(&spec, o.swapped));
-        values.extend(spec.statistics.turns.iter().map(|t| (TABLE_LINES, t.rows)));
         // Kernels with the same tensors and schedule that sum differently have different names.
         let apart = spec.math == Math::Promoted && o.spec.math != Math::Promoted;
         let kernel = spec.program(match spec.windows {

@@ -1,7 +1,6 @@
 //! The tile program of a matrix product.
 
 use crate::gemm::statistics::{self, RowSums, Statistics};
-use crate::gemm::turn;
 use tilewright_base::DType;
 use tilewright_expr::{Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
@@ -430,8 +429,6 @@ impl GemmSpec {
         if self.windows.is_some() {
             sizes.extend(["R", "H", "W", "P", "Q"]);
         }
-        let turns = self.statistics.turns.as_ref().filter(|_| !split);
-        sizes.extend(turns.map(|_| turn::TABLE_LINES));
         if self.batched {
             sizes.extend(["sa", "sb", "sc"]);
         }
@@ -448,9 +445,6 @@ impl GemmSpec {
         let (bm, tile_parts, bn, bk) = if leaves_sums {
             let (bm, parts) = (k.tile("BM"), k.tile(statistics::TILE_PARTS));
             (bm, parts.clone(), parts * statistics::PART, k.tile("BK"))
-        } else if let Some(turned) = turns {
-            let (bm, heads) = (k.tile("BM"), k.tile(turn::TILE_HEADS));
-            (bm, heads.clone(), heads * turned.width, k.tile("BK"))
         } else {
             (k.tile("BM"), Dim::new(0), k.tile("BN"), k.tile("BK"))
         };
@@ -495,10 +489,9 @@ impl GemmSpec {
         }
         let e = &self.epilogue;
         let c_layout = || matrix("M", "N", self.c, "ldc", batch("sc"));
-        let Statistics { reads, leaves, .. } = &self.statistics;
+        let Statistics { reads, leaves } = &self.statistics;
         let sums_read = reads.as_ref();
         let extras = if split { vec![] } else { declare_extras(&mut k, e, &c_layout(), sums_read) };
-        let tables = turns.map(|t| t.declare(&mut k)).unwrap_or_default();
         let c = if split {
             let mut layout = matrix("M", "N", self.c, "ldc", None);
             let parts = Axis { extent: Dim::sym("S"), stride: Dim::sym("sp"), block: None };
@@ -651,11 +644,8 @@ impl GemmSpec {
         args.extend(load_extras(&mut k, &extras, &place, &shape(&bm, &bn), false, sums_read));
         let mut out = k.map(e.func.clone(), args, vec![bm.clone(), bn.clone()]);
         if let Some((param, func)) = left_sums {
-            let (place, sizes) = ((row0.clone(), part0.clone()), (&bm, &tile_parts));
+            let (place, sizes) = ((row0.clone(), part0), (&bm, &tile_parts));
             statistics::leave(&mut k, param, func, out, place, sizes);
-        }
-        if let Some(turned) = turns {
-            out = turned.turn(&mut k, &tables, out, (&row0, part0), (&bm, &tile_parts));
         }
         if self.batched {
             out = k.reshape(out, shape(&bm, &bn));

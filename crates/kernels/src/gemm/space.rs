@@ -117,8 +117,6 @@ pub(super) fn each_schedule(
                 3 => 96,
                 _ if streamed > 0 => 128,
                 _ if addresses => 96,
-                // Beside the tables.
-                _ if spec.statistics.turns.is_some() => 128,
                 _ => 200,
             };
             if scratch * rows * bn / 128 > most {

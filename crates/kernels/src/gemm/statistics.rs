@@ -19,7 +19,6 @@ use crate::gemm::plan::{
 use crate::gemm::problem::Problem;
 use crate::gemm::program::{GemmSpec, Order, matrix};
 use crate::gemm::record;
-use crate::gemm::turn::{self, Turned};
 use tilewright_base::{DType, Error, Result};
 use tilewright_device::Arch;
 use tilewright_expr::Func;
@@ -34,15 +33,13 @@ pub const PART: i64 = tilewright_lower_gpu::PART_COLUMNS as i64;
 /// Tile size of a program that leaves sums: parts in a tile.
 pub(super) const TILE_PARTS: &str = "BP";
 
-/// What a product has to do with sums over rows, and what else it does to its result that takes more than one column.
+/// What a product has to do with sums over rows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Statistics {
     /// The vector along rows is made of such sums.
     pub reads: Option<RowSums>,
     /// Of an element of the result, what is summed (in f32).
     pub leaves: Option<Func>,
-    /// Heads of the result turn. Not with sums that are left.
-    pub turns: Option<Turned>,
 }
 
 /// Sums over rows in parts, `[M, parts]` in f32, dense.
@@ -57,16 +54,14 @@ pub struct RowSums {
 impl Statistics {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.reads.is_none() && self.leaves.is_none() && self.turns.is_none()
+        self.reads.is_none() && self.leaves.is_none()
     }
 
     /// Text for keys of records.
     pub(super) fn text(&self) -> String {
         let reads = self.reads.as_ref().map(|r| format!(" of {} sums {}", r.parts, r.func));
         let leaves = self.leaves.as_ref().map(|f| format!(" leaves {f}"));
-        let turns = self.turns.as_ref().map(Turned::text);
-        let [reads, leaves, turns] = [reads, leaves, turns].map(Option::unwrap_or_default);
-        format!("{reads}{leaves}{turns}")
+        format!("{}{}", reads.unwrap_or_default(), leaves.unwrap_or_default())
     }
 }
 
@@ -116,14 +111,12 @@ pub(super) fn leave(
 /// Whether a choice does all that its problem's statistics ask for in the product's own kernel.
 pub(super) fn inside(problem: &Problem, choice: &Choice) -> bool {
     let stats = &problem.statistics;
-    let tile = |name: &str| choice.schedule.tiles.get(name).copied().unwrap_or(1);
-    let (bm, bn) = (tile("BM"), tile("BN"));
+    let bn = choice.schedule.tiles.get("BN").copied().unwrap_or(1);
     stats.is_empty()
         || !choice.swapped
             && choice.splits == 1
             && choice.schedule.product == ProductKind::Wgmma
             && (stats.leaves.is_none() || bn % PART == 0)
-            && stats.turns.as_ref().is_none_or(|t| t.fits(problem, (bm, bn)))
 }
 
 /// Gives a schedule the tile size that programs with sums have.
@@ -131,9 +124,6 @@ pub(super) fn with_parts(spec: &GemmSpec, mut schedule: GpuSchedule) -> GpuSched
     if spec.statistics.leaves.is_some() {
         let bn = schedule.tiles.get("BN").copied().unwrap_or(PART);
         schedule.tiles.insert(TILE_PARTS.into(), bn / PART);
-    }
-    if let Some(turned) = &spec.statistics.turns {
-        schedule = turn::with_heads(turned, schedule);
     }
     schedule
 }
@@ -187,9 +177,7 @@ pub(super) fn sums_program(func: &Func, result: DType, order: Order) -> Kernel {
 /// # Errors
 /// Unsupported for batches, whose sums nobody asked for yet; else as for products.
 pub(super) fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
-    let both = problem.statistics.leaves.is_some() && problem.statistics.turns.is_some();
-    let parted = problem.statistics.turns.as_ref().is_some_and(|t| problem.n % t.width != 0);
-    if problem.batch != 1 || problem.images.is_some() || both || parted {
+    if problem.batch != 1 || problem.images.is_some() {
         return Err(Error::unsupported("sums over rows of batches or windows"));
     }
     let mut out = Vec::new();
@@ -211,7 +199,7 @@ pub(super) fn plan(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Cand
 
 /// The product without statistics, between kernels for these.
 fn around(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
-    let Statistics { reads, leaves, turns } = &problem.statistics;
+    let Statistics { reads, leaves } = &problem.statistics;
     let arch = Arch::of_capability(gpu.capability);
     let plain = Problem { statistics: Statistics::default(), ..problem.clone() };
     let mut out = record::plan(&plain, gpu, most)?;
@@ -236,9 +224,6 @@ fn around(problem: &Problem, gpu: &Gpu, most: usize) -> Result<Vec<Candidate>> {
         if let Some(func) = leaves {
             c.steps.push(sums_step(problem, arch, func)?);
             c.estimate_us += us(problem.m * problem.n * problem.result_bytes());
-        }
-        if let Some(turned) = turns {
-            turn::behind(problem, turned, gpu, c)?;
         }
     }
     Ok(out)

@@ -13,7 +13,6 @@
 //!   order (`patches`), or with a copy of its windows (`copied_windows.rs`; `im2col` for weights that are no constants);
 //! * two products of one operand, one of which multiplies the other's result, are one kernel (`pairs.rs`);
 //! * sums over rows, the statistics of norms, are left by the product that makes the rows (`statistics.rs`);
-//! * rotary positions turn the heads of queries and keys before the product that makes them stores them (`turns.rs`);
 //! * the few largest elements of rows are found by a kernel (`top_k.rs`), and what stands at computed places is read or written by
 //!   one (`places.rs`);
 //! * attention with its log-sum-exp and gradients are the library's (`library.rs`);
@@ -30,7 +29,6 @@ mod pairs;
 mod places;
 mod statistics;
 mod top_k;
-mod turns;
 mod windows;
 
 pub(crate) use attention::Attended;
@@ -348,7 +346,6 @@ impl Lowering<'_> {
             second: None,
             row_sums: None,
             leaves: None,
-            turns: None,
         };
         epilogue_of(dag, canon, (m, n), &out, &param, &mut form)?;
         if let Some(c) = &computed[0] {

@@ -314,6 +314,5 @@ fn product(first: &Launched<'_>, last: &Launched<'_>, joined: &Joined) -> Produc
         second: Some(Second { b: matrix(&q.b, &joined.last), cols: second_cols }),
         row_sums: None,
         leaves: None,
-        turns: None,
     }
 }

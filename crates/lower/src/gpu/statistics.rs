@@ -85,13 +85,13 @@ fn reads(dag: &Dag, node: usize, past: usize, other: usize) -> bool {
 }
 
 /// A step that launches a kernel whose only form is a single matrix product.
-pub(super) struct Launched<'a> {
-    pub(super) planned: &'a PlanKernel,
-    pub(super) product: &'a Product,
-    pub(super) args: &'a [BufferId],
+struct Launched<'a> {
+    planned: &'a PlanKernel,
+    product: &'a Product,
+    args: &'a [BufferId],
 }
 
-pub(super) fn launched(plan: &Plan, at: usize) -> Option<Launched<'_>> {
+fn launched(plan: &Plan, at: usize) -> Option<Launched<'_>> {
     let Step::Launch { kernel, args, .. } = plan.steps.get(at)? else { return None };
     let planned = &plan.kernels[*kernel];
     let [Form::Product(product)] = planned.forms.as_slice() else { return None };
@@ -210,7 +210,7 @@ fn parts_of(made: &Launched<'_>, sum: &RowSum) -> Option<i64> {
     let p = made.product;
     let n = p.n.as_const().filter(|n| *n > 0)?;
     let dense = p.c.offset.is(0) && p.c.col.is(1) && (p.c.row.is(n) || p.m.is(1));
-    let alone = p.leaves.is_none() && p.second.is_none() && p.turns.is_none();
+    let alone = p.leaves.is_none() && p.second.is_none();
     let types = p.c.dtype == sum.each.params()[0].dtype && p.c.dtype.is_float();
     let whole = n % PART_COLUMNS == 0;
     let zeros = vec![0.0; p.epilogue.params().len()];

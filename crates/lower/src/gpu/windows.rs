@@ -223,7 +223,6 @@ impl Lowering<'_> {
             second: None,
             row_sums: None,
             leaves: None,
-            turns: None,
             prologue: None,
             m: extent(&canon[0]),
             n: Dim::new(outputs),
