@@ -87,8 +87,18 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
     let map = |spec| one(map(spec));
     let mut reduce = |over| {
         let plan = ReduceSpec::sum(over, dtype).plan(arch, &size)?;
-        sizes.insert("P".into(), plan.parts_count);
-        sizes.insert("C".into(), plan.pieces);
+        let tile = |key: &str| {
+            let own = plan.parts.1.tiles.get(key).copied().unwrap_or(1);
+            number(&key.to_lowercase()).ok().flatten().map_or(own, i64::from)
+        };
+        let parts = number("parts").ok().flatten().map_or(plan.parts_count, i64::from);
+        let all = match over {
+            Over::All => sizes["N"].unsigned_abs().div_ceil(tile("BN") as u64) as i64,
+            Over::Rows => sizes["M"].unsigned_abs().div_ceil(tile("BM") as u64) as i64,
+        };
+        let turns = (all + parts - 1) / parts;
+        sizes.insert("P".into(), (all + turns - 1) / turns);
+        sizes.insert("C".into(), turns);
         Ok(std::iter::once(plan.parts).chain(plan.finish).collect())
     };
     let kernels = match op.as_str() {
@@ -111,8 +121,12 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
             let plan = NormBackwardSpec { op, dtype, added: false }
                 .plan(arch, &size)
                 .map_err(|e| e.to_string())?;
-            sizes.insert("P".into(), plan.parts_count);
-            sizes.insert("C".into(), plan.turns);
+            let bm = number("bm")?.map_or(plan.parts.1.tiles["BM"], i64::from);
+            let parts = number("parts")?.map_or(plan.parts_count, i64::from);
+            let all = (sizes["M"] + bm - 1) / bm;
+            let turns = (all + parts - 1) / parts;
+            sizes.insert("P".into(), (all + turns - 1) / turns);
+            sizes.insert("C".into(), turns);
             Ok(vec![plan.parts, plan.finish])
         }
         "topk" => {
@@ -186,14 +200,18 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
         _ => return Err(format!("unknown operation {op}")),
     }
     .map_err(|e| e.to_string())?;
+    let kernels_many = kernels.len() > 1 && !op.starts_with("adamw");
     let shown = |(i, (kernel, mut schedule)): (usize, (Kernel, GpuSchedule))| {
-        // The second kernel of a gradient adds up what the first one leaves.
-        let fixed = i > 0 && op.ends_with("bwd");
-        for key in keys.keys().filter(|_| !fixed) {
+        // The second kernel of a gradient or of a sum adds up what the first one leaves: its knobs have names of their own.
+        for key in keys.keys() {
             let Some(value) = number(key).ok().flatten() else { continue };
-            match key.as_str() {
-                "bm" | "bn" => {
-                    schedule.tiles.insert(key.to_uppercase().into(), value.into());
+            let last = key.strip_prefix("last.");
+            if (i > 0) != last.is_some() && kernels_many {
+                continue;
+            }
+            match last.unwrap_or(key.as_str()) {
+                name @ ("bm" | "bn" | "bp") => {
+                    schedule.tiles.insert(name.to_uppercase().into(), value.into());
                 }
                 "threads" => schedule.lines.threads = value,
                 "lanes" => schedule.lines.lanes = value,
@@ -210,7 +228,7 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
                 "pin" => {
                     schedule.sizes.insert("N".into(), sizes["N"]);
                 }
-                "deep" | "each" | "runs" | "vectors" => {}
+                "deep" | "each" | "runs" | "vectors" | "parts" => {}
                 _ => return Err(format!("unknown key {key}")),
             }
         }

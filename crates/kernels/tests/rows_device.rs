@@ -56,7 +56,7 @@ fn cases() -> Vec<Case> {
     };
     let norm = RowOp::LayerNorm { eps: 1e-5 };
     let rms = RowOp::RmsNorm { eps: 1e-6 };
-    let rows: [(RowOp, DType, bool, Sizes); 16] = [
+    let rows: [(RowOp, DType, bool, Sizes); 19] = [
         (RowOp::Softmax, DType::F32, false, &[("M", 3), ("N", 1)]),
         (RowOp::Softmax, DType::BF16, false, &[("M", 9), ("N", 33)]),
         (RowOp::Softmax, DType::F16, false, &[("M", 3), ("N", 264), ("ldx", 272)]),
@@ -69,6 +69,11 @@ fn cases() -> Vec<Case> {
         (norm, DType::F32, true, &[("M", 2), ("N", 33000)]),
         (rms, DType::F16, true, &[("M", 3), ("N", 520)]),
         (rms, DType::F32, false, &[("M", 1), ("N", 33003)]),
+        // Tiles that are no power of two, in a warp and in several.
+        (norm, DType::BF16, false, &[("M", 5), ("N", 1280)]),
+        (norm, DType::F16, true, &[("M", 3), ("N", 2304)]),
+        // Rows of which several warps read one element at a time.
+        (norm, DType::BF16, false, &[("M", 9), ("N", 1023)]),
         // Rows that begin and end within units of 16 bytes.
         (RowOp::Softmax, DType::BF16, false, &[("M", 9), ("N", 1023)]),
         (norm, DType::BF16, true, &[("M", 9), ("N", 1025)]),
@@ -431,6 +436,30 @@ fn sums_of_products_are_multiply_adds() {
     assert!(text(RowOp::RmsNorm { eps: 1e-6 }).contains("tw::fold_products<"));
     assert!(text(RowOp::LayerNorm { eps: 1e-6 }).contains("tw::fold_products<"));
     assert!(!text(RowOp::Softmax).contains("tw::fold_products<"));
+}
+
+/// Rows that fill no tile of a power of two have one that fits, and a length that is a number where elements come one by one.
+#[test]
+fn tiles_are_hardly_longer_than_rows() {
+    let picked = |op, dtype, n: i64| {
+        let size = |name: &str| match name {
+            "M" => Some(16384),
+            _ => Some(n),
+        };
+        let spec = RowSpec { op, dtype, residual: false };
+        let (_, schedule) = spec.kernel("rows", Arch::Sm90a, &size).unwrap();
+        let numbers = schedule.sizes.contains_key("N");
+        (schedule.tiles["BN"], schedule.lines.lanes, schedule.blocks_per_sm, numbers)
+    };
+    let (norm, rms) = (RowOp::LayerNorm { eps: 1e-5 }, RowOp::RmsNorm { eps: 1e-6 });
+    assert_eq!(picked(norm, DType::BF16, 1280), (1280, 32, 10, true));
+    assert_eq!(picked(norm, DType::BF16, 1536), (1536, 64, 14, true));
+    assert_eq!(picked(norm, DType::BF16, 2304), (2560, 64, 11, false));
+    assert_eq!(picked(norm, DType::BF16, 1023), (1024, 64, 16, true));
+    // Nothing lies behind the row; a single vector; wide elements.
+    assert_eq!(picked(norm, DType::BF16, 2048), (2048, 128, 10, true));
+    assert_eq!(picked(rms, DType::BF16, 1280), (2048, 128, 12, false));
+    assert_eq!(picked(norm, DType::F32, 1023), (1024, 64, 3, false));
 }
 
 /// One element at a time, from the formulas in the specifications' documentation.

@@ -20,6 +20,10 @@ const IN_FLIGHT: i64 = 4;
 const BLOCKS: i64 = 264;
 /// Elements of one row that a thread keeps.
 const KEEP: i64 = 32;
+/// The same of rows that fit their tile better so.
+const TIGHT_EACH: i64 = 40;
+/// Elements of 16 bytes from which they are narrow.
+const NARROW: i64 = 8;
 /// Bytes under way on a multiprocessor that memory needs to be busy.
 const ENOUGH_BYTES: i64 = 64 << 10;
 /// Operations of a map that 32 registers have room for.
@@ -448,6 +452,8 @@ impl Picker<'_> {
         let rows_each = if alone { 1 } else { (self.in_flight / runs_each).max(1) };
         // Rows of a warp, or of a few of its threads, each wait for no other.
         let least = match (single, lanes) {
+            (true, ..=32) if s.vector >= NARROW => 128,
+            (true, _) if s.vector >= NARROW => 64,
             (true, _) => 256,
             (false, ..=32) => 64,
             (false, _) => 128,
@@ -467,7 +473,26 @@ impl Picker<'_> {
         let threads = lanes.max(64);
         let wide = self.spread_rows(Choice { threads, lanes, rows_each: 1, runs_each, cluster });
         let better = halves || self.under_way(wide) >= self.under_way(choice);
-        Some(if better { wide } else { choice })
+        let found = if better { wide } else { choice };
+        Some(self.tight(found).unwrap_or(found))
+    }
+
+    /// Rows of whole units in tiles that are hardly longer than they are, where those of a choice are longer by more than an
+    /// eighth and there is more than one vector along the columns: each of them has its accesses and registers for what
+    /// lies behind the row, too. With fewer, more threads with less each are as fast.
+    fn tight(&self, than: Choice) -> Option<Choice> {
+        let s = &self.s;
+        let loose = than.lanes * than.runs_each * 8 > self.runs * 9;
+        let costly = s.vectors > 1 && s.vector >= NARROW;
+        if !(loose && costly) || s.aligned < s.vector || than.cluster > 1 {
+            return None;
+        }
+        let most = TIGHT_EACH / s.vector;
+        let forms = (5..=8).map(|n| 1i64 << n).map(|lanes| (up(self.runs, lanes), lanes));
+        let (runs_each, lanes) = forms
+            .filter(|(each, lanes)| *each <= most && each * lanes < than.runs_each * than.lanes)
+            .min_by_key(|(each, lanes)| (each * lanes, *each))?;
+        Some(Choice { threads: lanes.max(64), lanes, rows_each: 1, runs_each, cluster: 1 })
     }
 
     /// Bytes of whole rows that the blocks of a multiprocessor have under way, up to what memory needs.
@@ -650,7 +675,9 @@ impl Picker<'_> {
             s.vectors * if early { choice.runs_each * 2 + 2 } else { 64 / s.vector.clamp(4, 8) };
         // Vectors of several rows are addressed apart.
         let rows = if choice.lines() > 1 && s.vectors > 0 && early && !few { 24 } else { 0 };
-        28 + each * (planes + s.folds) + vectors + rows + addresses
+        // As compiled, beside whole rows of the other lines.
+        let tight = if s.whole && each > KEEP && choice.lines() > 1 { 8 } else { 0 };
+        28 + each * (planes + s.folds) + vectors + rows + addresses + tight
     }
 
     /// More blocks for few long rows (or columns), if the device has clusters.
@@ -848,9 +875,12 @@ impl Picker<'_> {
             };
             schedule.tiles.insert(name.clone(), extent);
         }
-        // Where a tile is as long as the rows, nothing lies behind them: no element is asked whether it does.
+        // Where a tile is as long as the rows, nothing lies behind them: no element is asked whether it does. Of those that are read one
+        // by one, only the last ones are asked when the length is a number: a third fewer instructions.
         if s.whole && s.reduces == Some(Direction::Col) {
-            let full = s.col_sizes.iter().filter(|(_, extent)| **extent == cols);
+            let narrow = schedule.vector == 1 && s.vector >= NARROW;
+            let single = narrow && choice.cluster == 1;
+            let full = s.col_sizes.iter().filter(|(_, extent)| **extent == cols || single);
             schedule.sizes = full.map(|(name, extent)| (name.clone(), *extent)).collect();
         }
         schedule
