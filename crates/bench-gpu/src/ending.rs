@@ -285,7 +285,8 @@ impl Ending {
 /// Relative error of rounding to a type: no implementation can promise less.
 pub fn unit(dtype: DType) -> f64 {
     match dtype {
-        DType::BF16 => 2f64.powi(-9),
+        // Eight digits.
+        DType::BF16 => 2f64.powi(-8),
         DType::F16 => 2f64.powi(-12 + 1),
         DType::F32 => 2f64.powi(-24),
         DType::F8E4M3 => 2f64.powi(-4),

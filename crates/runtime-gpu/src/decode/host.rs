@@ -54,10 +54,26 @@ impl DecodeMachine for HostDecoder {
     fn run(&mut self, which: Which) -> Result<()> {
         let plan = self.plan.clone();
         let steps = if which == Which::Token { &plan.token } else { &plan.chunk };
-        let options =
-            device::Options { mode: Mode::Exact, clusters: 2, ..device::Options::default() };
+        // Weights, which no step writes, may be read before the kernel in front has ended.
+        let written = |region: usize| {
+            steps.iter().any(|step| {
+                let params = step.program.params.iter().zip(&step.operands);
+                params.into_iter().any(|((_, p), &r)| r == region && p.access != Access::In)
+            })
+        };
+        let weights: Vec<bool> = (plan.regions.iter().enumerate())
+            .map(|(number, region)| !region.data.is_empty() && !written(number))
+            .collect();
         for step in steps {
             let count = step.program.params.len();
+            let params = step.program.params.iter().zip(&step.operands);
+            let constants = params.filter(|(_, r)| weights[**r]).map(|((id, _), _)| id).collect();
+            let options = device::Options {
+                mode: Mode::Exact,
+                clusters: 2,
+                constants,
+                ..device::Options::default()
+            };
             let mut sizes = step.sizes.clone();
             if let Some(&at) = step.operands.get(count) {
                 let bytes = tilewright_data::Bytes::copy_from(&self.memory[at]);
