@@ -71,6 +71,26 @@ def attention(q, k, v):
     return tj._textbook(q, k, v, True, q.shape[-1] ** -0.5)
 
 
+def losses(x, targets, ignore=-100, smoothing=0.0, z_loss=0.0, softcap=0.0):
+    z = x.astype(jnp.float32)
+    z = softcap * jnp.tanh(z / softcap) if softcap else z
+    lse = jax.scipy.special.logsumexp(z, -1)
+    picked = jnp.take_along_axis(z, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    loss = lse - (1 - smoothing) * picked - smoothing * z.mean(-1) + z_loss * lse * lse
+    return jnp.where(targets == ignore, 0.0, loss)
+
+
+def rotated(x, cos, sin):
+    a, b = jnp.split(x, 2, -1)
+    return x * cos[:, None] + jnp.concatenate([-b, a], -1) * sin[:, None]
+
+
+def beside(pair):
+    return jnp.concatenate(pair, -1)
+
+
+TARGETS = jnp.asarray(NUMBERS.integers(0, 33, (3, 5)), jnp.int32).at[1, 2].set(-100)
+TABLES = [array(n, 6, 8) for n in (1, 1, 2, 2)]
 GELU = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
 CASES = {
     "softmax": (tj.softmax, jax.nn.softmax, [(5, 33)]),
@@ -87,6 +107,22 @@ CASES = {
         lambda x, w, b: tj.linear(x, w, b, "gelu"), lambda x, w, b: GELU(x @ w + b), [(7, 16), (16, 24), (24,)],
     ),
     "linear, relu": (lambda x, w: tj.linear(x, w, None, "relu"), lambda x, w: jax.nn.relu(x @ w), [(7, 16), (16, 8)]),
+    "rms_norm of a sum": (
+        lambda x, r, w: beside(tj.rms_norm(x, w, residual=r)), lambda x, r, w: beside((rms_norm(x + r, w), x + r)), [(9, 48), (9, 48), (48,)],
+    ),
+    "layer_norm of a sum": (
+        lambda x, r, w, b: beside(tj.layer_norm(x, w, b, residual=r)), lambda x, r, w, b: beside((layer_norm(x + r, w, b), x + r)),
+        [(4, 3, 40), (4, 3, 40), (40,), (40,)],
+    ),
+    "rotary": (lambda x: tj.rotary(x, *TABLES[:2]), lambda x: rotated(x, *TABLES[:2]), [(2, 4, 6, 8)]),
+    "rotary, tables of each batch": (lambda x: tj.rotary(x, *TABLES[2:]), lambda x: rotated(x, *TABLES[2:]), [(2, 4, 6, 8)]),
+    "cross_entropy": (
+        lambda x: tj.cross_entropy(x, TARGETS, reduction="none").astype(x.dtype), lambda x: losses(x, TARGETS), [(3, 5, 33)],
+    ),
+    "cross_entropy with all terms": (
+        lambda x: tj.cross_entropy(x, TARGETS, label_smoothing=0.1, z_loss=1e-2, softcap=3.0, reduction="none").astype(x.dtype),
+        lambda x: losses(x, TARGETS, -100, 0.1, 1e-2, 3.0), [(3, 5, 33)],
+    ),
     "attention": (
         lambda q, k, v: tj.attention(q, k, v, causal=True), attention, [(2, 4, 16, 32), (2, 2, 16, 32), (2, 2, 16, 32)],
     ),
@@ -131,6 +167,20 @@ def calls_are_batched():
 
             for i, (f, e) in enumerate(zip(jax.jit(slopes(ours))(*arrays), slopes(theirs)(*arrays))):
                 near(f, e, jnp.float32, f"vmap {axes} of {name}, gradient {i}")
+
+
+def losses_are_reduced():
+    """Means leave out rows that are ignored, targets may be of 64 bits, and have a batch of their own."""
+    x = array(3, 5, 33)
+    each = losses(x, TARGETS)
+    for reduction, wanted in (("mean", each.sum() / 14), ("sum", each.sum())):
+        near(jax.jit(lambda x: tj.cross_entropy(x, TARGETS, reduction=reduction))(x), wanted, jnp.float32, reduction)  # noqa: B023
+    found = jax.jit(jax.vmap(lambda x, t: tj.cross_entropy(x, t, reduction="sum"), (None, 0)))(x[0], TARGETS)
+    near(found, jnp.stack([losses(x[0], t).sum() for t in TARGETS]), jnp.float32, "targets with a batch")
+    hidden = jnp.full((3, 5), -100, jnp.int32)
+    assert jnp.isnan(tj.cross_entropy(x, hidden)) and tj.cross_entropy(x, hidden, reduction="sum") == 0
+    empty = tj.cross_entropy(x[:0], TARGETS[:0], reduction="none")
+    assert empty.shape == (0, 5)
 
 
 def batches_of_batches():
@@ -190,6 +240,10 @@ def wrong_arguments_are_named():
         (lambda: tj.linear(array(2, 3), array(3, 5), activation="cube"), ValueError, "cube"),
         (lambda: tj.softmax(jnp.ones((2, 3), jnp.complex64)), TypeError, "complex64"),
         (lambda: tj.attention(array(1, 3, 4, 8), array(1, 2, 4, 8), array(1, 2, 4, 8)), ValueError, "multiple"),
+        (lambda: tj.cross_entropy(array(2, 3), jnp.zeros(3, jnp.int32)), ValueError, "axes of logits"),
+        (lambda: tj.cross_entropy(array(2, 3), jnp.zeros(2)), ValueError, "signed integers"),
+        (lambda: tj.rotary(array(1, 2, 4, 7), array(1, 4, 7), array(1, 4, 7)), ValueError, "even"),
+        (lambda: tj.rms_norm(array(2, 3), array(3), residual=array(3)), ValueError, "shape of x"),
         # The handler's own errors: XLA hands them on.
         (lambda: bare("nonsense"), Exception, "graph"),
     ]
@@ -232,6 +286,7 @@ def main() -> None:
     tests = (
         values_and_gradients_are_those_of_jax,
         calls_are_batched,
+        losses_are_reduced,
         batches_of_batches,
         calls_are_recorded,
         arrays_are_donated,

@@ -568,7 +568,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// The mask of an access: lanes in use, and inside. `None` when all are.
-    fn access_mask(&mut self, place: &Place, for_read: bool) -> Option<String> {
+    pub(crate) fn access_mask(&mut self, place: &Place, for_read: bool) -> Option<String> {
         let (scalar, lanes) = self.conditions(&place.guards);
         let n = self.lanes;
         let tail = if for_read && place.over_read { None } else { self.mask.clone() };
@@ -738,7 +738,7 @@ impl<'a> Emitter<'a> {
             return Err(Error::bug("four-bit elements are stored one by one"));
         }
         let raw = self.c.narrow(dtype, lanes, value);
-        let mask = if padded { None } else { self.access_mask(place, false) };
+        let mask = if padded { None } else { self.store_mask(place, elem) };
         let (v, m) = (vector(elem, lanes), vector("i1", lanes));
         let tag = self.write_tag(&place.base);
         let contiguous = self.vec_env_free(&place.offset)

@@ -20,6 +20,7 @@
 //! | `alias.rs` | what LLVM is told about which memory is which |
 //! | `eval.rs` | elements of virtual tiles |
 //! | `inside.rs` | loops whose reads may lie outside: most iterations without guards |
+//! | `lanes.rs` | masks of stores that are narrower than their values |
 //! | `stmts.rs` | stores, loops, branches, which stores fuse into a product |
 //! | `mma.rs` | products: micro-kernels and the loops around them |
 //! | `amx.rs` | the micro-kernel of AMX |
@@ -46,6 +47,7 @@ mod eval;
 mod groups;
 mod heights;
 mod inside;
+mod lanes;
 #[allow(
     clippy::approx_constant,
     reason = "parts of split constants stand as their source prints them"

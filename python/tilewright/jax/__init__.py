@@ -18,178 +18,14 @@ JAX is needed for this module, and imported nowhere else in the package.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
-from .. import _native
-
-TARGET = "tilewright_graph"
-
-NAMES = {
-    "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32",
-    "int16": "i16", "int8": "i8", "uint64": "u64", "uint32": "u32", "uint16": "u16", "uint8": "u8", "bool": "bool",
-}  # fmt: skip
-DTYPES = {ours: name for name, ours in NAMES.items()}
-
-
-def _register() -> None:
-    for platform, address in _native.xla_handlers():
-        pointer = ctypes.cast(address, ctypes.CFUNCTYPE(None))
-        handler = jax.ffi.pycapsule(pointer)
-        # On a GPU the same function compiles what a call needs before XLA runs it, or records it in a command buffer.
-        stages = handler if platform == "cpu" else {"initialize": handler, "execute": handler}
-        jax.ffi.register_ffi_target(TARGET, stages, platform=platform, api_version=1)
-
-
-_register()
-
-
-class _Graph:
-    """A graph under construction."""
-
-    def __init__(self, name: str, arguments, mapped=None):
-        self.builder = _native.Builder(name)
-        # The extent of the axis that `vmap` puts in front.
-        self.batch = next((shape[0] for (_, shape), m in zip(arguments, mapped or ()) if m), None)
-        self.types: dict[int, str] = {}
-        self.shapes: dict[int, tuple] = {}
-        self.arguments = []
-        for i, (dtype, shape) in enumerate(arguments):
-            number = self.builder.input(f"x{i}", f"{dtype}[{','.join(map(str, shape))}]")
-            self.arguments.append(self._known(number))
-
-    def _known(self, number: int) -> int:
-        dtype, shape = self.builder.type_of(number)
-        self.types[number], self.shapes[number] = dtype, tuple(int(s) for s in shape)
-        return number
-
-    def op(self, text: str, *inputs: int) -> int:
-        return self._known(self.builder.op(text, list(inputs))[0])
-
-    def map(self, text: str, *inputs: int) -> int:
-        """A formula of operands a, b, c and so on, which broadcast."""
-        return self.op(f"map {{ {', '.join('abcdef'[: len(inputs)])} -> {text} }}", *inputs)
-
-    def cast(self, value: int, dtype: str) -> int:
-        return value if self.types[value] == dtype else self.map(f"{dtype}(a)", value)
-
-    def wide(self, value: int) -> int:
-        """As f32 where it is narrower."""
-        return self.cast(value, "f32") if self.types[value] in ("f16", "bf16") else value
-
-    def sum(self, value: int, axes, keep: bool = False) -> int:
-        axes = list(axes)
-        if not axes:
-            return value
-        return self.op(f"reduce sum axes=[{','.join(map(str, axes))}]{' keep' if keep else ''}", value)
-
-    def mean(self, value: int, axes) -> int:
-        """The mean over axes, which stay with size one."""
-        count = math.prod(self.shapes[value][a] for a in axes)
-        return self.map(f"a / {float(max(count, 1))!r}", self.sum(value, axes, True))
-
-    def contract(self, spec: str, a: int, b: int) -> int:
-        dtype = self.types[a]
-        acc = "f32" if dtype in ("f16", "bf16") else dtype
-        return self.op(f'contract "{spec}" acc={acc}', a, b)
-
-    def reshape(self, value: int, shape) -> int:
-        return self.op(f"reshape [{','.join(map(str, shape))}]", value)
-
-    def spread(self, mapped, *values: int) -> tuple[int, ...]:
-        """Values with the batch axis in front: those that lack it are repeated. `mapped` says which have it, or is `None`."""
-        if mapped is None:
-            return values
-        return tuple(v if m else self.repeated(v, self.batch) for v, m in zip(values, mapped))
-
-    def repeated(self, value: int, size: int) -> int:
-        return self.op(f"expand [{','.join(map(str, (size, *self.shapes[value])))}]", value)
-
-    def lifted(self, value: int, mapped: bool, rank: int) -> int:
-        """A vector for each batch, to broadcast over arrays of `rank` axes beside the batch axis."""
-        if not mapped:
-            return value
-        size, *rest = self.shapes[value]
-        return self.reshape(value, (size, *[1] * (rank - len(rest)), *rest))
-
-    def finish(self, *values: int):
-        for i, value in enumerate(values):
-            self.builder.output(f"y{i}", value)
-        return self.builder.text(), [(self.types[v], self.shapes[v]) for v in values]
-
-
-@functools.lru_cache(maxsize=4096)
-def _written(write, arguments, settings):
-    """The text of a graph and the types of its results."""
-    settings = dict(settings)
-    graph = _Graph(write.__name__.strip("_"), arguments, settings.get("mapped"))
-    results = write(graph, *graph.arguments, **settings)
-    return graph.finish(*(results if isinstance(results, tuple) else (results,)))
-
-
-def _bare(write, arrays, precision, settings):
-    """The custom call of the graph that `write` writes for these arrays; a list of results."""
-    arguments = tuple((NAMES[a.dtype.name], tuple(a.shape)) for a in arrays)
-    text, types = _written(write, arguments, settings)
-    results = [jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype])) for dtype, shape in types]
-    return jax.ffi.ffi_call(TARGET, results)(*arrays, graph=text, precision=precision)
-
-
-@functools.lru_cache(maxsize=4096)
-def _mapped(write, precision, settings, mapped):
-    """A call with its rule for `vmap`. `mapped` says for each argument whether it has a batch axis in front, or is `None`
-    when nothing has: `write` then gets it as the setting `mapped`. Axes of nested `vmap`s are one axis for `write`.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def call(*arrays):
-        given = settings if mapped is None else (*settings, ("mapped", mapped))
-        return _bare(write, arrays, precision, given)
-
-    @call.def_vmap
-    def rule(size, batched, *arrays):
-        before = mapped or (False,) * len(arrays)
-        after = tuple(bool(b) or old for b, old in zip(batched, before))
-        inner = next((a.shape[int(bool(b))] for a, b, old in zip(arrays, batched, before) if old), None)
-        folded = []
-        for a, b, old in zip(arrays, batched, before):
-            if inner is not None and (b or old):
-                # One axis of `size * inner`: what has only one of the two is repeated along the other.
-                a = a if b else a[None]
-                a = a if old else a[:, None]
-                a = jnp.broadcast_to(a, (size, inner, *a.shape[2:])).reshape(size * inner, *a.shape[2:])
-            folded.append(a)
-        results = _mapped(write, precision, settings, after)(*folded)
-        if inner is not None:
-            results = [r.reshape(size, inner, *r.shape[1:]) for r in results]
-        return results, [True] * len(results)
-
-    return call
-
-
-def _call(write, *arrays, precision: str = "f32", **settings):
-    """Runs the graph that `write` writes for these arrays; a list of results."""
-    arrays = [jnp.asarray(a) for a in arrays]
-    for a in arrays:
-        if a.dtype.name not in NAMES:
-            raise TypeError(f"tilewright has no element type {a.dtype.name}")
-    return _mapped(write, precision, tuple(sorted(settings.items())), None)(*arrays)
-
-
-def _axis(axis: int, rank: int) -> int:
-    if not -rank <= axis < rank:
-        raise ValueError(f"axis {axis} of an array with {rank} axes")
-    return axis % rank
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
+from .core import TARGET, axis_of, call, need
+from .losses import cross_entropy
+from .rotations import rotary
 
 # ---- softmax ---------------------------------------------------------------------------------------
 
@@ -212,7 +48,7 @@ def _softmax_gradient(g, y, dy, axis, log, mapped=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _softmax_of(x, axis, log):
-    return _call(_softmax, x, axis=axis, log=log)[0]
+    return call(_softmax, x, axis=axis, log=log)[0]
 
 
 def _softmax_forward(x, axis, log):
@@ -221,7 +57,7 @@ def _softmax_forward(x, axis, log):
 
 
 def _softmax_backward(axis, log, y, dy):
-    return (_call(_softmax_gradient, y, dy, axis=axis, log=log)[0],)
+    return (call(_softmax_gradient, y, dy, axis=axis, log=log)[0],)
 
 
 _softmax_of.defvjp(_softmax_forward, _softmax_backward)
@@ -229,12 +65,12 @@ _softmax_of.defvjp(_softmax_forward, _softmax_backward)
 
 def softmax(x, axis: int = -1):
     """`exp(x - max) / sum(exp(x - max))` along an axis, in one pass over each row. As `jax.nn.softmax`."""
-    return _softmax_of(x, _axis(axis, jnp.ndim(x)), False)
+    return _softmax_of(x, axis_of(axis, jnp.ndim(x)), False)
 
 
 def log_softmax(x, axis: int = -1):
     """The logarithm of `softmax`, computed without taking it. As `jax.nn.log_softmax`."""
-    return _softmax_of(x, _axis(axis, jnp.ndim(x)), True)
+    return _softmax_of(x, axis_of(axis, jnp.ndim(x)), True)
 
 
 # ---- normalisations --------------------------------------------------------------------------------
@@ -281,7 +117,7 @@ def _layer_norm_gradient(g, x, weight, dy, eps, mapped=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _layer_norm_of(x, weight, bias, eps):
-    return _call(_layer_norm, x, weight, bias, eps=eps)[0]
+    return call(_layer_norm, x, weight, bias, eps=eps)[0]
 
 
 def _layer_norm_forward(x, weight, bias, eps):
@@ -289,17 +125,23 @@ def _layer_norm_forward(x, weight, bias, eps):
 
 
 def _layer_norm_backward(eps, saved, dy):
-    return tuple(_call(_layer_norm_gradient, *saved, dy, eps=eps))
+    return tuple(call(_layer_norm_gradient, *saved, dy, eps=eps))
 
 
 _layer_norm_of.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def layer_norm(x, weight, bias=None, eps: float = 1e-5):
-    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis (Ba et al., 2016). `weight` and `bias`: `[n]`."""
+def layer_norm(x, weight, bias=None, eps: float = 1e-5, residual=None):
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis (Ba et al., 2016). `weight` and `bias`: `[n]`.
+
+    With `residual`, of the shape of `x`: of `h = x + residual`, and the result is the pair `(y, h)`, from one kernel.
+    """
     bias = jnp.zeros_like(weight) if bias is None else bias
-    _need(jnp.shape(weight) == jnp.shape(bias) == jnp.shape(x)[-1:], "weight and bias have the last axis of x")
-    return _layer_norm_of(x, weight, jnp.asarray(bias, jnp.asarray(weight).dtype), float(eps))
+    need(jnp.shape(weight) == jnp.shape(bias) == jnp.shape(x)[-1:], "weight and bias have the last axis of x")
+    bias = jnp.asarray(bias, jnp.asarray(weight).dtype)
+    if residual is not None:
+        return _added(x, residual, (weight, bias), float(eps))
+    return _layer_norm_of(x, weight, bias, float(eps))
 
 
 def _rms_norm(g, x, weight, eps, mapped=None):
@@ -321,7 +163,7 @@ def _rms_norm_gradient(g, x, weight, dy, eps, mapped=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rms_norm_of(x, weight, eps):
-    return _call(_rms_norm, x, weight, eps=eps)[0]
+    return call(_rms_norm, x, weight, eps=eps)[0]
 
 
 def _rms_norm_forward(x, weight, eps):
@@ -329,16 +171,64 @@ def _rms_norm_forward(x, weight, eps):
 
 
 def _rms_norm_backward(eps, saved, dy):
-    return tuple(_call(_rms_norm_gradient, *saved, dy, eps=eps))
+    return tuple(call(_rms_norm_gradient, *saved, dy, eps=eps))
 
 
 _rms_norm_of.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-def rms_norm(x, weight, eps: float = 1e-6):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang and Sennrich, 2019). `weight`: `[n]`."""
-    _need(jnp.shape(weight) == jnp.shape(x)[-1:], "weight has the last axis of x")
+def rms_norm(x, weight, eps: float = 1e-6, residual=None):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang and Sennrich, 2019). `weight`: `[n]`.
+
+    With `residual`, of the shape of `x`: of `h = x + residual`, and the result is the pair `(y, h)`, from one kernel.
+    """
+    need(jnp.shape(weight) == jnp.shape(x)[-1:], "weight has the last axis of x")
+    if residual is not None:
+        return _added(x, residual, (weight,), float(eps))
     return _rms_norm_of(x, weight, float(eps))
+
+
+def _norm_of_sum(g, x, residual, *vectors, eps, mapped=None):
+    """The norm of a sum, and the sum: with two vectors a layer norm."""
+    if mapped is not None:
+        x, residual = g.spread(mapped[:2], x, residual)
+        mapped = (True, *mapped[2:])
+    h = g.cast(g.map("a + b", g.wide(x), g.wide(residual)), g.types[x])
+    norm = _layer_norm if len(vectors) == 2 else _rms_norm
+    return norm(g, h, *vectors, eps=eps, mapped=mapped), h
+
+
+def _norm_of_sum_gradient(g, h, weight, dy, dh, eps, shifts, mapped=None):
+    before = mapped and mapped[:3]
+    gradient = _layer_norm_gradient if shifts else _rms_norm_gradient
+    dx, *others = gradient(g, h, weight, dy, eps=eps, mapped=before)
+    if mapped is not None:
+        (dh,) = g.spread(mapped[3:], dh)
+    return g.cast(g.map("a + b", g.wide(dx), g.wide(dh)), g.types[h]), *others
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm_of_sum_of(x, residual, vectors, eps):
+    return tuple(call(_norm_of_sum, x, residual, *vectors, eps=eps))
+
+
+def _norm_of_sum_forward(x, residual, vectors, eps):
+    y, h = _norm_of_sum_of(x, residual, vectors, eps)
+    return (y, h), (h, vectors)
+
+
+def _norm_of_sum_backward(eps, saved, grads):
+    h, vectors = saved
+    dx, *others = call(_norm_of_sum_gradient, h, vectors[0], *grads, eps=eps, shifts=len(vectors) == 2)
+    return dx, dx, tuple(others)
+
+
+_norm_of_sum_of.defvjp(_norm_of_sum_forward, _norm_of_sum_backward)
+
+
+def _added(x, residual, vectors, eps):
+    need(jnp.shape(x) == jnp.shape(residual), "residual has the shape of x")
+    return _norm_of_sum_of(x, jnp.asarray(residual, jnp.asarray(x).dtype), vectors, eps)
 
 
 # ---- activations and products ----------------------------------------------------------------------
@@ -379,12 +269,12 @@ def _glu_gradient(g, gate, up, dy, kind, mapped=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _glu_of(gate, up, kind):
-    return _call(_glu, gate, up, kind=kind)[0]
+    return call(_glu, gate, up, kind=kind)[0]
 
 
 _glu_of.defvjp(
     lambda gate, up, kind: (_glu_of(gate, up, kind), (gate, up)),
-    lambda kind, saved, dy: tuple(_call(_glu_gradient, *saved, dy, kind=kind)),
+    lambda kind, saved, dy: tuple(call(_glu_gradient, *saved, dy, kind=kind)),
 )
 
 
@@ -400,8 +290,8 @@ def geglu(gate, up):
 
 def glu(gate, up, activation: str = "sigmoid"):
     """`activation(gate) * up`; activations: those of `ACTIVATIONS`."""
-    _need(activation in ACTIVATIONS, f"no activation {activation!r}; there are {sorted(ACTIVATIONS)}")
-    _need(jnp.shape(gate) == jnp.shape(up), "gate and up have one shape")
+    need(activation in ACTIVATIONS, f"no activation {activation!r}; there are {sorted(ACTIVATIONS)}")
+    need(jnp.shape(gate) == jnp.shape(up), "gate and up have one shape")
     return _glu_of(gate, jnp.asarray(up, jnp.asarray(gate).dtype), activation)
 
 
@@ -447,7 +337,7 @@ def _linear_gradient(g, x, weight, *rest, kind, biased, mapped=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _linear_of(x, weight, bias, kind, precision):
-    return _call(_linear, x, weight, *bias, kind=kind, precision=precision)[0]
+    return call(_linear, x, weight, *bias, kind=kind, precision=precision)[0]
 
 
 def _linear_forward(x, weight, bias, kind, precision):
@@ -456,7 +346,7 @@ def _linear_forward(x, weight, bias, kind, precision):
 
 def _linear_backward(kind, precision, saved, dy):
     x, weight, bias = saved
-    found = _call(_linear_gradient, x, weight, *bias, dy, kind=kind, biased=bool(bias), precision=precision)
+    found = call(_linear_gradient, x, weight, *bias, dy, kind=kind, biased=bool(bias), precision=precision)
     return found[0], found[1], tuple(found[2:])
 
 
@@ -468,11 +358,11 @@ def linear(x, weight, bias=None, activation: str | None = None, precision: str =
 
     `precision`: what products of f32 may be computed in ("f32", "tf32", "f16", "bf16").
     """
-    _need(activation is None or activation in ACTIVATIONS, f"no activation {activation!r}; there are {sorted(ACTIVATIONS)}")
-    _need(jnp.ndim(weight) == 2 and jnp.ndim(x) >= 2, "x is [..., k] and weight is [k, n]")
-    _need(jnp.shape(x)[-1] == jnp.shape(weight)[0], "the last axis of x is the first of weight")
-    _need(bias is None or jnp.shape(bias) == jnp.shape(weight)[1:], "bias has the last axis of weight")
-    _need(jnp.asarray(x).dtype == jnp.asarray(weight).dtype, "x and weight have one type")
+    need(activation is None or activation in ACTIVATIONS, f"no activation {activation!r}; there are {sorted(ACTIVATIONS)}")
+    need(jnp.ndim(weight) == 2 and jnp.ndim(x) >= 2, "x is [..., k] and weight is [k, n]")
+    need(jnp.shape(x)[-1] == jnp.shape(weight)[0], "the last axis of x is the first of weight")
+    need(bias is None or jnp.shape(bias) == jnp.shape(weight)[1:], "bias has the last axis of weight")
+    need(jnp.asarray(x).dtype == jnp.asarray(weight).dtype, "x and weight have one type")
     return _linear_of(x, weight, () if bias is None else (bias,), activation, precision)
 
 
@@ -505,7 +395,7 @@ def _textbook(q, k, v, causal, scale):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _attention_of(q, k, v, causal, scale):
-    return _call(_attention, q, k, v, causal=causal, scale=scale)[0]
+    return call(_attention, q, k, v, causal=causal, scale=scale)[0]
 
 
 def _attention_backward(causal, scale, saved, dy):
@@ -519,14 +409,14 @@ def attention(q, k, v, causal: bool = False, scale: float | None = None):
     """`softmax(scale * q k^T) v` without storing the scores (Dao et al., 2022). `q`: `[batch, heads, length, width]`,
     `k`, `v`: `[batch, kv heads, keys, width]`; `scale` defaults to `1 / sqrt(width)`. Causal: lengths are equal."""
     q, k, v = (jnp.asarray(t) for t in (q, k, v))
-    _need(q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape, "q, k and v are [batch, heads, length, width]")
-    _need(q.dtype == k.dtype == v.dtype, "q, k and v have one type")
-    _need(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3], "q and k have one batch and one width")
-    _need(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, "heads are a multiple of the heads of k")
-    _need(not causal or q.shape[2] == k.shape[2], "causal attention has as many keys as queries")
+    need(q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape, "q, k and v are [batch, heads, length, width]")
+    need(q.dtype == k.dtype == v.dtype, "q, k and v have one type")
+    need(q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3], "q and k have one batch and one width")
+    need(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, "heads are a multiple of the heads of k")
+    need(not causal or q.shape[2] == k.shape[2], "causal attention has as many keys as queries")
     return _attention_of(q, k, v, bool(causal), float(q.shape[3] ** -0.5 if scale is None else scale))
 
 
 __all__ = [
-    "ACTIVATIONS", "attention", "geglu", "glu", "layer_norm", "linear", "log_softmax", "rms_norm", "softmax", "swiglu",
+    "ACTIVATIONS", "TARGET", "attention", "cross_entropy", "geglu", "glu", "layer_norm", "linear", "log_softmax", "rms_norm", "rotary", "softmax", "swiglu",
 ]  # fmt: skip
