@@ -15,9 +15,9 @@ def _logits(g, x, softcap):
     return g.map(f"{softcap!r} * tanh(a / {softcap!r})", z) if softcap else z
 
 
-def _targets(g, targets):
-    """Targets beside the rows, and the number of each column."""
-    return g.reshape(targets, (*g.shapes[targets], 1))
+def _beside(g, each):
+    """What there is one of for each row, to broadcast along it."""
+    return g.reshape(each, (*g.shapes[each], 1))
 
 
 def _losses(g, x, targets, ignore, smoothing, z_loss, softcap, mapped=None):
@@ -25,7 +25,7 @@ def _losses(g, x, targets, ignore, smoothing, z_loss, softcap, mapped=None):
     z, axis = _logits(g, x, softcap), len(g.shapes[x]) - 1
     top = g.max(z, axis)
     lse = g.map("a + log(b)", top, g.sum(g.map("exp(a - b)", z, top), [axis], True))
-    target = _targets(g, targets)
+    target = _beside(g, targets)
     picked = g.sum(g.map("where(a == b, c, 0)", g.places(x, g.types[target]), target, z), [axis], True)
     loss = g.map(f"a - {1 - smoothing!r} * b", lse, picked)
     if smoothing:
@@ -39,7 +39,7 @@ def _losses(g, x, targets, ignore, smoothing, z_loss, softcap, mapped=None):
 def _losses_gradient(g, x, targets, lse, dloss, ignore, smoothing, z_loss, softcap, mapped=None):
     x, targets, lse, dloss = g.spread(mapped, x, targets, lse, dloss)
     z, columns = _logits(g, x, softcap), g.shapes[x][-1]
-    target, lse, dloss = _targets(g, targets), _targets(g, lse), _targets(g, dloss)
+    target, lse, dloss = (_beside(g, each) for each in (targets, lse, dloss))
     weight = f"(1 + {2 * z_loss!r} * b)" if z_loss else "1"
     slope = f"{weight} * exp(a - b) - where(c == d, {1 - smoothing!r}, 0) - {smoothing / max(columns, 1)!r}"
     dx = g.map(f"where(d == {ignore}, 0, e * ({slope}))", z, lse, g.places(x, g.types[target]), target, dloss)

@@ -6,6 +6,7 @@ The way of a model, one module per step:
     partition    which operators we take; the rest stay PyTorch's, operator by operator
     writer       the operators that we take, as our graph (rules in elementwise, shapes, sums, layers)
     group        a compiled graph as a function of tensors: no copies, memory of PyTorch's allocator
+    kept         what a training graph keeps for its backward graph;  rows: products that take turned rows as they lie
     cached       compiled graphs in PyTorch's cache;  joins, losses, norms, randoms: what training graphs have rewritten
     graphs       recordings of all of it (`mode="reduce-overhead"`)
     report       `tilewright.explain`;  check: `tilewright.verify`;  exported: `tilewright.compile`
