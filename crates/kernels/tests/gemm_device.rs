@@ -61,8 +61,19 @@ fn cases() -> Vec<Case> {
     let mut s = tiles(64, 32, 64);
     (s.consumers, s.store, s.vector, s.persistent) = (1, StoreKind::Direct, 1, false);
     add("direct store", spec(DType::BF16, rrr), s, (70, 33, 200));
+    let staged = |s: GpuSchedule, vector| GpuSchedule { store: StoreKind::Staged, vector, ..s };
+    add(
+        "rows that start anywhere",
+        spec(DType::BF16, rrr),
+        staged(tiles(128, 64, 64), 1),
+        (130, 67, 72),
+    );
+    let mut s = staged(tiles(64, 32, 64), 2);
+    s.mode = Sharing::PingPong;
+    add("even rows, ping-pong", spec(DType::F16, (Row, Col, Row)), s, (300, 38, 72));
     let mut tf32 = spec(DType::F32, (Row, Col, Row));
     tf32.math = Math::Tf32;
+    add("tf32, odd rows", tf32.clone(), staged(tiles(128, 96, 32), 1), (130, 99, 72));
     add("tf32", tf32.clone(), tiles(128, 32, 32), (130, 40, 72));
     tf32.math = Math::Tf32x3;
     add("three-part tf32, two sums a turn", tf32.clone(), tiles(128, 32, 32), (130, 40, 72));

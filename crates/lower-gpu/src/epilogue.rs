@@ -248,7 +248,13 @@ pub(crate) fn store_results(
     // Beside many accumulators and a loaded tile, a chunk takes at most 16 registers per thread.
     let held = b.rows * tile_cols / 128 * tiles.len() as u32;
     let full = held > 96 && (loads_tile(b.kernel, after) || tiles.len() > 1);
-    let most = if full { (16 * 128 / b.rows).max(8) } else { 64 };
+    // What comes back from shared memory in lines has registers of its own.
+    let staged = b.spread == Spread::Wgmma && b.schedule.store == StoreKind::Staged;
+    let most = match full {
+        true => (16 * 128 / b.rows).max(8),
+        false if staged => STAGED_COLUMNS,
+        false => 64,
+    };
     let (sums, stores): (Vec<_>, Vec<_>) =
         stores.into_iter().partition(|(_, _, value)| row_sums::is_sum(&defs, *value));
     // What has one value per row leaves from registers.
@@ -340,19 +346,22 @@ pub(crate) fn store_results(
             e.steps.push(Stmt::Once(store));
             e.steps.push(Stmt::Advance { ring: s.ring, by: Dim::new(1) });
         } else if let Some((smem, line)) = lines[i] {
+            // A consumer has rows, and a meeting, of its own.
+            let specialised = e.b.spread == Spread::Wgmma;
             let tile = SmemTile {
                 smem,
                 slot: Slot::At(Dim::new(0)),
-                row: Dim::new(0),
+                row: if specialised { e.b.staging_row0() } else { Dim::new(0) },
                 col: Dim::new(0),
                 rows: e.b.rows,
                 cols: chunk,
             };
+            let met = if specialised { sync.clone() } else { Stmt::SyncBlock };
             let Spread::Lines { vector, .. } = e.b.frags[line].spread else { unreachable!() };
             // The chunk before was read by everyone.
-            e.steps.push(Stmt::SyncBlock);
+            e.steps.push(met.clone());
             e.steps.push(Stmt::ToSmem { to: tile.clone(), src: frag });
-            e.steps.push(Stmt::SyncBlock);
+            e.steps.push(met);
             e.steps.push(Stmt::FromSmem { dst: whole(line), from: tile });
             e.steps.push(Stmt::Store {
                 param: *param,
@@ -407,6 +416,9 @@ pub(crate) fn access_elements(b: &Builder<'_>, param: ParamId, axis: usize) -> u
     if p.layout.axes[axis].stride.is(1) { b.schedule.vector.clamp(1, most) } else { 1 }
 }
 
+/// Columns of one chunk of a consumer's results that leave in lines, at most.
+pub const STAGED_COLUMNS: u32 = 32;
+
 /// Columns of one chunk: the widest swizzle span of the output that cuts the tile into equal chunks and
 /// gives every warp a share, of at most `most` columns. Wider chunks would keep more values in registers at
 /// once.
@@ -455,7 +467,11 @@ fn stage_lines(
     let axes = store_axes(b, defs, param, value)?.1;
     let p = &b.kernel.params[param];
     let vector = access_elements(b, param, axes.1);
-    let threads = b.schedule.warps.0 * b.schedule.warps.1 * 32;
+    // Those who share the rows: all threads, or a consumer's.
+    let (threads, sharers) = match b.spread {
+        Spread::Wgmma => (128, b.schedule.consumers),
+        _ => (b.schedule.warps.0 * b.schedule.warps.1 * 32, 1),
+    };
     let lanes = chunk / vector;
     let even =
         lanes.is_power_of_two() && lanes <= threads && b.rows.is_multiple_of(threads / lanes);
@@ -467,7 +483,7 @@ fn stage_lines(
     let smem = b.smem.push(Smem {
         name: format!("s{name}"),
         dtype,
-        rows: b.rows,
+        rows: b.rows * sharers,
         cols: chunk,
         contiguous: 1,
         swizzle,

@@ -8,7 +8,7 @@
 use crate::computed_left::computed_left;
 use crate::epilogue;
 use crate::raster::raster;
-use crate::schedule::{GpuSchedule, Mode, StoreKind};
+use crate::schedule::{GpuSchedule, Mode};
 use crate::streams::{Pipeline, Step, Stream, Value, definitions, extents, pipeline};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -117,11 +117,6 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         return Err(Error::unsupported(format!(
             "{tile_rows} rows over {consumers} consumers: each needs a multiple of 64"
         )));
-    }
-    if schedule.store == StoreKind::Staged {
-        return Err(Error::unsupported(
-            "staged stores of warp-specialised kernels: use the copy engine",
-        ));
     }
     if schedule.serpentine {
         return Err(Error::unsupported("serpentine order of plain products"));

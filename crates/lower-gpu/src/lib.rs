@@ -32,7 +32,7 @@ mod specialise;
 mod split;
 mod streams;
 
-pub use epilogue::{PART_COLUMNS, residual_span};
+pub use epilogue::{PART_COLUMNS, STAGED_COLUMNS, residual_span};
 pub use schedule::{GpuSchedule, LinesKnobs, Mode, ProductKind, StoreKind};
 pub use split::{SPLIT_PARTS, SPLIT_PIECES, SplitReduction, split_reduction};
 pub use streams::{byte_product, tf32_round, window_line};

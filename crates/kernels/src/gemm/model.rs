@@ -5,6 +5,7 @@
 //! second-level cache that fills the stage, and the load latency spread over the stages in flight. With
 //! ping-pong, one consumer's epilogue hides behind the other's products. Device memory bounds the whole.
 
+use crate::gemm::space::staged_columns;
 use tilewright_expr::{Func, Node, Op};
 use tilewright_lower_gpu::{GpuSchedule, Mode, StoreKind};
 use tilewright_target::Gpu;
@@ -200,6 +201,12 @@ pub(crate) fn estimate(gpu: &Gpu, s: &GpuSchedule, shape: &Shape) -> f64 {
             let spans = bn as f64 * result % 64.0 != 0.0 && !shape.column_major;
             let narrow = if spans { NARROW_SPANS } else { 1.0 };
             (bm * bn) as f64 * result * narrow / (rate * p.epilogue_bytes_per_clock)
+        }
+        // Lines of a chunk, which start anywhere: they touch a sector of 32 bytes more than they fill.
+        StoreKind::Staged => {
+            let sectors = (bm * bn) as f64 * result / 32.0;
+            let more = 1.0 + 32.0 / (staged_columns(bn) as f64 * result);
+            sectors * more * p.direct_sector_clocks
         }
         // A warp's store touches a sector per row (of 8) or per column (of 4) of its fragment.
         _ => {

@@ -595,7 +595,12 @@ fn rank(p: &Problem, gpu: &Gpu, o: &Oriented, extent: Extent, ranked: &mut Vec<C
         }
         return;
     }
-    let store = if stores_by_engine(p, o) { StoreKind::Tma } else { StoreKind::Direct };
+    let store = match o.spec.c {
+        _ if stores_by_engine(p, o) => StoreKind::Tma,
+        // Rows that start anywhere: neighbouring threads write neighbouring elements.
+        Order::Row => StoreKind::Staged,
+        Order::Col => StoreKind::Direct,
+    };
     // Clusters along both axes gain something where one wave of blocks has all tiles.
     let known = |s: &GpuSchedule| {
         s.cluster_axis < 2 || extent == Extent::Whole || tiles_of(s) <= i64::from(gpu.sms)

@@ -4,7 +4,9 @@
 use crate::gemm::program::{GemmSpec, Math, Order};
 use tilewright_base::DType;
 use tilewright_device::Arch;
-use tilewright_lower_gpu::{GpuSchedule, Mode, ProductKind, StoreKind, residual_span};
+use tilewright_lower_gpu::{
+    GpuSchedule, Mode, ProductKind, STAGED_COLUMNS, StoreKind, residual_span,
+};
 use tilewright_target::Gpu;
 
 /// Shared memory that a block may use on Hopper, less what barriers take.
@@ -26,6 +28,12 @@ fn chunk_columns(bm: i64, bn: i64, result: DType, order: Order) -> Option<i64> {
             (8..=64).rev().step_by(8).find(|c| bn % c == 0).filter(|c| *c >= 32 || *c == bn)
         }
     }
+}
+
+/// Columns of one chunk of results that consumers store in lines.
+pub(super) fn staged_columns(bn: i64) -> i64 {
+    let most = i64::from(STAGED_COLUMNS);
+    [most, most / 2].into_iter().find(|c| bn % c == 0).unwrap_or(8)
 }
 
 /// Bytes of staging tiles for results.
@@ -117,6 +125,9 @@ pub(super) fn each_schedule(
                 3 => 96,
                 _ if streamed > 0 => 128,
                 _ if addresses => 96,
+                // So do stores of columns from registers; what is staged comes back through some.
+                _ if store == StoreKind::Staged => 160,
+                _ if store == StoreKind::Direct && spec.c == Order::Col => 160,
                 _ => 200,
             };
             if scratch * rows * bn / 128 > most {
@@ -157,10 +168,16 @@ pub(super) fn each_schedule(
                     let whole = (alone && chunks > 2).then_some(chunks);
                     for slots in [Some(2), Some(1), whole].into_iter().flatten() {
                         let staging = match store {
-                            StoreKind::Direct if slots == 1 => continue,
-                            // For kernels without the copy engine.
-                            StoreKind::Staged => continue,
+                            StoreKind::Direct | StoreKind::Staged if slots == 1 => continue,
                             StoreKind::Direct => 0,
+                            StoreKind::Staged => {
+                                // Odd numbers of eights make chunks that no power of two of threads shares.
+                                if bn % 16 != 0 && bn != 8 {
+                                    continue;
+                                }
+                                all_rows * staged_columns(bn) * i64::from(spec.result.bits()) / 8
+                                    * results
+                            }
                             StoreKind::Tma => {
                                 match staging_bytes((bm, all_rows), bn, spec.result, spec.c, slots)
                                 {
