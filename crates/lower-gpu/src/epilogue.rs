@@ -362,14 +362,25 @@ pub(crate) fn store_results(
             e.steps.push(met.clone());
             e.steps.push(Stmt::ToSmem { to: tile.clone(), src: frag });
             e.steps.push(met);
-            e.steps.push(Stmt::FromSmem { dst: whole(line), from: tile });
-            e.steps.push(Stmt::Store {
-                param: *param,
-                at,
-                axes: (Some(axes.0), Some(axes.1)),
-                src: whole(line),
-                vector,
-            });
+            let (all, rows) = (e.b.rows, e.b.frags[line].rows);
+            let down = if rows < all { Dim::sym("part") } else { Dim::new(0) };
+            let from = SmemTile { row: tile.row.clone() + &down, rows, ..tile };
+            at[axes.0] = at[axes.0].clone() + &down;
+            let back = Stmt::FromSmem { dst: whole(line), from };
+            let axes = (Some(axes.0), Some(axes.1));
+            let out = Stmt::Store { param: *param, at, axes, src: whole(line), vector };
+            if rows < all {
+                // A loop, so that addresses of all rows are not kept from one tile to the next.
+                e.steps.push(Stmt::For {
+                    var: "part".into(),
+                    lo: Dim::new(0),
+                    hi: Dim::new(i64::from(all)),
+                    step: Dim::new(i64::from(rows)),
+                    body: vec![back, out],
+                });
+            } else {
+                e.steps.extend([back, out]);
+            }
         } else {
             let vector = vector_along(e.b, *param, axes.1);
             e.steps.push(Stmt::Store {
@@ -473,8 +484,13 @@ fn stage_lines(
         _ => (b.schedule.warps.0 * b.schedule.warps.1 * 32, 1),
     };
     let lanes = chunk / vector;
-    let even =
-        lanes.is_power_of_two() && lanes <= threads && b.rows.is_multiple_of(threads / lanes);
+    // Beside a consumer's sums there are registers for 8 elements and their addresses.
+    let most = (8 * threads / chunk).max(1);
+    let line_rows = if b.spread == Spread::Wgmma { b.rows.min(most) } else { b.rows };
+    let even = lanes.is_power_of_two()
+        && lanes <= threads
+        && line_rows.is_multiple_of(threads / lanes)
+        && b.rows.is_multiple_of(line_rows);
     if !p.layout.axes[axes.1].stride.is(1) || !chunk.is_multiple_of(vector) || !even {
         return Ok(None);
     }
@@ -492,7 +508,7 @@ fn stage_lines(
     let line = b.frags.push(Frag {
         name: format!("line_{name}"),
         dtype,
-        rows: b.rows,
+        rows: line_rows,
         cols: chunk,
         spread: Spread::Lines { lanes, vector, threads },
         extent: Extent::Tile,
