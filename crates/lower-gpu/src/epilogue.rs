@@ -428,7 +428,7 @@ pub(crate) fn access_elements(b: &Builder<'_>, param: ParamId, axis: usize) -> u
 }
 
 /// Columns of one chunk of a consumer's results that leave in lines, at most.
-pub const STAGED_COLUMNS: u32 = 32;
+pub const STAGED_COLUMNS: u32 = 64;
 
 /// Columns of one chunk: the widest swizzle span of the output that cuts the tile into equal chunks and
 /// gives every warp a share, of at most `most` columns. Wider chunks would keep more values in registers at

@@ -30,10 +30,10 @@ fn chunk_columns(bm: i64, bn: i64, result: DType, order: Order) -> Option<i64> {
     }
 }
 
-/// Columns of one chunk of results that consumers store in lines.
-pub(super) fn staged_columns(bn: i64) -> i64 {
-    let most = i64::from(STAGED_COLUMNS);
-    [most, most / 2].into_iter().find(|c| bn % c == 0).unwrap_or(8)
+/// Columns of one chunk of results that consumers store in lines, as `lower-gpu` cuts them.
+pub(super) fn staged_columns(bn: i64, result_bytes: i64) -> i64 {
+    let most = i64::from(STAGED_COLUMNS).min(128 / result_bytes);
+    [most, most / 2, most / 4].into_iter().find(|c| bn % c == 0).unwrap_or(8)
 }
 
 /// Bytes of staging tiles for results.
@@ -175,8 +175,8 @@ pub(super) fn each_schedule(
                                 if bn % 16 != 0 && bn != 8 {
                                     continue;
                                 }
-                                all_rows * staged_columns(bn) * i64::from(spec.result.bits()) / 8
-                                    * results
+                                let bytes = i64::from(spec.result.bits()) / 8;
+                                all_rows * staged_columns(bn, bytes) * bytes * results
                             }
                             StoreKind::Tma => {
                                 match staging_bytes((bm, all_rows), bn, spec.result, spec.c, slots)
