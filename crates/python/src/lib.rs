@@ -5,9 +5,10 @@
 //! that the Python half (python/tilewright/) takes from contiguous arrays (`memory`), outputs offer
 //! NumPy's array interface (`__array_interface__`, version 3) or are written where the caller says
 //! (`program`; on a GPU: [`gpu`]). [`builder`] is how Python writes a graph. [`operators`] registers the operator pack with
-//! PyTorch. Without the feature `cpu` (LLVM) there is what runs on GPUs alone.
+//! PyTorch, and [`direct`] calls it past the dispatcher. Without the feature `cpu` (LLVM) there is what runs on GPUs alone.
 
 mod builder;
+mod direct;
 mod gpu;
 mod memory;
 mod model;
@@ -47,5 +48,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(gpu::restore_gpu, module)?)?;
     module.add_function(wrap_pyfunction!(gpu::wait_for_compilers, module)?)?;
     module.add_function(wrap_pyfunction!(xla_handlers, module)?)?;
+    direct::add(module)?;
     operators::add(module)
 }

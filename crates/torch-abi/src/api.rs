@@ -83,6 +83,7 @@ functions! {
         string_text = "torch_string_c_str" (*mut c_void, *mut *const c_char) -> i32;
         delete_string = "torch_delete_string" (*mut c_void) -> i32;
         threads = "torch_get_num_threads" (*mut u32) -> i32;
+        grad_enabled = "aoti_torch_grad_mode_is_enabled" () -> bool;
         cpu = "aoti_torch_device_type_cpu" () -> i32;
         cuda = "aoti_torch_device_type_cuda" () -> i32;
         strided = "aoti_torch_layout_strided" () -> i32;
@@ -154,8 +155,21 @@ pub struct Abi {
     pub(crate) cpu: i32,
     pub(crate) cuda: i32,
     pub(crate) strided: i32,
+    /// How it counts the types that DLPack has, too.
+    pub(crate) codes: Codes,
     /// Loaded for as long as the process lives: PyTorch unloads nothing.
-    _libraries: Vec<Library>,
+    libraries: Vec<Library>,
+}
+
+/// PyTorch's numbers of types.
+pub(crate) struct Codes {
+    pub(crate) float32: i32,
+    pub(crate) bfloat16: i32,
+    pub(crate) float16: i32,
+    pub(crate) float64: i32,
+    pub(crate) int64: i32,
+    pub(crate) int32: i32,
+    pub(crate) boolean: i32,
 }
 
 impl Abi {
@@ -170,7 +184,14 @@ impl Abi {
 
     fn find() -> Result<Abi> {
         // By name alone: with `RTLD_NOLOAD` the loader answers with the library of this name that is loaded.
-        let names = ["libtorch_cpu.so", "libtorch_cuda.so", "libtorch.so", "libstdc++.so.6"];
+        let names = [
+            "libtorch_cpu.so",
+            "libtorch_cuda.so",
+            "libtorch.so",
+            "libtorch_python.so",
+            "libc10.so",
+            "libstdc++.so.6",
+        ];
         let mut libraries = Vec::new();
         for name in names {
             // SAFETY: nothing is loaded and nothing runs: a library that is not there is refused.
@@ -202,8 +223,21 @@ impl Abi {
             (code(f.uint8), DType::U8),
             (code(f.boolean), DType::Bool),
         ];
+        let codes = Codes {
+            float32: code(f.float32),
+            bfloat16: code(f.bfloat16),
+            float16: code(f.float16),
+            float64: code(f.float64),
+            int64: code(f.int64),
+            int32: code(f.int32),
+            boolean: code(f.boolean),
+        };
         let (cpu, cuda, strided) = (code(f.cpu), code(f.cuda), code(f.strided));
-        Ok(Abi { functions, dtypes, cpu, cuda, strided, _libraries: libraries })
+        Ok(Abi { functions, dtypes, cpu, cuda, strided, codes, libraries })
+    }
+
+    pub(crate) fn libraries(&self) -> &[Library] {
+        &self.libraries
     }
 
     /// How many threads PyTorch's own kernels use.

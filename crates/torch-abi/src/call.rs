@@ -224,7 +224,7 @@ unsafe fn text(abi: &'static Abi, string: *mut c_void) -> Result<String> {
 /// Puts a result on the stack.
 pub(crate) fn give(abi: &'static Abi, value: Value) -> Result<StableValue> {
     Ok(match value {
-        Value::Tensor(tensor) => tensor.into_handle() as StableValue,
+        Value::Tensor(tensor) => tensor.into_handle()? as StableValue,
         Value::Float(x) => x.to_bits(),
         Value::Int(x) => x.cast_unsigned(),
         Value::Bool(x) => x.into(),
@@ -235,8 +235,9 @@ pub(crate) fn give(abi: &'static Abi, value: Value) -> Result<StableValue> {
             // SAFETY: a place for the list.
             abi.checked(unsafe { (f.new_list)(tensors.len(), &mut list) }, MAKING)?;
             for tensor in tensors {
+                let handle = tensor.into_handle()?;
                 // SAFETY: the list takes the reference over.
-                let code = unsafe { (f.list_push)(list, tensor.into_handle() as StableValue) };
+                let code = unsafe { (f.list_push)(list, handle as StableValue) };
                 abi.checked(code, MAKING)?;
             }
             list as StableValue

@@ -11,16 +11,19 @@
 //! | [`Operator`], [`Library`] | a schema and a kernel, registered for a device |
 //! | [`Value`] | an argument of a call: owned, freed when the call ends |
 //! | [`Tensor`] | a tensor of PyTorch: its place, shape and type |
+//! | [`Interop`] | tensors of Python without the dispatcher, where it would do nothing |
 //!
 //! An error of a kernel becomes PyTorch's own exception (`RuntimeError` in Python); a panic becomes one, too. What is
 //! `unsafe` here stays here: [`Tensor::address`] gives a number, and what is done with it is its user's affair.
 
 mod api;
 mod call;
+mod interop;
 mod library;
 mod tensor;
 
 pub use api::{Abi, CudaGuard, Device};
 pub use call::{Arg, Value};
+pub use interop::{Interop, State, forks};
 pub use library::{Library, Operator, schema};
 pub use tensor::{Axes, Tensor, contiguous_strides};

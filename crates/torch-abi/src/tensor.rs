@@ -14,7 +14,9 @@ pub type Axes = SmallVec<[i64; 6]>;
 /// tensor's shape while an operator runs on it.
 pub struct Tensor {
     abi: &'static Abi,
+    /// Null for a tensor that somebody else holds ([`Tensor::borrowed`]), and whose address is known.
     handle: TensorHandle,
+    known: u64,
     dtype: i32,
     device: Device,
     sizes: Axes,
@@ -40,6 +42,7 @@ impl Tensor {
         let mut tensor = Tensor {
             abi,
             handle,
+            known: 0,
             dtype: 0,
             device: Device::Cpu,
             sizes: Axes::new(),
@@ -123,6 +126,7 @@ impl Tensor {
         Ok(Tensor {
             abi,
             handle,
+            known: 0,
             dtype: code,
             device,
             sizes: Axes::from_slice(sizes),
@@ -191,6 +195,7 @@ impl Tensor {
         if self.is_contiguous() && self.address()?.is_multiple_of(align) {
             return Ok(self);
         }
+        self.own_handle()?;
         let copy = Tensor::empty(self.abi, &self.sizes, self.dtype()?, self.device)?;
         copy.copy_from(&self)?;
         Ok(copy)
@@ -201,8 +206,9 @@ impl Tensor {
     /// # Errors
     /// PyTorch's.
     pub fn copy_from(&self, other: &Tensor) -> Result<()> {
+        let (to, from) = (self.own_handle()?, other.own_handle()?);
         // SAFETY: two tensors, both alive.
-        let code = unsafe { (self.abi.functions.copy)(self.handle, other.handle, 0) };
+        let code = unsafe { (self.abi.functions.copy)(to, from, 0) };
         self.abi.checked(code, "copying a tensor")
     }
 
@@ -211,8 +217,9 @@ impl Tensor {
     /// # Errors
     /// PyTorch's.
     pub fn zero(&self) -> Result<()> {
+        let handle = self.own_handle()?;
         // SAFETY: a tensor.
-        let code = unsafe { (self.abi.functions.zero)(self.handle) };
+        let code = unsafe { (self.abi.functions.zero)(handle) };
         self.abi.checked(code, "clearing a tensor")
     }
 
@@ -229,9 +236,10 @@ impl Tensor {
         let function = function.ok_or_else(|| {
             Error::unsupported("this PyTorch draws no numbers through its C interface")
         })?;
+        let handle = self.own_handle()?;
         // SAFETY: a tensor and its sizes.
         let code = unsafe {
-            function(self.handle, low, high, self.sizes.as_ptr(), self.sizes.len() as i64)
+            function(handle, low, high, self.sizes.as_ptr(), self.sizes.len() as i64)
         };
         self.abi.checked(code, "drawing random numbers")
     }
@@ -241,6 +249,9 @@ impl Tensor {
     /// # Errors
     /// PyTorch's, for tensors without memory.
     pub fn address(&self) -> Result<u64> {
+        if self.handle.is_null() {
+            return Ok(self.known);
+        }
         let mut address = null_mut();
         // SAFETY: a tensor, and a place for an address.
         let code = unsafe { (self.abi.functions.get_data_ptr)(self.handle, &mut address) };
@@ -253,18 +264,40 @@ impl Tensor {
     /// # Errors
     /// PyTorch's.
     pub fn share(&self) -> Result<Tensor> {
-        let mut handle = null_mut();
+        let (own, mut handle) = (self.own_handle()?, null_mut());
         // SAFETY: a tensor, and a place for the new reference.
-        let code = unsafe { (self.abi.functions.new_handle)(self.handle, &mut handle) };
+        let code = unsafe { (self.abi.functions.new_handle)(own, &mut handle) };
         self.abi.checked(code, "sharing a tensor")?;
         let (abi, dtype, device) = (self.abi, self.dtype, self.device);
         let (sizes, strides) = (self.sizes.clone(), self.strides.clone());
-        Ok(Tensor { abi, handle, dtype, device, sizes, strides })
+        Ok(Tensor { abi, handle, known: 0, dtype, device, sizes, strides })
+    }
+
+    /// A tensor that somebody else holds for as long as this is used.
+    pub(crate) fn borrowed(
+        abi: &'static Abi,
+        known: u64,
+        dtype: i32,
+        device: Device,
+        sizes: Axes,
+        strides: Axes,
+    ) -> Tensor {
+        Tensor { abi, handle: null_mut(), known, dtype, device, sizes, strides }
+    }
+
+    /// The reference; a borrowed tensor has none.
+    pub(crate) fn handle(&self) -> Option<TensorHandle> {
+        (!self.handle.is_null()).then_some(self.handle)
+    }
+
+    fn own_handle(&self) -> Result<TensorHandle> {
+        self.handle().ok_or_else(|| Error::bug("a borrowed tensor where a reference is needed"))
     }
 
     /// Gives the reference to somebody else.
-    pub(crate) fn into_handle(mut self) -> TensorHandle {
-        std::mem::replace(&mut self.handle, null_mut())
+    pub(crate) fn into_handle(mut self) -> Result<TensorHandle> {
+        self.own_handle()?;
+        Ok(std::mem::replace(&mut self.handle, null_mut()))
     }
 }
 

@@ -31,7 +31,10 @@ pub use plans::schedules;
 use ops::for_each_operator;
 use std::sync::OnceLock;
 use tilewright_base::Result;
-use tilewright_torch_abi::{Abi, Library};
+use tilewright_torch_abi::{Abi, Arg, Library, Operator, Value};
+
+/// What calls without the dispatcher need.
+pub use tilewright_torch_abi as abi;
 
 /// The namespace of the operators in PyTorch: `torch.ops.tilewright`.
 pub const NAMESPACE: &str = "tilewright";
@@ -54,6 +57,31 @@ pub fn register() -> Result<()> {
 /// Unsupported where no PyTorch is loaded, or one that is too old.
 pub fn draws() -> Result<[bool; 2]> {
     Ok(Abi::open()?.draws())
+}
+
+/// A kernel that can be called without the dispatcher.
+pub struct Kernel {
+    /// The operator, with its overload where that is another kernel.
+    pub name: &'static str,
+    /// Its arguments.
+    pub args: &'static [(&'static str, Arg)],
+    /// Computes the results, as `Operator::run`.
+    pub run: fn(&'static Abi, &mut [Value]) -> Result<Vec<Value>>,
+}
+
+/// The kernel of an operator that writes to none of its arguments.
+pub fn kernel(name: &str) -> Option<Kernel> {
+    let mut found = None;
+    macro_rules! look {
+        ($($operator:ty),* $(,)?) => { $(
+            if <$operator as Operator>::NAME == name {
+                let (name, args) = (<$operator as Operator>::NAME, <$operator as Operator>::ARGS);
+                found = Some(Kernel { name, args, run: <$operator as Operator>::run });
+            }
+        )* };
+    }
+    for_each_operator!(look);
+    found.filter(|k| !k.args.iter().any(|(_, a)| matches!(a, Arg::Written | Arg::AllWritten)))
 }
 
 fn register_once() -> Result<()> {

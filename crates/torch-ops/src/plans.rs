@@ -20,11 +20,21 @@ use tilewright_target::Gpu as Machine;
 use tilewright_torch_abi::{Abi, Device, Tensor};
 
 /// What a plan was compiled for: the operator and the numbers that its text depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Key {
     name: &'static str,
     used: usize,
     words: [u64; 12],
+}
+
+impl Hash for Key {
+    /// Words alone: few operators have the same.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.name.len().hash(state);
+        for word in self.words.iter().take(self.used) {
+            word.hash(state);
+        }
+    }
 }
 
 impl Key {
@@ -46,6 +56,40 @@ impl Key {
         self.with(dtype as u64)
     }
 }
+
+/// Hashes of keys, which nobody chooses to collide: a multiplication a word.
+#[derive(Clone, Copy, Default)]
+#[cfg(feature = "cpu")]
+struct Mixer(u64);
+
+#[cfg(feature = "cpu")]
+impl std::hash::Hasher for Mixer {
+    fn finish(&self) -> u64 {
+        self.0 ^ (self.0 >> 32)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let word = chunk.iter().rev().fold(0, |w, b| (w << 8) | u64::from(*b));
+            self.write_u64(word);
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(0x517C_C1B7_2722_0A95);
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.write_u64(word.into());
+    }
+
+    fn write_usize(&mut self, word: usize) {
+        self.write_u64(word as u64);
+    }
+}
+
+#[cfg(feature = "cpu")]
+type Mixed = std::hash::BuildHasherDefault<Mixer>;
 
 /// Runs the graph that `text` writes on these tensors: `sizes` are the values of its symbols, in order. Inputs and outputs are
 /// row-major, on one device, and have the graph's types and shapes.
@@ -80,11 +124,11 @@ fn on_cpu(
     outputs: &[&Tensor],
     text: impl FnOnce() -> Result<String>,
 ) -> Result<()> {
-    type Plans = RwLock<HashMap<(u32, Key), Arc<Mutex<tilewright::Session>>>>;
+    type Plans = RwLock<HashMap<(u32, Key), Arc<Mutex<tilewright::Session>>, Mixed>>;
     static PLANS: OnceLock<Plans> = OnceLock::new();
     let plans = PLANS.get_or_init(Plans::default);
     // A forked process has none of its parent's threads: it makes plans of its own.
-    let key = (std::process::id(), key);
+    let key = (tilewright_torch_abi::forks(), key);
     let known = plans.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
     let session = match known {
         Some(session) => session,

@@ -28,9 +28,37 @@ _native.register_operators()
 _CPU = torch.library.Library("tilewright", "IMPL")
 
 
+def _open_direct() -> None:
+    """Lets calls in eager mode go past the dispatcher where that does nothing (crates/python/src/direct.rs); without PyTorch's functions for
+    it none does.
+    """
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None or not _native.direct_open(capsule, [torch.Tensor, torch.nn.Parameter], torch.Tensor.is_neg):
+        return
+    with torch._C._DisableTorchDispatch():
+        matters = _native.direct_state()
+    states = [_native.direct_state()]
+    with torch.inference_mode():
+        states.append(_native.direct_state())
+    for device in ("cpu", "cuda"):
+        before = torch.is_autocast_enabled(device)
+        torch.set_autocast_enabled(device, not before)
+        try:
+            states.append(_native.direct_state())
+        finally:
+            torch.set_autocast_enabled(device, before)
+    # What is read is what it is taken for: nothing by default, and something where the dispatcher is told to behave differently.
+    if states[0] == [0, 0] and matters not in (None, [0, 0]) and None not in states:
+        _native.direct_allow(states)
+
+
+_open_direct()
+
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transformed = torch._C._are_functorch_transforms_active
 _compiling = torch.compiler.is_compiling
+# The same where Dynamo reads this text; it costs nothing otherwise.
+traced = torch.compiler.is_dynamo_compiling
 
 
 @torch._disable_dynamo
@@ -46,6 +74,7 @@ class Pair:
         name: str,
         kept: int | None,
         direct: Callable | None,
+        now: Callable,
         triton: type[torch.autograd.Function],
     ):
         packet = getattr(torch.ops.tilewright, name)
@@ -57,6 +86,7 @@ class Pair:
         self.inference = packet.inference._op
         self.direct = direct
         self._triton = triton
+        self.now = now
 
     def by(self, impl: str) -> Callable:
         """The operator as `impl` says: "cuda" for our own kernels, "triton" for Triton's."""
@@ -76,6 +106,10 @@ class Pair:
             return self.inference(*args)
 
     def __call__(self, *args: Any) -> Any:
+        if not traced():
+            results = self.now(*args)
+            if results is not None:
+                return results
         if torch.is_grad_enabled() and _asks_for_gradients(args):
             if self.direct is None or _compiling() or _transformed():
                 return _part(self.default(*args), self.kept)
@@ -83,7 +117,16 @@ class Pair:
         return self.traced(*args) if _compiling() else self.inference(*args)
 
 
-def _direct(operator: Callable, setup_context: Callable, gradient: Callable) -> Callable:
+def _nobody(*args: Any) -> None:
+    """In place of a direct call where there is none."""
+
+
+def direct(name: str, kept: int | None = None) -> Any:
+    """An operator past the dispatcher, for calls in eager mode: its `call` gives `None` where the dispatcher has to be asked."""
+    return _native.Direct.of(name, kept)
+
+
+def with_derivative(operator: Callable, now: Callable, setup_context: Callable, gradient: Callable) -> Callable:
     """The same derivative without the dispatcher's way through Python: for calls in eager mode that have no lists of tensors.
 
     `operator` has no derivative of its own.
@@ -92,7 +135,9 @@ def _direct(operator: Callable, setup_context: Callable, gradient: Callable) -> 
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            results = operator(*args)
+            results = now(*args)
+            if results is None:
+                results = operator(*args)
             setup_context(ctx, args, results)
             return results
 
@@ -167,7 +212,21 @@ def single(name: str, fake: Callable, composed: Callable) -> Any:
     """An operator without a derivative of its own, such as the gradient of another."""
     _add(name, fake, composed)
     packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.tilewright, packet), overload or "default")
+    overloaded = getattr(getattr(torch.ops.tilewright, packet), overload or "default")
+    way = direct(name)
+    if way is None:
+        return overloaded
+    now = way.call
+
+    def called(*args):
+        if not traced():
+            results = now(*args)
+            if results is not None:
+                return results
+        return overloaded(*args)
+
+    called.operator, called.now = overloaded, way
+    return called
 
 
 def single_by_triton(name: str, operator: Callable, *args: Any) -> Any:
@@ -183,7 +242,7 @@ def single_by_triton(name: str, operator: Callable, *args: Any) -> Any:
 
 def fast(operator: Any) -> Callable:
     """An operator's function for calls in eager mode; graphs that are traced need the operator itself."""
-    return operator._op
+    return getattr(operator, "operator", operator)._op
 
 
 def pair(
@@ -218,8 +277,13 @@ def pair(
 
     torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context)
     lists = any("List" in str(a.type) for a in packet.default._schema.arguments)
-    direct = None if lists else _direct(raw._op, setup_context, backward)
-    return Pair(name, kept, direct, triton_form(packet.default, setup_context, backward))
+    if lists:
+        return Pair(name, kept, None, _nobody, triton_form(packet.default, setup_context, backward))
+    # Without gradients a kernel that leaves results out, where there is one.
+    plain = direct(name + ".inference", kept) or direct(name, kept)
+    apply = with_derivative(raw._op, direct(name).call, setup_context, backward)
+    plain.differentiated(apply)
+    return Pair(name, kept, apply, plain.call, triton_form(packet.default, setup_context, backward))
 
 
 def _add(name: str, fake: Callable, composed: Callable) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _native
-from ._define import _compiling, _transformed, chosen, fast, pair, promoted, single
+from ._define import _compiling, _transformed, chosen, direct, fast, pair, promoted, single, traced
 from .norms import layer_norm, rms_norm
 
 
@@ -71,10 +71,13 @@ _drawn = fast(
 )
 
 
+_both_now = direct("dropout_drawn").call
+
+
 class _Drawn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, p):
-        y, key = _drawn(x, residual, p)
+        y, key = _both_now(x, residual, p) or _drawn(x, residual, p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(key)
         ctx.p = p
@@ -86,6 +89,9 @@ class _Drawn(torch.autograd.Function):
 
 
 _drawn_with_gradients = super(torch.autograd.Function, _Drawn).apply
+_direct = direct("dropout_drawn", 1)
+_direct.differentiated(_drawn_with_gradients)
+_now = _direct.call
 
 
 def _key(x: torch.Tensor) -> torch.Tensor:
@@ -95,6 +101,7 @@ def _key(x: torch.Tensor) -> torch.Tensor:
 # Whether the kernels of a kind of device can draw.
 _DRAWS = dict(zip(("cpu", "cuda"), _native.operators_draw()))
 _DRAWS["cpu"] &= _native.HAS_CPU
+_DIRECT = any(_DRAWS.values())
 
 
 def dropout(x, p=0.5, training=True, residual=None, impl="cuda"):
@@ -104,6 +111,10 @@ def dropout(x, p=0.5, training=True, residual=None, impl="cuda"):
     draws new ones in each replay. No mask is stored; the gradient draws the same numbers again. The numbers are not those of
     `torch.nn.functional.dropout`, and the same for either `impl`.
     """
+    if impl == "cuda" and training and 0.0 < p <= 1.0 and _DIRECT and not traced():
+        y = _now(x, residual, p)
+        if y is not None:
+            return y
     chosen(impl)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p is {p}; it must be in 0..1")

@@ -9,7 +9,7 @@ from typing import Iterator
 import torch
 
 from .. import _native
-from ._define import _compiling, again, chosen, pair, single, wide
+from ._define import _compiling, again, chosen, fast, pair, single, traced, wide, with_derivative
 
 # Functions of our formula language that PyTorch has under the same name.
 _FUNCTIONS = ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "floor", "ceil", "abs")
@@ -155,6 +155,18 @@ _numbered1 = single("map1.numbered", fake=lambda x, number: x.new_empty(x.shape)
 _numbered2 = single("map2.numbered", fake=lambda x, y, number: x.new_empty(x.shape), composed=_composed_numbered)
 
 
+def _save_numbered(ctx, inputs, output):
+    *xs, number = inputs
+    ctx.set_materialize_grads(False)
+    ctx.formula = _TEXTS[number]
+    ctx.save_for_backward(*xs)
+
+
+_now1, _now2 = _numbered1.now.call, _numbered2.now.call
+_numbered1.now.differentiated(with_derivative(fast(_numbered1), _now1, _save_numbered, _one_gradient))
+_numbered2.now.differentiated(with_derivative(fast(_numbered2), _now2, _save_numbered, _two_gradients))
+
+
 @torch.compiler.assume_constant_result
 def _number(text: str) -> int:
     number = _native.formula_number(text)
@@ -175,7 +187,16 @@ class Formula:
         self.number = _number(text)
 
     def __call__(self, *tensors: torch.Tensor, impl: str | None = None) -> torch.Tensor:
-        impl = impl or self.impl
+        if impl is None:
+            impl = self.impl
+        if impl == "cuda" and len(tensors) == len(self.variables) and not traced():
+            y = None
+            if len(tensors) == 1:
+                y = _now1(tensors[0], self.number)
+            elif len(tensors) == 2:
+                y = _now2(tensors[0], tensors[1], self.number)
+            if y is not None:
+                return y
         if len(tensors) != len(self.variables):
             raise TypeError(f"{len(tensors)} tensors for the variables {self.variables} of {self.text!r}")
         if len(tensors) == 1:
@@ -221,23 +242,43 @@ _GEGLU = elementwise("0.5 * x * (1.0 + erf(x * 0.7071067811865476)) * y")
 _GEGLU_TANH = elementwise("x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) * y")
 
 
+_gelu_number, _silu_number = _GELU.number, _SILU.number
+_swiglu_number, _geglu_number = _SWIGLU.number, _GEGLU.number
+
+
 def gelu(x, approximate="none", impl="cuda"):
     """GELU, exact (`"none"`) or by `"tanh"`, as `torch.nn.functional.gelu`."""
+    if impl == "cuda" and approximate == "none" and not traced():
+        y = _now1(x, _gelu_number)
+        if y is not None:
+            return y
     return _kind(approximate, _GELU, _GELU_TANH)(x, impl=impl)
 
 
 def silu(x, impl="cuda"):
     """`x * sigmoid(x)`"""
+    if impl == "cuda" and not traced():
+        y = _now1(x, _silu_number)
+        if y is not None:
+            return y
     return _SILU(x, impl=impl)
 
 
 def swiglu(gate, up, impl="cuda"):
     """`gate * sigmoid(gate) * up`, in one pass."""
+    if impl == "cuda" and not traced():
+        y = _now2(gate, up, _swiglu_number)
+        if y is not None:
+            return y
     return _SWIGLU(gate, up, impl=impl)
 
 
 def geglu(gate, up, approximate="none", impl="cuda"):
     """`gelu(gate) * up`, in one pass."""
+    if impl == "cuda" and approximate == "none" and not traced():
+        y = _now2(gate, up, _geglu_number)
+        if y is not None:
+            return y
     return _kind(approximate, _GEGLU, _GEGLU_TANH)(gate, up, impl=impl)
 
 

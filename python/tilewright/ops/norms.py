@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._define import again, pair, promoted, single, wide
+from ._define import again, pair, promoted, single, traced, wide
 
 
 def _statistics(x):
@@ -201,12 +201,20 @@ _add_layer_norm = pair(
 )
 
 
+_rms_now, _add_rms_now = _rms_norm.now, _add_rms_norm.now
+_layer_now, _add_layer_now = _layer_norm.now, _add_layer_norm.now
+
+
 def rms_norm(x, weight=None, eps=1e-6, residual=None, impl="cuda"):
     """`x / sqrt(mean(x * x) + eps) * weight` over the last axis, computed in float32 (float64 for float64), in the type of `x`.
 
     With `residual`, of the shape of `x`: the norm of `h = x + residual`, and the result is the pair `(y, h)`, from one pass
     over memory. `weight` is a vector of any float type.
     """
+    if impl == "cuda" and not traced():
+        y = _rms_now(x, weight, eps) if residual is None else _add_rms_now(x, residual, weight, eps)
+        if y is not None:
+            return y
     if residual is None:
         return _rms_norm.by(impl)(x, weight, eps)
     x, residual = promoted(x, residual)
@@ -218,6 +226,10 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None, impl="cuda"):
 
     With `residual`: of `h = x + residual`, and the result is the pair `(y, h)`.
     """
+    if impl == "cuda" and not traced():
+        y = _layer_now(x, weight, bias, eps) if residual is None else _add_layer_now(x, residual, weight, bias, eps)
+        if y is not None:
+            return y
     if residual is None:
         return _layer_norm.by(impl)(x, weight, bias, eps)
     x, residual = promoted(x, residual)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._define import pair, wide
+from ._define import pair, traced, wide
 
 
 def _composed(x, cos, sin, turned_back):
@@ -42,11 +42,18 @@ _rotary = pair(
 )
 
 
+_now = _rotary.now
+
+
 def rotary(x, cos, sin, impl="cuda"):
     """Rotates the pairs `(x[..., j], x[..., j + D/2])` of `x [B, H, S, D]` by `cos` and `sin [B or 1, S, D]`, as Llama does.
 
     The tables have no gradient.
     """
+    if impl == "cuda" and not traced():
+        y = _now(x, cos, sin, False)
+        if y is not None:
+            return y
     return _rotary.by(impl)(x, cos, sin, False)
 
 

@@ -43,6 +43,7 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/data/src/mapped.rs",      "memory-mapped files"),
     ("crates/data/src/lent.rs",        "memory that a caller lends for results"),
     ("crates/python/src/memory.rs",    "arrays and tensors that Python owns: their addresses are given"),
+    ("crates/python/src/direct.rs",    "tensors of Python as PyTorch's interface takes and gives them: addresses of objects"),
     ("crates/emit-llvm/tests/",        "kernels called on guarded memory, to see what they touch"),
     ("crates/emit-llvm/examples/",     "a kernel called without the runtime, to time it alone"),
 ];
