@@ -68,7 +68,21 @@ def rms_norm(x, w):
 
 
 def attention(q, k, v):
-    return tj._textbook(q, k, v, True, q.shape[-1] ** -0.5)
+    return textbook(q, k, v, q.shape[-1] ** -0.5, causal=True)
+
+
+def textbook(q, k, v, scale, causal=False, mask=None):
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    k, v = (jnp.repeat(t.astype(wide), q.shape[1] // k.shape[1], axis=1) for t in (k, v))
+    score = jnp.einsum("bhqd,bhkd->bhqk", q.astype(wide), k, precision="highest") * scale
+    if mask is not None:
+        score = jnp.where(mask, score, -jnp.inf) if mask.dtype == jnp.bool_ else score + mask
+    if causal:
+        rows, columns = score.shape[-2:]
+        score = jnp.where(jnp.tril(jnp.ones((rows, columns), bool), columns - rows), score, -jnp.inf)
+    seen = (score > -jnp.inf).any(-1, keepdims=True)
+    p = jnp.where(seen, jax.nn.softmax(jnp.where(seen, score, 0.0), -1), 0.0)
+    return jnp.einsum("bhqk,bhkd->bhqd", p, v, precision="highest").astype(q.dtype)
 
 
 def losses(x, targets, ignore=-100, smoothing=0.0, z_loss=0.0, softcap=0.0):

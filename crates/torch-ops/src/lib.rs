@@ -25,7 +25,7 @@ mod texts;
 pub mod triton;
 mod written;
 
-pub use ops::{number_of, variables};
+pub use ops::{formula, number_of, variables};
 pub use plans::schedules;
 
 use ops::for_each_operator;

@@ -1,4 +1,4 @@
-"""Graphs as custom calls of XLA, with their rules for `vmap`: what the functions of `tilewright.jax` are written with."""
+"""Graphs as custom calls of XLA, with their rules for `vmap` and for derivatives of derivatives: what the functions of `tilewright.jax` are written with."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ NAMES = {
     "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32",
     "int16": "i16", "int8": "i8", "uint64": "u64", "uint32": "u32", "uint16": "u16", "uint8": "u8", "bool": "bool",
 }  # fmt: skip
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 DTYPES = {ours: name for name, ours in NAMES.items()}
 
 
@@ -98,6 +99,10 @@ class Graph:
         listed = ["[" + ",".join(map(str, v)) + "]" for v in (starts, lens, [1] * len(shape))]
         return self.op("slice starts={} lens={} steps={}".format(*listed), value)
 
+    def inline(self, write, *values: int, **settings) -> int:
+        """What another function writes of values, as a part of this graph. It has no derivative."""
+        return write(self, *values, **settings)
+
     def reshape(self, value: int, shape) -> int:
         return self.op(f"reshape [{','.join(map(str, shape))}]", value)
 
@@ -172,19 +177,75 @@ def _mapped(write, precision, settings, mapped):
     return call
 
 
+@functools.lru_cache(maxsize=4096)
+def _differentiable(write, precision, settings):
+    """A call whose derivative JAX finds in what the graph computes (`twins`). First derivatives of the functions of this package are
+    kernels (`jax.custom_vjp`); this is for theirs."""
+    from .twins import Twin
+
+    inner = _mapped(write, precision, settings, None)
+
+    @jax.custom_jvp
+    def function(*arrays):
+        return inner(*arrays)
+
+    @function.defjvp
+    def rule(primals, tangents):
+        def twin(*arrays):
+            graph = Twin(arrays)
+            results = write(graph, *graph.arguments, **dict(settings))
+            return graph.finish(*(results if isinstance(results, tuple) else (results,)))
+
+        return function(*primals), jax.jvp(twin, primals, tangents)[1]
+
+    return function
+
+
 def call(write, *arrays, precision: str = "f32", **settings):
     """Runs the graph that `write` writes for these arrays; a list of results."""
     arrays = [jnp.asarray(a) for a in arrays]
     for a in arrays:
         if a.dtype.name not in NAMES:
             raise TypeError(f"tilewright has no element type {a.dtype.name}")
-    return _mapped(write, precision, tuple(sorted(settings.items())), None)(*arrays)
+    return _differentiable(write, precision, tuple(sorted(settings.items())))(*arrays)
 
 
-def axis_of(axis: int, rank: int) -> int:
-    if not -rank <= axis < rank:
-        raise ValueError(f"axis {axis} of an array with {rank} axes")
-    return axis % rank
+def floats(**arrays) -> list:
+    """Arrays of floats; TypeError for others, by their names."""
+    found = [jnp.asarray(a) for a in arrays.values()]
+    for name, a in zip(arrays, found):
+        if a.dtype.name not in FLOATS:
+            raise TypeError(f"{name} is {a.dtype.name}; it must be one of {', '.join(FLOATS)}")
+    return found
+
+
+def wide(dtype):
+    """What sums are kept in."""
+    return jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+
+
+def in_chunks(step, begin, rows, *arrays):
+    """`step` on `rows` rows of the arrays at a time: what it carries, and its results of all rows."""
+    count = arrays[0].shape[0]
+    full = count // rows
+    carried, parts = begin, []
+    if full == 1:
+        carried, found = step(carried, *(a[:rows] for a in arrays))
+        parts.append(found)
+    elif full:
+        stacked = [a[: full * rows].reshape(full, rows, *a.shape[1:]) for a in arrays]
+        carried, found = jax.lax.scan(lambda c, a: step(c, *a), carried, stacked)
+        parts.append([f.reshape(full * rows, *f.shape[2:]) for f in found])
+    if count > full * rows or not count:
+        carried, found = step(carried, *(a[full * rows :] for a in arrays))
+        parts.append(found)
+    return carried, [jnp.concatenate(each) if len(parts) > 1 else each[0] for each in zip(*parts)]
+
+
+def axis_of(axis: int, shape) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis {axis} of an array of shape {tuple(shape)}")
+    return axis % len(shape)
 
 
 def need(condition: bool, message: str) -> None:
