@@ -43,7 +43,7 @@ impl Text {
         }
     }
 
-    fn request(self, arch: tilewright_cuda::Arch, set: &Set) -> CompileRequest {
+    pub(crate) fn request(self, arch: tilewright_cuda::Arch, set: &Set) -> CompileRequest {
         let mut request = CompileRequest::new(self.name(), self.text(), arch)
             .header("tw/base.cuh", BASE)
             .header("tw/element.cuh", ELEMENT)

@@ -24,12 +24,14 @@ from .formulas import ACTIVATIONS, elementwise, geglu, gelu, glu, silu, swiglu
 from .linears import linear, linear_cross_entropy
 from .losses import cross_entropy
 from .norms import layer_norm, rms_norm
+from .optim import adamw, lion
 from .rotations import rotary
 from .softmaxes import log_softmax, softmax
 
 __all__ = [
     "ACTIVATIONS",
     "TARGET",
+    "adamw",
     "attention",
     "cross_entropy",
     "dropout",
@@ -42,6 +44,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "lion",
     "log_softmax",
     "rms_norm",
     "rotary",

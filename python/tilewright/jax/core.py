@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from .. import _native
 
-TARGET = "tilewright_graph"
+# Graphs, and kernels that are written by hand (crates/xla-ffi/src/written.rs).
+TARGET, KERNEL = "tilewright_graph", "tilewright_kernel"
 
 NAMES = {
     "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32",
@@ -22,12 +23,12 @@ DTYPES = {ours: name for name, ours in NAMES.items()}
 
 
 def _register() -> None:
-    for platform, address in _native.xla_handlers():
+    for target, platform, address in _native.xla_handlers():
         pointer = ctypes.cast(address, ctypes.CFUNCTYPE(None))
         handler = jax.ffi.pycapsule(pointer)
         # On a GPU the same function compiles what a call needs before XLA runs it, or records it in a command buffer.
         stages = handler if platform == "cpu" else {"initialize": handler, "execute": handler}
-        jax.ffi.register_ffi_target(TARGET, stages, platform=platform, api_version=1)
+        jax.ffi.register_ffi_target(target, stages, platform=platform, api_version=1)
 
 
 _register()
@@ -137,8 +138,17 @@ def _written(write, arguments, settings):
     return graph.finish(*(results if isinstance(results, tuple) else (results,)))
 
 
+def kernel(text, results, *arrays, aliases=None):
+    """A kernel that is written by hand; a list of results, like those that are given. `aliases`: results that take the memory of arrays."""
+    results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
+    call = jax.ffi.ffi_call(KERNEL, results, input_output_aliases=aliases, vmap_method="sequential")
+    return call(*arrays, kernel=text)
+
+
 def _bare(write, arrays, precision, settings):
     """The custom call of the graph that `write` writes for these arrays; a list of results."""
+    if hasattr(write, "by_hand") and "mapped" not in dict(settings):
+        return write.by_hand(*arrays, **dict(settings))
     arguments = tuple((NAMES[a.dtype.name], tuple(a.shape)) for a in arrays)
     text, types = _written(write, arguments, settings)
     results = [jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype])) for dtype, shape in types]

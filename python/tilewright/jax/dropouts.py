@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .core import call, floats, need
+from .core import NAMES, call, floats, kernel, need
 from .norms import layer_norm, rms_norm
 
 
@@ -62,6 +62,15 @@ def _dropout(g, x, key, *residual, p, mapped=None):
     return g.reshape(g.cast(y, g.types[x]), shape)
 
 
+def _by_hand(x, key, *residual, p):
+    """The kernel of the operator pack, which draws four words at a time; under `vmap` it is the graph."""
+    text = f"dropout dtype={NAMES[x.dtype.name]} share={p!r} residual={len(residual)}"
+    return kernel(text, [x], x, key, *residual)
+
+
+_dropout.by_hand = _by_hand
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dropout_of(x, key, residual, p):
     return call(_dropout, x, key, *residual, p=p)[0]
@@ -73,7 +82,7 @@ def _forward(x, key, residual, p):
 
 def _backward(p, saved, dy):
     key, residuals = saved
-    return _dropout_of(dy, key, (), p), None, (dy,) * residuals
+    return call(_dropout, dy, key, p=p)[0], None, (dy,) * residuals
 
 
 _dropout_of.defvjp(_forward, _backward)

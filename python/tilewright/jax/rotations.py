@@ -35,7 +35,7 @@ def _forward(x, cos, sin, back):
 
 
 def _backward(back, tables, dy):
-    return _rotary_of(dy, *tables, not back), *map(jnp.zeros_like, tables)
+    return call(_rotary, dy, *tables, back=not back)[0], *map(jnp.zeros_like, tables)
 
 
 _rotary_of.defvjp(_forward, _backward)
