@@ -397,10 +397,11 @@ def optimizers_step_in_place():
         for dtype in (jnp.float32, jnp.bfloat16):
             params = tree(dtype)
             grads, state = params, opt.init(params)
-            kept = jax.tree.map(np.asarray, params)
+            kept = jax.tree.map(np.array, params)
             first, _ = opt.step(params, grads, state)
-            for old, new, before in zip(*map(jax.tree.leaves, (params, first, kept))):
-                assert (np.asarray(old) == before).all() and (new.size == 0 or (np.asarray(new) != before).any())
+            now, first = (jax.tree.map(np.array, t) for t in (params, first))
+            for old, new, before in zip(*map(jax.tree.leaves, (now, first, kept))):
+                assert (old == before).all() and (new.size == 0 or (new != before).any())
             grads = jax.tree.map(jnp.copy, params)
             compiled = jax.jit(opt.step, donate_argnums=(0, 2)).lower(params, grads, state).compile()
             memory = compiled.memory_analysis()
@@ -411,7 +412,7 @@ def optimizers_step_in_place():
             second, _ = compiled(params, grads, state)
             assert params["a"].is_deleted()
             for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
-                assert (np.asarray(a) == np.asarray(b)).all()
+                assert (a == np.asarray(b)).all()
 
 
 def optimizers_refuse():
