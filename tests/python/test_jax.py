@@ -337,6 +337,60 @@ def double_precision():
         assert (tj.dropout(x, jnp.int64(2**40 + 3), 0.5) == dropped(x, 2**40 + 3, 0.5)).all()
 
 
+def bags_of(weight, indices, offsets, mode, weights=None, padding=None):
+    """Bags one after the other, by JAX's own operators. `offsets` has the end, too."""
+    found = []
+    for begin, end in zip(offsets, offsets[1:]):
+        places = [p for p in range(begin, end) if int(indices[p]) != padding]
+        rows = widened(weight)[indices[jnp.asarray(places, jnp.int32)]]
+        if weights is not None:
+            rows = rows * widened(weights)[jnp.asarray(places, jnp.int32)][:, None]
+        none = jnp.zeros(weight.shape[1:], rows.dtype)
+        of = {"sum": lambda r: r.sum(0), "mean": lambda r: r.mean(0), "max": lambda r: r.max(0)}[mode]
+        found.append(of(rows) if places else none)
+    return jnp.stack(found).astype(weight.dtype)
+
+
+def bags_of_rows():
+    """All modes with ragged bags, empty ones, a row that does not count, weights; values, gradients and their derivatives."""
+    indices = jnp.asarray(NUMBERS.integers(0, 9, 17), jnp.int32)
+    offsets = np.array([0, 4, 4, 5, 12, 17])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for mode, weighted, padding in (("sum", False, None), ("sum", True, 3), ("mean", False, 3), ("max", False, None), ("max", False, 5)):
+            table, weights = array(9, 21, dtype=dtype), array(17, dtype=dtype)
+            exact = [table.astype(jnp.float32), weights.astype(jnp.float32)]
+            ours = lambda t, w: tj.embedding_bag(indices, t, jnp.asarray(offsets[:-1]), mode, w if weighted else None, padding)  # noqa: E731, B023
+            theirs = lambda t, w: bags_of(t, indices, offsets, mode, w if weighted else None, padding)  # noqa: E731, B023
+            what = f"{mode} of bags, {dtype.__name__}, {weighted}, {padding}"
+            near(jax.jit(ours)(table, weights), theirs(*exact).astype(dtype), dtype, what)
+            weight = array(5, 21)
+            slopes = lambda f: jax.grad(lambda t, w: (jnp.sin(f(t, w).astype(jnp.float32)) * weight).sum(), (0, 1))  # noqa: E731, B023
+            for i, (f, e) in enumerate(zip(jax.jit(slopes(ours))(table, weights), slopes(theirs)(*exact))):
+                near(f, e.astype(dtype), dtype, f"{what}, gradient {i}")
+            if dtype == jnp.float32:
+                second = lambda f: jax.grad(lambda t, w: sum(jnp.square(g).sum() for g in slopes(f)(t, w)), (0, 1))  # noqa: E731, B023
+                for i, (f, e) in enumerate(zip(jax.jit(second(ours))(table, weights), second(theirs)(*exact))):
+                    near(f, e, dtype, f"{what}, second derivative {i}", 20)
+    matrix = indices[:15].reshape(3, 5)
+    wanted = bags_of(table, matrix.reshape(-1), np.array([0, 5, 10, 15]), "mean")
+    near(tj.embedding_bag(matrix, table), wanted, dtype, "bags as lines")
+    near(tj.embedding_bag(indices, table, jnp.asarray(offsets), "sum", include_last_offset=True), bags_of(table, indices, offsets, "sum"), dtype, "the end given")
+    tables = array(2, 9, 21)
+    each = jax.jit(jax.vmap(lambda t: tj.embedding_bag(matrix, t)))(tables)
+    near(each, jnp.stack([tj.embedding_bag(matrix, t) for t in tables]), jnp.float32, "a table for each")
+    if "cuda" in sys.argv:
+        assert jnp.isnan(tj.embedding_bag(jnp.array([[9]]), table)).all()
+    else:
+        try:
+            jax.block_until_ready(tj.embedding_bag(jnp.array([[9]]), table))
+        except Exception as error:
+            assert "outside" in str(error), error
+        else:
+            raise AssertionError("a row outside of the table is taken")
+    assert tj.embedding_bag(jnp.zeros((0, 4), jnp.int32), table).shape == (0, 21)
+    assert (tj.embedding_bag(jnp.zeros((4, 0), jnp.int32), table) == 0).all()
+
+
 def tree(dtype=jnp.float32):
     """Parameters of several shapes and types; one has no elements."""
     return {"a": array(33, 20, dtype=dtype), "b": [array(7), array(0, 4)], "c": array(5, 3, dtype=dtype), "d": array(dtype=dtype)}
@@ -522,6 +576,10 @@ def wrong_arguments_are_named():
         (lambda: tj.linear(array(2, 3), array(3, 5).astype(jnp.bfloat16)), TypeError, "bfloat16"),
         (lambda: tj.linear_cross_entropy(array(2, 3), array(3, 5), jnp.zeros(3, jnp.int32)), ValueError, "(2,)"),
         (lambda: tj.attention(*[array(1, 2, 4, 8)] * 3, mask=array(1, 3, 4, 4)), ValueError, "(1, 3, 4, 4)"),
+        (lambda: tj.embedding_bag(jnp.zeros(3), array(4, 2), jnp.zeros(1, jnp.int32)), TypeError, "float32"),
+        (lambda: tj.embedding_bag(jnp.zeros(3, jnp.int32), array(4, 2)), ValueError, "offsets"),
+        (lambda: tj.embedding_bag(jnp.zeros((3, 2), jnp.int32), array(4, 2), mode="min"), ValueError, "min"),
+        (lambda: tj.embedding_bag(jnp.zeros((3, 2), jnp.int32), array(4, 2), mode="sum", per_sample_weights=array(2, 3)), ValueError, "(2, 3)"),
         # The handler's own errors: XLA hands them on.
         (lambda: bare("nonsense"), Exception, "graph"),
     ]
@@ -570,6 +628,7 @@ def main() -> None:
         random_numbers_follow_their_key,
         derivatives_have_derivatives,
         double_precision,
+        bags_of_rows,
         optimizers_step,
         optimizers_step_in_place,
         optimizers_refuse,

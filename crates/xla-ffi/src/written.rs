@@ -5,6 +5,9 @@
 //! | kernel | operands | results |
 //! |---|---|---|
 //! | `adamw`, `lion` | number of the step, rate, factor of gradients (one `f32` each), then lists: weights, gradients, first moments, second moments (`adamw`), masters (if there are) | the lists but gradients, in the memory of their operands |
+//! | `bags` | the table, row numbers and offsets (`i32`), weights (if there are), zeros like the next | bags, which bag each position is in (in the memory of the zeros), how many rows each counts, where maxima came from |
+//! | `bags_table` | the gradient of the bags, row numbers in order, where each was, weights (if there are), the last three of `bags`, zeros | the gradient of the table, in the memory of the zeros |
+//! | `bags_weights` | the gradient of the bags, the table, row numbers, which bag each is in | the gradient of the weights |
 //! | `dropout` | operand, key (`u32[2]`, the lower word first), a residual (if there is one) | one like the operand |
 
 use crate::frame::{Call, Tensor};
@@ -15,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 use tilewright::gpu::Stream;
 use tilewright_base::{DType, Error, Result};
 use tilewright_cuda::{Function, LaunchShape, Nvrtc};
-use tilewright_torch_ops::plain::{Entry, Kernel, Numbers, Rule, Work};
+use tilewright_torch_ops::plain::{BagsPart, Entry, Kernel, Mode, Numbers, Rule, Work};
 
 /// The text of a call: a name, and numbers by name.
 struct Words<'a> {
@@ -128,11 +131,86 @@ fn work(words: &Words<'_>, inputs: &[Tensor], outputs: &[Tensor]) -> Result<Work
             let share = words.get("share")?;
             Work::Dropout { dtype, share, places: [x, residual, y, key], elements }
         }
+        "bags" | "bags_table" | "bags_weights" => bags(words, dtype, &mut given, &mut results)?,
         other => return Err(Error::user(format!("there is no kernel `{other}`"))),
     };
     given.end()?;
     results.end()?;
     work.check()?;
+    Ok(work)
+}
+
+/// Bags of these sizes, at no addresses.
+fn bags_of(words: &Words<'_>, dtype: DType) -> Result<(BagsPart, Work)> {
+    let part = match words.name {
+        "bags" => BagsPart::Forward,
+        "bags_table" => BagsPart::Table,
+        _ => BagsPart::Weights,
+    };
+    let work = Work::Bags {
+        part,
+        dtype,
+        mode: Mode::of(words.get("mode")?)?,
+        places: Vec::new(),
+        rows: words.get("rows")?,
+        columns: words.get("columns")?,
+        positions: words.get("positions")?,
+        bags: words.get("bags")?,
+        padding: words.get("padding")?,
+    };
+    work.check()?;
+    Ok((part, work))
+}
+
+fn bags(
+    words: &Words<'_>,
+    dtype: DType,
+    given: &mut Taken<'_>,
+    results: &mut Taken<'_>,
+) -> Result<Work> {
+    let (part, mut work) = bags_of(words, dtype)?;
+    let Work::Bags { mode, places, rows, columns, positions, bags, .. } = &mut work else {
+        return Err(Error::bug("no bags"));
+    };
+    let (positions, bags) = (*positions, *bags);
+    let size = |n: i64| n.checked_mul(*columns).ok_or_else(|| Error::user("a table too large"));
+    let (whole_table, all) = (size(*rows)?, size(bags)?);
+    let maxima = if *mode == Mode::Max { all } else { 0 };
+    let weighted = words.get::<u8>("weights")? != 0;
+    let mut take = |dtype, n| Ok::<_, Error>(given.next(dtype, Some(n))?.0);
+    let mut give = |dtype, n| Ok::<_, Error>(results.next(dtype, Some(n))?.0);
+    let short = DType::I32;
+    *places = match part {
+        BagsPart::Forward => {
+            let table = take(dtype, whole_table)?;
+            let (indices, offsets) = (take(short, positions)?, take(short, bags)?);
+            let weights = if weighted { take(dtype, positions)? } else { 0 };
+            let zeros = take(short, positions)?;
+            let (y, bag_of) = (give(dtype, all)?, give(short, positions)?);
+            if bag_of != zeros {
+                return Err(Error::bug("a result that is not in the memory of its operand"));
+            }
+            let (count, place) = (give(short, bags)?, give(short, maxima)?);
+            vec![table, indices, offsets, weights, y, bag_of, count, place]
+        }
+        BagsPart::Table => {
+            let dy = take(dtype, all)?;
+            let (sorted, position) = (take(short, positions)?, take(short, positions)?);
+            let weights = if weighted { take(dtype, positions)? } else { 0 };
+            let bag_of = take(short, positions)?;
+            let (count, place) = (take(short, bags)?, take(short, maxima)?);
+            let (zeros, gradient) = (take(dtype, whole_table)?, give(dtype, whole_table)?);
+            if gradient != zeros {
+                return Err(Error::bug("a result that is not in the memory of its operand"));
+            }
+            vec![dy, sorted, position, weights, bag_of, count, place, gradient]
+        }
+        BagsPart::Weights => {
+            let (dy, table) = (take(dtype, all)?, take(dtype, whole_table)?);
+            let (indices, bag_of) = (take(short, positions)?, take(short, positions)?);
+            vec![dy, table, indices, bag_of, give(dtype, positions)?]
+        }
+    };
     Ok(work)
 }
 
@@ -158,6 +236,7 @@ fn without_tensors(words: &Words<'_>) -> Result<Work> {
             let entries = vec![entry; words.get("tensors")?];
             Ok(Work::Step { rule, dtype, numbers, count: 0, rate: 0, factor: 0, masters, entries })
         }
+        "bags" | "bags_table" | "bags_weights" => Ok(bags_of(words, dtype)?.1),
         _ => Ok(Work::Dropout { dtype, share: 0.0, places: [0; 4], elements: 1 }),
     }
 }

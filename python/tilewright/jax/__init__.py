@@ -18,6 +18,7 @@ JAX is needed for this module, and imported nowhere else in the package.
 """
 
 from .attentions import attention
+from .bags import embedding_bag
 from .core import TARGET
 from .dropouts import dropout, dropout_layer_norm, dropout_rms_norm
 from .formulas import ACTIVATIONS, elementwise, geglu, gelu, glu, silu, swiglu
@@ -38,6 +39,7 @@ __all__ = [
     "dropout_layer_norm",
     "dropout_rms_norm",
     "elementwise",
+    "embedding_bag",
     "geglu",
     "gelu",
     "glu",

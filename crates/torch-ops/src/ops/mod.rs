@@ -2,7 +2,7 @@
 
 mod attention;
 mod attention_training;
-mod bags;
+pub(crate) mod bags;
 mod cross_entropy;
 pub(crate) mod dropout;
 mod elementwise;
