@@ -6,6 +6,7 @@ Needs JAX (python/requirements-jax.txt). With `cuda` it runs on JAX's default de
 fourth of the cases (`CASES`) only.
 """
 
+import functools
 import os
 import pathlib
 import re
@@ -15,6 +16,7 @@ import tempfile
 
 if "cuda" not in sys.argv:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIBRARY = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "libtilewright_python.so"
@@ -36,6 +38,7 @@ def install() -> None:
 install()
 
 import jax  # noqa: E402
+import jax.export  # noqa: E402
 import jax.test_util  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -597,25 +600,62 @@ def bare(text):
     return call(jnp.ones(2), graph=text)
 
 
+def devices_share():
+    """In `shard_map` a call is each device's own; under `jit` arrays that are spread are gathered first, and results are right."""
+    devices = jax.devices()[:2]
+    if len(devices) < 2:
+        return
+    mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
+    rows = jax.sharding.PartitionSpec("rows")
+    x, w, t = array(8, 48), array(48), jnp.asarray(NUMBERS.integers(0, 48, 8), jnp.int32)
+
+    def ours(x, w, t):
+        return tj.cross_entropy(tj.dropout(tj.gelu(tj.rms_norm(x, w)), 3, 0.25), t, reduction="none")
+
+    def each(x, w, t):
+        return jax.value_and_grad(lambda x: ours(x, w, t).sum())(x)[1]
+
+    spread = jax.shard_map(each, mesh=mesh, in_specs=(rows, None, rows), out_specs=rows, check_vma=False)
+    wanted = jnp.concatenate([each(x[i : i + 4], w, t[i : i + 4]) for i in (0, 4)])
+    near(jax.jit(spread)(x, w, t), wanted, jnp.float32, "shard_map")
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, rows))
+    near(jax.jit(each)(placed, w, t), each(x, w, t), jnp.float32, "jit of arrays that are spread")
+
+
+def programs_are_exported():
+    """A program that was exported carries all that it needs."""
+    x, w = array(6, 24), array(24)
+
+    def ours(x, w):
+        return jax.grad(lambda x: tj.dropout(tj.silu(tj.rms_norm(x, w)), 3, 0.25).sum())(x)
+
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (tj.TARGET, "tilewright_kernel")]
+    exported = jax.export.export(jax.jit(ours), disabled_checks=checks)(x, w)
+    near(jax.jit(exported.call)(x, w), ours(x, w), jnp.float32, "an exported program")
+
+
 def training_goes_down():
     """A small network, all of it in one jitted step."""
-    x, target = array(64, 16), array(64, 4)
+    x, target = array(64, 16), jnp.asarray(NUMBERS.integers(0, 4, 64), jnp.int32)
     weights = [array(16, 32) / 4, jnp.ones(32), array(32, 4) / 6]
+    for opt in (tj.adamw(1e-2, max_norm=1.0), tj.lion(1e-3)):
 
-    @jax.jit
-    def step(weights):
-        def loss(weights):
-            hidden = tj.rms_norm(tj.linear(x, weights[0], None, "gelu"), weights[1])
-            return ((tj.linear(hidden, weights[2]) - target) ** 2).mean()
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(weights, state, key):
+            def loss(weights):
+                hidden = tj.dropout(tj.linear(x, weights[0], None, "gelu"), key, 0.1)
+                return tj.linear_cross_entropy(tj.rms_norm(hidden, weights[1]), weights[2], target, rows=16)
 
-        value, slopes = jax.value_and_grad(loss)(weights)
-        return value, [w - 0.05 * s for w, s in zip(weights, slopes)]
+            value, slopes = jax.value_and_grad(loss)(weights)
+            return value, *opt.step(weights, slopes, state)  # noqa: B023
 
-    losses = []
-    for _ in range(30):
-        value, weights = step(weights)
-        losses.append(float(value))
-    assert losses[-1] < 0.9 * losses[0], losses
+        losses = []
+        now = jax.tree.map(jnp.copy, weights)
+        state = opt.init(now)
+        for i in range(30):
+            value, now, state = step(now, state, jax.random.key(i))
+            losses.append(float(value))
+        assert losses[-1] < 0.9 * losses[0], losses
 
 
 def main() -> None:
@@ -637,6 +677,8 @@ def main() -> None:
         arrays_are_donated,
         empty_and_extreme_arrays,
         wrong_arguments_are_named,
+        devices_share,
+        programs_are_exported,
         training_goes_down,
     )
     chosen = [name for name in sys.argv[1:] if name != "cuda" and "/" not in name]
