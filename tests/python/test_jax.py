@@ -606,20 +606,30 @@ def devices_share():
     if len(devices) < 2:
         return
     mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
-    rows = jax.sharding.PartitionSpec("rows")
-    x, w, t = array(8, 48), array(48), jnp.asarray(NUMBERS.integers(0, 48, 8), jnp.int32)
+    x, w, t = array(8, 48), array(48, 48), jnp.asarray(NUMBERS.integers(0, 48, 8), jnp.int32)
 
     def ours(x, w, t):
-        return tj.cross_entropy(tj.dropout(tj.gelu(tj.rms_norm(x, w)), 3, 0.25), t, reduction="none")
+        hidden = tj.dropout(tj.swiglu(tj.rms_norm(x, w[0]), x), 3, 0.25)
+        bags = tj.embedding_bag(t[:, None] * jnp.ones((1, 3), jnp.int32), w)
+        loss = tj.linear_cross_entropy(hidden + bags, tj.linear(w.T, w), t, rows=3, reduction="sum")
+        return loss + tj.cross_entropy(hidden, t, reduction="sum") + tj.attention(*[hidden[None, None]] * 3).sum()
 
-    def each(x, w, t):
-        return jax.value_and_grad(lambda x: ours(x, w, t).sum())(x)[1]
+    rows, none = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
 
-    spread = jax.shard_map(each, mesh=mesh, in_specs=(rows, None, rows), out_specs=rows, check_vma=False)
-    wanted = jnp.concatenate([each(x[i : i + 4], w, t[i : i + 4]) for i in (0, 4)])
-    near(jax.jit(spread)(x, w, t), wanted, jnp.float32, "shard_map")
+    def total(x, w, t):
+        # Each device has rows of its own, and one `w` with the others.
+        part = jax.shard_map(lambda *a: jax.lax.psum(ours(*a), "rows"), mesh=mesh, in_specs=(rows, none, rows), out_specs=none)
+        return part(x, w, t)
+
+    halves = lambda x, w, t: sum(ours(x[i : i + 4], w, t[i : i + 4]) for i in (0, 4))  # noqa: E731
+    for f, e in zip(jax.jit(jax.grad(total, (0, 1)))(x, w, t), jax.grad(halves, (0, 1))(x, w, t)):
+        near(f, e, jnp.float32, "shard_map")
+    inside = jax.shard_map(lambda *a: jax.grad(ours, (0, 1))(*a), mesh=mesh, in_specs=(rows, none, rows), out_specs=(rows, none))
+    for f, e in zip(jax.jit(inside)(x, w, t), jax.grad(halves, (0, 1))(x, w, t)):
+        near(f, e, jnp.float32, "gradients inside of shard_map")
     placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, rows))
-    near(jax.jit(each)(placed, w, t), each(x, w, t), jnp.float32, "jit of arrays that are spread")
+    slope = lambda x, w, t: jax.grad(ours)(x, w, t)  # noqa: E731
+    near(jax.jit(slope)(placed, w, t), slope(x, w, t), jnp.float32, "jit of arrays that are spread")
 
 
 def programs_are_exported():

@@ -137,7 +137,8 @@ impl Work {
             Work::Step { rule, dtype, numbers, count, rate, factor, masters, entries } => {
                 let (step, rate, factor, numbers) = (*count, *rate, *factor, *numbers);
                 let rate_is_double = false;
-                let head = optimizers::Head { step, rate, factor, found: 0, rate_is_double, numbers };
+                let head =
+                    optimizers::Head { step, rate, factor, found: 0, rate_is_double, numbers };
                 let entry = match rule {
                     Rule::AdamW => "adamw",
                     Rule::Lion => "lion",
@@ -301,7 +302,11 @@ fn bagged<T: Number>(work: &Work, threads: usize) -> Result<()> {
                 padding,
             };
             let mut lists = [positions, bags, maxima].map(|n| vec![0_i64; n.max(0) as usize]);
-            all.forward(threads, write::<T>(y, bags * width), lists.each_mut().map(|l| &mut l[..]))?;
+            all.forward(
+                threads,
+                write::<T>(y, bags * width),
+                lists.each_mut().map(|l| &mut l[..]),
+            )?;
             for (list, at) in lists.iter().zip([bag_of, count, place]) {
                 put(list, at);
             }

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .core import call, floats, in_chunks, need, wide
+from .core import call, floats, in_chunks, need, same, wide
 
 
 def _attention(g, q, k, v, *mask, causal, scale, mapped=None):
@@ -135,14 +135,14 @@ def attention(q, k, v, causal: bool = False, scale: float | None = None, mask=No
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     need(math.isfinite(scale), f"scale is {scale}")
     if mask is None:
-        return _attention_of(q, k, v, (), bool(causal), scale)
+        return _attention_of(*same(q, k, v, ()), bool(causal), scale)
     mask = jnp.asarray(mask)
     if mask.dtype != jnp.bool_:
         (mask,) = floats(mask=mask)
     (b, h, s, _), t = q.shape, k.shape[2]
     fits = mask.ndim == 4 and mask.shape[0] in (1, b) and mask.shape[1] in (1, h) and mask.shape[2:] == (s, t)
     need(fits, f"mask has shape {mask.shape}; it must be [{b} or 1, {h} or 1, {s}, {t}]")
-    return _attention_of(q, k, v, (mask,), bool(causal), scale)
+    return _attention_of(*same(q, k, v, (mask,)), bool(causal), scale)
 
 
 __all__ = ["attention"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .core import NAMES, floats, kernel, need, wide
+from .core import NAMES, floats, kernel, need, same, wide
 
 _MODES = {"sum": 0, "mean": 1, "max": 2}
 _NONE = -(2**31)
@@ -160,7 +160,7 @@ def embedding_bag(
     need(not include_last_offset or offsets.shape[0] > 0, "include_last_offset needs at least one offset")
     padding = _NONE if padding_idx is None else padding_idx + weight.shape[0] if padding_idx < 0 else padding_idx
     # What follows the last offset is a bag that nobody asked for.
-    y = _bag(weight, weights, indices, offsets, _MODES[mode], int(padding))
+    y = _bag(*same(weight, weights, indices, offsets), _MODES[mode], int(padding))
     return y[:-1] if include_last_offset else y
 
 

@@ -138,11 +138,31 @@ def _written(write, arguments, settings):
     return graph.finish(*(results if isinstance(results, tuple) else (results,)))
 
 
+def _axes(array) -> frozenset:
+    """The axes of devices that an array varies over, inside of `shard_map`."""
+    kind = jax.typeof(array)
+    # JAX has given it several names.
+    return frozenset(getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(kind, "vma", ()))
+
+
+def same(*arrays):
+    """Arrays, and tuples of them, that vary over the same axes of devices: what is one for all gets a gradient that is a sum over them."""
+    whole = frozenset().union(*map(_axes, jax.tree.leaves(arrays)))
+    if not whole:
+        return arrays
+
+    def spread(array):
+        missing = tuple(sorted(whole - _axes(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(spread, arrays)
+
+
 def kernel(text, results, *arrays, aliases=None):
     """A kernel that is written by hand; a list of results, like those that are given. `aliases`: results that take the memory of arrays."""
     results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
     call = jax.ffi.ffi_call(KERNEL, results, input_output_aliases=aliases, vmap_method="sequential")
-    return call(*arrays, kernel=text)
+    return same(list(call(*arrays, kernel=text)), arrays)[0]
 
 
 def _bare(write, arrays, precision, settings):
@@ -197,7 +217,8 @@ def _differentiable(write, precision, settings):
 
     @jax.custom_jvp
     def function(*arrays):
-        return inner(*arrays)
+        # What varies over devices is forgotten on the way.
+        return same(list(inner(*arrays)), arrays)[0]
 
     @function.defjvp
     def rule(primals, tangents):
@@ -236,6 +257,7 @@ def wide(dtype):
 
 def in_chunks(step, begin, rows, *arrays):
     """`step` on `rows` rows of the arrays at a time: what it carries, and its results of all rows."""
+    begin, arrays = same(begin, arrays)
     count = arrays[0].shape[0]
     full = count // rows
     carried, parts = begin, []

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .core import NAMES, call, floats, kernel, need
+from .core import NAMES, call, floats, kernel, need, same
 from .norms import layer_norm, rms_norm
 
 
@@ -125,7 +125,7 @@ def dropout(x, key, p: float = 0.5, training: bool = True, residual=None):
         residual = residual.astype(x.dtype)
     if not training or p == 0.0:
         return x if residual is None else x + residual
-    return _dropout_of(x, key_words(key), () if residual is None else (residual,), p)
+    return _dropout_of(*same(x, key_words(key), () if residual is None else (residual,)), p)
 
 
 def dropout_rms_norm(x, residual, key, weight=None, eps: float = 1e-6, p: float = 0.5, training: bool = True):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _native
-from .core import call, floats, need
+from .core import call, floats, need, same
 
 
 @functools.lru_cache(maxsize=4096)
@@ -77,7 +77,7 @@ class Formula:
             except ValueError:
                 raise ValueError(f"arrays of shapes {shapes} do not broadcast, for {self.text!r}") from None
             arrays = [jnp.broadcast_to(a, shape).astype(dtype) for a in arrays]
-        return _formula_of(tuple(arrays), self.text)
+        return _formula_of(same(*arrays), self.text)
 
     def __repr__(self) -> str:
         return f"tilewright.jax.elementwise({self.text!r})"

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .core import call, floats, in_chunks, need, wide
+from .core import call, floats, in_chunks, need, same, wide
 from .formulas import ACTIVATIONS, known, slope_of, value_of
 from .losses import checked_targets, losses_and_gradient, numbers_of, sums_of
 
@@ -105,7 +105,7 @@ def linear(x, weight, bias=None, activation: str | None = None, precision: str =
         need(residual.shape == shape, f"residual has shape {residual.shape}; it must be {shape}, as the result")
         residual = residual.astype(x.dtype)
     others = [() if t is None else (t,) for t in (bias, residual)]
-    return _linear_of(x, weight, *others, activation, precision)
+    return _linear_of(*same(x, weight, *others), activation, precision)
 
 
 PRECISIONS = ("f32", "tf32", "f16", "bf16")
@@ -202,7 +202,8 @@ def linear_cross_entropy(
     scale = jnp.ones((), dtype)
     if reduction == "mean":
         scale = 1 / (targets != ignore_index).sum().astype(dtype)
-    return _total_of(x, weight, () if bias is None else (bias,), targets, scale, numbers, int(rows))
+    operands = same(x, weight, () if bias is None else (bias,), targets, scale)
+    return _total_of(*operands, numbers, int(rows))
 
 
 __all__ = ["linear", "linear_cross_entropy"]

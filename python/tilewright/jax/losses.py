@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .core import call, floats, need
+from .core import call, floats, need, same
 
 
 def _logits(g, x, softcap):
@@ -120,7 +120,7 @@ def cross_entropy(
     (logits,) = floats(logits=logits)
     need(logits.ndim >= 1 and logits.shape[-1] > 0, f"logits have shape {logits.shape}; they must be [..., n], n above 0")
     targets = checked_targets(targets, logits.shape[:-1], "logits")
-    losses = _losses_of(logits, targets, numbers_of(ignore_index, label_smoothing, z_loss, softcap))
+    losses = _losses_of(*same(logits, targets), numbers_of(ignore_index, label_smoothing, z_loss, softcap))
     if reduction == "none":
         return losses
     total = losses.sum()

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .core import call, floats, need
+from .core import call, floats, need, same
 
 
 def _layer_norm(g, x, weight, bias, eps, mapped=None):
@@ -72,7 +72,7 @@ def layer_norm(x, weight=None, bias=None, eps: float = 1e-5, residual=None):
     """
     x, weight = _checked(x, weight, "weight", jnp.ones)
     x, bias = _checked(x, bias, "bias", jnp.zeros)
-    vectors = (weight, bias.astype(weight.dtype))
+    x, vectors = same(x, (weight, bias.astype(weight.dtype)))
     return _layer_norm_of(x, *vectors, float(eps)) if residual is None else _added(x, residual, vectors, float(eps))
 
 
@@ -115,6 +115,7 @@ def rms_norm(x, weight=None, eps: float = 1e-6, residual=None):
     With `residual`, of the shape of `x`: of `h = x + residual`, and the result is the pair `(y, h)`, from one kernel.
     """
     x, weight = _checked(x, weight, "weight", jnp.ones)
+    x, weight = same(x, weight)
     return _rms_norm_of(x, weight, float(eps)) if residual is None else _added(x, residual, (weight,), float(eps))
 
 
@@ -170,7 +171,7 @@ _norm_of_sum_of.defvjp(_norm_of_sum_forward, _norm_of_sum_backward)
 def _added(x, residual, vectors, eps):
     (residual,) = floats(residual=residual)
     need(x.shape == residual.shape, f"residual has shape {residual.shape}; it must be {x.shape}, the shape of x")
-    return _norm_of_sum_of(x, residual.astype(x.dtype), vectors, eps)
+    return _norm_of_sum_of(*same(x, residual.astype(x.dtype), vectors), eps)
 
 
 __all__ = ["layer_norm", "rms_norm"]

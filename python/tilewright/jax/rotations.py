@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .core import call, floats, need
+from .core import call, floats, need, same
 
 
 def _rotary(g, x, cos, sin, back, mapped=None):
@@ -49,7 +49,7 @@ def rotary(x, cos, sin):
     need(len(shape) == 4 and shape[3] % 2 == 0, f"x has shape {shape}; it must be [batch, heads, s, d] with an even d")
     fits = table == sin.shape and table in ((shape[0], *shape[2:]), (1, *shape[2:]))
     need(fits, f"cos has shape {table} and sin {sin.shape}; they must be [{shape[0]} or 1, {shape[2]}, {shape[3]}]")
-    return _rotary_of(x, cos, sin, False)
+    return _rotary_of(*same(x, cos, sin), False)
 
 
 __all__ = ["rotary"]

@@ -166,8 +166,7 @@ fn bags_on_host<T: Number>(
     let weights = weights.map(|w| host::read::<T>(w)).transpose()?;
     let (indices, offsets) = (host::read_whole(indices)?, host::read_whole(offsets)?);
     let bags = Bags { table, weights, indices, offsets, rows, columns, mode, padding };
-    let places =
-        [host::write_whole(bag_of)?, host::write_whole(count)?, host::write_whole(place)?];
+    let places = [host::write_whole(bag_of)?, host::write_whole(count)?, host::write_whole(place)?];
     bags.forward(abi.threads(), host::write::<T>(y)?, places)
 }
 
@@ -192,69 +191,69 @@ impl<T: Number> Bags<'_, T> {
         [bag_of, count, place]: [&mut [i64]; 3],
     ) -> Result<()> {
         let Bags { table, weights, indices, offsets, rows, columns, mode, padding } = *self;
-    let outside = |row: &&i64| **row != padding && !(0..rows).contains(*row);
-    if let Some(row) = indices.iter().find(outside) {
-        return Err(Error::user(format!("index {row} is outside of a table of {rows} rows")));
-    }
-    let last = indices.len() as i64;
-    let ends: Vec<i64> = offsets.iter().skip(1).copied().chain([last]).collect();
-    let good = offsets.first().is_none_or(|first| *first == 0)
-        && offsets.iter().zip(&ends).all(|(begin, end)| begin <= end && *end <= last);
-    if !good {
-        let message = format!("offsets must begin with 0, not fall, and end within {last}");
-        return Err(Error::user(message));
-    }
-    let mut outputs = y.chunks_mut(columns.max(1));
-    let mut places = place.chunks_mut(columns.max(1));
-    let mut jobs = Vec::new();
-    for (bag, (begin, end)) in offsets.iter().zip(&ends).enumerate() {
-        let positions = *begin as usize..*end as usize;
-        bag_of[positions.clone()].fill(bag as i64);
-        let kept = indices[positions.clone()].iter().filter(|row| **row != padding).count();
-        count[bag] = kept as i64;
-        let output = outputs.next().unwrap_or_default();
-        jobs.push((positions, kept, output, places.next().unwrap_or_default()));
-    }
-    let work = |(positions, kept, output, place): (
-        std::ops::Range<usize>,
-        usize,
-        &mut [T],
-        &mut [i64],
-    )| {
-        let mut sums = vec![T::Wide::of(0.0); columns];
-        place.fill(-1);
-        for p in positions {
-            let row = indices[p];
-            if row == padding {
-                continue;
-            }
-            let values = &table[row as usize * columns..][..columns];
-            let weight = weights.map_or(T::Wide::of(1.0), |w| w[p].wide());
-            if mode == Mode::Max {
-                for ((sum, value), place) in sums.iter_mut().zip(values).zip(&mut *place) {
-                    let value = value.wide();
-                    // A NaN wins, as in PyTorch.
-                    if *place < 0 || value > *sum || value.double().is_nan() {
-                        (*sum, *place) = (value, p as i64);
+        let outside = |row: &&i64| **row != padding && !(0..rows).contains(*row);
+        if let Some(row) = indices.iter().find(outside) {
+            return Err(Error::user(format!("index {row} is outside of a table of {rows} rows")));
+        }
+        let last = indices.len() as i64;
+        let ends: Vec<i64> = offsets.iter().skip(1).copied().chain([last]).collect();
+        let good = offsets.first().is_none_or(|first| *first == 0)
+            && offsets.iter().zip(&ends).all(|(begin, end)| begin <= end && *end <= last);
+        if !good {
+            let message = format!("offsets must begin with 0, not fall, and end within {last}");
+            return Err(Error::user(message));
+        }
+        let mut outputs = y.chunks_mut(columns.max(1));
+        let mut places = place.chunks_mut(columns.max(1));
+        let mut jobs = Vec::new();
+        for (bag, (begin, end)) in offsets.iter().zip(&ends).enumerate() {
+            let positions = *begin as usize..*end as usize;
+            bag_of[positions.clone()].fill(bag as i64);
+            let kept = indices[positions.clone()].iter().filter(|row| **row != padding).count();
+            count[bag] = kept as i64;
+            let output = outputs.next().unwrap_or_default();
+            jobs.push((positions, kept, output, places.next().unwrap_or_default()));
+        }
+        let work = |(positions, kept, output, place): (
+            std::ops::Range<usize>,
+            usize,
+            &mut [T],
+            &mut [i64],
+        )| {
+            let mut sums = vec![T::Wide::of(0.0); columns];
+            place.fill(-1);
+            for p in positions {
+                let row = indices[p];
+                if row == padding {
+                    continue;
+                }
+                let values = &table[row as usize * columns..][..columns];
+                let weight = weights.map_or(T::Wide::of(1.0), |w| w[p].wide());
+                if mode == Mode::Max {
+                    for ((sum, value), place) in sums.iter_mut().zip(values).zip(&mut *place) {
+                        let value = value.wide();
+                        // A NaN wins, as in PyTorch.
+                        if *place < 0 || value > *sum || value.double().is_nan() {
+                            (*sum, *place) = (value, p as i64);
+                        }
+                    }
+                } else {
+                    for (sum, value) in sums.iter_mut().zip(values) {
+                        *sum = *sum + value.wide() * weight;
                     }
                 }
-            } else {
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum = *sum + value.wide() * weight;
-                }
             }
-        }
-        let scale = match mode {
-            Mode::Mean if kept > 0 => T::Wide::of(1.0) / T::Wide::of(kept as f64),
-            _ => T::Wide::of(1.0),
+            let scale = match mode {
+                Mode::Mean if kept > 0 => T::Wide::of(1.0) / T::Wide::of(kept as f64),
+                _ => T::Wide::of(1.0),
+            };
+            for (y, sum) in output.iter_mut().zip(sums) {
+                *y = T::narrow(sum * scale);
+            }
         };
-        for (y, sum) in output.iter_mut().zip(sums) {
-            *y = T::narrow(sum * scale);
-        }
-    };
-    host::in_parallel(threads, indices.len() * columns, jobs, work);
-    Ok(())
-}
+        host::in_parallel(threads, indices.len() * columns, jobs, work);
+        Ok(())
+    }
 }
 
 /// The gradient of the table: `sorted` are the indices in order, `position` where each of them was.
@@ -386,51 +385,51 @@ impl<T: Number> GradientOf<'_, T> {
     pub(crate) fn table(&self, threads: usize, gradient: &mut [T]) -> Result<()> {
         let GradientOf { dy, weights, sorted, position, bag_of, count, place, .. } = *self;
         let GradientOf { sizes: [rows, bags], columns, mode, padding, .. } = *self;
-    let long = sorted.len() as i64;
-    let good = position.iter().all(|p| (0..long).contains(p))
-        && bag_of.iter().all(|b| (0..bags).contains(b))
-        && sorted.is_sorted();
-    if !good {
-        return Err(Error::user("positions and bags are not what the forward pass gave"));
-    }
-    let mut lines = gradient.chunks_mut(columns).enumerate();
-    let mut jobs = Vec::new();
-    let mut first = 0;
-    for run in sorted.chunk_by(|a, b| a == b) {
-        let these = first..first + run.len();
-        first += run.len();
-        let row = run[0];
-        if row == padding || !(0..rows).contains(&row) {
-            continue;
+        let long = sorted.len() as i64;
+        let good = position.iter().all(|p| (0..long).contains(p))
+            && bag_of.iter().all(|b| (0..bags).contains(b))
+            && sorted.is_sorted();
+        if !good {
+            return Err(Error::user("positions and bags are not what the forward pass gave"));
         }
-        // Rows come in order, so each is still ahead.
-        let line = lines.by_ref().find(|(number, _)| *number as i64 == row);
-        if let Some((_, line)) = line {
-            jobs.push((these, line));
-        }
-    }
-    let work = |(these, line): (std::ops::Range<usize>, &mut [T])| {
-        let mut sums = vec![T::Wide::of(0.0); columns];
-        for &p in &position[these] {
-            let bag = bag_of[p as usize] as usize;
-            let mut by = weights.map_or(T::Wide::of(1.0), |w| w[p as usize].wide());
-            if mode == Mode::Mean {
-                by = by / T::Wide::of(count[bag] as f64);
+        let mut lines = gradient.chunks_mut(columns).enumerate();
+        let mut jobs = Vec::new();
+        let mut first = 0;
+        for run in sorted.chunk_by(|a, b| a == b) {
+            let these = first..first + run.len();
+            first += run.len();
+            let row = run[0];
+            if row == padding || !(0..rows).contains(&row) {
+                continue;
             }
-            let values = &dy[bag * columns..][..columns];
-            for (d, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
-                if mode != Mode::Max || place[bag * columns + d] == p {
-                    *sum = *sum + value.wide() * by;
+            // Rows come in order, so each is still ahead.
+            let line = lines.by_ref().find(|(number, _)| *number as i64 == row);
+            if let Some((_, line)) = line {
+                jobs.push((these, line));
+            }
+        }
+        let work = |(these, line): (std::ops::Range<usize>, &mut [T])| {
+            let mut sums = vec![T::Wide::of(0.0); columns];
+            for &p in &position[these] {
+                let bag = bag_of[p as usize] as usize;
+                let mut by = weights.map_or(T::Wide::of(1.0), |w| w[p as usize].wide());
+                if mode == Mode::Mean {
+                    by = by / T::Wide::of(count[bag] as f64);
+                }
+                let values = &dy[bag * columns..][..columns];
+                for (d, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
+                    if mode != Mode::Max || place[bag * columns + d] == p {
+                        *sum = *sum + value.wide() * by;
+                    }
                 }
             }
-        }
-        for (y, sum) in line.iter_mut().zip(sums) {
-            *y = T::narrow(sum);
-        }
-    };
-    host::in_parallel(threads, sorted.len() * columns, jobs, work);
-    Ok(())
-}
+            for (y, sum) in line.iter_mut().zip(sums) {
+                *y = T::narrow(sum);
+            }
+        };
+        host::in_parallel(threads, sorted.len() * columns, jobs, work);
+        Ok(())
+    }
 }
 
 /// The gradient of the weights of the rows in a sum: the product of each row with the gradient of its bag.
