@@ -30,9 +30,9 @@ pub(crate) fn python_error(error: Error) -> PyErr {
     }
 }
 
-/// The addresses of the handlers of XLA's custom calls, by platform.
+/// The addresses of the handlers of XLA's custom calls, by target and platform.
 #[pyfunction]
-fn xla_handlers() -> [(&'static str, usize); 2] {
+fn xla_handlers() -> [(&'static str, &'static str, usize); 4] {
     tilewright_xla_ffi::handlers()
 }
 

@@ -25,6 +25,12 @@ fn formula_variables(text: &str) -> PyResult<Vec<String>> {
     tilewright_torch_ops::variables(text).map_err(python_error)
 }
 
+/// A formula in `f32` or `f64` and its derivatives, in the language of a graph's `map`.
+#[pyfunction]
+fn formula_and_slopes(text: &str, double: bool) -> PyResult<(String, Vec<String>)> {
+    tilewright_torch_ops::formula(text, double).map_err(python_error)
+}
+
 /// The number of a formula in this process.
 #[pyfunction]
 fn formula_number(text: &str) -> u64 {
@@ -83,6 +89,7 @@ pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(register_operators, module)?)?;
     module.add_function(wrap_pyfunction!(operators_draw, module)?)?;
     module.add_function(wrap_pyfunction!(formula_variables, module)?)?;
+    module.add_function(wrap_pyfunction!(formula_and_slopes, module)?)?;
     module.add_function(wrap_pyfunction!(formula_number, module)?)?;
     module.add_function(wrap_pyfunction!(operator_schedules, module)?)?;
     module.add_function(wrap_pyfunction!(triton_launcher, module)?)?;

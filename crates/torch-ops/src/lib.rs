@@ -14,10 +14,13 @@
 //! What the graph language does not say (tables of addresses, random numbers under a key that is known on the device only, sums by index) is
 //! written by hand: `device/*.cu` for GPUs ([`written`]), loops over slices for the processor ([`host`]).
 //!
+//! The same for frontends that have no tensors of PyTorch's: [`plain`].
+//!
 //! To add an operator: a file in `ops/` with a type that implements `Operator`, and its name in `for_each_operator`.
 
 mod host;
 mod ops;
+pub mod plain;
 mod plans;
 mod tensors;
 #[cfg(test)]
@@ -25,7 +28,7 @@ mod texts;
 pub mod triton;
 mod written;
 
-pub use ops::{number_of, variables};
+pub use ops::{formula, number_of, variables};
 pub use plans::schedules;
 
 use ops::for_each_operator;

@@ -43,7 +43,7 @@ impl Text {
         }
     }
 
-    fn request(self, arch: tilewright_cuda::Arch, set: &Set) -> CompileRequest {
+    pub(crate) fn request(self, arch: tilewright_cuda::Arch, set: &Set) -> CompileRequest {
         let mut request = CompileRequest::new(self.name(), self.text(), arch)
             .header("tw/base.cuh", BASE)
             .header("tw/element.cuh", ELEMENT)
@@ -151,7 +151,9 @@ mod tests {
                     requests.push((Text::Rotary, [t, table, ("TW_BACK", back), heads]));
                 }
             }
-            requests.push((Text::Bags, [t, ("TW_MODE", u64::from(wide) * 2), none, none]));
+            let mode = ("TW_MODE", u64::from(wide) * 2);
+            requests.push((Text::Bags, [t, mode, none, none]));
+            requests.push((Text::Bags, [t, mode, ("TW_SHORT", 1), none]));
         }
         for (text, set) in requests {
             let compiled = nvrtc.compile(&text.request(Arch::SM_90A, &set));

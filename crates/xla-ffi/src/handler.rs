@@ -2,15 +2,21 @@
 
 use crate::api::{CallFrame, Error as XlaError};
 use crate::frame::Call;
-use crate::programs;
+use crate::{programs, written};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use tilewright_base::{Error, Result};
 
-/// The handlers by XLA's names of platforms, as the addresses that XLA wants (`XLA_FFI_Handler*`).
-pub fn handlers() -> [(&'static str, usize); 2] {
+/// The handlers by their targets' names and XLA's names of platforms, as the addresses that XLA wants (`XLA_FFI_Handler*`).
+pub fn handlers() -> [(&'static str, &'static str, usize); 4] {
     let address = |handler: Handler| handler as *const () as usize;
-    [("cpu", address(cpu_handler)), ("CUDA", address(cuda_handler))]
+    let (graph, kernel) = ("tilewright_graph", "tilewright_kernel");
+    [
+        (graph, "cpu", address(cpu_handler)),
+        (graph, "CUDA", address(cuda_handler)),
+        (kernel, "cpu", address(cpu_kernel_handler)),
+        (kernel, "CUDA", address(cuda_kernel_handler)),
+    ]
 }
 
 type Handler = unsafe extern "C" fn(*mut CallFrame) -> *mut XlaError;
@@ -31,6 +37,24 @@ pub(crate) unsafe extern "C" fn cpu_handler(frame: *mut CallFrame) -> *mut XlaEr
 pub(crate) unsafe extern "C" fn cuda_handler(frame: *mut CallFrame) -> *mut XlaError {
     // SAFETY: the caller's.
     unsafe { handled(frame, programs::prepare_cuda, programs::run_cuda) }
+}
+
+/// The handler of kernels that are written by hand, for processors.
+///
+/// # Safety
+/// Called by XLA, with its frame of a call.
+pub(crate) unsafe extern "C" fn cpu_kernel_handler(frame: *mut CallFrame) -> *mut XlaError {
+    // SAFETY: the caller's.
+    unsafe { handled(frame, |_| Ok(()), written::run_cpu) }
+}
+
+/// The handler of kernels that are written by hand, for CUDA devices.
+///
+/// # Safety
+/// Called by XLA, with its frame of a call.
+pub(crate) unsafe extern "C" fn cuda_kernel_handler(frame: *mut CallFrame) -> *mut XlaError {
+    // SAFETY: the caller's.
+    unsafe { handled(frame, written::prepare_cuda, written::run_cuda) }
 }
 
 /// # Safety

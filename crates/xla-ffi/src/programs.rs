@@ -11,18 +11,18 @@ use tilewright_graph::Graph;
 use tilewright_layout::{Dim, Env};
 
 /// A value that is made once per key; looked up only, never iterated.
-struct Once<K, V>(OnceLock<Mutex<HashMap<K, Place<V>>>>);
+pub(crate) struct Once<K, V>(OnceLock<Mutex<HashMap<K, Place<V>>>>);
 
 /// Where one value goes; locked while it is made.
 type Place<V> = Arc<Mutex<Option<Arc<V>>>>;
 
 impl<K: std::hash::Hash + Eq + Clone, V> Once<K, V> {
-    const fn new() -> Once<K, V> {
+    pub(crate) const fn new() -> Once<K, V> {
         Once(OnceLock::new())
     }
 
     /// The value for a key. Others who want the same one wait; the rest do not.
-    fn get(&self, key: &K, make: impl FnOnce() -> Result<V>) -> Result<Arc<V>> {
+    pub(crate) fn get(&self, key: &K, make: impl FnOnce() -> Result<V>) -> Result<Arc<V>> {
         let place = {
             let table = self.0.get_or_init(Mutex::default);
             let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
@@ -167,7 +167,7 @@ struct Program {
     recorded: Mutex<HashMap<u64, Room>>,
 }
 
-fn device(ordinal: u32) -> Result<Arc<GpuDevice>> {
+pub(crate) fn device(ordinal: u32) -> Result<Arc<GpuDevice>> {
     static DEVICES: Once<u32, GpuDevice> = Once::new();
     let cache = tilewright::cache_dir();
     DEVICES.get(&ordinal, || GpuDevice::open(ordinal, cache.as_deref()))

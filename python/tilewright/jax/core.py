@@ -1,4 +1,4 @@
-"""Graphs as custom calls of XLA, with their rules for `vmap`: what the functions of `tilewright.jax` are written with."""
+"""Graphs as custom calls of XLA, with their rules for `vmap` and for derivatives of derivatives: what the functions of `tilewright.jax` are written with."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ import jax.numpy as jnp
 
 from .. import _native
 
-TARGET = "tilewright_graph"
+# Graphs, and kernels that are written by hand (crates/xla-ffi/src/written.rs).
+TARGET, KERNEL = "tilewright_graph", "tilewright_kernel"
 
 NAMES = {
     "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32",
     "int16": "i16", "int8": "i8", "uint64": "u64", "uint32": "u32", "uint16": "u16", "uint8": "u8", "bool": "bool",
 }  # fmt: skip
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 DTYPES = {ours: name for name, ours in NAMES.items()}
 
 
 def _register() -> None:
-    for platform, address in _native.xla_handlers():
+    for target, platform, address in _native.xla_handlers():
         pointer = ctypes.cast(address, ctypes.CFUNCTYPE(None))
         handler = jax.ffi.pycapsule(pointer)
         # On a GPU the same function compiles what a call needs before XLA runs it, or records it in a command buffer.
         stages = handler if platform == "cpu" else {"initialize": handler, "execute": handler}
-        jax.ffi.register_ffi_target(TARGET, stages, platform=platform, api_version=1)
+        jax.ffi.register_ffi_target(target, stages, platform=platform, api_version=1)
 
 
 _register()
@@ -98,6 +100,10 @@ class Graph:
         listed = ["[" + ",".join(map(str, v)) + "]" for v in (starts, lens, [1] * len(shape))]
         return self.op("slice starts={} lens={} steps={}".format(*listed), value)
 
+    def inline(self, write, *values: int, **settings) -> int:
+        """What another function writes of values, as a part of this graph. It has no derivative."""
+        return write(self, *values, **settings)
+
     def reshape(self, value: int, shape) -> int:
         return self.op(f"reshape [{','.join(map(str, shape))}]", value)
 
@@ -132,8 +138,37 @@ def _written(write, arguments, settings):
     return graph.finish(*(results if isinstance(results, tuple) else (results,)))
 
 
+def _axes(array) -> frozenset:
+    """The axes of devices that an array varies over, inside of `shard_map`."""
+    kind = jax.typeof(array)
+    # JAX has given it several names.
+    return frozenset(getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(kind, "vma", ()))
+
+
+def same(*arrays):
+    """Arrays, and tuples of them, that vary over the same axes of devices: what is one for all gets a gradient that is a sum over them."""
+    whole = frozenset().union(*map(_axes, jax.tree.leaves(arrays)))
+    if not whole:
+        return arrays
+
+    def spread(array):
+        missing = tuple(sorted(whole - _axes(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(spread, arrays)
+
+
+def kernel(text, results, *arrays, aliases=None):
+    """A kernel that is written by hand; a list of results, like those that are given. `aliases`: results that take the memory of arrays."""
+    results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
+    call = jax.ffi.ffi_call(KERNEL, results, input_output_aliases=aliases, vmap_method="sequential")
+    return same(list(call(*arrays, kernel=text)), arrays)[0]
+
+
 def _bare(write, arrays, precision, settings):
     """The custom call of the graph that `write` writes for these arrays; a list of results."""
+    if hasattr(write, "by_hand") and "mapped" not in dict(settings):
+        return write.by_hand(*arrays, **dict(settings))
     arguments = tuple((NAMES[a.dtype.name], tuple(a.shape)) for a in arrays)
     text, types = _written(write, arguments, settings)
     results = [jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype])) for dtype, shape in types]
@@ -172,19 +207,77 @@ def _mapped(write, precision, settings, mapped):
     return call
 
 
+@functools.lru_cache(maxsize=4096)
+def _differentiable(write, precision, settings):
+    """A call whose derivative JAX finds in what the graph computes (`twins`). First derivatives of the functions of this package are
+    kernels (`jax.custom_vjp`); this is for theirs."""
+    from .twins import Twin
+
+    inner = _mapped(write, precision, settings, None)
+
+    @jax.custom_jvp
+    def function(*arrays):
+        # What varies over devices is forgotten on the way.
+        return same(list(inner(*arrays)), arrays)[0]
+
+    @function.defjvp
+    def rule(primals, tangents):
+        def twin(*arrays):
+            graph = Twin(arrays)
+            results = write(graph, *graph.arguments, **dict(settings))
+            return graph.finish(*(results if isinstance(results, tuple) else (results,)))
+
+        return function(*primals), jax.jvp(twin, primals, tangents)[1]
+
+    return function
+
+
 def call(write, *arrays, precision: str = "f32", **settings):
     """Runs the graph that `write` writes for these arrays; a list of results."""
     arrays = [jnp.asarray(a) for a in arrays]
     for a in arrays:
         if a.dtype.name not in NAMES:
             raise TypeError(f"tilewright has no element type {a.dtype.name}")
-    return _mapped(write, precision, tuple(sorted(settings.items())), None)(*arrays)
+    return _differentiable(write, precision, tuple(sorted(settings.items())))(*arrays)
 
 
-def axis_of(axis: int, rank: int) -> int:
-    if not -rank <= axis < rank:
-        raise ValueError(f"axis {axis} of an array with {rank} axes")
-    return axis % rank
+def floats(**arrays) -> list:
+    """Arrays of floats; TypeError for others, by their names."""
+    found = [jnp.asarray(a) for a in arrays.values()]
+    for name, a in zip(arrays, found):
+        if a.dtype.name not in FLOATS:
+            raise TypeError(f"{name} is {a.dtype.name}; it must be one of {', '.join(FLOATS)}")
+    return found
+
+
+def wide(dtype):
+    """What sums are kept in."""
+    return jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+
+
+def in_chunks(step, begin, rows, *arrays):
+    """`step` on `rows` rows of the arrays at a time: what it carries, and its results of all rows."""
+    begin, arrays = same(begin, arrays)
+    count = arrays[0].shape[0]
+    full = count // rows
+    carried, parts = begin, []
+    if full == 1:
+        carried, found = step(carried, *(a[:rows] for a in arrays))
+        parts.append(found)
+    elif full:
+        stacked = [a[: full * rows].reshape(full, rows, *a.shape[1:]) for a in arrays]
+        carried, found = jax.lax.scan(lambda c, a: step(c, *a), carried, stacked)
+        parts.append([f.reshape(full * rows, *f.shape[2:]) for f in found])
+    if count > full * rows or not count:
+        carried, found = step(carried, *(a[full * rows :] for a in arrays))
+        parts.append(found)
+    return carried, [jnp.concatenate(each) if len(parts) > 1 else each[0] for each in zip(*parts)]
+
+
+def axis_of(axis: int, shape) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis {axis} of an array of shape {tuple(shape)}")
+    return axis % len(shape)
 
 
 def need(condition: bool, message: str) -> None:

@@ -1,13 +1,14 @@
-"""Cross-entropy: losses of rows in one kernel, their gradient in another."""
+"""Cross-entropy: losses of rows in one kernel, their gradient in another, or both in one."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from .core import call, need
+from .core import call, floats, need, same
 
 
 def _logits(g, x, softcap):
@@ -48,6 +49,13 @@ def _losses_gradient(g, x, targets, lse, dloss, ignore, smoothing, z_loss, softc
     return g.cast(dx, g.types[x])
 
 
+def _losses_and_gradient(g, x, targets, dloss, mapped=None, **numbers):
+    x, targets, dloss = g.spread(mapped, x, targets, dloss)
+    whole = None if mapped is None else (True,) * 4
+    loss, lse = _losses(g, x, targets, mapped=whole and whole[:2], **numbers)
+    return loss, _losses_gradient(g, x, targets, lse, dloss, mapped=whole, **numbers)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _losses_of(x, targets, numbers):
     return call(_losses, x, targets, **dict(numbers))[0]
@@ -63,6 +71,34 @@ def _backward(numbers, saved, dloss):
 
 
 _losses_of.defvjp(_forward, _backward)
+
+
+def sums_of(logits, targets, numbers):
+    """The sum of the losses of rows."""
+    return call(_losses, logits, targets, **dict(numbers))[0].sum()
+
+
+def losses_and_gradient(logits, targets, dloss, numbers):
+    """The losses of rows and the gradient of the logits, in one pass, for a gradient of the losses that is known before."""
+    return call(_losses_and_gradient, logits, targets, dloss, **dict(numbers))
+
+
+def numbers_of(ignore_index, label_smoothing, z_loss, softcap) -> tuple:
+    """The numbers of a loss, to be hashed."""
+    need(0.0 <= label_smoothing <= 1.0, f"label_smoothing is {label_smoothing}; it must be in 0..1")
+    for name, number in (("z_loss", z_loss), ("softcap", softcap)):
+        need(number >= 0.0 and math.isfinite(number), f"{name} is {number}; it must be a number of at least 0")
+    numbers = dict(ignore=int(ignore_index), smoothing=float(label_smoothing), z_loss=float(z_loss), softcap=float(softcap))
+    return tuple(sorted(numbers.items()))
+
+
+def checked_targets(targets, shape, name):
+    """Targets of rows, of signed integers."""
+    targets = jnp.asarray(targets)
+    need(targets.shape == shape, f"targets have shape {targets.shape}; they must have {shape}, the axes of {name} but the last")
+    if not jnp.issubdtype(targets.dtype, jnp.signedinteger):
+        raise TypeError(f"targets are {targets.dtype}; they must be signed integers")
+    return targets
 
 
 def cross_entropy(
@@ -81,12 +117,10 @@ def cross_entropy(
     pick nothing, as nobody looks at values under `jit`. `reduction`: "mean", "sum" or "none".
     """
     need(reduction in ("mean", "sum", "none"), f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
-    logits, targets = jnp.asarray(logits), jnp.asarray(targets)
-    need(logits.ndim >= 1 and targets.shape == logits.shape[:-1], "targets have the axes of logits but the last")
-    need(jnp.issubdtype(logits.dtype, jnp.floating), "logits are floats")
-    need(jnp.issubdtype(targets.dtype, jnp.signedinteger), "targets are signed integers")
-    numbers = dict(ignore=int(ignore_index), smoothing=float(label_smoothing), z_loss=float(z_loss), softcap=float(softcap))
-    losses = _losses_of(logits, targets, tuple(sorted(numbers.items())))
+    (logits,) = floats(logits=logits)
+    need(logits.ndim >= 1 and logits.shape[-1] > 0, f"logits have shape {logits.shape}; they must be [..., n], n above 0")
+    targets = checked_targets(targets, logits.shape[:-1], "logits")
+    losses = _losses_of(*same(logits, targets), numbers_of(ignore_index, label_smoothing, z_loss, softcap))
     if reduction == "none":
         return losses
     total = losses.sum()

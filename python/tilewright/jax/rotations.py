@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .core import call, need
+from .core import call, floats, need, same
 
 
 def _rotary(g, x, cos, sin, back, mapped=None):
@@ -31,11 +31,11 @@ def _rotary_of(x, cos, sin, back):
 
 
 def _forward(x, cos, sin, back):
-    return _rotary_of(x, cos, sin, back), (cos, sin)
+    return call(_rotary, x, cos, sin, back=back)[0], (cos, sin)
 
 
 def _backward(back, tables, dy):
-    return _rotary_of(dy, *tables, not back), *map(jnp.zeros_like, tables)
+    return call(_rotary, dy, *tables, back=not back)[0], *map(jnp.zeros_like, tables)
 
 
 _rotary_of.defvjp(_forward, _backward)
@@ -44,10 +44,12 @@ _rotary_of.defvjp(_forward, _backward)
 def rotary(x, cos, sin):
     """Rotates the pairs `(x[..., j], x[..., j + d/2])` of `x`: `[batch, heads, s, d]` by `cos` and `sin`: `[batch or 1, s, d]`, as Llama
     does (Su et al., 2021). The tables have no gradient: it is zero."""
-    shape, table = jnp.shape(x), jnp.shape(cos)
-    need(len(shape) == 4 and shape[3] % 2 == 0, "x is [batch, heads, s, d] with an even d")
-    need(table == jnp.shape(sin) and table in ((shape[0], *shape[2:]), (1, *shape[2:])), "cos and sin are [batch or 1, s, d]")
-    return _rotary_of(x, cos, sin, False)
+    x, cos, sin = floats(x=x, cos=cos, sin=sin)
+    shape, table = x.shape, cos.shape
+    need(len(shape) == 4 and shape[3] % 2 == 0, f"x has shape {shape}; it must be [batch, heads, s, d] with an even d")
+    fits = table == sin.shape and table in ((shape[0], *shape[2:]), (1, *shape[2:]))
+    need(fits, f"cos has shape {table} and sin {sin.shape}; they must be [{shape[0]} or 1, {shape[2]}, {shape[3]}]")
+    return _rotary_of(*same(x, cos, sin), False)
 
 
 __all__ = ["rotary"]

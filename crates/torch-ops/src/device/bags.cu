@@ -2,17 +2,23 @@
 //
 // Bag b has the positions offsets[b] to offsets[b + 1] - 1 of `indices` (the last one up to `positions`). A row that is `padding` does
 // not count; one outside of the table makes its bag NaN, since kernels raise no errors. `MODE`: 0 sum, 1 mean, 2 max.
-// Every sum has one order. `TW_MODE` and `TW_ELEMENT` are given.
+// Every sum has one order. `TW_MODE` and `TW_ELEMENT` are given; with `TW_SHORT`, whole numbers have 32 bits.
 #include "tw/element.cuh"
 
 using namespace tw;
+
+#ifdef TW_SHORT
+using Index = int;
+#else
+using Index = i64;
+#endif
 
 constexpr int WARPS = 8;
 
 // A warp does a bag. `count[b]` is how many rows counted; `place[b, d]` is where a maximum came from (or -1).
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-forward(const Element* table, const i64* indices, const i64* offsets, const Element* weights, Element* y, i64* bag_of, i64* count,
-        i64* place, i64 rows, i64 columns, i64 positions, i64 bags, i64 padding) {
+forward(const Element* table, const Index* indices, const Index* offsets, const Element* weights, Element* y, Index* bag_of, Index* count,
+        Index* place, i64 rows, i64 columns, i64 positions, i64 bags, i64 padding) {
   const i64 bag = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (bag >= bags) return;
   i64 begin = offsets[bag], end = bag + 1 < bags ? offsets[bag + 1] : positions;
@@ -20,12 +26,12 @@ forward(const Element* table, const i64* indices, const i64* offsets, const Elem
   begin = begin < 0 ? 0 : begin, end = end > positions ? positions : end;
   i64 counted = 0;
   for (i64 p = begin + lane(); p < end; p += 32) {
-    bag_of[p] = bag;
+    bag_of[p] = (Index)bag;
     counted += indices[p] != padding;
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) counted += __shfl_xor_sync(~0u, counted, distance);
-  if (lane() == 0) count[bag] = counted;
+  if (lane() == 0) count[bag] = (Index)counted;
   const bool vector = columns % 4 == 0;
   for (i64 d = lane() * 4; d < columns; d += 128) {
     Wide sum[4] = {0, 0, 0, 0};
@@ -54,7 +60,7 @@ forward(const Element* table, const i64* indices, const i64* offsets, const Elem
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       out.at[k] = Rounded<Element>::of(sum[k] * scale);
-      if (TW_MODE == 2 && d + k < columns) place[bag * columns + d + k] = from[k];
+      if (TW_MODE == 2 && d + k < columns) place[bag * columns + d + k] = (Index)from[k];
     }
     store_four(y + bag * columns, d, columns, vector, out);
   }
@@ -63,8 +69,8 @@ forward(const Element* table, const i64* indices, const i64* offsets, const Elem
 // The gradient of the table, which is zero before. `sorted` are the indices in order and `position` where they were. The warp at
 // the start of a run of one row sums the run.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-table_gradient(const Element* dy, const i64* sorted, const i64* position, const Element* weights, const i64* bag_of, const i64* count,
-               const i64* place, Element* gradient, i64 rows, i64 columns, i64 positions, i64 padding) {
+table_gradient(const Element* dy, const Index* sorted, const Index* position, const Element* weights, const Index* bag_of, const Index* count,
+               const Index* place, Element* gradient, i64 rows, i64 columns, i64 positions, i64 padding) {
   const i64 start = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (start >= positions) return;
   const i64 row = sorted[start];
@@ -90,7 +96,7 @@ table_gradient(const Element* dy, const i64* sorted, const i64* position, const 
 
 // The gradient of the weights of rows (sums only): a warp does a position.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-weight_gradient(const Element* dy, const Element* table, const i64* indices, const i64* bag_of, Element* gradient, i64 rows, i64 columns,
+weight_gradient(const Element* dy, const Element* table, const Index* indices, const Index* bag_of, Element* gradient, i64 rows, i64 columns,
                 i64 positions, i64 padding) {
   const i64 p = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (p >= positions) return;

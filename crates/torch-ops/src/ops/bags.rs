@@ -12,15 +12,22 @@ use tilewright_cuda::Args;
 use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 /// What becomes of the rows of a bag.
-#[derive(Clone, Copy, PartialEq)]
-enum Mode {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Their sum.
     Sum,
+    /// Their mean.
     Mean,
+    /// Their maxima.
     Max,
 }
 
 impl Mode {
-    fn of(number: i64) -> Result<Mode> {
+    /// By its number.
+    ///
+    /// # Errors
+    /// The user's for a number that is none.
+    pub fn of(number: i64) -> Result<Mode> {
         match number {
             0 => Ok(Mode::Sum),
             1 => Ok(Mode::Mean),
@@ -60,7 +67,7 @@ fn weights_of(weights: Option<Tensor>, positions: i64, table: &Tensor) -> Result
 }
 
 /// Warps of a block of `bags.cu`.
-const WARPS: u64 = 8;
+pub(crate) const WARPS: u64 = 8;
 
 fn on_gpu(
     abi: &'static Abi,
@@ -155,74 +162,98 @@ fn bags_on_host<T: Number>(
 ) -> Result<()> {
     let Some(table) = table else { return Err(Error::bug("no table")) };
     let &[rows, columns] = table.sizes() else { return Err(Error::bug("no matrix")) };
-    let columns = columns as usize;
-    let (table, weights) =
-        (host::read::<T>(table)?, weights.map(|w| host::read::<T>(w)).transpose()?);
+    let (table, columns) = (host::read::<T>(table)?, columns as usize);
+    let weights = weights.map(|w| host::read::<T>(w)).transpose()?;
     let (indices, offsets) = (host::read_whole(indices)?, host::read_whole(offsets)?);
-    let outside = |row: &&i64| **row != padding && !(0..rows).contains(*row);
-    if let Some(row) = indices.iter().find(outside) {
-        return Err(Error::user(format!("index {row} is outside of a table of {rows} rows")));
-    }
-    let last = indices.len() as i64;
-    let ends: Vec<i64> = offsets.iter().skip(1).copied().chain([last]).collect();
-    let good = offsets.first().is_none_or(|first| *first == 0)
-        && offsets.iter().zip(&ends).all(|(begin, end)| begin <= end && *end <= last);
-    if !good {
-        let message = format!("offsets must begin with 0, not fall, and end within {last}");
-        return Err(Error::user(message));
-    }
-    let (y, place) = (host::write::<T>(y)?, host::write_whole(place)?);
-    let (bag_of, count) = (host::write_whole(bag_of)?, host::write_whole(count)?);
-    let mut outputs = y.chunks_mut(columns.max(1));
-    let mut places = place.chunks_mut(columns.max(1));
-    let mut jobs = Vec::new();
-    for (bag, (begin, end)) in offsets.iter().zip(&ends).enumerate() {
-        let positions = *begin as usize..*end as usize;
-        bag_of[positions.clone()].fill(bag as i64);
-        let kept = indices[positions.clone()].iter().filter(|row| **row != padding).count();
-        count[bag] = kept as i64;
-        let output = outputs.next().unwrap_or_default();
-        jobs.push((positions, kept, output, places.next().unwrap_or_default()));
-    }
-    let work = |(positions, kept, output, place): (
-        std::ops::Range<usize>,
-        usize,
-        &mut [T],
-        &mut [i64],
-    )| {
-        let mut sums = vec![T::Wide::of(0.0); columns];
-        place.fill(-1);
-        for p in positions {
-            let row = indices[p];
-            if row == padding {
-                continue;
-            }
-            let values = &table[row as usize * columns..][..columns];
-            let weight = weights.map_or(T::Wide::of(1.0), |w| w[p].wide());
-            if mode == Mode::Max {
-                for ((sum, value), place) in sums.iter_mut().zip(values).zip(&mut *place) {
-                    let value = value.wide();
-                    // A NaN wins, as in PyTorch.
-                    if *place < 0 || value > *sum || value.double().is_nan() {
-                        (*sum, *place) = (value, p as i64);
+    let bags = Bags { table, weights, indices, offsets, rows, columns, mode, padding };
+    let places = [host::write_whole(bag_of)?, host::write_whole(count)?, host::write_whole(place)?];
+    bags.forward(abi.threads(), host::write::<T>(y)?, places)
+}
+
+/// Bags whose numbers lie in memory.
+pub(crate) struct Bags<'a, T> {
+    pub(crate) table: &'a [T],
+    pub(crate) weights: Option<&'a [T]>,
+    pub(crate) indices: &'a [i64],
+    pub(crate) offsets: &'a [i64],
+    pub(crate) rows: i64,
+    pub(crate) columns: usize,
+    pub(crate) mode: Mode,
+    pub(crate) padding: i64,
+}
+
+impl<T: Number> Bags<'_, T> {
+    /// The bags; and which bag each position is in, how many rows each bag counts, where each maximum came from.
+    pub(crate) fn forward(
+        &self,
+        threads: usize,
+        y: &mut [T],
+        [bag_of, count, place]: [&mut [i64]; 3],
+    ) -> Result<()> {
+        let Bags { table, weights, indices, offsets, rows, columns, mode, padding } = *self;
+        let outside = |row: &&i64| **row != padding && !(0..rows).contains(*row);
+        if let Some(row) = indices.iter().find(outside) {
+            return Err(Error::user(format!("index {row} is outside of a table of {rows} rows")));
+        }
+        let last = indices.len() as i64;
+        let ends: Vec<i64> = offsets.iter().skip(1).copied().chain([last]).collect();
+        let good = offsets.first().is_none_or(|first| *first == 0)
+            && offsets.iter().zip(&ends).all(|(begin, end)| begin <= end && *end <= last);
+        if !good {
+            let message = format!("offsets must begin with 0, not fall, and end within {last}");
+            return Err(Error::user(message));
+        }
+        let mut outputs = y.chunks_mut(columns.max(1));
+        let mut places = place.chunks_mut(columns.max(1));
+        let mut jobs = Vec::new();
+        for (bag, (begin, end)) in offsets.iter().zip(&ends).enumerate() {
+            let positions = *begin as usize..*end as usize;
+            bag_of[positions.clone()].fill(bag as i64);
+            let kept = indices[positions.clone()].iter().filter(|row| **row != padding).count();
+            count[bag] = kept as i64;
+            let output = outputs.next().unwrap_or_default();
+            jobs.push((positions, kept, output, places.next().unwrap_or_default()));
+        }
+        let work = |(positions, kept, output, place): (
+            std::ops::Range<usize>,
+            usize,
+            &mut [T],
+            &mut [i64],
+        )| {
+            let mut sums = vec![T::Wide::of(0.0); columns];
+            place.fill(-1);
+            for p in positions {
+                let row = indices[p];
+                if row == padding {
+                    continue;
+                }
+                let values = &table[row as usize * columns..][..columns];
+                let weight = weights.map_or(T::Wide::of(1.0), |w| w[p].wide());
+                if mode == Mode::Max {
+                    for ((sum, value), place) in sums.iter_mut().zip(values).zip(&mut *place) {
+                        let value = value.wide();
+                        // A NaN wins, as in PyTorch.
+                        if *place < 0 || value > *sum || value.double().is_nan() {
+                            (*sum, *place) = (value, p as i64);
+                        }
+                    }
+                } else {
+                    for (sum, value) in sums.iter_mut().zip(values) {
+                        *sum = *sum + value.wide() * weight;
                     }
                 }
-            } else {
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum = *sum + value.wide() * weight;
-                }
             }
-        }
-        let scale = match mode {
-            Mode::Mean if kept > 0 => T::Wide::of(1.0) / T::Wide::of(kept as f64),
-            _ => T::Wide::of(1.0),
+            let scale = match mode {
+                Mode::Mean if kept > 0 => T::Wide::of(1.0) / T::Wide::of(kept as f64),
+                _ => T::Wide::of(1.0),
+            };
+            for (y, sum) in output.iter_mut().zip(sums) {
+                *y = T::narrow(sum * scale);
+            }
         };
-        for (y, sum) in output.iter_mut().zip(sums) {
-            *y = T::narrow(sum * scale);
-        }
-    };
-    host::in_parallel(abi.threads(), indices.len() * columns, jobs, work);
-    Ok(())
+        host::in_parallel(threads, indices.len() * columns, jobs, work);
+        Ok(())
+    }
 }
 
 /// The gradient of the table: `sorted` are the indices in order, `position` where each of them was.
@@ -317,56 +348,88 @@ fn table_on_host<T: Number>(
     let (&[bags, columns], &[rows, _]) = (dy.sizes(), gradient.sizes()) else {
         return Err(Error::bug("no matrix"));
     };
-    let columns = columns as usize;
-    let weights = weights.map(|w| host::read::<T>(w)).transpose()?;
-    let (dy, gradient) = (host::read::<T>(dy)?, host::write::<T>(gradient)?);
-    let (sorted, position) = (host::read_whole(sorted)?, host::read_whole(position)?);
-    let (bag_of, count) = (host::read_whole(bag_of)?, host::read_whole(count)?);
-    let place = host::read_whole(place)?;
-    let long = sorted.len() as i64;
-    let good = position.iter().all(|p| (0..long).contains(p))
-        && bag_of.iter().all(|b| (0..bags).contains(b))
-        && sorted.is_sorted();
-    if !good {
-        return Err(Error::user("positions and bags are not what the forward pass gave"));
-    }
-    let mut lines = gradient.chunks_mut(columns).enumerate();
-    let mut jobs = Vec::new();
-    let mut first = 0;
-    for run in sorted.chunk_by(|a, b| a == b) {
-        let these = first..first + run.len();
-        first += run.len();
-        let row = run[0];
-        if row == padding || !(0..rows).contains(&row) {
-            continue;
+    let gradient = host::write::<T>(gradient)?;
+    let of = GradientOf {
+        dy: host::read::<T>(dy)?,
+        weights: weights.map(|w| host::read::<T>(w)).transpose()?,
+        sorted: host::read_whole(sorted)?,
+        position: host::read_whole(position)?,
+        bag_of: host::read_whole(bag_of)?,
+        count: host::read_whole(count)?,
+        place: host::read_whole(place)?,
+        sizes: [rows, bags],
+        columns: columns as usize,
+        mode,
+        padding,
+    };
+    of.table(abi.threads(), gradient)
+}
+
+/// What the gradient of a table is made of, in memory. `sizes`: rows of the table, and bags.
+pub(crate) struct GradientOf<'a, T> {
+    pub(crate) dy: &'a [T],
+    pub(crate) weights: Option<&'a [T]>,
+    pub(crate) sorted: &'a [i64],
+    pub(crate) position: &'a [i64],
+    pub(crate) bag_of: &'a [i64],
+    pub(crate) count: &'a [i64],
+    pub(crate) place: &'a [i64],
+    pub(crate) sizes: [i64; 2],
+    pub(crate) columns: usize,
+    pub(crate) mode: Mode,
+    pub(crate) padding: i64,
+}
+
+impl<T: Number> GradientOf<'_, T> {
+    /// The gradient of the table, which is zero before.
+    pub(crate) fn table(&self, threads: usize, gradient: &mut [T]) -> Result<()> {
+        let GradientOf { dy, weights, sorted, position, bag_of, count, place, .. } = *self;
+        let GradientOf { sizes: [rows, bags], columns, mode, padding, .. } = *self;
+        let long = sorted.len() as i64;
+        let good = position.iter().all(|p| (0..long).contains(p))
+            && bag_of.iter().all(|b| (0..bags).contains(b))
+            && sorted.is_sorted();
+        if !good {
+            return Err(Error::user("positions and bags are not what the forward pass gave"));
         }
-        // Rows come in order, so each is still ahead.
-        let line = lines.by_ref().find(|(number, _)| *number as i64 == row);
-        if let Some((_, line)) = line {
-            jobs.push((these, line));
-        }
-    }
-    let work = |(these, line): (std::ops::Range<usize>, &mut [T])| {
-        let mut sums = vec![T::Wide::of(0.0); columns];
-        for &p in &position[these] {
-            let bag = bag_of[p as usize] as usize;
-            let mut by = weights.map_or(T::Wide::of(1.0), |w| w[p as usize].wide());
-            if mode == Mode::Mean {
-                by = by / T::Wide::of(count[bag] as f64);
+        let mut lines = gradient.chunks_mut(columns).enumerate();
+        let mut jobs = Vec::new();
+        let mut first = 0;
+        for run in sorted.chunk_by(|a, b| a == b) {
+            let these = first..first + run.len();
+            first += run.len();
+            let row = run[0];
+            if row == padding || !(0..rows).contains(&row) {
+                continue;
             }
-            let values = &dy[bag * columns..][..columns];
-            for (d, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
-                if mode != Mode::Max || place[bag * columns + d] == p {
-                    *sum = *sum + value.wide() * by;
+            // Rows come in order, so each is still ahead.
+            let line = lines.by_ref().find(|(number, _)| *number as i64 == row);
+            if let Some((_, line)) = line {
+                jobs.push((these, line));
+            }
+        }
+        let work = |(these, line): (std::ops::Range<usize>, &mut [T])| {
+            let mut sums = vec![T::Wide::of(0.0); columns];
+            for &p in &position[these] {
+                let bag = bag_of[p as usize] as usize;
+                let mut by = weights.map_or(T::Wide::of(1.0), |w| w[p as usize].wide());
+                if mode == Mode::Mean {
+                    by = by / T::Wide::of(count[bag] as f64);
+                }
+                let values = &dy[bag * columns..][..columns];
+                for (d, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
+                    if mode != Mode::Max || place[bag * columns + d] == p {
+                        *sum = *sum + value.wide() * by;
+                    }
                 }
             }
-        }
-        for (y, sum) in line.iter_mut().zip(sums) {
-            *y = T::narrow(sum);
-        }
-    };
-    host::in_parallel(abi.threads(), sorted.len() * columns, jobs, work);
-    Ok(())
+            for (y, sum) in line.iter_mut().zip(sums) {
+                *y = T::narrow(sum);
+            }
+        };
+        host::in_parallel(threads, sorted.len() * columns, jobs, work);
+        Ok(())
+    }
 }
 
 /// The gradient of the weights of the rows in a sum: the product of each row with the gradient of its bag.
@@ -432,10 +495,22 @@ fn weights_on_host<T: Number>(
     (bags, padding): (i64, i64),
 ) -> Result<()> {
     let &[rows, columns] = table.sizes() else { return Err(Error::bug("no matrix")) };
-    let columns = columns as usize;
     let (dy, table) = (host::read::<T>(dy)?, host::read::<T>(table)?);
-    let (indices, bag_of) = (host::read_whole(indices)?, host::read_whole(bag_of)?);
-    for ((y, &row), &bag) in host::write::<T>(gradient)?.iter_mut().zip(indices).zip(bag_of) {
+    let lists = [host::read_whole(indices)?, host::read_whole(bag_of)?];
+    let gradient = host::write::<T>(gradient)?;
+    weights_on_slices([dy, table], lists, gradient, columns as usize, [rows, bags, padding]);
+    Ok(())
+}
+
+/// The gradient of the weights of rows, of numbers in memory.
+pub(crate) fn weights_on_slices<T: Number>(
+    [dy, table]: [&[T]; 2],
+    [indices, bag_of]: [&[i64]; 2],
+    gradient: &mut [T],
+    columns: usize,
+    [rows, bags, padding]: [i64; 3],
+) {
+    for ((y, &row), &bag) in gradient.iter_mut().zip(indices).zip(bag_of) {
         let mut sum = T::Wide::of(0.0);
         if row != padding && (0..rows).contains(&row) && (0..bags).contains(&bag) {
             let values = &table[row as usize * columns..][..columns];
@@ -445,5 +520,4 @@ fn weights_on_host<T: Number>(
         }
         *y = T::narrow(sum);
     }
-    Ok(())
 }

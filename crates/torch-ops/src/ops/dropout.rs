@@ -33,6 +33,19 @@ fn threshold(p: f64) -> u32 {
     (p * 4_294_967_296.0).round() as u32
 }
 
+/// What elements that stay are multiplied by.
+fn scale(p: f64) -> f64 {
+    if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 }
+}
+
+/// What `dropout.cu` takes: addresses of `x`, of a residual (or 0), of the result and of the key, the share, and how many
+/// elements there are; and how many blocks that is.
+pub(crate) fn arguments([x, residual, y, key]: [u64; 4], p: f64, elements: i64) -> (Args, u64) {
+    let args = Args::new().value(x).value(residual).value(y).value(key);
+    let args = args.value(threshold(p)).value(scale(p)).value(elements);
+    (args, elements.cast_unsigned().div_ceil(4096))
+}
+
 /// Dropout with the share `p` dropped, plus `residual`.
 pub(crate) struct Dropout;
 
@@ -90,7 +103,7 @@ fn text(dtype: DType, residual: bool, p: f64) -> String {
     }
     let word = "let w = i & i64(3); \
                 let drawn = where(w == i64(0), c7, where(w == i64(1), d7, where(w == i64(2), e7, f7)))";
-    let scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    let scale = scale(p);
     let value = format!("where(drawn >= u32({}), {c}(a) * {scale:e}, {c}(0))", threshold(p));
     let mut text = format!("graph @dropout(N in 1..) {{\n  %x \"x\": {t}[N] = input\n");
     if residual {
@@ -136,7 +149,6 @@ fn dropped(
     }
     let (x, residual) = (plain(x)?, residual.map(plain).transpose()?);
     let y = Tensor::empty(abi, x.sizes(), dtype, x.device())?;
-    let scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
     let elements = x.elements();
     if elements == 0 {
         return Ok(y);
@@ -152,25 +164,21 @@ fn dropped(
     }
     if let Device::Cuda(index) = x.device() {
         let at = |t: &Tensor| t.address();
-        let args = Args::new()
-            .value(at(&x)?)
-            .value(residual.as_ref().map_or(Ok(0), at)?)
-            .value(at(&y)?)
-            .value(at(key)?)
-            .value(threshold(p))
-            .value(scale)
-            .value(elements);
+        let residual = residual.as_ref().map_or(Ok(0), at)?;
+        let (args, blocks) = arguments([at(&x)?, residual, at(&y)?, at(key)?], p, elements);
         let none = ("", 0);
         let set: Set = [element(dtype)?, none, none, none];
-        let blocks = elements.cast_unsigned().div_ceil(4096);
-        launch(abi, index, (Text::Dropout, "dropout", &set), blocks, 256, &args)?;
+        launch(abi, index, (Text::Dropout, "dropout", &set), blocks, THREADS, &args)?;
     } else {
         let key = host::read_whole(key)?.first().copied().unwrap_or(0).cast_unsigned();
         let r = residual.as_ref();
-        with_number!(dtype, on_host(abi, &x, r, &y, key, threshold(p), scale))?;
+        with_number!(dtype, on_host(abi, &x, r, &y, key, p))?;
     }
     Ok(y)
 }
+
+/// Threads of a block of `dropout.cu`.
+pub(crate) const THREADS: u32 = 256;
 
 /// Elements of a job; a multiple of four.
 const STRETCH: usize = 1 << 14;
@@ -181,11 +189,25 @@ fn on_host<T: Number>(
     residual: Option<&Tensor>,
     y: &Tensor,
     key: u64,
-    threshold: u32,
-    scale: f64,
+    p: f64,
 ) -> Result<()> {
     let (x, y) = (host::read::<T>(x)?, host::write::<T>(y)?);
-    let mut rest = residual.map(|r| host::read::<T>(r)).transpose()?.map(|r| r.chunks(STRETCH));
+    let residual = residual.map(|r| host::read::<T>(r)).transpose()?;
+    drop_on_slices(abi.threads(), x, residual, y, key, p);
+    Ok(())
+}
+
+/// Dropout of numbers that lie in memory.
+pub(crate) fn drop_on_slices<T: Number>(
+    threads: usize,
+    x: &[T],
+    residual: Option<&[T]>,
+    y: &mut [T],
+    key: u64,
+    p: f64,
+) {
+    let (threshold, scale) = (threshold(p), scale(p));
+    let mut rest = residual.map(|r| r.chunks(STRETCH));
     let (elements, scale, zero) = (x.len(), T::Wide::of(scale), T::Wide::of(0.0));
     let mut jobs = Vec::new();
     for (number, (x, y)) in x.chunks(STRETCH).zip(y.chunks_mut(STRETCH)).enumerate() {
@@ -204,8 +226,7 @@ fn on_host<T: Number>(
             }
         });
     };
-    host::in_parallel(abi.threads(), elements, jobs, work);
-    Ok(())
+    host::in_parallel(threads, elements, jobs, work);
 }
 
 #[cfg(test)]

@@ -61,6 +61,16 @@ pub fn variables(text: &str) -> Result<Vec<String>> {
     Ok(function(text, DType::F32)?.params().iter().map(|p| p.name.to_string()).collect())
 }
 
+/// A formula in `f32` or `f64` and its derivatives by its variables, in the language of a graph's `map`.
+///
+/// # Errors
+/// The user's: what is wrong with the text, and where.
+pub fn formula(text: &str, double: bool) -> Result<(String, Vec<String>)> {
+    let func = function(text, if double { DType::F64 } else { DType::F32 })?;
+    let slopes = (0..func.params().len()).map(|i| Ok(func.derivative(i)?.simplify().to_string()));
+    Ok((func.to_string(), slopes.collect::<Result<_>>()?))
+}
+
 pub(super) fn function(text: &str, c: DType) -> Result<Func> {
     if text.len() > LONGEST {
         return Err(Error::user(format!("a formula of {} bytes", text.len())));

@@ -2,13 +2,13 @@
 
 mod attention;
 mod attention_training;
-mod bags;
+pub(crate) mod bags;
 mod cross_entropy;
-mod dropout;
+pub(crate) mod dropout;
 mod elementwise;
 mod linear;
 mod norm;
-mod optimizers;
+pub(crate) mod optimizers;
 mod rotary;
 mod scale;
 mod softmax;
@@ -19,7 +19,7 @@ pub(crate) use bags::{EmbeddingBag, EmbeddingBagBackward, EmbeddingBagWeightsBac
 pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward, CrossEntropyBoth};
 pub(crate) use dropout::{Dropout, DropoutDrawn};
 pub(crate) use elementwise::{Map, MapBackward, Numbered};
-pub use elementwise::{number_of, variables};
+pub use elementwise::{formula, number_of, variables};
 pub(crate) use linear::Linear;
 pub(crate) use norm::{
     AddLayerNorm, AddRmsNorm, LayerNorm, LayerNormBackward, RmsNorm, RmsNormBackward,

@@ -20,21 +20,47 @@ use tilewright_cuda::Args;
 use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 /// What a step does to a weight.
-#[derive(Clone, Copy, PartialEq)]
-enum Rule {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Kingma and Ba's, with decoupled decay.
     AdamW,
+    /// Chen et al.'s.
     Lion,
 }
 
 /// The numbers of a call.
-#[derive(Clone, Copy)]
-struct Numbers {
-    rate: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    decay: f64,
-    maximize: bool,
+#[derive(Clone, Copy, Debug)]
+pub struct Numbers {
+    /// How large steps are.
+    pub rate: f64,
+    /// How much stays of the first moment, in `0..1`.
+    pub beta1: f64,
+    /// How much stays of the second moment, in `0..1`.
+    pub beta2: f64,
+    /// What is added to the root of the second moment.
+    pub eps: f64,
+    /// Decay of weights, in steps.
+    pub decay: f64,
+    /// Whether steps go along gradients, not against them.
+    pub maximize: bool,
+}
+
+impl Numbers {
+    /// Refuses what kernels cannot compute with.
+    pub(crate) fn check(&self) -> Result<()> {
+        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::user(format!("{name} is {beta}; it must be in 0..1")));
+            }
+        }
+        for (name, x) in [("lr", self.rate), ("eps", self.eps), ("weight_decay", self.decay)] {
+            if !(x >= 0.0 && x.is_finite()) {
+                let message = format!("{name} is {x}; it must be a number of at least 0");
+                return Err(Error::user(message));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The tensors of a call: one list for each kind, all as long as `weights`, or empty.
@@ -171,17 +197,8 @@ fn step(
 ) -> Result<()> {
     let Given { count, rate, factor, found } = given;
     let [count, rate, factor, found] = [count, rate, factor, found].map(Option::as_ref);
-    let Numbers { rate: value, beta1, beta2, eps, decay, .. } = numbers;
-    for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
-        if !(0.0..1.0).contains(&beta) {
-            return Err(Error::user(format!("{name} is {beta}; it must be in 0..1")));
-        }
-    }
-    for (name, x) in [("lr", value), ("eps", eps), ("weight_decay", decay)] {
-        if !(x >= 0.0 && x.is_finite()) {
-            return Err(Error::user(format!("{name} is {x}; it must be a number of at least 0")));
-        }
-    }
+    let value = numbers.rate;
+    numbers.check()?;
     for (name, tensor, double) in [
         ("step", count, false),
         ("lr", rate, true),
@@ -219,7 +236,7 @@ fn step(
         Rule::Lion => "lion",
     };
     let some = !tensors.masters.is_empty();
-    for table in tables(tensors, &head)? {
+    for table in tables(&tensors.entries()?, &head)? {
         let [bytes, count] = table_definitions(table.places);
         let set: Set = [element(tensors.dtype)?, bytes, count, ("TW_MASTER", some.into())];
         let args = Args::new().bytes(&table.bytes);
@@ -231,7 +248,7 @@ fn step(
 // ---- tables of tensors on a GPU ---------------------------------------------------------------------
 
 /// Threads of a block of `optimizers.cu`.
-const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 256;
 /// Elements that a block has in flight: chunks are multiples of it.
 const PIECE: i64 = 2048;
 /// Bytes of `Entry` and of what is before the entries in `Table`.
@@ -245,20 +262,31 @@ pub(crate) fn table_definitions(places: u64) -> [(&'static str, u64); 2] {
     [("TW_TABLE_BYTES", HEAD_BYTES + places * ENTRY_BYTES), ("TW_COUNT", places)]
 }
 
-struct Head {
-    step: u64,
-    rate: u64,
-    factor: u64,
-    found: u64,
-    rate_is_double: bool,
-    numbers: Numbers,
+/// Where the numbers of a step lie, or 0, and those that are known.
+pub(crate) struct Head {
+    pub(crate) step: u64,
+    pub(crate) rate: u64,
+    pub(crate) factor: u64,
+    pub(crate) found: u64,
+    pub(crate) rate_is_double: bool,
+    pub(crate) numbers: Numbers,
+}
+
+/// One parameter: addresses of weights, gradients, moments, masters and maxima (0 where there are none), and how many elements
+/// each has.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// In the order above.
+    pub places: [u64; 6],
+    /// Of each.
+    pub elements: i64,
 }
 
 /// One launch.
-struct Table {
-    bytes: Vec<u8>,
-    places: u64,
-    blocks: u64,
+pub(crate) struct Table {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) places: u64,
+    pub(crate) blocks: u64,
 }
 
 /// Elements of a chunk: a block costs the device a few nanoseconds, and a small model wants work for all of it.
@@ -267,10 +295,27 @@ fn chunk_of(elements: i64) -> i64 {
     pieces * PIECE
 }
 
-fn tables(tensors: &Tensors, head: &Head) -> Result<Vec<Table>> {
-    let chunk = chunk_of(tensors.weights.iter().map(Tensor::elements).sum());
-    let kept: Vec<usize> =
-        (0..tensors.weights.len()).filter(|i| tensors.weights[*i].elements() > 0).collect();
+impl Tensors {
+    fn entries(&self) -> Result<Vec<Entry>> {
+        let of = |(i, weights): (usize, &Tensor)| {
+            let at = |list: &[Tensor]| list.get(i).map_or(Ok(0), Tensor::address);
+            let places = [
+                at(&self.weights)?,
+                at(&self.gradients)?,
+                at(&self.first)?,
+                at(&self.second)?,
+                at(&self.masters)?,
+                at(&self.maxima)?,
+            ];
+            Ok(Entry { places, elements: weights.elements() })
+        };
+        self.weights.iter().enumerate().map(of).collect()
+    }
+}
+
+pub(crate) fn tables(entries: &[Entry], head: &Head) -> Result<Vec<Table>> {
+    let chunk = chunk_of(entries.iter().map(|e| e.elements).sum());
+    let kept: Vec<&Entry> = entries.iter().filter(|e| e.elements > 0).collect();
     let mut all = Vec::new();
     for part in kept.chunks(PLACES[1] as usize) {
         let places = if part.len() as u64 <= PLACES[0] { PLACES[0] } else { PLACES[1] };
@@ -291,20 +336,10 @@ fn tables(tensors: &Tensors, head: &Head) -> Result<Vec<Table>> {
             bytes.extend(word.to_le_bytes());
         }
         let mut blocks = 0_u64;
-        for &i in part {
-            let at = |list: &[Tensor]| list.get(i).map_or(Ok(0), Tensor::address);
-            let places = [
-                at(&tensors.weights)?,
-                at(&tensors.gradients)?,
-                at(&tensors.first)?,
-                at(&tensors.second)?,
-                at(&tensors.masters)?,
-                at(&tensors.maxima)?,
-            ];
+        for &&Entry { places, elements } in part {
             for place in places {
                 bytes.extend(place.to_le_bytes());
             }
-            let elements = tensors.weights[i].elements();
             bytes.extend(elements.to_le_bytes());
             let first_block = u32::try_from(blocks)
                 .map_err(|_| Error::unsupported("a model of more than 2^42 parameters"))?;
@@ -321,22 +356,23 @@ fn tables(tensors: &Tensors, head: &Head) -> Result<Vec<Table>> {
 
 // ---- on the processor -------------------------------------------------------------------------------
 
-/// A stretch of one tensor.
-struct Job<'a, T: Number> {
-    weights: &'a mut [T],
-    gradients: &'a [T],
-    first: &'a mut [T::Wide],
+/// One tensor, or a stretch of one.
+pub(crate) struct Job<'a, T: Number> {
+    pub(crate) weights: &'a mut [T],
+    pub(crate) gradients: &'a [T],
+    pub(crate) first: &'a mut [T::Wide],
     /// Empty for Lion.
-    second: &'a mut [T::Wide],
+    pub(crate) second: &'a mut [T::Wide],
     /// Empty without masters.
-    masters: &'a mut [T::Wide],
+    pub(crate) masters: &'a mut [T::Wide],
     /// Of the second moments; empty but for AMSGrad.
-    maxima: &'a mut [T::Wide],
+    pub(crate) maxima: &'a mut [T::Wide],
 }
 
 /// Elements of a job.
 const STRETCH: usize = 1 << 16;
 
+#[allow(clippy::mut_from_ref, reason = "tensors are handles; their memory is elsewhere")]
 fn on_host<T: Number>(
     abi: &'static Abi,
     rule: Rule,
@@ -345,24 +381,40 @@ fn on_host<T: Number>(
     factor: f64,
     numbers: Numbers,
 ) -> Result<()> {
+    fn whole<W: Number>(list: &[Tensor], i: usize) -> Result<&mut [W]> {
+        list.get(i).map_or(Ok(&mut []), host::write)
+    }
+    let mut all = Vec::new();
+    for i in 0..tensors.weights.len() {
+        all.push(Job {
+            weights: host::write::<T>(&tensors.weights[i])?,
+            gradients: host::read::<T>(&tensors.gradients[i])?,
+            first: whole(&tensors.first, i)?,
+            second: whole(&tensors.second, i)?,
+            masters: whole(&tensors.masters, i)?,
+            maxima: whole(&tensors.maxima, i)?,
+        });
+    }
+    step_on_slices(abi.threads(), rule, all, count, factor, numbers);
+    Ok(())
+}
+
+/// A step of tensors that lie in memory.
+pub(crate) fn step_on_slices<T: Number>(
+    threads: usize,
+    rule: Rule,
+    tensors: Vec<Job<'_, T>>,
+    count: f64,
+    factor: f64,
+    numbers: Numbers,
+) {
     let mut jobs = Vec::new();
     let mut elements = 0;
-    for i in 0..tensors.weights.len() {
-        let weights = host::write::<T>(&tensors.weights[i])?;
-        let gradients = host::read::<T>(&tensors.gradients[i])?;
-        let mut first = host::write::<T::Wide>(&tensors.first[i])?.chunks_mut(STRETCH);
-        let mut second = match tensors.second.get(i) {
-            Some(t) => host::write::<T::Wide>(t)?.chunks_mut(STRETCH),
-            None => [].chunks_mut(STRETCH),
-        };
-        let mut masters = match tensors.masters.get(i) {
-            Some(t) => host::write::<T::Wide>(t)?.chunks_mut(STRETCH),
-            None => [].chunks_mut(STRETCH),
-        };
-        let mut maxima = match tensors.maxima.get(i) {
-            Some(t) => host::write::<T::Wide>(t)?.chunks_mut(STRETCH),
-            None => [].chunks_mut(STRETCH),
-        };
+    for Job { weights, gradients, first, second, masters, maxima } in tensors {
+        let mut first = first.chunks_mut(STRETCH);
+        let mut second = second.chunks_mut(STRETCH);
+        let mut masters = masters.chunks_mut(STRETCH);
+        let mut maxima = maxima.chunks_mut(STRETCH);
         elements += gradients.len();
         for (weights, gradients) in weights.chunks_mut(STRETCH).zip(gradients.chunks(STRETCH)) {
             jobs.push(Job {
@@ -392,12 +444,11 @@ fn on_host<T: Number>(
         root_scale: of(1.0 / correction(beta2).sqrt()),
         eps: of(eps),
     };
-    host::in_parallel(abi.threads(), elements, jobs, |job| match rule {
+    host::in_parallel(threads, elements, jobs, |job| match rule {
         Rule::AdamW if job.maxima.is_empty() => host::wider(|| adamw(job, &constants)),
         Rule::AdamW => host::wider(|| amsgrad(job, &constants)),
         Rule::Lion => host::wider(|| lion(job, &constants)),
     });
-    Ok(())
 }
 
 struct Constants<W> {
@@ -669,7 +720,7 @@ impl Operator for GradientNorm {
             masters: none(),
             maxima: none(),
         };
-        let tables = tables(&tensors, &head)?;
+        let tables = tables(&tensors.entries()?, &head)?;
         let parts_count = tables.iter().map(|t| t.blocks).sum::<u64>();
         let width = wide(dtype);
         let parts = Tensor::empty(abi, &[parts_count.cast_signed()], width, device)?;
