@@ -26,7 +26,7 @@ from torch import fx
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 
-from . import attentions, cached, graphs, joins, kept, losses, norms, randoms, scalars
+from . import attentions, cached, encoders, graphs, joins, kept, losses, norms, randoms, scalars
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -70,8 +70,6 @@ KEPT = [
     aten.embedding_dense_backward,
     aten.nll_loss_forward,
     aten.nll_loss_backward,
-    aten.nll_loss2d_forward,
-    aten.nll_loss2d_backward,
     aten.native_dropout,
     aten.bernoulli,
     aten.upsample_bilinear2d,
@@ -141,11 +139,20 @@ def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
     apart in training only."""
     table = dict(core_aten_decompositions())
     for packet in (
+        aten._native_batch_norm_legit,
         aten._native_batch_norm_legit_functional,
+        aten._batch_norm_with_update,
+        aten._batch_norm_with_update_functional,
+        aten._batch_norm_no_update,
+        aten.batch_norm_backward,
         aten.native_batch_norm_backward,
         aten.native_layer_norm_backward,
         aten._fused_rms_norm_backward,
         aten.native_group_norm_backward,
+        aten.adaptive_max_pool2d,
+        aten.adaptive_max_pool3d,
+        aten.grid_sampler_2d,
+        aten.rrelu_with_noise_backward,
     ):
         for overload in packet.overloads():
             if getattr(packet, overload) in decomposition_table:
@@ -153,6 +160,7 @@ def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
     for packet in KEPT:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
+    table.update(encoders.DECOMPOSITIONS)
     if trains:
         table.update(norms.DECOMPOSITIONS)
         table.update(losses.DECOMPOSITIONS)
