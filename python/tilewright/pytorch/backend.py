@@ -149,6 +149,7 @@ def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
         aten.native_layer_norm_backward,
         aten._fused_rms_norm_backward,
         aten.native_group_norm_backward,
+        aten.linalg_vector_norm,
         aten.adaptive_max_pool2d,
         aten.adaptive_max_pool3d,
         aten.grid_sampler_2d,
@@ -241,6 +242,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     joins.join_parts(gm)
     losses.sum_picked(gm)
     scalars.fill_parts(gm)
+    scalars.fold_numbers(gm, settings.device)
     known = {**ranges(graph), **(bounds or {})}
     division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")
@@ -359,7 +361,9 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     """The backend itself: what `torch.compile(..., backend="tilewright")` calls."""
     if mode not in (None, "default", "reduce-overhead"):
         raise ValueError(f"tilewright has no mode {mode!r}; it takes options, and the mode 'reduce-overhead'")
-    settings = Settings.of(options, example_inputs)
+    # A graph whose arguments are no tensors on a GPU may make its own there.
+    held = (n.meta.get("example_value") for n in gm.graph.nodes)
+    settings = Settings.of(options, [*example_inputs, *(t for t in held if isinstance(t, torch.Tensor))])
     records = mode == "reduce-overhead" and settings.device.type == "cuda"
 
     trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)

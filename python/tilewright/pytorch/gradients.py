@@ -111,6 +111,8 @@ def convolution_backward(w, node, grad, a, weight, bias, stride, padding, dilati
         raise Unsupported("the gradient of a large convolution, for which PyTorch has faster kernels")
     used = used_results(node)
     wanted = [bool(m) and i in used for i, m in enumerate(mask)]
+    if w.device == "cuda" and wanted[0] and not transposed and a.shape[1] == 1 and math.prod(settings[0]) > 1:
+        raise Unsupported("the gradient of one channel of data in steps, which would be a product with one row, stored in steps")
     data = weights = shift = None
     if transposed:
         # A transposed convolution is the gradient of a convolution, so the gradient of its data is that convolution, and for its weights data and
