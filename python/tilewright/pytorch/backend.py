@@ -26,7 +26,7 @@ from torch import fx
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 
-from . import attentions, cached, graphs, joins, kept, losses, norms, randoms, scalars
+from . import attentions, cached, encoders, graphs, joins, kept, losses, norms, randoms, scalars
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -70,8 +70,6 @@ KEPT = [
     aten.embedding_dense_backward,
     aten.nll_loss_forward,
     aten.nll_loss_backward,
-    aten.nll_loss2d_forward,
-    aten.nll_loss2d_backward,
     aten.native_dropout,
     aten.bernoulli,
     aten.upsample_bilinear2d,
@@ -141,11 +139,21 @@ def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
     apart in training only."""
     table = dict(core_aten_decompositions())
     for packet in (
+        aten._native_batch_norm_legit,
         aten._native_batch_norm_legit_functional,
+        aten._batch_norm_with_update,
+        aten._batch_norm_with_update_functional,
+        aten._batch_norm_no_update,
+        aten.batch_norm_backward,
         aten.native_batch_norm_backward,
         aten.native_layer_norm_backward,
         aten._fused_rms_norm_backward,
         aten.native_group_norm_backward,
+        aten.linalg_vector_norm,
+        aten.adaptive_max_pool2d,
+        aten.adaptive_max_pool3d,
+        aten.grid_sampler_2d,
+        aten.rrelu_with_noise_backward,
     ):
         for overload in packet.overloads():
             if getattr(packet, overload) in decomposition_table:
@@ -153,6 +161,7 @@ def decompositions(eager_random: bool = False, trains: bool = False) -> dict:
     for packet in KEPT:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
+    table.update(encoders.DECOMPOSITIONS)
     if trains:
         table.update(norms.DECOMPOSITIONS)
         table.update(losses.DECOMPOSITIONS)
@@ -233,6 +242,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
     joins.join_parts(gm)
     losses.sum_picked(gm)
     scalars.fill_parts(gm)
+    scalars.fold_numbers(gm, settings.device)
     known = {**ranges(graph), **(bounds or {})}
     division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")
@@ -351,7 +361,9 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     """The backend itself: what `torch.compile(..., backend="tilewright")` calls."""
     if mode not in (None, "default", "reduce-overhead"):
         raise ValueError(f"tilewright has no mode {mode!r}; it takes options, and the mode 'reduce-overhead'")
-    settings = Settings.of(options, example_inputs)
+    # A graph whose arguments are no tensors on a GPU may make its own there.
+    held = (n.meta.get("example_value") for n in gm.graph.nodes)
+    settings = Settings.of(options, [*example_inputs, *(t for t in held if isinstance(t, torch.Tensor))])
     records = mode == "reduce-overhead" and settings.device.type == "cuda"
 
     trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)

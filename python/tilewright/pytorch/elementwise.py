@@ -283,10 +283,19 @@ def shift(w, node, a, b):
     return in_result_type(w, node, f"where(({{b}} < 0) | ({{b}} >= {bits}), {out}, {inside})", a, b)
 
 
+# Whether a number has a minus, which zeros may have, too. Of NaN it says no.
+NEGATIVE = "({x} < 0) | (({x} == 0) & ({one} / {x} < 0))"
+
+
+@rule(aten.copysign.Tensor, aten.copysign.Scalar)
+def copysign(w, node, a, b):
+    return in_result_type(w, node, f"where({NEGATIVE.format(x='{b}', one='{c}')}, -abs({{a}}), abs({{a}}))", a, b, 1)
+
+
 @rule(aten.signbit.default)
 def signbit(w, node, a):
     if a.dtype.is_floating_point:
-        raise Unsupported("the sign of zeros")
+        return formula(w, NEGATIVE.format(x="{a}", one="{b}"), (a, 1), wide(a.dtype), torch.bool)
     return w.map("{a} < 0", a, dtype=torch.bool) if a.dtype is not torch.bool else w.expand(w.number(0, torch.bool), a.shape)
 
 

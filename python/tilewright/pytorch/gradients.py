@@ -100,20 +100,34 @@ def between(w: Writer, parts: dict[tuple[int, ...], Value], sizes, steps) -> Val
 @rule(aten.convolution_backward.default)
 def convolution_backward(w, node, grad, a, weight, bias, stride, padding, dilation, transposed, output_padding, groups, mask):
     rank = a.rank - 2
-    if transposed or rank < 1:
-        raise Unsupported("the gradient of a transposed convolution, or of one sample")
+    if rank < 1:
+        raise Unsupported("the gradient of a convolution of one sample")
     known(grad, a, weight)
     settings = per_axis(stride, rank), per_axis(padding, rank), per_axis(dilation, rank)
-    work = math.prod(grad.shape) * math.prod(weight.shape[1:])
+    work = math.prod((a if transposed else grad).shape) * math.prod(weight.shape[1:])
     depthwise = weight.shape[1] == 1 and weight.shape[0] == groups
     plain = w.device == "cpu" and (depthwise or math.prod(weight.shape[2:]) == 1)
     if work > CONVOLUTIONS_MAX[w.device] and not plain:
         raise Unsupported("the gradient of a large convolution, for which PyTorch has faster kernels")
     used = used_results(node)
     wanted = [bool(m) and i in used for i, m in enumerate(mask)]
-    data = data_gradient(w, grad, a.shape, weight, settings, groups) if wanted[0] else None
-    weights = weight_gradient(w, grad, a, weight.shape, settings, groups) if wanted[1] else None
-    shift = None
+    if w.device == "cuda" and wanted[0] and not transposed and a.shape[1] == 1 and math.prod(settings[0]) > 1:
+        raise Unsupported("the gradient of one channel of data in steps, which would be a product with one row, stored in steps")
+    data = weights = shift = None
+    if transposed:
+        # A transposed convolution is the gradient of a convolution, so the gradient of its data is that convolution, and for its weights data and
+        # gradient change places.
+        attributes = listed(strides=settings[0], pads_lo=settings[1], pads_hi=settings[1], dilations=settings[2])
+        if wanted[0]:
+            data = w.op(f"conv {attributes} groups={groups}", grad, weight)
+            # Output padding may be wide enough for another window.
+            for axis in range(2, a.rank) if any(per_axis(output_padding, rank)) else ():
+                data = w.slice(data, axis, 0, a.shape[axis])
+        if wanted[1]:
+            weights = weight_gradient(w, a, grad, weight.shape, settings, groups)
+    else:
+        data = data_gradient(w, grad, a.shape, weight, settings, groups) if wanted[0] else None
+        weights = weight_gradient(w, grad, a, weight.shape, settings, groups) if wanted[1] else None
     if wanted[2]:
         axes = [0, *range(2, a.rank)]
         shift = w.cast(w.reduce("sum", w.cast(grad, wide(grad.dtype)), axes, False), grad.dtype)

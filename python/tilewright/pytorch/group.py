@@ -93,6 +93,8 @@ class Group(torch.nn.Module):
         self.shapes: dict = {}
         self.compile_seconds = 0.0
         self.failure = None
+        # Small products as sums: what is tried where the library has no kernel for one of them.
+        self.sums = False
 
     def __call__(self, *args):
         if self.program is None and self.eager is None:
@@ -108,8 +110,9 @@ class Group(torch.nn.Module):
             return self._run(args, False)[0]
         except NotImplementedError as why:
             # On a GPU, what cannot run there shows when sizes are known.
-            self._leave(why)
-            return self.eager(*args)
+            if not self._in_sums(args):
+                self._leave(why)
+            return self(*args)
 
     def timed(self, *args):
         """As a call; also the seconds of each step of the plan."""
@@ -199,8 +202,20 @@ class Group(torch.nn.Module):
             if self.program.symbols != self.symbols:
                 raise RuntimeError(f"sizes {self.program.symbols} where {self.symbols} are given")
         except (NotImplementedError, RuntimeError, ValueError) as why:
-            self._leave(why)
+            self.compile_seconds += time.perf_counter() - start
+            if not self._in_sums(args):
+                self._leave(why)
+            return
         self.compile_seconds += time.perf_counter() - start
+
+    def _in_sums(self, args) -> bool:
+        """Compiles once more with small products as sums, for sizes that no kernel takes. Whether that was left to try."""
+        if self.on_cpu or self.sums or self.nodes is None:
+            return False
+        self.sums, self.program = True, None
+        self.shapes.clear()
+        self._compile(args)
+        return True
 
     def _leave(self, why: Exception) -> None:
         """Whatever our compiler cannot do, PyTorch does."""
@@ -253,6 +268,7 @@ class Group(torch.nn.Module):
     def write(self, args) -> Writer:
         """The graph. With `args`, frozen inputs are known data."""
         writer = Writer(self.name, self.ranges, self.device.type)
+        writer.sums = self.sums
         values, self.live, self.seal = {}, [], []
         for i, (node, order) in enumerate(zip(self.inputs, self.orders)):
             held = node.meta["val"]

@@ -160,29 +160,50 @@ def rms_norm(w, node, a, shape, weight, eps):
 
 @rule(aten._native_batch_norm_legit_no_training.default)
 def batch_norm(w, node, a, weight, bias, mean, variance, momentum, eps):
-    if used_results(node) & {1, 2} or a.dtype != mean.dtype:
-        raise Unsupported("batch norm in mixed types, or with its saved results")
-    channels = [a.shape[1]]
-    scale = ones(w, channels, a.dtype) if weight is None else weight
-    shift = w.expand(w.number(0, a.dtype), channels) if bias is None else bias
-    return w.op(f"batch_norm eps={eps!r}", a, scale, shift, mean, variance), None, None
+    if used_results(node) & {1, 2}:
+        raise Unsupported("batch norm with its saved results")
+    channels, given = [a.shape[1]], [v for v in (weight, bias, mean, variance) if v is not None]
+    # Rows in 16 bits beside statistics in f32, as under autocast, are rounded once.
+    compute = a.dtype if all(v.dtype == a.dtype for v in given) else wide(a.dtype)
+    scale = ones(w, channels, compute) if weight is None else w.cast(weight, compute)
+    shift = w.expand(w.number(0, compute), channels) if bias is None else w.cast(bias, compute)
+    y = w.op(f"batch_norm eps={eps!r}", w.cast(a, compute), scale, shift, w.cast(mean, compute), w.cast(variance, compute))
+    return w.cast(y, a.dtype), None, None
 
 
 @rule(aten.native_group_norm.default)
 def group_norm(w, node, a, weight, bias, n, c, hw, groups, eps):
-    if used_results(node) & {1, 2}:
-        raise Unsupported("the saved results of group norm")
+    if not 0 <= eps < math.inf:
+        raise Unsupported("a norm with an epsilon below zero")
     x = w.cast(a, wide(a.dtype))
     scale = ones(w, [a.shape[1]], x.dtype) if weight is None else w.cast(weight, x.dtype)
     shift = w.expand(w.number(0, x.dtype), [a.shape[1]]) if bias is None else w.cast(bias, x.dtype)
-    return w.cast(w.op(f"group_norm groups={groups} eps={eps!r}", x, scale, shift), a.dtype), None, None
+    y = w.cast(w.op(f"group_norm groups={groups} eps={eps!r}", x, scale, shift), a.dtype)
+    if not used_results(node) & {1, 2}:
+        return y, None, None
+    wanted = node.meta["val"]
+    shape = [a.shape[0], groups, c // groups, hw]
+    rows = Value(w.reshape(x, shape).number, x.dtype, tuple(shape))
+    mean = mean_over(w, rows, [2, 3], True)
+    square = w.map("({a} - {b}) * ({a} - {b})", rows, mean, dtype=x.dtype)
+    variance = mean_over(w, Value(square.number, x.dtype, tuple(shape)), [2, 3], True)
+    factor = w.map(f"rsqrt({{a}} + {eps!r})", variance, dtype=x.dtype)
+    both = [w.cast(w.reshape(v, part.shape), part.dtype) for v, part in zip((mean, factor), wanted[1:])]
+    return y, *both
 
 
-def _targets(w: Writer, node, a: Value, target: Value, weight, ignore: int):
+def _weights(w: Writer, a: Value, target: Value, weight: Value, score) -> Value:
+    """The weight of each target's class; of what is no class, any."""
+    size = w.number(a.shape[-1], torch.int64)
+    at = w.map("where({a} < 0, 0, where({a} >= {b}, 0, {a}))", target, size, dtype=torch.int64)
+    return w.cast(w.op("gather axis=0", weight, at), score)
+
+
+def _targets(w: Writer, node, a: Value, target: Value, ignore: int):
     """The targets; beside the rows of `a`, the targets that are classes (others -1) and the numbers of the classes, in 32 bits: wider numbers
     would make kernels read fewer elements at once."""
-    if weight is not None or a.rank not in (1, 2):
-        raise Unsupported("the gradient of a loss of classes with weights, or over more axes")
+    if a.rank not in (1, 2):
+        raise Unsupported("a loss of classes over more axes")
     w.lookup(target, a.shape[-1], ignore)
     shape = ",".join(text(s) for s in a.shape)
     classes = w.op(f"iota axis={a.rank - 1}", dtype=torch.int32, result=f"i32[{shape}]")
@@ -234,7 +255,7 @@ def _looked_up(w: Writer, node, a: Value, column: Value) -> Value | None:
 def nll_loss(w, node, a, target, weight, reduction, ignore):
     """Minus the logarithms at the targets; targets that are no class give NaN where nobody can look at them before."""
     result, score = node.meta["val"][0].dtype, wide(a.dtype)
-    target, column, classes = _targets(w, node, a, target, weight, ignore)
+    target, column, classes = _targets(w, node, a, target, ignore)
     picked = _looked_up(w, node, a, column) if w.device == "cuda" and a.rank == 2 else None
     if picked is None:
         at_target = w.map("where({a} == {b}, {c}, 0)", classes, column, w.cast(a, score), dtype=score)
@@ -244,9 +265,15 @@ def nll_loss(w, node, a, target, weight, reduction, ignore):
     name = dtype_name(score)
     inside = f"where({{a}} < 0, {name}(nan), where({{a}} >= {{c}}, {name}(nan), -{{b}}))"
     losses = w.map(f"where({{a}} == {ignore}, 0, {inside})", target, picked, size, dtype=score)
+    weights = None if weight is None else _weights(w, a, target, weight, score)
+    if weights is not None:
+        losses = w.map(f"where({{a}} == {ignore}, 0, {{b}} * {{c}})", target, losses, weights, dtype=score)
     if reduction == 0:
         return w.cast(losses, result), w.number(0, result)
-    counted = w.map(f"where({{a}} == {ignore}, {name}(0), {name}(1))", target, dtype=score)
+    if weights is None:
+        counted = w.map(f"where({{a}} == {ignore}, {name}(0), {name}(1))", target, dtype=score)
+    else:
+        counted = w.map(f"where({{a}} == {ignore}, {name}(0), {{b}})", target, weights, dtype=score)
     axes = range(target.rank)
     count = w.reduce("sum", Value(counted.number, score, target.shape), axes, False)
     total = w.reduce("sum", Value(losses.number, score, target.shape), axes, False)
@@ -257,10 +284,12 @@ def nll_loss(w, node, a, target, weight, reduction, ignore):
 @rule(aten.nll_loss_backward.default)
 def nll_loss_backward(w, node, grad, a, target, weight, reduction, ignore, total):
     result, score = node.meta["val"].dtype, wide(a.dtype)
-    target, column, classes = _targets(w, node, a, target, weight, ignore)
+    target, column, classes = _targets(w, node, a, target, ignore)
     grad = w.cast(grad, score)
     if reduction == 1:
         grad = w.map("{a} / {b}", grad, w.cast(total, score), dtype=score)
+    if weight is not None:
+        grad = w.map("{a} * {b}", grad, _weights(w, a, target, weight, score), dtype=score)
     of_row = w.map(f"where({{a}} == {ignore}, 0, -{{b}})", target, grad, dtype=score)
     of_row = w.reshape(of_row, [*target.shape, 1])
     return w.cast(w.map("where({a} == {b}, {c}, 0)", classes, column, of_row, dtype=score), result)

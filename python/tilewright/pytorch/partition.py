@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import attentions, elementwise, gradients, layers, norms, pools, randoms, scattering, shapes, special, sums  # noqa: F401  (they register the rules)
+from . import attentions, elementwise, gradients, layers, norms, pools, randoms, resampling, scattering, searching  # noqa: F401  (they register the rules)
+from . import shapes, special, sums  # noqa: F401
 from .sizes import Unsupported, order_in_memory, symbols, tensors_and_sizes
 from .writer import NAMES, RULES, Writer
 

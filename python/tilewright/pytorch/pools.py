@@ -20,19 +20,29 @@ aten = torch.ops.aten
 
 @rule(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
 def max_pool(w, node, a, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
-    if ceil_mode or not a.dtype.is_floating_point:
-        raise Unsupported("pooling of integers, or with sizes rounded up")
-    rank = a.rank - 2 if a.rank in (4, 5) else 0
-    if not rank:
-        raise Unsupported("pooling of one sample")
+    if not a.dtype.is_floating_point:
+        raise Unsupported("pooling of integers")
+    rank = 2 if node.target is aten.max_pool2d_with_indices.default else 3
+    results = node.meta["val"]
+    if a.rank == rank + 1:
+        a = Value(w.reshape(a, [1, *a.shape]).number, a.dtype, (1, *a.shape))
     kernel, pads = per_axis(kernel, rank), per_axis(padding, rank)
     strides = per_axis(stride, rank) if stride else kernel
-    attributes = listed(kernel=kernel, strides=strides, pads_lo=pads, pads_hi=pads, dilations=per_axis(dilation, rank))
+    high = pads
+    if ceil_mode:
+        extents = [*a.shape[2:], *results[0].shape[-rank:]]
+        if not all(isinstance(n, int) for n in extents) or 0 in extents:
+            raise Unsupported("pooling with sizes rounded up and symbolic ones")
+        # The last window may reach beyond the padding.
+        windows = zip(extents[rank:], strides, kernel, per_axis(dilation, rank), extents[:rank], pads)
+        high = [max((n - 1) * s + (k - 1) * d + 1 - size - p, 0) for n, s, k, d, size, p in windows]
+    attributes = listed(kernel=kernel, strides=strides, pads_lo=pads, pads_hi=high, dilations=per_axis(dilation, rank))
+    found = w.reshape(w.op(f"window max {attributes}", a), results[0].shape)
     if 1 not in used_results(node):
-        return w.op(f"window max {attributes}", a), None
+        return found, None
     if rank != 2 or per_axis(dilation, rank) != [1, 1] or math.prod(kernel) > WINDOW_MAX:
         raise Unsupported("the positions of the largest elements of large windows, of windows with holes, or in space")
-    return w.op(f"window max {attributes}", a), largest_at(w, a, kernel, strides, pads, node.meta["val"][1].shape[2:])
+    return found, w.reshape(largest_at(w, a, kernel, strides, pads, results[1].shape[-2:]), results[1].shape)
 
 
 @rule(aten.avg_pool2d.default, aten.avg_pool3d.default, aten.avg_pool1d.default)

@@ -1,7 +1,8 @@
 """Numbers that a model writes into tensors, as numbers.
 
 `mask[a:b] = 3` arrives as a tensor of one number on the processor, a constant of the graph, that is copied over the part. On a GPU
-that is a transfer for each part; here it is a fill.
+that is a transfer for each part; here it is a fill. What a model computes of such numbers on the processor (the square root of a head's
+width as a tensor) is computed when the graph is compiled.
 """
 
 from __future__ import annotations
@@ -48,3 +49,48 @@ def fill_parts(gm: fx.GraphModule) -> None:
         changed = True
     if changed:
         graph.eliminate_dead_code()
+
+
+def fold_numbers(gm: fx.GraphModule, device: torch.device) -> None:
+    """Numbers that are computed of constants on the processor and read on a GPU, as fills there; in place."""
+    if device.type != "cuda":
+        return
+    graph, known = gm.graph, {}
+    for node in list(graph.nodes):
+        held = node.meta.get("val")
+        if not isinstance(held, torch.Tensor) or held.dim() != 0 or held.device.type != "cpu" or held.is_complex():
+            continue
+        if node.op == "get_attr":
+            value = number(gm, node)
+            if value is not None:
+                known[node] = torch.tensor(value, dtype=held.dtype)
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
+            tags = node.target.tags
+            if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or not all(n in known for n in node.all_input_nodes):
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            with unset_fake_temporarily():
+                found = node.target(*args, **kwargs)
+            if isinstance(found, torch.Tensor) and found.dtype == held.dtype and found.device.type == "cpu":
+                known[node] = found
+    changed = False
+    for node, value in known.items():
+        users = [u for u in node.users if u.op == "call_function" and u not in known and _is_on(u.meta.get("val"), "cuda")]
+        if not users:
+            continue
+        fake = node.meta["val"]
+        with graph.inserting_before(node):
+            options = {"dtype": fake.dtype, "device": device}
+            filled = graph.call_function(aten.full.default, ([], value.item()), options)
+        with fake.fake_mode:
+            filled.meta["val"] = torch.empty([], **options)
+        for user in users:
+            user.replace_input_with(node, filled)
+        changed = True
+    if changed:
+        graph.eliminate_dead_code()
+
+
+def _is_on(held, kind: str) -> bool:
+    tensors = held if isinstance(held, (tuple, list)) else [held]
+    return any(isinstance(t, torch.Tensor) and t.device.type == kind for t in tensors)

@@ -11,8 +11,8 @@ import math
 import torch
 
 from .shapes import axis_of
-from .sizes import Unsupported
-from .writer import Value, Writer, rule, used_results
+from .sizes import Unsupported, text
+from .writer import Value, Writer, rule, used_results, wide
 
 aten = torch.ops.aten
 
@@ -20,13 +20,20 @@ aten = torch.ops.aten
 HOST_MAX = 8192
 
 
-def small(w: Writer, *values: Value) -> None:
-    """Refuses what the host should not do."""
-    counts = [math.prod(v.shape) if all(isinstance(n, int) for n in v.shape) else HOST_MAX + 1 for v in values]
-    if w.device != "cpu" or sum(counts) > HOST_MAX:
-        raise Unsupported("writing to computed places, or sorting, of more than a few elements")
-    if 0 in counts:
-        raise Unsupported("writing to computed places, or sorting, of no elements")
+# On a GPU each element looks at the updates that may be for it: so many comparisons, and so many updates one after the other, at most.
+LOOKS_MAX, UPDATES_MAX = 2**26, 1024
+
+
+def small(w: Writer, *values: Value, looks: int | None = None) -> None:
+    """Refuses what the host should not do, and what a GPU should not: `looks` is the number of updates that each element looks at."""
+    counts = [math.prod(v.shape) if all(isinstance(n, int) for n in v.shape) else -1 for v in values]
+    if min(counts) <= 0:
+        raise Unsupported("writing to computed places, or sorting, of no elements, or of symbolic sizes")
+    if w.device == "cpu" and sum(counts) <= HOST_MAX:
+        return
+    if w.device == "cuda" and looks is not None and looks <= UPDATES_MAX and counts[0] * looks <= LOOKS_MAX:
+        return
+    raise Unsupported("writing to computed places, or sorting, of more than a few elements")
 
 
 def positive(w: Writer, indices: Value, size: int) -> Value:
@@ -39,9 +46,13 @@ def positive(w: Writer, indices: Value, size: int) -> Value:
 def index_put(w, node, a, indices, values, accumulate=False):
     given = [axis for axis, i in enumerate(indices) if i is not None]
     tensors = [indices[axis] for axis in given]
+    if len(given) == 1 and given[0] == 0 and tensors[0].dtype is torch.bool:
+        return masked_put(w, node, a, tensors[0], values, accumulate)
     if not given or any(t.dtype not in (torch.int64, torch.int32) for t in tensors) or a.dtype is torch.bool:
-        raise Unsupported("writing by a mask, or to truth values")
-    small(w, a, values, *tensors)
+        raise Unsupported("writing by several masks, or to truth values")
+    if not all(isinstance(n, int) for t in tensors for n in t.shape):
+        raise Unsupported("writing to computed places of symbolic sizes")
+    small(w, a, values, *tensors, looks=math.prod(torch.broadcast_shapes(*(t.shape for t in tensors))))
     common = list(torch.broadcast_shapes(*(t.shape for t in tensors)))
     rest = [axis for axis in range(a.rank) if axis not in given]
     side_by_side = given == list(range(given[0], given[-1] + 1))
@@ -59,16 +70,62 @@ def index_put(w, node, a, indices, values, accumulate=False):
     return w.permute(written, [to_front.index(axis) for axis in range(a.rank)])
 
 
+def masked_put(w, node, a, mask, values, accumulate):
+    """Writing by a mask of the first axes, the same to each place that it names."""
+    rest = list(a.shape[mask.rank :])
+    if values.rank > len(rest) and not all(n == 1 for n in values.shape[: values.rank - len(rest)]):
+        raise Unsupported("writing values by a mask")
+    if values.rank > len(rest):
+        values = w.reshape(values, values.shape[values.rank - len(rest) :])
+    if not all(isinstance(n, int) for n in values.shape):
+        raise Unsupported("writing values of symbolic sizes by a mask")
+    mask = w.reshape(mask, [*mask.shape, *[1] * len(rest)])
+    text = "where({a}, {c} + {b}, {c})" if accumulate else "where({a}, {b}, {c})"
+    return w.map(text, mask, w.cast(values, a.dtype), a, dtype=a.dtype)
+
+
+# Updates of one line up to which each element is compared with all of them, in the kernel of what is around.
+COMPARED_MAX = 8
+
+
+def compared(w: Writer, a: Value, axis: int, indices: Value, source: Value, kind: str) -> Value | None:
+    """The same as `scatter_to` where a line has few updates: the last one named stays, or all are combined. `None` where that is not so."""
+    same = all(i == axis or str(n) == str(m) for i, (n, m) in enumerate(zip(indices.shape, a.shape)))
+    count = indices.shape[axis]
+    if kind not in ("set", "add") or not same or not isinstance(count, int) or not 1 <= count <= COMPARED_MAX:
+        return None
+    shape = ",".join(text(n) for n in a.shape)
+    here = w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{shape}]")
+    size = w.number(a.shape[axis], torch.int64)
+    indices = w.map("where({a} < 0, {a} + {b}, {a})", w.cast(indices, torch.int64), size, dtype=torch.int64)
+    indices = Value(indices.number, torch.int64, tuple(source.shape))
+    score = wide(a.dtype) if kind == "add" else a.dtype
+    total = w.cast(a, score)
+    for i in range(count):
+        at, new = (w.slice(v, axis, i, 1) for v in (indices, source))
+        body = "where({a} == {b}, {c} + {d}, {c})" if kind == "add" else "where({a} == {b}, {d}, {c})"
+        total = w.map(body, here, at, total, w.cast(new, score), dtype=score)
+    return w.cast(Value(total.number, score, tuple(a.shape)), a.dtype)
+
+
 def scatter_to(w: Writer, a: Value, dim: int, indices: Value, source: Value, kind: str) -> Value:
     """Elements of `source` (a part as large as `indices`) to the places of an axis."""
-    if a.dtype is torch.bool or a.rank == 0 or indices.rank != a.rank:
-        raise Unsupported("writing to truth values or to a scalar")
-    small(w, a, indices)
+    if a.rank == 0 or indices.rank == 0:
+        one = [w.reshape(v, [1]) for v in (a, indices, source) if v.rank == 0]
+        if len(one) < 3:
+            raise Unsupported("writing to a scalar")
+        return w.reshape(scatter_to(w, one[0], 0, one[1], one[2], kind), [])
     axis = axis_of(dim, a.rank)
     for i, (have, want) in enumerate(zip(source.shape, indices.shape)):
         if have != want:
             cut = w.slice(source, i, 0, want)
             source = Value(cut.number, source.dtype, (*source.shape[:i], want, *source.shape[i + 1 :]))
+    found = compared(w, a, axis, indices, source, kind)
+    if found is not None:
+        return found
+    if a.dtype is torch.bool:
+        raise Unsupported("writing to truth values")
+    small(w, a, indices, looks=indices.shape[axis])
     return w.op(f"scatter_elements axis={axis} {kind}", a, w.cast(indices, torch.int64), w.cast(source, a.dtype))
 
 
@@ -105,24 +162,37 @@ def sort(w, node, a, dim=-1, descending=False, *, stable=False, **_):
     if node.target is aten.sort.stable:
         dim, descending = node.kwargs.get("dim", -1), node.kwargs.get("descending", False)
     if 1 in used_results(node) and not stable:
-        raise Unsupported("positions in sorted order: which of equal ones, PyTorch does not say")
+        distinct(a)
     return sorted_first(w, node, a, dim, None, descending)
 
 
 @rule(aten.topk.default)
 def topk(w, node, a, k, dim=-1, largest=True, sorted=True):
     if 1 in used_results(node):
-        raise Unsupported("positions of the largest: which of equal ones, PyTorch does not say")
+        distinct(a)
     return sorted_first(w, node, a, dim, k, largest)
+
+
+def distinct(a: Value) -> None:
+    """Refuses numbers that are often equal. Which of equal ones comes first PyTorch does not say: ours is the first of them."""
+    if a.dtype not in (torch.float32, torch.float64):
+        raise Unsupported("positions in order among few different numbers: which of equal ones, PyTorch does not say")
+
+
+# What the kernel for the largest elements of rows takes on a GPU: so many of them, of these types.
+SELECTED_MAX, SELECTED = 64, (torch.float32, torch.float16, torch.bfloat16)
 
 
 def sorted_first(w, node, a, dim, count, largest):
     """The first ones in order; equal ones keep theirs, and NaN is larger than all."""
     if a.rank == 0 or a.dtype is torch.bool:
         raise Unsupported("sorting a scalar or truth values")
-    small(w, a)
     axis = axis_of(dim, a.rank)
     count = a.shape[axis] if count is None else count
+    if w.device == "cpu":
+        small(w, a)
+    elif not all(isinstance(n, int) for n in (*a.shape, count)) or count > SELECTED_MAX or a.dtype not in SELECTED or a.shape[axis:] != a.shape[axis : axis + 1]:
+        raise Unsupported("sorting, or many of the largest")
     values, places = w.builder.op(f"top_k axis={axis} k=[{count}]{' largest' if largest else ''}", [a.number], None, w.origin)
     shape = tuple(node.meta["val"][0].shape)
     return Value(values, a.dtype, shape), Value(places, torch.int64, shape)

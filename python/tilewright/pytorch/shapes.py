@@ -304,6 +304,66 @@ def select_scatter(w, node, a, source, dim, index):
     return w.map(f"where({{a}} == {axis_of(index, a.shape[axis])}, {{b}}, {{c}})", at, piece, a, dtype=a.dtype)
 
 
+@rule(aten.diagonal_scatter.default)
+def diagonal_scatter(w, node, a, source, offset=0, dim1=0, dim2=1):
+    """The diagonal of two axes replaced: the new one as a column (or a row), where row and column are as far apart."""
+    dim1, dim2 = axis_of(dim1, a.rank), axis_of(dim2, a.rank)
+    if not all(isinstance(n, int) for n in a.shape) or 0 in source.shape:
+        raise Unsupported("writing to a diagonal of symbolic sizes, or of nothing")
+    others = [axis for axis in range(a.rank) if axis not in (dim1, dim2)]
+    order = [*others, dim1, dim2]
+    matrix = w.permute(a, order)
+    rows, columns = a.shape[dim1], a.shape[dim2]
+    shape = [*(a.shape[axis] for axis in others), rows, columns]
+    by_row = offset >= 0
+    long, front = rows if by_row else columns, [a.shape[axis] for axis in others]
+    lists = (["0"] * len(others) + [str(n)] for n in (0, long - source.shape[-1]))
+    low, high = (",".join(items) for items in lists)
+    spread = w.op(f"pad lo=[{low}] hi=[{high}] constant={'0.0' if a.dtype.is_floating_point else '0'}", w.cast(source, a.dtype))
+    spread = w.reshape(spread, [*front, rows, 1] if by_row else [*front, 1, columns])
+    sizes = ",".join(map(str, shape))
+    row, column = (w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{sizes}]") for axis in (a.rank - 2, a.rank - 1))
+    written = w.map(f"where({{a}} + {offset} == {{b}}, {{c}}, {{d}})", row, column, spread, matrix, dtype=a.dtype)
+    return w.permute(Value(written.number, a.dtype, tuple(shape)), [order.index(axis) for axis in range(a.rank)])
+
+
+# Elements of memory of which a table says where each comes from, at most.
+STRIDED_MAX = 2**18
+
+
+@rule(aten.as_strided_scatter.default)
+def as_strided_scatter(w, node, a, source, size, stride, offset=None):
+    """Elements of the memory behind a tensor replaced, whose places a table has."""
+    base = node.args[0].meta["val"]
+    given = [*size, *stride, *base.shape]
+    if not all(isinstance(n, int) for n in given) or order_in_memory(base) != list(range(base.dim())) or base.numel() > STRIDED_MAX:
+        raise Unsupported("writing by strides to memory with gaps, of symbolic sizes, or much of it")
+    first = (base.storage_offset() if offset is None else offset) - base.storage_offset()
+    count = base.numel()
+    if 0 in size or 0 in base.shape:
+        return a
+    if first < 0 or first + sum((n - 1) * s for n, s in zip(size, stride)) >= count:
+        raise Unsupported("strides that leave the tensor")
+
+    def places() -> torch.Tensor:
+        found = torch.full((count,), -1, dtype=torch.int64)
+        parts = torch.arange(max(1, torch.Size(size).numel()), dtype=torch.int64).reshape(list(size))
+        found.as_strided(list(size), list(stride), first).copy_(parts)
+        return found
+
+    at = w.table(f"{node.name}_places", places)
+    flat = w.reshape(w.cast(source, a.dtype), [torch.Size(size).numel()])
+    found = w.op("gather axis=0", flat, w.map("max({a}, 0)", at, dtype=torch.int64))
+    written = w.map("where({a} < 0, {b}, {c})", at, w.reshape(a, [count]), found, dtype=a.dtype)
+    return w.reshape(written, base.shape)
+
+
+@rule(aten._new_zeros_with_same_feature_meta.default)
+def new_zeros(w, node, *_, **__):
+    wanted = node.meta["val"]
+    return w.expand(w.number(0, wanted.dtype), wanted.shape)
+
+
 @rule(aten.constant_pad_nd.default)
 def constant_pad(w, node, a, pad, value=0):
     low, high = ["0"] * a.rank, ["0"] * a.rank

@@ -7,6 +7,7 @@ f64 tensors stay PyTorch's, whose functions are exact to its last digits.
     lgamma          Lanczos (g = 7, nine terms) with the reflection formula
     digamma         recurrence up to arguments above 8, then Bernoulli's terms
     erfinv          Winitzki's start, four steps of Halley
+    erfc, erfcx     `t exp(polynomial(t))`, `t = 2 / (2 + |x|)`
 """
 
 from __future__ import annotations
@@ -238,3 +239,35 @@ def angle(w, node, x):
     result = node.meta["val"].dtype
     score = wide(result)
     return formula(w, "where({a} != {a}, {a}, where({a} < 0, {b}, {c}))", (x, math.pi, 0.0), score, result)
+
+
+# Of the logarithm of `erfc(x) exp(x^2) / t` in `2t - 1`, `t = 2 / (2 + x)`, for x from 0 on: least squares at 64 Chebyshev points; errors below 1e-12.
+COMPLEMENT = [
+    -0.6717940840570035, 0.6726432239801888, 0.04734330690396467, -0.04689561041932332, -0.009872691406257926,
+    0.008824942685071934, 0.0017589595130712116, -0.002345854179877469, -0.00014641400598572237, 0.0006739112493355534,
+    -9.312060405263712e-05, -0.00017508769322470132, 7.004272196219675e-05, 3.3422946392202405e-05, -2.838081678980735e-05,
+    -2.1644383751724245e-06, 7.222565238876158e-06, -9.568633795786494e-07, -9.025567824964785e-07, 2.3447561996272805e-07,
+]  # fmt: skip
+
+
+def complement_of(t: Text, size: Value) -> Value:
+    """`erfcx` of numbers that are not negative."""
+    part = t("2 / (2 + {a})", size)
+    exponent = t.polynomial(COMPLEMENT, t("2 * {a} - 1", part))
+    return t("{a} * exp({b})", part, exponent)
+
+
+@rule(aten.erfc.default, aten.special_erfc.default)
+def erfc(w, node, x):
+    t = Text(w, node, x)
+    size = t("abs({a})", t.x)
+    tail = t("{a} * exp(-{b} * {b})", complement_of(t, t("min({a}, 40)", size)), t("min({a}, 40)", size))
+    return t.done("where({b} != {b}, {b}, where({b} < 0, 2 - {a}, {a}))", tail, t.x)
+
+
+@rule(aten.special_erfcx.default)
+def erfcx(w, node, x):
+    t = Text(w, node, x)
+    size = t("min(abs({a}), 1e300)", t.x)
+    tail = complement_of(t, size)
+    return t.done("where({b} != {b}, {b}, where({b} < 0, 2 * exp({c} * {c}) - {a}, {a}))", tail, t.x, size)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .elementwise import in_result_type
+from .elementwise import formula, in_result_type
 from .shapes import axis_of
 from .sizes import Unsupported, text
 from .writer import Value, rule, used_results, wide
@@ -53,15 +53,19 @@ def mean_over(w, a, axes, keep):
 def variance(w, node, a, dims=None, *, correction=1, keepdim=False):
     result = a.dtype
     axes = axes_of(a, dims)
-    if not all(isinstance(a.shape[axis], int) for axis in axes):
-        raise Unsupported("the variance over axes of symbolic size")
-    count = math.prod(a.shape[axis] for axis in axes)
-    freedom = max(count - (1 if correction is None else correction), 0)
+    correction = 1 if correction is None else correction
     x = w.cast(a, wide(result))
     mean = mean_over(w, Value(x.number, x.dtype, a.shape), axes, True)
     square = w.map("({a} - {b}) * ({a} - {b})", x, mean, dtype=x.dtype)
     total = w.reduce("sum", Value(square.number, x.dtype, a.shape), axes, keepdim)
-    spread = w.cast(w.map(f"{{a}} / {float(freedom)!r}", total, dtype=x.dtype), result)
+    if all(isinstance(a.shape[axis], int) for axis in axes):
+        freedom = float(max(math.prod(a.shape[axis] for axis in axes) - correction, 0))
+        spread = w.map(f"{{a}} / {freedom!r}", total, dtype=x.dtype)
+    else:
+        count = "*".join(f"({text(a.shape[axis])})" for axis in axes)
+        count = w.cast(w.reshape(w.op(f"dims [{count}]", dtype=torch.int64), []), x.dtype)
+        spread = formula(w, "{a} / max({b} - {c}, 0)", (total, count, float(correction)), x.dtype, x.dtype)
+    spread = w.cast(spread, result)
     if node.target is aten.var.correction:
         return spread
     wanted = node.meta["val"][1]
@@ -142,6 +146,43 @@ def cumprod(w, node, a, dim, **options):
         return w.cast(a, result)
     scanned = w.op(f"scan prod axis={axis_of(dim, a.rank)}", w.cast(a, wide(result)))
     return w.cast(Value(scanned.number, wide(result), a.shape), result)
+
+
+@rule(aten.cummax.default, aten.cummin.default)
+def running_extreme(w, node, a, dim):
+    """The extremes so far, and where the last of equal ones lies; NaN is beyond all."""
+    kind = "max" if node.target is aten.cummax.default else "min"
+    shape = tuple(a.shape)
+    if a.rank == 0:
+        return a, w.number(0, torch.int64)
+    if a.dtype is torch.bool or 0 in shape:
+        raise Unsupported("running extremes of truth values, or of nothing")
+    axis = axis_of(dim, a.rank)
+    found = Value(w.op(f"scan {kind} axis={axis}", a).number, a.dtype, shape)
+    if 1 not in used_results(node):
+        return found, None
+    count = w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{','.join(text(n) for n in shape)}]")
+    hit = "({a} == {b}) | ({a} != {a})" if a.dtype.is_floating_point else "{a} == {b}"
+    at = w.map(f"where({hit}, {{c}}, 0)", a, found, count, dtype=torch.int64)
+    return found, w.op(f"scan max axis={axis}", Value(at.number, torch.int64, shape))
+
+
+@rule(aten._cdist_forward.default)
+def pairwise_distance(w, node, a, b, p, mode=None):
+    """Distances of all pairs of rows, element by element."""
+    wanted = node.meta["val"]
+    forms = {0.0: ("where({a} != {b}, 1, 0)", "sum"), 1.0: ("abs({a} - {b})", "sum"), 2.0: ("({a} - {b}) * ({a} - {b})", "sum"), math.inf: ("abs({a} - {b})", "max")}
+    if p not in forms or not a.dtype.is_floating_point:
+        raise Unsupported("distances by another norm")
+    if not all(isinstance(n, int) for n in (*a.shape, *b.shape)) or 0 in (*a.shape, *b.shape):
+        raise Unsupported("distances of symbolic sizes, or of nothing")
+    x = w.reshape(a, [*a.shape[:-1], 1, a.shape[-1]])
+    y = w.reshape(b, [*b.shape[:-2], 1, *b.shape[-2:]])
+    body, kind = forms[p]
+    each = formula(w, body, (x, y), a.dtype, a.dtype)
+    each = Value(each.number, a.dtype, (*wanted.shape, a.shape[-1]))
+    total = w.reduce(kind, each, [wanted.dim()], False)
+    return w.map("sqrt({a})", total, dtype=a.dtype) if p == 2.0 else total
 
 
 @rule(aten.dist.default)

@@ -38,6 +38,9 @@ NAMES = {
 
 RULES: dict[Any, Callable] = {}
 
+# Multiplications of a product that may be a sum.
+SUMS_MAX = 2**22
+
 
 def rule(*targets):
     """Registers a rule for operators."""
@@ -155,6 +158,8 @@ class Writer:
         self.device = device
         self.builder = Script(name)
         self.origin = ""
+        # Whether small products are sums, see `Group`.
+        self.sums = False
         # Inputs that hold positions, with the size that they must stay below, and a number beside that is allowed:
         # looked at before each run. Without a size: divisors, which must not be 0.
         self.positions: list[tuple[int, Any, int | None]] = []
@@ -300,7 +305,31 @@ class Writer:
         if a.dtype != b.dtype:
             raise Unsupported("a product of two types")
         acc = wide(a.dtype)
+        if self.sums and (found := self._summed(spec, a, b)) is not None:
+            return found
         return self.op(f'contract "{spec}" acc={dtype_name(acc)}', a, b)
+
+    def _summed(self, spec: str, a: Value, b: Value) -> Value | None:
+        """A small product as a sum of products element by element; `None` where it is large, or of symbolic sizes."""
+        left, result = spec.split("->")
+        lengths: dict[str, int] = {}
+        for letters, value in zip(left.split(","), (a, b)):
+            for letter, length in zip(letters, value.shape):
+                if not str(length).isdigit():
+                    return None
+                lengths[letter] = int(length)
+        if math.prod(lengths.values()) > SUMS_MAX:
+            return None
+        order = result + "".join(sorted(set(lengths) - set(result)))
+        spread = []
+        for letters, value in zip(left.split(","), (a, b)):
+            there = [letter for letter in order if letter in letters]
+            turned = self.permute(value, [letters.index(letter) for letter in there])
+            spread.append(self.reshape(turned, [lengths[letter] if letter in there else 1 for letter in order]))
+        score = wide(a.dtype)
+        each = self.map("{a} * {b}", *(self.cast(Value(v.number, a.dtype, v.shape), score) for v in spread), dtype=score)
+        each = Value(each.number, score, tuple(lengths[letter] for letter in order))
+        return self.cast(self.reduce("sum", each, range(len(result), len(order)), False), a.dtype)
 
     # ---- whole nodes ---------------------------------------------------------------------------
 
