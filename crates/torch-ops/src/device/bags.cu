@@ -13,6 +13,7 @@ constexpr int WARPS = 8;
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 forward(const Element* table, const i64* indices, const i64* offsets, const Element* weights, Element* y, i64* bag_of, i64* count,
         i64* place, i64 rows, i64 columns, i64 positions, i64 bags, i64 padding) {
+  begin_behind_others();
   const i64 bag = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (bag >= bags) return;
   i64 begin = offsets[bag], end = bag + 1 < bags ? offsets[bag + 1] : positions;
@@ -65,6 +66,7 @@ forward(const Element* table, const i64* indices, const i64* offsets, const Elem
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 table_gradient(const Element* dy, const i64* sorted, const i64* position, const Element* weights, const i64* bag_of, const i64* count,
                const i64* place, Element* gradient, i64 rows, i64 columns, i64 positions, i64 padding) {
+  begin_behind_others();
   const i64 start = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (start >= positions) return;
   const i64 row = sorted[start];
@@ -92,6 +94,7 @@ table_gradient(const Element* dy, const i64* sorted, const i64* position, const 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 weight_gradient(const Element* dy, const Element* table, const i64* indices, const i64* bag_of, Element* gradient, i64 rows, i64 columns,
                 i64 positions, i64 padding) {
+  begin_behind_others();
   const i64 p = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (p >= positions) return;
   const i64 row = indices[p];

@@ -219,7 +219,7 @@ fn step(
         Rule::Lion => "lion",
     };
     let some = !tensors.masters.is_empty();
-    for table in tables(tensors, &head)? {
+    for table in tables(tensors, &head, PIECE)? {
         let [bytes, count] = table_definitions(table.places);
         let set: Set = [element(tensors.dtype)?, bytes, count, ("TW_MASTER", some.into())];
         let args = Args::new().bytes(&table.bytes);
@@ -232,8 +232,9 @@ fn step(
 
 /// Threads of a block of `optimizers.cu`.
 const THREADS: u32 = 256;
-/// Elements that a block has in flight: chunks are multiples of it.
-const PIECE: i64 = 2048;
+/// Elements that a block steps: 1.24 G parameters took 8.14 ms on an H200 with one piece a block and 8.64 with sixteen, where a piece of
+/// two accesses of 16 bytes a thread took 8.30.
+const PIECE: i64 = 1024;
 /// Bytes of `Entry` and of what is before the entries in `Table`.
 const ENTRY_BYTES: u64 = 64;
 const HEAD_BYTES: u64 = 120;
@@ -261,14 +262,14 @@ struct Table {
     blocks: u64,
 }
 
-/// Elements of a chunk: a block costs the device a few nanoseconds, and a small model wants work for all of it.
-fn chunk_of(elements: i64) -> i64 {
-    let pieces = (elements / (PIECE * 132 * 32)).clamp(1, 8);
-    pieces * PIECE
+/// Elements of which a block sums the squares: one block adds up all sums, and a small model wants work for the whole device.
+fn summed_at_once(elements: i64) -> i64 {
+    let pairs = (elements / (2 * PIECE * 132 * 32)).clamp(1, 8);
+    pairs * 2 * PIECE
 }
 
-fn tables(tensors: &Tensors, head: &Head) -> Result<Vec<Table>> {
-    let chunk = chunk_of(tensors.weights.iter().map(Tensor::elements).sum());
+/// Launches for these tensors, whose blocks take `chunk` elements each.
+fn tables(tensors: &Tensors, head: &Head, chunk: i64) -> Result<Vec<Table>> {
     let kept: Vec<usize> =
         (0..tensors.weights.len()).filter(|i| tensors.weights[*i].elements() > 0).collect();
     let mut all = Vec::new();
@@ -669,7 +670,8 @@ impl Operator for GradientNorm {
             masters: none(),
             maxima: none(),
         };
-        let tables = tables(&tensors, &head)?;
+        let chunk = summed_at_once(tensors.weights.iter().map(Tensor::elements).sum());
+        let tables = tables(&tensors, &head, chunk)?;
         let parts_count = tables.iter().map(|t| t.blocks).sum::<u64>();
         let width = wide(dtype);
         let parts = Tensor::empty(abi, &[parts_count.cast_signed()], width, device)?;
@@ -742,9 +744,9 @@ mod tests {
 
     #[test]
     fn chunks_leave_work_for_all_and_few_blocks() {
-        assert_eq!(chunk_of(1), PIECE);
-        assert_eq!(chunk_of(25_000_000), 2 * PIECE);
-        assert_eq!(chunk_of(10_000_000_000), 8 * PIECE);
+        assert_eq!(summed_at_once(1), 2 * PIECE);
+        assert_eq!(summed_at_once(25_000_000), 4 * PIECE);
+        assert_eq!(summed_at_once(10_000_000_000), 16 * PIECE);
     }
 
     #[test]
