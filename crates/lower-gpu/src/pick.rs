@@ -637,8 +637,13 @@ impl Picker<'_> {
             }
         }
         let lanes = best;
-        // Where many blocks share a multiprocessor, two accesses a thread are enough.
-        let in_flight = if self.is_light() { (self.in_flight / 2).max(1) } else { self.in_flight };
+        // Where many blocks share a multiprocessor, two accesses a thread are enough, and one of whole planes alone is better: blocks
+        // with 4 KiB of each come and go evenly.
+        let in_flight = match (self.is_light(), s.vectors) {
+            (true, 0) => 1,
+            (true, _) => (self.in_flight / 2).max(1),
+            (false, _) => self.in_flight,
+        };
         let rows_each = power_of_two_from(up(s.rows, threads / lanes)).clamp(1, in_flight);
         let runs_each = (in_flight / rows_each).min(up(self.runs, lanes)).max(1);
         self.spread_rows(Choice { threads, lanes, rows_each, runs_each, cluster: 1 })

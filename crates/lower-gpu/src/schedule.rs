@@ -198,6 +198,13 @@ impl GpuSchedule {
 }
 
 impl GpuSchedule {
+    /// The same for a kernel behind others of one stream: its blocks start as those of the kernel before it run out, and wait
+    /// for its end, where the architecture has such launches.
+    pub fn behind_others(mut self) -> GpuSchedule {
+        self.dependent = self.arch >= Arch::Sm90a;
+        self
+    }
+
     /// Whether the kernel starts while the one before still runs, and may ask for its weights then.
     pub(crate) fn reads_ahead(&self) -> bool {
         self.dependent && self.arch >= Arch::Sm90a && self.lines.ahead && !self.persistent

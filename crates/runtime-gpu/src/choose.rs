@@ -186,7 +186,9 @@ impl Chooser {
             return Ok(vec![]);
         }
         let pick = |kernel: &Kernel, sizes: &Env| {
-            GpuSchedule::lines_for(kernel, self.arch, &|name| sizes.get(name).copied())
+            let picked =
+                GpuSchedule::lines_for(kernel, self.arch, &|name| sizes.get(name).copied())?;
+            Ok::<_, Error>(picked.map(GpuSchedule::behind_others))
         };
         // Scheduled as if there were many parts: one alone is no reason for a cluster.
         let Some(schedule) = pick(parts, &with(MANY_PARTS, 1))? else { return Ok(vec![]) };
@@ -251,6 +253,7 @@ impl Chooser {
         let Some(schedule) = pick(&kernel, self.arch, &lookup)? else {
             return Err(Error::unsupported("the row takes more registers than a block has"));
         };
+        let schedule = schedule.behind_others();
         let program = Arc::new(lower(&kernel, &schedule)?);
         let operands = params.iter().map(|&param| Source::Param { param, offset: 0 }).collect();
         let launch = Launch { program, sizes, operands, schedule: schedule.to_string() };

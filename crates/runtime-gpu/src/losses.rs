@@ -84,7 +84,7 @@ impl Losses {
         let size = |name: &str| sizes.get(name).copied();
         let spec = CrossEntropySpec { dtype: what.dtype, form, terms: what.terms };
         let (kernel, schedule) = spec.kernel("cross_entropy", Arch::Sm90a, &size)?;
-        let program = lower(&kernel, &schedule)?;
+        let program = lower(&kernel, &schedule.behind_others())?;
         Ok(Losses { what, kernel: loader.load(&program)?, bound: Mutex::default() })
     }
 

@@ -102,7 +102,8 @@ impl NormBackward {
         places: &NormGradientPlaces,
     ) -> Result<NormBackward> {
         let env = NormBackward::sizes(&what, plan);
-        let programs = [&plan.parts, &plan.finish].map(|(k, s)| lower(k, s));
+        let programs =
+            [&plan.parts, &plan.finish].map(|(k, s)| lower(k, &s.clone().behind_others()));
         let programs = programs.into_iter().collect::<Result<Vec<_>>>()?;
         let made = NormBackward { what, parts_count: plan.parts_count, kernels: Mutex::default() };
         let mut kernels = Vec::new();

@@ -108,8 +108,13 @@ pub(crate) fn launch(
     let blocks = u32::try_from(blocks).ok().filter(|b| i32::try_from(*b).is_ok());
     let blocks =
         blocks.ok_or_else(|| Error::unsupported("a launch of more blocks than a grid has"))?;
-    let shape =
-        LaunchShape { grid: [blocks, 1, 1], block: [threads, 1, 1], ..LaunchShape::default() };
+    let shape = LaunchShape {
+        grid: [blocks, 1, 1],
+        block: [threads, 1, 1],
+        // All begin with `begin_behind_others`.
+        programmatic: cuda.machine().capability >= 90,
+        ..LaunchShape::default()
+    };
     let prepared = function(device, text, entry, set)?.prepare(&shape, args)?;
     let stream = abi.cuda_stream(device)?;
     // SAFETY: PyTorch's current stream of this device, which belongs to the primary context and outlives the call.
@@ -123,6 +128,22 @@ pub(crate) fn launch(
 mod tests {
     use super::*;
     use tilewright_cuda::{Arch, Nvrtc};
+
+    #[test]
+    fn every_kernel_waits_for_the_one_before() {
+        let texts = [Text::Optimizers, Text::Dropout, Text::Bags, Text::Scale, Text::Rotary];
+        for text in texts {
+            let kernels: Vec<&str> = text.text().split("extern \"C\" __global__").skip(1).collect();
+            assert!(!kernels.is_empty(), "{text:?}");
+            for kernel in kernels {
+                let (_, body) = kernel.split_once('{').expect("a body");
+                assert!(
+                    body.trim_start().starts_with("begin_behind_others();"),
+                    "{text:?}: {kernel}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn the_texts_compile_for_all_types() {

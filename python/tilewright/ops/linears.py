@@ -48,6 +48,13 @@ def _fake_with_sums(x, weight, bias, residual, activation):
     return y, torch.empty_like(y) if activation else x.new_empty((0,))
 
 
+_column_sums = single(
+    "column_sums",
+    fake=lambda x, like: like.new_empty(like.shape),
+    composed=lambda x, like: x.reshape(-1, x.shape[-1]).sum(0, dtype=losses.wide(x.dtype)).to(like.dtype),
+)
+
+
 def _save_linear(ctx, inputs, output):
     x, weight, bias, residual, ctx.activation = inputs
     ctx.save_for_backward(x, weight, bias, residual, output[1])
@@ -70,7 +77,7 @@ def _linear_gradient(ctx, dy, _):
     if needs[1]:
         dw = flat.t() @ x.reshape(-1, x.shape[-1])
     if bias is not None and needs[2]:
-        db = flat.sum(0, dtype=losses.wide(x.dtype)).to(bias.dtype)
+        db = _column_sums(flat, bias) if flat.shape[0] else torch.zeros_like(bias)
     return dx, dw, db, dy if residual is not None and needs[3] else None, None
 
 
@@ -89,7 +96,7 @@ def linear(x, weight, bias=None, activation=None, residual=None, impl="cuda"):
     """`activation(x @ weight.T + bias) + residual`; without gradients that is one kernel.
 
     `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the sums before the
-    activation are stored beside the result; in the gradient the activation is one kernel, and the products are PyTorch's.
+    activation are stored beside the result; in the gradient the activation is one kernel, the bias another, and the products are PyTorch's.
     """
     chosen(impl)
     if activation is not None and activation not in _ACTIVATIONS:

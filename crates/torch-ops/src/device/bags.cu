@@ -19,6 +19,7 @@ constexpr int WARPS = 8;
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 forward(const Element* table, const Index* indices, const Index* offsets, const Element* weights, Element* y, Index* bag_of, Index* count,
         Index* place, i64 rows, i64 columns, i64 positions, i64 bags, i64 padding) {
+  begin_behind_others();
   const i64 bag = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (bag >= bags) return;
   i64 begin = offsets[bag], end = bag + 1 < bags ? offsets[bag + 1] : positions;
@@ -71,6 +72,7 @@ forward(const Element* table, const Index* indices, const Index* offsets, const 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 table_gradient(const Element* dy, const Index* sorted, const Index* position, const Element* weights, const Index* bag_of, const Index* count,
                const Index* place, Element* gradient, i64 rows, i64 columns, i64 positions, i64 padding) {
+  begin_behind_others();
   const i64 start = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (start >= positions) return;
   const i64 row = sorted[start];
@@ -98,6 +100,7 @@ table_gradient(const Element* dy, const Index* sorted, const Index* position, co
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 weight_gradient(const Element* dy, const Element* table, const Index* indices, const Index* bag_of, Element* gradient, i64 rows, i64 columns,
                 i64 positions, i64 padding) {
+  begin_behind_others();
   const i64 p = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (p >= positions) return;
   const i64 row = indices[p];

@@ -59,6 +59,7 @@ TW_INLINE void packs(const Element* x, const Element* residual, Element* y, u64 
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 dropout(const Element* x, const Element* residual, Element* y, const u64* key, u32 threshold, double scale, i64 n) {
+  begin_behind_others();
   const i64 block = (i64)blockIdx.x * (PACKS * 8 * THREADS);
   const u64 k = *key;
   const Wide by = (Wide)scale;

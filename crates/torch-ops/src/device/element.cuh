@@ -40,6 +40,15 @@ template <> struct Rounded<double> {
   static TW_INLINE double of(Wide x) { return (double)x; }
 };
 
+// What every kernel begins with: the next one may start as the blocks of this one run out, and this one waits for the end of the
+// one before, which it may have started beside (PTX ISA, "griddepcontrol").
+TW_INLINE void begin_behind_others() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Four neighbours, at a multiple of their size.
 template <typename T> struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) Four { T at[4]; };
 

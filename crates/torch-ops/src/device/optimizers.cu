@@ -34,8 +34,10 @@ struct Table {
 static_assert(sizeof(Table) == TW_TABLE_BYTES, "the host packs another table");
 
 constexpr int THREADS = 256;
-// Elements that the block has in flight at a time.
-constexpr int PIECE = 2 * 4 * THREADS;
+// Elements of a block's step: 4 KiB of each tensor of floats. Blocks then work side by side in memory, and the last ones end together.
+constexpr int PIECE = 4 * THREADS;
+// Blocks on a multiprocessor, which is what registers are given out for.
+constexpr int BLOCKS = sizeof(Wide) == 8 ? 3 : TW_MASTER ? 5 : 6, BLOCKS_WITH_MAXIMA = sizeof(Wide) == 8 ? 3 : 5;
 
 TW_INLINE const Entry& entry_of_block(const Table& t) {
   u32 low = 0, high = t.count;
@@ -94,52 +96,51 @@ struct Lion {
   }
 };
 
+// A chunk is one piece.
 template <typename Rule> TW_INLINE void step(const Table& t) {
   if (t.found != nullptr && *t.found != 0.0f) return;
   const Entry& e = entry_of_block(t);
-  const i64 begin = (i64)(blockIdx.x - e.first_block) * t.chunk;
-  const i64 end = begin + t.chunk < e.elements ? begin + t.chunk : e.elements;
   const bool vector = e.vector != 0;
+  const i64 n = e.elements, i = (i64)(blockIdx.x - e.first_block) * PIECE + (int)threadIdx.x * 4;
+  if (i >= n) return;
+  Four<Element> w = {};
+  Four<Wide> v = {}, q = {}, x = {};
+  const Four<Element> g = load_four(e.gradients, i, n, vector);
+  Four<Wide> m = load_four(e.first_moments, i, n, vector);
+  if (Rule::second) v = load_four(e.second_moments, i, n, vector);
+  if (Rule::maxima) x = load_four(e.maxima, i, n, vector);
+  if (TW_MASTER) q = load_four(e.masters, i, n, vector);
+  else w = load_four(e.weights, i, n, vector);
+  // While these are under way.
   Wide factor = t.factor == nullptr ? (Wide)1 : (Wide)*t.factor;
   if (t.maximize) factor = -factor;
   const Rule rule(t);
-  for (i64 piece = begin; piece < end; piece += PIECE) {
-    Four<Element> w[2], g[2];
-    Four<Wide> m[2], v[2], q[2], x[2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const i64 i = piece + (j * THREADS + (int)threadIdx.x) * 4;
-      if (i >= end) continue;
-      g[j] = load_four(e.gradients, i, end, vector);
-      m[j] = load_four(e.first_moments, i, end, vector);
-      if (Rule::second) v[j] = load_four(e.second_moments, i, end, vector);
-      if (Rule::maxima) x[j] = load_four(e.maxima, i, end, vector);
-      if (TW_MASTER) q[j] = load_four(e.masters, i, end, vector);
-      else w[j] = load_four(e.weights, i, end, vector);
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const i64 i = piece + (j * THREADS + (int)threadIdx.x) * 4;
-      if (i >= end) continue;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const Wide old = TW_MASTER ? q[j].at[k] : (Wide)wide_of(w[j].at[k]);
-        const Wide next = rule(old, (Wide)wide_of(g[j].at[k]) * factor, m[j].at[k], v[j].at[k], x[j].at[k]);
-        q[j].at[k] = next;
-        w[j].at[k] = Rounded<Element>::of(next);
-      }
-      store_four(e.weights, i, end, vector, w[j]);
-      store_four(e.first_moments, i, end, vector, m[j]);
-      if (Rule::second) store_four(e.second_moments, i, end, vector, v[j]);
-      if (Rule::maxima) store_four(e.maxima, i, end, vector, x[j]);
-      if (TW_MASTER) store_four(e.masters, i, end, vector, q[j]);
-    }
+  for (int k = 0; k < 4; ++k) {
+    const Wide old = TW_MASTER ? q.at[k] : (Wide)wide_of(w.at[k]);
+    const Wide next = rule(old, (Wide)wide_of(g.at[k]) * factor, m.at[k], v.at[k], x.at[k]);
+    q.at[k] = next;
+    w.at[k] = Rounded<Element>::of(next);
   }
+  store_four(e.weights, i, n, vector, w);
+  store_four(e.first_moments, i, n, vector, m);
+  if (Rule::second) store_four(e.second_moments, i, n, vector, v);
+  if (Rule::maxima) store_four(e.maxima, i, n, vector, x);
+  if (TW_MASTER) store_four(e.masters, i, n, vector, q);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) adamw(const __grid_constant__ Table t) { step<AdamW<false>>(t); }
-extern "C" __global__ void __launch_bounds__(THREADS) amsgrad(const __grid_constant__ Table t) { step<AdamW<true>>(t); }
-extern "C" __global__ void __launch_bounds__(THREADS) lion(const __grid_constant__ Table t) { step<Lion>(t); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) adamw(const __grid_constant__ Table t) {
+  begin_behind_others();
+  step<AdamW<false>>(t);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_WITH_MAXIMA) amsgrad(const __grid_constant__ Table t) {
+  begin_behind_others();
+  step<AdamW<true>>(t);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) lion(const __grid_constant__ Table t) {
+  begin_behind_others();
+  step<Lion>(t);
+}
 
 // The sum of a block's numbers, in one order, in thread 0.
 template <typename T> TW_INLINE T block_sum(T x) {
@@ -156,15 +157,16 @@ template <typename T> TW_INLINE T block_sum(T x) {
 
 // The sum of squares of each chunk of the gradients.
 extern "C" __global__ void __launch_bounds__(THREADS) squares(const __grid_constant__ Table t, Wide* parts) {
+  begin_behind_others();
   const Entry& e = entry_of_block(t);
   const i64 begin = (i64)(blockIdx.x - e.first_block) * t.chunk;
   const i64 end = begin + t.chunk < e.elements ? begin + t.chunk : e.elements;
   const bool vector = e.vector != 0;
   Wide sum = 0;
-  for (i64 piece = begin; piece < end; piece += PIECE) {
+  for (i64 piece = begin; piece < end; piece += 2 * PIECE) {
     Four<Element> g[2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) g[j] = load_four(e.gradients, piece + (j * THREADS + (int)threadIdx.x) * 4, end, vector);
+    for (int j = 0; j < 2; ++j) g[j] = load_four(e.gradients, piece + j * PIECE + (int)threadIdx.x * 4, end, vector);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -179,6 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) squares(const __grid_const
 
 // The norm of all, and the factor that makes it `most` at most: NaN where it is NaN. One block.
 extern "C" __global__ void __launch_bounds__(1024) whole_norm(const Wide* parts, i64 count, double most, float* norm, float* factor) {
+  begin_behind_others();
   double sum = 0;
   for (i64 i = threadIdx.x; i < count; i += blockDim.x) sum += (double)parts[i];
   sum = block_sum(sum);

@@ -17,9 +17,9 @@ using Table = f16;
 using Table = double;
 #endif
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
 // Blocks that a multiprocessor should hold at least. Said, since the compiler otherwise saves a register too many and spills.
-constexpr int BLOCKS = TW_ELEMENT == 3 ? 2 : TW_HEADS > 1 ? 3 : 4;
+constexpr int BLOCKS = TW_ELEMENT == 3 ? 4 : TW_HEADS == 1 ? 8 : TW_ELEMENT == 0 ? 6 : 7;
 
 // Eight neighbours in units of 16 bytes. What is KEPT is read again by other threads.
 template <typename T> struct Eight {
@@ -44,6 +44,7 @@ template <typename T> struct Eight {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 rotary(const Element* x, const Table* cosines, const Table* sines, Element* y, u32 packs, u32 heads, u32 length, u32 half, i64 along_batch,
        i64 along_heads, i64 along_length, u32 shared) {
+  begin_behind_others();
   const u32 pack = blockIdx.x * THREADS + threadIdx.x;
   if (pack >= packs) return;
   const u32 across = half / 8, groups = heads / TW_HEADS;

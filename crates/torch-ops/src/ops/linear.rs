@@ -1,13 +1,15 @@
 //! A linear layer with what follows it: `activation(x weight^T + bias) + residual`, one kernel.
 //!
 //! For training [`Linear`] with `SUMS` stores the sums before the activation, too, which the derivative needs: from them and the
-//! gradient of the result one kernel makes the gradient of the sums, and products of PyTorch's make the rest.
+//! gradient of the result one kernel makes the gradient of the sums, [`ColumnSums`] that of the bias, and products of PyTorch's the
+//! rest. Many sums are stored by the product, and a second kernel reads them for the activation: an end of a product that stores two
+//! results takes longer (4096^3 in bf16 on an H200: 239 us; product and map 227).
 
 use crate::ops::elementwise::{function, number_of};
 use crate::plans::{Key, run};
 use crate::tensors::{Rows, float, plain, same_device, vector, wide};
 use tilewright_base::{DType, Error, Result};
-use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
+use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 #[derive(Clone, Copy)]
 struct Form<'a> {
@@ -59,7 +61,36 @@ impl Form<'_> {
         let sums = if self.sums { ", \"sums\": %kept" } else { "" };
         Ok(text + &format!("  return \"y\": %y{sums}\n}}\n"))
     }
+
+    /// What follows stored sums: the activation and the residual.
+    fn activation(&self) -> Result<String> {
+        let (t, c) = (self.dtype, wide(self.dtype));
+        let mut text = format!("graph @activation(E in 1..) {{\n  %s \"s\": {t}[E] = input\n");
+        if self.residual {
+            text += &format!("  %r \"residual\": {t}[E] = input\n");
+        }
+        text += &format!("  %f = map {{ a -> {c}(a) }} %s\n");
+        text += &format!("  %sa = map {} %f\n", function(self.formula, c)?);
+        text += &match self.residual {
+            true => format!("  %y = map {{ a, r -> {t}(a + {c}(r)) }} %sa, %r\n"),
+            false => format!("  %y = map {{ a -> {t}(a) }} %sa\n"),
+        };
+        Ok(text + "  return \"y\": %y\n}\n")
+    }
+
+    /// Runs the product on `x`, `weight`, and of the others those that are there.
+    fn run(&self, rows: i64, operands: &[Option<&Tensor>], outputs: &[&Tensor]) -> Result<()> {
+        let key =
+            Key::new("linear").dtype(self.dtype).with(self.inner as u64).with(self.outer as u64);
+        let key = key.with(self.bias.map_or(0, |b| b as u64 + 1)).with(self.residual.into());
+        let key = key.with(number_of(self.formula)).with(self.sums.into());
+        let inputs: Vec<&Tensor> = operands.iter().copied().flatten().collect();
+        run(key, &[rows], &inputs, outputs, || self.text())
+    }
 }
+
+/// Results from which sums and activation are two kernels: below, a launch costs more.
+const MANY: i64 = 1 << 21;
 
 /// `activation(x weight^T + bias) + residual` for `x [..., K]` and `weight [N, K]`.
 /// With `SUMS` the sums before the activation are a second result (of no elements without an activation).
@@ -131,16 +162,69 @@ impl<const SUMS: bool> Operator for Linear<SUMS> {
                 sums: with_sums,
                 formula,
             };
-            let key = Key::new("linear").dtype(dtype).with(inner as u64).with(outer as u64);
-            let key = key.with(bias_type.map_or(0, |b| b as u64 + 1)).with(given.into());
-            let inputs = [Some(&x), Some(&weight), bias.as_ref(), residual.as_ref()];
-            let inputs: Vec<&Tensor> = inputs.into_iter().flatten().collect();
-            let key = key.with(number_of(formula)).with(with_sums.into());
-            let outputs: Vec<&Tensor> =
-                std::iter::once(&y).chain(sums.as_ref().filter(|_| with_sums)).collect();
-            run(key, &[rows.rows], &inputs, &outputs, || form.text())?;
+            let operands = [Some(&x), Some(&weight), bias.as_ref(), residual.as_ref()];
+            let kept = sums.as_ref().filter(|_| with_sums);
+            let apart = matches!(x.device(), Device::Cuda(_)) && y.elements() >= MANY;
+            match kept.filter(|_| apart) {
+                Some(kept) => {
+                    let product = Form { residual: false, sums: false, formula: "", ..form };
+                    product.run(rows.rows, &operands[..3], &[kept])?;
+                    let inputs: Vec<&Tensor> =
+                        [Some(kept), residual.as_ref()].into_iter().flatten().collect();
+                    let key = Key::new("activation")
+                        .dtype(dtype)
+                        .with(given.into())
+                        .with(number_of(formula));
+                    run(key, &[y.elements()], &inputs, &[&y], || form.activation())?;
+                }
+                None => {
+                    let outputs: Vec<&Tensor> = std::iter::once(&y).chain(kept).collect();
+                    form.run(rows.rows, &operands, &outputs)?;
+                }
+            }
         }
         Ok(std::iter::once(y).chain(sums).map(Value::Tensor).collect())
+    }
+}
+
+/// The sums of the columns of `x [..., N]`, in the type of `like [N]`: the gradient of a bias.
+pub(crate) struct ColumnSums;
+
+/// Added up in the wide type.
+fn column_sums(t: DType, columns: i64, to: DType) -> String {
+    let c = wide(t);
+    format!(
+        "graph @column_sums(M in 1..) {{
+  %x \"x\": {t}[M,{columns}] = input
+  %f = map {{ a -> {c}(a) }} %x
+  %s = reduce sum axes=[0] %f
+  %y = map {{ a -> {to}(a) }} %s
+  return \"y\": %y
+}}
+"
+    )
+}
+
+impl Operator for ColumnSums {
+    const NAME: &'static str = "column_sums";
+    const ARGS: &'static [(&'static str, Arg)] = &[("x", Arg::Tensor), ("like", Arg::Tensor)];
+    const RETURNS: &'static str = "Tensor";
+
+    fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
+        let [x, bias] = args else { return Err(Error::bug("arguments")) };
+        let (x, bias) = (x.tensor()?, bias.tensor()?);
+        let (dtype, rows) = (float("x", &x)?, Rows::of("x", &x)?);
+        let to = vector("like", &bias, rows.columns, &x)?;
+        let x = plain(x)?;
+        let y = Tensor::empty(abi, &[rows.columns], to, x.device())?;
+        if rows.rows == 0 {
+            return Err(Error::unsupported("sums of no rows"));
+        }
+        if rows.columns > 0 {
+            let key = Key::new("column_sums").dtype(dtype).dtype(to).with(rows.columns as u64);
+            run(key, &[rows.rows], &[&x], &[&y], || Ok(column_sums(dtype, rows.columns, to)))?;
+        }
+        Ok(vec![Value::Tensor(y)])
     }
 }
 
@@ -163,7 +247,12 @@ pub(crate) fn samples() -> Vec<(String, String)> {
         ..plain
     };
     let kept = Form { sums: true, ..rich };
-    [("linear", plain), ("linear with everything", rich), ("linear with its sums", kept)]
-        .map(|(name, form)| (name.to_string(), form.text().expect("a text")))
-        .to_vec()
+    let forms =
+        [("linear", plain), ("linear with everything", rich), ("linear with its sums", kept)];
+    let mut texts =
+        forms.map(|(name, form)| (name.to_string(), form.text().expect("a text"))).to_vec();
+    let activation = rich.activation().expect("a text");
+    texts.push(("linear's activation".to_string(), activation));
+    texts.push(("linear's bias".to_string(), column_sums(DType::BF16, 40, DType::BF16)));
+    texts
 }

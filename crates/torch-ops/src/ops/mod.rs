@@ -20,7 +20,7 @@ pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward, CrossEntropyB
 pub(crate) use dropout::{Dropout, DropoutDrawn};
 pub(crate) use elementwise::{Map, MapBackward, Numbered};
 pub use elementwise::{formula, number_of, variables};
-pub(crate) use linear::Linear;
+pub(crate) use linear::{ColumnSums, Linear};
 pub(crate) use norm::{
     AddLayerNorm, AddRmsNorm, LayerNorm, LayerNormBackward, RmsNorm, RmsNormBackward,
 };
@@ -62,6 +62,7 @@ macro_rules! for_each_operator {
             $crate::ops::Rotary,
             $crate::ops::Linear<false>,
             $crate::ops::Linear<true>,
+            $crate::ops::ColumnSums,
             $crate::ops::Attention,
             $crate::ops::AttentionRows,
             $crate::ops::AttentionLse,

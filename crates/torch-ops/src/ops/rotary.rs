@@ -108,7 +108,7 @@ impl Operator for Rotary {
 }
 
 /// Threads of a block of `rotary.cu`, and pairs of a head that each of them turns.
-const THREADS: u64 = 256;
+const THREADS: u64 = 128;
 const PAIRS: i64 = 8;
 /// Heads whose pairs a thread turns with the same numbers of the tables, where their number can be divided by it.
 const HEADS: i64 = 2;
