@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._define import chosen, pair, single, wide
+from ._define import autocast, chosen, elsewhere, pair, single, wide
 
 
 def _hidden(mask, hidden):
@@ -180,7 +180,8 @@ _attention_lse = pair("attention_lse", fake=_lse_fake, composed=_lse_composed, s
 
 @torch.compiler.assume_constant_result
 def _is_hopper(device):
-    return torch.cuda.get_device_capability(device)[0] == 9
+    # Tensors without values may claim a device that is not there.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _has_kernels(q, k, v, mask):
@@ -206,11 +207,12 @@ def attention(q, k, v, mask=None, scale=None, causal=False, impl="cuda"):
     PyTorch's, or PyTorch's own kernel for 16 bits without a mask.
     """
     chosen(impl)
+    q, k, v = autocast(q, k, v)
     scale = float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if impl == "triton":
         return _attention.triton(q, k, v, mask, scale, causal)
-    if trains and scale > 0 and _has_kernels(q, k, v, mask):
+    if trains and scale > 0 and _has_kernels(q, k, v, mask) and not elsewhere():
         return _attention_lse(q, k, v, mask, scale, causal)[0]
     return _attention(q, k, v, mask, scale, causal)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _native
-from ._define import _compiling, _transformed, chosen, fast, pair, promoted, single
+from ._define import _compiling, chosen, elsewhere, fast, pair, promoted, single
 from .norms import layer_norm, rms_norm
 
 
@@ -97,6 +97,11 @@ _DRAWS = dict(zip(("cpu", "cuda"), _native.operators_draw()))
 _DRAWS["cpu"] &= _native.HAS_CPU
 
 
+def _checked(p) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p is {p}; it must be in 0..1")
+
+
 def dropout(x, p=0.5, training=True, residual=None, impl="cuda"):
     """Zero with probability `p`, else `x / (1 - p)`; plus `residual`. Without `training` it is `x`, plus `residual`.
 
@@ -105,15 +110,16 @@ def dropout(x, p=0.5, training=True, residual=None, impl="cuda"):
     `torch.nn.functional.dropout`, and the same for either `impl`.
     """
     chosen(impl)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p is {p}; it must be in 0..1")
+    _checked(p)
     if residual is not None:
+        if residual.shape != x.shape:
+            raise RuntimeError(f"residual has shape {list(residual.shape)}, and x {list(x.shape)}")
         x, residual = promoted(x, residual)
     if not training or p == 0.0:
         return x if residual is None else x + residual
     if impl == "triton":
         return _dropout.triton(x, residual, _key(x), float(p))
-    if not _compiling() and not _transformed() and _DRAWS.get(x.device.type, False):
+    if not _compiling() and not elsewhere() and _DRAWS.get(x.device.type, False):
         if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
             return _drawn_with_gradients(x, residual, float(p))
         return _drawn(x, residual, float(p))[0]
@@ -122,6 +128,7 @@ def dropout(x, p=0.5, training=True, residual=None, impl="cuda"):
 
 def dropout_rms_norm(x, residual, weight=None, eps=1e-6, p=0.5, training=True, impl="cuda"):
     """`h = residual + dropout(x)` and its RMS norm: `(y, h)`. Two kernels in training, one without dropout."""
+    _checked(p)
     if not training or p == 0.0:
         return rms_norm(x, weight, eps=eps, residual=residual, impl=impl)
     h = dropout(x, p, training, residual, impl)
@@ -130,6 +137,7 @@ def dropout_rms_norm(x, residual, weight=None, eps=1e-6, p=0.5, training=True, i
 
 def dropout_layer_norm(x, residual, weight=None, bias=None, eps=1e-5, p=0.5, training=True, impl="cuda"):
     """`h = residual + dropout(x)` and its layer norm: `(y, h)`. Two kernels in training, one without dropout."""
+    _checked(p)
     if not training or p == 0.0:
         return layer_norm(x, weight, bias, eps=eps, residual=residual, impl=impl)
     h = dropout(x, p, training, residual, impl)

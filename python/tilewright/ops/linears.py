@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from . import formulas, losses
-from ._define import again, chosen, pair, single, single_by_triton
+from ._define import again, autocast, chosen, elsewhere, pair, single, single_by_triton
 
 _ACTIVATIONS = {
-    "relu": formulas.elementwise("max(x, 0.0)"),
+    "relu": formulas.elementwise("relu(x)"),
     "gelu": formulas._GELU,
     "gelu_tanh": formulas._GELU_TANH,
     "silu": formulas._SILU,
@@ -92,18 +92,17 @@ def linear(x, weight, bias=None, activation=None, residual=None, impl="cuda"):
     activation are stored beside the result; in the gradient the activation is one kernel, and the products are PyTorch's.
     """
     chosen(impl)
-    if activation is not None and activation not in _ACTIVATIONS:
+    if activation is not None and (not isinstance(activation, str) or activation not in _ACTIVATIONS):
         raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}, or None")
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        # As PyTorch's own product.
-        to = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, residual = (t if t is None else t.to(to) for t in (x, weight, bias, residual))
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
     given = [t for t in (x, weight, bias, residual) if t is not None]
     text = "" if activation is None else _ACTIVATIONS[activation].text
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return _linear_with_sums.by(impl)(x, weight, bias, residual, text)[0]
     if impl == "triton":
         return single_by_triton("linear", _linear, x, weight, bias, residual, text)
+    if elsewhere():
+        return _composed(x, weight, bias, residual, text)
     return _linear(x, weight, bias, residual, text)
 
 
@@ -196,6 +195,12 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
+    if not x.dim():
+        raise ValueError("x has no axes; it must have at least one")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [N, {x.shape[-1]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{weight.shape[0]}]")
     if targets.dtype != torch.int64 or targets.shape != x.shape[:-1]:
         raise ValueError(f"targets are {targets.dtype} of shape {list(targets.shape)}; they must be int64 of shape {list(x.shape[:-1])}")
     if rows is None:
@@ -205,8 +210,12 @@ def linear_cross_entropy(
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"linear_cross_entropy: x lies on {x.device}, and {name} on {tensor.device}")
+    x, weight, bias = autocast(x, weight, bias)
+    if elsewhere():
+        logits = F.linear(x, weight, bias)
+        return losses.cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, softcap, reduction)
     losses._known_count(targets, ignore_index, weight.shape[0])
-    flat, t = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    flat, t = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
     given = (flat, weight, bias)
     wanted = [g is not None and g.requires_grad and torch.is_grad_enabled() for g in given]
     return _linear_cross_entropy(
