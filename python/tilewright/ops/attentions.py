@@ -197,7 +197,15 @@ def _has_kernels(q, k, v, mask):
     return widths[0] == widths[1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
 
 
-def attention(q, k, v, mask=None, scale=None, causal=False, impl="cuda"):
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    impl: str = "cuda",
+) -> torch.Tensor:
     """`softmax(q k^T * scale + mask) v` of `q [B, H, S, D]`, `k [B, G, T, D]` and `v [B, G, T, E]`, `H` a multiple of `G`.
 
     `mask` is added (float) or says where attention is allowed (bool), and has the shape `[B or 1, H or 1, S, T]`. With `causal`, query
@@ -219,7 +227,10 @@ def attention(q, k, v, mask=None, scale=None, causal=False, impl="cuda"):
 
 def transformers_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """The attention function that `attn_implementation="tilewright"` names."""
-    if dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+    for name, what in (("softcap", "caps of scores"), ("s_aux", "attention sinks")):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation='tilewright' has no {what} ({name}); use 'eager' for {type(module).__name__}")
+    if dropout or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(

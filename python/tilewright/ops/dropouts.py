@@ -97,17 +97,20 @@ _DRAWS = dict(zip(("cpu", "cuda"), _native.operators_draw()))
 _DRAWS["cpu"] &= _native.HAS_CPU
 
 
-def _checked(p) -> None:
+def _checked(p: float) -> None:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p is {p}; it must be in 0..1")
 
 
-def dropout(x, p=0.5, training=True, residual=None, impl="cuda"):
-    """Zero with probability `p`, else `x / (1 - p)`; plus `residual`. Without `training` it is `x`, plus `residual`.
+def dropout(
+    x: torch.Tensor, p: float = 0.5, training: bool = True, residual: torch.Tensor | None = None, impl: str = "cuda"
+) -> torch.Tensor:
+    """Zero with probability `p`, else `x / (1 - p)`; plus `residual`, of the shape of `x`. Without `training` it is `x`, plus `residual`.
 
     The key of the random numbers comes from PyTorch's generator of the device: `torch.manual_seed` repeats it, and a recorded CUDA graph
     draws new ones in each replay. No mask is stored; the gradient draws the same numbers again. The numbers are not those of
-    `torch.nn.functional.dropout`, and the same for either `impl`.
+    `torch.nn.functional.dropout`, and the same for either `impl`. An element that is dropped is 0 even where it was not finite. Raises
+    ValueError for a `p` outside of 0..1.
     """
     chosen(impl)
     _checked(p)
@@ -126,8 +129,17 @@ def dropout(x, p=0.5, training=True, residual=None, impl="cuda"):
     return _dropout(x, residual, _key(x), float(p))
 
 
-def dropout_rms_norm(x, residual, weight=None, eps=1e-6, p=0.5, training=True, impl="cuda"):
-    """`h = residual + dropout(x)` and its RMS norm: `(y, h)`. Two kernels in training, one without dropout."""
+def dropout_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    p: float = 0.5,
+    training: bool = True,
+    impl: str = "cuda",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h = residual + dropout(x)` and its RMS norm: `(y, h)`. `x` and `residual` have one shape, `weight` is a vector of its last axis.
+    Two kernels in training, one without dropout."""
     _checked(p)
     if not training or p == 0.0:
         return rms_norm(x, weight, eps=eps, residual=residual, impl=impl)
@@ -135,8 +147,18 @@ def dropout_rms_norm(x, residual, weight=None, eps=1e-6, p=0.5, training=True, i
     return rms_norm(h, weight, eps=eps, impl=impl), h
 
 
-def dropout_layer_norm(x, residual, weight=None, bias=None, eps=1e-5, p=0.5, training=True, impl="cuda"):
-    """`h = residual + dropout(x)` and its layer norm: `(y, h)`. Two kernels in training, one without dropout."""
+def dropout_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    p: float = 0.5,
+    training: bool = True,
+    impl: str = "cuda",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h = residual + dropout(x)` and its layer norm: `(y, h)`. `x` and `residual` have one shape, `weight` and `bias` are vectors of its
+    last axis. Two kernels in training, one without dropout."""
     _checked(p)
     if not training or p == 0.0:
         return layer_norm(x, weight, bias, eps=eps, residual=residual, impl=impl)

@@ -268,23 +268,23 @@ _GEGLU = elementwise("0.5 * x * (1.0 + erf(x * 0.7071067811865476)) * y")
 _GEGLU_TANH = elementwise("x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) * y")
 
 
-def gelu(x, approximate="none", impl="cuda"):
-    """GELU, exact (`"none"`) or by `"tanh"`, as `torch.nn.functional.gelu`."""
+def gelu(x: torch.Tensor, approximate: str = "none", impl: str = "cuda") -> torch.Tensor:
+    """GELU of each element, exact (`"none"`) or by `"tanh"`, as `torch.nn.functional.gelu`. The result has the shape and type of `x`."""
     return _kind(approximate, _GELU, _GELU_TANH)(x, impl=impl)
 
 
-def silu(x, impl="cuda"):
-    """`x * sigmoid(x)`"""
+def silu(x: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
+    """`x * sigmoid(x)` of each element, in the shape and type of `x`."""
     return _SILU(x, impl=impl)
 
 
-def swiglu(gate, up, impl="cuda"):
-    """`gate * sigmoid(gate) * up`, in one pass."""
+def swiglu(gate: torch.Tensor, up: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
+    """`gate * sigmoid(gate) * up` of tensors that broadcast, in one pass."""
     return _SWIGLU(gate, up, impl=impl)
 
 
-def geglu(gate, up, approximate="none", impl="cuda"):
-    """`gelu(gate) * up`, in one pass."""
+def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none", impl: str = "cuda") -> torch.Tensor:
+    """`gelu(gate) * up` of tensors that broadcast, in one pass."""
     return _kind(approximate, _GEGLU, _GEGLU_TANH)(gate, up, impl=impl)
 
 

@@ -85,8 +85,16 @@ _linear_with_sums = pair(
 )
 
 
-def linear(x, weight, bias=None, activation=None, residual=None, impl="cuda"):
-    """`activation(x @ weight.T + bias) + residual`; without gradients that is one kernel.
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    impl: str = "cuda",
+) -> torch.Tensor:
+    """`activation(x @ weight.T + bias) + residual` of `x [..., K]`, `weight [N, K]`, `bias [N]` and `residual [..., N]`; without gradients
+    that is one kernel.
 
     `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the sums before the
     activation are stored beside the result; in the gradient the activation is one kernel, and the products are PyTorch's.
@@ -185,8 +193,17 @@ _linear_cross_entropy.register_autograd(losses.scaled_gradients, setup_context=l
 
 
 def linear_cross_entropy(
-    x, weight, targets, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean", rows=None
-):
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+    rows: int | None = None,
+) -> torch.Tensor:
     """`cross_entropy(x @ weight.T + bias, targets)` without ever storing all logits.
 
     `x [..., K]`, `weight [N, K]`, `targets [...]` (int64). Tokens are taken in chunks of `rows` (by default as many as make 256 Mi

@@ -202,7 +202,16 @@ _cross_entropy_total.register_autograd(scaled_gradients, setup_context=save_grad
 _TritonTotal = triton_form(_total_and_gradient, save_gradients, scaled_gradients)
 
 
-def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean", impl="cuda"):
+def cross_entropy(
+    x: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+    impl: str = "cuda",
+) -> torch.Tensor:
     """Cross-entropy of logits `x[..., N]` and targets `[...]` (int64), computed in float32 (float64 for float64).
 
     `softcap` replaces each logit by `softcap * tanh(x / softcap)`; `z_loss` times the square of the logarithm of the sum of

@@ -46,11 +46,11 @@ _softmax = pair(
 )
 
 
-def softmax(x, impl="cuda"):
+def softmax(x: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
     """`exp(x - max(x)) / sum(exp(x - max(x)))` over the last axis, computed in float32 (float64 for float64)."""
     return _softmax.by(impl)(x, False)
 
 
-def log_softmax(x, impl="cuda"):
-    """The logarithm of `softmax(x)`, without rounding in between."""
+def log_softmax(x: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
+    """The logarithm of `softmax(x)` over the last axis, without rounding in between; in the shape and type of `x`."""
     return _softmax.by(impl)(x, True)
