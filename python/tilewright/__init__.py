@@ -49,6 +49,8 @@ class Model:
         Arrays that are not contiguous are copied first; element types must be the model's. Do not write
         to an input from another thread while it runs. Raises ValueError for wrong names, types or shapes.
         """
+        if not isinstance(feeds, dict):
+            raise TypeError(f"run takes names with their arrays, {{{self.inputs[0]!r}: array}} and so on, and not {type(feeds).__name__}")
         unknown = sorted(set(feeds) - set(self.inputs))
         missing = sorted(set(self.inputs) - set(feeds))
         if unknown or missing:
@@ -60,6 +62,9 @@ class Model:
                 raise ValueError(f"input {name!r} is {array.dtype}, the model takes {kind}")
             arrays.append((array.dtype.str, array.shape, array.ctypes.data, array.nbytes, array))
         return dict(zip(self.outputs, map(np.asarray, self._native.run(arrays))))
+
+    def __repr__(self) -> str:
+        return f"tilewright.Model({', '.join(self.inputs)} -> {', '.join(self.outputs)})"
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """Run on arrays or PyTorch tensors, in the order of `inputs` or by name.
@@ -159,6 +164,17 @@ def patch(model: "torch.nn.Module", **which: bool) -> "Patch":
     from .patching import patch as run
 
     return run(model, **which)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("tilewright")
+        except PackageNotFoundError:
+            return "unknown"
+    raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
 
 
 def _torch(what: str) -> Any:

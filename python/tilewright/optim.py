@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import math
 from operator import is_
-from typing import Any
+from typing import Any, Callable
 
-import torch
+from . import _torch
 
-from .ops import _define
+_torch("optim")
+
+import torch  # noqa: E402
+
+from .ops import _define  # noqa: E402
 
 _PACK = torch.ops.tilewright
 
@@ -164,7 +168,7 @@ class _Fused(torch.optim.Optimizer):
             state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient; the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:

@@ -6,10 +6,14 @@ import sys
 import types
 from typing import Any, Callable
 
-import torch
+from . import _torch
 
-from . import ops
-from .ops import attentions, formulas, rotations
+_torch("patching")
+
+import torch  # noqa: E402
+
+from . import ops  # noqa: E402
+from .ops import attentions, formulas, rotations  # noqa: E402
 
 
 class Patch:
@@ -160,11 +164,31 @@ def _rotary(done: Patch, model: torch.nn.Module) -> None:
         if not torch.equal(plain(x), torch.tensor([-2.0, -3.0, 0.0, 1.0])):
             continue
         code = known.__code__
-        if code.co_varnames[: code.co_argcount][:4] != ("q", "k", "cos", "sin"):
+        if code.co_varnames[: code.co_argcount] not in (_ROTARY, _ROTARY[:4]) or not _turns_alike(known):
             continue
         source.apply_rotary_pos_emb = rotations.apply_rotary_pos_emb
         done._back.append(lambda source=source, known=known: setattr(source, "apply_rotary_pos_emb", known))
         done.changes.append(f"{name}.apply_rotary_pos_emb: rotary embedding is tilewright.ops.rotary")
+
+
+_ROTARY = ("q", "k", "cos", "sin", "unsqueeze_dim")
+
+
+def _turns_alike(known: Callable) -> bool:
+    """Whether a model's own function gives what ours gives, with tables as wide as the heads, and half as wide where it takes such."""
+    q, k = torch.linspace(-1, 1, 24).reshape(1, 2, 3, 4), torch.linspace(-2, 1, 12).reshape(1, 1, 3, 4)
+    for width in (4, 2):
+        table = torch.linspace(0, 3, 3 * width).reshape(1, 3, width)
+        try:
+            wanted = known(q, k, table.cos(), table.sin())
+        except RuntimeError:
+            if width == 4:
+                return False
+            continue
+        found = rotations.apply_rotary_pos_emb(q, k, table.cos(), table.sin())
+        if any(a.shape != b.shape or not torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, found)):
+            return False
+    return True
 
 
 def _causal_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):
@@ -212,12 +236,15 @@ def register_attention() -> None:
 
 def _attention(done: Patch, model: Any) -> None:
     before = getattr(model.config, "_attn_implementation", None)
-    if before not in ("sdpa", "eager"):
+    # Models without PyTorch's fused attention have what ours lacks as well: caps of scores, sinks.
+    if before not in ("sdpa", "eager") or not getattr(model, "_supports_sdpa", False):
         return
     register_attention()
     try:
         model.set_attn_implementation("tilewright")
     except ValueError:
+        return
+    if model.config._attn_implementation != "tilewright":
         return
     done._back.append(lambda: model.set_attn_implementation(before))
     done.changes.append("attention: attention is tilewright.ops.attention")

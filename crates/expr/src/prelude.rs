@@ -1,7 +1,8 @@
 //! The prelude: functions of the language written in the language itself.
 //!
 //! They are expanded where they are called, in any float type. A new one is a line of [`TEXT`]
-//! (uses of functions below their definition are fine).
+//! (uses of functions below their definition are fine). Activation functions are written so that their
+//! derivatives at kinks are those of PyTorch's: `where` says which side a kink belongs to, `max` gives it to its first operand.
 
 use crate::ast::Program;
 use crate::lex::Source;
@@ -31,12 +32,12 @@ erfc(x) = 1 - erf(x);
 logit(x) = log(x / (1 - x));
 
 # Activation functions
-relu(x) = max(x, 0);
-relu6(x) = clamp(x, 0, 6);
-leaky_relu(x, a) = where(x >= 0, x, a * x);
+relu(x) = where(x <= 0, 0, x);
+relu6(x) = where(x <= 0, 0, where(x >= 6, 6, x));
+leaky_relu(x, a) = where(x > 0, x, a * x);
 prelu(x, a) = leaky_relu(x, a);
 elu(x, a) = where(x > 0, x, a * expm1(x));
-celu(x, a) = max(x, 0) + min(a * expm1(x / a), 0);
+celu(x, a) = where(x > 0, x, a * expm1(x / a));
 selu(x) = 1.0507009873554804934193349852946
     * where(x > 0, x, 1.6732632423543772848170429916717 * expm1(x));
 silu(x) = x * sigmoid(x);
@@ -44,13 +45,13 @@ swish(x, b) = x * sigmoid(b * x);
 gelu(x) = 0.5 * x * (1 + erf(x * 0.70710678118654752440084436210484904));
 gelu_tanh(x) = 0.5 * x * (1 + tanh(0.79788456080286535587989211986876373 * (x + 0.044715 * x * x * x)));
 quick_gelu(x) = x * sigmoid(1.702 * x);
-softplus(x) = max(x, 0) + log1p(exp(-abs(x)));
+softplus(x) = where(x > 0, x, 0) + log1p(exp(where(x > 0, -x, x)));
 logsigmoid(x) = -softplus(-x);
 softsign(x) = x / (1 + abs(x));
 mish(x) = x * tanh(softplus(x));
-hardtanh(x) = clamp(x, -1, 1);
-hardsigmoid(x) = clamp(x / 6 + 0.5, 0, 1);
-hardswish(x) = x * hardsigmoid(x);
+hardtanh(x) = where(x <= -1, -1, where(x >= 1, 1, x));
+hardsigmoid(x) = where(x <= -3, 0, where(x >= 3, 1, x / 6 + 0.5));
+hardswish(x) = x * clamp(x / 6 + 0.5, 0, 1);
 tanhshrink(x) = x - tanh(x);
 softshrink(x, l) = where(x > l, x - l, where(x < -l, x + l, 0));
 hardshrink(x, l) = where(x > l || x < -l, x, 0);

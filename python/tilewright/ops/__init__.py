@@ -10,17 +10,22 @@ Kernels are compiled when a type and a row length are first met, and kept on dis
 operators as `torch.ops.tilewright.*`; it needs PyTorch 2.10 or later.
 """
 
-from .attentions import attention
-from .bags import embedding_bag
-from .dropouts import dropout, dropout_layer_norm, dropout_rms_norm
-from .formulas import elementwise, geglu, gelu, silu, swiglu
-from .linears import linear, linear_cross_entropy
-from .losses import cross_entropy
-from .norms import layer_norm, rms_norm
-from .rotations import rotary
-from .softmaxes import log_softmax, softmax
+from .. import _torch
+
+_torch("ops")
+
+from .attentions import attention  # noqa: E402
+from .bags import embedding_bag  # noqa: E402
+from .dropouts import dropout, dropout_layer_norm, dropout_rms_norm  # noqa: E402
+from .formulas import Formula, elementwise, geglu, gelu, silu, swiglu  # noqa: E402
+from .linears import linear, linear_cross_entropy  # noqa: E402
+from .losses import cross_entropy  # noqa: E402
+from .norms import layer_norm, rms_norm  # noqa: E402
+from .rotations import rotary  # noqa: E402
+from .softmaxes import log_softmax, softmax  # noqa: E402
 
 __all__ = [
+    "Formula",
     "attention",
     "cross_entropy",
     "dropout",

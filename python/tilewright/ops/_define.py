@@ -3,8 +3,8 @@
 Rust (crates/torch-ops) registers schemas and the kernels for CPU and CUDA. Here each operator gets
 
 * `fake`: shapes and types of its results, for `torch.compile`, `torch.export` and the meta device;
-* `composed`: the same from PyTorch's operators. It is what tests compare with, what runs on the CPU where the wheel has no
-  compiler for it (built without LLVM);
+* `composed`: the same from PyTorch's operators. It is what tests compare with, what runs under the transforms of `torch.func` and
+  forward derivatives, and on the CPU where the wheel has no compiler for it (built without LLVM);
 * its derivative, whose formula calls other operators of the pack.
 
 An operator with a derivative exists twice: `tilewright::name` has it, `tilewright::name.inference` is the same kernel without. The
@@ -18,6 +18,7 @@ import functools
 from typing import Any, Callable
 
 import torch
+from torch.autograd import forward_ad as _forward
 
 from .. import _native
 from . import _triton
@@ -61,6 +62,12 @@ _compiling = torch.compiler.is_compiling
 traced = torch.compiler.is_dynamo_compiling
 
 
+def elsewhere() -> bool:
+    """Whether one of `torch.func`'s transforms or a forward derivative is at work. Kernels know nothing of either, and would lose
+    tangents without a word: PyTorch's operators run then (`composed`)."""
+    return _forward._current_level >= 0 or _transformed()
+
+
 @torch._disable_dynamo
 def _untraced(function: Callable, *args: Any) -> Any:
     return function(*args)
@@ -76,6 +83,7 @@ class Pair:
         direct: Callable | None,
         now: Callable,
         triton: type[torch.autograd.Function],
+        composed: Callable,
     ):
         packet = getattr(torch.ops.tilewright, name)
         self.name = name
@@ -87,6 +95,7 @@ class Pair:
         self.direct = direct
         self._triton = triton
         self.now = now
+        self.composed = composed
 
     def by(self, impl: str) -> Callable:
         """The operator as `impl` says: "cuda" for our own kernels, "triton" for Triton's."""
@@ -98,6 +107,7 @@ class Pair:
         return _untraced(self._run_triton, *args) if _compiling() else self._run_triton(*args)
 
     def _run_triton(self, *args: Any) -> Any:
+        refuse_transforms(self.name)
         _triton.demand(self.name, [a for a in _flat(args) if isinstance(a, torch.Tensor)])
         if torch.is_grad_enabled() and _asks_for_gradients(args):
             tensors, put = _apart(args)
@@ -110,8 +120,10 @@ class Pair:
             results = self.now(*args)
             if results is not None:
                 return results
+        if elsewhere():
+            return _part(self.composed(*args), self.kept)
         if torch.is_grad_enabled() and _asks_for_gradients(args):
-            if self.direct is None or _compiling() or _transformed():
+            if self.direct is None or _compiling():
                 return _part(self.default(*args), self.kept)
             return _part(self.direct(*args), self.kept)
         return self.traced(*args) if _compiling() else self.inference(*args)
@@ -150,6 +162,12 @@ def with_derivative(operator: Callable, now: Callable, setup_context: Callable, 
 def by_triton(form: type[torch.autograd.Function], *args: Any) -> Any:
     """`triton_form`'s function on its arguments."""
     return _untraced(form.apply, *args) if _compiling() else form.apply(*args)
+
+
+def refuse_transforms(name: str) -> None:
+    """For Triton's kernels, which stand for themselves."""
+    if elsewhere():
+        raise NotImplementedError(f"{name}: impl='triton' has no torch.func and no forward derivatives; leave impl out")
 
 
 def chosen(impl: str) -> None:
@@ -233,6 +251,7 @@ def single_by_triton(name: str, operator: Callable, *args: Any) -> Any:
     """An operator without a derivative as Triton kernels. `torch.compile` breaks its graph here."""
 
     def run(*args):
+        refuse_transforms(name)
         _triton.demand(name, [a for a in _flat(args) if isinstance(a, torch.Tensor)])
         with _triton.entered():
             return operator(*args)
@@ -278,12 +297,12 @@ def pair(
     torch.library.register_autograd(f"tilewright::{name}", backward, setup_context=setup_context)
     lists = any("List" in str(a.type) for a in packet.default._schema.arguments)
     if lists:
-        return Pair(name, kept, None, _nobody, triton_form(packet.default, setup_context, backward))
+        return Pair(name, kept, None, _nobody, triton_form(packet.default, setup_context, backward), composed)
     # Without gradients a kernel that leaves results out, where there is one.
     plain = direct(name + ".inference", kept) or direct(name, kept)
     apply = with_derivative(raw._op, direct(name).call, setup_context, backward)
     plain.differentiated(apply)
-    return Pair(name, kept, apply, plain.call, triton_form(packet.default, setup_context, backward))
+    return Pair(name, kept, apply, plain.call, triton_form(packet.default, setup_context, backward), composed)
 
 
 def _add(name: str, fake: Callable, composed: Callable) -> None:
@@ -336,6 +355,15 @@ def _flat(values):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """All in the type of autocast, as PyTorch's own products take them; as they are outside of it."""
+    given = (x, *others)
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return given
+    to = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or not t.is_floating_point() else t.to(to) for t in given)
 
 
 def promoted(x: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

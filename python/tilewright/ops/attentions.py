@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._define import chosen, pair, single, wide
+from ._define import autocast, chosen, elsewhere, pair, single, wide
 
 
 def _hidden(mask, hidden):
@@ -180,7 +180,8 @@ _attention_lse = pair("attention_lse", fake=_lse_fake, composed=_lse_composed, s
 
 @torch.compiler.assume_constant_result
 def _is_hopper(device):
-    return torch.cuda.get_device_capability(device)[0] == 9
+    # Tensors without values may claim a device that is not there.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _has_kernels(q, k, v, mask):
@@ -196,7 +197,15 @@ def _has_kernels(q, k, v, mask):
     return widths[0] == widths[1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
 
 
-def attention(q, k, v, mask=None, scale=None, causal=False, impl="cuda"):
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    impl: str = "cuda",
+) -> torch.Tensor:
     """`softmax(q k^T * scale + mask) v` of `q [B, H, S, D]`, `k [B, G, T, D]` and `v [B, G, T, E]`, `H` a multiple of `G`.
 
     `mask` is added (float) or says where attention is allowed (bool), and has the shape `[B or 1, H or 1, S, T]`. With `causal`, query
@@ -206,18 +215,22 @@ def attention(q, k, v, mask=None, scale=None, causal=False, impl="cuda"):
     PyTorch's, or PyTorch's own kernel for 16 bits without a mask.
     """
     chosen(impl)
+    q, k, v = autocast(q, k, v)
     scale = float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if impl == "triton":
         return _attention.triton(q, k, v, mask, scale, causal)
-    if trains and scale > 0 and _has_kernels(q, k, v, mask):
+    if trains and scale > 0 and _has_kernels(q, k, v, mask) and not elsewhere():
         return _attention_lse(q, k, v, mask, scale, causal)[0]
     return _attention(q, k, v, mask, scale, causal)
 
 
 def transformers_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """The attention function that `attn_implementation="tilewright"` names."""
-    if dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+    for name, what in (("softcap", "caps of scores"), ("s_aux", "attention sinks")):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation='tilewright' has no {what} ({name}); use 'eager' for {type(module).__name__}")
+    if dropout or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(

@@ -14,7 +14,7 @@ _NONE = -(2**63)
 def _composed(weight, indices, offsets, per_sample_weights, mode, padding_idx):
     bag_of = torch.searchsorted(offsets, torch.arange(indices.numel(), device=indices.device), right=True) - 1
     kept = indices != padding_idx
-    count = torch.zeros_like(offsets).index_add_(0, bag_of, kept.long())
+    count = torch.zeros_like(offsets).index_add(0, bag_of, kept.long())
     name = {v: k for k, v in _MODES.items()}[mode]
     padding = None if padding_idx == _NONE else padding_idx
     y = F.embedding_bag(indices, weight, offsets, mode=name, per_sample_weights=per_sample_weights, padding_idx=padding)
@@ -92,8 +92,14 @@ _bag = pair("embedding_bag", fake=_fake, composed=_composed, save=_save, gradien
 
 
 def embedding_bag(
-    input, weight, offsets=None, mode="mean", per_sample_weights=None, padding_idx=None, include_last_offset=False
-):
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: torch.Tensor | None = None,
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+) -> torch.Tensor:
     """Sums, means or maxima of rows of `weight [N, D]`, as `torch.nn.functional.embedding_bag` without `max_norm` and `sparse`.
 
     `input` is one axis of row numbers with `offsets`, where each bag begins, or a matrix, a bag per line. Numbers are int32 or int64.

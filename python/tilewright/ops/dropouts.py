@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _native
-from ._define import _compiling, _transformed, chosen, direct, fast, pair, promoted, single, traced
+from ._define import _compiling, chosen, direct, elsewhere, fast, pair, promoted, single, traced
 from .norms import layer_norm, rms_norm
 
 
@@ -104,43 +104,73 @@ _DRAWS["cpu"] &= _native.HAS_CPU
 _DIRECT = any(_DRAWS.values())
 
 
-def dropout(x, p=0.5, training=True, residual=None, impl="cuda"):
-    """Zero with probability `p`, else `x / (1 - p)`; plus `residual`. Without `training` it is `x`, plus `residual`.
+def _checked(p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p is {p}; it must be in 0..1")
+
+
+def dropout(
+    x: torch.Tensor, p: float = 0.5, training: bool = True, residual: torch.Tensor | None = None, impl: str = "cuda"
+) -> torch.Tensor:
+    """Zero with probability `p`, else `x / (1 - p)`; plus `residual`, of the shape of `x`. Without `training` it is `x`, plus `residual`.
 
     The key of the random numbers comes from PyTorch's generator of the device: `torch.manual_seed` repeats it, and a recorded CUDA graph
     draws new ones in each replay. No mask is stored; the gradient draws the same numbers again. The numbers are not those of
-    `torch.nn.functional.dropout`, and the same for either `impl`.
+    `torch.nn.functional.dropout`, and the same for either `impl`. An element that is dropped is 0 even where it was not finite. Raises
+    ValueError for a `p` outside of 0..1.
     """
     if impl == "cuda" and training and 0.0 < p <= 1.0 and _DIRECT and not traced():
         y = _now(x, residual, p)
         if y is not None:
             return y
     chosen(impl)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p is {p}; it must be in 0..1")
+    _checked(p)
     if residual is not None:
+        if residual.shape != x.shape:
+            raise RuntimeError(f"residual has shape {list(residual.shape)}, and x {list(x.shape)}")
         x, residual = promoted(x, residual)
     if not training or p == 0.0:
         return x if residual is None else x + residual
     if impl == "triton":
         return _dropout.triton(x, residual, _key(x), float(p))
-    if not _compiling() and not _transformed() and _DRAWS.get(x.device.type, False):
+    if not _compiling() and not elsewhere() and _DRAWS.get(x.device.type, False):
         if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
             return _drawn_with_gradients(x, residual, float(p))
         return _drawn(x, residual, float(p))[0]
     return _dropout(x, residual, _key(x), float(p))
 
 
-def dropout_rms_norm(x, residual, weight=None, eps=1e-6, p=0.5, training=True, impl="cuda"):
-    """`h = residual + dropout(x)` and its RMS norm: `(y, h)`. Two kernels in training, one without dropout."""
+def dropout_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    p: float = 0.5,
+    training: bool = True,
+    impl: str = "cuda",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h = residual + dropout(x)` and its RMS norm: `(y, h)`. `x` and `residual` have one shape, `weight` is a vector of its last axis.
+    Two kernels in training, one without dropout."""
+    _checked(p)
     if not training or p == 0.0:
         return rms_norm(x, weight, eps=eps, residual=residual, impl=impl)
     h = dropout(x, p, training, residual, impl)
     return rms_norm(h, weight, eps=eps, impl=impl), h
 
 
-def dropout_layer_norm(x, residual, weight=None, bias=None, eps=1e-5, p=0.5, training=True, impl="cuda"):
-    """`h = residual + dropout(x)` and its layer norm: `(y, h)`. Two kernels in training, one without dropout."""
+def dropout_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    p: float = 0.5,
+    training: bool = True,
+    impl: str = "cuda",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h = residual + dropout(x)` and its layer norm: `(y, h)`. `x` and `residual` have one shape, `weight` and `bias` are vectors of its
+    last axis. Two kernels in training, one without dropout."""
+    _checked(p)
     if not training or p == 0.0:
         return layer_norm(x, weight, bias, eps=eps, residual=residual, impl=impl)
     h = dropout(x, p, training, residual, impl)

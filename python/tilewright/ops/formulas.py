@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Iterator
+import math
+from typing import Callable, Iterator
 
 import torch
 
 from .. import _native
-from ._define import _compiling, again, chosen, fast, pair, single, traced, wide, with_derivative
+from ._define import _compiling, again, chosen, elsewhere, fast, pair, single, traced, wide, with_derivative
 
-# Functions of our formula language that PyTorch has under the same name.
-_FUNCTIONS = ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "erf", "floor", "ceil", "abs")
+
+
+def _on_tensors(function):
+    """`function`, which takes numbers for tensors as well."""
+
+    def run(*values):
+        like = next((v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
+        return function(*(v if isinstance(v, torch.Tensor) or like is None else like.new_tensor(v) for v in values))
+
+    return run
+
+
+# Names of our formula language, for `_forward_composed`.
+_NAMES = {"pi": math.pi, "e": math.e, "inf": math.inf, "nan": math.nan}
+for _name in (
+    "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt",
+    "tanh", "sigmoid", "erf", "erfc", "floor", "ceil", "trunc", "abs", "sign", "relu", "pow", "where", "atan2", "hypot", "clamp",
+):  # fmt: skip
+    _NAMES[_name] = _on_tensors(getattr(torch, _name))
+for _name in ("relu6", "silu", "gelu", "softplus", "logsigmoid", "softsign", "mish", "hardtanh", "hardsigmoid", "hardswish", "selu"):
+    _NAMES[_name] = getattr(torch.nn.functional, _name)
+_NAMES["max"], _NAMES["min"] = _on_tensors(torch.maximum), _on_tensors(torch.minimum)
+_NAMES["leaky_relu"] = _on_tensors(lambda x, a: torch.where(x > 0, x, a * x))
+_NAMES["elu"] = _on_tensors(lambda x, a: torch.where(x > 0, x, a * torch.expm1(x)))
+_NAMES["gelu_tanh"] = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+_NAMES["quick_gelu"] = lambda x: x * torch.sigmoid(1.702 * x)
 
 
 _KNOWN: dict[str, tuple[str, ...]] = {}
+_EVALUATORS: dict[str, Callable] = {}
 
 
 @torch.compiler.assume_constant_result
@@ -42,11 +68,23 @@ def _forward_composed(xs, formula):
     if formula.startswith("d") and ": " in formula:
         mark, _, rest = formula.partition(": ")
         return _backward_composed(torch.ones_like(torch.broadcast_tensors(*xs)[0]), xs, rest)[int(mark[1:])]
-    names = {f: getattr(torch, f) for f in _FUNCTIONS}
-    names["relu"] = torch.relu
     c = wide(xs[0].dtype)
-    names.update({n: x.to(c) for n, x in zip(_variables(formula), xs)})
-    return eval(compile(formula, "<formula>", "eval"), {"__builtins__": {}}, names).to(xs[0].dtype)  # noqa: S307
+    try:
+        y = _evaluator(formula)(*(x.to(c) for x in xs))
+    except (NameError, SyntaxError, TypeError, ZeroDivisionError) as error:
+        raise NotImplementedError(
+            f"the formula {formula!r} is not one that PyTorch's operators compute ({error}): torch.func, forward derivatives and "
+            "wheels without a compiler for processors need one of arithmetic and common functions"
+        ) from error
+    return torch.as_tensor(y, dtype=xs[0].dtype, device=xs[0].device).expand(torch.broadcast_shapes(*(x.shape for x in xs)))
+
+
+def _evaluator(formula: str) -> Callable:
+    """The formula as a function of Python's; what it cannot read is a SyntaxError."""
+    if formula not in _EVALUATORS:
+        text = f"lambda {', '.join(_variables(formula))}: {formula.strip()}"
+        _EVALUATORS[formula] = eval(compile(text, "<formula>", "eval"), {"__builtins__": {}, "__name__": __name__, **_NAMES})  # noqa: S307
+    return _EVALUATORS[formula]
 
 
 def _backward_composed(dy, xs, formula):
@@ -185,6 +223,8 @@ class Formula:
         if not self.variables:
             raise ValueError(f"the formula {text!r} has no variables")
         self.number = _number(text)
+        with contextlib.suppress(SyntaxError):
+            _evaluator(text)
 
     def __call__(self, *tensors: torch.Tensor, impl: str | None = None) -> torch.Tensor:
         if impl is None:
@@ -199,11 +239,14 @@ class Formula:
                 return y
         if len(tensors) != len(self.variables):
             raise TypeError(f"{len(tensors)} tensors for the variables {self.variables} of {self.text!r}")
+        for place, tensor in enumerate(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{self.variables[place]} of {self.text!r} is a {type(tensor).__name__}; it must be a tensor")
         if len(tensors) == 1:
             x = tensors[0]
             if impl != "cuda":
                 return _map1.by(impl)(x, self.text)
-            if _compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            if _compiling() or (x.requires_grad and torch.is_grad_enabled()) or elsewhere():
                 return _map1(x, self.text)
             return _numbered1(x, self.number)
         first = tensors[0]
@@ -214,10 +257,14 @@ class Formula:
             x, y = tensors
             if impl != "cuda":
                 return _map2.by(impl)(x, y, self.text)
-            if _compiling() or ((x.requires_grad or y.requires_grad) and torch.is_grad_enabled()):
+            if _compiling() or ((x.requires_grad or y.requires_grad) and torch.is_grad_enabled()) or elsewhere():
                 return _map2(x, y, self.text)
             return _numbered2(x, y, self.number)
         return _map.by(impl)(list(tensors), self.text)
+
+    def __reduce__(self) -> tuple:
+        # Its number is this process's.
+        return Formula, (self.text, self.impl)
 
     def __repr__(self) -> str:
         return f"tilewright.ops.elementwise({self.text!r})"
@@ -246,8 +293,8 @@ _gelu_number, _silu_number = _GELU.number, _SILU.number
 _swiglu_number, _geglu_number = _SWIGLU.number, _GEGLU.number
 
 
-def gelu(x, approximate="none", impl="cuda"):
-    """GELU, exact (`"none"`) or by `"tanh"`, as `torch.nn.functional.gelu`."""
+def gelu(x: torch.Tensor, approximate: str = "none", impl: str = "cuda") -> torch.Tensor:
+    """GELU of each element, exact (`"none"`) or by `"tanh"`, as `torch.nn.functional.gelu`. The result has the shape and type of `x`."""
     if impl == "cuda" and approximate == "none" and not traced():
         y = _now1(x, _gelu_number)
         if y is not None:
@@ -255,8 +302,8 @@ def gelu(x, approximate="none", impl="cuda"):
     return _kind(approximate, _GELU, _GELU_TANH)(x, impl=impl)
 
 
-def silu(x, impl="cuda"):
-    """`x * sigmoid(x)`"""
+def silu(x: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
+    """`x * sigmoid(x)` of each element, in the shape and type of `x`."""
     if impl == "cuda" and not traced():
         y = _now1(x, _silu_number)
         if y is not None:
@@ -264,8 +311,8 @@ def silu(x, impl="cuda"):
     return _SILU(x, impl=impl)
 
 
-def swiglu(gate, up, impl="cuda"):
-    """`gate * sigmoid(gate) * up`, in one pass."""
+def swiglu(gate: torch.Tensor, up: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
+    """`gate * sigmoid(gate) * up` of tensors that broadcast, in one pass."""
     if impl == "cuda" and not traced():
         y = _now2(gate, up, _swiglu_number)
         if y is not None:
@@ -273,8 +320,8 @@ def swiglu(gate, up, impl="cuda"):
     return _SWIGLU(gate, up, impl=impl)
 
 
-def geglu(gate, up, approximate="none", impl="cuda"):
-    """`gelu(gate) * up`, in one pass."""
+def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none", impl: str = "cuda") -> torch.Tensor:
+    """`gelu(gate) * up` of tensors that broadcast, in one pass."""
     if impl == "cuda" and approximate == "none" and not traced():
         y = _now2(gate, up, _geglu_number)
         if y is not None:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from . import formulas, losses
-from ._define import again, chosen, pair, single, single_by_triton
+from ._define import again, autocast, chosen, elsewhere, pair, single, single_by_triton
 
 _ACTIVATIONS = {
-    "relu": formulas.elementwise("max(x, 0.0)"),
+    "relu": formulas.elementwise("relu(x)"),
     "gelu": formulas._GELU,
     "gelu_tanh": formulas._GELU_TANH,
     "silu": formulas._SILU,
@@ -92,25 +92,32 @@ _linear_with_sums = pair(
 )
 
 
-def linear(x, weight, bias=None, activation=None, residual=None, impl="cuda"):
-    """`activation(x @ weight.T + bias) + residual`; without gradients that is one kernel.
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    impl: str = "cuda",
+) -> torch.Tensor:
+    """`activation(x @ weight.T + bias) + residual` of `x [..., K]`, `weight [N, K]`, `bias [N]` and `residual [..., N]`; without gradients
+    that is one kernel.
 
     `activation` is `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or nothing. Where a gradient is asked for, the sums before the
     activation are stored beside the result; in the gradient the activation is one kernel, the bias another, and the products are PyTorch's.
     """
     chosen(impl)
-    if activation is not None and activation not in _ACTIVATIONS:
+    if activation is not None and (not isinstance(activation, str) or activation not in _ACTIVATIONS):
         raise ValueError(f"activation is {activation!r}; it must be one of {list(_ACTIVATIONS)}, or None")
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        # As PyTorch's own product.
-        to = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, residual = (t if t is None else t.to(to) for t in (x, weight, bias, residual))
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
     given = [t for t in (x, weight, bias, residual) if t is not None]
     text = "" if activation is None else _ACTIVATIONS[activation].text
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return _linear_with_sums.by(impl)(x, weight, bias, residual, text)[0]
     if impl == "triton":
         return single_by_triton("linear", _linear, x, weight, bias, residual, text)
+    if elsewhere():
+        return _composed(x, weight, bias, residual, text)
     return _linear(x, weight, bias, residual, text)
 
 
@@ -193,8 +200,17 @@ _linear_cross_entropy.register_autograd(losses.scaled_gradients, setup_context=l
 
 
 def linear_cross_entropy(
-    x, weight, targets, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean", rows=None
-):
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+    rows: int | None = None,
+) -> torch.Tensor:
     """`cross_entropy(x @ weight.T + bias, targets)` without ever storing all logits.
 
     `x [..., K]`, `weight [N, K]`, `targets [...]` (int64). Tokens are taken in chunks of `rows` (by default as many as make 256 Mi
@@ -203,6 +219,12 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
+    if not x.dim():
+        raise ValueError("x has no axes; it must have at least one")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [N, {x.shape[-1]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{weight.shape[0]}]")
     if targets.dtype != torch.int64 or targets.shape != x.shape[:-1]:
         raise ValueError(f"targets are {targets.dtype} of shape {list(targets.shape)}; they must be int64 of shape {list(x.shape[:-1])}")
     if rows is None:
@@ -212,8 +234,12 @@ def linear_cross_entropy(
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"linear_cross_entropy: x lies on {x.device}, and {name} on {tensor.device}")
+    x, weight, bias = autocast(x, weight, bias)
+    if elsewhere():
+        logits = F.linear(x, weight, bias)
+        return losses.cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, softcap, reduction)
     losses._known_count(targets, ignore_index, weight.shape[0])
-    flat, t = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    flat, t = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
     given = (flat, weight, bias)
     wanted = [g is not None and g.requires_grad and torch.is_grad_enabled() for g in given]
     return _linear_cross_entropy(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _triton
-from ._define import _compiling, _transformed, again, by_triton, chosen, pair, single, triton_form, wide
+from ._define import _compiling, again, by_triton, chosen, elsewhere, pair, single, triton_form, wide
 
 
 def _parts(x, softcap):
@@ -97,12 +97,16 @@ def save_gradients(ctx, inputs, output):
     """For operators whose results are a number and its gradients, computed with it. The last input says which are wanted."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.wanted, ctx.taken, ctx.others = inputs[-1], None, len(inputs) - len(output) + 1
+    ctx.wanted, ctx.others = inputs[-1], len(inputs) - len(output) + 1
     ctx.mark_non_differentiable(*output[1:])
 
 
+# Whether the graph that runs backwards is kept for another time; true where PyTorch does not say.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def scaled_gradients(ctx, dtotal, *_):
-    """Their derivative: the gradients times that of the number, in place where it is not 1."""
+    """Their derivative: the gradients times that of the number, in place where it is not 1 and nothing reads them again."""
     nothing = (None,) * ctx.others
     gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted)]
     if dtotal is None:
@@ -110,12 +114,8 @@ def scaled_gradients(ctx, dtotal, *_):
     traced = any(g is not None and type(g) is not torch.Tensor for g in gradients)
     if torch.is_grad_enabled() and not traced and not torch.compiler.is_compiling():
         raise NotImplementedError("this loss has no second derivative; take cross_entropy with reduction='none' where one is needed")
-    if traced or torch.compiler.is_compiling():
-        return *(None if g is None else g * dtotal.to(g.dtype) for g in gradients), *nothing
-    if ctx.taken is not None:
-        # They have been scaled once, in place; whoever got them then has a copy, since the graph was kept.
-        return *(None if g is None else g * (dtotal / ctx.taken).to(g.dtype) for g in gradients), *nothing
-    ctx.taken = dtotal.detach()
+    if traced or torch.compiler.is_compiling() or _graph_is_kept():
+        return *(None if g is None else (g * dtotal).to(g.dtype) for g in gradients), *nothing
     for g in gradients:
         if g is not None:
             torch.ops.tilewright.scale_(g, dtotal)
@@ -125,6 +125,9 @@ def scaled_gradients(ctx, dtotal, *_):
 def _known_count(targets: torch.Tensor, ignore_index: int, classes: int) -> int | None:
     """How many rows count, where the processor can see at once that all do; refuses targets that are no class."""
     if targets.device.type != "cpu" or _compiling() or not targets.numel():
+        return None
+    if elsewhere() or torch._C._len_torch_dispatch_stack() or type(targets).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        # Targets without values, or with values that a trace must not keep.
         return None
     low, high = (t.item() for t in torch.aminmax(targets))
     if 0 <= low and high < classes and not low <= ignore_index <= high:
@@ -153,7 +156,7 @@ class _Total(torch.autograd.Function):
         total, dx = _counted(x, targets, numbers, mean, count)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dx)
-        ctx.wanted, ctx.taken, ctx.others = (True,), None, 4
+        ctx.wanted, ctx.others = (True,), 4
         return total
 
     @staticmethod
@@ -199,7 +202,16 @@ _cross_entropy_total.register_autograd(scaled_gradients, setup_context=save_grad
 _TritonTotal = triton_form(_total_and_gradient, save_gradients, scaled_gradients)
 
 
-def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean", impl="cuda"):
+def cross_entropy(
+    x: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+    impl: str = "cuda",
+) -> torch.Tensor:
     """Cross-entropy of logits `x[..., N]` and targets `[...]` (int64), computed in float32 (float64 for float64).
 
     `softcap` replaces each logit by `softcap * tanh(x / softcap)`; `z_loss` times the square of the logarithm of the sum of
@@ -211,12 +223,12 @@ def cross_entropy(x, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0
     chosen(impl)
     # Targets of another type are refused below.
     count = _known_count(targets, ignore_index, x.shape[-1]) if targets.dtype == torch.int64 and x.dim() else None
-    if reduction != "none" and x.requires_grad and torch.is_grad_enabled():
+    if reduction != "none" and x.requires_grad and torch.is_grad_enabled() and not elsewhere():
         numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
         if impl == "triton":
             _triton.demand("cross_entropy", [x, targets])
             return by_triton(_TritonTotal, x, targets, *numbers, reduction == "mean", lambda values: (*values, [True]))[0]
-        if not _compiling() and not _transformed():
+        if not _compiling():
             return _total(x, targets, numbers, reduction == "mean", count)
         return _cross_entropy_total(x, targets, *numbers, reduction == "mean", [True])[0]
     loss, _ = _cross_entropy.by(impl)(x, targets, ignore_index, float(label_smoothing), float(z_loss), float(softcap))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from ._define import again, pair, promoted, single, traced, wide
@@ -205,7 +207,13 @@ _rms_now, _add_rms_now = _rms_norm.now, _add_rms_norm.now
 _layer_now, _add_layer_now = _layer_norm.now, _add_layer_norm.now
 
 
-def rms_norm(x, weight=None, eps=1e-6, residual=None, impl="cuda"):
+@overload
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: None = None, impl: str = "cuda") -> torch.Tensor: ...
+@overload
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, residual: torch.Tensor, impl: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]: ...
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: torch.Tensor | None = None, impl: str = "cuda"
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`x / sqrt(mean(x * x) + eps) * weight` over the last axis, computed in float32 (float64 for float64), in the type of `x`.
 
     With `residual`, of the shape of `x`: the norm of `h = x + residual`, and the result is the pair `(y, h)`, from one pass
@@ -221,10 +229,17 @@ def rms_norm(x, weight=None, eps=1e-6, residual=None, impl="cuda"):
     return _add_rms_norm.by(impl)(x, residual, weight, eps)
 
 
-def layer_norm(x, weight=None, bias=None, eps=1e-5, residual=None, impl="cuda"):
+@overload
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, residual: None = None, impl: str = "cuda") -> torch.Tensor: ...
+@overload
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, *, residual: torch.Tensor, impl: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]: ...
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, residual: torch.Tensor | None = None, impl: str = "cuda"
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last axis, computed in float32 (float64 for float64).
 
-    With `residual`: of `h = x + residual`, and the result is the pair `(y, h)`.
+    `weight` and `bias` are vectors of any float type. With `residual`, of the shape of `x`: of `h = x + residual`, and the result is the
+    pair `(y, h)`.
     """
     if impl == "cuda" and not traced():
         y = _layer_now(x, weight, bias, eps) if residual is None else _add_layer_now(x, residual, weight, bias, eps)

@@ -45,7 +45,7 @@ _rotary = pair(
 _now = _rotary.now
 
 
-def rotary(x, cos, sin, impl="cuda"):
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
     """Rotates the pairs `(x[..., j], x[..., j + D/2])` of `x [B, H, S, D]` by `cos` and `sin [B or 1, S, D]`, as Llama does.
 
     The tables have no gradient.
@@ -57,9 +57,17 @@ def rotary(x, cos, sin, impl="cuda"):
     return _rotary.by(impl)(x, cos, sin, False)
 
 
+def _turned(x, cos, sin):
+    """By PyTorch's operators; elements behind the tables' width stay as they are."""
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = x.chunk(2, -1)
+    turned = x * cos + torch.cat((-b, a), -1) * sin
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
 def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
     """What models of transformers call: queries and keys, rotated. For axes in another order PyTorch does it."""
     if unsqueeze_dim != 1 or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] != q.shape[-1] or cos.requires_grad:
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return tuple(x * cos + torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1) * sin for x in (q, k))
+        return _turned(q, cos, sin), _turned(k, cos, sin)
     return rotary(q, cos, sin), rotary(k, cos, sin)

@@ -49,7 +49,7 @@ _softmax = pair(
 _now = _softmax.now
 
 
-def softmax(x, impl="cuda"):
+def softmax(x: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
     """`exp(x - max(x)) / sum(exp(x - max(x)))` over the last axis, computed in float32 (float64 for float64)."""
     if impl == "cuda" and not traced():
         y = _now(x, False)
@@ -58,8 +58,8 @@ def softmax(x, impl="cuda"):
     return _softmax.by(impl)(x, False)
 
 
-def log_softmax(x, impl="cuda"):
-    """The logarithm of `softmax(x)`, without rounding in between."""
+def log_softmax(x: torch.Tensor, impl: str = "cuda") -> torch.Tensor:
+    """The logarithm of `softmax(x)` over the last axis, without rounding in between; in the shape and type of `x`."""
     if impl == "cuda" and not traced():
         y = _now(x, True)
         if y is not None:

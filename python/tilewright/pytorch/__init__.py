@@ -14,6 +14,10 @@ The way of a model, one module per step:
 PyTorch is needed for all of it, and imported nowhere else in the package.
 """
 
-from .backend import compile_fx, tilewright_backend
+from .. import _torch
+
+_torch("pytorch")
+
+from .backend import compile_fx, tilewright_backend  # noqa: E402
 
 __all__ = ["compile_fx", "tilewright_backend"]

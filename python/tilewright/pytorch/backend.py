@@ -357,6 +357,13 @@ def _static_inputs() -> set[int]:
     return set(metadata.static_input_indices) - written
 
 
+def _nothing_is_donated() -> None:
+    """Tells AOTAutograd that our backward graphs do not write over what they were given: they may be kept and run again."""
+    metadata = getattr(torch._guards.TracingContext.try_get(), "fw_metadata", None)
+    if getattr(metadata, "bw_donated_idxs", None):
+        metadata.bw_donated_idxs = []
+
+
 def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode=None):
     """The backend itself: what `torch.compile(..., backend="tilewright")` calls."""
     if mode not in (None, "default", "reduce-overhead"):
@@ -376,6 +383,7 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
         return cached.Code(made.run, made.module, keeps and all(g.can_be_kept for g in made.groups), recording)
 
     def forward(graph_module, _inputs):
+        _nothing_is_donated()
         return compiled(graph_module, "forward", set(), graphs.static_arguments)
 
     def backward(graph_module, _inputs):

@@ -41,6 +41,9 @@ class CompiledProgram:
         static = {i for i, s in enumerate(self._inputs) if s.kind in _KNOWN and s.target not in written}
         self._compiled = backend.compile_fx(program.graph_module, "exported", static, settings, _bounds(program))
 
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a compiled program is neither copied nor pickled; compile the exported program again")
+
     def __call__(self, *args, **kwargs):
         """Run on arguments of the structure that was exported."""
         checked = self._program._get_flat_args_with_check(args, kwargs)[0]

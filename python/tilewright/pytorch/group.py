@@ -25,9 +25,11 @@ import pickle
 import re
 import time
 import weakref
+from typing import Callable
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 from .. import _native
 from .partition import device_of, inputs_of, memory_order, outputs_of
@@ -97,6 +99,9 @@ class Group(torch.nn.Module):
         self.sums = False
 
     def __call__(self, *args):
+        if forward_ad._current_level >= 0:
+            # Kernels know nothing of tangents.
+            return self._as_pytorch()(*args)
         if self.program is None and self.eager is None:
             self._compile(args)
         elif self.seal and not self._seal_holds(args):
@@ -222,7 +227,11 @@ class Group(torch.nn.Module):
         self.failure = str(why).strip() or type(why).__name__
         log.warning("%s is left to PyTorch: %s", self.name, self.failure.splitlines()[0])
         self.program, self.seal = None, []
-        self.eager = self.as_module() if self.nodes is not None else pickle.loads(self.kept_eager)
+        self.eager = self._as_pytorch()
+
+    def _as_pytorch(self) -> Callable:
+        """The operators of the group as PyTorch's own."""
+        return self.as_module() if self.nodes is not None else pickle.loads(self.kept_eager)
 
     def _program(self, builder):
         settings = self.settings

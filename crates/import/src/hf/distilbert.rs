@@ -75,7 +75,7 @@ pub(super) fn build(
         Task::SequenceLabels => {
             let first = net.first_token(x)?;
             let y = net.linear(first, "pre_classifier", hidden, hidden, true)?;
-            let y = net.activate("{ x -> relu(x) }", y)?;
+            let y = net.activate("{ x -> max(x, 0) }", y)?;
             let y = net.linear(y, "classifier", hidden, labels, true)?;
             net.b.output("logits", y);
         }

@@ -117,7 +117,8 @@ impl<const SUMS: bool> Operator for Linear<SUMS> {
         let (dtype, rows) = (float("x", &x)?, Rows::of("x", &x)?);
         same_device("weight", &weight, &x)?;
         let &[outer, inner] = weight.sizes() else {
-            return Err(Error::user(format!("weight has shape {:?}", weight.sizes())));
+            let message = format!("weight has shape {:?}; it must be [N, K]", weight.sizes());
+            return Err(Error::user(message));
         };
         if inner != rows.columns || weight.dtype()? != dtype {
             let message = format!(
@@ -138,7 +139,10 @@ impl<const SUMS: bool> Operator for Linear<SUMS> {
         if let Some(r) = &residual {
             same_device("residual", r, &x)?;
             if r.sizes() != sizes || r.dtype()? != dtype {
-                let message = format!("residual has shape {:?}; it must be {sizes:?}", r.sizes());
+                let (given, shape) = (r.dtype()?, r.sizes());
+                let message = format!(
+                    "residual is {given} of shape {shape:?}; it must be {dtype} of shape {sizes:?}"
+                );
                 return Err(Error::user(message));
             }
         }

@@ -79,10 +79,19 @@ impl Operator for Rotary {
         for (name, tensor) in [("cos", &cos), ("sin", &sin)] {
             same_device(name, tensor, &x)?;
             let fits = matches!(*tensor.sizes(), [b, s, e] if (b == 1 || b == batch) && s == length && e == d);
-            if !fits || tensor.sizes() != cos.sizes() || tensor.dtype()? != table {
+            if !fits {
                 let message = format!(
-                    "{name} has shape {:?}; it must be [{batch} or 1, {length}, {d}], as cos",
+                    "{name} has shape {:?}; it must be [{batch} or 1, {length}, {d}]",
                     tensor.sizes()
+                );
+                return Err(Error::user(message));
+            }
+            if tensor.sizes() != cos.sizes() || tensor.dtype()? != table {
+                let message = format!(
+                    "{name} is {} of shape {:?}, and cos {table} of shape {:?}; they must be alike",
+                    tensor.dtype()?,
+                    tensor.sizes(),
+                    cos.sizes()
                 );
                 return Err(Error::user(message));
             }
