@@ -150,6 +150,11 @@ impl Tensor {
         })
     }
 
+    /// What tensors of one shape and type, on one device, have in common.
+    pub fn alike(&self) -> (i32, Device, Axes) {
+        (self.dtype, self.device, self.sizes.clone())
+    }
+
     /// Where it lies.
     pub fn device(&self) -> Device {
         self.device
