@@ -193,7 +193,9 @@ impl Direct {
         given: &[Option<&Bound<'py, PyAny>>],
     ) -> PyResult<bool> {
         for object in self.tensors(given) {
-            let Some(asks) = object.getattr_opt(pyo3::intern!(py, "requires_grad"))? else { continue };
+            let Some(asks) = object.getattr_opt(pyo3::intern!(py, "requires_grad"))? else {
+                continue;
+            };
             if asks.is(PyBool::new(py, true)) {
                 return Ok(true);
             }
@@ -252,9 +254,7 @@ fn taken(ways: &Ways, kind: Arg, object: Option<&Bound<'_, PyAny>>) -> PyResult<
         Arg::Float if object.is_exact_instance_of::<PyFloat>() => {
             Some(Value::Float(object.extract()?))
         }
-        Arg::Int if object.is_exact_instance_of::<PyInt>() => {
-            object.extract().ok().map(Value::Int)
-        }
+        Arg::Int if object.is_exact_instance_of::<PyInt>() => object.extract().ok().map(Value::Int),
         Arg::Bool if object.is_exact_instance_of::<PyBool>() => {
             Some(Value::Bool(object.extract()?))
         }

@@ -243,9 +243,8 @@ impl Tensor {
         })?;
         let handle = self.own_handle()?;
         // SAFETY: a tensor and its sizes.
-        let code = unsafe {
-            function(handle, low, high, self.sizes.as_ptr(), self.sizes.len() as i64)
-        };
+        let code =
+            unsafe { function(handle, low, high, self.sizes.as_ptr(), self.sizes.len() as i64) };
         self.abi.checked(code, "drawing random numbers")
     }
 
