@@ -2,9 +2,11 @@
 models of transformers. The GPU's side is gpu/test_ops.py.
 """
 
+import contextlib
 import io
 
 import torch.nn.functional as F
+import torch.utils.flop_counter
 from torch_models import run_all, torch, transformers
 
 import tilewright
@@ -404,9 +406,63 @@ def patched_models_give_the_same():
         assert torch.equal(again, value), f"{name} is not what it was"
 
 
+def calls_past_the_dispatcher_are_those_that_it_would_not_change():
+    """Plain tensors in eager mode go past it; whoever stands in or before it sees the call."""
+    x = torch.randn(4, 64)
+    now = tilewright._native.Direct.of("softmax", None, 0).call
+    if tilewright._native.direct_state() is None:
+        return  # A PyTorch without what this takes: everything goes through the dispatcher.
+    expected = PACK.softmax.inference(x, False)
+    for taken in (contextlib.nullcontext, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")):
+        with taken():
+            assert torch.equal(now(x, False), expected)
+            assert not ops.softmax(x).requires_grad
+    with torch.device("cpu"):
+        assert now(x, False) is None, "a mode before all functions"
+    with torch.profiler.profile(), torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert now(x, False) is None
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert now(x, False) is None, "a mode inside of the dispatcher"
+
+    def transformed(row):
+        assert now(row, False) is None, "a function that is transformed"
+        return row * 2
+
+    torch.vmap(transformed)(x)
+    torch.func.grad(lambda v: transformed(v).sum())(x)
+    traced = torch.jit.trace(lambda v: ops.softmax(v) * 2, x, check_trace=False)
+    assert torch.equal(traced(x + 1), ops.softmax(x + 1) * 2), "a call that is traced is no constant"
+
+    class Own(torch.Tensor):
+        pass
+
+    odd = {
+        "negative": torch._neg_view(x),
+        "sparse": x.to_sparse(),
+        "turned": x.t(),
+        "of a class of its own": x.as_subclass(Own),
+        "on the meta device": x.to("meta"),
+        "whole numbers": x.long(),
+        "no tensor": 3,
+        "nothing": None,
+    }
+    for name, value in odd.items():
+        assert now(value, False) is None, name
+    for arguments in ((), (x,), (x, 1), (x, None), (x, False, 2), (x, False, None, x)):
+        assert now(*arguments) is None, arguments
+    assert torch.equal(ops.softmax(odd["negative"]), ops.softmax(-x)), "a negative view"
+    # What is converted before it is differentiated.
+    a, b = (torch.randn(4, 64, dtype=d, requires_grad=True) for d in (torch.float32, torch.bfloat16))
+    for y in (ops.rms_norm(a, residual=b)[0], ops.layer_norm(b, residual=a)[0], ops.swiglu(a, b), ops.swiglu(a, b[:1]), ops.dropout(a, 0.5, residual=b)):
+        assert y.dtype == torch.float32 and y.shape == a.shape
+        grads = torch.autograd.grad(y.sum(), (a, b), allow_unused=True)
+        assert [g.dtype for g in grads] == [torch.float32, torch.bfloat16]
+
+
 if __name__ == "__main__":
     run_all(
         [
+            calls_past_the_dispatcher_are_those_that_it_would_not_change,
             values_and_gradients_are_those_of_float64,
             derivatives_are_those_of_finite_differences,
             second_derivatives_are_those_of_finite_differences,

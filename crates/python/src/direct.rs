@@ -73,18 +73,14 @@ impl<T> Sent<T> {
     }
 }
 
-/// Whether tensors ask for gradients.
-enum Gradients {
-    Wanted,
-    Not,
-}
-
 /// An operator of the pack, called without the dispatcher.
 #[pyclass(frozen, module = "tilewright._native")]
 pub(crate) struct Direct {
     kernel: Kernel,
     /// How many of the results are given.
     kept: usize,
+    /// So many of the first arguments must have one shape and type where a gradient is asked for: else they are converted first.
+    alike: usize,
     apply: OnceLock<Py<PyAny>>,
 }
 
@@ -92,13 +88,15 @@ type Given<'a, 'py> = [Option<&'a Bound<'py, PyAny>>; MOST];
 
 #[pymethods]
 impl Direct {
-    /// `None` where there is no such operator, or none that can be called so.
+    /// `None` where there is no such operator, or none that can be called so. The first `kept` results are given; where a gradient is asked
+    /// for, the first `alike` arguments must have one shape and type.
     #[staticmethod]
-    fn of(name: &str, kept: Option<usize>) -> Option<Direct> {
+    fn of(name: &str, kept: Option<usize>, alike: usize) -> Option<Direct> {
         let kernel = kernel(name)?;
         let lists = kernel.args.iter().any(|(_, a)| *a == Arg::Tensors);
         let kept = kept.unwrap_or(usize::MAX);
-        (!lists && kernel.args.len() <= MOST).then(|| Direct { kernel, kept, apply: OnceLock::new() })
+        let apply = OnceLock::new();
+        (!lists && kernel.args.len() <= MOST).then(|| Direct { kernel, kept, alike, apply })
     }
 
     /// Gives what is called where a gradient is asked for; its first `kept` results are given.
@@ -142,21 +140,22 @@ impl Direct {
         if !ways.states.get().is_some_and(|known| known.contains(&state)) {
             return Ok(None);
         }
-        let recording = ways.interop.grad_enabled();
-        let mut values = Vec::with_capacity(count);
-        let mut wanted = Gradients::Not;
-        for ((_, kind), object) in self.kernel.args.iter().zip(given) {
-            let Some(value) = taken(ways, *kind, *object, recording, &mut wanted)? else {
-                return Ok(None);
-            };
-            values.push(value);
-        }
-        if matches!(wanted, Gradients::Wanted) {
+        let given = &given[..count];
+        if ways.interop.grad_enabled() && self.asked_for_gradients(py, given)? {
             let Some(apply) = self.apply.get() else { return Ok(None) };
+            if !self.fits(ways, given)? {
+                return Ok(None);
+            }
             let none = py.None();
-            let args = given[..count].iter().map(|o| o.unwrap_or_else(|| none.bind(py)));
-            let results = apply.bind(py).call1(PyTuple::new(py, args.collect::<Vec<_>>())?)?;
+            let args = given.iter().map(|o| o.unwrap_or_else(|| none.bind(py)));
+            let args: Vec<_> = args.collect();
+            let results = apply.bind(py).call1(PyTuple::new(py, args)?)?;
             return self.part(results).map(Some);
+        }
+        let mut values = Vec::with_capacity(count);
+        for ((_, kind), object) in self.kernel.args.iter().zip(given) {
+            let Some(value) = taken(ways, *kind, *object)? else { return Ok(None) };
+            values.push(value);
         }
         let (run, abi) = (self.kernel.run, ways.interop.abi());
         let sent = Sent(values);
@@ -179,6 +178,49 @@ impl Direct {
         Ok(Some(PyTuple::new(py, objects)?.into_any()))
     }
 
+    fn tensors<'a, 'py>(
+        &self,
+        given: &[Option<&'a Bound<'py, PyAny>>],
+    ) -> impl Iterator<Item = &'a Bound<'py, PyAny>> {
+        let kinds = self.kernel.args.iter().zip(given);
+        kinds.filter(|((_, k), _)| matches!(k, Arg::Tensor | Arg::Optional)).filter_map(|(_, o)| *o)
+    }
+
+    /// Whether some argument asks for a gradient. What is no tensor does not.
+    fn asked_for_gradients<'py>(
+        &self,
+        py: Python<'py>,
+        given: &[Option<&Bound<'py, PyAny>>],
+    ) -> PyResult<bool> {
+        for object in self.tensors(given) {
+            let Some(asks) = object.getattr_opt(pyo3::intern!(py, "requires_grad"))? else {
+                continue;
+            };
+            if asks.is(PyBool::new(py, true)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether autograd's function can take the arguments as they are.
+    fn fits(&self, ways: &Ways, given: &[Option<&Bound<'_, PyAny>>]) -> PyResult<bool> {
+        let mut first = None;
+        for object in self.tensors(given) {
+            if !is_plain(ways, object) {
+                return Ok(false);
+            }
+        }
+        for object in self.tensors(given.get(..self.alike).unwrap_or(given)) {
+            let Some(tensor) = seen(ways, object) else { return Ok(false) };
+            let first = first.get_or_insert_with(|| tensor.alike());
+            if *first != tensor.alike() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// The first `kept` results of `apply`.
     fn part<'py>(&self, results: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let Ok(all) = results.cast::<PyTuple>() else { return Ok(results) };
@@ -197,25 +239,22 @@ fn object<'py>(py: Python<'py>, ways: &Ways, tensor: &Tensor) -> Option<Bound<'p
 }
 
 /// An argument as the kernel takes it; `None` where the dispatcher has to be asked.
-#[inline]
-fn taken(
-    ways: &Ways,
-    kind: Arg,
-    object: Option<&Bound<'_, PyAny>>,
-    recording: bool,
-    wanted: &mut Gradients,
-) -> PyResult<Option<Value>> {
+fn taken(ways: &Ways, kind: Arg, object: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Value>> {
     let Some(object) = object else {
         return Ok((kind == Arg::Optional).then_some(Value::None));
     };
     Ok(match kind {
-        Arg::Tensor | Arg::Optional => tensor(ways, object, recording, wanted)?.map(Value::Tensor),
+        Arg::Tensor | Arg::Optional => {
+            let negative = || ways.is_negative.bind(object.py()).call1((object,))?.is_truthy();
+            if !is_plain(ways, object) || negative()? {
+                return Ok(None);
+            }
+            seen(ways, object).map(Value::Tensor)
+        }
         Arg::Float if object.is_exact_instance_of::<PyFloat>() => {
             Some(Value::Float(object.extract()?))
         }
-        Arg::Int if object.is_exact_instance_of::<PyInt>() => {
-            object.extract().ok().map(Value::Int)
-        }
+        Arg::Int if object.is_exact_instance_of::<PyInt>() => object.extract().ok().map(Value::Int),
         Arg::Bool if object.is_exact_instance_of::<PyBool>() => {
             Some(Value::Bool(object.extract()?))
         }
@@ -226,30 +265,21 @@ fn taken(
     })
 }
 
-fn tensor(
-    ways: &Ways,
-    object: &Bound<'_, PyAny>,
-    recording: bool,
-    wanted: &mut Gradients,
-) -> PyResult<Option<Tensor>> {
-    let py = object.py();
+/// Whether it is a tensor of PyTorch's own type.
+fn is_plain(ways: &Ways, object: &Bound<'_, PyAny>) -> bool {
     let ty = object.get_type();
-    if !ways.plain.iter().any(|plain| plain.bind(py).is(&ty)) {
-        return Ok(None);
-    }
-    if recording && object.getattr(pyo3::intern!(py, "requires_grad"))?.is_truthy()? {
-        *wanted = Gradients::Wanted;
-    }
-    if ways.is_negative.bind(py).call1((object,))?.is_truthy()? {
-        return Ok(None);
-    }
-    // SAFETY: a `torch.Tensor` that the caller holds until the call ends; the interpreter's lock is held.
+    ways.plain.iter().any(|plain| plain.as_ptr() == ty.as_ptr())
+}
+
+/// Where a plain tensor lies.
+fn seen(ways: &Ways, object: &Bound<'_, PyAny>) -> Option<Tensor> {
+    // SAFETY: a `torch.Tensor` (`is_plain`) that the caller holds until the call ends; the interpreter's lock is held.
     let seen = unsafe { ways.interop.view(object.as_ptr().cast()) };
     if seen.is_none() {
         // What the interface has to say about this tensor, the dispatcher will say better.
-        let _ = PyErr::take(py);
+        let _ = PyErr::take(object.py());
     }
-    Ok(seen)
+    seen
 }
 
 pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -102,7 +102,10 @@ impl Interop {
         // SAFETY: what each of these functions takes and gives in all versions so far; C++ passes these as C does.
         let (wrap, function_modes, recorded) = unsafe {
             let find = |name: &[u8]| {
-                libraries.iter().find_map(|l| l.get::<*const c_void>(name).ok()).map(|s| s.into_raw())
+                libraries
+                    .iter()
+                    .find_map(|l| l.get::<*const c_void>(name).ok())
+                    .map(|s| s.into_raw())
             };
             let wrap = match find(b"torch_tensor_to_pyobject") {
                 Some(stable) => Wrap::Stable(std::mem::transmute(stable)),

@@ -150,6 +150,11 @@ impl Tensor {
         })
     }
 
+    /// What tensors of one shape and type, on one device, have in common.
+    pub fn alike(&self) -> (i32, Device, Axes) {
+        (self.dtype, self.device, self.sizes.clone())
+    }
+
     /// Where it lies.
     pub fn device(&self) -> Device {
         self.device
@@ -238,9 +243,8 @@ impl Tensor {
         })?;
         let handle = self.own_handle()?;
         // SAFETY: a tensor and its sizes.
-        let code = unsafe {
-            function(handle, low, high, self.sizes.as_ptr(), self.sizes.len() as i64)
-        };
+        let code =
+            unsafe { function(handle, low, high, self.sizes.as_ptr(), self.sizes.len() as i64) };
         self.abi.checked(code, "drawing random numbers")
     }
 

@@ -133,12 +133,12 @@ def _nobody(*args: Any) -> None:
     """In place of a direct call where there is none."""
 
 
-def direct(name: str, kept: int | None = None) -> Any:
+def direct(name: str, kept: int | None = None, alike: int = 0) -> Any:
     """An operator past the dispatcher, for calls in eager mode: its `call` gives `None` where the dispatcher has to be asked."""
-    return _native.Direct.of(name, kept)
+    return _native.Direct.of(name, kept, alike)
 
 
-def with_derivative(operator: Callable, now: Callable, setup_context: Callable, gradient: Callable) -> Callable:
+def with_derivative(operator: Callable, now: Callable, save: Callable, gradient: Callable) -> Callable:
     """The same derivative without the dispatcher's way through Python: for calls in eager mode that have no lists of tensors.
 
     `operator` has no derivative of its own.
@@ -150,7 +150,9 @@ def with_derivative(operator: Callable, now: Callable, setup_context: Callable, 
             results = now(*args)
             if results is None:
                 results = operator(*args)
-            setup_context(ctx, args, results)
+            # `set_materialize_grads` and nothing else.
+            ctx.materialize_grads = False
+            save(ctx, args, results)
             return results
 
         backward = staticmethod(gradient)
@@ -265,7 +267,14 @@ def fast(operator: Any) -> Callable:
 
 
 def pair(
-    name: str, fake: Callable, composed: Callable, save: Callable, gradient: Callable, kept: int | None = None, twice: bool = False
+    name: str,
+    fake: Callable,
+    composed: Callable,
+    save: Callable,
+    gradient: Callable,
+    kept: int | None = None,
+    twice: bool = False,
+    alike: int = 0,
 ) -> Pair:
     """An operator with a derivative. Without gradients it has its first `kept` results only.
 
@@ -299,8 +308,8 @@ def pair(
     if lists:
         return Pair(name, kept, None, _nobody, triton_form(packet.default, setup_context, backward), composed)
     # Without gradients a kernel that leaves results out, where there is one.
-    plain = direct(name + ".inference", kept) or direct(name, kept)
-    apply = with_derivative(raw._op, direct(name).call, setup_context, backward)
+    plain = direct(name + ".inference", kept, alike) or direct(name, kept, alike)
+    apply = with_derivative(raw._op, direct(name).call, save, backward)
     plain.differentiated(apply)
     return Pair(name, kept, apply, plain.call, triton_form(packet.default, setup_context, backward), composed)
 

@@ -89,7 +89,7 @@ class _Drawn(torch.autograd.Function):
 
 
 _drawn_with_gradients = super(torch.autograd.Function, _Drawn).apply
-_direct = direct("dropout_drawn", 1)
+_direct = direct("dropout_drawn", 1, 2)
 _direct.differentiated(_drawn_with_gradients)
 _now = _direct.call
 

@@ -10,8 +10,7 @@ from typing import Callable, Iterator
 import torch
 
 from .. import _native
-from ._define import _compiling, again, chosen, elsewhere, fast, pair, single, traced, wide, with_derivative
-
+from ._define import _compiling, again, chosen, direct, elsewhere, fast, pair, single, traced, wide, with_derivative
 
 
 def _on_tensors(function):
@@ -195,14 +194,14 @@ _numbered2 = single("map2.numbered", fake=lambda x, y, number: x.new_empty(x.sha
 
 def _save_numbered(ctx, inputs, output):
     *xs, number = inputs
-    ctx.set_materialize_grads(False)
     ctx.formula = _TEXTS[number]
     ctx.save_for_backward(*xs)
 
 
-_now1, _now2 = _numbered1.now.call, _numbered2.now.call
-_numbered1.now.differentiated(with_derivative(fast(_numbered1), _now1, _save_numbered, _one_gradient))
-_numbered2.now.differentiated(with_derivative(fast(_numbered2), _now2, _save_numbered, _two_gradients))
+_one, _two = direct("map1.numbered"), direct("map2.numbered", alike=2)
+_now1, _now2 = _one.call, _two.call
+_one.differentiated(with_derivative(fast(_numbered1), _now1, _save_numbered, _one_gradient))
+_two.differentiated(with_derivative(fast(_numbered2), _now2, _save_numbered, _two_gradients))
 
 
 @torch.compiler.assume_constant_result

@@ -182,6 +182,7 @@ _add_rms_norm = pair(
     gradient=_add_rms_gradient,
     kept=2,
     twice=True,
+    alike=2,
 )
 _layer_norm = pair(
     "layer_norm",
@@ -200,6 +201,7 @@ _add_layer_norm = pair(
     gradient=_add_layer_gradient,
     kept=2,
     twice=True,
+    alike=2,
 )
 
 
