@@ -326,6 +326,22 @@ def derivatives_have_derivatives():
             near(f, e, jnp.float32, f"{name}, forwards over backwards {i}", 20)
 
 
+def narrow_attention():
+    """Gradients of attention of 16 bits, which devices have kernels for, and their derivatives."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        for causal in (False, True):
+            q, k, v, dy = (array(2, heads, 64, 64, dtype=dtype) for heads in (4, 2, 2, 4))
+            slopes = lambda f, dy: lambda q, k, v: jax.vjp(f, q, k, v)[1](dy)  # noqa: E731
+            ours = slopes(lambda q, k, v: tj.attention(q, k, v, causal, 0.1), dy)  # noqa: B023
+            exact = [t.astype(jnp.float32) for t in (q, k, v)]
+            theirs = slopes(lambda q, k, v: textbook(q, k, v, 0.1, causal), dy.astype(jnp.float32))  # noqa: B023
+            for i, (f, e) in enumerate(zip(jax.jit(ours)(q, k, v), theirs(*exact))):
+                near(f, e.astype(dtype), jnp.bfloat16, f"{dtype.__name__}, causal={causal}, gradient {i}")
+            second = jax.jit(lambda *a: jax.jvp(ours, a, a)[1])(q, k, v)  # noqa: B023
+            for i, (f, e) in enumerate(zip(second, jax.jvp(theirs, tuple(exact), tuple(exact))[1])):
+                near(f, e.astype(dtype), jnp.bfloat16, f"{dtype.__name__}, causal={causal}, second derivative {i}", 2)
+
+
 def double_precision():
     """With x64: values to fifteen digits and gradients beside differences, `jax.test_util`'s."""
     with jax.enable_x64(True):
@@ -677,6 +693,7 @@ def main() -> None:
         losses_behind_products_are_never_all_there,
         random_numbers_follow_their_key,
         derivatives_have_derivatives,
+        narrow_attention,
         double_precision,
         bags_of_rows,
         optimizers_step,
