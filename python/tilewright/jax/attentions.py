@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .core import call, floats, in_chunks, need, same, wide
+from .core import call, computed, floats, in_chunks, need, same, wide
 
 
 def _attention(g, q, k, v, *mask, causal, scale, mapped=None):
@@ -149,13 +149,27 @@ def _in_blocks(causal, scale, saved, dy):
     return jnp.moveaxis(dq, 0, 2), dk.astype(k.dtype), dv.astype(v.dtype), dmask
 
 
+def _value(q, k, v, mask, causal, scale):
+    if q.dtype != jnp.float64:
+        return call(_attention, q, k, v, *mask, causal=causal, scale=scale)[0]
+    # On GPUs there is no kernel for products of doubles.
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        *mask,
+        cpu=lambda *arrays: call(_attention, *arrays, causal=causal, scale=scale)[0],
+        default=lambda *arrays: computed(_attention, *arrays, causal=causal, scale=scale)[0],
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention_of(q, k, v, mask, causal, scale):
-    return call(_attention, q, k, v, *mask, causal=causal, scale=scale)[0]
+    return _value(q, k, v, mask, causal, scale)
 
 
 def _forward(q, k, v, mask, causal, scale):
-    return call(_attention, q, k, v, *mask, causal=causal, scale=scale)[0], (q, k, v, mask)
+    return _value(q, k, v, mask, causal, scale), (q, k, v, mask)
 
 
 _attention_of.defvjp(_forward, _gradient)
@@ -168,6 +182,7 @@ def attention(q, k, v, causal: bool = False, scale: float | None = None, mask=No
     `mask` is added (floats) or says where attention is allowed (bool): `[batch or 1, heads or 1, queries, keys]`. With `causal`, query
     `s` sees keys up to `s + keys - queries`. Rows that see no key give 0. The gradient takes some queries at a time and never has
     all scores; its products are XLA's. For 16-bit types without a mask on CUDA devices it is XLA's fused one (cuDNN).
+    For f64 on GPUs XLA computes all of it, and stores the scores.
     """
     q, k, v = floats(q=q, k=k, v=v)
     shapes = f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}"
