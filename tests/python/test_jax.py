@@ -326,6 +326,23 @@ def derivatives_have_derivatives():
             near(f, e, jnp.float32, f"{name}, forwards over backwards {i}", 20)
 
 
+def hessians_are_those_of_jax():
+    x, w = array(3, 5), array(5)
+    for name, ours, theirs in (
+        ("rms_norm", lambda x: jnp.square(tj.rms_norm(x, w)).sum(), lambda x: jnp.square(rms_norm(x, w)).sum()),
+        ("silu", lambda x: jnp.sin(tj.silu(x)).sum(), lambda x: jnp.sin(jax.nn.silu(x)).sum()),
+    ):
+        near(jax.hessian(ours)(x), jax.hessian(theirs)(x), jnp.float32, f"hessian of {name}", 20)
+        third = lambda f: jax.grad(lambda x: jnp.sin(jax.hessian(f)(x)).sum())  # noqa: E731
+        near(third(ours)(x), third(theirs)(x), jnp.float32, f"third derivative of {name}", 50)
+    try:
+        jax.jvp(tj.silu, (x,), (x,))
+    except TypeError as error:
+        assert "custom_vjp" in str(error), error
+    else:
+        raise AssertionError("forward mode alone has been made: say so in docs/src/jax.md")
+
+
 def narrow_attention():
     """Gradients of attention of 16 bits, which devices have kernels for, and their derivatives."""
     for dtype in (jnp.bfloat16, jnp.float16):
@@ -693,6 +710,7 @@ def main() -> None:
         losses_behind_products_are_never_all_there,
         random_numbers_follow_their_key,
         derivatives_have_derivatives,
+        hessians_are_those_of_jax,
         narrow_attention,
         double_precision,
         bags_of_rows,
