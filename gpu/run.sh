@@ -185,7 +185,7 @@ if [ "$part" = ops ] || [ "$part" = all ]; then
     fi
     if python3 -c 'import jax' 2>/dev/null; then
       step "functions for JAX" env TILEWRIGHT_PACKAGE="$PWD/python" TILEWRIGHT_CACHE="$cache" XLA_PYTHON_CLIENT_PREALLOCATE=false \
-        python3 tests/python/test_jax.py cuda
+        python3 tests/python/test_jax.py cuda --jobs 8
     fi
     step "operators beside PyTorch's" env PYTHONPATH="python" TILEWRIGHT_CACHE="$cache" \
       python3 gpu/test_ops.py time --out "$records/gpu-ops.json"

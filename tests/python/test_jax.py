@@ -1,9 +1,9 @@
 """Tilewright's functions inside JAX: values and gradients beside JAX's own, under `jit` and `vmap`; wrong arguments.
 
-    python tests/python/test_jax.py [cuda] [TEST...] [I/N]
+    python tests/python/test_jax.py [cuda] [TEST...] [I/N] [--jobs N]
 
 Needs JAX (python/requirements-jax.txt). With `cuda` it runs on JAX's default device; tests by their functions' names; `1/4` takes every
-fourth of the cases (`CASES`) only.
+fourth of the cases (`CASES`) only; with `--jobs` so many processes share them.
 """
 
 import functools
@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 
@@ -324,6 +325,39 @@ def derivatives_have_derivatives():
         found = jax.jit(lambda *xs: jax.jvp(slopes(ours), xs, tuple(directions))[1])(*arrays)  # noqa: B023
         for i, (f, e) in enumerate(zip(found, exact)):
             near(f, e, jnp.float32, f"{name}, forwards over backwards {i}", 20)
+
+
+def hessians_are_those_of_jax():
+    x, w = array(3, 5), array(5)
+    for name, ours, theirs in (
+        ("rms_norm", lambda x: jnp.square(tj.rms_norm(x, w)).sum(), lambda x: jnp.square(rms_norm(x, w)).sum()),
+        ("silu", lambda x: jnp.sin(tj.silu(x)).sum(), lambda x: jnp.sin(jax.nn.silu(x)).sum()),
+    ):
+        near(jax.hessian(ours)(x), jax.hessian(theirs)(x), jnp.float32, f"hessian of {name}", 20)
+        third = lambda f: jax.grad(lambda x: jnp.sin(jax.hessian(f)(x)).sum())  # noqa: E731
+        near(third(ours)(x), third(theirs)(x), jnp.float32, f"third derivative of {name}", 50)
+    try:
+        jax.jvp(tj.silu, (x,), (x,))
+    except TypeError as error:
+        assert "custom_vjp" in str(error), error
+    else:
+        raise AssertionError("forward mode alone has been made: say so in docs/src/jax.md")
+
+
+def narrow_attention():
+    """Gradients of attention of 16 bits, which devices have kernels for, and their derivatives."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        for causal in (False, True):
+            q, k, v, dy = (array(2, heads, 64, 64, dtype=dtype) for heads in (4, 2, 2, 4))
+            slopes = lambda f, dy: lambda q, k, v: jax.vjp(f, q, k, v)[1](dy)  # noqa: E731
+            ours = slopes(lambda q, k, v: tj.attention(q, k, v, causal, 0.1), dy)  # noqa: B023
+            exact = [t.astype(jnp.float32) for t in (q, k, v)]
+            theirs = slopes(lambda q, k, v: textbook(q, k, v, 0.1, causal), dy.astype(jnp.float32))  # noqa: B023
+            for i, (f, e) in enumerate(zip(jax.jit(ours)(q, k, v), theirs(*exact))):
+                near(f, e.astype(dtype), jnp.bfloat16, f"{dtype.__name__}, causal={causal}, gradient {i}")
+            second = jax.jit(lambda *a: jax.jvp(ours, a, a)[1])(q, k, v)  # noqa: B023
+            for i, (f, e) in enumerate(zip(second, jax.jvp(theirs, tuple(exact), tuple(exact))[1])):
+                near(f, e.astype(dtype), jnp.bfloat16, f"{dtype.__name__}, causal={causal}, second derivative {i}", 2)
 
 
 def double_precision():
@@ -668,35 +702,56 @@ def training_goes_down():
         assert losses[-1] < 0.9 * losses[0], losses
 
 
+# Tests that go through the cases, and those that do not.
+OF_CASES = (
+    values_and_gradients_are_those_of_jax,
+    calls_are_batched,
+    derivatives_have_derivatives,
+    double_precision,
+)
+OTHERS = (
+    losses_are_reduced,
+    losses_behind_products,
+    losses_behind_products_are_never_all_there,
+    random_numbers_follow_their_key,
+    hessians_are_those_of_jax,
+    narrow_attention,
+    bags_of_rows,
+    optimizers_step,
+    optimizers_step_in_place,
+    optimizers_refuse,
+    batches_of_batches,
+    calls_are_recorded,
+    arrays_are_donated,
+    empty_and_extreme_arrays,
+    wrong_arguments_are_named,
+    devices_share,
+    programs_are_exported,
+    training_goes_down,
+)
+
+
+def in_processes(jobs: int, words: list[str]) -> None:
+    """Shares of the cases, and the other tests, each in a process of its own."""
+    shares = [[*(test.__name__ for test in OF_CASES), f"{i + 1}/{jobs}"] for i in range(jobs)]
+    shares.append([test.__name__ for test in OTHERS])
+    start = lambda share: subprocess.Popen([sys.executable, __file__, *words, *share], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: E731
+    running = [start(share) for share in shares]
+    for process in running:
+        print(process.communicate()[0], end="", flush=True)
+    if any(process.returncode for process in running):
+        sys.exit("test_jax: a process failed")
+
+
 def main() -> None:
-    tests = (
-        values_and_gradients_are_those_of_jax,
-        calls_are_batched,
-        losses_are_reduced,
-        losses_behind_products,
-        losses_behind_products_are_never_all_there,
-        random_numbers_follow_their_key,
-        derivatives_have_derivatives,
-        double_precision,
-        bags_of_rows,
-        optimizers_step,
-        optimizers_step_in_place,
-        optimizers_refuse,
-        batches_of_batches,
-        calls_are_recorded,
-        arrays_are_donated,
-        empty_and_extreme_arrays,
-        wrong_arguments_are_named,
-        devices_share,
-        programs_are_exported,
-        training_goes_down,
-    )
+    if "--jobs" in sys.argv:
+        return in_processes(int(sys.argv[sys.argv.index("--jobs") + 1]), [word for word in sys.argv[1:] if word == "cuda"])
     chosen = [name for name in sys.argv[1:] if name != "cuda" and "/" not in name]
     for share in (name for name in sys.argv[1:] if "/" in name):
         first, step = map(int, share.split("/"))
         for name in [name for i, name in enumerate(CASES) if i % step != first - 1]:
             del CASES[name]
-    for test in tests:
+    for test in (*OF_CASES, *OTHERS):
         if chosen and test.__name__ not in chosen:
             continue
         test()

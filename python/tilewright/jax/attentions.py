@@ -1,4 +1,4 @@
-"""Attention without stored scores. Its gradient takes some queries at a time."""
+"""Attention without stored scores. Its gradient takes some queries at a time, or is cuDNN's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .core import call, floats, in_chunks, need, same, wide
+from .core import call, computed, floats, in_chunks, need, same, wide
 
 
 def _attention(g, q, k, v, *mask, causal, scale, mapped=None):
@@ -66,7 +66,53 @@ def _product(spec, a, b):
     )
 
 
+def _by_cudnn(q, k, v, dy, causal, scale):
+    def forward(q, k, v):
+        rows_first = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
+        y = jax.nn.dot_product_attention(*rows_first, scale=scale, is_causal=causal, implementation="cudnn")
+        return jnp.swapaxes(y, 1, 2)
+
+    return jax.vjp(forward, q, k, v)[1](dy)
+
+
+def _has_cudnn(q, k, v, mask, causal) -> bool:
+    """Whether CUDA devices of this process have XLA's fused gradient for these: it is faster than products with kernels between them."""
+    even = q.shape[2] == k.shape[2] or not causal
+    fits = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    if mask or not even or not fits or q.dtype.itemsize != 2 or 0 in q.shape or jax.default_backend() != "gpu":
+        return False
+    try:
+        jax.eval_shape(functools.partial(_by_cudnn, causal=causal, scale=1.0), q, k, v, q)
+    except Exception:  # What is missing, JAX says in several types.
+        return False
+    return True
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _fused(q, k, v, dy, causal, scale):
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        dy,
+        cuda=functools.partial(_by_cudnn, causal=causal, scale=scale),
+        default=lambda *a: _in_blocks(causal, scale, (*a[:3], ()), a[3])[:3],
+    )
+
+
+@_fused.defjvp
+def _(causal, scale, primals, tangents):
+    blocks = lambda q, k, v, dy: _in_blocks(causal, scale, (q, k, v, ()), dy)[:3]  # noqa: E731
+    return _fused(*primals, causal, scale), jax.jvp(blocks, primals, tangents)[1]
+
+
 def _gradient(causal, scale, saved, dy):
+    if _has_cudnn(*saved, causal):
+        return *_fused(*saved[:3], dy, causal, scale), ()
+    return _in_blocks(causal, scale, saved, dy)
+
+
+def _in_blocks(causal, scale, saved, dy):
     q, k, v, mask = saved
     (b, h, length, d), (groups, keys) = q.shape, k.shape[1:3]
     c = wide(q.dtype)
@@ -103,13 +149,27 @@ def _gradient(causal, scale, saved, dy):
     return jnp.moveaxis(dq, 0, 2), dk.astype(k.dtype), dv.astype(v.dtype), dmask
 
 
+def _value(q, k, v, mask, causal, scale):
+    if q.dtype != jnp.float64:
+        return call(_attention, q, k, v, *mask, causal=causal, scale=scale)[0]
+    # On GPUs there is no kernel for products of doubles.
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        *mask,
+        cpu=lambda *arrays: call(_attention, *arrays, causal=causal, scale=scale)[0],
+        default=lambda *arrays: computed(_attention, *arrays, causal=causal, scale=scale)[0],
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention_of(q, k, v, mask, causal, scale):
-    return call(_attention, q, k, v, *mask, causal=causal, scale=scale)[0]
+    return _value(q, k, v, mask, causal, scale)
 
 
 def _forward(q, k, v, mask, causal, scale):
-    return call(_attention, q, k, v, *mask, causal=causal, scale=scale)[0], (q, k, v, mask)
+    return _value(q, k, v, mask, causal, scale), (q, k, v, mask)
 
 
 _attention_of.defvjp(_forward, _gradient)
@@ -121,7 +181,8 @@ def attention(q, k, v, causal: bool = False, scale: float | None = None, mask=No
 
     `mask` is added (floats) or says where attention is allowed (bool): `[batch or 1, heads or 1, queries, keys]`. With `causal`, query
     `s` sees keys up to `s + keys - queries`. Rows that see no key give 0. The gradient takes some queries at a time and never has
-    all scores; its products are XLA's.
+    all scores; its products are XLA's. For 16-bit types without a mask on CUDA devices it is XLA's fused one (cuDNN).
+    For f64 on GPUs XLA computes all of it, and stores the scores.
     """
     q, k, v = floats(q=q, k=k, v=v)
     shapes = f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}"

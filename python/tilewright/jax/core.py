@@ -207,12 +207,19 @@ def _mapped(write, precision, settings, mapped):
     return call
 
 
+def computed(write, *arrays, **settings):
+    """What the graph computes that `write` writes, by JAX's own operators; a list of results."""
+    from .twins import Twin
+
+    graph = Twin(arrays)
+    results = write(graph, *graph.arguments, **settings)
+    return graph.finish(*(results if isinstance(results, tuple) else (results,)))
+
+
 @functools.lru_cache(maxsize=4096)
 def _differentiable(write, precision, settings):
     """A call whose derivative JAX finds in what the graph computes (`twins`). First derivatives of the functions of this package are
     kernels (`jax.custom_vjp`); this is for theirs."""
-    from .twins import Twin
-
     inner = _mapped(write, precision, settings, None)
 
     @jax.custom_jvp
@@ -223,9 +230,7 @@ def _differentiable(write, precision, settings):
     @function.defjvp
     def rule(primals, tangents):
         def twin(*arrays):
-            graph = Twin(arrays)
-            results = write(graph, *graph.arguments, **dict(settings))
-            return graph.finish(*(results if isinstance(results, tuple) else (results,)))
+            return computed(write, *arrays, **dict(settings))
 
         return function(*primals), jax.jvp(twin, primals, tangents)[1]
 

@@ -102,7 +102,7 @@ ACTIVATIONS = {
     "tanh": "tanh(x)",
     "sigmoid": "sigmoid(x)",
 }
-_PLAIN = {name: Formula(text) for name, text in ACTIVATIONS.items()}
+PLAIN = {name: Formula(text) for name, text in ACTIVATIONS.items()}
 _GATED = {name: Formula(f"({text}) * y") for name, text in ACTIVATIONS.items()}
 
 
@@ -112,12 +112,12 @@ def known(activation: str | None) -> None:
 
 def silu(x):
     """`x * sigmoid(x)`. As `jax.nn.silu`."""
-    return _PLAIN["silu"](x)
+    return PLAIN["silu"](x)
 
 
 def gelu(x, approximate: bool = True):
     """GELU, by `tanh` (as `jax.nn.gelu` unless told otherwise) or exact."""
-    return _PLAIN["gelu_tanh" if approximate else "gelu"](x)
+    return PLAIN["gelu_tanh" if approximate else "gelu"](x)
 
 
 def swiglu(gate, up):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .core import call, floats, in_chunks, need, same, wide
-from .formulas import ACTIVATIONS, known, slope_of, value_of
+from .formulas import ACTIVATIONS, PLAIN, known, slope_of, value_of
 from .losses import checked_targets, losses_and_gradient, numbers_of, sums_of
 
 # ---- products ----------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def linear(x, weight, bias=None, activation: str | None = None, precision: str =
     """`activation(x @ weight + bias) + residual` as one kernel. `x`: `[..., k]`, `weight`: `[k, n]`, `bias`: `[n]`.
 
     `precision`: what products of f32 may be computed in ("f32", "tf32", "f16", "bf16"). Where a gradient is asked for, the sums before the
-    activation are stored beside the result.
+    activation are stored beside the result. A product of f64 is XLA's.
     """
     known(activation)
     need(precision in PRECISIONS, f"precision is {precision!r}; it must be one of {PRECISIONS}")
@@ -104,6 +104,12 @@ def linear(x, weight, bias=None, activation: str | None = None, precision: str =
         shape = (*x.shape[:-1], weight.shape[1])
         need(residual.shape == shape, f"residual has shape {residual.shape}; it must be {shape}, as the result")
         residual = residual.astype(x.dtype)
+    if x.dtype == jnp.float64:
+        # On GPUs there is no kernel for products of doubles.
+        z = jnp.matmul(x, weight, precision="highest")
+        z = z if bias is None else z + bias
+        value = PLAIN[activation](z) if activation else z
+        return value if residual is None else value + residual
     others = [() if t is None else (t,) for t in (bias, residual)]
     return _linear_of(*same(x, weight, *others), activation, precision)
 

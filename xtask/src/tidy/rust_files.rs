@@ -30,6 +30,7 @@ const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("crates/runtime-gpu/src/norm_backward.rs", "launches over a caller's memory: its promise is passed on"),
     ("crates/torch-abi/src/",          "PyTorch's C interface"),
     ("crates/torch-ops/src/plans.rs",  "kernels on the memory of PyTorch's tensors, whose shapes were checked"),
+    ("crates/torch-ops/src/plain.rs",  "memory that another frontend lends as slices; it promises sizes and types"),
     ("crates/torch-ops/src/written.rs", "launches of written kernels on the memory of PyTorch's tensors, which were checked"),
     ("crates/torch-ops/src/host.rs",   "the memory of PyTorch's tensors as slices, after checks; wider vectors where they are found"),
     ("crates/runtime-gpu/src/decode/device.rs", "launches over its own weights and state"),
