@@ -15,8 +15,19 @@ import multiprocessing
 import time
 import traceback
 
-from torch_models import MODELS, MORE, compiled, first, graphs, made, tilewright, torch
+import torch_models
 from torch.utils import _pytree as pytree
+from torch_models import MODELS, MORE, compiled, first, graphs, tilewright, torch
+from torch_zoo import ZOO
+
+
+def made(name):
+    """A model with seeded weights, in inference, and its arguments."""
+    if name not in ZOO:
+        return torch_models.made(name)
+    torch.manual_seed(0)
+    model, arguments = ZOO[name]()
+    return model.eval(), arguments
 
 
 def moved(tree, device):
@@ -83,7 +94,7 @@ def checked(name, device) -> dict:
 
 
 # Those that take longest come first.
-SLOW = ("swin", "convnext", "efficientnet", "resnet50", "mobilenet_large", "t5", "whisper", "mobilenet", "resnet")
+SLOW = ("shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5", "vgg11_bn", "swin", "convnext", "efficientnet", "resnet50", "mobilenet_large", "t5", "whisper", "mobilenet", "resnet")
 
 
 def guarded(task) -> dict:
@@ -119,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("models", nargs="*")
     arguments = parser.parse_args()
-    names = arguments.models or [*MODELS, *MORE]
+    names = arguments.models or [*MODELS, *MORE, *ZOO]
     names.sort(key=lambda n: SLOW.index(n) if n in SLOW else len(SLOW))
     tasks = [(name, arguments.device, arguments.share) for name in names]
     rows = []

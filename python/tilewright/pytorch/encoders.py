@@ -141,6 +141,14 @@ def embedding_bag_backward(
     return aten.embedding_dense_backward(each, indices, rows, padding_idx, False)
 
 
+def bag_weights_backward(grad, weight, indices, offsets, bag, mode, padding_idx=-1):
+    """The decomposition of `_embedding_bag_per_sample_weights_backward`: of a sum of rows times numbers."""
+    if mode != 0 or bag.shape != indices.shape or not all(isinstance(n, int) and n for n in (*grad.shape, *indices.shape)):
+        return NotImplemented
+    found = (aten.index_select(grad, 0, bag) * aten.embedding(weight, indices)).sum(1)
+    return torch.where(indices == padding_idx, 0, found) if padding_idx >= 0 else found
+
+
 def quantized(x, scale, zero_point, low, high):
     """The decomposition of `fake_quantize_per_tensor_affine_cachemask`: codes and back, and which numbers had a code."""
     codes = torch.round(x * (1.0 / scale)) + zero_point
@@ -160,6 +168,7 @@ DECOMPOSITIONS = {
     aten._embedding_bag.default: embedding_bag,
     aten._embedding_bag_forward_only.default: embedding_bag,
     aten._embedding_bag_backward.default: embedding_bag_backward,
+    aten._embedding_bag_per_sample_weights_backward.default: bag_weights_backward,
     aten.fake_quantize_per_tensor_affine_cachemask.default: quantized,
     aten.fake_quantize_per_channel_affine_cachemask.default: quantized_by_channel,
     aten._transformer_encoder_layer_fwd.default: encoder_layer,

@@ -264,6 +264,15 @@ def max_pool_backward(w, node, grad, a, kernel, stride, padding, dilation, ceil_
     return between(w, parts, sizes, strides)
 
 
+@rule(aten.adaptive_max_pool2d_backward.default)
+def adaptive_max_pool_backward(w, node, grad, a, indices):
+    known(grad, a)
+    if a.rank != 4 or any(have % want for have, want in zip(a.shape[2:], grad.shape[2:])):
+        raise Unsupported("the gradient of adaptive pooling in windows of unequal sizes")
+    kernel = [have // want for have, want in zip(a.shape[2:], grad.shape[2:])]
+    return max_pool_backward(w, node, grad, a, kernel, [], 0, 1, False, indices)
+
+
 # Elements of a window up to which its positions are ours: each is an operand.
 WINDOW_MAX = 9
 

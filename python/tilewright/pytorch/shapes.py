@@ -66,6 +66,8 @@ def first_of_slice(a: Value, axis: int, start):
         if isinstance(size, int):
             return max(0, min(start + size if start < 0 else start, size))
         return f"max(0, {text(size)} - {-start})" if start < 0 else f"min({start}, {text(size)})"
+    if isinstance(start, torch.SymInt) and bool(start.node.expr.is_negative):
+        return f"max(0, {text(size)} - ({text(-start.node.expr)}))"
     if isinstance(start, torch.SymInt) and bool(start.node.expr.is_nonnegative):
         return f"min({text(start)}, {text(size)})"
     raise Unsupported(f"a slice from {start}")

@@ -171,7 +171,12 @@ def running_extreme(w, node, a, dim):
 def pairwise_distance(w, node, a, b, p, mode=None):
     """Distances of all pairs of rows, element by element."""
     wanted = node.meta["val"]
-    forms = {0.0: ("where({a} != {b}, 1, 0)", "sum"), 1.0: ("abs({a} - {b})", "sum"), 2.0: ("({a} - {b}) * ({a} - {b})", "sum"), math.inf: ("abs({a} - {b})", "max")}
+    forms = {
+        0.0: ("where({a} != {b}, {c}, {d})", "sum"),
+        1.0: ("abs({a} - {b})", "sum"),
+        2.0: ("({a} - {b}) * ({a} - {b})", "sum"),
+        math.inf: ("abs({a} - {b})", "max"),
+    }
     if p not in forms or not a.dtype.is_floating_point:
         raise Unsupported("distances by another norm")
     if not all(isinstance(n, int) for n in (*a.shape, *b.shape)) or 0 in (*a.shape, *b.shape):
@@ -179,7 +184,7 @@ def pairwise_distance(w, node, a, b, p, mode=None):
     x = w.reshape(a, [*a.shape[:-1], 1, a.shape[-1]])
     y = w.reshape(b, [*b.shape[:-2], 1, *b.shape[-2:]])
     body, kind = forms[p]
-    each = formula(w, body, (x, y), a.dtype, a.dtype)
+    each = formula(w, body, (x, y, 1, 0), a.dtype, a.dtype)
     each = Value(each.number, a.dtype, (*wanted.shape, a.shape[-1]))
     total = w.reduce(kind, each, [wanted.dim()], False)
     return w.map("sqrt({a})", total, dtype=a.dtype) if p == 2.0 else total
