@@ -162,8 +162,8 @@ fn dropped(
             .value(elements);
         let none = ("", 0);
         let set: Set = [element(dtype)?, none, none, none];
-        let blocks = elements.cast_unsigned().div_ceil(4096);
-        launch(abi, index, (Text::Dropout, "dropout", &set), blocks, 256, &args)?;
+        let blocks = elements.cast_unsigned().div_ceil(2048);
+        launch(abi, index, (Text::Dropout, "dropout", &set), blocks, 128, &args)?;
     } else {
         let key = host::read_whole(key)?.first().copied().unwrap_or(0).cast_unsigned();
         let r = residual.as_ref();
