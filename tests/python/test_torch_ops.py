@@ -14,6 +14,7 @@ from tilewright import ops
 
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float64: 1e-11}
 PACK = torch.ops.tilewright
+GELU = ops.linears._ACTIVATIONS["gelu"].text
 
 
 def rms(x, w, eps=1e-6):
@@ -70,6 +71,21 @@ CASES = {
     "linear, gelu, residual": (
         lambda x, w, b, r: ops.linear(x, w, b, "gelu", r),
         lambda x, w, b, r: F.gelu(F.linear(x, w, b)) + r,
+        [(15, 24), (40, 24), (40,), (15, 40)],
+    ),
+    "linear, gelu, residual, in training by two kernels": (
+        lambda x, w, b, r: PACK.linear_apart(x, w, b, r, GELU)[0],
+        lambda x, w, b, r: F.gelu(F.linear(x, w, b)) + r,
+        [(15, 24), (40, 24), (40,), (15, 40)],
+    ),
+    "linear, gelu, in training by two kernels": (
+        lambda x, w: PACK.linear_apart(x, w, None, None, GELU)[0],
+        lambda x, w: F.gelu(F.linear(x, w)),
+        [(3, 5, 24), (40, 24)],
+    ),
+    "linear, residual, in training by PyTorch's product": (
+        lambda x, w, b, r: PACK.linear_apart(x, w, b, r, "")[0],
+        lambda x, w, b, r: F.linear(x, w, b) + r,
         [(15, 24), (40, 24), (40,), (15, 40)],
     ),
     "linear_cross_entropy": (
@@ -165,6 +181,8 @@ def pytorchs_own_checks_pass():
         (PACK.rotary, (q, cos, sin, False)),
         (PACK.attention, (q, q.detach(), q.detach(), None, 0.3, True)),
         (PACK.linear, (x.detach(), tensors([(5, 8)], torch.float32)[0].detach(), None, None, "x * sigmoid(x)")),
+        (PACK.linear_apart, (x.detach(), tensors([(5, 8)], torch.float32)[0].detach(), None, None, "x * sigmoid(x)")),
+        (PACK.column_sums, (y, w.detach())),
         (PACK.rms_norm_backward, (y, x.detach(), rstd, None, w.detach(), 1e-6)),
         (PACK.layer_norm_backward, (y, x.detach(), mean, rstd, y, w.detach(), b.detach(), 1e-6)),
         (PACK.softmax_backward, (y, y, False)),

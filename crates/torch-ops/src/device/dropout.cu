@@ -21,11 +21,11 @@ TW_INLINE Words philox(u64 counter, u64 key) {
   return Words{{x, y, z, w}};
 }
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
 // Packs of eight elements that a thread has under way.
 constexpr int PACKS = 2;
 // Blocks on a multiprocessor, which is what registers are given out for: loads of some hide the random numbers of others.
-constexpr int BLOCKS = sizeof(Element) == 8 ? 4 : 6;
+constexpr int BLOCKS = sizeof(Element) == 8 ? 8 : 10;
 
 struct alignas(16) Pack { Element at[8]; };
 

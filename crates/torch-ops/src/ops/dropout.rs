@@ -43,7 +43,7 @@ fn scale(p: f64) -> f64 {
 pub(crate) fn arguments([x, residual, y, key]: [u64; 4], p: f64, elements: i64) -> (Args, u64) {
     let args = Args::new().value(x).value(residual).value(y).value(key);
     let args = args.value(threshold(p)).value(scale(p)).value(elements);
-    (args, elements.cast_unsigned().div_ceil(4096))
+    (args, elements.cast_unsigned().div_ceil(2048))
 }
 
 /// Dropout with the share `p` dropped, plus `residual`.
@@ -178,7 +178,7 @@ fn dropped(
 }
 
 /// Threads of a block of `dropout.cu`.
-pub(crate) const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 128;
 
 /// Elements of a job; a multiple of four.
 const STRETCH: usize = 1 << 14;

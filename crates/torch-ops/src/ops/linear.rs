@@ -2,14 +2,13 @@
 //!
 //! For training [`Linear`] with `SUMS` stores the sums before the activation, too, which the derivative needs: from them and the
 //! gradient of the result one kernel makes the gradient of the sums, [`ColumnSums`] that of the bias, and products of PyTorch's the
-//! rest. Many sums are stored by the product, and a second kernel reads them for the activation: an end of a product that stores two
-//! results takes longer (4096^3 in bf16 on an H200: 239 us; product and map 227).
+//! rest.
 
 use crate::ops::elementwise::{function, number_of};
 use crate::plans::{Key, run};
 use crate::tensors::{Rows, float, plain, same_device, vector, wide};
 use tilewright_base::{DType, Error, Result};
-use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
+use tilewright_torch_abi::{Abi, Arg, Operator, Tensor, Value};
 
 #[derive(Clone, Copy)]
 struct Form<'a> {
@@ -62,22 +61,6 @@ impl Form<'_> {
         Ok(text + &format!("  return \"y\": %y{sums}\n}}\n"))
     }
 
-    /// What follows stored sums: the activation and the residual.
-    fn activation(&self) -> Result<String> {
-        let (t, c) = (self.dtype, wide(self.dtype));
-        let mut text = format!("graph @activation(E in 1..) {{\n  %s \"s\": {t}[E] = input\n");
-        if self.residual {
-            text += &format!("  %r \"residual\": {t}[E] = input\n");
-        }
-        text += &format!("  %f = map {{ a -> {c}(a) }} %s\n");
-        text += &format!("  %sa = map {} %f\n", function(self.formula, c)?);
-        text += &match self.residual {
-            true => format!("  %y = map {{ a, r -> {t}(a + {c}(r)) }} %sa, %r\n"),
-            false => format!("  %y = map {{ a -> {t}(a) }} %sa\n"),
-        };
-        Ok(text + "  return \"y\": %y\n}\n")
-    }
-
     /// Runs the product on `x`, `weight`, and of the others those that are there.
     fn run(&self, rows: i64, operands: &[Option<&Tensor>], outputs: &[&Tensor]) -> Result<()> {
         let key =
@@ -88,9 +71,6 @@ impl Form<'_> {
         run(key, &[rows], &inputs, outputs, || self.text())
     }
 }
-
-/// Results from which sums and activation are two kernels: below, a launch costs more.
-const MANY: i64 = 1 << 21;
 
 /// `activation(x weight^T + bias) + residual` for `x [..., K]` and `weight [N, K]`.
 /// With `SUMS` the sums before the activation are a second result (of no elements without an activation).
@@ -168,24 +148,8 @@ impl<const SUMS: bool> Operator for Linear<SUMS> {
             };
             let operands = [Some(&x), Some(&weight), bias.as_ref(), residual.as_ref()];
             let kept = sums.as_ref().filter(|_| with_sums);
-            let apart = matches!(x.device(), Device::Cuda(_)) && y.elements() >= MANY;
-            match kept.filter(|_| apart) {
-                Some(kept) => {
-                    let product = Form { residual: false, sums: false, formula: "", ..form };
-                    product.run(rows.rows, &operands[..3], &[kept])?;
-                    let inputs: Vec<&Tensor> =
-                        [Some(kept), residual.as_ref()].into_iter().flatten().collect();
-                    let key = Key::new("activation")
-                        .dtype(dtype)
-                        .with(given.into())
-                        .with(number_of(formula));
-                    run(key, &[y.elements()], &inputs, &[&y], || form.activation())?;
-                }
-                None => {
-                    let outputs: Vec<&Tensor> = std::iter::once(&y).chain(kept).collect();
-                    form.run(rows.rows, &operands, &outputs)?;
-                }
-            }
+            let outputs: Vec<&Tensor> = std::iter::once(&y).chain(kept).collect();
+            form.run(rows.rows, &operands, &outputs)?;
         }
         Ok(std::iter::once(y).chain(sums).map(Value::Tensor).collect())
     }
@@ -255,8 +219,6 @@ pub(crate) fn samples() -> Vec<(String, String)> {
         [("linear", plain), ("linear with everything", rich), ("linear with its sums", kept)];
     let mut texts =
         forms.map(|(name, form)| (name.to_string(), form.text().expect("a text"))).to_vec();
-    let activation = rich.activation().expect("a text");
-    texts.push(("linear's activation".to_string(), activation));
     texts.push(("linear's bias".to_string(), column_sums(DType::BF16, 40, DType::BF16)));
     texts
 }
