@@ -90,6 +90,8 @@ def gradient_norm(grads: list[torch.Tensor], max_norm: float = math.inf) -> tupl
 
     A norm that is not finite gives a factor that is 0 or NaN. Each sum has one order.
     """
+    if isinstance(grads, torch.Tensor):
+        raise TypeError("gradient_norm takes a list of tensors, and not a tensor")
     if not grads:
         raise ValueError("the norm of no gradients")
     lists: dict[tuple, list[torch.Tensor]] = {}
@@ -124,13 +126,13 @@ class _Fused(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         betas = group["betas"]
-        if not all(0.0 <= float(b) < 1.0 for b in betas):
-            raise ValueError(f"betas are {betas}; they must be in 0..1")
+        if len(betas) != 2 or not all(0.0 <= float(b) < 1.0 for b in betas):
+            raise ValueError(f"betas are {betas}; they must be two numbers in 0..1")
+        if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {list(group['lr'].shape)}; it must have one element")
         for name in ("lr", "eps", "weight_decay"):
             if name in group and not float(group[name]) >= 0.0:
                 raise ValueError(f"{name} is {group[name]}; it must be at least 0")
-        if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() != 1:
-            raise ValueError("lr as a tensor must have one element")
         if group.get("differentiable"):
             raise NotImplementedError("differentiable steps are not there; use torch.optim.AdamW")
         for p in group["params"]:

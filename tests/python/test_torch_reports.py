@@ -136,12 +136,40 @@ def verify_names_the_group_and_checks_training():
 
     groups_of.Group.__call__ = wrong
     try:
-        torch._dynamo.reset()
         found = tilewright.verify(model, x, gradients=True)
     finally:
         groups_of.Group.__call__ = run
     assert not found and found.responsible.name == "backward_0", str(found)
     assert "responsible: backward_0" in str(found)
+    # What the type cannot hold, eager does not hold either.
+    assert tilewright.verify(Overflows(), x)
+    found = tilewright.verify(Draws(), x)
+    assert not found and "draws random numbers" in str(found), str(found)
+
+
+class Overflows(torch.nn.Module):
+    def forward(self, x):
+        return torch.exp(x * 1e3)
+
+
+class Draws(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, True)
+
+
+def reports_leave_the_model_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).train()
+    x, before = torch.randn(4, 8), {n: b.clone() for n, b in model.named_buffers()}
+    tilewright.explain(model, x, gradients=True)
+    tilewright.verify(model, x, gradients=True)
+    assert all(torch.equal(before[n], b) for n, b in model.named_buffers())
+    assert all(p.grad is None for p in model.parameters()) and model.training
+    try:
+        tilewright.explain(model, x, runs=0)
+    except ValueError as error:
+        assert "runs is 0" in str(error)
+    else:
+        raise AssertionError("no runs were explained")
 
 
 if __name__ == "__main__":
@@ -154,5 +182,6 @@ if __name__ == "__main__":
             training_steps_are_explained,
             what_cannot_be_checked_is_refused,
             verify_names_the_group_and_checks_training,
+            reports_leave_the_model_as_it_was,
         )
     )

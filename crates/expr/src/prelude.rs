@@ -51,7 +51,7 @@ softsign(x) = x / (1 + abs(x));
 mish(x) = x * tanh(softplus(x));
 hardtanh(x) = where(x <= -1, -1, where(x >= 1, 1, x));
 hardsigmoid(x) = where(x <= -3, 0, where(x >= 3, 1, x / 6 + 0.5));
-hardswish(x) = x * clamp(x / 6 + 0.5, 0, 1);
+hardswish(x) = x * hardsigmoid(x);
 tanhshrink(x) = x - tanh(x);
 softshrink(x, l) = where(x > l, x - l, where(x < -l, x + l, 0));
 hardshrink(x, l) = where(x > l || x < -l, x, 0);

@@ -509,7 +509,8 @@ mod tests {
 
     #[test]
     fn cuda_is_one_statement_per_operation() {
-        let f = Func::parse("{ x, b -> max(x + b, 0) * 0.5 }", &[DType::BF16, DType::BF16]).unwrap();
+        let f =
+            Func::parse("{ x, b -> max(x + b, 0) * 0.5 }", &[DType::BF16, DType::BF16]).unwrap();
         assert_eq!(
             f.to_cuda("epilogue"),
             "\

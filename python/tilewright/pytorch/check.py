@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import torch
 from torch import fx
@@ -38,6 +39,8 @@ class Verification:
     outputs: list[OutputCheck]
     # The groups, as they ran in this check, in order: each on its own inputs, beside PyTorch's operators on the same ones.
     groups: list[OutputCheck] = dataclasses.field(default_factory=list)
+    # Whether the model drew random numbers: no two of the runs are then alike, unless it draws PyTorch's.
+    draws: bool = False
 
     @property
     def responsible(self) -> OutputCheck | None:
@@ -55,6 +58,8 @@ class Verification:
             lines.append(f"{o.name:<32} {o.dtype:<10} {o.eager_error:>10.2e} {o.error:>10.2e} {o.ratio:>10.3f}{verdict}")
         if (group := self.responsible) is not None:
             lines.append(f"responsible: {group.name}, {group.ratio:.3f} of its budget on its own inputs")
+        elif not self and self.draws:
+            lines.append("the model draws random numbers, other ones in each of the runs: options={'eager_random': True} draws PyTorch's")
         elif not self:
             lines.append("each group is inside its budget on its own inputs: roundings add up, or an operator of PyTorch's differs")
         return "\n".join(lines)
@@ -71,7 +76,7 @@ def verify(model, inputs, named, options, gradients: bool = False) -> Verificati
             "call model.eval(), or set its p to 0"
         )
     state, on_gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    runs, groups = [], []
+    runs, groups, draws = [], [], False
 
     def observe(graph: backend.Compiled) -> None:
         def watched(args):
@@ -82,6 +87,8 @@ def verify(model, inputs, named, options, gradients: bool = False) -> Verificati
         watched._boxed_call = True
         graph.run = watched
 
+    # What was compiled before has nobody who watches its groups.
+    torch._dynamo.reset()
     ours = copy.deepcopy(model)
     compiled = torch.compile(ours, backend=backend.tilewright_backend, options=options)
     eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
@@ -100,7 +107,10 @@ def verify(model, inputs, named, options, gradients: bool = False) -> Verificati
         finally:
             if run is compiled:
                 backend.OBSERVERS.remove(observe)
-    return Verification([_compare(*item) for item in zip(*(r.items() for r in runs))], groups)
+                torch._dynamo.reset()
+        draws = draws or (run is eager and not torch.equal(torch.get_rng_state(), state))
+    drawn = draws and not (options or {}).get("eager_random")
+    return Verification([_compare(*item) for item in zip(*(r.items() for r in runs))], groups, drawn)
 
 
 def _results(module, run, arguments, gradients: bool) -> dict[str, torch.Tensor]:
@@ -157,7 +167,12 @@ def _compare(eager, ours, exact) -> OutputCheck:
         return OutputCheck(name, str(dtype), 0.0, float(not same), 0.0 if same else float("inf"))
     reference = exact[1].double()
     errors = [relative_error(t[1], reference) for t in (eager, ours)]
-    budget = max(FACTOR * errors[0], FLOOR * torch.finfo(dtype).eps)
+    least = FLOOR * torch.finfo(dtype).eps
+    if errors == [math.inf, math.inf]:
+        # The type cannot hold these numbers, so ours must be eager's.
+        budget, errors[1] = least, relative_error(ours[1], eager[1].double())
+    else:
+        budget = max(FACTOR * errors[0], least)
     return OutputCheck(name, str(dtype), *errors, errors[1] / budget)
 
 

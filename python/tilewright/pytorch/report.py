@@ -44,6 +44,13 @@ class Step:
         """The time that the ceiling allows, of the time taken; above 1 where data stayed in a cache."""
         return self.least / self.seconds if self.seconds else 0.0
 
+    @property
+    def reached(self) -> str:
+        """The fraction in words."""
+        if self.roof == "launch" and self.fraction >= 1:
+            return "below a launch"
+        return f"{100 * self.fraction:.0f} % of {self.roof}"
+
 
 @dataclasses.dataclass
 class GroupReport:
@@ -95,7 +102,7 @@ class Explanation:
             for step in g.steps:
                 lines.append(
                     f"  {step.anchor:<10} {step.label:<40.40} {step.seconds * 1e6:>8.0f}us {self._share(step.seconds):>6}"
-                    f"  {100 * step.fraction:>4.0f} % of {step.roof}"
+                    f"  {step.reached:>17}"
                 )
         return "\n".join(lines)
 
@@ -163,7 +170,7 @@ def _body(e: Explanation) -> str:
         rows = [
             [
                 html.escape(s.anchor), html.escape(s.label), f"{s.seconds * 1e6:.1f} us", share(s.seconds),
-                f"{100 * s.fraction:.0f} % of {s.roof}", html.escape(", ".join(s.nodes)),
+                s.reached, html.escape(", ".join(s.nodes)),
             ]
             for s in g.steps
         ]  # fmt: skip
@@ -231,7 +238,11 @@ def explain(model, inputs, named, options, runs: int, gradients: bool = False) -
     """See `tilewright.explain`."""
     if not callable(model):
         raise TypeError(f"explain takes a module or a function, not {type(model).__name__}")
+    if runs < 1:
+        raise ValueError(f"runs is {runs}; it must be at least 1")
     seen: list[backend.Compiled] = []
+    # Statistics of norms change with each run of a model in training: they are put back.
+    buffers = [(b, b.clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
     samples: dict[int, list[_Profile]] = {}
 
     def observe(compiled: backend.Compiled) -> None:
@@ -255,7 +266,7 @@ def explain(model, inputs, named, options, runs: int, gradients: bool = False) -
     backend.OBSERVERS.append(observe)
     try:
         compiled = torch.compile(model, backend=backend.tilewright_backend, options=options)
-        for _ in range(max(runs, 1) + 1):
+        for _ in range(runs + 1):
             results = compiled(*inputs, **named)
             if gradients:
                 _backward(model, (inputs, named), results)
@@ -263,6 +274,10 @@ def explain(model, inputs, named, options, runs: int, gradients: bool = False) -
     finally:
         backend.OBSERVERS.remove(observe)
         torch._dynamo.reset()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
     groups, fallbacks, total = [], {}, 0.0
     for number, graph in enumerate(seen):
         profiles = samples[number][1:] or samples[number]

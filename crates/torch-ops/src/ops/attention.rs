@@ -115,7 +115,8 @@ impl Operator for Attention {
             form = Some((dtype, m.sizes()[0] != 1 || b == 1, m.sizes()[1] != 1));
         }
         if t == 0 || d == 0 {
-            let what = if t == 0 { "attention to no keys" } else { "queries and keys of no numbers" };
+            let what =
+                if t == 0 { "attention to no keys" } else { "queries and keys of no numbers" };
             return Err(Error::unsupported(what));
         }
         let (q, k, v) = (plain(q)?, plain(k)?, plain(v)?);
