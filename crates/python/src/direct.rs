@@ -6,7 +6,7 @@
 //! operator's `torch.autograd.Function` is called.
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyCapsule, PyFloat, PyInt, PyString, PyTuple, PyType};
+use pyo3::types::{PyBool, PyCapsule, PyDict, PyFloat, PyInt, PyString, PyTuple, PyType};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 use tilewright_torch_ops::abi::{Abi, Arg, Interop, State, Tensor, Value};
@@ -19,6 +19,8 @@ struct Ways {
     plain: [Py<PyType>; 2],
     /// `Tensor.is_neg`: whether the numbers in memory are the negative ones.
     is_negative: Py<PyAny>,
+    /// The names of `torch.autograd.forward_ad`: its level says whether forward derivatives are being taken.
+    forward: Py<PyDict>,
     /// States of the dispatcher that change nothing for the pack.
     states: OnceLock<Vec<State>>,
 }
@@ -27,13 +29,14 @@ static WAYS: OnceLock<Ways> = OnceLock::new();
 /// Most arguments of an operator that is called so.
 const MOST: usize = 10;
 
-/// Prepares direct calls: the capsule `Tensor.__dlpack_c_exchange_api__`, the types of plain tensors, and `Tensor.is_neg`. Whether they
-/// can be made; none is before [`direct_allow`].
+/// Prepares direct calls: the capsule `Tensor.__dlpack_c_exchange_api__`, the types of plain tensors, `Tensor.is_neg`, and the names of
+/// `torch.autograd.forward_ad`. Whether they can be made; none is before [`direct_allow`].
 #[pyfunction]
 fn direct_open(
     capsule: &Bound<'_, PyCapsule>,
     plain: [Py<PyType>; 2],
     is_negative: Py<PyAny>,
+    forward: Py<PyDict>,
 ) -> PyResult<bool> {
     let Ok(abi) = Abi::open() else { return Ok(false) };
     let Ok(table) = capsule.pointer_checked(Some(c"dlpack_exchange_api")) else {
@@ -44,7 +47,7 @@ fn direct_open(
         return Ok(false);
     };
     let states = OnceLock::new();
-    Ok(WAYS.set(Ways { interop, plain, is_negative, states }).is_ok())
+    Ok(WAYS.set(Ways { interop, plain, is_negative, forward, states }).is_ok())
 }
 
 /// The state of the dispatcher in this thread; `None` where somebody stands before it, or nobody can know.
@@ -138,6 +141,11 @@ impl Direct {
         }
         let Some(state) = ways.interop.state() else { return Ok(None) };
         if !ways.states.get().is_some_and(|known| known.contains(&state)) {
+            return Ok(None);
+        }
+        // A tensor with a tangent is a plain one, and the tangent would be lost.
+        let level = ways.forward.bind(py).get_item(pyo3::intern!(py, "_current_level"))?;
+        if !level.is_some_and(|level| level.extract::<i64>().is_ok_and(|level| level < 0)) {
             return Ok(None);
         }
         let given = &given[..count];

@@ -153,7 +153,10 @@ impl Work {
                         args: Args::new().bytes(&table.bytes),
                     })
                 };
-                optimizers::tables(entries, &head, optimizers::PIECE)?.into_iter().map(launch).collect()
+                optimizers::tables(entries, &head, optimizers::PIECE)?
+                    .into_iter()
+                    .map(launch)
+                    .collect()
             }
             Work::Dropout { dtype, share, places, elements } => {
                 let set = [element(*dtype)?, none, none, none];

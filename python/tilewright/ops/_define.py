@@ -34,7 +34,9 @@ def _open_direct() -> None:
     it none does.
     """
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None or not _native.direct_open(capsule, [torch.Tensor, torch.nn.Parameter], torch.Tensor.is_neg):
+    if capsule is None or not _native.direct_open(
+        capsule, [torch.Tensor, torch.nn.Parameter], torch.Tensor.is_neg, vars(_forward)
+    ):
         return
     with torch._C._DisableTorchDispatch():
         matters = _native.direct_state()
