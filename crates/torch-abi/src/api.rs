@@ -114,7 +114,7 @@ functions! {
 ///
 /// # Safety
 /// `T` is the type of the function of this name.
-unsafe fn symbol<T>(libraries: &[Library], name: &str) -> Option<Symbol<T>> {
+pub(crate) unsafe fn symbol<T>(libraries: &[Library], name: &str) -> Option<Symbol<T>> {
     // SAFETY: the caller's promise.
     libraries.iter().find_map(|library| unsafe { library.get::<T>(name.as_bytes()) }.ok())
 }

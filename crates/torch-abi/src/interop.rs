@@ -6,7 +6,7 @@
 //! in two words of this thread and two functions ([`Interop::state`]). These are not parts of the stable interface, so each is
 //! looked for, and where one is missing there is no `Interop`: everything then goes through the dispatcher, with the same results.
 
-use crate::api::{Abi, Device, TensorHandle};
+use crate::api::{Abi, Device, TensorHandle, symbol};
 use crate::tensor::{Axes, Tensor};
 use libloading::os::unix::Library;
 use std::cell::Cell;
@@ -30,6 +30,9 @@ struct DlTensor {
     byte_offset: u64,
 }
 
+type StableWrap = unsafe extern "C" fn(TensorHandle, *mut c_void, *mut *mut c_void) -> i32;
+type PlainWrap = unsafe extern "C" fn(TensorHandle) -> *mut c_void;
+type Asked = unsafe extern "C" fn() -> bool;
 type ViewOf = unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> i32;
 
 /// DLPack's `DLPackExchangeAPI`.
@@ -53,9 +56,9 @@ const CUDA: i32 = 2;
 #[derive(Clone, Copy)]
 enum Wrap {
     /// `torch_tensor_to_pyobject`
-    Stable(unsafe extern "C" fn(TensorHandle, *mut c_void, *mut *mut c_void) -> i32),
+    Stable(StableWrap),
     /// `THPVariable_Wrap(const at::TensorBase&)`: a handle is the address of an `at::Tensor`.
-    Plain(unsafe extern "C" fn(TensorHandle) -> *mut c_void),
+    Plain(PlainWrap),
 }
 
 /// The words of the dispatcher: which keys are forced, and which left out, beside those that always are.
@@ -67,9 +70,9 @@ pub struct Interop {
     view: ViewOf,
     wrap: Wrap,
     /// Whether a mode stands before all functions of `torch`.
-    function_modes: unsafe extern "C" fn() -> bool,
+    function_modes: Asked,
     /// Whether somebody records calls: a profiler.
-    recorded: unsafe extern "C" fn() -> bool,
+    recorded: Asked,
 }
 
 thread_local! {
@@ -100,23 +103,17 @@ impl Interop {
         };
         let libraries = abi.libraries();
         // SAFETY: what each of these functions takes and gives in all versions so far; C++ passes these as C does.
-        let (wrap, function_modes, recorded) = unsafe {
-            let find = |name: &[u8]| {
-                libraries
-                    .iter()
-                    .find_map(|l| l.get::<*const c_void>(name).ok())
-                    .map(|s| s.into_raw())
-            };
-            let wrap = match find(b"torch_tensor_to_pyobject") {
-                Some(stable) => Wrap::Stable(std::mem::transmute(stable)),
-                None => {
-                    let plain = find(b"_Z16THPVariable_WrapRKN2at10TensorBaseE")?;
-                    Wrap::Plain(std::mem::transmute(plain))
-                }
-            };
-            let modes = find(b"_ZN2at4impl27torch_function_mode_enabledEv")?;
-            let recorded = find(b"_ZN2at12hasCallbacksEv")?;
-            (wrap, std::mem::transmute(modes), std::mem::transmute(recorded))
+        let (stable, plain, function_modes, recorded) = unsafe {
+            (
+                symbol::<StableWrap>(libraries, "torch_tensor_to_pyobject"),
+                symbol::<PlainWrap>(libraries, "_Z16THPVariable_WrapRKN2at10TensorBaseE"),
+                *symbol::<Asked>(libraries, "_ZN2at4impl27torch_function_mode_enabledEv")?,
+                *symbol::<Asked>(libraries, "_ZN2at12hasCallbacksEv")?,
+            )
+        };
+        let wrap = match (stable, plain) {
+            (Some(stable), _) => Wrap::Stable(*stable),
+            (None, plain) => Wrap::Plain(*plain?),
         };
         if state_of_this_thread(libraries).is_null() {
             return None;

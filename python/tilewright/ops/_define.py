@@ -311,7 +311,7 @@ def pair(
         return Pair(name, kept, None, _nobody, triton_form(packet.default, setup_context, backward), composed)
     # Without gradients a kernel that leaves results out, where there is one.
     plain = direct(name + ".inference", kept, alike) or direct(name, kept, alike)
-    apply = with_derivative(raw._op, direct(name).call, save, backward)
+    apply = with_derivative(raw._op, direct(name).call, save, gradient if twice else backward)
     plain.differentiated(apply)
     return Pair(name, kept, apply, plain.call, triton_form(packet.default, setup_context, backward), composed)
 
