@@ -7,7 +7,8 @@ NATIVE = [
     "add", "floor_divide", "remainder", "round_decimals_3", "fmax", "hypot", "bitwise_left_shift", "isfinite", "lgamma", "erfinv",
     "special_bessel_y0", "special_i1e", "as_strided", "diagonal", "unfold", "index_add", "scatter_reduce_amax", "msort", "cumprod",
     "amax", "argmin", "addbmm", "softmax", "nn_functional_layer_norm", "nn_functional_gelu", "nn_functional_avg_pool2d",
-    "nn_functional_adaptive_avg_pool2d", "nn_functional_conv2d", "nn_functional_conv_transpose1d",
+    "nn_functional_adaptive_avg_pool2d", "nn_functional_conv2d", "nn_functional_conv_transpose1d", "diagonal_scatter", "as_strided_scatter",
+    "masked_scatter", "signbit", "index_put", "nn_functional_instance_norm", "_upsample_bilinear2d_aa",
 ]  # fmt: skip
 # Right, and PyTorch's: no rule, complex numbers, decompositions of matrices.
 LEFT = ["logcumsumexp", "fft_fft", "linalg_qr"]

@@ -6,7 +6,7 @@ with `None` for results that nobody uses. What a rule cannot say it refuses with
 runs in PyTorch. The type of each result is checked against what PyTorch says it is.
 
 To add an operator: a rule in `elementwise.py`, `shapes.py`, `sums.py`, `layers.py`,
-`pools.py`, `scattering.py` or `attentions.py`.
+`pools.py`, `resampling.py`, `scattering.py`, `searching.py` or `attentions.py`.
 """
 
 from __future__ import annotations
