@@ -206,8 +206,7 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
         first.push(Stmt::GridWait);
         work.splice(0..0, first);
     } else if dependent {
-        // As soon as all blocks have begun: those of the next kernel take their places as they end, and wait there.
-        body.extend([Stmt::GridRelease, Stmt::GridWait]);
+        body.push(Stmt::GridWait);
     }
     if schedule.persistent {
         let (lo, step) = (Dim::sym(CLUSTER), Dim::sym(CLUSTERS));
@@ -215,6 +214,9 @@ pub(crate) fn lower(written: &Kernel, kernel: &Kernel, schedule: &GpuSchedule) -
     } else {
         body.push(Stmt::Let { name: "item".into(), value: Dim::sym(CLUSTER) });
         body.extend(work);
+    }
+    if dependent && !ahead {
+        body.push(Stmt::GridRelease);
     }
     Ok(Program {
         name: kernel.name.clone(),

@@ -198,8 +198,8 @@ impl GpuSchedule {
 }
 
 impl GpuSchedule {
-    /// The same for a kernel behind others of one stream: its blocks start as those of the kernel before it run out, and wait
-    /// for its end, where the architecture has such launches.
+    /// The same for a kernel behind others of one stream: it starts beside the tail of the one before and waits for its end, where
+    /// the architecture has such launches.
     pub fn behind_others(mut self) -> GpuSchedule {
         self.dependent = self.arch >= Arch::Sm90a;
         self
