@@ -204,9 +204,17 @@ _add_layer_norm = pair(
 
 
 @overload
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: None = None, impl: str = "cuda") -> torch.Tensor: ...
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: None = None, impl: str = "cuda"
+) -> torch.Tensor: ...
+
+
 @overload
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, residual: torch.Tensor, impl: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]: ...
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, residual: torch.Tensor, impl: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: torch.Tensor | None = None, impl: str = "cuda"
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -222,9 +230,17 @@ def rms_norm(
 
 
 @overload
-def layer_norm(x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, residual: None = None, impl: str = "cuda") -> torch.Tensor: ...
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, residual: None = None, impl: str = "cuda"
+) -> torch.Tensor: ...
+
+
 @overload
-def layer_norm(x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, *, residual: torch.Tensor, impl: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]: ...
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, *, residual: torch.Tensor, impl: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, residual: torch.Tensor | None = None, impl: str = "cuda"
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
