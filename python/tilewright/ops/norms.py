@@ -210,9 +210,17 @@ _layer_now, _add_layer_now = _layer_norm.now, _add_layer_norm.now
 
 
 @overload
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: None = None, impl: str = "cuda") -> torch.Tensor: ...
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: None = None, impl: str = "cuda"
+) -> torch.Tensor: ...
+
+
 @overload
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, residual: torch.Tensor, impl: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]: ...
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, *, residual: torch.Tensor, impl: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, residual: torch.Tensor | None = None, impl: str = "cuda"
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -232,9 +240,17 @@ def rms_norm(
 
 
 @overload
-def layer_norm(x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, residual: None = None, impl: str = "cuda") -> torch.Tensor: ...
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, residual: None = None, impl: str = "cuda"
+) -> torch.Tensor: ...
+
+
 @overload
-def layer_norm(x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, *, residual: torch.Tensor, impl: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]: ...
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, *, residual: torch.Tensor, impl: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5, residual: torch.Tensor | None = None, impl: str = "cuda"
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
