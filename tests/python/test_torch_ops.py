@@ -415,6 +415,28 @@ def outcome(model, inputs):
     return value.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def attention_has_caps_and_sinks():
+    from tilewright import patching
+
+    patching.register_attention()
+    for model, inputs in small_models():
+        name = type(model).__name__
+        if name not in ("Gemma2ForCausalLM", "GptOssForCausalLM"):
+            continue
+        if name.startswith("Gemma2"):
+            # So small that all scores feel it.
+            for layer in model.model.layers:
+                layer.self_attn.attn_logit_softcapping = 0.01
+        for mask in (inputs["attention_mask"], inputs["attention_mask"].flip(-1), None):
+            model.set_attn_implementation("eager")
+            want, want_grads = outcome(model, inputs | {"attention_mask": mask})
+            model.set_attn_implementation("tilewright")
+            got, grads = outcome(model, inputs | {"attention_mask": mask})
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            for a, b in zip(grads, want_grads, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def patched_models_give_the_same():
     for model, inputs in small_models():
         name = type(model).__name__
@@ -504,6 +526,7 @@ if __name__ == "__main__":
             they_compile_export_and_cast,
             views_empty_tensors_and_special_numbers_are_right,
             bad_input_is_refused_in_words,
+            attention_has_caps_and_sinks,
             patched_models_give_the_same,
         ]
     )

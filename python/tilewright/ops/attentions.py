@@ -225,11 +225,33 @@ def attention(
     return _attention(q, k, v, mask, scale, causal)
 
 
+def _in_full(module, query, key, value, mask, dropout, scaling, is_causal, cap, sinks):
+    """Attention whose scores are capped, or whose rows share their weights with a sink for each head: all scores at once, by PyTorch's operators."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])[None, None]
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        if mask.dtype == torch.bool:
+            # Added, as models do themselves: rows that see nothing have the same weights and gradients.
+            mask = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    weights = torch.softmax(scores, -1, dtype=wide(scores.dtype)).to(query.dtype)
+    weights = F.dropout(weights[..., : key.shape[2]], dropout, getattr(module, "training", False))
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
 def transformers_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """The attention function that `attn_implementation="tilewright"` names."""
-    for name, what in (("softcap", "caps of scores"), ("s_aux", "attention sinks")):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation='tilewright' has no {what} ({name}); use 'eager' for {type(module).__name__}")
+    cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if cap is not None or sinks is not None:
+        return _in_full(module, query, key, value, attention_mask, dropout, scaling, is_causal, cap, sinks), None
     if dropout or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
