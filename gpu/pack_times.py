@@ -6,7 +6,8 @@
 Each case is timed forward (without gradients), and forward and backward together, as medians of replayed CUDA graphs that alternate
 between the candidates and run over two copies of the tensors, which are far larger than the second-level cache. Liger-Kernel's losses wait
 for the device in each call and cannot be recorded: they are called. The cases are prepared in
---jobs processes at once and timed one after the other. `--warm` compiles everything and times nothing (Inductor keeps its kernels below
+--jobs processes at once and timed one after the other, so all of them are in memory together: seven processes with all cases do not fit 140 GB, parts of
+the list (`--only`) do. `--warm` compiles everything and times nothing (Inductor keeps its kernels below
 TORCHINDUCTOR_CACHE_DIR). One line per case: how many times as fast as the best of the others we are, forward what part of a copy's bytes per second we
 reach (what must be read and written counts), and microseconds. `--table` prints them as the page of the operators has them.
 """
