@@ -1,4 +1,4 @@
-"""The Python code of the book's pages about PyTorch, as it stands there: each page's blocks run in order, in one namespace.
+"""The Python code of the README and of the book's pages about PyTorch, as it stands there: each page's blocks run in order, in one namespace.
 
 Lines that name what this machine lacks (a GPU, Triton) are left out; what they say is tested elsewhere. A page's blocks may use the
 names of `given`.
@@ -64,7 +64,7 @@ def page(name: str, least: int):
                 logging.getLogger("tilewright").handlers = handlers
                 torch.compiler.reset()
 
-    blocks_run.__name__ = f"blocks_of_{name.removesuffix('.md')}"
+    blocks_run.__name__ = f"blocks_of_{pathlib.Path(name).stem}"
     return blocks_run
 
 
@@ -94,4 +94,4 @@ def check(name: str, names: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_all([page("pytorch.md", 1), page("operators.md", 2), page("guardrails.md", 4), page("troubleshooting.md", 2)])
+    run_all([page("../../README.md", 1), page("quick-start.md", 1), page("pytorch.md", 1), page("operators.md", 2), page("guardrails.md", 4), page("troubleshooting.md", 2)])
