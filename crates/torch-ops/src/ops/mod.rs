@@ -76,7 +76,8 @@ macro_rules! for_each_operator {
             $crate::ops::GradientNorm,
             $crate::ops::Dropout,
             $crate::ops::DropoutDrawn,
-            $crate::ops::EmbeddingBag,
+            $crate::ops::EmbeddingBag<true>,
+            $crate::ops::EmbeddingBag<false>,
             $crate::ops::EmbeddingBagBackward,
             $crate::ops::EmbeddingBagWeightsBackward,
         }
