@@ -242,6 +242,79 @@ def values(report, shapes, dtypes, impl="cuda"):
                 report.case(f"{mark}{name} {m}x{n} {str(dtype)[6:]}", run)
 
 
+def totals(report):
+    """Sums and means of cross-entropy: rows of one block and of many, rows that do not count, nothing at all, graphs, compiled."""
+
+    def given(rows, columns, dtype, ignored):
+        t = torch.randint(0, columns, (rows,), device=DEVICE, generator=torch.Generator(device=DEVICE).manual_seed(rows))
+        t[1::3] = ignored
+        return made(rows, columns, dtype=dtype).requires_grad_(), t
+
+    def agree(x, t, dtype, ignored, reduction):
+        with torch.no_grad():
+            alone = ops.cross_entropy(x, t, ignored, reduction=reduction)
+        mine = ops.cross_entropy(x, t, ignored, reduction=reduction)
+        assert torch.equal(mine, alone) and mine.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        exact = x.detach().double().requires_grad_()
+        theirs = F.cross_entropy(exact, t, ignore_index=ignored, reduction=reduction)
+        (a,), (b,) = torch.autograd.grad(mine, x), torch.autograd.grad(theirs, exact)
+        found = max(error(mine, theirs), error(a, b))
+        assert found < TOLERANCE[dtype] * 4, found
+        again = ops.cross_entropy(x, t, ignored, reduction=reduction)
+        assert torch.equal(again, mine) and torch.equal(torch.autograd.grad(again, x)[0], a)
+        return f"{found:.1e}"
+
+    for rows in (5, 4099, 40000, 900_001):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) if rows < 1 << 19 else (torch.bfloat16,):
+            for ignored in (-100, 3):
+                for reduction in ("mean", "sum"):
+                    name = f"cross_entropy {reduction} {rows}x8 {str(dtype)[6:]}, {ignored} ignored"
+                    report.case(name, lambda: agree(*given(rows, 8, dtype, ignored), dtype, ignored, reduction))
+
+    def nothing():
+        x = made(6, 8).requires_grad_()
+        hidden = torch.full((6,), -100, device=DEVICE)
+        for rows in (6, 0):
+            mean, total = (ops.cross_entropy(x[:rows], hidden[:rows], reduction=r) for r in ("mean", "sum"))
+            assert mean.isnan() and total == 0
+            for loss in (mean, total):
+                assert (torch.autograd.grad(loss, x)[0] == 0).all()
+        return "no number, and no gradient"
+
+    report.case("cross_entropy of rows that do not count", nothing)
+
+    def graphed():
+        x, t = given(50, 64, torch.float32, -100)
+        ops.cross_entropy(x, t).backward()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        x.grad = None
+        with torch.cuda.graph(graph):
+            loss = ops.cross_entropy(x, t)
+            loss.backward()
+        for count in (50, 7, 1):
+            t.fill_(-100)
+            t[:count] = torch.arange(count, device=DEVICE)
+            graph.replay()
+            exact = x.detach().double().requires_grad_()
+            wanted = F.cross_entropy(exact, t)
+            assert max(error(loss, wanted), error(x.grad, torch.autograd.grad(wanted, exact)[0])) < 1e-5
+        return "counts anew in each replay"
+
+    report.case("cross_entropy in a CUDA graph", graphed)
+
+    def compiled():
+        x, t = given(50, 64, torch.float32, -100)
+        fast = torch.compile(lambda x: ops.cross_entropy(x * 2, t), fullgraph=True)
+        mine, theirs = fast(x), F.cross_entropy(x * 2, t)
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(torch.autograd.grad(mine, x), torch.autograd.grad(theirs, x))
+        torch.library.opcheck(torch.ops.tilewright.cross_entropy_total.default, (x, t, -100, 0.1, 1e-3, 5.0, True))
+        return "as eager"
+
+    report.case("cross_entropy compiled", compiled)
+
+
 def attention_repeats(report):
     """Gradients of attention are the same bits each time."""
 
@@ -716,6 +789,7 @@ def main():
         values(report, [(33, 256), (7, 1000)], [torch.float32, torch.bfloat16])
         values(report, [(130, 4096)], [torch.float16])
         other_values(report)
+        totals(report)
         attention_repeats(report)
         checks(report)
     if given.what in ("check", "triton"):

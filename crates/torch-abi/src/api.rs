@@ -240,6 +240,12 @@ impl Abi {
         &self.libraries
     }
 
+    /// PyTorch's number of an element type.
+    pub(crate) fn code(&self, dtype: DType) -> Result<i32> {
+        let code = self.dtypes.iter().find(|(_, d)| *d == dtype).map(|(code, _)| *code);
+        code.ok_or_else(|| Error::unsupported(format!("PyTorch has no {dtype}")))
+    }
+
     /// How many threads PyTorch's own kernels use.
     pub fn threads(&self) -> usize {
         let mut threads = 0;

@@ -103,8 +103,7 @@ impl Tensor {
         if strides.len() != sizes.len() {
             return Err(Error::bug(format!("strides {strides:?} for sizes {sizes:?}")));
         }
-        let code = abi.dtypes.iter().find(|(_, d)| *d == dtype).map(|(code, _)| *code);
-        let code = code.ok_or_else(|| Error::unsupported(format!("PyTorch has no {dtype}")))?;
+        let code = abi.code(dtype)?;
         let (kind, index) = match device {
             Device::Cpu => (abi.cpu, 0),
             Device::Cuda(index) => (abi.cuda, index.cast_signed()),
@@ -275,6 +274,23 @@ impl Tensor {
         let (abi, dtype, device) = (self.abi, self.dtype, self.device);
         let (sizes, strides) = (self.sizes.clone(), self.strides.clone());
         Ok(Tensor { abi, handle, known: 0, dtype, device, sizes, strides })
+    }
+
+    /// A row-major tensor in the memory of this one, so many bytes behind its beginning. It holds nothing: this one must be kept for
+    /// as long as it is used.
+    ///
+    /// # Errors
+    /// Our bug where it would reach beyond the end of this one, which must be row-major; PyTorch's.
+    pub fn part(&self, behind: u64, sizes: &[i64], dtype: DType) -> Result<Tensor> {
+        let bytes = |elements: i64, dtype: DType| elements.unsigned_abs() * dtype.size() as u64;
+        let end = behind + bytes(sizes.iter().product(), dtype);
+        if !self.is_contiguous() || end > bytes(self.elements(), self.dtype()?) {
+            return Err(Error::bug(format!("{end} bytes of {self:?}")));
+        }
+        let code = self.abi.code(dtype)?;
+        let known = self.address()? + behind;
+        let (sizes, strides) = (Axes::from_slice(sizes), contiguous_strides(sizes));
+        Ok(Tensor::borrowed(self.abi, known, code, self.device, sizes, strides))
     }
 
     /// A tensor that somebody else holds for as long as this is used.

@@ -17,6 +17,7 @@ pub(crate) enum Text {
     Bags,
     Scale,
     Rotary,
+    Losses,
 }
 
 const BASE: &str = include_str!("../../../device-lib/base.cuh");
@@ -30,6 +31,7 @@ impl Text {
             Text::Bags => "bags",
             Text::Scale => "scale",
             Text::Rotary => "rotary",
+            Text::Losses => "losses",
         }
     }
 
@@ -40,6 +42,7 @@ impl Text {
             Text::Bags => include_str!("device/bags.cu"),
             Text::Scale => include_str!("device/scale.cu"),
             Text::Rotary => include_str!("device/rotary.cu"),
+            Text::Losses => include_str!("device/losses.cu"),
         }
     }
 
@@ -131,7 +134,14 @@ mod tests {
 
     #[test]
     fn every_kernel_waits_for_the_one_before() {
-        let texts = [Text::Optimizers, Text::Dropout, Text::Bags, Text::Scale, Text::Rotary];
+        let texts = [
+            Text::Optimizers,
+            Text::Dropout,
+            Text::Bags,
+            Text::Scale,
+            Text::Rotary,
+            Text::Losses,
+        ];
         for text in texts {
             let kernels: Vec<&str> = text.text().split("extern \"C\" __global__").skip(1).collect();
             assert!(!kernels.is_empty(), "{text:?}");
@@ -165,6 +175,7 @@ mod tests {
             requests.push((Text::Optimizers, [t, table[0], table[1], ("TW_MASTER", wide.into())]));
             requests.push((Text::Dropout, [t, none, none, none]));
             requests.push((Text::Scale, [t, none, none, none]));
+            requests.push((Text::Losses, [t, none, none, none]));
             for back in 0..2 {
                 let table = ("TW_TABLE", if dtype == DType::F64 { 3 } else { back });
                 for heads in 1..3 {

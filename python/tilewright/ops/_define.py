@@ -225,7 +225,7 @@ def _asks_for_gradients(args: tuple) -> bool:
 
 def _part(results: Any, kept: int | None) -> Any:
     """The first results, or all."""
-    if kept is None:
+    if kept is None or isinstance(results, torch.Tensor):
         return results
     return results[0] if kept == 1 else tuple(results[:kept])
 
@@ -277,11 +277,13 @@ def pair(
     kept: int | None = None,
     twice: bool = False,
     alike: int = 0,
+    apply: Callable | None = None,
 ) -> Pair:
     """An operator with a derivative. Without gradients it has its first `kept` results only.
 
     `save(ctx, inputs, output)` keeps what `gradient(ctx, *grads)` needs, which gives one gradient per input. A second
-    derivative is refused, unless `twice` says that the gradient is made of operators that have one.
+    derivative is refused, unless `twice` says that the gradient is made of operators that have one. `apply` is what calls in eager mode
+    with a gradient end in, if not `with_derivative`.
     """
     _add(name, fake, composed)
     _add(name + ".inference", lambda *args: _part(fake(*args), kept), lambda *args: _part(composed(*args), kept))
@@ -311,7 +313,7 @@ def pair(
         return Pair(name, kept, None, _nobody, triton_form(packet.default, setup_context, backward), composed)
     # Without gradients a kernel that leaves results out, where there is one.
     plain = direct(name + ".inference", kept, alike) or direct(name, kept, alike)
-    apply = with_derivative(raw._op, direct(name).call, save, gradient if twice else backward)
+    apply = apply or with_derivative(raw._op, direct(name).call, save, gradient if twice else backward)
     plain.differentiated(apply)
     return Pair(name, kept, apply, plain.call, triton_form(packet.default, setup_context, backward), composed)
 

@@ -48,11 +48,24 @@ _attention_rows = single(
 SCORES = 1 << 24
 
 
+def _gradient_at_once(q, k, v, scale, dy):
+    """The same without a mask where all scores may be there at once and are computed in the type of the tensors: five products, and the rows between them."""
+    (b, h, length, d), (g, keys), e = q.shape, k.shape[1:3], v.shape[-1]
+    n, rows = b * g, h // g * length
+    q, dy = q.reshape(n, rows, d), dy.reshape(n, rows, e)
+    k, v = k.reshape(n, keys, d), v.reshape(n, keys, e)
+    p, ds = _attention_rows(torch.bmm(q, k.mT), torch.bmm(dy, v.mT), scale, scale)
+    dq, dk, dv = torch.bmm(ds, k), torch.bmm(ds.mT, q), torch.bmm(p.mT, dy)
+    return dq.view(b, h, length, d), dk.view(b, g, keys, d), dv.view(b, g, keys, e), None
+
+
 def _blocked_gradient(q, k, v, mask, scale, causal, dy, mask_wanted):
     """The gradients of all but the numbers, some queries at a time: scores are never all there. Computed in the wide type."""
     (b, h, length, d), (g, keys), e = q.shape, k.shape[1:3], v.shape[-1]
     c = wide(q.dtype)
     each = h // g
+    if mask is None and not causal and q.dtype == c and b * h * length * keys <= SCORES:
+        return _gradient_at_once(q, k, v, scale, dy)
     wide_k, wide_v = k.to(c), v.to(c)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = torch.zeros_like(wide_k), torch.zeros_like(wide_v)

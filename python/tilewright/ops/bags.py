@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._define import pair, single
+from ._define import pair, single, traced
 
 _MODES = {"sum": 0, "mean": 1, "max": 2}
 _NONE = -(2**63)
@@ -88,7 +88,8 @@ def _gradient(ctx, dy, *_):
     return table, None, None, weights, None, None
 
 
-_bag = pair("embedding_bag", fake=_fake, composed=_composed, save=_save, gradient=_gradient)
+_bag = pair("embedding_bag", fake=_fake, composed=_composed, save=_save, gradient=_gradient, kept=1)
+_now = _bag.now
 
 
 def embedding_bag(
@@ -106,6 +107,12 @@ def embedding_bag(
     `per_sample_weights` are for sums. The gradient of `weight` is dense, and its sums have one order. On the CPU a number outside of the table
     is refused; on a GPU its bag is NaN.
     """
+    plain = offsets is not None and per_sample_weights is None and not include_last_offset and mode in _MODES and not traced()
+    if plain and input.dim() == 1 and input.dtype == offsets.dtype == torch.int64:
+        padding = _NONE if padding_idx is None else padding_idx if padding_idx >= 0 else padding_idx + weight.shape[0]
+        y = _now(weight, input, offsets, None, _MODES[mode], padding)
+        if y is not None:
+            return y
     if mode not in _MODES:
         raise ValueError(f"mode is {mode!r}; it must be one of {list(_MODES)}")
     if per_sample_weights is not None and mode != "sum":
@@ -132,5 +139,4 @@ def embedding_bag(
         if numbers.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} is {numbers.dtype}; it must be int32 or int64")
     padding = _NONE if padding_idx is None else padding_idx + weight.shape[0] if padding_idx < 0 else padding_idx
-    out = _bag(weight, input.long(), offsets.long(), weights, _MODES[mode], padding)
-    return out if isinstance(out, torch.Tensor) else out[0]
+    return _bag(weight, input.long(), offsets.long(), weights, _MODES[mode], padding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _triton
-from ._define import _compiling, again, by_triton, chosen, elsewhere, pair, single, triton_form, wide
+from ._define import _compiling, again, by_triton, chosen, direct, elsewhere, pair, single, traced, triton_form, wide
 
 
 def _parts(x, softcap):
@@ -138,25 +138,26 @@ def _known_count(targets: torch.Tensor, ignore_index: int, classes: int) -> int 
     return None
 
 
-def _counted(x, targets, numbers, mean, count):
-    """Sum or mean of the losses, and its gradient, where the number of rows that count may be known."""
-    if count is None or x.dtype == torch.float16:
-        return _total_and_gradient(x, targets, *numbers, mean, [True])
-    scale = 1 / count if mean else 1.0
-    down = torch.full(targets.shape, scale, dtype=wide(x.dtype))
-    loss, dx = _cross_entropy_both(down, x, targets, *numbers)
-    return loss.sum() * scale, dx
+def _total_composed(x, targets, *args):
+    *numbers, mean = args
+    scale = divisor(targets, numbers[0], mean, wide(x.dtype))
+    loss, lse = _composed(x, targets, *numbers)
+    return loss.sum() * scale, _backward_composed(scale.expand(targets.shape), x, targets, lse, *numbers)
 
 
 class _Total(torch.autograd.Function):
     """`tilewright::cross_entropy_total` and its derivative without the dispatcher's way through Python."""
 
     @staticmethod
-    def forward(ctx, x, targets, numbers, mean, count):
-        total, dx = _counted(x, targets, numbers, mean, count)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, x, targets, *args):
+        both = _both_now(x, targets, *args)
+        if both is None:
+            _known_count(targets, args[0], x.shape[-1] if x.dim() else 0)
+            both = _both(x, targets, *args)
+        total, dx = both
+        ctx.materialize_grads = False
         ctx.save_for_backward(dx)
-        ctx.wanted, ctx.others = (True,), 4
+        ctx.wanted, ctx.others = (True,), 6
         return total
 
     @staticmethod
@@ -164,7 +165,23 @@ class _Total(torch.autograd.Function):
         return scaled_gradients(ctx, dtotal)
 
 
-_total = super(torch.autograd.Function, _Total).apply
+def _save_total(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.wanted, ctx.others = (True,), 6
+
+
+_total = pair(
+    "cross_entropy_total",
+    fake=lambda x, *_: (x.new_empty((), dtype=wide(x.dtype)), x.new_empty(x.shape)),
+    composed=_total_composed,
+    save=_save_total,
+    gradient=scaled_gradients,
+    kept=1,
+    twice=True,
+    apply=super(torch.autograd.Function, _Total).apply,
+)
+_total_now, _both_now, _both = _total.now, direct("cross_entropy_total").call, torch.ops.tilewright.cross_entropy_total.raw._op
 
 
 def _total_and_gradient(
@@ -177,7 +194,7 @@ def _total_and_gradient(
     mean: bool,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum or mean of the losses, and its gradient, in one pass over the logits."""
+    """Sum or mean of the losses, and its gradient, in one pass over the logits: for Triton's kernels."""
     scale = divisor(targets, ignore_index, mean, wide(x.dtype))
     # Half has no room for small gradients: there they are divided afterwards.
     late = x.dtype == torch.float16
@@ -186,17 +203,6 @@ def _total_and_gradient(
     if late:
         torch.ops.tilewright.scale_(dx, scale)
     return loss.sum() * scale, dx
-
-
-_cross_entropy_total = torch.library.custom_op("tilewright::cross_entropy_total", _total_and_gradient, mutates_args=())
-
-
-@_cross_entropy_total.register_fake
-def _(x, targets, *_):
-    return x.new_empty((), dtype=wide(x.dtype)), x.new_empty(x.shape)
-
-
-_cross_entropy_total.register_autograd(scaled_gradients, setup_context=save_gradients)
 
 
 _TritonTotal = triton_form(_total_and_gradient, save_gradients, scaled_gradients)
@@ -218,20 +224,23 @@ def cross_entropy(
     exponentials is added. Rows whose target is `ignore_index` count neither in the loss nor in the mean. With a sum or a
     mean, loss and gradient are one pass over the logits. Targets must lie inside the row: on the CPU others raise IndexError, on a GPU they are not noticed.
     """
+    if impl == "cuda" and reduction in ("mean", "sum") and not traced():
+        total = _total_now(x, targets, ignore_index, label_smoothing, z_loss, softcap, reduction == "mean")
+        if total is not None:
+            return total
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
     chosen(impl)
     # Targets of another type are refused below.
     count = _known_count(targets, ignore_index, x.shape[-1]) if targets.dtype == torch.int64 and x.dim() else None
-    if reduction != "none" and x.requires_grad and torch.is_grad_enabled() and not elsewhere():
-        numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
-        if impl == "triton":
+    numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    if reduction != "none" and not elsewhere():
+        if impl == "cuda":
+            return _total(x, targets, *numbers, reduction == "mean")
+        if x.requires_grad and torch.is_grad_enabled():
             _triton.demand("cross_entropy", [x, targets])
             return by_triton(_TritonTotal, x, targets, *numbers, reduction == "mean", lambda values: (*values, [True]))[0]
-        if not _compiling():
-            return _total(x, targets, numbers, reduction == "mean", count)
-        return _cross_entropy_total(x, targets, *numbers, reduction == "mean", [True])[0]
-    loss, _ = _cross_entropy.by(impl)(x, targets, ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    loss, _ = _cross_entropy.by(impl)(x, targets, *numbers)
     if reduction == "none":
         return loss
     if count is not None:

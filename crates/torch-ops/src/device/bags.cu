@@ -15,7 +15,8 @@ using Index = i64;
 
 constexpr int WARPS = 8;
 
-// A warp does a bag. `count[b]` is how many rows counted; `place[b, d]` is where a maximum came from (or -1).
+// A warp does a bag. `count[b]` is how many rows counted; `place[b, d]` is where a maximum came from (or -1). All three lists may be left out.
+// Bags follow each other, whatever the offsets are, so each position from the first offset on is in one; those before are said to be in the first.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 forward(const Element* table, const Index* indices, const Index* offsets, const Element* weights, Element* y, Index* bag_of, Index* count,
         Index* place, i64 rows, i64 columns, i64 positions, i64 bags, i64 padding) {
@@ -26,13 +27,15 @@ forward(const Element* table, const Index* indices, const Index* offsets, const 
   // Wrong offsets touch nothing that is not there.
   begin = begin < 0 ? 0 : begin, end = end > positions ? positions : end;
   i64 counted = 0;
+  if (bag == 0 && bag_of != nullptr)
+    for (i64 p = lane(); p < begin && p < positions; p += 32) bag_of[p] = 0;
   for (i64 p = begin + lane(); p < end; p += 32) {
-    bag_of[p] = (Index)bag;
+    if (bag_of != nullptr) bag_of[p] = (Index)bag;
     counted += indices[p] != padding;
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) counted += __shfl_xor_sync(~0u, counted, distance);
-  if (lane() == 0) count[bag] = (Index)counted;
+  if (lane() == 0 && count != nullptr) count[bag] = (Index)counted;
   const bool vector = columns % 4 == 0;
   for (i64 d = lane() * 4; d < columns; d += 128) {
     Wide sum[4] = {0, 0, 0, 0};
@@ -61,7 +64,7 @@ forward(const Element* table, const Index* indices, const Index* offsets, const 
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       out.at[k] = Rounded<Element>::of(sum[k] * scale);
-      if (TW_MODE == 2 && d + k < columns) place[bag * columns + d + k] = (Index)from[k];
+      if (TW_MODE == 2 && place != nullptr && d + k < columns) place[bag * columns + d + k] = (Index)from[k];
     }
     store_four(y + bag * columns, d, columns, vector, out);
   }

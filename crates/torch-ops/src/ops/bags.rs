@@ -87,11 +87,11 @@ fn at(tensor: Option<&Tensor>) -> Result<u64> {
     tensor.map_or(Ok(0), Tensor::address)
 }
 
-/// The bags; for the gradients also which bag each position is in, how many rows each bag counts, and where each maximum came from.
-pub(crate) struct EmbeddingBag;
+/// The bags; for the gradients (`LISTS`) also which bag each position is in, how many rows each bag counts, and where each maximum came from.
+pub(crate) struct EmbeddingBag<const LISTS: bool>;
 
-impl Operator for EmbeddingBag {
-    const NAME: &'static str = "embedding_bag";
+impl<const LISTS: bool> Operator for EmbeddingBag<LISTS> {
+    const NAME: &'static str = if LISTS { "embedding_bag" } else { "embedding_bag.inference" };
     const ARGS: &'static [(&'static str, Arg)] = &[
         ("weight", Arg::Tensor),
         ("indices", Arg::Tensor),
@@ -100,8 +100,9 @@ impl Operator for EmbeddingBag {
         ("mode", Arg::Int),
         ("padding_idx", Arg::Int),
     ];
-    const RETURNS: &'static str = "(Tensor y, Tensor bag_of, Tensor count, Tensor place)";
-    const OVERLOADS: &'static [&'static str] = &["inference"];
+    const RETURNS: &'static str =
+        if LISTS { "(Tensor y, Tensor bag_of, Tensor count, Tensor place)" } else { "Tensor" };
+    const OVERLOADS: &'static [&'static str] = if LISTS { &["raw"] } else { &[] };
 
     fn run(abi: &'static Abi, args: &mut [Value]) -> Result<Vec<Value>> {
         let [table, indices, offsets, weights, mode, padding] = args else {
@@ -122,19 +123,27 @@ impl Operator for EmbeddingBag {
         }
         let table = plain(table)?;
         let y = Tensor::empty(abi, &[bags, columns], dtype, table.device())?;
-        let list = |n: i64| Tensor::empty(abi, &[n], DType::I64, table.device());
-        let (bag_of, count) = (list(positions)?, list(bags)?);
-        let place = list(if mode == Mode::Max { bags * columns } else { 0 })?;
-        bag_of.zero()?;
+        let lists = if LISTS {
+            let list = |n: i64| Tensor::empty(abi, &[n], DType::I64, table.device());
+            let places = if mode == Mode::Max { bags * columns } else { 0 };
+            let lists = [list(positions)?, list(bags)?, list(places)?];
+            if bags == 0 {
+                // No bag writes that a position is in it.
+                lists[0].zero()?;
+            }
+            Some(lists)
+        } else {
+            None
+        };
         if let Device::Cuda(index) = table.device() {
             let mut args = Args::new();
             let tensors = [&table, &indices, &offsets];
             for tensor in tensors {
                 args = args.value(tensor.address()?);
             }
-            args = args.value(at(weights.as_ref())?);
-            for tensor in [&y, &bag_of, &count, &place] {
-                args = args.value(tensor.address()?);
+            args = args.value(at(weights.as_ref())?).value(y.address()?);
+            for list in 0..3 {
+                args = args.value(at(lists.as_ref().map(|lists| &lists[list]))?);
             }
             for number in [rows, columns, positions, bags, padding] {
                 args = args.value(number);
@@ -145,10 +154,9 @@ impl Operator for EmbeddingBag {
         } else {
             let inputs = [Some(&table), weights.as_ref()];
             let whole = [&indices, &offsets];
-            let outputs = [&y, &bag_of, &count, &place];
-            with_number!(dtype, bags_on_host(abi, inputs, whole, outputs, mode, padding))?;
+            with_number!(dtype, bags_on_host(abi, inputs, whole, &y, lists.as_ref(), mode, padding))?;
         }
-        Ok([y, bag_of, count, place].map(Value::Tensor).into())
+        Ok([y].into_iter().chain(lists.into_iter().flatten()).map(Value::Tensor).collect())
     }
 }
 
@@ -156,7 +164,8 @@ fn bags_on_host<T: Number>(
     abi: &'static Abi,
     [table, weights]: [Option<&Tensor>; 2],
     [indices, offsets]: [&Tensor; 2],
-    [y, bag_of, count, place]: [&Tensor; 4],
+    y: &Tensor,
+    lists: Option<&[Tensor; 3]>,
     mode: Mode,
     padding: i64,
 ) -> Result<()> {
@@ -166,8 +175,16 @@ fn bags_on_host<T: Number>(
     let weights = weights.map(|w| host::read::<T>(w)).transpose()?;
     let (indices, offsets) = (host::read_whole(indices)?, host::read_whole(offsets)?);
     let bags = Bags { table, weights, indices, offsets, rows, columns, mode, padding };
-    let places = [host::write_whole(bag_of)?, host::write_whole(count)?, host::write_whole(place)?];
-    bags.forward(abi.threads(), host::write::<T>(y)?, places)
+    let y = host::write::<T>(y)?;
+    if let Some([bag_of, count, place]) = lists {
+        let lists = [bag_of, count, place].map(host::write_whole);
+        let [bag_of, count, place] = lists;
+        return bags.forward(abi.threads(), y, [bag_of?, count?, place?]);
+    }
+    let places = if mode == Mode::Max { y.len() } else { 0 };
+    let mut lists = [indices.len(), offsets.len(), places].map(|long| vec![0; long]);
+    let [bag_of, count, place] = &mut lists;
+    bags.forward(abi.threads(), y, [bag_of, count, place])
 }
 
 /// Bags whose numbers lie in memory.

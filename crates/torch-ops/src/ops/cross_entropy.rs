@@ -19,10 +19,10 @@ use tilewright_torch_abi::{Abi, Arg, Device, Operator, Tensor, Value};
 
 /// The numbers of a call.
 #[derive(Clone, Copy)]
-struct Form {
-    dtype: DType,
-    columns: i64,
-    ignored: i64,
+pub(super) struct Form {
+    pub(super) dtype: DType,
+    pub(super) columns: i64,
+    pub(super) ignored: i64,
     smoothing: f64,
     z: f64,
     cap: f64,
@@ -59,6 +59,30 @@ impl Form {
     /// Whether the library's kernel computes this: it ignores what is outside of the row.
     fn in_library(&self) -> bool {
         !(0..self.columns).contains(&self.ignored)
+    }
+
+    /// The losses of rows, and beside them in `other` the gradient where `factors` are given, else the logarithms of the sums.
+    pub(super) fn losses(
+        &self,
+        abi: &'static Abi,
+        rows: &Rows,
+        [x, targets, loss, other]: [&Tensor; 4],
+        factors: Option<&Tensor>,
+    ) -> Result<()> {
+        if rows.is_empty() || self.by_library(abi, rows, [x, targets, loss, other], factors)? {
+            return Ok(());
+        }
+        let (sizes, outputs) = ([rows.rows], [loss, other]);
+        match factors {
+            Some(factors) => {
+                let (key, inputs) = (self.key("cross_entropy_both"), [x, targets, factors]);
+                run(key, &sizes, &inputs, &outputs, || Ok(self.both()))
+            }
+            None => {
+                let (key, inputs) = (self.key("cross_entropy"), [x, targets]);
+                run(key, &sizes, &inputs, &outputs, || Ok(self.forward()))
+            }
+        }
     }
 
     /// The losses by the library's kernel, with the gradient where `factors` are given: whether there is one.
@@ -163,7 +187,7 @@ impl Form {
 }
 
 /// Checked logits and targets, and the numbers.
-fn checked(
+pub(super) fn checked(
     x: Tensor,
     targets: Tensor,
     ignored: i64,
@@ -222,13 +246,7 @@ impl Operator for CrossEntropy {
         if rows.columns == 0 {
             return Err(Error::user("x has rows of no logits"));
         }
-        let known =
-            !rows.is_empty() && form.by_library(abi, &rows, [&x, &targets, &loss, &l], None)?;
-        if !known && !rows.is_empty() {
-            let inputs = [&x, &targets];
-            let key = form.key("cross_entropy");
-            run(key, &[rows.rows], &inputs, &[&loss, &l], || Ok(form.forward()))?;
-        }
+        form.losses(abi, &rows, [&x, &targets, &loss, &l], None)?;
         Ok(vec![Value::Tensor(loss), Value::Tensor(l)])
     }
 }
@@ -309,13 +327,7 @@ impl Operator for CrossEntropyBoth {
         }
         let loss = Tensor::empty(abi, targets.sizes(), wide(form.dtype), x.device())?;
         let dx = Tensor::empty(abi, x.sizes(), form.dtype, x.device())?;
-        let known = !rows.is_empty()
-            && form.by_library(abi, &rows, [&x, &targets, &loss, &dx], Some(&dloss))?;
-        if !known && !rows.is_empty() {
-            let inputs = [&x, &targets, &dloss];
-            let key = form.key("cross_entropy_both");
-            run(key, &[rows.rows], &inputs, &[&loss, &dx], || Ok(form.both()))?;
-        }
+        form.losses(abi, &rows, [&x, &targets, &loss, &dx], Some(&dloss))?;
         Ok(vec![Value::Tensor(loss), Value::Tensor(dx)])
     }
 }

@@ -4,6 +4,7 @@ mod attention;
 mod attention_training;
 pub(crate) mod bags;
 mod cross_entropy;
+mod cross_entropy_total;
 pub(crate) mod dropout;
 mod elementwise;
 mod linear;
@@ -17,6 +18,7 @@ pub(crate) use attention::{Attention, AttentionRows};
 pub(crate) use attention_training::{AttentionBackward, AttentionLse};
 pub(crate) use bags::{EmbeddingBag, EmbeddingBagBackward, EmbeddingBagWeightsBackward};
 pub(crate) use cross_entropy::{CrossEntropy, CrossEntropyBackward, CrossEntropyBoth};
+pub(crate) use cross_entropy_total::CrossEntropyTotal;
 pub(crate) use dropout::{Dropout, DropoutDrawn};
 pub(crate) use elementwise::{Map, MapBackward, Numbered};
 pub use elementwise::{formula, number_of, variables};
@@ -58,6 +60,8 @@ macro_rules! for_each_operator {
             $crate::ops::CrossEntropy,
             $crate::ops::CrossEntropyBackward,
             $crate::ops::CrossEntropyBoth,
+            $crate::ops::CrossEntropyTotal<true>,
+            $crate::ops::CrossEntropyTotal<false>,
             $crate::ops::Scale,
             $crate::ops::Rotary,
             $crate::ops::Linear<false>,
@@ -72,7 +76,8 @@ macro_rules! for_each_operator {
             $crate::ops::GradientNorm,
             $crate::ops::Dropout,
             $crate::ops::DropoutDrawn,
-            $crate::ops::EmbeddingBag,
+            $crate::ops::EmbeddingBag<true>,
+            $crate::ops::EmbeddingBag<false>,
             $crate::ops::EmbeddingBagBackward,
             $crate::ops::EmbeddingBagWeightsBackward,
         }
