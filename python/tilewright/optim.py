@@ -11,6 +11,7 @@ It needs PyTorch 2.10 or later.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from operator import is_
 from typing import Any, Callable
@@ -85,6 +86,13 @@ _define.single("lion_", fake=_nothing, composed=_lion_composed)
 _define.single("gradient_norm", fake=_norm_fake, composed=_norm_composed)
 
 
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, str):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
 def gradient_norm(grads: list[torch.Tensor], max_norm: float = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
     """The Euclidean norm of all gradients together, and `min(1, max_norm / (norm + 1e-6))`: numbers on their device, in float32.
 
@@ -114,11 +122,13 @@ class _Fused(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, params, defaults: dict[str, Any], max_norm: float | None, master: bool):
-        if max_norm is not None and not max_norm > 0:
+        if max_norm is not None and not _number("max_norm", max_norm) > 0:
             raise ValueError(f"max_norm is {max_norm}; it must be a number above 0, or None")
         self.max_norm = max_norm
         self.grad_norm: torch.Tensor | None = None
         self._last: tuple[list, list] | None = None
+        # How often parameters with a master had been written to when it was made or updated last, by their identity.
+        self._written: dict[int, int] = {}
         self._master = master
         super().__init__(params, defaults)
 
@@ -126,12 +136,12 @@ class _Fused(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         betas = group["betas"]
-        if len(betas) != 2 or not all(0.0 <= float(b) < 1.0 for b in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= _number("a beta", b) < 1.0 for b in betas):
             raise ValueError(f"betas are {betas}; they must be two numbers in 0..1")
         if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() != 1:
             raise ValueError(f"lr is a tensor of shape {list(group['lr'].shape)}; it must have one element")
         for name in ("lr", "eps", "weight_decay"):
-            if name in group and not float(group[name]) >= 0.0:
+            if name in group and not _number(name, group[name]) >= 0.0:
                 raise ValueError(f"{name} is {group[name]}; it must be at least 0")
         if group.get("differentiable"):
             raise NotImplementedError("differentiable steps are not there; use torch.optim.AdamW")
@@ -149,7 +159,7 @@ class _Fused(torch.optim.Optimizer):
         self.__dict__.setdefault("max_norm", None)
         self.__dict__.setdefault("grad_norm", None)
         self.__dict__.setdefault("_master", True)
-        self._last = None
+        self._last, self._written = None, {}
 
     def _wide_copy(self, p: torch.Tensor) -> bool:
         return self._master and p.dtype in (torch.bfloat16, torch.float16)
@@ -168,6 +178,17 @@ class _Fused(torch.optim.Optimizer):
             state[name] = torch.zeros_like(p, dtype=_define.wide(p.dtype), memory_format=torch.preserve_format)
         if self._wide_copy(p):
             state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+            self._written[id(p)] = p._version
+
+    def _follow(self, call: list) -> None:
+        """Parameters that were written to since their last step (loaded, clamped): masters become what was written, where that is not their
+        own rounding."""
+        versions = [p._version for p in call[0]]
+        if versions == call[7]:
+            return
+        for p, master, version in zip(call[0], call[3], versions):
+            if self._written.get(id(p)) != version:
+                master.copy_(torch.where(master.to(p.dtype) == p, master, p))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -179,6 +200,9 @@ class _Fused(torch.optim.Optimizer):
         calls = self._known_calls() or self._new_calls()
         if not calls:
             return loss
+        for call in calls:
+            if call[3]:
+                self._follow(call)
         grads_all = calls[0][1] if len(calls) == 1 else [g for call in calls for g in call[1]]
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         factor = None if scale is None else scale.reshape(()).double().reciprocal().float()
@@ -207,11 +231,17 @@ class _Fused(torch.optim.Optimizer):
             self._launch(call, rate if on_device else None, f, skip, 0.0 if on_device else float(rate))
             torch.autograd.graph.increment_version(call[0])
             call[1] = []  # Gradients are not kept alive.
+            if call[3]:
+                call[7] = [p._version for p in call[0]]
+                if self._last is None:
+                    self._written.update(zip(map(id, call[0]), call[7]))
         return loss
 
     def _new_calls(self) -> list[list]:
         """The calls of a step, one for each group, device, type and number of steps: parameters, gradients, moments, masters, group,
-        number of steps, states."""
+        number of steps, states, and how often the parameters had been written to (with masters)."""
+        for call in self._last[1] if self._last is not None else ():
+            self._written.update(zip(map(id, call[0]), call[7]))
         self._last = None
         steps: dict = {}
         calls: dict[tuple, list] = {}
@@ -237,7 +267,7 @@ class _Fused(torch.optim.Optimizer):
                 key = (number, p.device, p.dtype, "master" in state, id(state.get("step")))
                 call = calls.get(key)
                 if call is None:
-                    call = calls[key] = [[], [], [[] for _ in names], [], group, state.get("step"), []]
+                    call = calls[key] = [[], [], [[] for _ in names], [], group, state.get("step"), [], []]
                 call[0].append(p)
                 call[1].append(grad)
                 for into, name in zip(call[2], names):
@@ -307,7 +337,20 @@ class _Fused(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of PyTorch's. Moments and masters keep their width."""
+        needed = (*self._moments, "step") if self._counts else self._moments
+        for index, state in state_dict["state"].items():
+            missing = [name for name in needed if state and name not in state]
+            if missing:
+                raise ValueError(f"parameter {index} has no {' and no '.join(missing)}: this is no state of {type(self).__name__}")
+        for number, group in enumerate(state_dict["param_groups"]):
+            missing = [name for name in ("lr", "betas", "weight_decay") if name not in group]
+            if missing:
+                raise ValueError(f"group {number} has no {' and no '.join(missing)}: this is no state of {type(self).__name__}")
         super().load_state_dict(state_dict)
+        self._last, self._written = None, {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         steps: dict[tuple, torch.Tensor] = {}
@@ -321,6 +364,7 @@ class _Fused(torch.optim.Optimizer):
                     state[name] = self._like(p, given[name], _define.wide(p.dtype))
             if self._wide_copy(p):
                 state["master"] = self._like(p, given.get("master", p), torch.float32)
+                self._written[id(p)] = p._version
             else:
                 state.pop("master", None)
             if self._counts:
@@ -376,7 +420,7 @@ class AdamW(_Fused):
         super().__init__(params, defaults, max_norm, master)
 
     def _launch(self, call, rate, factor, found, value):
-        params, grads, (first, second, *most), masters, group, step, _ = call
+        params, grads, (first, second, *most), masters, group, step, *_ = call
         beta1, beta2 = group["betas"]
         _PACK.adamw_(
             params, grads, first, second, masters, most[0] if most else [], step, rate, factor, found, value, float(beta1), float(beta2), group["eps"],
@@ -406,7 +450,7 @@ class Lion(_Fused):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize), max_norm, master)
 
     def _launch(self, call, rate, factor, found, value):
-        params, grads, (first,), masters, group, _, _ = call
+        params, grads, (first,), masters, group, *_ = call
         beta1, beta2 = group["betas"]
         _PACK.lion_(
             params, grads, first, masters, rate, factor, found, value, float(beta1), float(beta2), group["weight_decay"], group["maximize"]

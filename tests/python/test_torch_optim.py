@@ -234,6 +234,35 @@ def a_scaler_neither_waits_nor_steps_over_infinities():
             torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)
 
 
+def what_is_written_into_narrow_parameters_stays():
+    """A master must not take back what was loaded or clamped since the last step."""
+    for kind in (optim.AdamW, optim.Lion):
+        mine = net(torch.bfloat16)
+        optimizer = kind(mine.parameters(), lr=1e-3)
+        for step in range(3):
+            gradients(mine, step)
+            optimizer.step()
+        with torch.no_grad():
+            mine[0].weight.zero_()
+        kept = optimizer.state[mine[2].weight]["master"].clone()
+        gradients(mine, 4)
+        for p in mine.parameters():
+            p.grad = None if p is mine[2].weight else p.grad
+        optimizer.step()
+        assert mine[0].weight.abs().max() <= 2e-3, kind
+        assert torch.equal(optimizer.state[mine[2].weight]["master"], kept)
+        # What masters hold beyond the type stays where weights are loaded that are their rounding.
+        other = net(torch.bfloat16, 1)
+        again = kind(other.parameters(), lr=1e-3)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        other.load_state_dict(mine.state_dict())
+        for model, by in ((mine, optimizer), (other, again)):
+            gradients(model, 5)
+            by.step()
+        for p, q in zip(mine.parameters(), other.parameters()):
+            assert torch.equal(optimizer.state[p]["master"], again.state[q]["master"]), kind
+
+
 def optimizers_refuse_in_words():
     p = torch.nn.Parameter(torch.ones(3))
     for call, error, words in (
@@ -242,6 +271,12 @@ def optimizers_refuse_in_words():
         (lambda: optim.AdamW([p], betas=(1.0, 0.9)), ValueError, "betas"),
         (lambda: optim.AdamW([p], lr=-1.0), ValueError, "lr"),
         (lambda: optim.AdamW([p], max_norm=0.0), ValueError, "max_norm"),
+        (lambda: optim.AdamW([p], max_norm="1"), TypeError, "max_norm is '1'"),
+        (lambda: optim.AdamW([p], betas=0.9), ValueError, "betas are 0.9"),
+        (lambda: optim.AdamW([p], eps=None), TypeError, "eps is None"),
+        (lambda: optim.AdamW([p]).load_state_dict(stepped(torch.optim.SGD([p], lr=0.1, momentum=0.9))), ValueError, "no exp_avg"),
+        (lambda: optim.AdamW([p]).load_state_dict(stepped(optim.Lion([p]))), ValueError, "no exp_avg_sq"),
+        (lambda: optim.AdamW([p]).load_state_dict(torch.optim.SGD([p], lr=0.1).state_dict()), ValueError, "no betas"),
         (lambda: optim.AdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]), TypeError, "complex"),
         (lambda: PACK.adamw_([p], [], [p], [p], [], [], p, None, None, None, 0.1, 0.9, 0.9, 0.0, 0.0, False), RuntimeError, "0 grads for 1 params"),
         (lambda: PACK.lion_([torch.ones(3, 3)[:, :2]], [torch.ones(3, 2)], [torch.ones(3, 2)], [], None, None, None, 0.1, 0.9, 0.9, 0.0, False), NotImplementedError, "gaps"),
@@ -254,6 +289,13 @@ def optimizers_refuse_in_words():
     table = torch.nn.EmbeddingBag(4, 3, sparse=True)
     table(torch.tensor([[1, 2]])).sum().backward()
     refused(optim.AdamW(table.parameters()).step, RuntimeError, "sparse")
+
+
+def stepped(optimizer):
+    (p,) = optimizer.param_groups[0]["params"]
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer.state_dict()
 
 
 def refused(call, error, words):
@@ -383,6 +425,7 @@ if __name__ == "__main__":
             rates_may_be_tensors_and_follow_schedules,
             amsgrad_moves_between_state_dicts,
             a_scaler_neither_waits_nor_steps_over_infinities,
+            what_is_written_into_narrow_parameters_stays,
             optimizers_refuse_in_words,
             dropout_repeats_scales_and_is_its_own_gradient,
             dropout_passes_pytorchs_checks_and_compiles,

@@ -64,10 +64,22 @@ _compiling = torch.compiler.is_compiling
 traced = torch.compiler.is_dynamo_compiling
 
 
+# Whether `torch.jit.trace` is at work. It names operators without their overloads, and takes the first form for each.
+recorded = torch._C._is_tracing
+
+
 def elsewhere() -> bool:
     """Whether one of `torch.func`'s transforms or a forward derivative is at work. Kernels know nothing of either, and would lose
     tangents without a word: PyTorch's operators run then (`composed`)."""
     return _forward._current_level >= 0 or _transformed()
+
+
+_functorch = torch._C._functorch
+
+
+def batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for several: under `vmap`, and where gradients are asked for in batches (`is_grads_batched`)."""
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
 @torch._disable_dynamo
@@ -124,6 +136,8 @@ class Pair:
                 return results
         if elsewhere():
             return _part(self.composed(*args), self.kept)
+        if recorded():
+            return _part(self.default(*args), self.kept)
         if torch.is_grad_enabled() and _asks_for_gradients(args):
             if self.direct is None or _compiling():
                 return _part(self.default(*args), self.kept)

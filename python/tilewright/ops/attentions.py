@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._define import autocast, chosen, elsewhere, pair, single, wide
+from ._define import autocast, batched, chosen, elsewhere, pair, single, wide
 
 
 def _hidden(mask, hidden):
@@ -109,7 +112,8 @@ def _gradient(ctx, dy):
     q, k, v, mask = ctx.saved_tensors
     if dy is None:
         return (None,) * 6
-    if mask is not None or q.dtype not in (torch.bfloat16, torch.float16) or q.device.type == "cpu":
+    several = batched(dy)
+    if not several and (mask is not None or q.dtype not in (torch.bfloat16, torch.float16) or q.device.type == "cpu"):
         needs = ctx.needs_input_grad
         found = _blocked_gradient(q, k, v, mask, ctx.scale, ctx.causal, dy, mask is not None and needs[3])
         return *(f if needed else None for f, needed in zip(found, needs)), None, None
@@ -117,7 +121,7 @@ def _gradient(ctx, dy):
     # library has no kernels of its own (`attention_lse`).
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
     held = [t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate((q, k, v, mask))]
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if several else contextlib.nullcontext():
         y = _composed(*held, ctx.scale, ctx.causal)
     found = iter(torch.autograd.grad(y, [held[i] for i in wanted], dy))
     return *(next(found) if i in wanted else None for i in range(4)), None, None

@@ -10,7 +10,7 @@ from typing import Callable, Iterator
 import torch
 
 from .. import _native
-from ._define import _compiling, again, chosen, direct, elsewhere, fast, pair, single, traced, wide, with_derivative
+from ._define import _compiling, again, chosen, direct, elsewhere, fast, pair, recorded, single, traced, wide, with_derivative
 
 
 def _on_tensors(function):
@@ -211,6 +211,11 @@ def _number(text: str) -> int:
     return number
 
 
+def _kept() -> bool:
+    """Whether somebody writes calls down, perhaps for another process, in which a formula has another number."""
+    return _compiling() or recorded() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class Formula:
     """A formula as a function of tensors; `elementwise` makes one."""
 
@@ -245,7 +250,7 @@ class Formula:
             x = tensors[0]
             if impl != "cuda":
                 return _map1.by(impl)(x, self.text)
-            if _compiling() or (x.requires_grad and torch.is_grad_enabled()) or elsewhere():
+            if _kept() or (x.requires_grad and torch.is_grad_enabled()) or elsewhere():
                 return _map1(x, self.text)
             return _numbered1(x, self.number)
         first = tensors[0]
@@ -256,7 +261,7 @@ class Formula:
             x, y = tensors
             if impl != "cuda":
                 return _map2.by(impl)(x, y, self.text)
-            if _compiling() or ((x.requires_grad or y.requires_grad) and torch.is_grad_enabled()) or elsewhere():
+            if _kept() or ((x.requires_grad or y.requires_grad) and torch.is_grad_enabled()) or elsewhere():
                 return _map2(x, y, self.text)
             return _numbered2(x, y, self.number)
         return _map.by(impl)(list(tensors), self.text)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import formulas, losses
-from ._define import again, autocast, chosen, elsewhere, pair, single, single_by_triton
+from ._define import again, autocast, chosen, elsewhere, pair, recorded, single, single_by_triton
 
 _ACTIVATIONS = {
     "relu": formulas.elementwise("relu(x)"),
@@ -269,7 +269,7 @@ def linear_cross_entropy(
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"linear_cross_entropy: x lies on {x.device}, and {name} on {tensor.device}")
     x, weight, bias = autocast(x, weight, bias)
-    if elsewhere():
+    if elsewhere() or recorded():
         logits = F.linear(x, weight, bias)
         return losses.cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, softcap, reduction)
     losses._known_count(targets, ignore_index, weight.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _triton
-from ._define import _compiling, again, by_triton, chosen, direct, elsewhere, pair, single, traced, triton_form, wide
+from ._define import _compiling, again, batched, by_triton, chosen, direct, elsewhere, pair, recorded, single, traced, triton_form, wide
 
 
 def _parts(x, softcap):
@@ -114,7 +114,7 @@ def scaled_gradients(ctx, dtotal, *_):
     traced = any(g is not None and type(g) is not torch.Tensor for g in gradients)
     if torch.is_grad_enabled() and not traced and not torch.compiler.is_compiling():
         raise NotImplementedError("this loss has no second derivative; take cross_entropy with reduction='none' where one is needed")
-    if traced or torch.compiler.is_compiling() or _graph_is_kept():
+    if traced or torch.compiler.is_compiling() or _graph_is_kept() or batched(dtotal):
         return *(None if g is None else (g * dtotal).to(g.dtype) for g in gradients), *nothing
     for g in gradients:
         if g is not None:
@@ -124,7 +124,7 @@ def scaled_gradients(ctx, dtotal, *_):
 
 def _known_count(targets: torch.Tensor, ignore_index: int, classes: int) -> int | None:
     """How many rows count, where the processor can see at once that all do; refuses targets that are no class."""
-    if targets.device.type != "cpu" or _compiling() or not targets.numel():
+    if targets.device.type != "cpu" or _compiling() or recorded() or not targets.numel():
         return None
     if elsewhere() or torch._C._len_torch_dispatch_stack() or type(targets).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         # Targets without values, or with values that a trace must not keep.
@@ -237,7 +237,7 @@ def cross_entropy(
     if reduction != "none" and not elsewhere():
         if impl == "cuda":
             return _total(x, targets, *numbers, reduction == "mean")
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and not recorded():
             _triton.demand("cross_entropy", [x, targets])
             return by_triton(_TritonTotal, x, targets, *numbers, reduction == "mean", lambda values: (*values, [True]))[0]
     loss, _ = _cross_entropy.by(impl)(x, targets, *numbers)

@@ -29,12 +29,15 @@ class CompiledProgram:
         program = program.run_decompositions(backend.decompositions(eager_random=True))
         self._program = program
         signature = program.graph_signature
-        written = {s.target for s in signature.output_specs if s.kind is OutputKind.BUFFER_MUTATION}
+        written = {s.target for s in signature.output_specs if s.kind in _WRITTEN}
         self._inputs = signature.input_specs
         self._outputs = signature.output_specs
         unsupported = [s.kind.name for s in self._inputs if s.kind not in _KNOWN and s.kind is not InputKind.USER_INPUT]
         if unsupported:
             raise NotImplementedError(f"programs with inputs of kinds {sorted(set(unsupported))}")
+        results = [s.kind.name for s in self._outputs if s.kind not in (*_WRITTEN, OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION)]
+        if results:
+            raise NotImplementedError(f"programs with results of kinds {sorted(set(results))}")
         held = {**program.state_dict, **program.constants}
         self._state = [None if s.kind is InputKind.USER_INPUT else held[s.target] for s in self._inputs]
         self._places = {s.target: i for i, s in enumerate(self._inputs) if s.target is not None}
@@ -55,7 +58,7 @@ class CompiledProgram:
             results = self._compiled.run(list(values))
         returned = []
         for spec, result in zip(self._outputs, results):
-            if spec.kind is OutputKind.BUFFER_MUTATION:
+            if spec.kind in _WRITTEN:
                 with torch.no_grad():
                     self._state[self._places[spec.target]].copy_(result)
             elif spec.kind is OutputKind.USER_INPUT_MUTATION:
@@ -81,10 +84,12 @@ def _loaded(path: str) -> torch.export.ExportedProgram:
 
 def _bounds(program) -> dict[str, tuple[int, int | None]]:
     """The ranges that the user gave the dynamic dimensions."""
-    return {str(symbol): sizes.bounds(r) for symbol, r in program.range_constraints.items()}
+    return {str(symbol): sizes.bounds(r) for symbol, r in program.range_constraints.items() if symbol.is_Symbol}
 
 
 _KNOWN = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+# What is written back into the state.
+_WRITTEN = tuple(getattr(OutputKind, name) for name in ("BUFFER_MUTATION", "PARAMETER_MUTATION") if hasattr(OutputKind, name))
 
 
 def _check(placeholder, value) -> None:

@@ -23,6 +23,7 @@ import logging
 import operator
 import pickle
 import re
+import threading
 import time
 import weakref
 from typing import Callable
@@ -48,6 +49,9 @@ PROGRAMS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 # The compiler's library must not be unloaded while it works.
 atexit.register(_native.wait_for_compilers)
+
+# One thread at a time compiles groups; those that run them read one tuple (`Group.plan`), which is exchanged whole.
+COMPILING = threading.RLock()
 
 # What tells apart two texts of the same graph: names, and where nodes come from.
 _NAMES = re.compile(r'"[^"]*": |  # .*|^graph @.*$', re.MULTILINE)
@@ -79,7 +83,7 @@ class Group(torch.nn.Module):
         self.device = device_of(nodes[-1])
         self.on_cpu = settings.device.type == "cpu"
         used = set()
-        for node in [*nodes, *self.inputs]:
+        for node in nodes:
             held = [node.meta["val"], *(a.meta.get("val") for a in node.all_input_nodes)]
             for value in (v for h in held for v in tensors_and_sizes(h)):
                 for size in [value] if isinstance(value, torch.SymInt) else value.shape:
@@ -92,7 +96,8 @@ class Group(torch.nn.Module):
         self.seal: list = []
         self.positions: list = []
         self.refreezes = 0
-        self.shapes: dict = {}
+        # What a run reads: the program, its inputs, the frozen ones as they were, and results' shapes by sizes.
+        self.plan: tuple | None = None
         self.compile_seconds = 0.0
         self.failure = None
         # Small products as sums: what is tried where the library has no kernel for one of them.
@@ -102,45 +107,64 @@ class Group(torch.nn.Module):
         if forward_ad._current_level >= 0:
             # Kernels know nothing of tangents.
             return self._as_pytorch()(*args)
-        if self.program is None and self.eager is None:
-            self._compile(args)
-        elif self.seal and not self._seal_holds(args):
-            self._refreeze(args)
-        if self.eager is not None:
+        plan = self._current(args)
+        if plan is None:
             return self.eager(*args)
         if self.on_cpu:
             for i, size, ignored in self.positions:
                 _check_positions(args[i], size, ignored)
         try:
-            return self._run(args, False)[0]
+            return self._run(plan, args, False)[0]
         except NotImplementedError as why:
             # On a GPU, what cannot run there shows when sizes are known.
-            if not self._in_sums(args):
-                self._leave(why)
+            with COMPILING:
+                if self.plan is plan and not self._in_sums(args):
+                    self._leave(why)
             return self(*args)
+        except RuntimeError:
+            if not any(isinstance(a, torch.Tensor) and _batched(a) for a in args):
+                raise
+            # Tensors that stand for several have no memory.
+            return self._as_pytorch()(*args)
 
     def timed(self, *args):
         """As a call; also the seconds of each step of the plan."""
         self(*args)
-        if self.eager is not None:
-            return self.eager(*args), []
-        return self._run(args, True)
+        plan = self._current(args)
+        return (self.eager(*args), []) if plan is None else self._run(plan, args, True)
 
-    def _run(self, args, timed):
-        kept, addresses = self._addresses(args)
+    def _current(self, args):
+        """What to run on these arguments, or `None` where PyTorch runs the group."""
+        plan = self.plan
+        if plan is not None and (not plan[2] or _seal_holds(plan[2], args)):
+            return plan
+        if self.eager is not None:
+            return None
+        with COMPILING:
+            # Another thread may have been here.
+            plan = self.plan
+            if plan is None and self.eager is None:
+                self._compile(args)
+            elif plan is not None and plan[2] and not _seal_holds(plan[2], args):
+                self._refreeze(args)
+            return self.plan
+
+    def _run(self, plan, args, timed):
+        program, readers, _, shapes = plan
+        kept, addresses = self._addresses(readers, args)
         sizes = [int(s) for s in args[len(self.inputs) :]] if self.symbols else []
-        program, times = self.program, None
+        times = None
         if self.on_cpu:
-            results, _ = self._results(sizes, 0)
+            results, _ = self._results(program, shapes, sizes, 0)
             run = program.run_timed if timed else program.run
             times = run(addresses, [r.data_ptr() for r in results], sizes)
         else:
             index = self.device.index
             if torch.cuda.current_device() != index:
                 with torch.cuda.device(index):
-                    return self._run(args, timed)
+                    return self._run(plan, args, timed)
             stream = torch._C._cuda_getCurrentRawStream(index)
-            results, scratch_bytes = self._results(sizes, stream)
+            results, scratch_bytes = self._results(program, shapes, sizes, stream)
             # Memory of PyTorch's allocator, which gives it to later work of the stream only.
             scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=self.device) if scratch_bytes else None
             run = program.run_timed if timed else program.run
@@ -151,11 +175,11 @@ class Group(torch.nn.Module):
             results = [r if inv is None else r.permute(inv) for r, inv in zip(results, self.inverses)]
         return tuple(results), times
 
-    def _addresses(self, args):
+    def _addresses(self, readers, args):
         """The addresses of the inputs; the first list keeps alive what had to be copied."""
         kept, addresses = [], []
         on_cpu = self.on_cpu
-        for i, order in self.readers:
+        for i, order in readers:
             memory = args[i]
             if order is not None:
                 memory = memory.permute(order)
@@ -170,20 +194,17 @@ class Group(torch.nn.Module):
             addresses.append(address)
         return kept, addresses
 
-    def _results(self, sizes, stream):
+    def _results(self, program, shapes, sizes, stream):
         """Memory for the results, and how much scratch memory a run takes."""
         key = tuple(sizes)
-        known = self.shapes.get(key)
+        known = shapes.get(key)
         if known is None:
-            if len(self.shapes) > 64:
-                self.shapes.clear()
-            if self.on_cpu:
-                known = self.program.output_shapes(sizes), 0
-            else:
-                known = self.program.fit(sizes, stream)
-            self.shapes[key] = known
-        shapes, scratch_bytes = known
-        return [torch.empty(s, dtype=d, device=self.device) for s, d in zip(shapes, self.dtypes)], scratch_bytes
+            if len(shapes) > 64:
+                shapes.clear()
+            known = (program.output_shapes(sizes), 0) if self.on_cpu else program.fit(sizes, stream)
+            shapes[key] = known
+        sizes, scratch_bytes = known
+        return [torch.empty(s, dtype=d, device=self.device) for s, d in zip(sizes, self.dtypes)], scratch_bytes
 
     # ---- compiling -----------------------------------------------------------------------------
 
@@ -206,6 +227,7 @@ class Group(torch.nn.Module):
                 self.program = self._program(self.write(args).builder.builder)
             if self.program.symbols != self.symbols:
                 raise RuntimeError(f"sizes {self.program.symbols} where {self.symbols} are given")
+            self.plan = self.program, self.readers, self.seal, {}
         except (NotImplementedError, RuntimeError, ValueError) as why:
             self.compile_seconds += time.perf_counter() - start
             if not self._in_sums(args):
@@ -217,8 +239,7 @@ class Group(torch.nn.Module):
         """Compiles once more with small products as sums, for sizes that no kernel takes. Whether that was left to try."""
         if self.on_cpu or self.sums or self.nodes is None:
             return False
-        self.sums, self.program = True, None
-        self.shapes.clear()
+        self.sums, self.program, self.plan = True, None, None
         self._compile(args)
         return True
 
@@ -226,8 +247,8 @@ class Group(torch.nn.Module):
         """Whatever our compiler cannot do, PyTorch does."""
         self.failure = str(why).strip() or type(why).__name__
         log.warning("%s is left to PyTorch: %s", self.name, self.failure.splitlines()[0])
-        self.program, self.seal = None, []
         self.eager = self._as_pytorch()
+        self.program, self.plan, self.seal = None, None, []
 
     def _as_pytorch(self) -> Callable:
         """The operators of the group as PyTorch's own."""
@@ -306,7 +327,7 @@ class Group(torch.nn.Module):
 
     def __getstate__(self):
         """Without the nodes: the calls that write the graph, and the operators as PyTorch's."""
-        state = {**self.__dict__, "program": None, "eager": None, "failure": None, "shapes": {}, "compile_seconds": 0.0}
+        state = {**self.__dict__, "program": None, "eager": None, "failure": None, "plan": None, "compile_seconds": 0.0}
         if self.nodes is not None:
             try:
                 script = self.write(None).builder
@@ -318,15 +339,10 @@ class Group(torch.nn.Module):
             state.update(nodes=None, inputs=[None] * len(self.inputs), outputs=[None] * len(self.outputs), views=None)
         return state
 
-    def _seal_holds(self, args) -> bool:
-        return all(args[i].data_ptr() == address and _version(args[i]) == version for i, address, version in self.seal)
-
     def _refreeze(self, args) -> None:
         self.refreezes += 1
         if self.refreezes > REFREEZES_MAX:
             self.frozen = []
-        self.program = None
-        self.shapes.clear()
         self._compile(args)
 
     def as_module(self) -> fx.GraphModule:
@@ -370,6 +386,11 @@ def size_function(expression, names):
     return size
 
 
+def _batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for several: under `vmap`, and where gradients are asked for in batches (`is_grads_batched`)."""
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def _inverse(order):
     if order == list(range(len(order))):
         return None
@@ -389,6 +410,10 @@ def _check_positions(positions: torch.Tensor, size: int | None, ignored: int | N
         raise IndexError(
             f"{what}: positions reach from {positions.min().item()} to {positions.max().item()} in a table of {size}"
         )
+
+
+def _seal_holds(seal, args) -> bool:
+    return all(args[i].data_ptr() == address and _version(args[i]) == version for i, address, version in seal)
 
 
 def _version(tensor):

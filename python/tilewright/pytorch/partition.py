@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from . import attentions, elementwise, gradients, layers, norms, pools, randoms, resampling, scattering, searching  # noqa: F401  (they register the rules)
 from . import shapes, special, sums  # noqa: F401
@@ -265,7 +266,7 @@ def probe(graph: fx.Graph, device: torch.device, known) -> dict[fx.Node, str]:
                 continue
             _refuse(node, device, given)
             values[node] = writer.node(node, values)
-        except (Unsupported, NotImplementedError, ValueError, KeyError, TypeError, IndexError) as why:
+        except (Unsupported, NotImplementedError, ValueError, KeyError, TypeError, IndexError, GuardOnDataDependentSymNode) as why:
             reasons[node] = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
             if isinstance(held, torch.Tensor):
                 _provide(writer, values, node, device)
