@@ -39,6 +39,22 @@ template <int COUNT, typename A, typename B> TW_INLINE float fold_products(A a, 
   return in_chains<CHAINS>([&](int k) { return c[k]; }, [](float x, float y) { return x + y; });
 }
 
+// `load_words_if` of a stream, with lines of the second-level cache that go last. PTX ISA, "ld", "createpolicy".
+template <typename T, int N> TW_INLINE RunWords<T, N> load_last_if(bool inside, const T* p, T fill) {
+  if constexpr (sizeof(T) * N == 16) {
+    RunWords<T, N> r;
+#pragma unroll
+    for (int i = 0; i < N; ++i) r.run.at[i] = fill;
+    asm volatile(
+        "{ .reg .pred q; .reg .b64 last; setp.ne.b32 q, %5, 0; createpolicy.fractional.L2::evict_last.b64 last, 1.0; "
+        "@q ld.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], last; }"
+        : "+r"(r.words[0]), "+r"(r.words[1]), "+r"(r.words[2]), "+r"(r.words[3]) : "l"(p), "r"((int)inside));
+    return r;
+  } else {
+    return load_words_if<T, N>(inside, p, fill);
+  }
+}
+
 // Combines a row's values over its LANES threads. Rows of several warps go through `scratch` (one element a warp);
 // FIRST: nobody has used it before.
 template <int LANES, bool FIRST, typename T, typename F> TW_INLINE T across_row(T x, T* scratch, F combine) {

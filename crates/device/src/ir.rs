@@ -400,6 +400,18 @@ pub enum CachePolicy {
     EvictLast,
 }
 
+/// How streams, which the device reads and no block reads again, go through the caches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Streams {
+    /// As any access.
+    #[default]
+    Cached,
+    /// By the first-level cache.
+    Past,
+    /// With lines of the second-level cache that go last.
+    Last,
+}
+
 /// Which blocks of the cluster something reaches.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Reach {
@@ -795,8 +807,8 @@ pub struct Program {
     pub persistent: bool,
     /// Blocks per multiprocessor that registers are limited for (`__launch_bounds__`).
     pub blocks_per_sm: u32,
-    /// Loads pass by the first-level cache.
-    pub streams: bool,
+    /// How streams go through the caches.
+    pub streams: Streams,
     /// Lines begin and end within accesses of several elements: fragments in lines take what is there one by one.
     pub ragged: bool,
     /// Shared memory.

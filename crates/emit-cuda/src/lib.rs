@@ -27,7 +27,7 @@ pub use fingerprint::fingerprint;
 
 use std::fmt::Write;
 use tilewright_base::{DType, Result};
-use tilewright_device::{Extent, LineStep, MapId, Program, Spread, Stmt};
+use tilewright_device::{Extent, LineStep, MapId, Program, Spread, Stmt, Streams};
 use tilewright_tile::ParamId;
 
 /// One argument of a kernel.
@@ -138,7 +138,7 @@ pub fn emit(program: &Program) -> Result<Source> {
         program.name,
         program.arch.name()
     );
-    if program.streams {
+    if program.streams == Streams::Past {
         let _ = writeln!(text, "#define TW_LOAD_CACHE \".L1::no_allocate\"");
     }
     if numbers_threads_without_sign(program) {

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_device::{Extent, Frag, FragRef, ShelfRef, Spread, Stmt};
+use tilewright_device::{Extent, Frag, FragRef, ShelfRef, Spread, Stmt, Streams};
 use tilewright_expr::Value;
 use tilewright_layout::Dim;
 use tilewright_tile::ParamId;
@@ -340,8 +340,12 @@ impl Printer<'_> {
         self.line(&format!("  tw::RunWords<{ty}, {vector}> runs[{count} / {vector}];"));
         self.line("#pragma unroll");
         self.line(&format!("  for (int i = 0; i < {count}; i += {vector}) {{"));
+        let load = match self.program.streams {
+            Streams::Last if !kept => format!("load_last_if<{ty}, {vector}>"),
+            _ => format!("load_words_if<{ty}, {vector}, {kept}>"),
+        };
         self.line(&format!(
-            "    runs[i / {vector}] = tw::load_words_if<{ty}, {vector}, {kept}>({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
+            "    runs[i / {vector}] = tw::{load}({inside}, {pointer}, tw::narrow_to<{ty}>::from({value}));"
         ));
         self.line("  }");
         if let Some((Along { here, extent, .. }, edge)) = &edges {

@@ -40,7 +40,7 @@ fn program(name: &str, warps: u32, symbols: &[&str], items: Dim, body: Vec<Stmt>
         items,
         persistent: false,
         blocks_per_sm: 2,
-        streams: false,
+        streams: Streams::Cached,
         ragged: false,
         smem: IdVec::new(),
         barriers: IdVec::new(),

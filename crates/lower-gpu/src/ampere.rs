@@ -26,7 +26,7 @@ use crate::streams::{Step, Stream, Value, pipeline};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
-use tilewright_device::{
+use tilewright_device::{Streams, 
     Arch, Barrier, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, Frag, FragId, FragRef, Phase,
     Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, WgmmaA,
 };
@@ -233,7 +233,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        streams: false,
+        streams: Streams::Cached,
         ragged: false,
         smem: b.smem,
         barriers,

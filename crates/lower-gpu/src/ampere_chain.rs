@@ -25,7 +25,7 @@ use crate::streams::{Defs, Stream, definitions, extents};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
-use tilewright_device::{
+use tilewright_device::{Streams, 
     Arch, CLUSTER, CLUSTERS, Cond, FragId, Program, Ring, RingId, Role, Slot, Smem, SmemId,
     SmemTile, Spread, Stmt, Swizzle, WgmmaA,
 };
@@ -95,7 +95,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        streams: false,
+        streams: Streams::Cached,
         ragged: false,
         smem: b.smem,
         barriers: IdVec::new(),

@@ -13,7 +13,7 @@ use crate::streams::{Pipeline, Step, Stream, Value, definitions, extents, pipeli
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
-use tilewright_device::{
+use tilewright_device::{Streams, 
     Barrier, BarrierRef, CLUSTER, CLUSTERS, CTA, CachePolicy, Cond, Extent, Frag, FragId, FragRef,
     MapId, Phase, Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
     TensorMap, WgmmaA,
@@ -280,7 +280,7 @@ pub(crate) fn lower(kernel: &Kernel, schedule: &GpuSchedule) -> Result<Program> 
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        streams: false,
+        streams: Streams::Cached,
         ragged: false,
         smem: b.smem,
         barriers,

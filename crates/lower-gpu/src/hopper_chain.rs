@@ -18,7 +18,7 @@ use crate::raster::raster;
 use crate::schedule::{GpuSchedule, Mode, StoreKind};
 use crate::streams::{Defs, definitions, extents};
 use tilewright_base::{Error, IdVec, Result};
-use tilewright_device::{
+use tilewright_device::{Streams, 
     Barrier, BarrierId, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, FragId, FragRef, Phase,
     Program, Reach, Ring, RingId, Role, Slot, SmemTile, Spread, Stmt, WgmmaA,
 };
@@ -218,7 +218,7 @@ fn lower_with(kernel: &Kernel, schedule: &GpuSchedule, once_slots: u32) -> Resul
         items,
         persistent: schedule.persistent,
         blocks_per_sm: schedule.blocks_per_sm,
-        streams: false,
+        streams: Streams::Cached,
         ragged: false,
         smem: b.smem,
         barriers,

@@ -10,7 +10,7 @@ use crate::schedule::{GpuSchedule, LinesKnobs};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{Error, Result};
-use tilewright_device::Arch;
+use tilewright_device::{Arch, Streams};
 use tilewright_layout::Dim;
 use tilewright_tile::{Access, Block, Kernel, Stmt, TileOp, TopK};
 
@@ -58,6 +58,8 @@ const KEPT_EACH: i64 = 16;
 /// Loads of the plane from which a program is one of windows: its accesses are found in the first-level cache, and what
 /// varies along columns alone (weights) serves several rows.
 const MANY_PLANES: i64 = 3;
+/// Bytes of rows from which they are read with lines of the second-level cache that go last: twice what it has.
+const LAST_BYTES: i64 = 100 << 20;
 /// Multiprocessors of the device that schedules are made for.
 const PROCESSORS: i64 = 132;
 /// Threads of a block of a map that has work for the whole device, and elements that a thread of any other has at once.
@@ -830,6 +832,18 @@ impl Picker<'_> {
         schedule
     }
 
+    /// Rows that are stored again and do not fit the second-level cache are read with lines that go last there: what was written
+    /// leaves it sooner, and evenly. Nothing of smaller tensors is to be driven out.
+    fn streams(&self) -> Streams {
+        let s = &self.s;
+        let bytes = s.rows * s.cols * s.planes.max(1) * 16 / s.vector;
+        match (s.reduces, s.stores) {
+            (Some(_), false) => Streams::Past,
+            (Some(Direction::Col), true) if s.whole && bytes >= LAST_BYTES => Streams::Last,
+            _ => Streams::Cached,
+        }
+    }
+
     fn schedule(&self, choice: Choice) -> GpuSchedule {
         let s = &self.s;
         let heavy = s.steps > HEAVY_STEPS;
@@ -842,7 +856,7 @@ impl Picker<'_> {
             threads: choice.threads as u32,
             lanes: choice.lanes as u32,
             vector: schedule.vector,
-            streams: s.reduces.is_some() && !s.stores,
+            streams: self.streams(),
             // Rows of one or two warps wait for few: registers for another block are worth more, unless elements come one by one.
             early: choice.cluster == 1
                 && (!s.whole

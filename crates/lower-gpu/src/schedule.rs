@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use tilewright_device::{Arch, CachePolicy};
+use tilewright_device::{Arch, CachePolicy, Streams};
 
 /// How consumer warpgroups share work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,8 +59,8 @@ pub struct LinesKnobs {
     pub kept: u32,
     /// Turns of a loop whose loads are under way at a time; below 2: each turn loads for itself.
     pub fetched: u32,
-    /// Nothing as large as what is read is stored: loads pass by the first-level cache. Beside stores that slows both.
-    pub streams: bool,
+    /// How streams go through the caches.
+    pub streams: Streams,
     /// Lines begin and end within accesses of `vector` elements, and tiles begin where accesses are aligned in memory: see
     /// `run` in `line_ops.rs`. Sizes are numbers then.
     pub ragged: bool,
@@ -76,7 +76,7 @@ impl Default for LinesKnobs {
             ahead: false,
             kept: 0,
             fetched: 0,
-            streams: false,
+            streams: Streams::Cached,
             ragged: false,
         }
     }
@@ -225,9 +225,17 @@ impl GpuSchedule {
             if ahead { " ahead" } else { "" },
             if kept > 0 { format!(" kept={kept}") } else { String::new() },
             if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
-            if streams { " streams" } else { "" },
+            streams_text(streams),
             if ragged { " ragged" } else { "" },
         )
+    }
+}
+
+fn streams_text(streams: Streams) -> &'static str {
+    match streams {
+        Streams::Cached => "",
+        Streams::Past => " streams",
+        Streams::Last => " streams=last",
     }
 }
 
@@ -278,7 +286,7 @@ impl fmt::Display for GpuSchedule {
             if early { " early" } else { "" },
             if kept > 0 { format!(" kept={kept}") } else { String::new() },
             if fetched > 1 { format!(" fetched={fetched}") } else { String::new() },
-            if streams { " streams" } else { "" },
+            streams_text(streams),
             if ragged { " ragged" } else { "" },
             if self.turns { " turns" } else { "" },
             if self.serpentine { " serpentine" } else { "" },

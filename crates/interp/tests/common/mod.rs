@@ -224,7 +224,7 @@ pub(crate) fn gemm(stages: u32) -> Program {
         items: items.clone(),
         persistent: true,
         blocks_per_sm: 1,
-        streams: false,
+        streams: Streams::Cached,
         ragged: false,
         smem,
         barriers,

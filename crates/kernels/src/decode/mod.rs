@@ -35,7 +35,7 @@ pub use product::{Ending, Form, Norm, VectorProduct};
 pub use sample::{advance, embed, pick, pieces};
 
 use tilewright_base::{DType, Result};
-use tilewright_device::Arch;
+use tilewright_device::{Arch, Streams};
 use tilewright_expr::Func;
 use tilewright_layout::{Dim, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, LinesKnobs};
@@ -104,7 +104,7 @@ fn schedule(
         vector: vector as u32,
         early: false,
         ahead: s.dependent,
-        streams: true,
+        streams: Streams::Past,
         ..LinesKnobs::default()
     };
     s.blocks_per_sm = 1;

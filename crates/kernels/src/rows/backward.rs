@@ -11,7 +11,7 @@
 use super::program::{along, func, lines, sizes};
 use super::{RowOp, RowSpec};
 use tilewright_base::{DType, Error, Result};
-use tilewright_device::Arch;
+use tilewright_device::{Arch, Streams};
 use tilewright_expr::{ExprId, Func, FuncBuilder, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout};
 use tilewright_lower_gpu::{GpuSchedule, LinesKnobs};
@@ -299,7 +299,7 @@ impl NormBackwardSpec {
             ahead: false,
             kept: 0,
             fetched: if turns > 1 { AHEAD as u32 } else { 0 },
-            streams: false,
+            streams: Streams::Cached,
             ragged: false,
         };
         // Nothing lies behind rows that fill their tile: no element is asked whether it does.

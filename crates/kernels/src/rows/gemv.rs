@@ -13,7 +13,7 @@
 use super::program::{along, func};
 use crate::gemm::{GemmSpec, Order, Pair};
 use tilewright_base::DType;
-use tilewright_device::Arch;
+use tilewright_device::{Arch, Streams};
 use tilewright_expr::{Func, Op, Value};
 use tilewright_layout::{Axis, Dim, Layout, Range, Symbol};
 use tilewright_lower_gpu::{GpuSchedule, LinesKnobs, byte_product};
@@ -360,7 +360,7 @@ impl GemvSpec {
             lanes: form.lanes as u32,
             vector: form.vector as u32,
             early: false,
-            streams: true,
+            streams: Streams::Past,
             ..LinesKnobs::default()
         };
         // The registers are an estimate: what it falls short of must not spill.
