@@ -713,10 +713,9 @@ fn uses_of(stmt: &tilewright_tile::Stmt, tile: TileId) -> usize {
             | TileOp::Permute { x, .. }
             | TileOp::Reshape(x) => is(x),
             TileOp::Mma { acc, a, b, .. } => is(acc) + is(a) + is(b),
-            TileOp::Full(_)
-            | TileOp::Load { .. }
-            | TileOp::Iota { .. }
-            | TileOp::Random { .. } => 0,
+            TileOp::Full(_) | TileOp::Load { .. } | TileOp::Iota { .. } | TileOp::Random { .. } => {
+                0
+            }
         },
         tilewright_tile::Stmt::Store { value, .. }
         | tilewright_tile::Stmt::AtomicAdd { value, .. } => is(value),

@@ -491,7 +491,8 @@ impl Picker<'_> {
         let (lanes, runs_each) = (lanes * 2, up(runs, lanes * 2));
         let threads = lanes.max(64);
         let wide = self.spread_rows(Choice { threads, lanes, rows_each: 1, runs_each, cluster });
-        let few = if self.is_packed(wide) && lanes <= LANES_ALONE { FEW_BYTES } else { ENOUGH_BYTES };
+        let few =
+            if self.is_packed(wide) && lanes <= LANES_ALONE { FEW_BYTES } else { ENOUGH_BYTES };
         let better = halves || self.under_way(wide) >= self.under_way(choice).min(few);
         let found = if better { wide } else { choice };
         Some(self.tight(found).unwrap_or(found))
@@ -536,11 +537,12 @@ impl Picker<'_> {
             || self.is_packed(choice)
     }
 
-    /// Whole rows of which each register has two elements while warps meet.
+    /// Whole rows that fill their tile, of which each register has two elements while warps meet.
     fn is_packed(&self, choice: Choice) -> bool {
         let s = &self.s;
         let plain = s.packed && s.whole && s.reduces == Some(Direction::Col) && !s.ordered;
-        plain && s.aligned >= s.vector && choice.lanes > 32 && choice.cluster == 1
+        let full = choice.lanes * choice.runs_each * s.vector == s.cols;
+        plain && full && s.aligned >= s.vector && choice.lanes > 32 && choice.cluster == 1
     }
 
     /// Registers of such threads, as compiled: there is little beside what they have.
