@@ -55,6 +55,14 @@ template <typename T, int N> TW_INLINE RunWords<T, N> load_last_if(bool inside, 
   }
 }
 
+// Two neighbours of bf16, from the word that they are in memory: the compiler, which cannot see through it, keeps that word until
+// here, not the two.
+TW_INLINE void unpack_again(float x, float y, float& to_x, float& to_y) {
+  u32 word = __float_as_uint(x) >> 16 | (__float_as_uint(y) & 0xffff0000u);
+  asm volatile("" : "+r"(word));
+  to_x = __uint_as_float(word << 16), to_y = __uint_as_float(word & 0xffff0000u);
+}
+
 // Combines a row's values over its LANES threads. Rows of several warps go through `scratch` (one element a warp);
 // FIRST: nobody has used it before.
 template <int LANES, bool FIRST, typename T, typename F> TW_INLINE T across_row(T x, T* scratch, F combine) {

@@ -112,6 +112,13 @@ pub enum LineStep {
         /// What is read.
         from: ShelfRef,
     },
+    /// A tile of bf16 as it is, from two elements a register: until here nothing else holds them.
+    Unpack {
+        /// What is written: a tile.
+        dst: FragRef,
+        /// A tile.
+        src: FragRef,
+    },
     /// Position (`i64`) of the first (or last) extreme element of each row among the first `limit`; NaN is
     /// extreme, and of no elements it is 0.
     ArgReduce {
@@ -223,6 +230,7 @@ impl LineStep {
             LineStep::Pick { dst, .. }
             | LineStep::Turn { dst, .. }
             | LineStep::Recall { dst, .. }
+            | LineStep::Unpack { dst, .. }
             | LineStep::ArgReduce { dst, .. }
             | LineStep::Scan { dst, .. }
             | LineStep::Random { dst, .. } => Some(dst),
@@ -241,6 +249,7 @@ impl LineStep {
             LineStep::Pick { rows, .. } => rows.iter().map(|(_, frag)| frag).collect(),
             LineStep::ArgReduce { src, .. }
             | LineStep::Scan { src, .. }
+            | LineStep::Unpack { src, .. }
             | LineStep::Add { src, .. } => vec![src],
             LineStep::AcrossCluster { frag, .. } => vec![frag],
             LineStep::Dot { acc, a, b } => vec![acc, a, b],

@@ -347,6 +347,9 @@ impl Printer<'_> {
             LineStep::Recall { dst, from } => {
                 format!("{} = recall {}", Self::frag(p, dst), Self::shelf(p, from))
             }
+            LineStep::Unpack { dst, src } => {
+                format!("{} = unpack {}", Self::frag(p, dst), Self::frag(p, src))
+            }
             LineStep::ArgReduce { dst, kind, src, limit, last } => {
                 let which = if *last { "last" } else { "first" };
                 let (dst, src, kind) = (Self::frag(p, dst), Self::frag(p, src), reduce_text(*kind));

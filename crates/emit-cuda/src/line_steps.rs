@@ -177,6 +177,16 @@ impl Printer<'_> {
                 self.fetch(to, &access, *fill)
             }
             LineStep::Recall { dst, from } => self.recall(dst, from),
+            LineStep::Unpack { dst, src } => {
+                let frag = &self.program.frags[src.frag];
+                let count = Self::count(frag, frag.cols);
+                let (to, from) = (self.frag_name(dst.frag), self.frag_name(src.frag));
+                self.line("#pragma unroll");
+                self.line(&format!(
+                    "for (int i = 0; i < {count}; i += 2) tw::unpack_again({from}[i], {from}[i + 1], {to}[i], {to}[i + 1]);"
+                ));
+                Ok(())
+            }
             LineStep::ArgReduce { dst, kind, src, limit, last } => {
                 let frag = &self.program.frags[src.frag];
                 let (spread, held) = (Self::spread(frag, frag.cols), memory_type(frag.dtype));

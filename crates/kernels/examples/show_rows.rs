@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use tilewright_base::DType;
-use tilewright_device::{Arch, Program};
+use tilewright_device::{Arch, Program, Streams};
 use tilewright_emit_cuda::{Argument, Source};
 use tilewright_kernels::gemm::{GemmSpec, Order};
 use tilewright_kernels::map::{AdamWSpec, AdamWTableSpec, DropoutSpec, MapSpec};
@@ -219,7 +219,10 @@ fn build(args: &[String]) -> Result<Vec<Shown>, String> {
                 "blocks" => schedule.blocks_per_sm = value,
                 "early" => schedule.lines.early = value == 1,
                 "kept" => schedule.lines.kept = value,
-                "streams" => schedule.lines.streams = value == 1,
+                "streams" => {
+                    let all = [Streams::Cached, Streams::Past, Streams::Last];
+                    schedule.lines.streams = all[value.min(2) as usize];
+                }
                 "ahead" => schedule.lines.fetched = value,
                 "cluster" => schedule.cluster = value,
                 "persistent" => schedule.persistent = value == 1,

@@ -438,6 +438,23 @@ fn sums_of_products_are_multiply_adds() {
     assert!(!text(RowOp::Softmax).contains("tw::fold_products<"));
 }
 
+/// Rows that leave the second-level cache go last there, and those of bf16 wait for other warps as they lie in memory.
+#[test]
+fn long_tensors_go_last_and_wait_in_pairs() {
+    let printed = |dtype, m: i64, n: i64| {
+        let size = |name: &str| Some(if name == "M" { m } else { n });
+        let spec = RowSpec { op: RowOp::RmsNorm { eps: 1e-6 }, dtype, residual: true };
+        let (kernel, schedule) = spec.kernel("rows", Arch::Sm90a, &size).unwrap();
+        let text = tilewright_emit_cuda::emit(&lower(&kernel, &schedule).unwrap()).unwrap().text;
+        ["tw::load_last_if<", "tw::unpack_again("].map(|name| text.contains(name))
+    };
+    assert_eq!(printed(DType::BF16, 16384, 4096), [true, true]);
+    assert_eq!(printed(DType::BF16, 256, 4096), [false, true]);
+    assert_eq!(printed(DType::F32, 16384, 4096), [true, false]);
+    // A warp a row meets no other.
+    assert_eq!(printed(DType::BF16, 1 << 20, 128), [true, false]);
+}
+
 /// Rows that fill no tile of a power of two have one that fits, and a length that is a number where elements come one by one.
 #[test]
 fn tiles_are_hardly_longer_than_rows() {

@@ -26,9 +26,10 @@ use crate::streams::{Step, Stream, Value, pipeline};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
-use tilewright_device::{Streams, 
+use tilewright_device::{
     Arch, Barrier, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, Frag, FragId, FragRef, Phase,
-    Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, WgmmaA,
+    Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt, Streams,
+    WgmmaA,
 };
 use tilewright_expr::Value as Constant;
 use tilewright_layout::Dim;

@@ -25,9 +25,9 @@ use crate::streams::{Defs, Stream, definitions, extents};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
-use tilewright_device::{Streams, 
+use tilewright_device::{
     Arch, CLUSTER, CLUSTERS, Cond, FragId, Program, Ring, RingId, Role, Slot, Smem, SmemId,
-    SmemTile, Spread, Stmt, Swizzle, WgmmaA,
+    SmemTile, Spread, Stmt, Streams, Swizzle, WgmmaA,
 };
 use tilewright_expr::Value;
 use tilewright_layout::Dim;

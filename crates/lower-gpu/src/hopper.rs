@@ -13,10 +13,10 @@ use crate::streams::{Pipeline, Step, Stream, Value, definitions, extents, pipeli
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tilewright_base::{DType, Error, IdVec, Result};
-use tilewright_device::{Streams, 
+use tilewright_device::{
     Barrier, BarrierRef, CLUSTER, CLUSTERS, CTA, CachePolicy, Cond, Extent, Frag, FragId, FragRef,
     MapId, Phase, Program, Reach, Ring, RingId, Role, Slot, Smem, SmemId, SmemTile, Spread, Stmt,
-    TensorMap, WgmmaA,
+    Streams, TensorMap, WgmmaA,
 };
 use tilewright_expr::Op;
 use tilewright_layout::Dim;

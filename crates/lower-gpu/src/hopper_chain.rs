@@ -18,9 +18,9 @@ use crate::raster::raster;
 use crate::schedule::{GpuSchedule, Mode, StoreKind};
 use crate::streams::{Defs, definitions, extents};
 use tilewright_base::{Error, IdVec, Result};
-use tilewright_device::{Streams, 
+use tilewright_device::{
     Barrier, BarrierId, BarrierRef, CLUSTER, CLUSTERS, Cond, Extent, FragId, FragRef, Phase,
-    Program, Reach, Ring, RingId, Role, Slot, SmemTile, Spread, Stmt, WgmmaA,
+    Program, Reach, Ring, RingId, Role, Slot, SmemTile, Spread, Stmt, Streams, WgmmaA,
 };
 use tilewright_expr::Func;
 use tilewright_layout::Dim;

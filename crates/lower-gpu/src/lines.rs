@@ -332,10 +332,17 @@ impl Lines<'_> {
 
     fn block(&mut self, block: &Block, out: &mut Vec<Stmt>) -> Result<()> {
         let kept = self.find_kept(block);
-        for (place, stmt) in early_loads(self.kernel, block, self.schedule.lines.early) {
+        let order = early_loads(self.kernel, block, self.schedule.lines.early);
+        for (done, (place, stmt)) in order.iter().copied().enumerate() {
             self.fetch_kept(&kept, place, out);
             match stmt {
-                tilewright_tile::Stmt::Let(id, op) => self.operation(*id, op, out)?,
+                tilewright_tile::Stmt::Let(id, op) => {
+                    self.operation(*id, op, out)?;
+                    if std::ptr::eq(block, &self.kernel.body) && self.meets(op) {
+                        let (before, behind) = order.split_at(done + 1);
+                        self.unpack_again(before, behind, out)?;
+                    }
+                }
                 tilewright_tile::Stmt::Store { param, index, value } => {
                     self.store(*param, index, *value, out)?;
                 }
@@ -347,6 +354,58 @@ impl Lines<'_> {
                     self.for_loop(f, shared, out)?;
                 }
                 tilewright_tile::Stmt::If(f) => self.branch(f, out)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether warps meet in a step that reduces whole rows.
+    fn meets(&self, op: &TileOp) -> bool {
+        let TileOp::Reduce { x, axis, .. } = op else { return false };
+        let along = self.directions.of(*x)[*axis];
+        along == Some(Direction::Col) && self.schedule.lines.lanes > 32
+    }
+
+    /// Tiles of bf16 that steps on both sides of a meeting read wait for it as they lie in memory, two elements a register, and so do
+    /// those that are the same in f32.
+    fn unpack_again(
+        &mut self,
+        before: &[(usize, &tilewright_tile::Stmt)],
+        behind: &[(usize, &tilewright_tile::Stmt)],
+        out: &mut Vec<Stmt>,
+    ) -> Result<()> {
+        if !self.schedule.lines.vector.is_multiple_of(2) {
+            return Ok(());
+        }
+        let read = |by: &[(usize, &tilewright_tile::Stmt)], tile| {
+            by.iter().map(|(_, stmt)| uses_of(stmt, tile)).sum::<usize>() > 0
+        };
+        let wide = Func::cast(DType::BF16, DType::F32);
+        for (_, stmt) in before {
+            let tilewright_tile::Stmt::Let(tile, _) = stmt else { continue };
+            let plane = self.extent(*tile) == Extent::Tile && self.dtype(*tile) == DType::BF16;
+            if !plane || !read(before, *tile) {
+                continue;
+            }
+            let casts: Vec<TileId> = before
+                .iter()
+                .filter_map(|(_, stmt)| match stmt {
+                    tilewright_tile::Stmt::Let(to, TileOp::Map { func, args }) => {
+                        let same = *func == wide && args.len() == 1 && args[0].tile == *tile;
+                        (same && read(behind, *to)).then_some(*to)
+                    }
+                    _ => None,
+                })
+                .collect();
+            if casts.is_empty() && !read(behind, *tile) {
+                continue;
+            }
+            let src = whole(self.get(*tile)?);
+            let dst = whole(self.new_tile(*tile));
+            out.push(Stmt::Line(LineStep::Unpack { dst: dst.clone(), src }));
+            for to in casts {
+                let to = whole(self.new_tile(to));
+                out.push(Stmt::Map { dst: to, func: wide.clone(), args: vec![dst.clone()] });
             }
         }
         Ok(())
@@ -637,38 +696,38 @@ fn early_loads<'b>(
 
 /// How often steps of a block read a tile, nested blocks included.
 pub(crate) fn uses(block: &Block, tile: TileId) -> usize {
+    block.stmts.iter().map(|stmt| uses_of(stmt, tile)).sum()
+}
+
+/// How often a step reads a tile.
+fn uses_of(stmt: &tilewright_tile::Stmt, tile: TileId) -> usize {
     let is = |t: &TileId| usize::from(*t == tile);
-    block
-        .stmts
-        .iter()
-        .map(|stmt| match stmt {
-            tilewright_tile::Stmt::Let(_, op) => match op {
-                TileOp::Map { args, .. } => args.iter().map(|a| is(&a.tile)).sum(),
-                TileOp::Broadcast(a) => is(&a.tile),
-                TileOp::Gather { rows, .. } => is(rows),
-                TileOp::Reduce { x, .. }
-                | TileOp::ArgReduce { x, .. }
-                | TileOp::Scan { x, .. }
-                | TileOp::Permute { x, .. }
-                | TileOp::Reshape(x) => is(x),
-                TileOp::Mma { acc, a, b, .. } => is(acc) + is(a) + is(b),
-                TileOp::Full(_)
-                | TileOp::Load { .. }
-                | TileOp::Iota { .. }
-                | TileOp::Random { .. } => 0,
-            },
-            tilewright_tile::Stmt::Store { value, .. }
-            | tilewright_tile::Stmt::AtomicAdd { value, .. } => is(value),
-            tilewright_tile::Stmt::For(f) => {
-                f.carry.iter().map(|(_, init)| is(init)).sum::<usize>()
-                    + f.yields.iter().map(is).sum::<usize>()
-                    + uses(&f.body, tile)
+    match stmt {
+        tilewright_tile::Stmt::Let(_, op) => match op {
+            TileOp::Map { args, .. } => args.iter().map(|a| is(&a.tile)).sum(),
+            TileOp::Broadcast(a) => is(&a.tile),
+            TileOp::Gather { rows, .. } => is(rows),
+            TileOp::Reduce { x, .. }
+            | TileOp::ArgReduce { x, .. }
+            | TileOp::Scan { x, .. }
+            | TileOp::Permute { x, .. }
+            | TileOp::Reshape(x) => is(x),
+            TileOp::Mma { acc, a, b, .. } => is(acc) + is(a) + is(b),
+            TileOp::Full(_) | TileOp::Load { .. } | TileOp::Iota { .. } | TileOp::Random { .. } => {
+                0
             }
-            tilewright_tile::Stmt::If(f) => {
-                f.then_yields.iter().chain(&f.otherwise_yields).map(is).sum::<usize>()
-                    + uses(&f.then, tile)
-                    + uses(&f.otherwise, tile)
-            }
-        })
-        .sum()
+        },
+        tilewright_tile::Stmt::Store { value, .. }
+        | tilewright_tile::Stmt::AtomicAdd { value, .. } => is(value),
+        tilewright_tile::Stmt::For(f) => {
+            f.carry.iter().map(|(_, init)| is(init)).sum::<usize>()
+                + f.yields.iter().map(is).sum::<usize>()
+                + uses(&f.body, tile)
+        }
+        tilewright_tile::Stmt::If(f) => {
+            f.then_yields.iter().chain(&f.otherwise_yields).map(is).sum::<usize>()
+                + uses(&f.then, tile)
+                + uses(&f.otherwise, tile)
+        }
+    }
 }

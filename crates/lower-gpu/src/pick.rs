@@ -9,7 +9,7 @@ use crate::axes::{Direction, Directions, directions};
 use crate::schedule::{GpuSchedule, LinesKnobs};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tilewright_base::{Error, Result};
+use tilewright_base::{DType, Error, Result};
 use tilewright_device::{Arch, Streams};
 use tilewright_layout::Dim;
 use tilewright_tile::{Access, Block, Kernel, Stmt, TileOp, TopK};
@@ -26,6 +26,8 @@ const TIGHT_EACH: i64 = 40;
 const NARROW: i64 = 8;
 /// Bytes under way on a multiprocessor that memory needs to be busy.
 const ENOUGH_BYTES: i64 = 64 << 10;
+/// The same where blocks have 256 threads and each register two elements.
+const FEW_BYTES: i64 = 48 << 10;
 /// Operations of a map that 32 registers have room for.
 const FEW_STEPS: i64 = 40;
 
@@ -97,6 +99,8 @@ struct Shape {
     folds: i64,
     /// Operations of all maps.
     steps: i64,
+    /// Planes are bf16 and rows are reduced once: they lie in registers as they do in memory (`unpack_again` in `lines.rs`).
+    packed: bool,
 }
 
 fn reduces_outside_loops(directions: &Directions, block: &Block) -> bool {
@@ -145,6 +149,17 @@ fn operations(block: &Block) -> i64 {
         Stmt::Let(_, TileOp::Map { func, .. }) => func.nodes().len() as i64,
         Stmt::For(f) => operations(&f.body),
         Stmt::If(f) => operations(&f.then) + operations(&f.otherwise),
+        _ => 0,
+    };
+    block.stmts.iter().map(of).sum()
+}
+
+/// Reductions of a block.
+fn reductions(block: &Block) -> usize {
+    let of = |s: &Stmt| match s {
+        Stmt::Let(_, TileOp::Reduce { .. }) => 1,
+        Stmt::For(f) => reductions(&f.body),
+        Stmt::If(f) => reductions(&f.then) + reductions(&f.otherwise),
         _ => 0,
     };
     block.stmts.iter().map(of).sum()
@@ -236,6 +251,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
         vectors: 0,
         folds: reductions_in_loops(&kernel.body),
         steps: operations(&kernel.body),
+        packed: reductions(&kernel.body) == 1,
     };
     (out.planes, out.vectors) = loads(&directions, &kernel.body);
     let mut failed = None;
@@ -264,6 +280,7 @@ fn shape(kernel: &Kernel, size: &dyn Fn(&str) -> Option<i64>, aligned: i64) -> R
                     // What is stored once per column does not matter when columns are reduced, nor where each thread
                     // reads a plane many times.
                     let many = out.reduces.is_none() && out.planes >= MANY_PLANES;
+                    out.packed &= row.is_none() || p.dtype == DType::BF16;
                     if row.is_some() || out.reduces != Some(Direction::Row) && !many {
                         out.vector = out.vector.min(i64::from((128 / p.dtype.bits()).max(1)));
                     }
@@ -474,7 +491,9 @@ impl Picker<'_> {
         let (lanes, runs_each) = (lanes * 2, up(runs, lanes * 2));
         let threads = lanes.max(64);
         let wide = self.spread_rows(Choice { threads, lanes, rows_each: 1, runs_each, cluster });
-        let better = halves || self.under_way(wide) >= self.under_way(choice);
+        let few =
+            if self.is_packed(wide) && lanes <= LANES_ALONE { FEW_BYTES } else { ENOUGH_BYTES };
+        let better = halves || self.under_way(wide) >= self.under_way(choice).min(few);
         let found = if better { wide } else { choice };
         Some(self.tight(found).unwrap_or(found))
     }
@@ -515,12 +534,24 @@ impl Picker<'_> {
         let plain = s.whole && s.reduces == Some(Direction::Col) && s.aligned >= s.vector;
         let few = choice.rows_each * choice.runs_each * s.vector <= KEEP / 2;
         plain && few && choice.lanes > 32 && choice.cluster == 1 && !s.ordered
+            || self.is_packed(choice)
+    }
+
+    /// Whole rows that fill their tile, of which each register has two elements while warps meet.
+    fn is_packed(&self, choice: Choice) -> bool {
+        let s = &self.s;
+        let plain = s.packed && s.whole && s.reduces == Some(Direction::Col) && !s.ordered;
+        let full = choice.lanes * choice.runs_each * s.vector == s.cols;
+        plain && full && s.aligned >= s.vector && choice.lanes > 32 && choice.cluster == 1
     }
 
     /// Registers of such threads, as compiled: there is little beside what they have.
     fn lean_registers(&self, choice: Choice) -> i64 {
         let s = &self.s;
         let each = choice.rows_each * choice.runs_each * s.vector;
+        if self.is_packed(choice) {
+            return 24 + each * (s.planes.clamp(1, 2) + s.vectors) / 2;
+        }
         20 + each * s.planes.clamp(1, 2) + 2 * s.vectors * choice.runs_each
     }
 

@@ -494,6 +494,15 @@ impl Checker<'_> {
                 let same = to.is_some_and(|f| (f.dtype, f.rows, f.cols, f.spread) == of_shelf);
                 self.step(stmt, same && tile(to), "the result is not a tile as the shelf's");
             }
+            LineStep::Unpack { .. } => {
+                let pairs = |f: &Frag| match f.spread {
+                    Spread::Lines { vector, .. } => vector % 2 == 0 && f.dtype == DType::BF16,
+                    _ => false,
+                };
+                let same = to.map(|f| (f.dtype, f.spread)) == from.map(|f| (f.dtype, f.spread));
+                let fits = tile(from) && tile(to) && same && to.is_some_and(pairs);
+                self.step(stmt, fits, "the operands are not tiles of bf16 in pairs");
+            }
             LineStep::ArgReduce { limit, .. } => {
                 self.known(stmt, limit);
                 self.step(stmt, tile(from), "the operand is not a tile");

@@ -149,6 +149,13 @@ impl<'p> Machine<'p, '_> {
                     self.reg_put(agent, view, data);
                 }
             }
+            LineStep::Unpack { dst, src } => {
+                let from = self.reg_read(agent, stmt, src)?;
+                let view = self.reg_write(agent, stmt, dst)?;
+                if let Some(data) = self.reg_get(agent, from) {
+                    self.reg_put(agent, view, data);
+                }
+            }
             LineStep::ArgReduce { dst, kind, src, limit, last } => {
                 let limit = self.dim(agent, stmt, limit)?;
                 let from = self.reg_read(agent, stmt, src)?;
