@@ -403,7 +403,7 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
         partition_fn=kept.partition,
     )
     attentions.prepare(gm, trains)
-    with attentions.in_parts(trains, settings.device), cached.keeping(gm, (settings, mode, trains)) if keeps else nullcontext():
+    with attentions.in_parts(trains, settings.device), cached.keeping(gm, settings.device, (settings, mode, trains)) if keeps else nullcontext():
         return compiler(gm, example_inputs)
 
 

@@ -106,10 +106,12 @@ def compiler(compile_graph):
 
 
 @contextlib.contextmanager
-def keeping(gm: torch.fx.GraphModule, settings):
+def keeping(gm: torch.fx.GraphModule, device: torch.device, settings):
     """While a graph is compiled: its results are kept, under a key that has our settings. The backward graph is compiled
     with the forward graph, since both are kept together."""
-    gm._tilewright = f"{stamp()} {settings}"
+    # What rules ask of a GPU.
+    gpu = (torch.version.cuda, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    gm._tilewright = f"{stamp()} {settings} {gpu}"
     before, OURS.compiles = OURS.compiles, True
     try:
         with torch._functorch.config.patch(bundled_autograd_cache=True, force_non_lazy_backward_lowering=True):
@@ -162,15 +164,9 @@ def _key_of(of_inductor):
             torch.is_deterministic_algorithms_warn_only_enabled(),
         )
         self.matmul_precision = torch.get_float32_matmul_precision()
-        self.device_of_gpu = _gpu() if any(isinstance(a, torch.Tensor) and a.is_cuda for a in example_inputs) else None
-        return None
+        self.cache_key_tag = getattr(torch.compiler.config, "cache_key_tag", "")
 
     return details
-
-
-def _gpu() -> tuple:
-    """What rules ask of a GPU."""
-    return torch.version.cuda, torch.cuda.get_device_name(), torch.cuda.get_device_capability()
 
 
 FxGraphHashDetails.__init__ = _key_of(FxGraphHashDetails.__init__)
