@@ -247,6 +247,53 @@ def compiled_graphs_are_kept_for_the_next_process():
         Group.write = write
 
 
+def inference_with_known_weights_is_kept_for_the_next_process():
+    from torch._dynamo.utils import counters
+
+    from tilewright.pytorch import cached
+
+    def model(seed):
+        torch.manual_seed(seed)
+        layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(128, 5)]
+        made = torch.nn.Sequential(*layers).eval()
+        # Weights whose axes lie in another order, too.
+        made[0].weight.data = made[0].weight.data.to(memory_format=torch.channels_last)
+        return made
+
+    def run(module):
+        torch._dynamo.reset()
+        counters.clear()
+        call = compiled(module)
+        with torch.no_grad():
+            y = call(x)
+        return call, y, {k: n for k, n in counters["aot_autograd"].items() if k.startswith("autograd_cache")}
+
+    x = torch.randn(2, 3, 6, 6)
+    _, first, told = run(model(0))
+    assert told == {"autograd_cache_miss": 1, "autograd_cache_saved": 1} and not cached.OURS.compiles, told
+    same, again, told = run(model(0))
+    assert told == {"autograd_cache_hit": 1} and torch.equal(first, again), told
+    # The same graph with other weights, which then change where nothing was written as a graph.
+    other = model(1)
+    call, found, told = run(other)
+    assert told == {"autograd_cache_hit": 1}, told
+    with torch.no_grad():
+        torch.testing.assert_close(found, other(x))
+        for _ in range(4):
+            other[4].weight.mul_(1.5)
+            other[0].bias.add_(0.25)
+            torch.testing.assert_close(call(x), other(x))
+        # The one before, whose weights are its own, has the same graph.
+        torch.testing.assert_close(same(x), again)
+    # Another element type is another entry of the cache.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert "autograd_cache_hit" not in run(model(0).float())[2]
+    finally:
+        torch.set_default_dtype(before)
+
+
 def inputs_and_views_are_written_as_in_eager():
     def writes(x, y):
         x.mul_(2)
@@ -541,6 +588,7 @@ if __name__ == "__main__":
             dropout_drops_as_often_as_it_should,
             gradients_of_halves_are_side_by_side,
             compiled_graphs_are_kept_for_the_next_process,
+            inference_with_known_weights_is_kept_for_the_next_process,
             inputs_and_views_are_written_as_in_eager,
             numbers_written_into_parts_are_fills,
             results_have_the_strides_of_eager,

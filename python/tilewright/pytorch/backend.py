@@ -374,8 +374,8 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
     records = mode == "reduce-overhead" and settings.device.type == "cuda"
 
     trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
-    # Those who observe want graphs with their nodes; known weights are not kept.
-    keeps = settings.cache and not OBSERVERS and (trains or not settings.freeze)
+    # Those who observe want graphs with their nodes; groups with symbols are not kept.
+    keeps = settings.cache and not OBSERVERS and not any(isinstance(a, torch.SymInt) for a in example_inputs)
 
     def compiled(graph_module, kind, static, fixed):
         made = compile_fx(graph_module, kind, static, settings)
@@ -403,7 +403,7 @@ def tilewright_backend(gm: fx.GraphModule, example_inputs, *, options=None, mode
         partition_fn=kept.partition,
     )
     attentions.prepare(gm, trains)
-    with attentions.in_parts(trains, settings.device), cached.keeping(gm, (settings, mode, trains)) if keeps else nullcontext():
+    with attentions.in_parts(trains, settings.device), cached.keeping(gm, settings.device, (settings, mode, trains)) if keeps else nullcontext():
         return compiler(gm, example_inputs)
 
 

@@ -222,7 +222,7 @@ class Group(torch.nn.Module):
             if self.nodes is None and self.digest is None:
                 raise NotImplementedError("it was left to PyTorch when the graph was kept")
             if self.nodes is None:
-                self.program = self._kept_program()
+                self.program = self._kept_program(args)
             else:
                 self.program = self._program(self.write(args).builder.builder)
             if self.program.symbols != self.symbols:
@@ -278,7 +278,7 @@ class Group(torch.nn.Module):
     def _key(self, graph: str):
         return self.device.index, self.settings.cache, self.settings.precision, graph
 
-    def _kept_program(self):
+    def _kept_program(self, args):
         """The program of a group that was written down: on GPUs as it was kept, else of the graph, which is written again."""
         program, key = None, self._key(self.digest)
         if not self.on_cpu:
@@ -292,8 +292,20 @@ class Group(torch.nn.Module):
             if program is not None:
                 PROGRAMS[key] = program
         if program is None:
-            program = self._program(Script.built(self.name, pickle.loads(self.calls)).builder)
+            script = Script.built(self.name, pickle.loads(self.calls), self._known_data(args))
+            program = self._program(script.builder)
         return program
+
+    def _known_data(self, args) -> dict[int, torch.Tensor]:
+        """Frozen inputs of a group that was written down, as they lie in memory; seals them."""
+        known = {i: args[i] for i in self.frozen if _version(args[i]) is not None}
+        self.seal = [(i, tensor.data_ptr(), _version(tensor)) for i, tensor in known.items()]
+        self.live = [i for i in range(len(self.inputs)) if i not in known]
+        self._read()
+        return {i: tensor.detach().permute(self.orders[i]).contiguous() for i, tensor in known.items()}
+
+    def _read(self) -> None:
+        self.readers = [(i, None if self.plain[i] else self.orders[i]) for i in self.live]
 
     def write(self, args) -> Writer:
         """The graph. With `args`, frozen inputs are known data."""
@@ -317,24 +329,28 @@ class Group(torch.nn.Module):
         for node, order in zip(self.outputs, self.out_orders):
             writer.builder.output(node.name, writer.in_memory_order(values[node], order).number)
         self.positions = sorted(set(writer.positions), key=str)
-        self.readers = [(i, None if self.plain[i] else self.orders[i]) for i in self.live]
+        self._read()
         return writer
 
     @property
     def can_be_kept(self) -> bool:
         """Whether the group can be written down for another process (`cached`)."""
-        return not self.frozen and not self.symbols
+        return not self.symbols
 
     def __getstate__(self):
         """Without the nodes: the calls that write the graph, and the operators as PyTorch's."""
         state = {**self.__dict__, "program": None, "eager": None, "failure": None, "plan": None, "compile_seconds": 0.0}
+        state.update(seal=[], refreezes=0)
         if self.nodes is not None:
+            running = self.live, self.seal, self.positions, self.readers
             try:
+                # Frozen inputs as inputs: they are known data again when it runs.
                 script = self.write(None).builder
                 state.update(calls=pickle.dumps(script.calls), digest=digest(script.builder))
             except (NotImplementedError, RuntimeError, ValueError):
                 pass
             state.update(live=self.live, positions=self.positions, readers=self.readers)
+            self.live, self.seal, self.positions, self.readers = running
             state["kept_eager"] = pickle.dumps(self.as_module())
             state.update(nodes=None, inputs=[None] * len(self.inputs), outputs=[None] * len(self.outputs), views=None)
         return state

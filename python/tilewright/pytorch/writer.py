@@ -143,10 +143,15 @@ class Script:
         return self.builder.has_type(number, text)
 
     @staticmethod
-    def built(name: str, calls: list[tuple]) -> "Script":
-        """The same again."""
-        script = Script(name)
+    def built(name: str, calls: list[tuple], known: dict[int, torch.Tensor] | None = None) -> "Script":
+        """The same again, with the inputs of these numbers as known data."""
+        script, inputs = Script(name), 0
         for what, *args in calls:
+            if what == "input":
+                inputs += 1
+                if known and inputs - 1 in known:
+                    script.constant(*args, known[inputs - 1])
+                    continue
             getattr(script, what)(*args)
         return script
 
