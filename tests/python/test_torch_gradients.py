@@ -48,6 +48,21 @@ def convolutions_over_one_and_three_axes_and_in_bfloat16():
     ours_alone(lambda x, w: F.conv2d(x, w, None, 2, 1), x, w)
 
 
+def windows_that_lie_side_by_side():
+    """Patch embeddings are products of any size."""
+    torch.manual_seed(4)
+    pixels = torch.randn(2, 3, 64, 64)
+
+    def embedding(w, b):
+        return F.conv2d(pixels.to(w.dtype), w, b, 16)
+
+    ours_alone(embedding, torch.randn(96, 3, 16, 16), torch.randn(96))
+    for size, kernel in (((30, 29), (9, 8)), ((5, 70), (2, 14))):
+        ours_alone(lambda x, w, b: F.conv2d(x, w, b, kernel), torch.randn(2, 24, *size), torch.randn(32, 24, *kernel), torch.randn(32))  # noqa: B023
+    ours_alone(lambda x, w: F.conv1d(x, w, None, 400), torch.randn(2, 1, 8333), torch.randn(512, 1, 400))
+    ours_alone(lambda x, w: F.conv3d(x, w, None, (2, 8, 8)), torch.randn(2, 3, 9, 16, 15), torch.randn(96, 3, 2, 8, 8))
+
+
 def pooling_by_maxima():
     torch.manual_seed(2)
     for kernel, step, padding in ((2, 2, 0), (3, 2, 1), (3, 1, 1), (2, 3, 0)):
@@ -228,6 +243,7 @@ if __name__ == "__main__":
         (
             convolutions_with_all_settings,
             convolutions_over_one_and_three_axes_and_in_bfloat16,
+            windows_that_lie_side_by_side,
             pooling_by_maxima,
             positions_of_maxima_are_pytorchs,
             embeddings_with_and_without_padding,
