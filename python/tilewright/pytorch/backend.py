@@ -27,7 +27,7 @@ from torch import fx
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 
-from . import attentions, cached, encoders, graphs, joins, kept, losses, norms, randoms, scalars
+from . import attentions, cached, complexes, encoders, graphs, joins, kept, losses, norms, randoms, scalars
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
@@ -269,6 +269,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
 # Of a functional graph, in order and in place.
 REWRITES = (
     lambda gm, settings: randoms.drawn_together(gm),
+    lambda gm, settings: complexes.in_pairs(gm),
     lambda gm, settings: joins.join_parts(gm),
     lambda gm, settings: losses.sum_picked(gm),
     lambda gm, settings: scalars.fill_parts(gm),

@@ -239,10 +239,10 @@ def weight_gradient(w: Writer, grad: Value, a: Value, shape, settings, groups: i
 
 
 def largest_at(w: Writer, a: Value, kernel, strides, pads, sizes) -> Value:
-    """Where in its plane the largest element of each window lies: the first of equals, the last of those that are no numbers."""
+    """Where in its plane (or space) the largest element of each window lies: the first of equals, the last of those that are no numbers."""
     known(a)
-    height, width = a.shape[-2:]
-    high = [max((n - 1) * s + k - size - p, 0) for n, s, k, size, p in zip(sizes, strides, kernel, a.shape[-2:], pads)]
+    rank = len(kernel)
+    high = [max((n - 1) * s + k - size - p, 0) for n, s, k, size, p in zip(sizes, strides, kernel, a.shape[2:], pads)]
     x = padded(w, a, list(pads), high, "-inf")
     best = at = None
     for number, taps in enumerate(itertools.product(*(range(k) for k in kernel))):
@@ -257,23 +257,38 @@ def largest_at(w: Writer, a: Value, kernel, strides, pads, sizes) -> Value:
         at = Value(w.map(text, seen, best, at, dtype=torch.int32).number, torch.int32, seen.shape)
         text = "where(({a} > {b}) | ({a} != {a}), {a}, {b})"
         best = Value(w.map(text, seen, best, dtype=a.dtype).number, a.dtype, seen.shape)
-    shape = ",".join(map(str, at.shape))
-    row, column = (w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{shape}]") for axis in (2, 3))
     # Only the first tap of a window can be chosen outside: where all that is inside is minus infinity.
     texts = []
-    for word, s, p, tap in (("{b}", strides[0], pads[0], f"i64({{a}}) / {kernel[1]}"), ("{c}", strides[1], pads[1], f"i64({{a}}) % {kernel[1]}")):
-        texts.append(f"max({word} * {s} - {p} + {tap}, i64(0))")
-    found = w.map(f"({texts[0]}) * {width} + ({texts[1]})", at, row, column, dtype=torch.int64)
+    for i, (word, step, pad) in enumerate(zip("bcd", strides, pads)):
+        inner = math.prod(kernel[i + 1 :])
+        tap = "i64({a})" + (f" / {inner}" if inner > 1 else "") + (f" % {kernel[i]}" if i else "")
+        texts.append(f"max({{{word}}} * {step} - {pad} + {tap}, i64(0))")
+    found = w.map(in_row_major(texts, a.shape[2:]), at, *axes_of(w, at.shape, rank), dtype=torch.int64)
     return Value(found.number, torch.int64, at.shape)
 
 
-@rule(aten.max_pool2d_with_indices_backward.default)
+def axes_of(w: Writer, shape, rank: int) -> list[Value]:
+    """The positions of elements along each spatial axis."""
+    text = ",".join(map(str, shape))
+    return [w.op(f"iota axis={2 + i}", dtype=torch.int64, result=f"i64[{text}]") for i in range(rank)]
+
+
+def in_row_major(texts: list[str], sizes) -> str:
+    """The position in a plane or space of so many elements, of positions along its axes."""
+    whole = texts[0]
+    for text, size in zip(texts[1:], sizes[1:]):
+        whole = f"({whole}) * {size} + ({text})"
+    return whole
+
+
+@rule(aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default)
 def max_pool_backward(w, node, grad, a, kernel, stride, padding, dilation, ceil_mode, indices):
-    if a.rank != 4 or not a.dtype.is_floating_point:
+    rank = 3 if node.target is aten.max_pool3d_with_indices_backward.default else 2
+    if a.rank != rank + 2 or not a.dtype.is_floating_point:
         raise Unsupported("the gradient of pooling of one sample, or of integers")
     known(grad, a)
-    kernel, pads, dilations = per_axis(kernel, 2), per_axis(padding, 2), per_axis(dilation, 2)
-    strides = per_axis(stride, 2) if stride else kernel
+    kernel, pads, dilations = per_axis(kernel, rank), per_axis(padding, rank), per_axis(dilation, rank)
+    strides = per_axis(stride, rank) if stride else kernel
     if math.prod(kernel) > WINDOW_MAX:
         raise Unsupported("the gradient of pooling over large windows")
     sizes, results, score = a.shape[2:], grad.shape[2:], wide(grad.dtype)
@@ -286,10 +301,8 @@ def max_pool_backward(w, node, grad, a, kernel, stride, padding, dilation, ceil_
             edges = [c.edges(n) for c, n in zip(chosen, results)]
             low, high = [e[0] for e in edges], [e[1] for e in edges]
             passed, named = padded(w, grad, low, high, "0.0"), padded(w, indices, low, high, "-1")
-            text = ",".join(map(str, shape))
-            row, column = (w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{text}]") for axis in (2, 3))
-            here = f"({{a}} * {strides[0]} + {residues[0]}) * {sizes[1]} + {{b}} * {strides[1]} + {residues[1]}"
-            here = w.map(here, row, column, dtype=torch.int64)
+            texts = [f"{{{word}}} * {step} + {residue}" for word, step, residue in zip("abc", strides, residues)]
+            here = w.map(in_row_major(texts, sizes), *axes_of(w, shape, rank), dtype=torch.int64)
             for taps in itertools.product(*(range(c.taps) for c in chosen)):
                 pair = [passed, named]
                 for i, (c, t) in enumerate(zip(chosen, taps)):

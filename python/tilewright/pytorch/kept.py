@@ -15,7 +15,7 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from . import rows
+from . import complexes, rows
 from .partition import ONE_VIEW
 
 aten = torch.ops.aten
@@ -29,6 +29,7 @@ def partition(joint: fx.GraphModule, joint_inputs, **options):
     """PyTorch's division of a graph into forward and backward, see the module's head."""
     before = copied(joint.graph)
     try:
+        complexes.in_pairs(joint)
         slices(joint)
         with_biases(joint)
         rows.in_order(joint)
