@@ -45,6 +45,8 @@ def _known(node: fx.Node) -> bool:
         # A sum's real operand would have to be added to one of the parts only.
         dtype = node.meta["val"].dtype
         kinds = (dtype, dtype.to_real()) if target is aten.mul.Tensor else (dtype,)
+        if target is aten.mul.Tensor and isinstance(args[1], (int, float)):
+            return not node.kwargs
         return not node.kwargs and all(isinstance(a, fx.Node) and a.meta["val"].dtype in kinds for a in args)
     if target is aten.view_as_complex.default:
         return True
@@ -113,6 +115,8 @@ class _Pairs:
             return self.joined(call(aten.mul.Tensor, size, call(aten.cos.default, angle)), call(aten.mul.Tensor, size, call(aten.sin.default, angle)))
         if target is aten.complex.default:
             return self.joined(*args)
+        if not isinstance(args[1], fx.Node):
+            return call(target, self.of(args[0]), args[1])
         (a, b), (c, d) = (self.parts(x) for x in args)
         if target in SUMS:
             return self.joined(call(target, a, c), call(target, b, d))
