@@ -1,10 +1,13 @@
 """What the PyTorch backend does beside computing: fallbacks, random numbers, writes, bad inputs, weights that change."""
 
+import logging.handlers
 import pathlib
 import tempfile
 
 import numpy as np
-from torch_models import ROOT, compiled, first, graphs, made, run_all, tilewright, torch
+from torch_models import ROOT, backend, compiled, first, graphs, made, run_all, tilewright, torch
+
+from tilewright.pytorch import kept
 
 
 class WithSort(torch.nn.Module):
@@ -53,6 +56,35 @@ def a_group_that_does_not_compile_is_left_to_pytorch():
             assert all(g.failure == "not today" for g in seen[0].groups), [g.failure for g in seen[0].groups]
     finally:
         Group.write = write
+
+
+def a_graph_that_a_rewrite_fails_on_runs():
+    """Without the rewrites, and as PyTorch's where it cannot be divided either; both with a warning."""
+
+    def fail(*_):
+        raise TypeError("not this graph")
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.GELU(), torch.nn.Linear(5, 3)), torch.randn(4, 6)
+    model(x).square().sum().backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    for module, name, value, ours in ((backend, "REWRITES", (fail,), True), (backend, "divide", fail, False), (kept, "slices", fail, True)):
+        before, said = getattr(module, name), logging.handlers.BufferingHandler(100)
+        setattr(module, name, value)
+        logging.getLogger("tilewright").addHandler(said)
+        try:
+            model.zero_grad()
+            with graphs() as seen:
+                compiled(model)(x).square().sum().backward()
+                for found, expected in zip(model.parameters(), want):
+                    torch.testing.assert_close(found.grad, expected)
+                with torch.no_grad():
+                    torch.testing.assert_close(compiled(model)(x), model(x))
+        finally:
+            setattr(module, name, before)
+            logging.getLogger("tilewright").removeHandler(said)
+        assert len(seen) == 3 and all(bool(g.groups) is ours for g in seen), [g.groups for g in seen]
+        assert said.buffer and all("not this graph" in r.getMessage() for r in said.buffer), said.buffer
 
 
 def losses_of_classes_are_ours():
@@ -200,13 +232,19 @@ def gradients_of_halves_are_side_by_side():
     def thirds(x):
         return torch.cat((x[..., 6:].exp(), x[..., :3] * 2, x[..., 3:6]), -1)
 
+    def one_apart(x):
+        return torch.stack((x[..., 0].sin(), x[..., 1:].exp().sum(-1)), -1)
+
     def overlapping(x):
         return torch.cat((x[..., :6], x[..., 6:], x[..., 4:8]), -1)[..., :10]
 
-    for function, joins in ((turned, True), (thirds, True), (overlapping, False)):
-        (expected,) = torch.autograd.grad((function(x) * w).sum(), x)
+    def width(function):
+        return function(x).shape[-1]
+
+    for function, joins in ((turned, True), (thirds, True), (one_apart, True), (overlapping, False)):
+        (expected,) = torch.autograd.grad((function(x) * w[..., : width(function)]).sum(), x)
         with graphs() as seen:
-            (found,) = torch.autograd.grad((compiled(function)(x) * w).sum(), x)
+            (found,) = torch.autograd.grad((compiled(function)(x) * w[..., : width(function)]).sum(), x)
         torch.testing.assert_close(found, expected)
         targets = [str(n.target) for s in seen if s.kind == "backward" for g in s.groups for n in g.nodes]
         assert ("aten.cat.default" in targets) is joins and (joins is False or "aten.slice_scatter.default" not in targets), targets
@@ -580,6 +618,7 @@ if __name__ == "__main__":
         (
             what_is_not_ours_stays_pytorchs_inside_the_plan,
             a_group_that_does_not_compile_is_left_to_pytorch,
+            a_graph_that_a_rewrite_fails_on_runs,
             losses_of_classes_are_ours,
             losses_on_gpus_look_targets_up_in_stored_logits,
             graph_breaks_are_listed,

@@ -48,10 +48,27 @@ def convolutions_over_one_and_three_axes_and_in_bfloat16():
     ours_alone(lambda x, w: F.conv2d(x, w, None, 2, 1), x, w)
 
 
+def windows_that_lie_side_by_side():
+    """Patch embeddings are products of any size."""
+    torch.manual_seed(4)
+    pixels = torch.randn(2, 3, 64, 64)
+
+    def embedding(w, b):
+        return F.conv2d(pixels.to(w.dtype), w, b, 16)
+
+    ours_alone(embedding, torch.randn(96, 3, 16, 16), torch.randn(96))
+    for size, kernel in (((30, 29), (9, 8)), ((5, 70), (2, 14))):
+        ours_alone(lambda x, w, b: F.conv2d(x, w, b, kernel), torch.randn(2, 24, *size), torch.randn(32, 24, *kernel), torch.randn(32))  # noqa: B023
+    ours_alone(lambda x, w: F.conv1d(x, w, None, 400), torch.randn(2, 1, 8333), torch.randn(512, 1, 400))
+    ours_alone(lambda x, w: F.conv3d(x, w, None, (2, 8, 8)), torch.randn(2, 3, 9, 16, 15), torch.randn(96, 3, 2, 8, 8))
+
+
 def pooling_by_maxima():
     torch.manual_seed(2)
     for kernel, step, padding in ((2, 2, 0), (3, 2, 1), (3, 1, 1), (2, 3, 0)):
         ours_alone(lambda x: F.max_pool2d(x, kernel, step, padding), torch.randn(2, 3, 11, 14))  # noqa: B023
+    for kernel, step, padding in ((2, 2, 0), (2, 1, 1), ((1, 3, 2), (2, 3, 1), (0, 1, 1))):
+        ours_alone(lambda x: F.max_pool3d(x, kernel, step, padding), torch.randn(2, 3, 5, 8, 6).relu())  # noqa: B023
     # Equal elements: the first one's, as PyTorch's.
     ours_alone(lambda x: F.max_pool2d(x, 3, 2, 1), torch.randn(2, 3, 8, 8).relu())
 
@@ -69,6 +86,15 @@ def positions_of_maxima_are_pytorchs():
     assert not seen[0].reasons, seen[0].reasons
     assert torch.equal(ours[1], want[1]), (ours[1], want[1])
     torch.testing.assert_close(ours[0], want[0], equal_nan=True)
+    space = torch.randint(0, 3, (2, 3, 6, 5, 7), generator=torch.Generator().manual_seed(1)).float()
+
+    def run_in_space(y):
+        return F.max_pool3d(y, (2, 2, 2), (1, 2, 2), (0, 1, 1), return_indices=True)
+
+    with graphs() as seen, torch.no_grad():
+        ours, want = compiled(run_in_space)(space), run_in_space(space)
+    assert not seen[0].reasons, seen[0].reasons
+    assert torch.equal(ours[1], want[1]) and torch.equal(ours[0], want[0])
 
 
 def embeddings_with_and_without_padding():
@@ -77,6 +103,43 @@ def embeddings_with_and_without_padding():
     at[0, :3] = 3
     ours_alone(lambda i, t: F.embedding(i, t, padding_idx=3), at, table)
     ours_alone(lambda i, t: F.embedding(i, t), at.int(), table)
+
+
+def lookups_along_an_axis():
+    """Gradients of tables of positions and of weights that are chosen for each row."""
+    torch.manual_seed(5)
+    at = torch.randint(-9, 9, (14, 11))
+    for table, function in (
+        (torch.randn(9, 40), lambda t: t[at.flatten()]),
+        (torch.randn(9, 6, 8), lambda t: t[at]),
+        (torch.randn(12, 9, 5), lambda t: t[:, at]),
+        (torch.randn(7, 3, 9), lambda t: t[..., at.abs() % 9]),
+    ):
+        ours_alone(function, table)
+
+
+def complex_numbers_between_real_ones():
+    """Rotary embeddings as complex products, in inference and with gradients; angles that are computed, and that are an argument."""
+    torch.manual_seed(6)
+    x, at = torch.randn(2, 5, 3, 8), torch.arange(5)
+
+    def turned(x, turns):
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns[None, :, None, :]).flatten(3)
+
+    def computed(x):
+        angles = torch.outer(at.to(x.dtype), torch.full((4,), 0.7, dtype=x.dtype))
+        return turned(x, torch.polar(torch.ones_like(angles), angles) * 0.5) + turned(x, torch.polar(angles, angles).conj())
+
+    ours_alone(computed, x)
+    given = torch.polar(torch.rand(5, 4), torch.randn(5, 4))
+    with graphs() as seen, torch.no_grad():
+        torch.testing.assert_close(compiled(turned)(x, given), turned(x, given))
+    assert {str(n.target) for n in seen[0].reasons} <= {"aten.view_as_real.default"}, seen[0].reasons
+    # What has no form for pairs stays as it was.
+    odd = lambda x: torch.view_as_real(torch.view_as_complex(x.reshape(-1, 2)).sqrt() * 2j)  # noqa: E731
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(odd)(x), odd(x))
 
 
 def attention_that_pytorch_has_taken_apart():
@@ -228,9 +291,12 @@ if __name__ == "__main__":
         (
             convolutions_with_all_settings,
             convolutions_over_one_and_three_axes_and_in_bfloat16,
+            windows_that_lie_side_by_side,
             pooling_by_maxima,
             positions_of_maxima_are_pytorchs,
             embeddings_with_and_without_padding,
+            lookups_along_an_axis,
+            complex_numbers_between_real_ones,
             attention_that_pytorch_has_taken_apart,
             losses_of_classes,
             queries_keys_and_values_of_one_product,

@@ -4,18 +4,15 @@ Each entry of `ZOO` makes a model and its arguments. To add one: a line of `fami
 """
 
 from torch_models import SIZES, images, tokens, torch, torchvision, transformers
+from torch_zoo_hand import HAND, Made, random
 
 F, nn = torch.nn.functional, torch.nn
-ZOO = {}
+ZOO = dict(HAND)
 
 
 def model(function):
     ZOO[function.__name__] = function
     return function
-
-
-def random(*shape, seed=5):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- torchvision ------------------------------------------------------------------------------------
@@ -117,20 +114,6 @@ def wav2vec2():
 
 
 # ---- by hand ----------------------------------------------------------------------------------------
-
-
-class Made(nn.Module):
-    """Layers, and a function of them and the arguments."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for key, value in layers.items():
-            plain = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
-            self.register_buffer(key, value) if plain else setattr(self, key, value)
-
-    def forward(self, *args, **kwargs):
-        return self.function(self, *args, **kwargs)
 
 
 @model

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import operator
 from contextlib import nullcontext
 
@@ -26,12 +27,14 @@ from torch import fx
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 
-from . import attentions, cached, encoders, graphs, joins, kept, losses, norms, randoms, scalars
+from . import attentions, cached, complexes, encoders, graphs, joins, kept, losses, norms, randoms, scalars
 from .group import Group
 from .partition import divide, has_effects
 from .sizes import ranges
 
 aten = torch.ops.aten
+
+log = logging.getLogger("tilewright")
 
 # Composites that our graphs have whole, and operators that PyTorch runs better as one than in parts.
 KEPT = [
@@ -236,13 +239,46 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
 
     `static`: placeholders that do not change; `bounds`: those of symbols, where the user gave others than the
     graph's.
+
+    A graph that a rewrite fails on is compiled as it came, and one that cannot be divided is left to PyTorch; both with a warning, since
+    what the user asked for is a model that runs.
     """
+    before = kept.copied(gm.graph)
+    compiled = None
+    for rewrites in (REWRITES, ()):
+        try:
+            for rewrite in rewrites:
+                rewrite(gm, settings)
+            compiled = _divided(gm, kind, static, settings, bounds)
+            break
+        except Exception as why:
+            step = "is compiled without rewrites" if rewrites else "is left to PyTorch"
+            log.warning("the %s graph %s: %s: %s", kind, step, type(why).__name__, str(why).strip().partition("\n")[0])
+            gm.graph = kept.copied(before)
+    if compiled is None:
+        before.set_codegen(fx.graph._BoxedCodeGen())
+        reasons = {n: "its graph could not be divided" for n in before.nodes if is_operator(n)}
+        compiled = Compiled(kind, fx.GraphModule(gm, before, f"Tilewright_{kind}"), [], reasons)
+    for observe in OBSERVERS:
+        observe(compiled)
+    for group in compiled.groups:
+        group.begin()
+    return compiled
+
+
+# Of a functional graph, in order and in place.
+REWRITES = (
+    lambda gm, settings: randoms.drawn_together(gm),
+    lambda gm, settings: complexes.in_pairs(gm),
+    lambda gm, settings: joins.join_parts(gm),
+    lambda gm, settings: losses.sum_picked(gm),
+    lambda gm, settings: scalars.fill_parts(gm),
+    lambda gm, settings: scalars.fold_numbers(gm, settings.device),
+)
+
+
+def _divided(gm: fx.GraphModule, kind: str, static: set[int], settings: Settings, bounds) -> Compiled:
     graph = gm.graph
-    randoms.drawn_together(gm)
-    joins.join_parts(gm)
-    losses.sum_picked(gm)
-    scalars.fill_parts(gm)
-    scalars.fold_numbers(gm, settings.device)
     known = {**ranges(graph), **(bounds or {})}
     division = divide(graph, settings.device, known)
     placeholders = graph.find_nodes(op="placeholder")
@@ -259,13 +295,7 @@ def compile_fx(gm: fx.GraphModule, kind: str, static: set[int], settings: Settin
         setattr(root, f"group_{number}", group)
         member.update({n: number for n in nodes if n not in division.free})
     new = _rebuilt(graph, groups, member, division.free)
-    module = fx.GraphModule(root, new, f"Tilewright_{kind}")
-    compiled = Compiled(kind, module, groups, division.reasons)
-    for observe in OBSERVERS:
-        observe(compiled)
-    for group in groups:
-        group.begin()
-    return compiled
+    return Compiled(kind, fx.GraphModule(root, new, f"Tilewright_{kind}"), groups, division.reasons)
 
 
 def _rebuilt(graph: fx.Graph, groups: list[Group], member, free) -> fx.Graph:

@@ -3,6 +3,7 @@
     of the data of a convolution     a convolution of the gradient with the weights turned round; with steps one for each residue of
                                      the positions ("phase"), which are then put between each other
     of its weights                   a product for each tap of the window
+    of both, of windows side by side a product of the patches, on processors (patch embeddings)
     of pooling by maxima             for each phase, the gradients of the windows that name the position
     of an embedding                  a product with a matrix of zeros and ones, where that is less than a cut between groups costs
 """
@@ -106,7 +107,8 @@ def convolution_backward(w, node, grad, a, weight, bias, stride, padding, dilati
     settings = per_axis(stride, rank), per_axis(padding, rank), per_axis(dilation, rank)
     work = math.prod((a if transposed else grad).shape) * math.prod(weight.shape[1:])
     depthwise = weight.shape[1] == 1 and weight.shape[0] == groups
-    plain = w.device == "cpu" and (depthwise or math.prod(weight.shape[2:]) == 1)
+    patches = not transposed and side_by_side(w, weight.shape[2:], *settings, groups)
+    plain = w.device == "cpu" and (depthwise or math.prod(weight.shape[2:]) == 1 or patches)
     if work > CONVOLUTIONS_MAX[w.device] and not plain:
         raise Unsupported("the gradient of a large convolution, for which PyTorch has faster kernels")
     used = used_results(node)
@@ -114,7 +116,17 @@ def convolution_backward(w, node, grad, a, weight, bias, stride, padding, dilati
     if w.device == "cuda" and wanted[0] and not transposed and a.shape[1] == 1 and math.prod(settings[0]) > 1:
         raise Unsupported("the gradient of one channel of data in steps, which would be a product with one row, stored in steps")
     data = weights = shift = None
-    if transposed:
+    if patches:
+        space, taps = SPACE[:rank], TAPS[:rank]
+        letters, seen = in_patches(w, a, weight.shape[2:], grad.shape[2:])
+        if wanted[0]:
+            filled = [n * k for n, k in zip(grad.shape[2:], weight.shape[2:])]
+            data = w.reshape(w.contract(f"no{space},oc{taps}->{letters}", grad, weight), [*a.shape[:2], *filled])
+            data = Value(data.number, grad.dtype, (*a.shape[:2], *filled))
+            data = padded(w, data, [0] * rank, [n - have for n, have in zip(a.shape[2:], filled)], zero(grad.dtype))
+        if wanted[1]:
+            weights = w.contract(f"no{space},{letters}->oc{taps}", grad, seen)
+    elif transposed:
         # A transposed convolution is the gradient of a convolution, so the gradient of its data is that convolution, and for its weights data and
         # gradient change places.
         attributes = listed(strides=settings[0], pads_lo=settings[1], pads_hi=settings[1], dilations=settings[2])
@@ -137,6 +149,30 @@ def convolution_backward(w, node, grad, a, weight, bias, stride, padding, dilati
 # Multiplications up to which the gradients of a convolution are ours. On one thread of a Zen 4 those of 3x3 windows took 1.7 times
 # oneDNN's time at 2^22 (0.4 times at 2^16), those of one tap 0.8 times at 2^26, depthwise ones 0.5 times at 2^21.
 CONVOLUTIONS_MAX = {"cpu": 2**20, "cuda": 2**20}
+
+
+# The last axis of windows side by side from which on a product of patches is not slower than oneDNN: on one thread of a Zen 4 gradients of
+# 16 x 16 patches of pictures took half of its time with those of the data and as long without, of 2 x 2 five times as long.
+PATCHES_MIN = 8
+
+# Letters of spatial axes, and of the taps of windows along them.
+SPACE, TAPS = "xyz", "klm"
+
+
+def side_by_side(w: Writer, kernel, stride, padding, dilation, groups: int) -> bool:
+    """Whether windows lie side by side, so that the gradients are products of patches. (On GPUs nobody has compared them.)"""
+    alone = list(kernel) == list(stride) and not any(padding) and all(d == 1 for d in dilation) and groups == 1
+    return w.device == "cpu" and alone and kernel[-1] >= PATCHES_MIN
+
+
+def in_patches(w: Writer, a: Value, kernel, counts) -> tuple[str, Value]:
+    """Windows that lie side by side, as axes of their own after each spatial axis; the letters of all axes with channels `c`."""
+    for axis, (k, n) in enumerate(zip(kernel, counts)):
+        if n * k != a.shape[2 + axis]:
+            a = Value(w.slice(a, 2 + axis, 0, n * k).number, a.dtype, (*a.shape[: 2 + axis], n * k, *a.shape[3 + axis :]))
+    shape = [*a.shape[:2], *(size for pair in zip(counts, kernel) for size in pair)]
+    letters = "nc" + "".join(map("".join, zip(SPACE[: len(kernel)], TAPS)))
+    return letters, Value(w.reshape(a, shape).number, a.dtype, tuple(shape))
 
 
 def data_gradient(w: Writer, grad: Value, shape, weight: Value, settings, groups: int) -> Value:
@@ -203,10 +239,10 @@ def weight_gradient(w: Writer, grad: Value, a: Value, shape, settings, groups: i
 
 
 def largest_at(w: Writer, a: Value, kernel, strides, pads, sizes) -> Value:
-    """Where in its plane the largest element of each window lies: the first of equals, the last of those that are no numbers."""
+    """Where in its plane (or space) the largest element of each window lies: the first of equals, the last of those that are no numbers."""
     known(a)
-    height, width = a.shape[-2:]
-    high = [max((n - 1) * s + k - size - p, 0) for n, s, k, size, p in zip(sizes, strides, kernel, a.shape[-2:], pads)]
+    rank = len(kernel)
+    high = [max((n - 1) * s + k - size - p, 0) for n, s, k, size, p in zip(sizes, strides, kernel, a.shape[2:], pads)]
     x = padded(w, a, list(pads), high, "-inf")
     best = at = None
     for number, taps in enumerate(itertools.product(*(range(k) for k in kernel))):
@@ -221,23 +257,38 @@ def largest_at(w: Writer, a: Value, kernel, strides, pads, sizes) -> Value:
         at = Value(w.map(text, seen, best, at, dtype=torch.int32).number, torch.int32, seen.shape)
         text = "where(({a} > {b}) | ({a} != {a}), {a}, {b})"
         best = Value(w.map(text, seen, best, dtype=a.dtype).number, a.dtype, seen.shape)
-    shape = ",".join(map(str, at.shape))
-    row, column = (w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{shape}]") for axis in (2, 3))
     # Only the first tap of a window can be chosen outside: where all that is inside is minus infinity.
     texts = []
-    for word, s, p, tap in (("{b}", strides[0], pads[0], f"i64({{a}}) / {kernel[1]}"), ("{c}", strides[1], pads[1], f"i64({{a}}) % {kernel[1]}")):
-        texts.append(f"max({word} * {s} - {p} + {tap}, i64(0))")
-    found = w.map(f"({texts[0]}) * {width} + ({texts[1]})", at, row, column, dtype=torch.int64)
+    for i, (word, step, pad) in enumerate(zip("bcd", strides, pads)):
+        inner = math.prod(kernel[i + 1 :])
+        tap = "i64({a})" + (f" / {inner}" if inner > 1 else "") + (f" % {kernel[i]}" if i else "")
+        texts.append(f"max({{{word}}} * {step} - {pad} + {tap}, i64(0))")
+    found = w.map(in_row_major(texts, a.shape[2:]), at, *axes_of(w, at.shape, rank), dtype=torch.int64)
     return Value(found.number, torch.int64, at.shape)
 
 
-@rule(aten.max_pool2d_with_indices_backward.default)
+def axes_of(w: Writer, shape, rank: int) -> list[Value]:
+    """The positions of elements along each spatial axis."""
+    text = ",".join(map(str, shape))
+    return [w.op(f"iota axis={2 + i}", dtype=torch.int64, result=f"i64[{text}]") for i in range(rank)]
+
+
+def in_row_major(texts: list[str], sizes) -> str:
+    """The position in a plane or space of so many elements, of positions along its axes."""
+    whole = texts[0]
+    for text, size in zip(texts[1:], sizes[1:]):
+        whole = f"({whole}) * {size} + ({text})"
+    return whole
+
+
+@rule(aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default)
 def max_pool_backward(w, node, grad, a, kernel, stride, padding, dilation, ceil_mode, indices):
-    if a.rank != 4 or not a.dtype.is_floating_point:
+    rank = 3 if node.target is aten.max_pool3d_with_indices_backward.default else 2
+    if a.rank != rank + 2 or not a.dtype.is_floating_point:
         raise Unsupported("the gradient of pooling of one sample, or of integers")
     known(grad, a)
-    kernel, pads, dilations = per_axis(kernel, 2), per_axis(padding, 2), per_axis(dilation, 2)
-    strides = per_axis(stride, 2) if stride else kernel
+    kernel, pads, dilations = per_axis(kernel, rank), per_axis(padding, rank), per_axis(dilation, rank)
+    strides = per_axis(stride, rank) if stride else kernel
     if math.prod(kernel) > WINDOW_MAX:
         raise Unsupported("the gradient of pooling over large windows")
     sizes, results, score = a.shape[2:], grad.shape[2:], wide(grad.dtype)
@@ -250,10 +301,8 @@ def max_pool_backward(w, node, grad, a, kernel, stride, padding, dilation, ceil_
             edges = [c.edges(n) for c, n in zip(chosen, results)]
             low, high = [e[0] for e in edges], [e[1] for e in edges]
             passed, named = padded(w, grad, low, high, "0.0"), padded(w, indices, low, high, "-1")
-            text = ",".join(map(str, shape))
-            row, column = (w.op(f"iota axis={axis}", dtype=torch.int64, result=f"i64[{text}]") for axis in (2, 3))
-            here = f"({{a}} * {strides[0]} + {residues[0]}) * {sizes[1]} + {{b}} * {strides[1]} + {residues[1]}"
-            here = w.map(here, row, column, dtype=torch.int64)
+            texts = [f"{{{word}}} * {step} + {residue}" for word, step, residue in zip("abc", strides, residues)]
+            here = w.map(in_row_major(texts, sizes), *axes_of(w, shape, rank), dtype=torch.int64)
             for taps in itertools.product(*(range(c.taps) for c in chosen)):
                 pair = [passed, named]
                 for i, (c, t) in enumerate(zip(chosen, taps)):

@@ -61,7 +61,9 @@ def joined(graph: fx.Graph, parts: list[tuple], node: fx.Node) -> fx.Node:
         return new
 
     with held.fake_mode:
-        if values[0].meta["val"].dim() == held.dim():
+        if any(v.meta["val"].dim() == held.dim() for v in values):
+            # Stretches of the axis, and perhaps single positions between them.
+            values = [v if v.meta["val"].dim() == held.dim() else call(aten.unsqueeze.default, v, dim, like=v) for v in values]
             return call(aten.cat.default, values, dim, like=node)
         # Whole positions of an axis: in memory they stand where the product that reads them wants them.
         order, copies = wanted_order(node)

@@ -7,6 +7,7 @@ made again in the backward graph.
 
 from __future__ import annotations
 
+import logging
 import operator
 
 import torch
@@ -14,24 +15,40 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
-from . import rows
+from . import complexes, rows
 from .partition import ONE_VIEW
 
 aten = torch.ops.aten
+
+log = logging.getLogger("tilewright")
 
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 
 def partition(joint: fx.GraphModule, joint_inputs, **options):
     """PyTorch's division of a graph into forward and backward, see the module's head."""
-    slices(joint)
-    with_biases(joint)
-    rows.in_order(joint)
-    not_kept(joint.graph)
+    before = copied(joint.graph)
+    try:
+        complexes.in_pairs(joint)
+        slices(joint)
+        with_biases(joint)
+        rows.in_order(joint)
+        not_kept(joint.graph)
+    except Exception as why:
+        log.warning("a training graph is divided without rewrites: %s: %s", type(why).__name__, str(why).strip().partition("\n")[0])
+        joint.graph = before
     with torch._functorch.config.patch(recompute_views=True):
         forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **options)
     as_read(forward, backward, options["num_fwd_outputs"])
     return forward, backward
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """The same nodes once more, with their values."""
+    new, copies = fx.Graph(), {}
+    for node in graph.nodes:
+        copies[node] = new.node_copy(node, lambda n: copies[n])
+    return new
 
 
 def as_read(forward: fx.GraphModule, backward: fx.GraphModule, results: int) -> None:

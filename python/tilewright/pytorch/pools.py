@@ -40,9 +40,9 @@ def max_pool(w, node, a, kernel, stride=(), padding=0, dilation=1, ceil_mode=Fal
     found = w.reshape(w.op(f"window max {attributes}", a), results[0].shape)
     if 1 not in used_results(node):
         return found, None
-    if rank != 2 or per_axis(dilation, rank) != [1, 1] or math.prod(kernel) > WINDOW_MAX:
-        raise Unsupported("the positions of the largest elements of large windows, of windows with holes, or in space")
-    return found, w.reshape(largest_at(w, a, kernel, strides, pads, results[1].shape[-2:]), results[1].shape)
+    if per_axis(dilation, rank) != [1] * rank or math.prod(kernel) > WINDOW_MAX:
+        raise Unsupported("the positions of the largest elements of large windows, or of windows with holes")
+    return found, w.reshape(largest_at(w, a, kernel, strides, pads, results[1].shape[-rank:]), results[1].shape)
 
 
 @rule(aten.avg_pool2d.default, aten.avg_pool3d.default, aten.avg_pool1d.default)

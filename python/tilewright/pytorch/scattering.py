@@ -1,6 +1,6 @@
 """Rules for operators that write to places which data name, and for sorting.
 
-Our kernels have none for them: plans for processors run them on the host, one element after the other. That is worth it for small
+Our kernels have none for them, but for sums that a product with zeros and ones makes: plans for processors run them on the host, one element after the other. That is worth it for small
 tensors only (`HOST_MAX` elements), where leaving the group would cost more; larger ones and those on GPUs are PyTorch's.
 """
 
@@ -10,9 +10,10 @@ import math
 
 import torch
 
+from .gradients import EMBEDDINGS_MAX
 from .shapes import axis_of
 from .sizes import Unsupported, text
-from .writer import Value, Writer, rule, used_results, wide
+from .writer import Value, Writer, literal, rule, used_results, wide
 
 aten = torch.ops.aten
 
@@ -52,6 +53,8 @@ def index_put(w, node, a, indices, values, accumulate=False):
         raise Unsupported("writing by several masks, or to truth values")
     if not all(isinstance(n, int) for t in tensors for n in t.shape):
         raise Unsupported("writing to computed places of symbolic sizes")
+    if accumulate and len(given) == 1 and (found := put_as_product(w, a, given[0], tensors[0], values)) is not None:
+        return found
     small(w, a, values, *tensors, looks=math.prod(torch.broadcast_shapes(*(t.shape for t in tensors))))
     common = list(torch.broadcast_shapes(*(t.shape for t in tensors)))
     rest = [axis for axis in range(a.rank) if axis not in given]
@@ -68,6 +71,29 @@ def index_put(w, node, a, indices, values, accumulate=False):
     to_front = [*given, *rest]
     written = w.op(f"scatter_nd {'add' if accumulate else 'set'}", w.permute(a, to_front), where, updates)
     return w.permute(written, [to_front.index(axis) for axis in range(a.rank)])
+
+
+def put_as_product(w: Writer, a: Value, axis: int, indices: Value, values: Value) -> Value | None:
+    """Adding to computed places of one axis (gradients of lookups: tables of positions, weights of experts) as a product with zeros and ones;
+    `None` where the host does it, or where that is more than PyTorch's kernel takes."""
+    numbers = [*a.shape, *indices.shape]
+    if w.device != "cpu" or not a.dtype.is_floating_point or not all(isinstance(n, int) for n in numbers) or 0 in numbers:
+        return None
+    count, size = math.prod(indices.shape), a.shape[axis]
+    rest = [*a.shape[:axis], *a.shape[axis + 1 :]]
+    columns = math.prod(rest)
+    if (size + count) * columns <= HOST_MAX or count * size * columns > EMBEDDINGS_MAX["cpu"].get(a.dtype.itemsize, 0):
+        return None
+    spread = w.expand(w.cast(values, a.dtype), [*a.shape[:axis], *indices.shape, *a.shape[axis + 1 :]])
+    places = list(range(axis, axis + indices.rank))
+    order = [*places, *(i for i in range(len(rest) + indices.rank) if i not in places)]
+    updates = Value(w.reshape(w.permute(spread, order), [count, columns]).number, a.dtype, (count, columns))
+    row = w.op("iota axis=1", dtype=torch.int64, result=f"i64[{count},{size}]")
+    one, none = literal(1, a.dtype), literal(0, a.dtype)
+    hit = w.map(f"where({{a}} == {{b}}, {one}, {none})", w.reshape(positive(w, indices, size), [count, 1]), row, dtype=a.dtype)
+    total = w.reshape(w.contract("ps,pc->sc", Value(hit.number, a.dtype, (count, size)), updates), [size, *rest])
+    total = w.permute(Value(total.number, a.dtype, (size, *rest)), [*range(1, axis + 1), 0, *range(axis + 1, a.rank)])
+    return w.map("{a} + {b}", a, Value(total.number, a.dtype, tuple(a.shape)), dtype=a.dtype)
 
 
 def masked_put(w, node, a, mask, values, accumulate):

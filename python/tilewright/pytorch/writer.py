@@ -11,6 +11,7 @@ To add an operator: a rule in `elementwise.py`, `shapes.py`, `sums.py`, `layers.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 from typing import Any, Callable
@@ -100,8 +101,13 @@ def literal(value, dtype: torch.dtype) -> str:
         return f"{name}(nan)"
     if math.isinf(value):
         return f"{name}({'-' if value < 0 else ''}inf)"
-    # Rounded here to the type that PyTorch rounds to, so that the text holds a number of that type.
-    return f"{name}({torch.tensor(value, dtype=dtype).double().item()!r})"
+    # Rounded here to the type that PyTorch rounds to, so that the text holds a number of that type. (While PyTorch traces, a tensor of one
+    # number takes it a millisecond.)
+    if dtype is torch.float32:
+        value = ctypes.c_float(value).value
+    elif dtype is not torch.float64:
+        value = torch.tensor(value, dtype=dtype).double().item()
+    return f"{name}({value!r})"
 
 
 class Script:
