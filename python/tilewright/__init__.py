@@ -107,8 +107,8 @@ def load(
     NotImplementedError for an unsupported model, or where there is no such device.
     """
     path = os.fsdecode(path)
-    if not 0 <= threads <= 1024:
-        raise ValueError(f"threads={threads}: a number from 0 (all) to 1024")
+    if not isinstance(threads, int) or not 0 <= threads <= 1024:
+        raise ValueError(f"threads={threads!r}: a number from 0 (all) to 1024")
     if path.endswith(".pt2"):
         raise ValueError(f"{path} is a program of torch.export: tilewright.compile({path!r}) takes it")
     return Model(_native.load(path, threads, cache, device, precision))

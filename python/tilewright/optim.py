@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from operator import is_
 from typing import Any, Callable
 
@@ -86,6 +87,30 @@ _define.single("lion_", fake=_nothing, composed=_lion_composed)
 _define.single("gradient_norm", fake=_norm_fake, composed=_norm_composed)
 
 
+def _is_part(*tensors: torch.Tensor) -> bool:
+    """Whether a tensor among them is spread over processes (`DTensor`, as of FSDP)."""
+    spread = sys.modules.get("torch.distributed.tensor")
+    return spread is not None and any(isinstance(t, spread.DTensor) for t in tensors)
+
+
+def _own(tensors: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """This process's parts of spread tensors, as `like` is spread."""
+    return [
+        (t if t.placements == p.placements else t.redistribute(p.device_mesh, p.placements)).to_local() for t, p in zip(tensors, like)
+    ]
+
+
+def _norm_of_parts(grads: list[torch.Tensor], max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm over all processes."""
+    meshes: dict[Any, list[torch.Tensor]] = {}
+    for grad in grads:
+        meshes.setdefault(grad.device_mesh if _is_part(grad) else None, []).append(grad)
+    norms = [torch.nn.utils.get_total_norm(part) for part in meshes.values()]
+    whole = [n.full_tensor() if _is_part(n) else n for n in norms]
+    norm = torch.linalg.vector_norm(torch.stack([n.float().to(whole[0].device) for n in whole]))
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, str):
         with contextlib.suppress(TypeError, ValueError):
@@ -102,6 +127,8 @@ def gradient_norm(grads: list[torch.Tensor], max_norm: float = math.inf) -> tupl
         raise TypeError("gradient_norm takes a list of tensors, and not a tensor")
     if not grads:
         raise ValueError("the norm of no gradients")
+    if _is_part(*grads):
+        return _norm_of_parts(grads, max_norm)
     lists: dict[tuple, list[torch.Tensor]] = {}
     for grad in grads:
         lists.setdefault((grad.dtype, grad.device), []).append(grad)
@@ -228,7 +255,11 @@ class _Fused(torch.optim.Optimizer):
                 rate = rate.item()
             f = factor if factor is None or factor.device == device else factor.to(device, non_blocking=True)
             skip = found if found is None else found.reshape(()).to(device, torch.float32, non_blocking=True)
-            self._launch(call, rate if on_device else None, f, skip, 0.0 if on_device else float(rate))
+            parts = call
+            if _is_part(call[0][0]):
+                params, grads, *moments, masters = (_own(tensors, call[0]) for tensors in (*call[:2], *call[2], call[3]))
+                parts = [params, grads, moments, masters, *call[4:]]
+            self._launch(parts, rate if on_device else None, f, skip, 0.0 if on_device else float(rate))
             torch.autograd.graph.increment_version(call[0])
             call[1] = []  # Gradients are not kept alive.
             if call[3]:
@@ -264,7 +295,7 @@ class _Fused(torch.optim.Optimizer):
                 if len(names) > len(self._moments) and names[-1] not in state:
                     # The group has been switched to amsgrad since.
                     state[names[-1]] = torch.zeros_like(state[names[0]])
-                key = (number, p.device, p.dtype, "master" in state, id(state.get("step")))
+                key = (number, p.device, p.dtype, "master" in state, id(state.get("step")), _is_part(p))
                 call = calls.get(key)
                 if call is None:
                     call = calls[key] = [[], [], [[] for _ in names], [], group, state.get("step"), [], []]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-import types
 from typing import Any, Callable
 
 from . import _torch
@@ -44,8 +44,9 @@ class Patch:
 
     __repr__ = __str__
 
-    def _forward(self, name: str, module: torch.nn.Module, forward: Callable, what: str) -> None:
-        module.forward = types.MethodType(forward, module)
+    def _forward(self, name: str, module: torch.nn.Module, forward: Callable, what: str, *first: Any) -> None:
+        # Not a method: those are pickled by their name, which the module's class does not have.
+        module.forward = functools.partial(forward, *first, module)
         self._back.append(lambda: module.__dict__.pop("forward", None))
         self.changes.append(f"{name}: {type(module).__name__} is {what}")
 
@@ -138,15 +139,19 @@ def _activation(done: Patch, name: str, module: torch.nn.Module) -> None:
     if all(isinstance(part, torch.nn.Module) for part in parts) and type(module).__name__.endswith("MLP"):
         formula = _formula(parts[3], _GATED)
         if formula is not None:
-
-            def gated(self, x):
-                return self.down_proj(formula(self.gate_proj(x), self.up_proj(x)))
-
-            done._forward(name, module, gated, f"gated by {formula!r}")
+            done._forward(name, module, _gated, f"gated by {formula!r}", formula)
         return
     formula = _formula(module, _ACTIVATIONS)
     if formula is not None:
-        done._forward(name, module, lambda self, x: formula(x), repr(formula))
+        done._forward(name, module, _activated, repr(formula), formula)
+
+
+def _gated(formula, self, x):
+    return self.down_proj(formula(self.gate_proj(x), self.up_proj(x)))
+
+
+def _activated(formula, self, x):
+    return formula(x)
 
 
 # ---- rotary embedding, loss, attention -----------------------------------------------------------------
@@ -232,6 +237,11 @@ def register_attention() -> None:
 
     AttentionInterface.register("tilewright", attentions.transformers_attention)
     AttentionMaskInterface.register("tilewright", sdpa_mask)
+
+
+if "transformers" in sys.modules:
+    # A patched model that is read from a file names it.
+    register_attention()
 
 
 def _attention(done: Patch, model: Any) -> None:

@@ -74,6 +74,7 @@ def devices_are_named_or_refused(tilewright) -> None:
     for path, threads, words in [
         (DIGITS / "digits.onnx", -1, "threads=-1"),
         (DIGITS / "digits.onnx", 1 << 40, "threads="),
+        (DIGITS / "digits.onnx", "2", "threads='2'"),
         ("model.pt2", 1, "tilewright.compile('model.pt2')"),
         (b"/nowhere/\xff.onnx", 1, "/nowhere/"),
         ("", 1, ""),

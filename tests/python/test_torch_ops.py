@@ -454,6 +454,13 @@ def patched_models_give_the_same():
         torch.testing.assert_close(patched, value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
         for a, b in zip(patched_grads, grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4, msg=lambda m: f"{name}: {m}")
+        if "gated" in kinds:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            read = torch.load(file, weights_only=False)
+            assert "forward" in vars(next(m for m in read.modules() if type(m).__name__.endswith("RMSNorm")))
+            torch.testing.assert_close(outcome(read, inputs)[0], patched, msg=lambda m: f"{name}, read from a file: {m}")
         done.undo()
         again, _ = outcome(model, inputs)
         assert torch.equal(again, value), f"{name} is not what it was"

@@ -143,7 +143,7 @@ def linear(
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     given = [t for t in (x, weight, bias, residual) if t is not None]
     text = "" if activation is None else _ACTIVATIONS[activation].text
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if recorded() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         if impl == "cuda" and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.dim() == 2:
             if x.numel() // max(1, x.shape[-1]) * weight.shape[0] >= MANY:
                 return _linear_apart(x, weight, bias, residual, text)[0]
