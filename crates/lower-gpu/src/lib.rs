@@ -30,6 +30,7 @@ mod schedule;
 mod shelf;
 mod specialise;
 mod split;
+mod steps;
 mod streams;
 
 pub use epilogue::{PART_COLUMNS, STAGED_COLUMNS, residual_span};
