@@ -185,6 +185,8 @@ def prepared(forms, differentiable, others, backward, near, waits):
         seeds = None
         try:
             stream = torch.cuda.Stream()
+            # The tensors are made in another.
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 if backward:
                     y = form(*sets[0][0], *sets[0][1])

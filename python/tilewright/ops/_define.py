@@ -64,8 +64,10 @@ _compiling = torch.compiler.is_compiling
 traced = torch.compiler.is_dynamo_compiling
 
 
-# Whether `torch.jit.trace` is at work. It names operators without their overloads, and takes the first form for each.
-recorded = torch._C._is_tracing
+def recorded() -> bool:
+    """Whether `torch.jit.trace` is at work. It names operators without their overloads, and takes the first form for each."""
+    # Not all versions of Dynamo can read the question.
+    return not traced() and torch._C._is_tracing()
 
 
 def elsewhere() -> bool:
