@@ -134,14 +134,8 @@ mod tests {
 
     #[test]
     fn every_kernel_waits_for_the_one_before() {
-        let texts = [
-            Text::Optimizers,
-            Text::Dropout,
-            Text::Bags,
-            Text::Scale,
-            Text::Rotary,
-            Text::Losses,
-        ];
+        let texts =
+            [Text::Optimizers, Text::Dropout, Text::Bags, Text::Scale, Text::Rotary, Text::Losses];
         for text in texts {
             let kernels: Vec<&str> = text.text().split("extern \"C\" __global__").skip(1).collect();
             assert!(!kernels.is_empty(), "{text:?}");

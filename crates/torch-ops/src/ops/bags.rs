@@ -154,7 +154,10 @@ impl<const LISTS: bool> Operator for EmbeddingBag<LISTS> {
         } else {
             let inputs = [Some(&table), weights.as_ref()];
             let whole = [&indices, &offsets];
-            with_number!(dtype, bags_on_host(abi, inputs, whole, &y, lists.as_ref(), mode, padding))?;
+            with_number!(
+                dtype,
+                bags_on_host(abi, inputs, whole, &y, lists.as_ref(), mode, padding)
+            )?;
         }
         Ok([y].into_iter().chain(lists.into_iter().flatten()).map(Value::Tensor).collect())
     }
