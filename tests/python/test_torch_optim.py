@@ -354,7 +354,7 @@ def bags_pass_pytorchs_checks():
     torch.library.opcheck(PACK.embedding_bag.default, (table, indices, offsets, weights, 0, -1))
     torch.library.opcheck(PACK.embedding_bag.default, (table, indices, offsets, None, 2, 5))
     order, position = torch.sort(indices, stable=True)
-    _, bag_of, count, place = PACK.embedding_bag.inference(table.detach(), indices, offsets, None, 1, -1)
+    _, bag_of, count, place = PACK.embedding_bag.default(table.detach(), indices, offsets, None, 1, -1)
     torch.library.opcheck(PACK.embedding_bag_backward.default, (torch.ones(2, 3), order, position, None, bag_of, count, place, 6, 1, -1))
     fast = torch.compile(ops.embedding_bag, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(fast(indices, table, offsets), F.embedding_bag(indices, table, offsets))
