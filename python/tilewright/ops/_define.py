@@ -84,6 +84,12 @@ def batched(tensor: torch.Tensor) -> bool:
     return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
+def eager(*tensors: torch.Tensor | None) -> bool:
+    """Whether plain tensors are computed with at once: nothing is traced, compiled, or seen by a mode."""
+    plain = all(t is None or type(t) is torch.Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    return plain and not _compiling() and not torch._C._len_torch_dispatch_stack()
+
+
 @torch._disable_dynamo
 def _untraced(function: Callable, *args: Any) -> Any:
     return function(*args)

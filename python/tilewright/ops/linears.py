@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import formulas, losses
-from ._define import again, autocast, chosen, elsewhere, pair, recorded, single, single_by_triton
+from ._define import again, autocast, chosen, eager, elsewhere, pair, recorded, single, single_by_triton
 
 _ACTIVATIONS = {
     "relu": formulas.elementwise("relu(x)"),
@@ -171,6 +171,8 @@ def _loss_and_gradients(
     """The loss, and the gradients of `x`, `weight` and `bias` that are wanted (others are empty), chunk by chunk."""
     wide = losses.wide(x.dtype)
     numbers = (ignore_index, label_smoothing, z_loss, softcap)
+    if 0 < x.shape[0] <= rows and x.dtype != torch.float16:
+        return _at_once(x, weight, bias, targets, (*numbers, mean), wanted)
     total = x.new_zeros((), dtype=wide)
     scale = losses.divisor(targets, ignore_index, mean, wide)
     # Half has no room for small gradients: there they are divided at the end.
@@ -206,6 +208,20 @@ def _loss_and_gradients(
     return total * scale, dx, dw, db
 
 
+def _at_once(x, weight, bias, targets, numbers, wanted):
+    """The same where all logits are one chunk."""
+    logits = F.linear(x, weight, bias)
+    nothing = x.new_empty((0,))
+    if True not in wanted:
+        return losses.total_alone(logits, targets, *numbers), nothing, weight.new_empty((0,)), nothing.clone()
+    total, dz = losses.total_and_gradient(logits, targets, *numbers)
+    del logits
+    dx = torch.mm(dz, weight) if wanted[0] else nothing
+    dw = torch.mm(dz.t(), x) if wanted[1] else weight.new_empty((0,))
+    db = dz.sum(0, dtype=losses.wide(x.dtype)).to(bias.dtype) if wanted[2] and bias is not None else x.new_empty((0,))
+    return total, dx, dw, db
+
+
 def _added(sum, a, b, count):
     """`sum + a @ b`: a few chunks in the type of the tensors, many in float32."""
     if sum.numel() == 0:
@@ -231,6 +247,25 @@ def _(x, weight, bias, targets, ignore_index, label_smoothing, z_loss, softcap, 
 
 
 _linear_cross_entropy.register_autograd(losses.scaled_gradients, setup_context=losses.save_gradients)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """`tilewright::linear_cross_entropy` and its derivative without the dispatcher's way through Python."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, args):
+        total, *gradients = _loss_and_gradients(x, weight, bias, *args)
+        ctx.materialize_grads = False
+        ctx.save_for_backward(*gradients)
+        ctx.wanted, ctx.others = args[-1], 1
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        return losses.scaled_gradients(ctx, dtotal)
+
+
+_linear_loss = super(torch.autograd.Function, _LinearLoss).apply
 
 
 def linear_cross_entropy(
@@ -272,13 +307,22 @@ def linear_cross_entropy(
     if elsewhere() or recorded():
         logits = F.linear(x, weight, bias)
         return losses.cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, softcap, reduction)
-    losses._known_count(targets, ignore_index, weight.shape[0])
-    flat, t = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
+    flat, t = x, targets
+    if x.dim() != 2:
+        flat, t = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
     given = (flat, weight, bias)
-    wanted = [g is not None and g.requires_grad and torch.is_grad_enabled() for g in given]
-    return _linear_cross_entropy(
-        flat, weight, bias, t, ignore_index, float(label_smoothing), float(z_loss), float(softcap), reduction == "mean", rows, wanted
-    )[0]
+    asked = torch.is_grad_enabled()
+    wanted = [g is not None and g.requires_grad and asked for g in given]
+    args = (t, ignore_index, float(label_smoothing), float(z_loss), float(softcap), reduction == "mean", rows, wanted)
+    if not eager(flat, weight, bias, t):
+        losses._known_count(targets, ignore_index, weight.shape[0])
+        return _linear_cross_entropy(flat, weight, bias, *args)[0]
+    if not 0 < t.shape[0] <= rows or x.dtype == torch.float16:
+        # Targets of one chunk are looked at by the kernel of its loss.
+        losses._known_count(targets, ignore_index, weight.shape[0])
+    elif True not in wanted:
+        return losses.total_alone(F.linear(flat, weight, bias), *args[:6])
+    return _linear_loss(flat, weight, bias, args) if True in wanted else _loss_and_gradients(flat, weight, bias, *args)[0]
 
 
 # Logits of a chunk, at most: half a gigabyte of 16-bit numbers.

@@ -145,16 +145,32 @@ def _total_composed(x, targets, *args):
     return loss.sum() * scale, _backward_composed(scale.expand(targets.shape), x, targets, lse, *numbers)
 
 
+def total_and_gradient(x: torch.Tensor, targets: torch.Tensor, *args) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tilewright::cross_entropy_total` without a derivative."""
+    both = _both_now(x, targets, *args)
+    if both is not None:
+        return both
+    if x.dim():
+        _known_count(targets, args[0], x.shape[-1])
+    return _both(x, targets, *args)
+
+
+def total_alone(x: torch.Tensor, targets: torch.Tensor, *args) -> torch.Tensor:
+    """The same without the gradient."""
+    total = _total_now(x, targets, *args)
+    if total is not None:
+        return total
+    if x.dim():
+        _known_count(targets, args[0], x.shape[-1])
+    return _total.inference(x, targets, *args)
+
+
 class _Total(torch.autograd.Function):
     """`tilewright::cross_entropy_total` and its derivative without the dispatcher's way through Python."""
 
     @staticmethod
     def forward(ctx, x, targets, *args):
-        both = _both_now(x, targets, *args)
-        if both is None:
-            _known_count(targets, args[0], x.shape[-1] if x.dim() else 0)
-            both = _both(x, targets, *args)
-        total, dx = both
+        total, dx = total_and_gradient(x, targets, *args)
         ctx.materialize_grads = False
         ctx.save_for_backward(dx)
         ctx.wanted, ctx.others = (True,), 6
