@@ -122,7 +122,7 @@ torch_core() {
     step "tests/python/test_torch_$test.py" "$interpreter" "tests/python/test_torch_$test.py"
   done
 }
-torch_core_tests="short bad_input docs ops optim triton reports gradients behaviour"
+torch_core_tests="short bad_input docs ops optim transforms late triton reports gradients behaviour"
 
 # The functions for JAX. Not part of "all" (`make test-jax`).
 jax() {
