@@ -61,8 +61,13 @@ def title(row: dict) -> str:
     return TITLES.get(base, base) + (", eight inputs" if eight else "")
 
 
+def three_digits(x: float) -> str:
+    """At least three digits, never as a power of ten."""
+    return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
 def milliseconds(row: dict, key: str) -> str:
-    return f"{row[key][1]:.3g}" if key in row else "-"
+    return three_digits(row[key][1]) if key in row else "-"
 
 
 def section(path: pathlib.Path, record: dict) -> str:
@@ -300,7 +305,7 @@ def torch_section(path: pathlib.Path, record: dict) -> str:
         ratio = sides[peer][f"us_{mine}_over_this"]
         trains = case.endswith("-train")
         best[trains].append(ratio[1])
-        times = [f"{sides[s]['us'] / 1e3:.3g}" if s in sides else "-" for s in TORCH_SIDES]
+        times = [three_digits(sides[s]['us'] / 1e3) if s in sides else "-" for s in TORCH_SIDES]
 
         def seconds(key: str) -> str:
             # Without a cold one before it, a first call is neither.
