@@ -7,7 +7,7 @@ The way of a model, one module per step:
     writer       the operators that we take, as our graph (rules in elementwise, shapes, sums, layers, resampling, searching)
     group        a compiled graph as a function of tensors: no copies, memory of PyTorch's allocator
     kept         what a training graph keeps for its backward graph;  rows: products that take turned rows as they lie
-    cached       compiled graphs in PyTorch's cache;  joins, losses, norms, randoms, encoders: what graphs have rewritten
+    cached       compiled graphs in PyTorch's cache;  joins, losses, norms, randoms, encoders, complexes: what graphs have rewritten
     graphs       recordings of all of it (`mode="reduce-overhead"`)
     report       `tilewright.explain`;  check: `tilewright.verify`;  exported: `tilewright.compile`
 
