@@ -315,11 +315,11 @@ def linear_cross_entropy(
     wanted = [g is not None and g.requires_grad and asked for g in given]
     args = (t, ignore_index, float(label_smoothing), float(z_loss), float(softcap), reduction == "mean", rows, wanted)
     if not eager(flat, weight, bias, t):
-        losses._known_count(targets, ignore_index, weight.shape[0])
+        losses.check_targets(targets, ignore_index, weight.shape[0])
         return _linear_cross_entropy(flat, weight, bias, *args)[0]
     if not 0 < t.shape[0] <= rows or x.dtype == torch.float16:
         # Targets of one chunk are looked at by the kernel of its loss.
-        losses._known_count(targets, ignore_index, weight.shape[0])
+        losses.check_targets(targets, ignore_index, weight.shape[0])
     elif True not in wanted:
         return losses.total_alone(F.linear(flat, weight, bias), *args[:6])
     return _linear_loss(flat, weight, bias, args) if True in wanted else _loss_and_gradients(flat, weight, bias, *args)[0]

@@ -122,20 +122,16 @@ def scaled_gradients(ctx, dtotal, *_):
     return *gradients, *nothing
 
 
-def _known_count(targets: torch.Tensor, ignore_index: int, classes: int) -> int | None:
-    """How many rows count, where the processor can see at once that all do; refuses targets that are no class."""
+def check_targets(targets: torch.Tensor, ignore_index: int, classes: int) -> None:
+    """Refuses targets that are no class, where the processor can see them."""
     if targets.device.type != "cpu" or _compiling() or recorded() or not targets.numel():
-        return None
+        return
     if elsewhere() or torch._C._len_torch_dispatch_stack() or type(targets).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         # Targets without values, or with values that a trace must not keep.
-        return None
-    low, high = (t.item() for t in torch.aminmax(targets))
-    if 0 <= low and high < classes and not low <= ignore_index <= high:
-        return targets.numel()
+        return
     kept = targets[targets != ignore_index]
     if kept.numel() and not 0 <= kept.min().item() <= kept.max().item() < classes:
         raise IndexError(f"targets reach from {kept.min().item()} to {kept.max().item()}, and there are {classes} logits")
-    return None
 
 
 def _total_composed(x, targets, *args):
@@ -151,7 +147,7 @@ def total_and_gradient(x: torch.Tensor, targets: torch.Tensor, *args) -> tuple[t
     if both is not None:
         return both
     if x.dim():
-        _known_count(targets, args[0], x.shape[-1])
+        check_targets(targets, args[0], x.shape[-1])
     return _both(x, targets, *args)
 
 
@@ -161,7 +157,7 @@ def total_alone(x: torch.Tensor, targets: torch.Tensor, *args) -> torch.Tensor:
     if total is not None:
         return total
     if x.dim():
-        _known_count(targets, args[0], x.shape[-1])
+        check_targets(targets, args[0], x.shape[-1])
     return _total.inference(x, targets, *args)
 
 
@@ -248,7 +244,8 @@ def cross_entropy(
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
     chosen(impl)
     # Targets of another type are refused below.
-    count = _known_count(targets, ignore_index, x.shape[-1]) if targets.dtype == torch.int64 and x.dim() else None
+    if targets.dtype == torch.int64 and x.dim():
+        check_targets(targets, ignore_index, x.shape[-1])
     numbers = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
     if reduction != "none" and not elsewhere():
         if impl == "cuda":
@@ -259,7 +256,4 @@ def cross_entropy(
     loss, _ = _cross_entropy.by(impl)(x, targets, *numbers)
     if reduction == "none":
         return loss
-    if count is not None:
-        return loss.sum() if reduction == "sum" else loss.mean()
-    total = loss.sum()
-    return total if reduction == "sum" else total / (targets != ignore_index).sum().to(total.dtype)
+    return loss.sum() * divisor(targets, ignore_index, reduction == "mean", loss.dtype)

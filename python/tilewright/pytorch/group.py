@@ -33,6 +33,7 @@ from torch import fx
 from torch.autograd import forward_ad
 
 from .. import _native
+from ..ops._define import batched
 from .partition import device_of, inputs_of, memory_order, outputs_of
 from .sizes import symbols, tensors_and_sizes
 from .writer import Script, Writer
@@ -122,7 +123,7 @@ class Group(torch.nn.Module):
                     self._leave(why)
             return self(*args)
         except RuntimeError:
-            if not any(isinstance(a, torch.Tensor) and _batched(a) for a in args):
+            if not any(isinstance(a, torch.Tensor) and batched(a) for a in args):
                 raise
             # Tensors that stand for several have no memory.
             return self._as_pytorch()(*args)
@@ -400,11 +401,6 @@ def size_function(expression, names):
         return int(expression.subs({s: known[s.name] for s in expression.free_symbols}))
 
     return size
-
-
-def _batched(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for several: under `vmap`, and where gradients are asked for in batches (`is_grads_batched`)."""
-    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _inverse(order):
